@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The works: their data by seed, hisac's variants, their peers and bounds.
+
+`WORKS` names them; a work gives one case for each dtype it is measured in. `ops` is the module under test: `hisac`, or
+anything with the same functions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import peers
+import peers_codes
+import truth
+from data import history, items, lengths, offsets_of, structured, unit
+from harness import Case, Variant
+from truth import reference
+
+Array = Any
+TAU = 0.1
+NO_OPERATION = ("state/append10", "the variant fp32-grade", "leaf/100k from kept leaf sums")
+"""Named for later suites; nothing to run yet."""
+
+FLOAT32 = 2e-5  # |out - truth|_F / |truth|_F that counts as float32-grade
+BFLOAT16 = 2.0**-9 + FLOAT32  # hisac rounds its output to bfloat16 and nothing before
+PEER_BFLOAT16 = 5e-2  # the peers round logits and weights too
+NEAR_TIE = 1e-9  # squared distance: float64's rounding, with room
+PEER_CODES = 1e-3  # share of rows where float32 distances pick a near-tie's other code
+INERTIA = 1e-2
+
+
+def by_role(
+    found: list[peers.Peer], check: Callable[[Any, int], float], bound: float, flops: float | None = None
+) -> list[Variant]:
+    """Peers as variants."""
+    return [Variant(name, make, check, bound, role, needs, flops=flops) for name, role, needs, make in found]
+
+
+def as_bf16(*arrays: Array) -> tuple[Array, ...]:
+    """NumPy -> torch, rounded to bfloat16."""
+    torch = peers.package("torch")
+    return tuple(torch.as_tensor(a).bfloat16() for a in arrays)
+
+
+def as_torch(*arrays: Array) -> tuple[Array, ...]:
+    """NumPy (or None) -> torch."""
+    torch = peers.package("torch")
+    return tuple(None if a is None else torch.as_tensor(a) for a in arrays)
+
+
+def has_torch() -> bool:
+    """Whether bfloat16 arrays can be made at all."""
+    return peers.installed()["torch"] is not None
+
+
+# -------------------------------------------------------------------------------------------------------------- cases
+
+
+def route(
+    work: str, ops: ModuleType, threads: int, *, users: int, rows: int, agents: int, width: int, value: int = 64,
+    short: tuple[int, int] | None = None,
+) -> Iterator[Case]:  # fmt: skip
+    """History mode, tau 0.1. `rows` a user (the mean of a lognormal when users > 1), or uniform between `short`, whose
+    agents are then as many as the user has distinct leaves."""
+    rng = np.random.default_rng(0)
+    n = (
+        np.array([rows])
+        if users == 1
+        else lengths(rng, users, rows, short[0] if short else 50, short[1] if short else None)
+    )
+    offsets, count = offsets_of(n), None
+    if short:
+        leaves = [len(np.unique(history(rng, int(k), (512, 512)), axis=0)) for k in n]
+        count = np.minimum(leaves, agents).astype(np.int32)
+    x, p, v = unit(rng, offsets[-1], width), unit(rng, users, agents, width), None
+    v = rng.standard_normal((offsets[-1], value), dtype=np.float32)
+    pairs = float((n * (agents if count is None else count)).sum())
+    size = f"{users} user{'s' * (users > 1)}, T {offsets[-1]}, M {agents}, D {width}, V {value}"
+
+    def case(variant: str, dtype: str, a: tuple[Array, ...], bound: float, peer_bound: float, bf16: bool) -> Case:
+        ax, av, at, ap, ac = a
+        expected, name = truth.route(ax, av, offsets, p, TAU, count)
+
+        def error(result: Array, i: int) -> float:
+            return truth.relative(result, expected.tokens)
+
+        def error_lse(result: Any, i: int) -> float:
+            there = np.isfinite(expected.lse)
+            lse = np.where(there, truth.dense(result.lse), 0.0)
+            return max(error(result.tokens, i), truth.relative(lse, np.where(there, expected.lse, 0.0)))
+
+        def call(i: int) -> Any:
+            return ops.route(ax, av, at, ap, count=ac, temperature=TAU)
+
+        found = by_role(peers.route(ax, av, at, ap, ac, TAU, bf16), error, peer_bound)
+        mine = Variant(variant, lambda: call, error_lse, bound, "hisac")
+        return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (mine, *found))
+
+    yield case("fp32", "float32", (x, v, offsets, p, count), FLOAT32, FLOAT32, False)
+    if has_torch():
+        at, ap, ac = as_torch(offsets, p, count)
+        yield case("bf16", "bfloat16", (*as_bf16(x, v), at, ap, ac), BFLOAT16, PEER_BFLOAT16, True)
+
+
+def backward(
+    work: str, ops: ModuleType, threads: int, *, rows: int, agents: int, width: int, value: int = 64
+) -> Iterator[Case]:
+    """Gradients of v and temperature, x and prototypes frozen, d_lse None; the forward is not timed. The temperature's
+    gradient is a sum that cancels, so its error is taken relative to the sum of its terms' sizes."""
+    rng = np.random.default_rng(0)
+    x, p, v = unit(rng, rows, width), unit(rng, 1, agents, width), rng.standard_normal((rows, value), dtype=np.float32)
+    d_tokens = rng.standard_normal((1, agents, value), dtype=np.float32)
+    offsets = np.array([0, rows])
+    forward = ops.route(x, v, offsets, p, temperature=TAU)
+    exact, name = truth.route(x, v, offsets, p, TAU)
+    expected, terms = truth.backward64(d_tokens, exact, x, v, p, TAU)
+    if name == truth.REFERENCE:
+        options = {"temperature": TAU, "need": ("v", "temperature")}
+        expected = reference.route_backward(d_tokens, None, exact, x, v, offsets, **options)
+
+    def error(result: Any, i: int) -> float:
+        slope = abs(float(truth.dense(result[1])[0]) - float(expected.temperature[0])) / terms
+        return max(truth.relative(result[0], expected.v), slope)
+
+    def call(i: int) -> Any:
+        return ops.route_backward(d_tokens, None, forward, x, v, offsets, temperature=TAU, need=("v", "temperature"))
+
+    tokens, lse = (np.asarray(a, np.float32) for a in forward[:2])
+    found = by_role(peers.backward(x, v, p, TAU, d_tokens, tokens, lse), error, FLOAT32)
+    kept = 4.0 * rows * agents * value  # autograd has kept the weights
+    found = [replace(f, flops=kept) if f.name.endswith("autograd") and f.name != "SDPA autograd" else f for f in found]
+    mine = Variant("fp32", lambda: call, error, FLOAT32, "hisac")
+    size = f"1 user, T {rows}, M {agents}, D {width}, V {value}"
+    yield Case(work, "float32", size, rows, 2.0 * rows * agents * (width + 2 * value), name, (mine, *found))
+
+
+def leaf(
+    work: str, ops: ModuleType, threads: int, *, rows: int, agents: int, width: int, sizes: tuple[int, int],
+    value: int = 64,
+) -> Iterator[Case]:  # fmt: skip
+    """method="leaf" from the rows. Peers: the same approximation, and the exact forms it stands in for."""
+    rng = np.random.default_rng(0)
+    centers, codes, x = structured(rng, rows, sizes, width)
+    v = rng.standard_normal((rows, value), dtype=np.float32)
+    book, offsets = ops.Codebook(centers), np.array([0, rows])
+    number = peers_codes.numpy_leaves(codes, sizes)
+    found, n = np.unique(number, return_counts=True)
+    top = found[np.argsort(-n, kind="stable")[:agents]]
+    p = (centers[0][top // sizes[1]] + centers[1][top % sizes[1]])[None].astype(np.float32)
+    expected = truth.leaf64(x, v, number, p[0], TAU)
+    exact = truth.route64(x, v, offsets, p, TAU, None)
+    flops = 2.0 * rows * (width + value) + 2.0 * len(found) * p.shape[1] * (width + value)
+
+    def error(result: Array, i: int) -> float:
+        return truth.relative(result, expected.tokens)
+
+    def call(i: int) -> Any:
+        return ops.route(x, v, offsets, p, temperature=TAU, codes=codes, book=book, method="leaf")
+
+    mine = Variant(
+        "leaf", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac",
+        extra={"error_to_exact": truth.relative(expected.tokens, exact.tokens)},
+    )  # fmt: skip
+    same = by_role(peers.leaf(x, v, codes, sizes, p, TAU), error, FLOAT32)
+    stood_for = by_role(
+        peers.route(x, v, offsets, p, None, TAU, False),
+        lambda r, i: truth.relative(r, exact.tokens),
+        FLOAT32,
+        2.0 * rows * p.shape[1] * (width + value),
+    )
+    size = f"1 user, T {rows} in {len(found)} leaves, M {p.shape[1]}, D {width}, V {value}"
+    yield Case(work, "float32", size, rows, flops, truth.EXPANDED, (mine, *same, *stood_for))
+
+
+def vote(
+    work: str, ops: ModuleType, threads: int, *, rows: int, sizes: tuple[int, int], fanout: tuple[int, int],
+    budget: int, users: int = 1, short: tuple[int, int] = (20, 200), copies: int = 4,
+) -> Iterator[Case]:  # fmt: skip
+    """Both rules; one user of `rows`, or `users` of a length between `short`."""
+    rng = np.random.default_rng(0)
+    n = np.array([rows]) if users == 1 else lengths(rng, users, rows, *short)
+    offsets = offsets_of(n)
+    book = ops.Codebook([unit(rng, s, 16) for s in sizes])
+    copies = copies if users == 1 else 1
+    codes = [np.concatenate([history(rng, int(k), sizes) for k in n]) for _ in range(copies)]
+    for name, rule in (("fanout", {"fanout": fanout}), ("budget", {"budget": budget})):
+        yield one_vote(work, ops, book, codes, offsets, sizes, name, rule)
+
+
+def one_vote(
+    work: str,
+    ops: ModuleType,
+    book: Any,
+    codes: list[Array],
+    offsets: Array,
+    sizes: tuple[int, int],
+    name: str,
+    rule: Any,
+) -> Case:
+    """One rule."""
+    plain = reference.Codebook([np.zeros((s, 1)) for s in sizes])
+    expected = [reference.vote(plain, c, offsets, **rule) for c in codes]
+
+    def error(result: Any, i: int) -> float:
+        return max(truth.differing(a, b) for a, b in zip(result[:3], expected[i][:3], strict=True))
+
+    def call(i: int) -> Any:
+        return ops.vote(book, codes[i], offsets, **rule)
+
+    users = len(offsets) - 1
+    size = f"{users} user{'s' * (users > 1)}, T {offsets[-1]}, {sizes[0]} x {sizes[1]} codes, {name} {rule[name]}"
+    mine = Variant(name, lambda: call, error, 0.0, "hisac")
+    found = by_role(peers_codes.vote(codes, offsets, sizes, rule), error, 0.0)
+    return Case(work, "int32", size, int(offsets[-1]), 0.0, truth.REFERENCE, (mine, *found), len(codes))
+
+
+def encode(
+    work: str, ops: ModuleType, threads: int, *, rows: int, width: int, sizes: tuple[int, ...], sample: int = 4000
+) -> Iterator[Case]:
+    """Codes by trained centers. hisac's must equal the reference's on evenly spaced rows, and be nearest to float64
+    rounding on all."""
+    rng = np.random.default_rng(0)
+    x = items(rng, rows, width)
+    centers, r = [], x[:20_000]
+    for n in sizes:
+        c = truth.lloyd64(r, r[rng.permutation(len(r))[:n]], 4).astype(np.float32)
+        centers.append(c)
+        r = r - c[truth.nearest(r, c)[0]]
+    expected = truth.encode64(centers, x)
+    at = np.linspace(0, rows - 1, min(sample, rows)).astype(np.int64)
+    canonical = reference.encode(reference.Codebook(centers), x[at])
+    book = ops.Codebook(centers)
+
+    def exact(result: Array, i: int) -> float:
+        codes = truth.dense(result)
+        other = (codes != expected).any(1)
+        if truth.encode_gap(centers, x[other], codes[other]) > NEAR_TIE:
+            return float(other.mean())
+        return truth.differing(codes[at], canonical)
+
+    def near(result: Array, i: int) -> float:
+        if getattr(result, "dtype", None) == np.uint8:
+            result = peers_codes.faiss_unpack(result, len(sizes), int(np.log2(sizes[0])))
+        return float((truth.dense(result) != expected).any(1).mean())
+
+    mine = Variant("fp32", lambda: partial(encode_call, ops, book, x), exact, 0.0, "hisac")
+    found = by_role(peers_codes.encode(x, centers, threads), near, PEER_CODES)
+    size = f"{rows} items, D {width}, {' x '.join(map(str, sizes))} codes"
+    name = f"{truth.REFERENCE} on {len(at)} rows, float64 distances on all"
+    yield Case(work, "float32", size, rows, 2.0 * rows * width * sum(sizes), name, (mine, *found))
+
+
+def encode_call(ops: ModuleType, book: Any, x: Array, i: int) -> Any:
+    """One run of encode."""
+    return ops.encode(book, x)
+
+
+def fit(
+    work: str, ops: ModuleType, threads: int, *, rows: int, width: int, size: int, iterations: int, sample: int = 600
+) -> Iterator[Case]:
+    """One level. hisac must equal the reference on a small problem; error is the inertia above that of float64 Lloyd
+    rounds from hisac's start."""
+    x = items(np.random.default_rng(0), rows, width)
+    least = truth.inertia(x, truth.lloyd64(x, truth.fit_start(x, size, 0), iterations))
+    few = x[:sample]
+    expected = reference.fit(few, (12,), iterations=3).centers[0]
+
+    def error(result: Array, i: int) -> float:
+        return max(0.0, truth.inertia(x, result) / least - 1)
+
+    def exact(result: Any, i: int) -> float:
+        if not np.array_equal(ops.fit(few, (12,), iterations=3).centers[0], expected):
+            return float("inf")
+        return error(result.centers[0], i)
+
+    def call(i: int) -> Any:
+        return ops.fit(x, (size,), iterations=iterations)
+
+    mine = Variant("fp32", lambda: call, exact, INERTIA, "hisac")
+    found = by_role(peers_codes.fit(x, size, iterations), error, INERTIA)
+    label = f"{rows} items, D {width}, {size} codes, {iterations} rounds"
+    name = f"{truth.REFERENCE} on {len(few)} rows, inertia of float64 Lloyd on all"
+    yield Case(work, "float32", label, rows, 2.0 * rows * width * size * iterations, name, (mine, *found))
+
+
+def attend(
+    work: str, ops: ModuleType, threads: int, *, candidates: int, tokens: int, heads: int = 2, width: int = 32
+) -> Iterator[Case]:
+    """One user's candidates on its tokens; then its backward, whose forward is not timed."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((candidates, heads, width), dtype=np.float32)
+    k, v = (rng.standard_normal((1, tokens, heads, width), dtype=np.float32) for _ in range(2))
+    at = np.array([0, candidates])
+    size = f"{candidates} candidates, {tokens} tokens, {heads} heads, d {width}"
+    flops = 4.0 * candidates * tokens * heads * width
+
+    def case(variant: str, dtype: str, a: tuple[Array, ...], bound: float, peer_bound: float, bf16: bool) -> Case:
+        aq, ak, av, ao = a
+        expected = reference.attend(*(truth.dense(b) for b in a))
+
+        def error(result: Array, i: int) -> float:
+            return truth.relative(result, expected.out)
+
+        def both(result: Any, i: int) -> float:
+            return max(error(result.out, i), truth.relative(result.lse, expected.lse))
+
+        def call(i: int) -> Any:
+            return ops.attend(aq, ak, av, ao)
+
+        mine = Variant(variant, lambda: call, both, bound, "hisac")
+        found = by_role(peers.attend(aq, ak, av, bf16), error, peer_bound)
+        return Case(work, dtype, size, candidates, flops, truth.REFERENCE, (mine, *found))
+
+    yield case("fp32", "float32", (q, k, v, at), FLOAT32, FLOAT32, False)
+    if has_torch():
+        yield case("bf16", "bfloat16", (*as_bf16(q, k, v), *as_torch(at)), BFLOAT16, PEER_BFLOAT16, True)
+
+    d_out = rng.standard_normal(q.shape, dtype=np.float32)
+    forward = ops.attend(q, k, v, at)
+    expected = reference.attend_backward(d_out, None, reference.attend(q, k, v, at), q, k, v, at)
+
+    def error(result: Any, i: int) -> float:
+        return max(truth.relative(a, b) for a, b in zip(result[:3], expected[:3], strict=True))
+
+    def call(i: int) -> Any:
+        return ops.attend_backward(d_out, None, forward, q, k, v, at)
+
+    found = by_role(peers.attend_backward(q, k, v, d_out), error, FLOAT32)
+    mine = Variant("backward", lambda: call, error, FLOAT32, "hisac")
+    yield Case(work, "float32", size, candidates, 2.5 * flops, truth.REFERENCE, (mine, *found))
+
+
+def request(
+    work: str, ops: ModuleType, threads: int, *, rows: int, budget: int, candidates: int, width: int,
+    sizes: tuple[int, int], heads: int = 2, value: int = 64, cached: bool = False,
+) -> Iterator[Case]:  # fmt: skip
+    """One user's request: vote, prototypes, route, attend from given codes; or, `cached`, attend alone on kept tokens.
+    Peers: full target attention of the candidates on every behaviour (SDPA), and the same pipeline in torch."""
+    rng = np.random.default_rng(0)
+    centers, codes, x = structured(rng, rows, sizes, width)
+    v = rng.standard_normal((rows, value), dtype=np.float32)
+    q = rng.standard_normal((candidates, heads, value // heads), dtype=np.float32)
+    book, offsets, at = ops.Codebook(centers), np.array([0, rows]), np.array([0, candidates])
+    plain = reference.Codebook(centers)
+    agents = reference.vote(plain, codes, offsets, budget=budget)
+    kept, _ = truth.route(x, v, offsets, plain.prototypes(agents), TAU, agents.count)
+    heads_of = (1, budget, heads, value // heads)
+    tokens = kept.tokens.reshape(heads_of)
+    expected = reference.attend(q, tokens, tokens, at).out
+    rows_of = v.reshape(1, rows, heads, -1)
+    full, cache = reference.attend(q, rows_of, rows_of, at).out, tokens.astype(np.float32)
+
+    def error(result: Array, i: int) -> float:
+        return truth.relative(result, expected)
+
+    def call_cold(i: int) -> Any:
+        a = ops.vote(book, codes, offsets, budget=budget)
+        t = ops.route(x, v, offsets, book.prototypes(a), count=a.count, temperature=TAU).tokens.reshape(heads_of)
+        return ops.attend(q, t, t, at).out
+
+    def call_cached(i: int) -> Any:
+        return ops.attend(q, cache, cache, at).out
+
+    def pipeline() -> peers.Call:
+        torch = peers.package("torch")
+        tx, tv, tc, tq = as_torch(x, v, codes, q)
+        c = as_torch(*centers)
+
+        def call(i: int) -> Any:
+            key, n = torch.unique(tc[:, 0].long() * sizes[1] + tc[:, 1], return_counts=True)
+            leaves, _, count = peers_codes.torch_select(key, n, 1, sizes, {"budget": budget})
+            leaves = leaves[0, : int(count[0])].long()
+            t = torch.zeros(budget, value)
+            t[: len(leaves)] = peers.expanded(c[0][leaves[:, 0]] + c[1][leaves[:, 1]], tx, tv, TAU)
+            t = t.view(budget, heads, -1).transpose(0, 1)[None]
+            f = torch.nn.functional.scaled_dot_product_attention
+            return f(tq.transpose(0, 1)[None], t, t)[0].transpose(0, 1)
+
+        return call
+
+    attend_flops, route_flops = 4.0 * candidates * value, 2.0 * rows * budget * (width + value)
+    whole = [p for p in peers.attend(q, rows_of, rows_of, False) if p[0].startswith("SDPA")]
+    found = by_role(
+        [(f"{n} on all behaviours", role, needs, make) for n, role, needs, make in whole],
+        lambda r, i: truth.relative(r, full),
+        FLOAT32,
+        attend_flops * rows,
+    )
+    flops, call = attend_flops * budget, call_cached
+    if not cached:
+        flops, call = flops + route_flops, call_cold
+        found += by_role([("torch vote, expanded, SDPA", "peer", ("torch",), pipeline)], error, FLOAT32)
+    mine = Variant("budget", lambda: call, error, FLOAT32, "hisac")
+    size = f"1 user, T {rows}, budget {budget}, D {width}, V {value}, {candidates} candidates, {heads} heads"
+    yield Case(work, "float32", size, rows, flops, truth.EXPANDED, (mine, *found))
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+Build = Callable[..., Iterator[Case]]
+CODES = (512, 512)
+RULES: dict[str, Any] = {"fanout": (16, 16), "budget": 200}
+
+WORKS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
+    "route/1k": (route, {"users": 1, "rows": 1000, "agents": 200, "width": 64}, {"rows": 500}),
+    "route/10k": (route, {"users": 1, "rows": 10_000, "agents": 200, "width": 128}, {"rows": 2000}),
+    "route/100k": (route, {"users": 1, "rows": 100_000, "agents": 256, "width": 128}, {"rows": 8000}),
+    "route/ragged": (route, {"users": 64, "rows": 1720, "agents": 200, "width": 128}, {"users": 8, "rows": 500}),
+    "route/short": (
+        route,
+        {"users": 4096, "rows": 110, "agents": 200, "width": 64, "short": (20, 200)},
+        {"users": 128},
+    ),
+    "backward/10k": (backward, {"rows": 10_000, "agents": 200, "width": 128}, {"rows": 2000}),
+    "leaf/100k": (leaf, {"rows": 100_000, "agents": 256, "width": 128, "sizes": CODES}, {"rows": 8000}),
+    "vote/1k": (vote, {"rows": 1000, "sizes": CODES, **RULES}, {}),
+    "vote/10k": (vote, {"rows": 10_000, "sizes": CODES, **RULES}, {"copies": 2}),
+    "vote/100k": (vote, {"rows": 100_000, "sizes": CODES, **RULES}, {"rows": 30_000, "copies": 1}),
+    "vote/short": (vote, {"rows": 110, "users": 4096, "sizes": CODES, **RULES}, {"users": 256}),
+    "encode/2x512": (encode, {"rows": 200_000, "width": 128, "sizes": CODES}, {"rows": 4000, "sample": 500}),
+    "encode/3x256": (encode, {"rows": 200_000, "width": 128, "sizes": (256,) * 3}, {"rows": 4000, "sample": 500}),
+    "fit/512": (
+        fit,
+        {"rows": 200_000, "width": 128, "size": 512, "iterations": 10},
+        {"rows": 8000, "size": 64, "iterations": 4},
+    ),
+    "attend/500": (attend, {"candidates": 500, "tokens": 200}, {}),
+    "request/cold": (
+        request,
+        {"rows": 10_000, "budget": 200, "candidates": 500, "width": 128, "sizes": CODES},
+        {"rows": 2000},
+    ),
+    "request/cached": (
+        request,
+        {"rows": 10_000, "budget": 200, "candidates": 500, "width": 128, "sizes": CODES, "cached": True},
+        {"rows": 2000},
+    ),
+}  # fmt: skip
+"""Work -> builder, full sizes, what --quick changes."""
+SUITES = tuple(dict.fromkeys(w.split("/")[0] for w in WORKS))
+
+
+def names(chosen: list[str]) -> list[str]:
+    """Suites, works or "all" -> works, in the order of the table."""
+    return [w for w in WORKS if "all" in chosen or w in chosen or w.split("/")[0] in chosen]
+
+
+def cases(work: str, ops: ModuleType, threads: int, quick: bool) -> Iterator[Case]:
+    """The cases of a work, one after the other, so that only one's data is in memory."""
+    build, full, less = WORKS[work]
+    return build(work, ops, threads, **(full | less if quick else full))

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// From borrowed Python arrays to the core's arrays, with one kind of message for everything that does not fit.
+#pragma once
+#include <string>
+
+#include "dlpack.h"
+#include "hisac/hisac.h"
+
+namespace hisac::bind {
+
+/// "float32 [3, 4]"
+inline std::string describe(const View& view) {
+  if (view.none) return "None";
+  const auto& t = view.tensor;
+  const char* const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  std::string text = t.dtype.code < 7 ? kinds[t.dtype.code] : "type";
+  if (t.dtype.code != 6) text += std::to_string(t.dtype.bits);
+  text += " [";
+  for (int i = 0; i < t.ndim; ++i) text += (i ? ", " : "") + std::to_string(t.shape[i]);
+  return text + "]";
+}
+
+[[noreturn]] inline void wrong_type(const char* verb, const char* name, const std::string& expected, const std::string& got) {
+  throw nb::type_error((std::string(verb) + ": " + name + " expected " + expected + ", got " + got).c_str());
+}
+
+[[noreturn]] inline void wrong_value(const char* verb, const char* name, const std::string& expected, const std::string& got) {
+  throw nb::value_error((std::string(verb) + ": " + name + " expected " + expected + ", got " + got).c_str());
+}
+
+template <class T>
+constexpr nb::dlpack::dtype dtype_of() {
+  if constexpr (std::is_same_v<T, float>) return {2, 32, 1};
+  if constexpr (std::is_same_v<T, int32_t>) return {0, 32, 1};
+  if constexpr (std::is_same_v<T, int64_t>) return {0, 64, 1};
+}
+
+/// Checks place, rank and layout; returns the address of the first element. `expected` is the contract in words.
+inline void* borrow(const View& view, const char* verb, const char* name, int ndim, const char* expected, bool write) {
+  const auto& t = view.tensor;
+  if (view.none) wrong_type(verb, name, expected, "None");
+  if (t.device.device_type != 1 && t.device.device_type != 3)  // CPU, or pinned host memory
+    wrong_type(verb, name, "an array in CPU memory", "device type " + std::to_string(t.device.device_type));
+  if (t.ndim != ndim) wrong_value(verb, name, expected, describe(view));
+  int64_t size = 1;
+  bool contiguous = true;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    contiguous = contiguous && (!t.strides || t.shape[i] == 1 || t.strides[i] == size);
+    size *= t.shape[i];
+  }
+  if (!contiguous && size != 0) wrong_value(verb, name, std::string(expected) + ", row-major and contiguous", "other strides");
+  if (!t.data && size != 0) wrong_type(verb, name, "an array with data", "a fake tensor");
+  if (write && !view.writable) wrong_type(verb, name, "a writable array", "a read-only one");
+  return static_cast<char*>(t.data) + t.byte_offset;
+}
+
+/// T is const-qualified for inputs. None gives a null array where `optional`.
+template <class T, int N>
+Array<T, N> array(const View& view, const char* verb, const char* name, const char* expected, bool optional = false) {
+  Array<T, N> out;
+  if (view.none && optional) return out;
+  void* const data = borrow(view, verb, name, N, expected, !std::is_const_v<T>);
+  if (view.tensor.dtype != dtype_of<std::remove_const_t<T>>()) wrong_type(verb, name, expected, describe(view));
+  static char empty;
+  out.data = data ? static_cast<T*>(data) : reinterpret_cast<T*>(&empty);
+  for (int i = 0; i < N; ++i) out.shape[i] = view.tensor.shape[i];
+  return out;
+}
+
+inline DType float_type(const View& view, const char* verb, const char* name, const char* expected) {
+  const auto& d = view.tensor.dtype;
+  if (d == nb::dlpack::dtype{2, 32, 1}) return DType::float32;
+  if (d == nb::dlpack::dtype{2, 16, 1}) return DType::float16;
+  if (d == nb::dlpack::dtype{4, 16, 1}) return DType::bfloat16;
+  wrong_type(verb, name, expected, describe(view));
+}
+
+/// An array of `ndim` dimensions as rows of its last one.
+template <class R = Rows>
+R rows(const View& view, const char* verb, const char* name, int ndim, const char* expected) {
+  R out;
+  void* const data = borrow(view, verb, name, ndim, expected, std::is_same_v<R, MutableRows>);
+  static char empty;
+  out.data = data ? data : &empty;
+  out.dtype = float_type(view, verb, name, expected);
+  out.rows = 1;
+  for (int i = 0; i + 1 < ndim; ++i) out.rows *= view.tensor.shape[i];
+  out.width = view.tensor.shape[ndim - 1];
+  return out;
+}
+
+inline Histories histories(const View& starts, const View& ends, const char* verb) {
+  constexpr const char* kExpected = "int32 or int64 [B]";
+  Histories h;
+  h.starts = borrow(starts, verb, "starts", 1, kExpected, false);
+  h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
+  const auto type = starts.tensor.dtype;
+  if (type != dtype_of<int32_t>() && type != dtype_of<int64_t>()) wrong_type(verb, "offsets", "int32 or int64", describe(starts));
+  if (ends.tensor.dtype != type || ends.tensor.shape[0] != starts.tensor.shape[0])
+    wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
+  h.dtype = type == dtype_of<int64_t>() ? DType::int64 : DType::int32;
+  h.users = starts.tensor.shape[0];
+  return h;
+}
+
+}  // namespace hisac::bind

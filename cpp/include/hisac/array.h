@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Borrowed arrays. Nothing here owns memory; all arrays are row-major and contiguous.
+// Letters are dimensions everywhere: B users, T behaviours, D semantic width, V value width, L levels, C codes of a
+// level, M agents a user, N candidates, H heads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace hisac {
+
+/// N-dimensional view; shape[N - 1] varies fastest. `data` may be null where an argument is optional.
+template <class T, int N>
+struct Array {
+  T* data = nullptr;
+  int64_t shape[N] = {};
+  explicit operator bool() const noexcept { return data != nullptr; }
+};
+
+enum class DType : int32_t { float32, bfloat16, float16, int32, int64 };
+
+/// Read-only rows [rows, width] of float32, bfloat16 or float16: the x and v of the verbs.
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t rows = 0, width = 0;
+};
+
+/// Rows to write, [rows, width]; tokens have the type of v.
+struct MutableRows {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t rows = 0, width = 0;
+};
+
+/// User b's behaviours are the rows [starts[b], ends[b]), int32 or int64. Ragged offsets [B + 1]: starts = offsets,
+/// ends = offsets + 1. Ranges may overlap: the daily samples of one user share one table of events.
+struct Histories {
+  const void* starts = nullptr;
+  const void* ends = nullptr;
+  DType dtype = DType::int64;
+  int64_t users = 0;
+
+  int64_t start(int64_t b) const noexcept { return at(starts, b); }
+  int64_t end(int64_t b) const noexcept { return at(ends, b); }
+
+ private:
+  int64_t at(const void* p, int64_t b) const noexcept {
+    return dtype == DType::int64 ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
+  }
+};
+
+}  // namespace hisac

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Learns a codebook: residual k-means, level by level.
+#pragma once
+#include "codebook.h"
+#include "context.h"
+
+namespace hisac {
+
+struct FitParams {
+  int levels = 0;
+  int64_t sizes[kMaxLevels] = {};  // C_l, 1 to 2^20
+  int iterations = 20;
+  uint64_t seed = 0;
+  /// Called after each round, may be null; false stops the fit with Code::cancelled. `progress` gets the mean squared
+  /// distance of the round, which costs a pass of its own.
+  bool (*keep_going)(void* ctx) = nullptr;
+  bool (*progress)(void* ctx, int level, int round, double error) = nullptr;
+  void* ctx = nullptr;
+};
+
+struct FitReport {
+  int64_t rows = 0, left_out = 0;        // rows with a NaN or a value of 2^100 and more are left out
+  int iterations[kMaxLevels] = {};       // rounds until nothing moved, or the most allowed
+  double error[kMaxLevels] = {};         // mean squared distance of a row to its quantisation after the level
+  int64_t unused[kMaxLevels] = {};       // codes that no row has
+};
+
+/// Lloyd's rounds from distinct rows drawn by counter-based random numbers of (seed, level, row). A round assigns as
+/// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes without
+/// rows take the worst-quantised rows. x [T, D] -> the centers of each level, [C_l, D].
+Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
+           FitReport* report) noexcept;
+size_t fit_workspace(const FitParams& params, int64_t rows, int64_t width, int workers) noexcept;
+
+}  // namespace hisac

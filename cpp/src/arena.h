@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// Carves scratch out of the caller's workspace, or only counts: the same code does both, so the size a verb names and
+// the size it uses cannot drift apart.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "hisac/context.h"
+#include "hisac/status.h"
+
+namespace hisac {
+
+class Arena {
+ public:
+  Arena() noexcept = default;  // counts
+  explicit Arena(Array<std::byte, 1> memory) noexcept
+      : base_(memory.data), capacity_(memory.data ? static_cast<size_t>(memory.shape[0]) : 0) {}
+
+  /// n of T, aligned to 64; null when counting, or once the workspace is exhausted.
+  template <class T>
+  T* take(int64_t n) noexcept {
+    const size_t count = n > 0 ? static_cast<size_t>(n) : 0;
+    if (count > (kLimit - used_) / sizeof(T)) {
+      used_ = kLimit;
+      return nullptr;
+    }
+    const size_t at = used_;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+
+  size_t used() const noexcept { return used_; }
+
+  Status check(const char* verb) const noexcept {
+    if (reinterpret_cast<uintptr_t>(base_) % 64 != 0)
+      return Status::error(Code::invalid_argument, "%s: workspace expected aligned to 64 bytes, got address %p", verb,
+                           static_cast<void*>(base_));
+    if (used_ > capacity_)
+      return Status::error(Code::invalid_argument, "%s: workspace expected at least %zu bytes, got %zu", verb, used_,
+                           capacity_);
+    return {};
+  }
+
+ private:
+  static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
+  std::byte* base_ = nullptr;
+  size_t used_ = 0, capacity_ = 0;
+};
+
+}  // namespace hisac

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keys and values of one user and head are packed once and serve all its candidates, 64 at a time; the logits of a block
+// stay in cache. The backward runs a user's head whole, in the candidates' order, so its sums need no atomics.
+#include "hisac/attend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "checks.h"
+#include "cpu/pack.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace hisac {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr int64_t kSpan = 512;  // candidates of one unit of the forward
+
+int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
+
+struct Shape {
+  int64_t users, tokens, heads, width, value_width;
+  explicit Shape(const AttendInputs& in) noexcept
+      : users(in.candidates.users), tokens(in.agents), heads(in.heads), width(in.q.width), value_width(in.values.width) {}
+};
+
+/// One user's head, packed.
+struct Head {
+  float *keys = nullptr, *values = nullptr;                // [M, d], [M, V]
+  float *packed_keys = nullptr, *packed_values = nullptr;  // for q . k [d, M] and w values [M, V]
+  float* bias = nullptr;                                   // [pad(M)] base 2; -inf: absent
+
+  void carve(Arena& arena, const Shape& s) noexcept {
+    keys = arena.take<float>(s.tokens * s.width);
+    values = arena.take<float>(s.tokens * s.value_width);
+    packed_keys = arena.take<float>(cpu::packed_size(s.width, s.tokens));
+    packed_values = arena.take<float>(cpu::packed_size(s.tokens, s.value_width));
+    bias = arena.take<float>(cpu::pad(s.tokens));
+  }
+
+  void load(const AttendInputs& in, const Shape& s, int64_t b, int64_t h) noexcept {
+    const cpu::Kernels& k = cpu::kernels();
+    const auto at = [&](const Rows& rows, int64_t m) {
+      return static_cast<const std::byte*>(rows.data) +
+             ((b * s.tokens + m) * s.heads + h) * rows.width * bytes_of(rows.dtype);
+    };
+    std::fill(bias, bias + cpu::pad(s.tokens), -INFINITY);
+    for (int64_t m = 0; m < s.tokens; ++m) {
+      k.load_row(at(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
+      k.load_row(at(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
+      const float x = in.bias ? in.bias.data[b * s.tokens + m] : 0.f;
+      if (std::isfinite(x)) {
+        bias[m] = x * kLog2e;
+      } else {  // absent: whatever it holds must not meet a zero weight
+        std::fill(keys + m * s.width, keys + (m + 1) * s.width, 0.f);
+        std::fill(values + m * s.value_width, values + (m + 1) * s.value_width, 0.f);
+      }
+    }
+    cpu::pack_columns(s.width, s.tokens, keys, s.width, packed_keys);
+    cpu::pack_rows(s.tokens, s.value_width, values, s.value_width, packed_values);
+  }
+};
+
+/// n candidates of one head, [n, stride] with zero padding; returns nothing but the rows.
+void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  for (int i = 0; i < n; ++i)
+    k.load_row(static_cast<const std::byte*>(rows.data) + ((first + i) * s.heads + h) * rows.width * bytes_of(rows.dtype),
+               rows.dtype, rows.width, out + i * cpu::pad(rows.width));
+}
+
+// ---- forward
+
+struct ForwardWorker {
+  Head head;
+  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr;
+};
+
+struct Forward {
+  ForwardWorker* worker = nullptr;
+  int64_t* unit = nullptr;  // [B + 1] units before a user
+
+  void carve(Arena& arena, const Shape& s, int workers) noexcept {
+    unit = arena.take<int64_t>(s.users + 1);
+    worker = arena.take<ForwardWorker>(workers);
+    for (int w = 0; w < workers; ++w) {
+      ForwardWorker one;
+      one.head.carve(arena, s);
+      one.q = arena.take<float>(cpu::kBlock * cpu::pad(s.width));
+      one.z = arena.take<float>(cpu::kBlock * cpu::pad(s.tokens));
+      one.lse = arena.take<float>(cpu::kBlock);
+      one.out = arena.take<float>(cpu::kBlock * cpu::pad(s.value_width));
+      if (worker) worker[w] = one;
+    }
+  }
+};
+
+void attend_span(const AttendInputs& in, const Shape& s, const Attended& out, int64_t first, int64_t last, int64_t h,
+                 ForwardWorker& w) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t ldq = cpu::pad(s.width), ldz = cpu::pad(s.tokens), ldv = cpu::pad(s.value_width);
+  const int64_t bytes = bytes_of(out.out.dtype);
+  for (int64_t i = first; i < last; i += cpu::kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(cpu::kBlock, last - i));
+    load_candidates(in.q, s, i, n, h, w.q);
+    k.matmul(n, s.width, s.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
+    k.row_softmax(n, s.tokens, w.z, ldz, in.scale * kLog2e, w.head.bias, w.lse);
+    k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv);
+    for (int j = 0; j < n; ++j) {
+      const int64_t row = (i + j) * s.heads + h;
+      k.store_row(static_cast<std::byte*>(out.out.data) + row * s.value_width * bytes, out.out.dtype, s.value_width,
+                  w.out + j * ldv, 1.f);
+      out.lse.data[row] = w.lse[j] * kLn2;
+    }
+  }
+}
+
+// ---- backward
+
+/// Sums over a range of one head's candidates.
+struct State {
+  float *keys = nullptr, *values = nullptr, *bias = nullptr;  // [pad(M), pad(d)], [pad(M), pad(V)], [pad(M)]
+};
+
+struct BackwardWorker {
+  Head head;
+  float *packed_rows = nullptr, *packed_columns = nullptr;  // keys [M, d] for dq, values [V, M] for d_out . values
+  float *q = nullptr, *d_out = nullptr, *out = nullptr, *z = nullptr, *g = nullptr, *dq = nullptr;
+  float *lse = nullptr, *offset = nullptr;
+  State* stack = nullptr;
+};
+
+class Backward {
+ public:
+  Backward(const AttendInputs& in, const AttendForward* forward, const AttendGradients* out, int workers) noexcept
+      : in_(in), s_(in), forward_(forward), out_(out), k_(cpu::kernels()), workers_(workers) {}
+
+  void carve(Arena& arena) noexcept {
+    head_bias_ = arena.take<float>(s_.users * s_.heads * s_.tokens);
+    worker_ = arena.take<BackwardWorker>(workers_);
+    const int64_t block = cpu::kBlock;
+    for (int w = 0; w < workers_; ++w) {
+      BackwardWorker one;
+      one.head.carve(arena, s_);
+      one.packed_rows = arena.take<float>(cpu::packed_size(s_.tokens, s_.width));
+      one.packed_columns = arena.take<float>(cpu::packed_size(s_.value_width, s_.tokens));
+      for (float** a : {&one.q, &one.dq}) *a = arena.take<float>(block * cpu::pad(s_.width));
+      for (float** a : {&one.d_out, &one.out}) *a = arena.take<float>(block * cpu::pad(s_.value_width));
+      for (float** a : {&one.z, &one.g}) *a = arena.take<float>(block * cpu::pad(s_.tokens));
+      for (float** a : {&one.lse, &one.offset}) *a = arena.take<float>(block);
+      const int depth = fold_depth(tiles_of(in_.q.rows / std::max<int64_t>(1, s_.heads)));
+      one.stack = arena.take<State>(depth);
+      for (int d = 0; d < depth; ++d) {
+        State state;
+        state.keys = arena.take<float>(cpu::pad(s_.tokens) * cpu::pad(s_.width));
+        state.values = arena.take<float>(cpu::pad(s_.tokens) * cpu::pad(s_.value_width));
+        state.bias = arena.take<float>(cpu::pad(s_.tokens));
+        if (one.stack) one.stack[d] = state;
+      }
+      if (worker_) worker_[w] = one;
+    }
+  }
+
+  void run(const Context& context) noexcept {
+    std::memset(out_->q.data, 0, sizeof(float) * static_cast<size_t>(in_.q.rows * s_.width));
+    for (int w = 0; w < workers_; ++w) {
+      std::fill(worker_[w].q, worker_[w].q + cpu::kBlock * cpu::pad(s_.width), 0.f);
+      std::fill(worker_[w].d_out, worker_[w].d_out + cpu::kBlock * cpu::pad(s_.value_width), 0.f);
+    }
+    parallel_for(context, s_.users * s_.heads, [&](int64_t begin, int64_t end, int w) {
+      for (int64_t u = begin; u < end; ++u) head(u / s_.heads, u % s_.heads, worker_[w]);
+    });
+    for (int64_t b = 0; out_->bias && b < s_.users; ++b)
+      for (int64_t m = 0; m < s_.tokens; ++m) {
+        float total = 0;
+        for (int64_t h = 0; h < s_.heads; ++h) total += head_bias_[(b * s_.heads + h) * s_.tokens + m];
+        out_->bias.data[b * s_.tokens + m] = total;
+      }
+  }
+
+ private:
+  void head(int64_t b, int64_t h, BackwardWorker& w) noexcept {
+    w.head.load(in_, s_, b, h);
+    cpu::pack_rows(s_.tokens, s_.width, w.head.keys, s_.width, w.packed_rows);
+    cpu::pack_columns(s_.value_width, s_.tokens, w.head.values, s_.value_width, w.packed_columns);
+    const int64_t start = in_.candidates.start(b), count = in_.candidates.end(b) - start;
+    reset(w.stack[0]);
+    fold(
+        0, tiles_of(count), w.stack,
+        [&](int64_t t, State& state) {
+          reset(state);
+          for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, count); i += cpu::kBlock)
+            block(start + i, static_cast<int>(std::min<int64_t>(cpu::kBlock, count - i)), h, w, state);
+        },
+        [&](State& into, const State& from) { merge(into, from); });
+    const State& s = w.stack[0];
+    for (int64_t m = 0; m < s_.tokens; ++m) {
+      const int64_t row = (b * s_.tokens + m) * s_.heads + h;
+      k_.store_row(out_->keys.data + row * s_.width, DType::float32, s_.width, s.keys + m * cpu::pad(s_.width), in_.scale);
+      k_.store_row(out_->values.data + row * s_.value_width, DType::float32, s_.value_width,
+                   s.values + m * cpu::pad(s_.value_width), 1.f);
+      head_bias_[(b * s_.heads + h) * s_.tokens + m] = s.bias[m];
+    }
+  }
+
+  void block(int64_t first, int n, int64_t h, BackwardWorker& w, State& state) noexcept {
+    const int64_t ldq = cpu::pad(s_.width), ldz = cpu::pad(s_.tokens), ldv = cpu::pad(s_.value_width);
+    load_candidates(in_.q, s_, first, n, h, w.q);
+    load_candidates(forward_->d_out, s_, first, n, h, w.d_out);
+    load_candidates(forward_->out, s_, first, n, h, w.out);
+    for (int i = 0; i < n; ++i) {
+      const int64_t row = (first + i) * s_.heads + h;
+      const float lse = forward_->lse.data[row];
+      double dot = 0;
+      for (int64_t c = 0; c < s_.value_width; ++c) dot += double(w.d_out[i * ldv + c]) * w.out[i * ldv + c];
+      w.lse[i] = lse * kLog2e;
+      w.offset[i] = lse == -INFINITY ? 0.f : static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
+    }
+    k_.matmul(n, s_.width, s_.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
+    k_.row_weights(n, s_.tokens, w.z, ldz, in_.scale * kLog2e, w.head.bias, w.lse);
+    k_.matmul(n, s_.value_width, s_.tokens, w.d_out, ldv, w.packed_columns, w.g, ldz);
+    k_.attend_gradient(n, s_.tokens, w.z, w.g, ldz, w.offset, state.bias);
+    k_.matmul(n, s_.tokens, s_.width, w.g, ldz, w.packed_rows, w.dq, ldq);
+    for (int i = 0; i < n; ++i)
+      k_.store_row(out_->q.data + ((first + i) * s_.heads + h) * s_.width, DType::float32, s_.width, w.dq + i * ldq, in_.scale);
+    k_.accumulate(n, s_.tokens, s_.width, w.g, ldz, w.q, ldq, state.keys, ldq);
+    k_.accumulate(n, s_.tokens, s_.value_width, w.z, ldz, w.d_out, ldv, state.values, ldv);
+  }
+
+  int64_t key_floats() const noexcept { return cpu::pad(s_.tokens) * cpu::pad(s_.width); }
+  int64_t value_floats() const noexcept { return cpu::pad(s_.tokens) * cpu::pad(s_.value_width); }
+
+  void reset(State& s) const noexcept {
+    std::fill(s.keys, s.keys + key_floats(), 0.f);
+    std::fill(s.values, s.values + value_floats(), 0.f);
+    std::fill(s.bias, s.bias + cpu::pad(s_.tokens), 0.f);
+  }
+
+  void merge(State& into, const State& from) const noexcept {
+    k_.add_row(key_floats(), from.keys, 1.f, into.keys);
+    k_.add_row(value_floats(), from.values, 1.f, into.values);
+    k_.add_row(cpu::pad(s_.tokens), from.bias, 1.f, into.bias);
+  }
+
+  const AttendInputs& in_;
+  Shape s_;
+  const AttendForward* forward_;
+  const AttendGradients* out_;
+  const cpu::Kernels& k_;
+  int workers_;
+  float* head_bias_ = nullptr;
+  BackwardWorker* worker_ = nullptr;
+};
+
+Status check(const char* verb, const AttendInputs& in) noexcept {
+  const Shape s(in);
+  HISAC_TRY(check_float(verb, "q", in.q.dtype));
+  if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
+    return Status::error(Code::wrong_type, "%s: keys and values expected q's type", verb);
+  if (s.heads < 1 || s.tokens < 0 || s.width < 1 || s.value_width < 1 || in.q.rows % s.heads != 0)
+    return Status::error(Code::invalid_argument, "%s: q expected [N, H, d] with H and d of at least 1", verb);
+  const int64_t rows = s.users * s.tokens * s.heads;
+  if (in.keys.rows != rows || in.values.rows != rows || in.keys.width != s.width)
+    return Status::error(Code::invalid_argument,
+                         "%s: expected keys [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
+                         "] and values with the same first three, by candidate_offsets and q",
+                         verb, s.users, s.tokens, s.heads, s.width);
+  if (in.bias && (in.bias.shape[0] != s.users || in.bias.shape[1] != s.tokens))
+    return Status::error(Code::invalid_argument,
+                         "%s: bias expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64 "]", verb, s.users,
+                         s.tokens, in.bias.shape[0], in.bias.shape[1]);
+  if (!(std::fabs(in.scale) < INFINITY))
+    return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
+  HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / s.heads));
+  for (int64_t b = 1; b < s.users; ++b)
+    if (in.candidates.start(b) < in.candidates.end(b - 1))
+      return Status::error(Code::invalid_argument, "%s: candidate_offsets expected in order, got a step back at user %" PRId64,
+                           verb, b);
+  return {};
+}
+
+}  // namespace
+
+size_t attend_workspace(const AttendInputs& inputs, int workers) noexcept {
+  Arena arena;
+  Forward().carve(arena, Shape(inputs), workers);
+  return arena.used();
+}
+
+Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept {
+  HISAC_TRY(check("attend", inputs));
+  const Shape s(inputs);
+  const int64_t n = inputs.q.rows / s.heads;
+  if (out.out.rows != inputs.q.rows || out.out.width != s.value_width || out.out.dtype != inputs.q.dtype ||
+      out.lse.shape[0] != n || out.lse.shape[1] != s.heads)
+    return Status::error(Code::invalid_argument,
+                         "attend: out expected [%" PRId64 ", %" PRId64 ", %" PRId64 "] of q's type and lse [%" PRId64
+                         ", %" PRId64 "]",
+                         n, s.heads, s.value_width, n, s.heads);
+  Arena arena(context.workspace);
+  Forward forward;
+  forward.carve(arena, s, workers_of(context));
+  HISAC_TRY(arena.check("attend"));
+  std::memset(out.out.data, 0, static_cast<size_t>(out.out.rows * s.value_width * bytes_of(out.out.dtype)));
+  std::fill(out.lse.data, out.lse.data + n * s.heads, -INFINITY);
+  forward.unit[0] = 0;
+  for (int64_t b = 0; b < s.users; ++b)
+    forward.unit[b + 1] = forward.unit[b] + (inputs.candidates.end(b) - inputs.candidates.start(b) + kSpan - 1) / kSpan * s.heads;
+  parallel_for(context, forward.unit[s.users], [&](int64_t begin, int64_t end, int worker) {
+    ForwardWorker& w = forward.worker[worker];
+    int64_t loaded = -1;
+    for (int64_t u = begin; u < end; ++u) {  // spans of one head follow one another
+      const int64_t b = std::upper_bound(forward.unit, forward.unit + s.users + 1, u) - forward.unit - 1;
+      const int64_t spans = (forward.unit[b + 1] - forward.unit[b]) / s.heads;
+      const int64_t h = (u - forward.unit[b]) / spans, span = (u - forward.unit[b]) % spans;
+      if (loaded != b * s.heads + h) w.head.load(inputs, s, b, h);
+      loaded = b * s.heads + h;
+      const int64_t first = inputs.candidates.start(b) + span * kSpan;
+      attend_span(inputs, s, out, first, std::min(first + kSpan, inputs.candidates.end(b)), h, w);
+    }
+  });
+  return {};
+}
+
+size_t attend_backward_workspace(const AttendInputs& inputs, int workers) noexcept {
+  Arena arena;
+  Backward(inputs, nullptr, nullptr, workers).carve(arena);
+  return arena.used();
+}
+
+Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
+                       const AttendGradients& out) noexcept {
+  HISAC_TRY(check("attend_backward", inputs));
+  const Shape s(inputs);
+  const int64_t n = inputs.q.rows / s.heads;
+  const auto like = [&](const Rows& rows) {
+    return rows.rows == inputs.q.rows && rows.width == s.value_width && check_float("", "", rows.dtype).ok();
+  };
+  if (!like(forward.d_out) || !like(forward.out) || forward.lse.shape[0] != n || forward.lse.shape[1] != s.heads ||
+      (forward.d_lse && (forward.d_lse.shape[0] != n || forward.d_lse.shape[1] != s.heads)))
+    return Status::error(Code::invalid_argument,
+                         "attend_backward: expected out and d_out [%" PRId64 ", %" PRId64 ", %" PRId64
+                         "], lse and d_lse [%" PRId64 ", %" PRId64 "]",
+                         n, s.heads, s.value_width, n, s.heads);
+  const auto is = [&](const Array<float, 4>& a, int64_t width) {
+    return a.shape[0] == s.users && a.shape[1] == s.tokens && a.shape[2] == s.heads && a.shape[3] == width;
+  };
+  const bool fits = out.q.shape[0] == n && out.q.shape[1] == s.heads && out.q.shape[2] == s.width &&
+                    is(out.keys, s.width) && is(out.values, s.value_width) &&
+                    (!out.bias || (inputs.bias && out.bias.shape[0] == s.users && out.bias.shape[1] == s.tokens));
+  if (!fits)
+    return Status::error(Code::invalid_argument, "attend_backward: gradients expected the shapes of their arguments");
+  Backward backward(inputs, &forward, &out, workers_of(context));
+  Arena arena(context.workspace);
+  backward.carve(arena);
+  HISAC_TRY(arena.check("attend_backward"));
+  backward.run(context);
+  return {};
+}
+
+}  // namespace hisac

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks that several verbs share; each message says what was expected and what came.
+#pragma once
+#include <cinttypes>
+
+#include "hisac/array.h"
+#include "hisac/codebook.h"
+#include "hisac/status.h"
+
+namespace hisac {
+
+#define HISAC_TRY(expression)                            \
+  do {                                                   \
+    if (Status s_ = (expression); !s_.ok()) return s_;   \
+  } while (0)
+
+/// Every [start, end) inside [0, rows), in order.
+inline Status check_histories(const char* verb, const Histories& h, int64_t rows) noexcept {
+  if (h.users < 0 || (h.users > 0 && (!h.starts || !h.ends)))
+    return Status::error(Code::invalid_argument, "%s: offsets expected for %" PRId64 " users, got none", verb, h.users);
+  if (h.dtype != DType::int32 && h.dtype != DType::int64)
+    return Status::error(Code::wrong_type, "%s: offsets expected int32 or int64", verb);
+  for (int64_t b = 0; b < h.users; ++b)
+    if (h.start(b) < 0 || h.end(b) < h.start(b) || h.end(b) > rows)
+      return Status::error(Code::invalid_argument,
+                           "%s: offsets expected 0 <= start <= end <= %" PRId64 " for every user, got [%" PRId64
+                           ", %" PRId64 ") for user %" PRId64,
+                           verb, rows, h.start(b), h.end(b), b);
+  return {};
+}
+
+inline Status check_float(const char* verb, const char* name, DType type) noexcept {
+  if (type == DType::float32 || type == DType::bfloat16 || type == DType::float16) return {};
+  return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16 or float16", verb, name);
+}
+
+inline Status check_book(const char* verb, const Codebook* book) noexcept {
+  if (book && !book->empty()) return {};
+  return Status::error(Code::invalid_argument, "%s: codebook expected, got an empty one", verb);
+}
+
+/// codes [rows, L] of this book.
+inline Status check_codes(const char* verb, const Codebook& book, const int64_t* shape, int64_t rows) noexcept {
+  if (shape[0] == rows && shape[1] == book.levels()) return {};
+  return Status::error(Code::invalid_argument, "%s: codes expected [%" PRId64 ", %d], got [%" PRId64 ", %" PRId64 "]",
+                       verb, rows, book.levels(), shape[0], shape[1]);
+}
+
+inline Status check_length(const char* verb, const char* name, int64_t expected, int64_t got) noexcept {
+  if (expected == got) return {};
+  return Status::error(Code::invalid_argument, "%s: %s expected [%" PRId64 "], got [%" PRId64 "]", verb, name, expected,
+                       got);
+}
+
+inline int64_t longest_of(const Histories& h) noexcept {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < h.users; ++b)
+    if (h.end(b) - h.start(b) > longest) longest = h.end(b) - h.start(b);
+  return longest;
+}
+
+}  // namespace hisac

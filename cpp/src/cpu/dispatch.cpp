@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which inner loops this process runs: the best the processor has, or what HISAC_ISA names.
+#include <cstdlib>
+#include <cstring>
+
+#include "hisac/hisac.h"
+#include "kernels.h"
+
+namespace hisac {
+namespace cpu {
+namespace {
+
+constexpr int kMost = 3;
+
+int supported(const Kernels** out) noexcept {
+  int n = 0;
+  out[n++] = &kBaseline;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    out[n++] = &kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      out[n++] = &kAvx512;
+  }
+#endif
+  return n;
+}
+
+const Kernels* choose() noexcept {
+  const Kernels* have[kMost];
+  const int n = supported(have);
+  if (const char* wanted = std::getenv("HISAC_ISA"))
+    for (int i = 0; i < n; ++i)
+      if (std::strcmp(have[i]->name, wanted) == 0) return have[i];
+  return have[n - 1];
+}
+
+}  // namespace
+
+const Kernels& kernels() noexcept {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace cpu
+
+const char* active_isa() noexcept { return cpu::kernels().name; }
+
+const char* available_isas() noexcept {
+  static const struct Names {
+    char text[64];
+    Names() noexcept {
+      const cpu::Kernels* have[cpu::kMost];
+      text[0] = 0;
+      for (int i = 0, n = cpu::supported(have); i < n; ++i) {
+        if (i) std::strcat(text, " ");
+        std::strcat(text, have[i]->name);
+      }
+    }
+  } names;
+  return names.text;
+}
+
+}  // namespace hisac

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks of 64 rows go through all levels while their residuals stay in cache: x is read once, codes are written once.
+#include "hisac/encode.h"
+
+#include <cmath>
+
+#include "checks.h"
+#include "codebook_body.h"
+#include "parallel.h"
+
+namespace hisac {
+namespace {
+
+int64_t largest_size(const Codebook& book) noexcept {
+  int64_t largest = 0;
+  for (int l = 0; l < book.levels(); ++l) largest = book.size(l) > largest ? book.size(l) : largest;
+  return largest;
+}
+
+NearestScratch worker_scratch(Array<std::byte, 1> workspace, const Codebook& book, int worker) noexcept {
+  Arena arena(workspace);
+  NearestScratch scratch;
+  for (int w = 0; w <= worker; ++w) scratch.carve(arena, book.width(), largest_size(book));
+  return scratch;
+}
+
+bool finite_row(const float* x, int64_t width) noexcept {
+  for (int64_t d = 0; d < width; ++d)
+    if (!std::isfinite(x[d])) return false;
+  return true;
+}
+
+void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScratch& s, int32_t* codes) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t width = book.width(), bytes = x.dtype == DType::float32 ? 4 : 2;
+  const int levels = book.levels();
+  bool ok[cpu::kBlock];
+  for (int i = 0; i < n; ++i) {
+    float* const r = s.r + i * width;
+    s.squares[i] = k.load_row(static_cast<const std::byte*>(x.data) + (begin + i) * width * bytes, x.dtype, width, r);
+    ok[i] = std::isfinite(s.squares[i]) || finite_row(r, width);  // a finite row's squares may overflow
+    if (!ok[i])
+      for (int64_t d = 0; d < width; ++d) r[d] = 0;
+  }
+  for (int l = 0; l < levels; ++l) {
+    const Level& level = book.body().level[l];
+    nearest(level, n, s, codes + l, levels);
+    if (l + 1 == levels) break;
+    for (int i = 0; i < n; ++i) {
+      float* const r = s.r + i * width;
+      const float* const c = level.centers + codes[i * levels + l] * width;
+      for (int64_t d = 0; d < width; ++d) r[d] -= c[d];
+      s.squares[i] = k.load_row(r, DType::float32, width, r);
+    }
+  }
+  for (int i = 0; i < n; ++i)
+    for (int l = 0; l < levels && !ok[i]; ++l) codes[i * levels + l] = -1;
+}
+
+}  // namespace
+
+size_t encode_workspace(const Codebook& book, int workers) noexcept {
+  Arena arena;
+  NearestScratch scratch;
+  for (int w = 0; w < workers && !book.empty(); ++w) scratch.carve(arena, book.width(), largest_size(book));
+  return arena.used();
+}
+
+Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
+  HISAC_TRY(check_book("encode", &book));
+  HISAC_TRY(check_float("encode", "x", x.dtype));
+  if (x.width != book.width())
+    return Status::error(Code::invalid_argument,
+                         "encode: x is [%" PRId64 ", %" PRId64 "], the codebook has D = %" PRId64 ": D differs", x.rows,
+                         x.width, book.width());
+  HISAC_TRY(check_codes("encode", book, codes.shape, x.rows));
+  const int workers = workers_of(context);
+  Arena arena(context.workspace);
+  NearestScratch first;
+  for (int w = 0; w < workers; ++w) first.carve(arena, book.width(), largest_size(book));
+  HISAC_TRY(arena.check("encode"));
+  const int64_t rows = first.rows;
+  parallel_for(context, (x.rows + rows - 1) / rows, [&](int64_t begin, int64_t end, int worker) {
+    NearestScratch scratch = worker_scratch(context.workspace, book, worker);
+    for (int64_t i = begin * rows; i < end * rows && i < x.rows; i += rows)
+      encode_block(book, x, i, static_cast<int>(x.rows - i < rows ? x.rows - i : rows), scratch,
+                   codes.data + i * book.levels());
+  });
+  return {};
+}
+
+}  // namespace hisac

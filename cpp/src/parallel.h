@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Calls a lambda on ranges through the caller's executor, or serially.
+#pragma once
+#include "hisac/context.h"
+
+namespace hisac {
+
+/// work(begin, end, worker) on disjoint ranges that cover [0, n).
+template <class Work>
+void parallel_for(const Context& context, int64_t n, Work work) {
+  if (n <= 0) return;
+  if (workers_of(context) == 1 || n == 1) return work(int64_t{0}, n, 0);
+  context.executor->parallel_for(
+      context.executor->ctx, n,
+      [](void* arg, int64_t begin, int64_t end, int worker) { (*static_cast<Work*>(arg))(begin, end, worker); }, &work);
+}
+
+}  // namespace hisac

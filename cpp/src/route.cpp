@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward: for blocks of 64 rows, products with the packed prototypes, logits, one step of the online softmax over rows,
+// and the weights times v, all in cache; reads x and v once. In agents mode the logits first lose their log-sum-exp over
+// agents; from there on both readings of the paper are one softmax over rows, so far agents keep exact tokens too.
+#include "hisac/route.h"
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "checks.h"
+#include "parallel.h"
+#include "route_rows.h"
+#include "tiles.h"
+
+namespace hisac {
+namespace {
+
+/// Running sums of a range of rows: per agent (max, denominator, numerator), and the absent rows' sum.
+struct State {
+  float* top = nullptr;   // [pad(M)] base 2
+  float* mass = nullptr;  // [pad(M)]
+  float* sum = nullptr;   // [pad(M), ld]
+  Absent absent;
+};
+
+struct Worker {
+  AgentPanel panel;
+  Block block;
+  Leaves leaves;
+  Absent leaf_absent;
+  float *z = nullptr, *lse = nullptr, *shift = nullptr, *factor = nullptr;
+  State* stack = nullptr;
+};
+
+class Router {
+ public:
+  Router(const Context& context, const RouteParams& params, const RouteInputs& in, const Tokens* out, int64_t longest,
+         int workers) noexcept
+      : context_(context),
+        params_(params),
+        in_(in),
+        out_(out),
+        loader_(params, in),
+        k_(cpu::kernels()),
+        agents_(in.prototypes.shape[1]),
+        width_(in.prototypes.shape[2]),
+        value_width_(in.v.width),
+        longest_(longest),
+        ld_(cpu::pad(params.refine ? std::max(width_, value_width_) : value_width_)),
+        workers_(workers) {}
+
+  void carve(Arena& arena) noexcept {
+    units_.carve(arena, in_.histories.users);
+    slots_ = carve_states(arena, Units::most_slots(workers_));
+    worker_ = arena.take<Worker>(workers_);
+    for (int w = 0; w < workers_; ++w) {
+      Worker one;
+      one.panel.carve(arena, agents_, width_);
+      one.block.carve(arena, width_, value_width_);
+      if (params_.method == Method::leaf) {
+        one.leaves.carve(arena, longest_, width_, value_width_);
+        if (params_.missing == Missing::token) one.leaf_absent.sum = arena.take<float>(cpu::pad(value_width_));
+      }
+      one.z = arena.take<float>(cpu::kBlock * cpu::pad(agents_));
+      one.lse = arena.take<float>(cpu::kBlock);
+      one.shift = arena.take<float>(cpu::kBlock);
+      one.factor = arena.take<float>(cpu::pad(agents_));
+      one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
+      if (worker_) worker_[w] = one;
+    }
+  }
+
+  void run() noexcept {
+    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
+    units_.plan(in_.histories, nullptr, in_.histories.users, workers_, params_.method == Method::leaf);
+    prototypes_ = in_.prototypes.data;
+    if (params_.refine) {
+      std::memcpy(out_->refined.data, prototypes_,
+                  sizeof(float) * static_cast<size_t>(in_.histories.users * agents_ * width_));
+      prototypes_ = out_->refined.data;
+    }
+    for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
+  }
+
+ private:
+  State* carve_states(Arena& arena, int64_t n) noexcept {
+    State* const states = arena.take<State>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      State s;
+      s.top = arena.take<float>(cpu::pad(agents_));
+      s.mass = arena.take<float>(cpu::pad(agents_));
+      s.sum = arena.take<float>(cpu::pad(agents_) * ld_);
+      if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(cpu::pad(value_width_));
+      if (states) states[i] = s;
+    }
+    return states;
+  }
+
+  /// One reading of every history; `refining`: the values are x, and the results new prototypes.
+  void pass(bool refining) noexcept {
+    parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
+      for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), refining, worker_[w]);
+    });
+    parallel_for(context_, units_.users(), [&](int64_t begin, int64_t end, int w) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;
+        if (shared == 0) continue;
+        load_agents(units_.user(i), worker_[w]);
+        fold_all(shared, slots_ + first, [&](State& into, const State& from) { merge(into, from, worker_[w].panel.m); });
+        finish(units_.user(i), slots_[first], refining, worker_[w].panel);
+      }
+    });
+  }
+
+  void load_agents(int64_t b, Worker& w) const noexcept {
+    w.panel.load(params_, prototypes_ + b * agents_ * width_, agents_, width_, count_of(in_, b));
+  }
+
+  void unit(const Unit& unit, bool refining, Worker& w) noexcept {
+    const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
+    const bool leaf = params_.method == Method::leaf;
+    load_agents(unit.user, w);
+    if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
+    reset(w.stack[0]);
+    if (leaf) {
+      clear(w.leaf_absent);
+      loader_.find_leaves(start, end, w.leaves, &w.leaf_absent);
+    }
+    const int64_t items = leaf ? w.leaves.count : end - start;
+    fold(
+        leaf ? 0 : unit.first, leaf ? tiles_of(items) : unit.last, w.stack,
+        [&](int64_t t, State& state) {
+          reset(state);
+          for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, items); i += cpu::kBlock) {
+            const int64_t last = std::min({i + cpu::kBlock, (t + 1) * kTile, items});
+            if (leaf)
+              loader_.load_leaves(i, last, w.leaves, w.block);
+            else
+              loader_.load(start + i, start + last, w.block, &state.absent);
+            block(refining, w, state);
+          }
+        },
+        [&](State& into, const State& from) { merge(into, from, w.panel.m); });
+    if (leaf) merge_absent(w.stack[0].absent, w.leaf_absent);
+    if (unit.slot >= 0)
+      std::swap(w.stack[0], slots_[unit.slot]);
+    else
+      finish(unit.user, w.stack[0], refining, w.panel);
+  }
+
+  void block(bool refining, Worker& w, State& state) noexcept {
+    const int n = w.block.n;
+    const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
+    if (n == 0 || m == 0) return;
+    constexpr float kLog2e = 1.44269504088896341f;
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
+    k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
+    const bool shares = params_.normalize == Normalize::agents;
+    if (shares) k_.row_lse(n, m, w.z, ldz, w.lse);
+    for (int i = 0; i < n; ++i)
+      w.shift[i] = w.block.bias[i] * kLog2e - (shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
+    if (shares || in_.bias || params_.method == Method::leaf) k_.row_shift(n, m, w.z, ldz, w.shift);
+    if (k_.column_softmax(n, m, w.z, ldz, state.top, state.mass, w.factor)) {
+      for (int64_t a = 0; a < m; ++a)
+        if (w.factor[a] != 1.f)
+          for (int64_t d = 0; d < ld_; ++d) state.sum[a * ld_ + d] *= w.factor[a];
+    }
+    if (refining)
+      k_.accumulate(n, m, width_, w.z, ldz, w.block.x, ldx, state.sum, ld_);
+    else
+      k_.accumulate(n, m, value_width_, w.z, ldz, w.block.v, ldv, state.sum, ld_);
+  }
+
+  void clear(Absent& absent) const noexcept {
+    absent.count = 0;
+    if (absent.sum) std::fill(absent.sum, absent.sum + cpu::pad(value_width_), 0.f);
+  }
+
+  void reset(State& s) const noexcept {
+    std::fill(s.top, s.top + cpu::pad(agents_), -INFINITY);
+    std::fill(s.mass, s.mass + cpu::pad(agents_), 0.f);
+    std::fill(s.sum, s.sum + cpu::pad(agents_) * ld_, 0.f);
+    clear(s.absent);
+  }
+
+  void merge_absent(Absent& into, const Absent& from) const noexcept {
+    into.count += from.count;
+    for (int64_t d = 0; into.sum && d < value_width_; ++d) into.sum[d] += from.sum[d];
+  }
+
+  void merge(State& into, const State& from, int64_t m) const noexcept {
+    for (int64_t a = 0; a < m; ++a) {
+      const float top = std::max(into.top[a], from.top[a]);
+      if (top == -INFINITY) continue;
+      const float f = std::exp2(into.top[a] - top), g = std::exp2(from.top[a] - top);
+      into.top[a] = top;
+      into.mass[a] = into.mass[a] * f + from.mass[a] * g;
+      float* const x = into.sum + a * ld_;
+      const float* const y = from.sum + a * ld_;
+      for (int64_t d = 0; d < ld_; ++d) x[d] = x[d] * f + y[d] * g;
+    }
+    merge_absent(into.absent, from.absent);
+  }
+
+  void finish(int64_t b, const State& s, bool refining, const AgentPanel& panel) const noexcept {
+    const int64_t extra = params_.missing == Missing::token, rows = agents_ + extra;
+    const int64_t bytes = value_width_ * (in_.v.dtype == DType::float32 ? 4 : 2);
+    std::byte* const tokens = static_cast<std::byte*>(out_->tokens.data) + b * rows * bytes;
+    float* const lse = out_->lse.data + b * rows;
+    if (!refining) {
+      std::memset(tokens, 0, static_cast<size_t>(rows * bytes));
+      std::fill(lse, lse + rows, -INFINITY);
+    }
+    for (int64_t j = 0; j < panel.m; ++j) {
+      const int64_t a = panel.index[j];
+      if (s.top[j] == -INFINITY) continue;
+      const float inverse = 1.f / s.mass[j];
+      if (refining) {
+        k_.store_row(out_->refined.data + (b * agents_ + a) * width_, DType::float32, width_, s.sum + j * ld_, inverse);
+      } else {
+        k_.store_row(tokens + a * bytes, in_.v.dtype, value_width_, s.sum + j * ld_, inverse);
+        lse[a] = static_cast<float>((double(s.top[j]) + std::log2(double(s.mass[j]))) * 0.69314718055994531);
+      }
+    }
+    if (!refining && s.absent.count > 0) {
+      k_.store_row(tokens + agents_ * bytes, in_.v.dtype, value_width_, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
+      lse[agents_] = static_cast<float>(std::log(static_cast<double>(s.absent.count)));
+    }
+  }
+
+  const Context& context_;
+  const RouteParams& params_;
+  const RouteInputs& in_;
+  const Tokens* out_;
+  RowLoader loader_;
+  const cpu::Kernels& k_;
+  int64_t agents_, width_, value_width_, longest_, ld_;
+  int workers_;
+  const float* prototypes_ = nullptr;
+  Units units_;
+  State* slots_ = nullptr;
+  Worker* worker_ = nullptr;
+};
+
+Status check_tokens(const RouteParams& params, const RouteInputs& in, const Tokens& out) noexcept {
+  const int64_t users = in.histories.users, m = in.prototypes.shape[1] + (params.missing == Missing::token);
+  if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
+      out.lse.shape[0] != users || out.lse.shape[1] != m)
+    return Status::error(Code::invalid_argument,
+                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64 "] of v's type and lse [%" PRId64
+                         ", %" PRId64 "]",
+                         users, m, in.v.width, users, m);
+  const int64_t* const r = out.refined.shape;
+  if (params.refine && (r[0] != users || r[1] != in.prototypes.shape[1] || r[2] != in.prototypes.shape[2]))
+    return Status::error(Code::invalid_argument,
+                         "route: refined expected [%" PRId64 ", %" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
+                         ", %" PRId64 "]",
+                         users, in.prototypes.shape[1], in.prototypes.shape[2], r[0], r[1], r[2]);
+  return {};
+}
+
+}  // namespace
+
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers) noexcept {
+  Arena arena;
+  Router(Context{}, params, inputs, nullptr, longest, workers).carve(arena);
+  return arena.used();
+}
+
+Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
+  HISAC_TRY(check_route("route", params, inputs));
+  HISAC_TRY(check_tokens(params, inputs, out));
+  Router router(context, params, inputs, &out, longest_of(inputs.histories), workers_of(context));
+  Arena arena(context.workspace);
+  router.carve(arena);
+  HISAC_TRY(arena.check("route"));
+  router.run();
+  return {};
+}
+
+}  // namespace hisac

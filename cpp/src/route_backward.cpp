@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward: recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size T x M is kept.
+// Gradients of rows (v, x, bias) are local to a block; those of agents (prototypes, temperature) are sums over rows, in
+// the tiles and tree of the forward. Histories that overlap take turns (Waves): no atomics, the same bits every time.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "checks.h"
+#include "cpu/pack.h"
+#include "hisac/route.h"
+#include "parallel.h"
+#include "route_rows.h"
+#include "tiles.h"
+
+namespace hisac {
+namespace {
+
+/// Sums over a range of rows, by present agent.
+struct State {
+  float* raw = nullptr;    // [pad(M)] dlogit times logit, for the temperature
+  float* total = nullptr;  // [pad(M)] distance gradients
+  float* sum = nullptr;    // [pad(M), pad(D)] distance gradients times x
+};
+
+struct Worker {
+  AgentPanel panel;
+  Block block;
+  Leaves leaves;
+  float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
+  float *lse = nullptr, *offset = nullptr, *rate = nullptr;  // [pad(M)]
+  float *d_tokens = nullptr, *token = nullptr;               // [M, V], [V]
+  float *packed_d_tokens = nullptr;                          // [V, M]
+  float *packed_rows = nullptr;                              // [M, V], for dv
+  float *packed_prototypes = nullptr;                        // [M, D], for dx
+  float *out = nullptr;                                      // [kBlock, pad(max(V, D))]
+  State* stack = nullptr;
+};
+
+class Backward {
+ public:
+  Backward(const Context& context, const RouteParams& params, const RouteInputs& in, const RouteForward* forward,
+           const RouteGradients& out, int64_t longest, int workers) noexcept
+      : context_(context),
+        params_(params),
+        in_(in),
+        forward_(forward),
+        out_(out),
+        loader_(params, in),
+        k_(cpu::kernels()),
+        agents_(in.prototypes.shape[1]),
+        width_(in.prototypes.shape[2]),
+        value_width_(in.v.width),
+        longest_(longest),
+        workers_(workers),
+        sums_(out.temperature || out.prototypes) {}
+
+  void carve(Arena& arena) noexcept {
+    waves_.carve(arena, in_.histories.users);
+    units_.carve(arena, in_.histories.users);
+    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users * agents_ : 0);
+    slots_ = carve_states(arena, Units::most_slots(workers_));
+    worker_ = arena.take<Worker>(workers_);
+    const int64_t columns = cpu::pad(agents_), block = cpu::kBlock;
+    for (int w = 0; w < workers_; ++w) {
+      Worker one;
+      one.panel.carve(arena, agents_, width_);
+      one.block.carve(arena, width_, value_width_);
+      if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
+      one.z = arena.take<float>(block * columns);
+      one.g = arena.take<float>(block * columns);
+      for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
+      for (float** a : {&one.lse, &one.offset, &one.rate}) *a = arena.take<float>(columns);
+      one.d_tokens = arena.take<float>(agents_ * value_width_);
+      one.token = arena.take<float>(value_width_);
+      one.packed_d_tokens = arena.take<float>(cpu::packed_size(value_width_, agents_));
+      one.packed_rows = arena.take<float>(out_.v ? cpu::packed_size(agents_, value_width_) : 0);
+      one.packed_prototypes = arena.take<float>(out_.x ? cpu::packed_size(agents_, width_) : 0);
+      one.out = arena.take<float>(block * cpu::pad(std::max(width_, value_width_)));
+      one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
+      if (worker_) worker_[w] = one;
+    }
+  }
+
+  void run() noexcept {
+    const int64_t users = in_.histories.users;
+    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
+    zero(out_.v.data, in_.v.rows * value_width_);
+    zero(out_.x.data, in_.v.rows * width_);
+    zero(out_.bias.data, in_.v.rows);
+    zero(out_.prototypes.data, users * agents_ * width_);
+    if (out_.temperature) zero(user_temperature_, users * agents_);
+    waves_.plan(in_.histories);
+    for (int64_t wave = 0; wave < waves_.count(); ++wave) pass(wave);
+    if (out_.temperature) reduce_temperature();
+  }
+
+ private:
+  static void zero(float* p, int64_t n) noexcept {
+    if (p) std::memset(p, 0, sizeof(float) * static_cast<size_t>(n));
+  }
+
+  State* carve_states(Arena& arena, int64_t n) noexcept {
+    State* const states = arena.take<State>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      State s;
+      s.raw = arena.take<float>(cpu::pad(agents_));
+      s.total = arena.take<float>(cpu::pad(agents_));
+      s.sum = arena.take<float>(out_.prototypes ? cpu::pad(agents_) * cpu::pad(width_) : 0);
+      if (states) states[i] = s;
+    }
+    return states;
+  }
+
+  void pass(int64_t wave) noexcept {
+    units_.plan(in_.histories, waves_.users(wave), waves_.size(wave), workers_, params_.method == Method::leaf);
+    parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
+      for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), worker_[w]);
+    });
+    if (!sums_) return;
+    parallel_for(context_, units_.users(), [&](int64_t begin, int64_t end, int w) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;
+        if (shared == 0) continue;
+        const int64_t b = units_.user(i);
+        worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+        fold_all(shared, slots_ + first, [&](State& into, const State& from) { merge(into, from); });
+        finish(b, slots_[first], worker_[w].panel);
+      }
+    });
+  }
+
+  const float* prototypes(int64_t b) const noexcept { return in_.prototypes.data + b * agents_ * width_; }
+  int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
+
+  void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
+    const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+    k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
+  }
+
+  /// Everything of the user's agents that its rows need.
+  void load_agents(int64_t b, Worker& w) const noexcept {
+    constexpr float kLog2e = 1.44269504088896341f;
+    AgentPanel& p = w.panel;
+    p.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+    for (int64_t j = 0; j < cpu::pad(agents_); ++j) {
+      w.lse[j] = INFINITY;
+      w.offset[j] = w.rate[j] = 0;
+    }
+    for (int64_t j = 0; j < p.m; ++j) {
+      const int64_t a = p.index[j], row = b * token_rows() + a;
+      float* const d = w.d_tokens + j * value_width_;
+      const float lse = forward_->lse.data[row];
+      load_token(forward_->d_tokens, row, d);
+      load_token(forward_->tokens, row, w.token);
+      if (!(std::fabs(lse) < INFINITY)) continue;
+      double dot = 0;
+      for (int64_t c = 0; c < value_width_; ++c) dot += double(d[c]) * w.token[c];
+      w.lse[j] = lse * kLog2e;
+      w.offset[j] = static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
+      w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
+    }
+    cpu::pack_columns(value_width_, p.m, w.d_tokens, value_width_, w.packed_d_tokens);
+    if (out_.v) cpu::pack_rows(p.m, value_width_, w.d_tokens, value_width_, w.packed_rows);
+    if (out_.x) cpu::pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
+  }
+
+  void unit(const Unit& unit, Worker& w) noexcept {
+    const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
+    const bool leaf = params_.method == Method::leaf;
+    load_agents(unit.user, w);
+    if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
+    reset(w.stack[0]);
+    if (leaf) loader_.find_leaves(start, end, w.leaves, nullptr);
+    const int64_t items = leaf ? w.leaves.count : end - start;
+    fold(
+        leaf ? 0 : unit.first, leaf ? tiles_of(items) : unit.last, w.stack,
+        [&](int64_t t, State& state) {
+          reset(state);
+          for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, items); i += cpu::kBlock) {
+            const int64_t last = std::min({i + cpu::kBlock, (t + 1) * kTile, items});
+            if (leaf)
+              loader_.load_leaves(i, last, w.leaves, w.block);
+            else
+              loader_.load(start + i, start + last, w.block, nullptr);
+            block(w, state);
+          }
+        },
+        [&](State& into, const State& from) { merge(into, from); });
+    if (out_.v && params_.missing == Missing::token)
+      missing_rows(unit.user, start + unit.first * kTile, std::min(end, start + unit.last * kTile), w);
+    if (unit.slot >= 0)
+      std::swap(w.stack[0], slots_[unit.slot]);
+    else if (sums_)
+      finish(unit.user, w.stack[0], w.panel);
+  }
+
+  void block(Worker& w, State& state) noexcept {
+    const int n = w.block.n;
+    const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
+    if (n == 0 || m == 0) return;
+    constexpr float kLog2e = 1.44269504088896341f;
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
+    k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
+    const bool shares = params_.normalize == Normalize::agents;
+    if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
+    for (int i = 0; i < n; ++i) {
+      if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
+      w.shift[i] = w.block.bias[i] * kLog2e - (shares ? w.row_lse[i] : 0.f);
+    }
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
+    k_.route_gradient(n, m, w.z, w.g, ldz,
+                      {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw,
+                       state.total});
+    if (out_.v) {
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv);
+      for (int i = 0; i < n; ++i) add_v(w, i);
+    }
+    if (params_.method == Method::leaf) return;
+    if (out_.bias)
+      for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
+    if (out_.x) {
+      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx);
+      for (int i = 0; i < n; ++i) {
+        float* const dx = out_.x.data + w.block.row[i] * width_;
+        k_.add_row(width_, w.out + i * ldx, 1.f, dx);
+        k_.add_row(width_, w.block.x + i * ldx, -w.row_sum[i], dx);
+      }
+    }
+    if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, state.sum, ldx);
+  }
+
+  /// dv of row i of the block, or of the rows of its leaf by their shares.
+  void add_v(Worker& w, int i) noexcept {
+    const float* const dv = w.out + i * cpu::pad(value_width_);
+    if (params_.method == Method::exact) return k_.add_row(value_width_, dv, 1.f, out_.v.data + w.block.row[i] * value_width_);
+    const int64_t g = w.block.row[i];
+    for (int64_t e = w.leaves.begin[g]; e < w.leaves.begin[g + 1]; ++e)
+      k_.add_row(value_width_, dv, w.leaves.share[e], out_.v.data + w.leaves.entry[e].row * value_width_);
+  }
+
+  /// Absent rows share the gradient of their token.
+  void missing_rows(int64_t b, int64_t begin, int64_t end, Worker& w) noexcept {
+    const int64_t row = b * token_rows() + agents_;
+    const double count = std::exp(double(forward_->lse.data[row]));
+    if (!(count > 0) || !(count < 1e18)) return;
+    load_token(forward_->d_tokens, row, w.token);
+    for (int64_t i = begin; i < end; ++i)
+      if (loader_.absent_with_value(i, w.block, w.out))
+        k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
+  }
+
+  void reset(State& s) const noexcept {
+    zero(s.raw, cpu::pad(agents_));
+    zero(s.total, cpu::pad(agents_));
+    if (out_.prototypes) zero(s.sum, cpu::pad(agents_) * cpu::pad(width_));
+  }
+
+  void merge(State& into, const State& from) const noexcept {
+    for (int64_t j = 0; j < agents_; ++j) into.raw[j] += from.raw[j];
+    for (int64_t j = 0; j < agents_; ++j) into.total[j] += from.total[j];
+    for (int64_t j = 0; out_.prototypes && j < agents_ * cpu::pad(width_); ++j) into.sum[j] += from.sum[j];
+  }
+
+  void finish(int64_t b, const State& s, const AgentPanel& panel) const noexcept {
+    constexpr float kLn2 = 0.693147180559945309f;
+    for (int64_t j = 0; j < panel.m; ++j) {
+      const int64_t a = panel.index[j];
+      if (out_.temperature) user_temperature_[b * agents_ + a] = -kLn2 * s.raw[j] / temperature_of(params_, a);
+      if (!out_.prototypes) continue;
+      float* const dp = out_.prototypes.data + (b * agents_ + a) * width_;
+      k_.add_row(width_, s.sum + j * cpu::pad(width_), 1.f, dp);
+      k_.add_row(width_, panel.rows + j * width_, -s.total[j], dp);
+    }
+  }
+
+  void reduce_temperature() noexcept {
+    const int64_t entries = out_.temperature.shape[0], per_entry = entries == 1 ? agents_ : 1;
+    for (int64_t e = 0; e < entries; ++e) {
+      double total = 0;
+      for (int64_t b = 0; b < in_.histories.users; ++b)
+        for (int64_t j = 0; j < per_entry; ++j) total += user_temperature_[b * agents_ + e + j];
+      out_.temperature.data[e] = static_cast<float>(total);
+    }
+  }
+
+  const Context& context_;
+  const RouteParams& params_;
+  const RouteInputs& in_;
+  const RouteForward* forward_;
+  const RouteGradients& out_;
+  RowLoader loader_;
+  const cpu::Kernels& k_;
+  int64_t agents_, width_, value_width_, longest_;
+  int workers_;
+  bool sums_;
+  Waves waves_;
+  Units units_;
+  float* user_temperature_ = nullptr;
+  State* slots_ = nullptr;
+  Worker* worker_ = nullptr;
+};
+
+Status check_gradients(const RouteParams& params, const RouteInputs& in, const RouteForward& f,
+                       const RouteGradients& out) noexcept {
+  const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
+  const int64_t rows = m + (params.missing == Missing::token), t = in.v.rows, v = in.v.width;
+  if (params.refine != 0)
+    return Status::error(Code::invalid_argument, "route_backward: refine expected 0 with the refined prototypes, got %d",
+                         params.refine);
+  if (f.d_tokens.rows != users * rows || f.d_tokens.width != v || f.tokens.rows != users * rows || f.tokens.width != v ||
+      f.lse.shape[0] != users || f.lse.shape[1] != rows ||
+      (f.d_lse && (f.d_lse.shape[0] != users || f.d_lse.shape[1] != rows)))
+    return Status::error(Code::invalid_argument,
+                         "route_backward: expected tokens and d_tokens [%" PRId64 ", %" PRId64 ", %" PRId64
+                         "], lse and d_lse [%" PRId64 ", %" PRId64 "]",
+                         users, rows, v, users, rows);
+  HISAC_TRY(check_float("route_backward", "d_tokens", f.d_tokens.dtype));
+  HISAC_TRY(check_float("route_backward", "tokens", f.tokens.dtype));
+  const bool fits = (!out.v || (out.v.shape[0] == t && out.v.shape[1] == v)) &&
+                    (!out.x || (out.x.shape[0] == t && out.x.shape[1] == width)) &&
+                    (!out.bias || out.bias.shape[0] == t) &&
+                    (!out.temperature || out.temperature.shape[0] == params.temperature.shape[0]) &&
+                    (!out.prototypes || (out.prototypes.shape[0] == users && out.prototypes.shape[1] == m &&
+                                         out.prototypes.shape[2] == width));
+  if (!fits)
+    return Status::error(Code::invalid_argument, "route_backward: gradients expected the shapes of their arguments");
+  if (out.x && !in.x.data)
+    return Status::error(Code::invalid_argument, "route_backward: a gradient of x expected x, got none");
+  if (params.method == Method::leaf && (out.bias || out.x || out.prototypes))
+    return Status::error(Code::not_implemented,
+                         "route_backward: method='leaf' has gradients for v and temperature only");
+  return {};
+}
+
+}  // namespace
+
+size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
+                                int64_t longest, int workers) noexcept {
+  Arena arena;
+  Backward(Context{}, params, inputs, nullptr, out, longest, workers).carve(arena);
+  return arena.used();
+}
+
+Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                      const RouteForward& forward, const RouteGradients& out) noexcept {
+  HISAC_TRY(check_route("route_backward", params, inputs));
+  HISAC_TRY(check_gradients(params, inputs, forward, out));
+  Backward backward(context, params, inputs, &forward, out, longest_of(inputs.histories), workers_of(context));
+  Arena arena(context.workspace);
+  backward.carve(arena);
+  HISAC_TRY(arena.check("route_backward"));
+  backward.run();
+  return {};
+}
+
+}  // namespace hisac

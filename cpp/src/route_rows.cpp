@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "route_rows.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "checks.h"
+#include "cpu/pack.h"
+
+namespace hisac {
+namespace {
+
+constexpr float kAbsentNorm = 0x1p100f;
+constexpr float kLog2e = 1.44269504088896341f;
+
+int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
+
+bool finite(const float* v, int64_t width) noexcept {
+  bool ok = true;
+  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
+  return ok;
+}
+
+}  // namespace
+
+void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
+  x = arena.take<float>(cpu::kBlock * cpu::pad(width));
+  v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
+  norm = arena.take<float>(cpu::kBlock);
+  bias = arena.take<float>(cpu::kBlock);
+  row = arena.take<int64_t>(cpu::kBlock);
+}
+
+void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
+  std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
+  std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
+}
+
+void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept {
+  entry = arena.take<Entry>(longest);
+  begin = arena.take<int64_t>(longest + 1);
+  share = arena.take<float>(longest);
+  x = arena.take<float>(width);
+  v = arena.take<float>(value_width);
+  part_x = arena.take<float>(width);
+  part_v = arena.take<float>(value_width);
+}
+
+RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept
+    : params_(params),
+      in_(inputs),
+      k_(cpu::kernels()),
+      width_(inputs.prototypes.shape[2]),
+      x_bytes_(inputs.x.width * bytes_of(inputs.x.dtype)),
+      v_bytes_(inputs.v.width * bytes_of(inputs.v.dtype)) {}
+
+bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
+  if (in_.codes) {
+    const int32_t* const codes = in_.codes.data + row * in_.codes.shape[1];
+    if (!in_.book->valid(codes)) return false;
+    if (!in_.x.data) {
+      in_.book->prototype(codes, x);
+      *norm = k_.load_row(x, DType::float32, width_, x);
+    }
+  }
+  if (in_.x.data) *norm = k_.load_row(static_cast<const std::byte*>(in_.x.data) + row * x_bytes_, in_.x.dtype, width_, x);
+  return *norm < kAbsentNorm && std::fabs(bias_of(row)) <= FLT_MAX;  // NaN fails both
+}
+
+void RowLoader::load_v(int64_t row, float* v) const noexcept {
+  k_.load_row(static_cast<const std::byte*>(in_.v.data) + row * v_bytes_, in_.v.dtype, in_.v.width, v);
+}
+
+bool RowLoader::has_value(int64_t row, float* v) const noexcept {
+  load_v(row, v);
+  return finite(v, in_.v.width);
+}
+
+bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noexcept {
+  return !load_x(row, block.x, block.norm) && has_value(row, v);
+}
+
+void RowLoader::add_absent(int64_t row, float* v, Absent* absent) const noexcept {
+  if (!absent || !absent->sum || !has_value(row, v)) return;
+  k_.add_row(in_.v.width, v, 1.f, absent->sum);
+  ++absent->count;
+}
+
+void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept {
+  const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
+  int n = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    if (load_x(row, block.x + n * ldx, block.norm + n)) {
+      load_v(row, block.v + n * ldv);
+      block.bias[n] = bias_of(row);
+      block.row[n++] = row;
+    } else {
+      add_absent(row, block.v + n * ldv, absent);
+    }
+  }
+  block.n = n;
+}
+
+void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves, Absent* absent) const noexcept {
+  int64_t n = 0;
+  float norm;
+  for (int64_t row = begin; row < end; ++row) {
+    if (load_x(row, leaves.x, &norm))
+      leaves.entry[n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
+    else
+      add_absent(row, leaves.v, absent);
+  }
+  std::sort(leaves.entry, leaves.entry + n);
+  leaves.count = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (i == 0 || leaves.entry[i].leaf != leaves.entry[i - 1].leaf) leaves.begin[leaves.count++] = i;
+  leaves.begin[leaves.count] = n;
+}
+
+/// W = sum e^bias, mean x and v under e^bias / W, norm = mean |x|^2 = |mean x|^2 + spread, bias = log W. Sums of 128 rows
+/// join a total, so that a leaf of many rows loses no digits.
+void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& block) const noexcept {
+  constexpr int64_t kPart = 128;
+  const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
+  block.n = static_cast<int>(end - begin);
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t first = leaves.begin[g], last = leaves.begin[g + 1], i = g - begin;
+    float *const x = block.x + i * ldx, *const v = block.v + i * ldv;
+    float top = -INFINITY;
+    double mass = 0, norms = 0;
+    for (int64_t e = first; e < last; ++e) top = std::max(top, bias_of(leaves.entry[e].row));
+    for (int64_t e = first; e < last; ++e) mass += leaves.share[e] = std::exp(bias_of(leaves.entry[e].row) - top);
+    for (int64_t e = first; e < last; ++e) leaves.share[e] = static_cast<float>(leaves.share[e] / mass);
+    std::fill(x, x + width_, 0.f);
+    std::fill(v, v + in_.v.width, 0.f);
+    for (int64_t e = first; e < last; e += kPart) {
+      std::fill(leaves.part_x, leaves.part_x + width_, 0.f);
+      std::fill(leaves.part_v, leaves.part_v + in_.v.width, 0.f);
+      for (int64_t j = e; j < std::min(e + kPart, last); ++j) {
+        float norm = 0;
+        load_x(leaves.entry[j].row, leaves.x, &norm);
+        load_v(leaves.entry[j].row, leaves.v);
+        norms += double(leaves.share[j]) * norm;
+        k_.add_row(width_, leaves.x, leaves.share[j], leaves.part_x);
+        k_.add_row(in_.v.width, leaves.v, leaves.share[j], leaves.part_v);
+      }
+      k_.add_row(width_, leaves.part_x, 1.f, x);
+      k_.add_row(in_.v.width, leaves.part_v, 1.f, v);
+    }
+    block.norm[i] = static_cast<float>(norms);
+    block.bias[i] = static_cast<float>(top + std::log(mass));
+    block.row[i] = g;
+  }
+}
+
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width) noexcept {
+  index = arena.take<int32_t>(agents);
+  packed = arena.take<float>(cpu::packed_size(width, agents));
+  rows = arena.take<float>(agents * width);
+  norm = arena.take<float>(cpu::pad(agents));
+  rate = arena.take<float>(cpu::pad(agents));
+}
+
+void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width,
+                      int64_t count) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  m = 0;
+  for (int64_t a = 0; a < count; ++a) {
+    const float tau = temperature_of(params, a);
+    norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
+    if (!(tau > 0) || !(norm[m] < kAbsentNorm)) continue;
+    rate[m] = std::min(kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
+    index[m++] = static_cast<int32_t>(a);
+  }
+  for (int64_t a = m; a < cpu::pad(agents); ++a) {
+    norm[a] = INFINITY;
+    rate[a] = 1;
+  }
+  cpu::pack_columns(width, m, rows, width, packed);
+}
+
+Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept {
+  const int64_t* const p = in.prototypes.shape;
+  if (in.x.data) HISAC_TRY(check_float(verb, "x", in.x.dtype));
+  HISAC_TRY(check_float(verb, "v", in.v.dtype));
+  const int64_t rows = in.v.rows;
+  if (in.x.data && in.x.rows != rows)
+    return Status::error(Code::invalid_argument,
+                         "%s: x is [%" PRId64 ", %" PRId64 "], v is [%" PRId64 ", %" PRId64 "]: T differs (%" PRId64
+                         ", %" PRId64 ")",
+                         verb, in.x.rows, in.x.width, rows, in.v.width, in.x.rows, rows);
+  if (in.x.data && in.x.width != p[2])
+    return Status::error(Code::invalid_argument,
+                         "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], x is [%" PRId64 ", %" PRId64
+                         "]: D differs (%" PRId64 ", %" PRId64 ")",
+                         verb, p[0], p[1], p[2], in.x.rows, in.x.width, p[2], in.x.width);
+  if (p[2] < 1 || in.v.width < 1)
+    return Status::error(Code::invalid_argument, "%s: expected D and V of at least 1, got %" PRId64 " and %" PRId64, verb,
+                         p[2], in.v.width);
+  HISAC_TRY(check_histories(verb, in.histories, rows));
+  if (p[0] != in.histories.users)
+    return Status::error(Code::invalid_argument,
+                         "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], offsets name %" PRId64
+                         " users: B differs (%" PRId64 ", %" PRId64 ")",
+                         verb, p[0], p[1], p[2], in.histories.users, p[0], in.histories.users);
+  if (p[1] > (int64_t{1} << 24))
+    return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
+  const int64_t temperatures = params.temperature.shape[0];
+  if (!params.temperature || (temperatures != 1 && temperatures != p[1]))
+    return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
+                         p[1], params.temperature ? temperatures : 0);
+  if (in.count) HISAC_TRY(check_length(verb, "count", p[0], in.count.shape[0]));
+  if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
+  if (params.refine < 0)
+    return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
+  if (!in.codes && (!in.x.data || params.method == Method::leaf))
+    return Status::error(Code::invalid_argument, "%s: codes expected where x is not given and with the leaf method, got none",
+                         verb);
+  if (in.codes) {
+    HISAC_TRY(check_book(verb, in.book));
+    HISAC_TRY(check_codes(verb, *in.book, in.codes.shape, rows));
+    if (!in.x.data && in.book->width() != p[2])
+      return Status::error(Code::invalid_argument,
+                           "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], the codebook has D = %" PRId64
+                           ": D differs",
+                           verb, p[0], p[1], p[2], in.book->width());
+  }
+  return {};
+}
+
+}  // namespace hisac

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loading of a user's behaviours and agents for `route`: everything about types, absence, prototypes in place of x and
+// leaves in place of rows ends here; the kernels see float32 tiles of present rows with a norm and a bias each.
+#pragma once
+#include "arena.h"
+#include "codebook_body.h"
+#include "cpu/kernels.h"
+#include "hisac/route.h"
+
+namespace hisac {
+
+/// Up to kBlock present rows (or leaves) of one user.
+struct Block {
+  int n = 0;
+  float* x = nullptr;      // [kBlock, pad(D)]; padding columns stay zero
+  float* v = nullptr;      // [kBlock, pad(V)]
+  float* norm = nullptr;   // [kBlock] |x|^2, or a leaf's mean of it
+  float* bias = nullptr;   // [kBlock] natural logarithm
+  int64_t* row = nullptr;  // [kBlock] the row in x and v; for leaves their number in the user
+
+  void carve(Arena& arena, int64_t width, int64_t value_width) noexcept;
+  void clear_padding(int64_t width, int64_t value_width) noexcept;
+};
+
+/// What the rows that do not take part add up to (Missing::token).
+struct Absent {
+  int64_t count = 0;
+  float* sum = nullptr;  // [pad(V)], null: not wanted
+};
+
+/// A user's leaves: its valid rows sorted by leaf, and where each leaf begins.
+struct Leaves {
+  struct Entry {
+    uint64_t leaf;
+    int64_t row;
+    bool operator<(const Entry& o) const noexcept { return leaf != o.leaf ? leaf < o.leaf : row < o.row; }
+  };
+  int64_t count = 0;
+  Entry* entry = nullptr;    // [longest]
+  int64_t* begin = nullptr;  // [longest + 1]
+  float* share = nullptr;    // [longest] e^bias of an entry over its leaf's sum, once loaded
+  float *x = nullptr, *v = nullptr, *part_x = nullptr, *part_v = nullptr;  // one row and its running sums
+
+  void carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept;
+};
+
+class RowLoader {
+ public:
+  RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept;
+
+  /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
+  void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
+  /// Rows [begin, end) of a user -> its leaves; absent rows as above.
+  void find_leaves(int64_t begin, int64_t end, Leaves& leaves, Absent* absent) const noexcept;
+  /// Leaves [begin, end) as a block of their means.
+  void load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& block) const noexcept;
+
+  /// Whether a row is absent and has a finite v; block.x and v [V] are scratch.
+  bool absent_with_value(int64_t row, Block& block, float* v) const noexcept;
+
+ private:
+  bool load_x(int64_t row, float* x, float* norm) const noexcept;
+  void load_v(int64_t row, float* v) const noexcept;
+  bool has_value(int64_t row, float* v) const noexcept;
+  void add_absent(int64_t row, float* v, Absent* absent) const noexcept;
+  float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
+
+  const RouteParams& params_;
+  const RouteInputs& in_;
+  const cpu::Kernels& k_;
+  int64_t width_, x_bytes_, v_bytes_;
+};
+
+/// The present agents of one user, packed for products with x.
+struct AgentPanel {
+  int64_t m = 0;
+  int32_t* index = nullptr;   // [M] their places
+  float* packed = nullptr;    // [D, m]
+  float* rows = nullptr;      // [M, D]: the present prototypes, one after another
+  float* norm = nullptr;      // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
+  float* rate = nullptr;      // [pad(M)] log2(e) / tau
+
+  void carve(Arena& arena, int64_t agents, int64_t width) noexcept;
+  void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;
+};
+
+/// present agents of user b by count alone, clamped to [0, M].
+inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {
+  const int64_t m = in.prototypes.shape[1];
+  const int64_t c = in.count ? in.count.data[b] : m;
+  return c < 0 ? 0 : c > m ? m : c;
+}
+
+inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {
+  return params.temperature.data[params.temperature.shape[0] == 1 ? 0 : agent];
+}
+
+/// Shapes, types and ranges; `verb` opens the message.
+Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept;
+
+}  // namespace hisac

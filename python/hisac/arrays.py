@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays in, arrays out: what kinds the verbs take, and results of the same kind in the same place.
+
+NumPy arrays and torch tensors come as they are; anything else with DLPack on the CPU is seen as NumPy. A non-contiguous
+input is copied once; dtypes are never converted. torch is not imported here: a tensor brings its own module.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from .results import Array
+
+
+def is_torch(x: Array) -> bool:
+    """Whether x is a torch tensor, without importing torch."""
+    return type(x).__module__.split(".")[0] == "torch" or (
+        "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
+    )
+
+
+def take(verb: str, name: str, x: Array) -> Array:
+    """An input as the core can borrow it: a contiguous NumPy array or torch tensor.
+
+    Raises TypeError for what is no array, and for tensors whose meaning the core would lose: gradients, conjugated or
+    negated views, jagged and sparse layouts, other devices.
+    """
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x) if x.ndim else x
+    if is_torch(x):
+        if x.requires_grad:
+            raise TypeError(f"{verb}: {name} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()")
+        if x.is_nested or str(x.layout) != "torch.strided":
+            raise TypeError(f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()")
+        if x.is_conj() or x.is_neg():
+            raise TypeError(f"{verb}: {name} is a conjugated or negated view; call resolve_conj() or resolve_neg()")
+        if x.device.type != "cpu":
+            raise TypeError(f"{verb}: {name} expected on the CPU, got {x.device}")
+        return x.contiguous()
+    if hasattr(x, "__dlpack__"):
+        try:
+            return np.ascontiguousarray(np.from_dlpack(x))
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise TypeError(f"{verb}: {name} expected an array in CPU memory: {error}") from None
+    raise TypeError(f"{verb}: {name} expected a NumPy array, a torch tensor or anything with DLPack, got {type(x).__name__}")
+
+
+def take_optional(verb: str, name: str, x: Array) -> Array:
+    """`take`, or None."""
+    return None if x is None else take(verb, name, x)
+
+
+def empty(like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+    """An uninitialised result beside `like`, of a dtype by name, or of like's own."""
+    if is_torch(like):
+        return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if dtype else None)
+    return np.empty(shape, dtype or like.dtype)
+
+
+def give(verb: str, name: str, out: Array, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+    """The caller's `out`, checked, or a fresh result."""
+    if out is None:
+        return empty(like, shape, dtype)
+    wanted, got = dtype or dtype_name(like), dtype_name(out)
+    if tuple(out.shape) != tuple(shape) or got != wanted:
+        raise ValueError(f"{verb}: {name} expected {wanted} {list(shape)}, got {got} {list(out.shape)}")
+    contiguous = out.is_contiguous() if is_torch(out) else out.flags.c_contiguous
+    if not contiguous:
+        raise ValueError(f"{verb}: {name} expected {wanted} {list(shape)}, row-major and contiguous, got other strides")
+    return out
+
+
+def dtype_name(x: Array) -> str:
+    """float32, bfloat16, int64, ..."""
+    return str(x.dtype).replace("torch.", "")
+
+
+def rank(verb: str, name: str, x: Array, letters: str) -> None:
+    """Refuse an array without these dimensions."""
+    expected = letters.split()
+    if len(x.shape) != len(expected):
+        raise ValueError(f"{verb}: {name} expected [{', '.join(expected)}], got {dtype_name(x)} {list(x.shape)}")
+
+
+def take_histories(verb: str, offsets: Any) -> tuple[Array, Array]:
+    """offsets [B + 1], or (starts [B], ends [B]) -> starts, ends."""
+    if isinstance(offsets, tuple):
+        if len(offsets) != 2:
+            raise ValueError(f"{verb}: offsets expected an array, or a tuple (starts, ends), got a tuple of {len(offsets)}")
+        starts, ends = take(verb, "starts", offsets[0]), take(verb, "ends", offsets[1])
+        rank(verb, "starts", starts, "B")
+        rank(verb, "ends", ends, "B")
+        return starts, ends
+    offsets = take(verb, "offsets", offsets)
+    rank(verb, "offsets", offsets, "B+1")
+    if len(offsets) == 0:
+        raise ValueError(f"{verb}: offsets expected [B+1], got an empty array")
+    return offsets[:-1], offsets[1:]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The global hierarchical codebook: codewords, the tree of their prefixes, files."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .arrays import empty, give, rank, take
+from .results import Agents, Array, FitReport
+
+Progress = Callable[[int, int, float], Any]
+
+
+class Codebook:
+    """L levels of codewords [C_l, D] float32 and the tree of all code prefixes; immutable.
+
+    A leaf is a full code; its prototype is the sum of the codewords on its path. `fingerprint` names the content: agents
+    and files carry it, and mixing two codebooks is an error. Source: HiSAC, global hierarchical codebook.
+
+    >>> import numpy as np
+    >>> book = Codebook([np.eye(2, dtype=np.float32), np.zeros((3, 2), np.float32)])
+    >>> book.sizes, book.width
+    ((2, 3), 2)
+    >>> book.encode(np.array([[0.9, 0.2]], np.float32)).tolist()
+    [[0, 0]]
+    """
+
+    report: FitReport | None
+    """How `fit` went; None for a codebook that came from elsewhere."""
+
+    def __init__(self, centers: Iterable[Array]):
+        """centers: 1 to 8 arrays [C_l, D] float32, finite. Raises ValueError, TypeError."""
+        self._wrap(_core.Codebook([take("Codebook", "centers", c) for c in centers]))
+
+    def _wrap(self, core: _core.Codebook) -> None:
+        self._core = core
+        self.report = None
+
+    @classmethod
+    def _of(cls, core: _core.Codebook) -> "Codebook":
+        book = cls.__new__(cls)
+        book._wrap(core)
+        return book
+
+    # ---- where codebooks come from
+
+    @classmethod
+    def fit(
+        cls,
+        x: Array,
+        codes: Iterable[int] = (512, 512),
+        *,
+        iterations: int = 20,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> "Codebook":
+        """Residual k-means, level by level; the same bits on any number of threads.
+
+        A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take the
+        worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more are left
+        out and counted in `report`. progress(level, round, mean squared distance) is called after each round.
+        """
+        x = take("fit", "x", x)
+        rank("fit", "x", x, "T D")
+        sizes = [int(c) for c in codes]
+        for level, size in enumerate(sizes):
+            if not 1 <= size <= 2**20:
+                raise ValueError(f"fit: codes expected 1 to 2^20 at level {level}, got {size}")
+        centers = [np.empty((size, x.shape[1]), np.float32) for size in sizes]
+        report = _core.fit(x, centers, int(iterations), int(seed) % 2**64, progress)
+        book = cls(centers)
+        book.report = FitReport(*report)
+        return book
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Codebook":
+        """Read a safetensors file. Raises OSError, CorruptFileError."""
+        return cls._of(_core.Codebook.load(os.fspath(path)))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Codebook":
+        """The inverse of `to_bytes`. Raises CorruptFileError."""
+        return cls._of(_core.Codebook.parse(bytes(data)))
+
+    @classmethod
+    def from_faiss(cls, quantizer: Any) -> "Codebook":
+        """The codewords of a trained faiss.ResidualQuantizer. Its beam search may choose other codes than `encode`."""
+        sizes = [2 ** int(quantizer.nbits.at(level)) for level in range(quantizer.M)]
+        import faiss
+
+        flat = faiss.vector_to_array(quantizer.codebooks).reshape(-1, quantizer.d).astype(np.float32)
+        return cls(np.split(flat, np.cumsum(sizes)[:-1]))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Array]) -> "Codebook":
+        """The codewords of a vector-quantize-pytorch ResidualVQ: entries "...layers.N._codebook.embed" [1, C, D]."""
+        found = {}
+        for name, value in state.items():
+            parts = name.split(".")
+            if parts[-2:] == ["_codebook", "embed"] and len(parts) >= 4 and parts[-4] == "layers":
+                found[int(parts[-3])] = np.asarray(take("from_state_dict", name, value), np.float32)
+        if sorted(found) != list(range(len(found))) or not found:
+            raise ValueError("from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels " + str(sorted(found)))
+        return cls([found[level].reshape(found[level].shape[-2:]) for level in sorted(found)])
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: aside first, then renamed. Raises OSError."""
+        self._core.save(os.fspath(path))
+
+    def to_bytes(self) -> bytes:
+        """The same bytes as `save` writes."""
+        return self._core.serialize()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (type(self), self.to_bytes(), self.report)
+
+    # ---- what it is
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """C_1 .. C_L."""
+        return self._core.sizes
+
+    @property
+    def levels(self) -> int:
+        """L."""
+        return len(self._core.sizes)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self._core.width
+
+    @property
+    def fingerprint(self) -> int:
+        """64-bit FNV-1a of D and, for each level, C_l and its centers."""
+        return self._core.fingerprint
+
+    @property
+    def centers(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """The codewords, one array [C_l, D] a level (copies)."""
+        out = []
+        for level, size in enumerate(self.sizes):
+            c = np.empty((size, self.width), np.float32)
+            self._core.copy_centers(level, c)
+            out.append(c)
+        return tuple(out)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codebook) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Codebook(sizes={self.sizes}, width={self.width}, fingerprint={self.fingerprint:016x})"
+
+    # ---- what it does
+
+    def encode(self, x: Array, *, out: Array = None) -> Array:
+        """x [T, D] -> codes [T, L] int32; see `hisac.encode`."""
+        x = take("encode", "x", x)
+        rank("encode", "x", x, "T D")
+        codes = give("encode", "out", out, x, (x.shape[0], self.levels), "int32")
+        _core.encode(self._core, x, codes)
+        return codes
+
+    def leaves(self, codes: Array) -> Array:
+        """codes [..., L] int32 -> [...] int64, the leaf's mixed-radix number; -1 for an invalid code.
+
+        The parent's number is the child's, divided by the child level's size and rounded down.
+        """
+        codes = take("leaves", "codes", codes)
+        out = empty(codes, tuple(codes.shape[:-1]), "int64")
+        _core.leaves(self._core, codes.reshape(-1, codes.shape[-1]), out.reshape(-1))
+        return out
+
+    def prototypes(self, codes: Array) -> Array:
+        """codes [..., L] int32, or Agents of this codebook -> [..., D] float32: the codewords added from the root down;
+        zero for an invalid code. Raises ValueError for agents of another codebook."""
+        if isinstance(codes, Agents):
+            if codes.fingerprint != self.fingerprint:
+                raise ValueError(
+                    f"prototypes: agents expected of codebook {self.fingerprint:016x}, got {codes.fingerprint:016x}"
+                )
+            codes = codes.codes
+        codes = take("prototypes", "codes", codes)
+        out = empty(codes, (*codes.shape[:-1], self.width), "float32")
+        _core.prototypes(self._core, codes.reshape(-1, codes.shape[-1]), out.reshape(-1, self.width))
+        return out
+
+
+def _unpickle(cls: type[Codebook], data: bytes, report: FitReport | None) -> Codebook:
+    book = cls.from_bytes(data)
+    book.report = report
+    return book

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on the bundled sample: fit, encode, vote, route, score candidates, and say what came of it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import hisac
+
+from . import explain, files
+from .progress import fit_progress, progress
+from .protocol import (
+    FITTED_WEEKS,
+    NEGATIVES,
+    TEST_WEEKS,
+    VALIDATION_WEEKS,
+    Auc,
+    Events,
+    Floats,
+    Ints,
+    Requests,
+    gauc,
+    load,
+    popularity,
+    repeat_counts,
+    requests,
+    user_aucs,
+    users_of,
+)
+from .trial import (
+    SETTINGS,
+    SIZES,
+    Cost,
+    World,
+    budget,
+    choose_tau,
+    costs,
+    fan_out,
+    jittered,
+    lookup_cost,
+    make_world,
+    pays_at,
+    score_all,
+)
+
+CODES = (128, 128)
+LONG = 10_000
+CANDIDATES = 500
+FLOORS = ("full history", "repeat count, then full", "repeat count", "popularity")
+
+
+class Size(NamedTuple):
+    """How much the demo does."""
+
+    validation: int = 100
+    test: int = 600
+    fit_rows: int = 20_000
+    iterations: int = 10
+    taus: tuple[float, ...] = (0.02, 0.1, 0.5, 1.0, 2.0)
+    resamples: int = 1000
+    repetitions: int = 30
+
+
+FULL = Size()
+QUICK = Size(validation=8, test=24, fit_rows=2_000, iterations=2, taus=(0.02, 1.0), resamples=200, repetitions=3)
+
+ORIGIN = """\
+Sample: complete_journey (CC0), the {users} households with most purchases of 2,469: heavy shoppers, not typical ones.
+{events:,} purchases of {items:,} products with {texts:,} texts. The PyPI package calls the data "simulated"; the R
+package, purchases of "2,469 households who are frequent shoppers", published by 84.51 degrees. Text embeddings by
+all-MiniLM-L6-v2 (Apache-2.0), PCA to {width} dimensions on weeks 1-{fitted}. No ranking model is trained here."""
+
+NOTES = """\
+vs most recent M: paired difference (the floors: M = {largest}); repeat, new: GAUC of items in, and not in, the history.
+cold: first request (tokens: vote, route, score; rows: fetch, score). cached: score alone. ids: 4 bytes a behaviour, 8
+an agent (it names the agents; the tokens need the history). rows: float32 kept a user. pays at: the request from which
+kept tokens cost less than scoring the full history's kept rows. *: timing only, that history repeated with noise."""
+
+OWN = """\
+Your own files (.npy, .npz, .parquet, .safetensors):
+  python -m hisac fit items.npy --codes 128,128 -o book.safetensors
+  python -m hisac compress book.safetensors --x events.npy --user users.npy \\
+      --budget 100 --normalize agents -o tokens.npz"""
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+class Row(NamedTuple):
+    """One line of the table; None where a column says nothing."""
+
+    name: str
+    gauc: tuple[float, float, float] | None
+    difference: tuple[float, float, float] | None
+    repeat: float | None
+    new: float | None
+    cost: Cost
+    pays: int | None
+
+
+class Quality(NamedTuple):
+    """AUCs of one method by user."""
+
+    every: Auc
+    repeat: Auc
+    new: Auc
+
+
+def quality(r: Requests, scores: dict[str, Floats], repeat: Ints) -> dict[str, Quality]:
+    """{method: AUCs over all candidates, over those in the history, over those new to it}."""
+    user, masks = users_of(r), (np.ones(len(repeat), bool), repeat > 0, repeat == 0)
+    return {name: Quality(*(user_aucs(user[m], s[m], r.label[m]) for m in masks)) for name, s in scores.items()}
+
+
+def make_rows(
+    found: dict[str, Quality], cost: dict[str, Cost], long: dict[str, Cost], resamples: int
+) -> list[list[Row]]:
+    """The table's blocks: the floors, the methods for each M, then the timing-only history."""
+    compressed = {s.name for s in SETTINGS}
+
+    def row(name: str, m: int) -> Row:
+        mine, against = found[name], found[f"most recent {m}"]
+        return Row(
+            name,
+            gauc(mine.every, resamples=resamples),
+            None if mine is against else gauc(mine.every, against.every, resamples=resamples),
+            gauc(mine.repeat)[0],
+            gauc(mine.new)[0],
+            cost[name],
+            pays_at(cost[name], cost["full history"]) if name in compressed else None,
+        )
+
+    def timed(name: str) -> Row:
+        pays = pays_at(long[name], long["full history"]) if name in compressed else None
+        return Row(f"{LONG // 1000}k*: {name}", None, None, None, None, long[name], pays)
+
+    blocks = [[row(name, SIZES[-1]) for name in FLOORS]]
+    blocks += [[row(name, m) for name in (f"most recent {m}", fan_out(m).name, budget(m).name)] for m in SIZES]
+    return [*blocks, [timed(name) for name in ("full history", fan_out(SIZES[-1]).name, budget(SIZES[-1]).name)]]
+
+
+HEAD = (
+    "method", "GAUC [95 %]", "vs most recent M", "repeat", "new",
+    "cold ms", "cached ms", "ids B", "rows B", "pays at",
+)  # fmt: skip
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """.715, +.025, -.007; - for None."""
+    return "-" if value is None else f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def interval(value: tuple[float, float, float] | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    middle, low, high = (number(v, sign) for v in value)
+    return f"{middle} [{low}, {high}]"
+
+
+def cells(r: Row) -> tuple[str, ...]:
+    c = r.cost
+    return (
+        r.name, interval(r.gauc), interval(r.difference, "+"), number(r.repeat), number(r.new),
+        f"{c.cold_ms:.3g}", f"{c.cached_ms:.3g}", f"{c.ids:,}", f"{c.rows:,}", "-" if r.pays is None else str(r.pays),
+    )  # fmt: skip
+
+
+def table(blocks: list[list[Row]]) -> str:
+    """The one table, as text."""
+    text: list[list[tuple[str, ...]]] = [[HEAD], *([cells(r) for r in block] for block in blocks)]
+    widths = [max(len(line[c]) for block in text for line in block) for c in range(len(HEAD))]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    lines = []
+    for block in text:
+        for name, *rest in block:
+            lines.append(
+                "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            )
+        lines.append(rule)
+    return "\n".join(lines)
+
+
+def reading(found: dict[str, Quality], resamples: int) -> str:
+    """What the numbers say, whatever they are."""
+
+    def value(name: str) -> float:
+        return gauc(found[name].every, resamples=1)[0]
+
+    lines = []
+    for m in SIZES:
+        parts: list[str] = []
+        for name in (budget(m).name, fan_out(m).name):
+            d = gauc(found[name].every, found[f"most recent {m}"].every, resamples=resamples)
+            verdict = "above" if d[1] > 0 else "below" if d[2] < 0 else "not told apart from"
+            parts.append(f"{name} is {verdict} the most recent {m}" if not parts else f"{name} {verdict} it")
+        gap = value(budget(m).name) - value("full history")
+        lines.append(f"M = {m}: {', '.join(parts)}; {budget(m).name} is {number(gap, '+')} from the full history.")
+    over = "above" if value("repeat count") > value("full history") else "below"
+    lines.append(
+        f"People buy again: counting repeats alone gives {number(value('repeat count'))}, {over} the full history's"
+        f" kernel ({number(value('full history'))}); it says nothing of new items."
+    )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+def typical(r: Requests) -> int:
+    """The request whose history has the median length."""
+    return int(np.argsort(r.ends - r.starts, kind="stable")[len(r.starts) // 2])
+
+
+def fit_world(events: Events, size: Size, seed: int) -> World:
+    """A codebook fitted on purchases of the fitted weeks (so frequent texts weigh more), and everything encoded."""
+    text = events.text_of_item[events.item]
+    rows = np.random.default_rng(seed).permutation(text[events.week <= FITTED_WEEKS])[: size.fit_rows]
+    with fit_progress(len(CODES), size.iterations) as tell:
+        book = hisac.fit(events.x[rows], CODES, iterations=size.iterations, seed=seed, progress=tell)
+    return make_world(events, events.x, text, book)
+
+
+def run(size: Size, *, png: Path, seed: int = 0) -> None:
+    """The demo, printed; the picture goes to `png`."""
+    files.check_out(str(png), (".png",))
+    events = load()
+    origin = {"users": len(events.offsets) - 1, "events": len(events.item), "items": len(events.text_of_item)}
+    print(ORIGIN.format(**origin, texts=len(events.texts), width=events.x.shape[1], fitted=FITTED_WEEKS), flush=True)
+
+    w = fit_world(events, size, seed)
+    validation = requests(events, VALIDATION_WEEKS, most=size.validation, seed=seed)
+    test = requests(events, TEST_WEEKS, most=size.test, seed=seed + 1)
+    with progress(
+        f"choose temperatures, weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]}", len(SETTINGS) * len(size.taus)
+    ) as advance:
+        taus = choose_tau(w, validation, size.taus, advance)
+    with progress(
+        f"score, weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]}", len(test.user) * (1 + len(SIZES) + len(SETTINGS))
+    ) as advance:
+        scores = score_all(w, test, taus, advance)
+
+    b = typical(test)
+    rows = slice(int(test.starts[b]), int(test.ends[b]))
+    shelf = popularity(events)
+    item = np.random.default_rng(seed).choice(len(shelf), CANDIDATES, p=shelf / shelf.sum())
+    q = events.x[events.text_of_item[item]]
+    with progress("time one request", 2 * (1 + len(SIZES) + len(SETTINGS))) as advance:
+        cost = costs(w, rows, q, taus, size.repetitions, advance)
+        again = jittered(w, rows, LONG, seed)
+        long = costs(again, slice(0, LONG), q, taus, max(3, size.repetitions // 3), advance)
+    cost.update(lookup_cost(w, rows, item, size.repetitions))
+    cost["repeat count, then full"] = cost["full history"]
+
+    found = quality(test, scores, repeat_counts(events, test))
+    chosen = "; ".join(
+        f"{kind} {', '.join(f'{taus[make(m).name]:g}' for m in SIZES)}"
+        for kind, make in (("fan-out", fan_out), ("budget", budget))
+    )
+    print(
+        f"\n{len(test.user)} requests of weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]},"
+        f" {len(np.unique(test.user))} households,"
+        f" {len(test.item):,} candidates: {NEGATIVES} popularity-matched negatives for each item bought.\n"
+        f"Codebook {' x '.join(map(str, CODES))}."
+        f" Temperatures chosen on weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]} of"
+        f" {', '.join(f'{t:g}' for t in size.taus)}, for M = {', '.join(map(str, SIZES))}: {chosen}.\n"
+        f"Times: medians of {size.repetitions}, {CANDIDATES} candidates, the request with the median history"
+        f" ({rows.stop - rows.start:,} behaviours), threads: {hisac.get_num_threads()}.\n"
+    )
+    print(table(make_rows(found, cost, long, size.resamples)))
+    print(f"{NOTES.format(largest=SIZES[-1])}\n\n{reading(found, size.resamples)}\n")
+    texts = [events.texts[k] for k in w.row[rows]]
+    tau = taus[budget(SIZES[0]).name]
+    explain.user(w.book, w.codes[rows], w.x[rows], texts, name=f"Household {test.user[b]}", tau=tau, png=png)
+    print(f"\n{OWN}")

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs over NumPy arrays and torch tensors (without gradients; `hisac.torch` has those).
+
+Arguments, meaning and order are those of `hisac.reference`, which defines each verb; here they run compiled, in float32
+accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL. Results live where x lives.
+Letters: B users, T behaviours, D semantic width, V value width, L levels, M agents a user, N candidates, H heads.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from . import _core
+from .arrays import empty, give, rank, take, take_histories, take_optional
+from .codebook import Codebook, Progress
+from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
+
+
+def fit(
+    x: Array,
+    codes: Iterable[int] = (512, 512),
+    *,
+    iterations: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Codebook:
+    """Learn a codebook by residual k-means; see `Codebook.fit`."""
+    return Codebook.fit(x, codes, iterations=iterations, seed=seed, progress=progress)
+
+
+def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
+    """Multi-level semantic IDs: at level l the code c minimising |r - c|^2, then r <- r - c.
+
+    x [T, D] float32, bfloat16 or float16 -> codes [T, L] int32. Exact: ties go to the lower code, every backend and the
+    reference agree. A row with a NaN or an infinity is -1. Raises ValueError, TypeError.
+    """
+    return book.encode(x, out=out)
+
+
+def vote(
+    book: Codebook,
+    codes: Array,
+    offsets: Any,
+    *,
+    budget: int | None = None,
+    fanout: Iterable[int] | None = None,
+    weights: Array = None,
+) -> Agents:
+    """The interest-agents of each user: the leaves of the code tree kept by their behaviours' votes.
+
+    `budget` M: seats in proportion to votes at every node (D'Hondt). `fanout` (k_1, .., k_L): the paper's rule, the k_l
+    children with most votes under every kept node. codes [T, L] int32; offsets [B + 1] or (starts, ends) [B], int32 or
+    int64; weights [T] float32 or None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code do not vote.
+    -> Agents of M = budget or the product of the fan-outs, at most 4096; blind to the order of rows.
+    Raises ValueError, TypeError.
+    """
+    if (budget is None) == (fanout is None):
+        raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
+    codes = take("vote", "codes", codes)
+    rank("vote", "codes", codes, "T L")
+    starts, ends = take_histories("vote", offsets)
+    weights = take_optional("vote", "weights", weights)
+    children = [] if fanout is None else [int(k) for k in fanout]
+    if fanout is not None and (len(children) != book.levels or min(children) < 1):
+        raise ValueError(f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}")
+    seats = math.prod(children) if budget is None else int(budget)
+    if not 1 <= seats <= 4096:
+        raise ValueError(f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}")
+    users = len(starts)
+    agents = Agents(
+        empty(codes, (users, seats, book.levels), "int32"),
+        empty(codes, (users, seats), "int64"),
+        empty(codes, (users,), "int32"),
+        book.fingerprint,
+    )
+    _core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, *agents[:3])
+    return agents
+
+
+def route(
+    x: Array,
+    v: Array,
+    offsets: Any,
+    prototypes: Array,
+    *,
+    count: Array = None,
+    temperature: Any = 0.1,
+    normalize: str = "history",
+    bias: Array = None,
+    codes: Array = None,
+    book: Codebook | None = None,
+    method: str = "exact",
+    refine: int = 0,
+    missing: str = "drop",
+    out: Tokens | None = None,
+) -> Tokens:
+    """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
+
+        d_ai = |x_i - p_a|^2
+        normalize="history": u_ai = exp(bias_i - d_ai / tau)
+        normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
+        token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
+
+    x [T, D] and v [T, V] float32, bfloat16 or float16 (x None: the prototypes of `codes`); offsets [B + 1] or (starts,
+    ends) [B]; prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or [M]
+    float32, where an entry that is not positive empties its tokens; bias [T] float32; codes [T, L] int32 with their book.
+    Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias.
+    method="leaf": rows of one leaf act as one at their mean, farther by their variance. refine=n: n rounds of
+    p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
+    out: Tokens to write into. -> Tokens. Raises ValueError, TypeError.
+    """
+    (x, v, starts, ends, prototypes), rest = _route_inputs("route", x, v, offsets, prototypes, count, temperature, bias, codes, book)
+    users, m, width = prototypes.shape
+    rows = m + (missing == "token")
+    given = out or Tokens(None, None, None)
+    tokens = give("route", "out tokens", given.tokens, v, (users, rows, v.shape[1]))
+    lse = give("route", "out lse", given.lse, v, (users, rows), "float32")
+    refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
+    _core.route(
+        x, v, starts, ends, prototypes, rest["count"], rest["temperature"], normalize, rest["bias"], rest["codes"],
+        rest["book"], method, int(refine), missing, tokens, lse, refined,
+    )  # fmt: skip
+    return Tokens(tokens, lse, prototypes if refined is None else refined)
+
+
+def route_backward(
+    d_tokens: Array,
+    d_lse: Array,
+    forward: Tokens,
+    x: Array,
+    v: Array,
+    offsets: Any,
+    *,
+    count: Array = None,
+    temperature: Any = 0.1,
+    normalize: str = "history",
+    bias: Array = None,
+    codes: Array = None,
+    book: Codebook | None = None,
+    method: str = "exact",
+    missing: str = "drop",
+    need: Iterable[str] = ("v", "temperature", "bias"),
+) -> RouteGradients:
+    """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
+
+    d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
+    (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not asked for.
+    Raises ValueError, TypeError, NotImplementedError.
+    """
+    verb, wanted = "route_backward", set(need)
+    if not wanted <= set(RouteGradients._fields):
+        raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {tuple(need)}")
+    d_tokens, d_lse = take(verb, "d_tokens", d_tokens), take_optional(verb, "d_lse", d_lse)
+    tokens, lse = take(verb, "tokens", forward.tokens), take(verb, "lse", forward.lse)
+    (x, v, starts, ends, prototypes), rest = _route_inputs(
+        verb, x, v, offsets, forward.prototypes, count, temperature, bias, codes, book
+    )
+    entries = 1 if isinstance(temperature, int | float) else rest["temperature"].shape[0]
+    shapes = {
+        "v": tuple(v.shape),
+        "temperature": (entries,),
+        "bias": (v.shape[0],),
+        "x": (v.shape[0], prototypes.shape[2]),
+        "prototypes": tuple(prototypes.shape),
+    }
+    gradients = RouteGradients(*(empty(v, shapes[f], "float32") if f in wanted else None for f in RouteGradients._fields))
+    _core.route_backward(
+        d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"], normalize,
+        rest["bias"], rest["codes"], rest["book"], method, missing, *gradients,
+    )  # fmt: skip
+    return gradients
+
+
+def _route_inputs(
+    verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array,
+    codes: Array, book: Codebook | None,
+) -> tuple[tuple[Array, ...], dict[str, Any]]:  # fmt: skip
+    """What route and its backward share, borrowed."""
+    v, x, prototypes = take(verb, "v", v), take_optional(verb, "x", x), take(verb, "prototypes", prototypes)
+    rank(verb, "v", v, "T V")
+    if x is not None:
+        rank(verb, "x", x, "T D")
+    rank(verb, "prototypes", prototypes, "B M D")
+    if (codes is None) != (book is None):
+        raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
+    starts, ends = take_histories(verb, offsets)
+    rest = {
+        "count": take_optional(verb, "count", count),
+        "temperature": temperature if isinstance(temperature, int | float) else take(verb, "temperature", temperature),
+        "bias": take_optional(verb, "bias", bias),
+        "codes": take_optional(verb, "codes", codes),
+        "book": None if book is None else book._core,
+    }
+    return (x, v, starts, ends, prototypes), rest
+
+
+def attend(
+    q: Array,
+    keys: Array,
+    values: Array,
+    candidate_offsets: Array,
+    *,
+    bias: Array = None,
+    scale: float | None = None,
+    out: Attended | None = None,
+) -> Attended:
+    """Target attention of candidates on their user's tokens.
+
+        z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
+
+    q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets [B + 1];
+    bias [B, M] float32, where NaN or infinite means an absent token; scale 1 / sqrt(d) by default. -> Attended; lse tells
+    how well the best tokens match, which softmax attention alone hides. Raises ValueError, TypeError.
+    """
+    q, keys, values, candidate_offsets, bias, scale = _attend_inputs("attend", q, keys, values, candidate_offsets, bias, scale)
+    given = out or Attended(None, None)
+    result = Attended(
+        give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
+        give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), "float32"),
+    )
+    _core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
+    return result
+
+
+def attend_backward(
+    d_out: Array,
+    d_lse: Array,
+    forward: Attended,
+    q: Array,
+    keys: Array,
+    values: Array,
+    candidate_offsets: Array,
+    *,
+    bias: Array = None,
+    scale: float | None = None,
+) -> AttendGradients:
+    """Gradients of `attend`, given what it returned. d_out as out, d_lse as lse or None -> AttendGradients, float32."""
+    verb = "attend_backward"
+    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    d_out, d_lse = take(verb, "d_out", d_out), take_optional(verb, "d_lse", d_lse)
+    saved = take(verb, "out", forward.out), take(verb, "lse", forward.lse)
+    gradients = AttendGradients(
+        *(empty(q, tuple(a.shape), "float32") for a in (q, keys, values)),
+        None if bias is None else empty(q, tuple(bias.shape), "float32"),
+    )
+    _core.attend_backward(d_out, d_lse, *saved, q, keys, values, candidate_offsets, bias, scale, *gradients)
+    return gradients
+
+
+def _attend_inputs(
+    verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
+) -> tuple[Any, ...]:
+    q, keys, values = take(verb, "q", q), take(verb, "keys", keys), take(verb, "values", values)
+    rank(verb, "q", q, "N H d")
+    rank(verb, "keys", keys, "B M H d")
+    rank(verb, "values", values, "B M H V")
+    offsets, bias = take(verb, "candidate_offsets", candidate_offsets), take_optional(verb, "bias", bias)
+    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+
+
+def set_num_threads(n: int) -> None:
+    """Threads that the verbs use, 1 to 256. Results do not depend on it."""
+    _core.set_num_threads(int(n))
+
+
+def get_num_threads() -> int:
+    """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors this process may use."""
+    return _core.get_num_threads()
+
+
+def backends() -> dict[str, Any]:
+    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one)."""
+    return {"cpu": _core.active_isa(), "available": tuple(_core.available_isas().split())}

@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For people who test their own systems by properties: Hypothesis strategies, and comparators with derived bounds.
+
+    @given(hisac.testing.problems(max_history=64))
+    def test_mine(p):
+        assert_tokens_close(mine(**p.route_args()), p.reference(), p)
+
+Strategies draw the sizes and options, and one seed for the arrays: examples are quick to make and shrink to small
+sizes. Codes, votes and agents are integers and are compared exactly; floats within `hisac.bounds`. Needs hypothesis.
+"""
+
+
+def _register() -> None:
+    """The `hypothesis` entry point: `st.from_type` learns Codebook and Problem. It stands above the imports because
+    importing this module first makes hypothesis call it while the module is still half loaded."""
+    from hypothesis import strategies
+
+    from . import Codebook
+
+    strategies.register_type_strategy(Codebook, lambda _: codebooks())
+
+
+# ruff: noqa: E402
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from . import Codebook, bounds
+from . import reference as _reference
+from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
+
+reference: Any = _reference
+
+DTYPES = ("float32", "float16", "bfloat16")
+# values that break careless kernels: not numbers, signed zeros, subnormals, squares at the edge of absence, extremes
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, -1e-38, 2.0**49, -(2.0**50), 1e10, 3.4e38, -3.4e38], "f4")
+TORCH_ROWS = ("x", "v", "q", "keys", "values", "d_tokens", "d_out", "tokens", "out")  # arguments in the rows' type
+
+
+def rounded(a: Array, dtype: str) -> Array:
+    """The nearest values of `dtype`; as NumPy has no bfloat16, its values come as float32."""
+    a = np.asarray(a, np.float32)
+    if dtype == "bfloat16":
+        bits = a.view(np.uint32)
+        even = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return np.where(np.isnan(a), a, even.view(np.float32))
+    with np.errstate(over="ignore"):
+        return a.astype(dtype)
+
+
+def sprinkle(rng: np.random.Generator, a: Array, share: float, values: Array = SPECIAL) -> Array:
+    """A copy of `a` with about `share` of its entries replaced by some of `values`."""
+    a, hit = np.array(a), rng.random(np.shape(a)) < share
+    with np.errstate(over="ignore"):
+        a[hit] = rng.choice(values, int(hit.sum())).astype(a.dtype)
+    return a
+
+
+def to_torch(args: Any, dtype: str = "float32") -> Any:
+    """Arguments, results or arrays as torch tensors; rows (x, v, q, keys, values and their like) get `dtype`."""
+    torch = importlib.import_module("hisac.torch").torch  # the one module that imports torch
+
+    def convert(name: str, a: Any) -> Any:
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return type(a)(*(convert(field, value) for field, value in zip(a._fields, a, strict=True)))
+        if isinstance(a, tuple):
+            return tuple(convert(name, value) for value in a)
+        if isinstance(a, np.ndarray):
+            tensor = torch.from_numpy(np.array(a))
+            return tensor.to(getattr(torch, dtype)) if name in TORCH_ROWS else tensor
+        return a
+
+    return {name: convert(name, a) for name, a in args.items()} if isinstance(args, Mapping) else convert("x", args)
+
+
+# -------------------------------------------------------------------------------------------------------- strategies
+
+
+def generators() -> st.SearchStrategy[np.random.Generator]:
+    """A NumPy generator from a drawn seed."""
+    return st.integers(0, 2**32 - 1).map(np.random.default_rng)
+
+
+@st.composite
+def codebooks(
+    draw: st.DrawFn, *, max_levels: int = 3, max_codes: int = 6, min_width: int = 1, max_width: int = 12
+) -> Codebook:
+    """Codebooks of any depth; half of them on a coarse grid, where ties, duplicates and equal leaves are common."""
+    sizes = draw(st.lists(st.integers(1, max_codes), min_size=1, max_size=max_levels))
+    width, rng, grid = draw(st.integers(min_width, max_width)), draw(generators()), draw(st.booleans())
+    shapes = [(size, width) for size in sizes]
+    if grid:
+        return Codebook(
+            [rng.integers(-2, 3, shape).astype(np.float32) / 2**level for level, shape in enumerate(shapes)]
+        )
+    return Codebook([rng.normal(size=shape).astype(np.float32) / 2**level for level, shape in enumerate(shapes)])
+
+
+@st.composite
+def embeddings(
+    draw: st.DrawFn, rows: int | None = None, width: int | None = None, *, dtype: str = "float32", hostile: bool = False
+) -> Array:
+    """Rows [T, D] of a scale between 0.1 and 30; `hostile` adds NaN, infinities, subnormals and huge values."""
+    shape = (draw(st.integers(0, 64)) if rows is None else rows, draw(st.integers(1, 12)) if width is None else width)
+    rng, scale = draw(generators()), draw(st.sampled_from([1.0, 0.1, 30.0]))
+    a = scale * rng.normal(size=shape).astype(np.float32)
+    return rounded(sprinkle(rng, a, draw(st.sampled_from([0.02, 0.3]))) if hostile else a, dtype)
+
+
+@st.composite
+def offsets(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> Array:
+    """Ragged offsets [B + 1], int32 or int64, with empty users; sometimes none at all."""
+    lengths = draw(st.lists(st.integers(0, max_history), max_size=max_users))
+    return np.cumsum([0, *lengths], dtype=draw(st.sampled_from([np.int64, np.int32])))
+
+
+@st.composite
+def histories(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> tuple[int, Any]:
+    """(T, offsets): ragged offsets over all T rows or only a middle part, or (starts, ends) that overlap."""
+    row = draw(offsets(max_users=max_users, max_history=max_history))
+    before, after = (draw(st.integers(0, 3)), draw(st.integers(0, 3))) if draw(st.booleans()) else (0, 0)
+    rows = int(row[-1]) + before + after
+    if draw(st.booleans()):
+        return rows, (row + before).astype(row.dtype)
+    rng = draw(generators())
+    ends = np.sort(rng.integers(0, min(rows, max_history) + 1, (2, len(row) - 1)), 0).astype(row.dtype)
+    return rows, (ends[0].copy(), ends[1].copy())
+
+
+@st.composite
+def codes(draw: st.DrawFn, book: Codebook, rows: int | None = None, *, invalid: bool = True) -> Array:
+    """Codes [T, L] int32, some leaves more common than others; `invalid` adds -1, C_l and extremes."""
+    rng, n = draw(generators()), draw(st.integers(0, 64)) if rows is None else rows
+    sizes = np.array(book.sizes)
+    if draw(st.booleans()):
+        found = rng.integers(0, sizes, (n, len(sizes)))
+    else:
+        found = np.minimum(rng.geometric(0.4, (n, len(sizes))) - 1, sizes - 1)
+    if invalid and draw(st.booleans()):
+        found = sprinkle(rng, found, 0.1, np.array([-1, -(2**31), 2**31 - 1, sizes.max()]))
+    return found.astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A batch and the options of every verb on it; arrays are named as in `hisac`. `dtype` is the type of x and v,
+    whose values NumPy holds as float32 when it is bfloat16."""
+
+    book: Codebook
+    x: Array | None
+    v: Array
+    offsets: Any
+    prototypes: Array
+    codes: Array
+    routed_codes: bool
+    bias: Array | None
+    weights: Array | None
+    count: Array | None
+    temperature: Any
+    normalize: str
+    method: str
+    refine: int
+    missing: str
+    budget: int | None
+    fanout: tuple[int, ...] | None
+    dtype: str
+    seed: int
+
+    def __repr__(self) -> str:
+        def show(a: Any) -> str:
+            return f"{a.dtype}{list(a.shape)}" if isinstance(a, np.ndarray) and a.size > 16 else repr(a)
+
+        fields = {"sizes": self.book.sizes} | {
+            k: a for k, a in vars(self).items() if k not in ("book", "_reference_book")
+        }
+        return f"Problem({', '.join(f'{name}={show(a)}' for name, a in fields.items())})"
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(repr(self))  # else hypothesis prints every array in full
+
+    @cached_property
+    def _reference_book(self) -> Any:
+        return reference.Codebook(self.book.centers)
+
+    def encode_args(self) -> dict[str, Any]:
+        """The arguments of `encode`, in NumPy; a problem without x encodes its prototypes."""
+        x = self.prototypes.reshape(-1, self.prototypes.shape[2]) if self.x is None else self.x
+        return {"book": self.book, "x": x}
+
+    def vote_args(self) -> dict[str, Any]:
+        """The arguments of `vote`."""
+        rule = {"budget": self.budget, "fanout": self.fanout}
+        return {"book": self.book, "codes": self.codes, "offsets": self.offsets, "weights": self.weights, **rule}
+
+    def route_args(self) -> dict[str, Any]:
+        """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
+        names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "method", "refine")
+        args = {name: getattr(self, name) for name in (*names, "missing")}
+        return args | ({"codes": self.codes, "book": self.book} if self.routed_codes else {})
+
+    def backward_args(self, forward: Tokens) -> dict[str, Any]:
+        """The arguments of `route_backward`: random gradients of what `route` returned; every one the method has."""
+        rng = np.random.default_rng(self.seed)
+        args = {name: a for name, a in self.route_args().items() if name not in ("refine", "prototypes")}
+        need = ("v", "temperature") if self.method == "leaf" else RouteGradients._fields
+        forward = Tokens(*map(bounds.as_numpy, forward))
+        d_lse = rng.normal(size=forward.lse.shape).astype(np.float32) if rng.random() < 0.7 else None
+        d_tokens = rounded(rng.normal(size=forward.tokens.shape), self.dtype)
+        return {"d_tokens": d_tokens, "d_lse": d_lse, "forward": forward, **args, "need": need}
+
+    def by_reference(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """The same arguments with the reference's own codebook, so that nothing compiled takes part."""
+        return {name: self._reference_book if name == "book" else a for name, a in args.items()}
+
+    def reference(self) -> Tokens:
+        """What `route` means here."""
+        return reference.route(**self.by_reference(self.route_args()))  # type: ignore[no-any-return]
+
+    def bound(self) -> Tokens:
+        """How far `route` may be from `reference`, cell by cell."""
+        return bounds.route_bound(self.by_reference(self.route_args()), self.dtype)
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    *,
+    max_users: int = 4,
+    max_history: int = 64,
+    max_levels: int = 3,
+    max_codes: int = 6,
+    max_width: int = 12,
+    max_agents: int = 9,
+    dtypes: Sequence[str] = DTYPES,
+    methods: Sequence[str] = ("exact", "leaf"),
+    max_refine: int = 2,
+    hostile: bool = False,
+) -> Problem:
+    """Whole problems: ragged or overlapping histories, absent rows and agents, every option. `hostile` puts NaN,
+    infinities, subnormals and huge values into every array, and temperatures and counts that make no sense."""
+    book = draw(codebooks(max_levels=max_levels, max_codes=max_codes, max_width=max_width))
+    rows, ragged = draw(histories(max_users=max_users, max_history=max_history))
+    users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
+    agents, wide = draw(st.integers(1, max_agents)), draw(st.integers(1, max_width))
+    method, dtype = draw(st.sampled_from(methods)), draw(st.sampled_from(dtypes))
+    routed_codes = method == "leaf" or draw(st.booleans())
+    leaf = draw(codes(book, rows))
+    seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
+    rng = np.random.default_rng(seed)
+
+    def noise(*shape: int) -> Array:
+        return rng.normal(size=shape).astype(np.float32)
+
+    scale = draw(st.sampled_from([1.0, 0.1, 30.0]))
+    x = scale * (np.asarray(book.prototypes(leaf)) + noise(rows, book.width) * draw(st.sampled_from([0.2, 0.0, 1.0])))
+    leaves = rng.integers(0, np.array(book.sizes), (users, agents, book.levels))
+    prototypes = scale * (np.asarray(book.prototypes(leaves.astype(np.int32))) + 0.1 * noise(users, agents, book.width))
+    bias = None if draw(st.booleans()) else sprinkle(rng, 3 * noise(rows), 0.1, SPECIAL[:3])
+    weights = (
+        None if draw(st.booleans()) else sprinkle(rng, rng.exponential(size=rows), 0.1, np.array([0, -1, 99, np.nan]))
+    )
+    count = None if draw(st.booleans()) else rng.integers(-hostile, agents + 1 + 2 * hostile, users).astype(np.int32)
+    tau: Any = draw(st.sampled_from([0.1, 0.02, 1.0, 50.0]))
+    if draw(st.booleans()):
+        tau = np.full(draw(st.sampled_from([1, agents])), tau, np.float32) * np.float32(rng.uniform(0.5, 2))
+        tau = sprinkle(rng, tau, 0.2, np.array([0, -1, np.nan, np.inf, 1e-42, 1e-30, 1e30])) if hostile else tau
+    elif hostile:
+        tau = draw(st.sampled_from([0.1, 1e-30, 1e-42, 1e30]))
+    fanout = draw(st.lists(st.integers(1, 3), min_size=book.levels, max_size=book.levels).map(tuple) | st.none())
+    return Problem(
+        book=book,
+        x=None if routed_codes and draw(st.booleans()) else rounded(sprinkle(rng, x, share), dtype),
+        v=rounded(sprinkle(rng, noise(rows, wide), share), dtype),
+        offsets=ragged,
+        prototypes=sprinkle(rng, prototypes, share),
+        codes=leaf,
+        routed_codes=routed_codes,
+        bias=None if bias is None else sprinkle(rng, bias, share),
+        weights=None if weights is None else sprinkle(rng, weights.astype(np.float32), share),
+        count=count,
+        temperature=tau,
+        normalize=draw(st.sampled_from(["history", "agents"])),
+        method=method,
+        refine=draw(st.integers(0, max_refine)),
+        missing=draw(st.sampled_from(["drop", "token"])),
+        budget=draw(st.integers(1, max_agents)) if fanout is None else None,
+        fanout=fanout,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Candidates on the tokens of their users; arrays as in `hisac.attend`, of the type `dtype` as in Problem."""
+
+    q: Array
+    keys: Array
+    values: Array
+    candidate_offsets: Array
+    bias: Array | None
+    scale: float | None
+    dtype: str
+    seed: int
+
+    def attend_args(self) -> dict[str, Any]:
+        """The arguments of `attend`, in NumPy."""
+        return {name: a for name, a in vars(self).items() if name not in ("dtype", "seed")}
+
+    def backward_args(self, forward: Attended) -> dict[str, Any]:
+        """The arguments of `attend_backward`, with random gradients of what `attend` returned."""
+        rng, forward = np.random.default_rng(self.seed), Attended(*map(bounds.as_numpy, forward))
+        d_lse = rng.normal(size=forward.lse.shape).astype(np.float32) if rng.random() < 0.7 else None
+        d_out = rounded(rng.normal(size=forward.out.shape), self.dtype)
+        return {"d_out": d_out, "d_lse": d_lse, "forward": forward, **self.attend_args()}
+
+    def reference(self) -> Attended:
+        """What `attend` means here."""
+        return reference.attend(**self.attend_args())  # type: ignore[no-any-return]
+
+    def bound(self) -> Attended:
+        """How far `attend` may be from `reference`, cell by cell."""
+        return bounds.attend_bound(self.attend_args(), self.dtype)
+
+
+@st.composite
+def attentions(
+    draw: st.DrawFn,
+    *,
+    max_users: int = 3,
+    max_candidates: int = 9,
+    dtypes: Sequence[str] = DTYPES,
+    hostile: bool = False,
+) -> Attention:
+    """Attention problems: users without candidates, absent tokens, candidates outside every range."""
+    rows, row = draw(
+        histories(max_users=max_users, max_history=max_candidates).filter(lambda h: isinstance(h[1], np.ndarray))
+    )
+    m, h, d, wide = (draw(st.integers(1, n)) for n in (9, 3, 8, 8))
+    seed, dtype = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(dtypes))
+    rng, scale, users = np.random.default_rng(seed), draw(st.sampled_from([1.0, 5.0])), len(row) - 1
+    share = draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
+    q, k, v, bias = (
+        sprinkle(rng, scale * rng.normal(size=shape).astype(np.float32), share)
+        for shape in ((rows, h, d), (users, m, h, d), (users, m, h, wide), (users, m))
+    )
+    return Attention(
+        q=rounded(q, dtype),
+        keys=rounded(k, dtype),
+        values=rounded(v, dtype),
+        candidate_offsets=row,
+        bias=None if draw(st.booleans()) else sprinkle(rng, bias, 0.1, SPECIAL[:3]),
+        scale=draw(st.sampled_from([None, 0.3, 1.0])),
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- comparators
+
+
+def _assert(ok: Array, mine: Array, expected: Array, name: str, bound: Array | None = None) -> None:
+    if not np.all(ok):
+        bad = np.argwhere(~ok)
+        at = tuple(map(int, bad[0]))
+        within = "" if bound is None else f", allowed difference {bound[at]:.3g}"
+        first = f"first at {list(at)}: expected {expected[at]}, got {mine[at]}{within}"
+        raise AssertionError(f"{name}: {len(bad)} of {np.size(ok)} differ; {first}")
+
+
+def assert_codes_equal(mine: Array, expected: Array, name: str = "codes") -> None:
+    """Integers, equal in every cell; the first difference is named."""
+    mine, expected = bounds.as_numpy(mine), bounds.as_numpy(expected)
+    assert mine.dtype.kind in "iu", f"{name}: expected integers, got {mine.dtype}"
+    assert mine.shape == expected.shape, f"{name}: expected shape {list(expected.shape)}, got {list(mine.shape)}"
+    _assert(mine == expected, mine, expected, name)
+
+
+def assert_agents_equal(mine: Agents, expected: Agents) -> None:
+    """Codes, votes and counts equal in every cell, and of the same codebook."""
+    for name, a, b in zip(("codes", "votes", "count"), mine, expected, strict=True):
+        assert_codes_equal(a, b, name)
+    assert int(mine.fingerprint) == int(expected.fingerprint), (
+        f"fingerprint: expected {expected.fingerprint}, got {mine.fingerprint}"
+    )
+
+
+def assert_close(mine: Array, expected: Array, bound: Array, name: str) -> None:
+    """|mine - expected| <= bound in every cell; equal infinities are close; where the bound is NaN nothing is asked."""
+    mine, expected, bound = (bounds.as_numpy(a).astype(np.float64) for a in (mine, expected, bound))
+    assert mine.shape == expected.shape, f"{name}: expected shape {list(expected.shape)}, got {list(mine.shape)}"
+    with np.errstate(invalid="ignore"):
+        ok = (np.abs(mine - expected) <= bound) | (mine == expected) | np.isnan(bound)
+    _assert(ok, mine, expected, name, bound)
+
+
+def _assert_fields(mine: Any, expected: Any, bound: Any) -> None:
+    for name, a, b, limit in zip(expected._fields, mine, expected, bound, strict=True):
+        assert (a is None) == (b is None), f"{name}: expected {'nothing' if b is None else 'an array'}"
+        if b is not None:
+            assert_close(a, b, limit, name)
+
+
+def assert_tokens_close(mine: Tokens, expected: Tokens, within: Problem | Tokens | None = None) -> None:
+    """Tokens, lse and prototypes within the bound of a Problem (or one from `bounds.route_bound`). Without either, the
+    bound is that of rows and prototypes no longer than 1, |v| at most 1, at a temperature of 0.1 or more."""
+    if within is None:
+        within = bounds.unit_bound(expected)
+    _assert_fields(mine, expected, within.bound() if isinstance(within, Problem) else within)
+
+
+def assert_attended_close(mine: Attended, expected: Attended, within: Attention | Attended) -> None:
+    """Outputs and lse within the bound of an Attention (or one from `bounds.attend_bound`)."""
+    _assert_fields(mine, expected, within.bound() if isinstance(within, Attention) else within)
+
+
+def assert_gradients_close(
+    mine: RouteGradients | AttendGradients, expected: RouteGradients | AttendGradients, args: Mapping[str, Any]
+) -> None:
+    """Gradients within the bound that follows from the arguments `args` of `route_backward` or `attend_backward`."""
+    limit: Callable[[Mapping[str, Any]], Any] = (
+        bounds.route_backward_bound if isinstance(expected, RouteGradients) else bounds.attend_backward_bound
+    )
+    _assert_fields(mine, expected, limit(args))

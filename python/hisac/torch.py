@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs in torch: differentiable functions, and the modules of a ranking model.
+
+`torch.ops.hisac.*` stand between torch and the core, so that autograd, torch.compile, torch.export, checkpointing and
+DDP see ordinary operators. They know a codebook by its fingerprint, a constant of the program. The semantic side
+(codebook, x, prototypes) follows neither a module's dtype nor autocast. First derivatives in reverse mode only: double
+backward and forward mode raise. All results are deterministic. Letters are the dimensions of `hisac.reference`.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import Codebook, _core
+from .reference import MAX_SEATS
+from .results import Agents, Attended, Tokens
+
+Offsets = Tensor | tuple[Tensor, Tensor] | None
+
+# ------------------------------------------------------------------------------------------- codebooks by fingerprint
+
+
+class UnknownCodebookError(LookupError):
+    """A program names a codebook that this process has not registered."""
+
+
+_books: dict[int, "weakref.WeakValueDictionary[int, Codebook]"] = {}  # every copy: one may die before another
+
+
+def register(book: Codebook) -> int:
+    """Make `book` known to the programs of this process while the caller keeps it; its fingerprint as an int64.
+
+    Modules and functions do it by themselves; a process that only runs an exported program has to.
+
+    >>> register(book) % 2**64 == book.fingerprint
+    True
+    """
+    fingerprint: int = book.fingerprint - (book.fingerprint >> 63 << 64)
+    _books.setdefault(fingerprint, weakref.WeakValueDictionary())[id(book)] = book
+    return fingerprint
+
+
+vars(register)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, less its second of imports
+
+
+def _book(fingerprint: int) -> Codebook:
+    for reference in _books[fingerprint].valuerefs() if fingerprint in _books else ():
+        if book := reference():
+            return book
+    known = [f"{name % 2**64:016x}" for name, copies in list(_books.items()) if len(copies)]
+    got = f"codebook {fingerprint % 2**64:016x} is not registered"
+    raise UnknownCodebookError(f"{got}, expected one of {known}: call hisac.torch.register(book) and keep the book")
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+_library = cast(Any, torch.library.Library)("hisac", "DEF")
+
+
+def _op(schema: str) -> Callable[[Callable[..., Iterator[Any]]], None]:
+    """Define an operator by a generator that first yields the results, allocated, and then fills them: its first half
+    serves as the fake implementation, so the two cannot disagree."""
+
+    def define(steps: Callable[..., Iterator[Any]]) -> None:
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, lambda *inputs: list(steps(*inputs)).pop(), "CPU")
+        torch.library.register_fake(f"hisac::{name}", lambda *inputs: next(steps(*inputs)), lib=_library)
+
+    return define
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _gradients(inputs: Sequence[Tensor | None], need: Sequence[bool]) -> tuple[Tensor, ...]:
+    """float32, empty where not needed: an operator cannot return None."""
+    device = next(t.device for t in inputs if t is not None)
+    shapes = (t.shape if needed and t is not None else (0,) for t, needed in zip(inputs, need, strict=True))
+    return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+
+
+@_op("encode(Tensor x, int fingerprint) -> Tensor")
+def _encode(x: Tensor, fingerprint: int) -> Iterator[Tensor]:
+    book = _book(fingerprint)
+    codes = x.new_empty((x.shape[0], book.levels), dtype=torch.int32)
+    yield codes
+    _core.encode(book._core, x.contiguous(), codes)
+
+
+@_op(
+    "vote(Tensor codes, Tensor starts, Tensor ends, int fingerprint, int budget, int[] fanout, Tensor? weights)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _vote(codes: Tensor, starts: Tensor, ends: Tensor, fingerprint: int, budget: int, fanout: Any, weights: Any) -> Any:
+    fanout = tuple(fanout or ())  # AOTInductor passes an empty list as None
+    book, seats = _book(fingerprint), math.prod(fanout) if fanout else budget
+    size = starts.shape[0], min(max(seats, 0), MAX_SEATS)  # the core refuses what is outside
+    agents = codes.new_empty((*size, book.levels), dtype=torch.int32)
+    results = agents, codes.new_empty(size, dtype=torch.int64), codes.new_empty(size[:1], dtype=torch.int32)
+    yield results
+    _core.vote(book._core, *_dense(codes, starts, ends), budget, fanout, *_dense(weights), *results)
+
+
+@_op("prototypes(Tensor codes, int fingerprint) -> Tensor")
+def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
+    book = _book(fingerprint)
+    found = codes.new_empty((*codes.shape[:-1], book.width), dtype=torch.float32)
+    yield found
+    _core.prototypes(book._core, codes.contiguous().view(-1, book.levels), found.view(-1, book.width))
+
+
+_ROUTE_INPUTS = (
+    "Tensor? x, Tensor v, Tensor starts, Tensor ends, Tensor prototypes, Tensor temperature, Tensor? count, "
+    "Tensor? bias, Tensor? codes, int? fingerprint, str normalize, str method, int refine, str missing"
+)
+_ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
+
+
+def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
+    """The operator's inputs in the core's order, without refine and missing."""
+    x, v, starts, ends, prototypes, temperature, count, bias, codes = _dense(*inputs[:9])
+    fingerprint, normalize, method = inputs[9:12]
+    book = None if fingerprint is None else _book(fingerprint)._core
+    return [x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method]
+
+
+@_op(f"route({_ROUTE_INPUTS}) -> (Tensor tokens, Tensor lse, Tensor refined)")
+def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    v, starts, prototypes, refine, missing = (inputs[i] for i in (1, 2, 4, 12, 13))
+    size = (starts.shape[0], prototypes.shape[1] + (missing == "token"))
+    tokens, lse = v.new_empty((*size, v.shape[1])), v.new_empty(size, dtype=torch.float32)
+    refined = prototypes.new_empty(prototypes.shape if refine else (0,))  # empty: an operator cannot return its input
+    yield tokens, lse, refined
+    _core.route(*_route_arguments(inputs), refine, missing, tokens, lse, refined if refine else None)
+
+
+@_op(
+    "route_backward(Tensor d_tokens, Tensor? d_lse, Tensor tokens, Tensor lse, bool[] need, "
+    f"{_ROUTE_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _route_backward(
+    d_tokens: Tensor, d_lse: Tensor | None, tokens: Tensor, lse: Tensor, need: Sequence[bool], *inputs: Any
+) -> Iterator[tuple[Tensor, ...]]:
+    results = _gradients([inputs[i] for i in _ROUTE_WANTED], need)
+    yield results
+    wanted = [r if needed else None for r, needed in zip(results, need, strict=True)]
+    _core.route_backward(*_dense(d_tokens, d_lse, tokens, lse), *_route_arguments(inputs), inputs[13], *wanted)
+
+
+_ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, float scale"
+
+
+@_op(f"attend({_ATTEND_INPUTS}) -> (Tensor out, Tensor lse)")
+def _attend(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    results = q.new_empty((*q.shape[:2], values.shape[3])), q.new_empty(q.shape[:2], dtype=torch.float32)
+    yield results
+    _core.attend(*_dense(q, keys, values, *others[:-1]), others[-1], *results)
+
+
+@_op(
+    f"attend_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_ATTEND_INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
+    *tensors, scale = inputs
+    bias = tensors[8] is not None
+    results = _gradients([tensors[i] for i in (4, 5, 6, 8)], (True, True, True, bias))
+    yield results
+    _core.attend_backward(*_dense(*tensors), scale, *results[:3], results[3] if bias else None)
+
+
+def _gradients_by_input(ctx: Any, inputs: Sequence[Any], at: Sequence[int], grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The gradients of the inputs `at`, in those inputs' types; None for every other input."""
+    found = {i: g.to(inputs[i].dtype) for i, g in zip(at, grads, strict=True) if ctx.needs_input_grad[i]}
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tokens, lse, refined = output
+    fingerprint, method, refine = inputs[9], inputs[11], inputs[12]
+    _, _, bias, x, prototypes = (ctx.needs_input_grad[i] for i in _ROUTE_WANTED)
+    if method == "leaf" and (x or prototypes or bias):
+        raise NotImplementedError("route: method='leaf' has gradients for v and temperature only")
+    if refine and prototypes:
+        raise NotImplementedError("route: refine > 0 has no gradient for prototypes, expected prototypes.detach()")
+    ctx.mark_non_differentiable(refined)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:9])
+    ctx.options = inputs[9:]
+    ctx.book = None if fingerprint is None else _book(fingerprint)  # alive until the backward
+
+
+def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    tokens, lse, *tensors = ctx.saved_tensors
+    need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
+    d_tokens = torch.zeros_like(tokens) if d_tokens is None else d_tokens
+    grads = torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options)
+    return _gradients_by_input(ctx, tensors, _ROUTE_WANTED, grads)
+
+
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *inputs[:5])
+    ctx.scale = inputs[5]
+
+
+def _attend_back(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    grads = torch.ops.hisac.attend_backward(d_out, d_lse, out, lse, *tensors, ctx.scale)
+    return _gradients_by_input(ctx, tensors, (0, 1, 2, 4), grads)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("hisac has first derivatives only: double backward is not supported")
+
+
+for _name, _back, _setup in (("route", _route_back, _route_setup), ("attend", _attend_back, _attend_setup)):
+    torch.library.register_autograd(f"hisac::{_name}", _back, setup_context=_setup, lib=_library)
+    torch.library.register_autograd(f"hisac::{_name}_backward", _no_double_backward, lib=_library)
+
+
+# ----------------------------------------------------------------------------------------------------------- functions
+
+
+def _jagged(name: str, t: Tensor) -> Any:
+    if not t.is_nested or t.layout != torch.jagged:
+        got = "a strided nested tensor" if t.is_nested else "no offsets"
+        raise TypeError(f"{name}: got {got}, expected a jagged nested tensor, or its values() and offsets()")
+    return t
+
+
+def _rows(name: str, *tensors: Tensor | None) -> list[Any]:
+    """The rows of jagged nested tensors; any other tensor as it is."""
+    return [_jagged(name, t).values() if t is not None and t.is_nested else t for t in tensors]
+
+
+def _spans(name: str, offsets: Offsets, ragged: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and ends of the users' rows; those of the jagged tensor `ragged` where no offsets are given."""
+    if offsets is None:
+        t = _jagged(name, ragged)
+        starts, lengths = t.offsets()[:-1], t.lengths()
+        return starts, t.offsets()[1:] if lengths is None else starts + lengths
+    return offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
+
+
+def _reverse_mode_only(name: str, *inputs: Tensor | None) -> None:
+    dual = (t is not None and cast(Any, forward_ad.unpack_dual)(t).tangent is not None for t in inputs)
+    if not torch.compiler.is_compiling() and any(dual):
+        raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
+
+
+def _tau(temperature: float | Tensor, device: torch.device | None = None) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return temperature.float()
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"route: temperature is {temperature}, expected a finite number above 0")
+    return torch.full((1,), temperature, dtype=torch.float32, device=device)
+
+
+def encode(book: Codebook, x: Tensor) -> Tensor:
+    """Semantic IDs as `hisac.encode`, without gradient: x [T, D] or jagged -> codes [T, L] int32.
+
+    >>> encode(book, torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
+    [[0, 0], [1, 1]]
+    """
+    return cast(Tensor, torch.ops.hisac.encode(*_rows("encode", x), register(book)))
+
+
+def vote(
+    book: Codebook, codes: Tensor, offsets: Offsets, *, budget: int | None = None,
+    fanout: Sequence[int] | None = None, weights: Tensor | None = None,
+) -> Agents:  # fmt: skip
+    """The interest-agents of each user as `hisac.vote`, without gradient.
+
+    codes [T, L] int32, offsets [B + 1] or (starts, ends) or None for jagged codes, weights [T] -> Agents.
+
+    >>> codes = torch.tensor([[1, 1], [0, 0], [1, 1]], dtype=torch.int32)
+    >>> vote(book, codes, torch.tensor([0, 3]), budget=2).votes
+    tensor([[2, 1]])
+    """
+    starts, ends = _spans("vote", offsets, codes)
+    codes, weights = _rows("vote", codes, weights)
+    name = register(book)
+    weights = None if weights is None else weights.float()
+    found = torch.ops.hisac.vote(codes, starts, ends, name, budget or 0, list(fanout or ()), weights)
+    return Agents(found[0], found[1], found[2], name % 2**64)
+
+
+def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
+    """As `Codebook.prototypes`: codes [..., L] int32, or Agents of this codebook -> [..., D] float32.
+
+    >>> prototypes(book, torch.tensor([[1, 1]], dtype=torch.int32))
+    tensor([[0., 2.]])
+    """
+    name = register(book)
+    if isinstance(codes, Agents):
+        if codes.fingerprint != name % 2**64:
+            raise ValueError(f"prototypes: agents of {codes.fingerprint:016x}, expected {name % 2**64:016x}")
+        codes = codes.codes
+    return cast(Tensor, torch.ops.hisac.prototypes(codes, name))
+
+
+def route(
+    x: Tensor | None, v: Tensor, offsets: Offsets, prototypes: Tensor, *, count: Tensor | None = None,
+    temperature: float | Tensor = 0.1, normalize: str = "history", bias: Tensor | None = None,
+    codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact", refine: int = 0,
+    missing: str = "drop",
+) -> Tokens:  # fmt: skip
+    """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
+
+        token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
+
+    x [T, D] (None: codes and book), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, prototypes
+    [B, M, D], count [B], temperature a number, [1] or [M], bias [T], codes [T, L] -> Tokens. Refined prototypes are
+    constants of the backward; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+
+    >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    >>> out = route(torch.eye(2), v, torch.tensor([0, 2]), torch.eye(2)[None], temperature=0.01)
+    >>> out.tokens.sum().backward()
+    >>> out.tokens.tolist(), v.grad.tolist()
+    ([[[1.0], [2.0]]], [[1.0], [1.0]])
+    """
+    starts, ends = _spans("route", offsets, v)
+    x, v, bias, codes = _rows("route", x, v, bias, codes)
+    tau = _tau(temperature, v.device)
+    _reverse_mode_only("route", x, v, prototypes, tau, bias)
+    tokens, lse, refined = torch.ops.hisac.route(
+        x, v, starts, ends, prototypes, tau, count, None if bias is None else bias.float(), codes,
+        None if book is None else register(book), normalize, method, refine, missing,
+    )  # fmt: skip
+    return Tokens(tokens, lse, refined if refine else prototypes)
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, candidate_offsets: Tensor | None, *, bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Attended:  # fmt: skip
+    """Target attention as `hisac.attend`; out and lse have gradients for q, keys, values and bias.
+
+        z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
+
+    q [N, H, d], keys [B, M, H, d], values [B, M, H, V], candidate_offsets [B + 1] or None for jagged q, bias [B, M]
+    (-inf: no such token), scale 1 / sqrt(d) -> Attended.
+
+    >>> q, keys, values = torch.zeros(3, 1, 4), torch.randn(1, 2, 1, 4), torch.ones(1, 2, 1, 5)
+    >>> attend(q, keys, values, torch.tensor([0, 3])).lse.exp().round().flatten()
+    tensor([2., 2., 2.])
+    """
+    candidate_offsets = _jagged("attend", q).offsets() if candidate_offsets is None else candidate_offsets
+    (q,) = _rows("attend", q)
+    _reverse_mode_only("attend", q, keys, values, bias)
+    keys, values = keys.to(q.dtype), values.to(q.dtype)  # autocast casts q in a model that caches keys and values
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    bias = None if bias is None else bias.float()
+    return Attended(*torch.ops.hisac.attend(q, keys, values, candidate_offsets, bias, scale))
+
+
+def log_share(agents: Agents) -> Tensor:
+    """The paper's bias of target attention: log(votes_a / sum of votes), [B, M] float32, -inf for an absent agent.
+
+    >>> log_share(Agents(None, torch.tensor([[3, 1, 0]]), None, 0)).exp()
+    tensor([[0.7500, 0.2500, 0.0000]])
+    """
+    return cast(Tensor, (agents.votes / agents.votes.sum(1, keepdim=True).clamp(min=1)).log())
+
+
+# ------------------------------------------------------------------------------------------------------------- modules
+
+
+class KeysValues(NamedTuple):
+    """The tokens of a request, projected once for all its candidates: keys [B, M, H, d], values [B, M, H, V]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Compressed(NamedTuple):
+    """The fields of `Tokens`; the agents, of which `log_share` makes the paper's bias; codes [T, L] for the next call."""
+
+    tokens: Tensor
+    lse: Tensor
+    prototypes: Tensor
+    agents: Agents
+    codes: Tensor
+
+
+for _type in (Agents, Tokens, Attended, KeysValues, Compressed):  # as results of a saved torch.export program
+    torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
+
+
+class Compressor(nn.Module):
+    """Histories to tokens: encode and vote without gradient, route with, under a learned temperature (log tau, [1]).
+
+    The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
+    the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
+
+    >>> compress = Compressor(book, budget=2, normalize="agents")
+    >>> out = compress(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2]))
+    >>> out.tokens.shape, out.agents.count.tolist()
+    (torch.Size([1, 2, 3]), [2])
+    """
+
+    def __init__(
+        self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
+        temperature: float = 0.1, learn_temperature: bool = True, normalize: str = "history", method: str = "exact",
+        refine: int = 0, missing: str = "drop",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.book, self.budget, self.fanout = book, budget, fanout
+        self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
+        self.log_tau = nn.Parameter(_tau(temperature).log(), learn_temperature)
+        self(torch.empty(0, book.width), torch.empty(0, 1), torch.zeros(1, dtype=torch.int64))  # checks every option
+
+    def forward(
+        self, x: Tensor | None, v: Tensor, offsets: Offsets, *, codes: Tensor | None = None,
+        weights: Tensor | None = None, bias: Tensor | None = None,
+    ) -> Compressed:  # fmt: skip
+        """x [T, D] (None: codes), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, codes [T, L] of an
+        earlier call, weights [T] of the votes, bias [T] of the routing (log weight, time decay) -> Compressed."""
+        if codes is None:
+            if x is None:
+                raise ValueError("Compressor: neither x nor codes given, expected one of them")
+            codes = encode(self.book, x)
+        (codes,), spans = _rows("Compressor", codes), _spans("Compressor", offsets, v)
+        agents = vote(self.book, codes, spans, budget=self.budget, fanout=self.fanout, weights=weights)
+        out = route(
+            x, v, spans, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
+            normalize=self.normalize, bias=bias, codes=codes, book=self.book, method=self.method, refine=self.refine,
+            missing=self.missing,
+        )  # fmt: skip
+        return Compressed(*out, agents, codes)
+
+    def get_extra_state(self) -> Tensor:
+        """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""
+        return torch.frombuffer(bytearray(self.book.to_bytes()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the codebook of a state dict; ValueError where its sizes differ."""
+        book = Codebook.from_bytes(state.cpu().numpy().tobytes())
+        got, expected = ((*b.sizes, b.width) for b in (book, self.book))
+        if got != expected:
+            raise ValueError(f"load_state_dict: codebook (C_1, .., C_L, D) is {got}, expected {expected}")
+        self.book = book
+        register(book)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        register(self.book)
+
+    def extra_repr(self) -> str:
+        names = "budget", "fanout", "normalize", "method", "refine", "missing"
+        return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
+
+
+class TargetAttention(nn.Module):
+    """Multi-head attention of candidates on cached tokens, with the log-sum-exp of the logits as a feature.
+
+    Softmax hides how similar the best match is: give the scoring net `lse` beside `out`.
+
+    >>> attention = TargetAttention(6, 3, heads=2, head_width=4)
+    >>> cached = attention.keys_values(torch.randn(1, 5, 3))
+    >>> out, lse = attention(torch.randn(7, 6), cached, torch.tensor([0, 7]))
+    >>> out.shape, lse.shape
+    (torch.Size([7, 8]), torch.Size([7, 2]))
+    """
+
+    def __init__(
+        self, candidate_width: int, token_width: int, *, heads: int = 4, head_width: int = 16,
+        value_width: int | None = None, bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(candidate_width, heads * head_width, bias=bias)
+        self.key = nn.Linear(token_width, heads * head_width, bias=bias)
+        self.value = nn.Linear(token_width, heads * (value_width or head_width), bias=bias)
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """tokens [B, M, W] -> KeysValues, to be passed to `forward` in place of the tokens."""
+        keys, values = (f(tokens).unflatten(-1, (self.heads, -1)) for f in (self.key, self.value))
+        return KeysValues(keys, values)
+
+    def forward(
+        self, candidates: Tensor, tokens: Tensor | KeysValues, candidate_offsets: Tensor, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """candidates [N, C], tokens [B, M, W] or KeysValues, candidate_offsets [B + 1], bias [B, M], that is `lse` or
+        `log_share` (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]."""
+        keys, values = tokens if isinstance(tokens, KeysValues) else self.keys_values(tokens)
+        q = self.query(candidates).unflatten(-1, (self.heads, -1))
+        out, lse = attend(q, keys, values, candidate_offsets, bias=bias)
+        return out.flatten(1), lse

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the definition, second part: route and attend of `hisac.reference`, and their gradients."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+from hisac import reference, testing
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+problem = testing.problems(max_history=24)
+
+
+def args_of(p, **changes):
+    return p.by_reference(p.route_args()) | changes
+
+
+def same(a, b, rtol=1e-9):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-9)
+
+
+def users_of(offsets):
+    return [np.arange(r.start, r.stop) for r in reference.ranges(offsets)]
+
+
+# ------------------------------------------------------------------------------------------------------------- route
+
+
+@given(testing.problems(max_history=24, hostile=True))
+def test_weights_sum_to_one_or_zero(p):
+    """For any finite values, however large the logits: tokens of v = 1 are 1, or 0 where lse is -inf."""
+    out = reference.route(**args_of(p, v=np.ones((len(p.v), 1)), missing="drop"))
+    np.testing.assert_allclose(out.tokens[..., 0], np.where(np.isneginf(out.lse), 0.0, 1.0), rtol=1e-9)
+    assert not np.isnan(out.lse).any()
+
+
+@given(testing.problems(max_history=24, hostile=True))
+def test_tokens_lie_in_the_hull_of_the_present_rows(p):
+    args = args_of(p, missing="drop", v=np.random.default_rng(p.seed).normal(size=p.v.shape))
+    out = reference.route(**args)
+    for b, _, h in reference.histories(*history_args(args)):
+        for a in h.agents if len(h.v) else ():
+            assert (h.v.min(0) - 1e-9 <= out.tokens[b, a]).all() and (out.tokens[b, a] <= h.v.max(0) + 1e-9).all()
+        rest = np.setdiff1d(np.arange(out.lse.shape[1]), h.agents) if len(h.v) else slice(None)
+        assert not out.tokens[b, rest].any() and np.isneginf(out.lse[b, rest]).all()
+
+
+def history_args(args):
+    """The arguments of `reference.histories` from those of `route`."""
+    full = dict.fromkeys(inspect.signature(reference.histories).parameters) | {"method": "exact"}
+    return [args.get(name, default) for name, default in full.items()]
+
+
+@given(problem, st.sampled_from(["codes", "x", "bias"]), st.integers(0, 2**32 - 1))
+def test_absent_rows_change_nothing(p, how, seed):
+    args = args_of(p, missing="drop")
+    assume(p.x is not None and not isinstance(p.offsets, tuple) and (how != "codes" or p.routed_codes))
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.integers(p.offsets[0], p.offsets[-1] + 1, 5))
+    bias = np.zeros(len(p.v), np.float32) if p.bias is None else p.bias
+    junk = {
+        "x": np.full((5, p.x.shape[1]), np.nan if how == "x" else 0.0),
+        "v": np.full((5, p.v.shape[1]), np.nan),
+        "codes": np.full((5, p.codes.shape[1]), -1 if how == "codes" else 0),
+        "bias": np.full(5, -np.inf if how == "bias" else 0.0),
+    }
+    padded = {
+        name: np.insert(args[name] if name != "bias" else bias, at, junk[name], 0) for name in junk if name in args
+    }
+    offsets = p.offsets + np.searchsorted(at, p.offsets, "left")
+    offsets[-1] = p.offsets[-1] + 5
+    same(reference.route(**args), reference.route(**args | padded | {"offsets": offsets}))
+
+
+@given(problem)
+def test_absent_agents_take_no_share(p):
+    args = args_of(p)
+    m, b = p.prototypes.shape[1], p.prototypes.shape[0]
+    count = np.full(b, m) if p.count is None else p.count
+    junk = np.concatenate([p.prototypes, np.full((b, 2, p.prototypes.shape[2]), np.nan)], 1)
+    tau = np.broadcast_to(p.temperature, m)
+    wide = reference.route(**args | {"prototypes": junk, "count": count, "temperature": np.append(tau, [1.0, 1.0])})
+    for a, c in zip(reference.route(**args), wide, strict=True):
+        np.testing.assert_array_equal(a[:, :m], c[:, :m])
+        assert p.missing == "token" or not np.isfinite(c[:, m:]).any() or not c[:, m:].any()
+    agents_of_bad_tau = reference.route(**args | {"temperature": np.where(np.arange(m) == 0, np.nan, tau)})
+    assert np.isneginf(agents_of_bad_tau.lse[:, 0]).all() and not agents_of_bad_tau.tokens[:, 0].any()
+
+
+@given(problem, st.integers(0, 24))
+def test_parts_of_a_history_merge(p, cut):
+    """token = sum over parts of exp(lse_part - lse) token_part; so tiles, machines and updates may be merged."""
+    args = args_of(p, missing="drop", refine=0, method="exact")
+    whole = reference.route(**args)
+    starts, ends = np.array([[r.start, max(r.start, r.stop)] for r in reference.ranges(p.offsets)]).reshape(-1, 2).T
+    middle = np.minimum(starts + cut, ends)
+    parts = [reference.route(**args | {"offsets": pair}) for pair in ((starts, middle), (middle, ends))]
+    lse = np.logaddexp(parts[0].lse, parts[1].lse)
+    np.testing.assert_allclose(whole.lse, lse, rtol=1e-9, atol=1e-9)
+    shares = [np.exp(part.lse - np.where(np.isfinite(lse), lse, 0))[..., None] for part in parts]
+    np.testing.assert_allclose(
+        whole.tokens, shares[0] * parts[0].tokens + shares[1] * parts[1].tokens, rtol=1e-9, atol=1e-9
+    )
+
+
+@given(problem)
+def test_users_do_not_meet(p):
+    """A batch is its users one by one; ragged, overlapping or empty."""
+    args, out = args_of(p), reference.route(**args_of(p))
+    for b, rows in enumerate(users_of(p.offsets)):
+        one = {name: None if args.get(name) is None else args[name][rows] for name in ("x", "v", "bias")}
+        one |= {"codes": args["codes"][rows]} if p.routed_codes else {}
+        one |= {"prototypes": p.prototypes[b : b + 1], "count": None if p.count is None else p.count[b : b + 1]}
+        alone = reference.route(**args | one | {"offsets": np.array([0, len(rows)])})
+        for a, c in zip(out, alone, strict=True):
+            np.testing.assert_array_equal(a[b], c[0])
+
+
+@given(problem, st.data())
+def test_one_users_nan_spoils_nobody_else(p, data):
+    assume(not isinstance(p.offsets, tuple) and p.offsets[-1] > p.offsets[0])
+    row = data.draw(st.integers(int(p.offsets[0]), int(p.offsets[-1]) - 1))
+    b, v = int(np.searchsorted(p.offsets, row, "right")) - 1, p.v.copy()
+    v[row] = np.nan
+    clean, spoiled = reference.route(**args_of(p)), reference.route(**args_of(p, v=v))
+    for a, c in zip(clean, spoiled, strict=True):
+        np.testing.assert_array_equal(np.delete(a, b, 0), np.delete(c, b, 0))
+
+
+@given(problem)
+def test_agents_mode_conserves_mass(p):
+    """Each present row gives exp(bias) to the agents together: sum_a exp(lse_a) = sum_i exp(bias_i)."""
+    args = args_of(p, normalize="agents", missing="drop", refine=0)
+    out = reference.route(**args)
+    for b, _, h in reference.histories(*history_args(args | {"method": "exact"})):
+        if len(h.agents) and len(h.x):
+            np.testing.assert_allclose(reference.logsumexp(out.lse[b], 0), reference.logsumexp(h.bias, 0), atol=1e-9)
+
+
+@given(testing.problems(max_history=24, methods=("exact",), max_refine=0))
+def test_limits_of_temperature(p):
+    """tau -> 0: the nearest row; tau -> infinity: the mean weighted by exp(bias), in both modes."""
+    args = args_of(p, missing="drop", normalize="history")
+    cold, hot = (reference.route(**args | {"temperature": tau}) for tau in (1e-9, 1e12))
+    fair = reference.route(**args | {"temperature": 1e12, "normalize": "agents"})
+    for b, _, h in reference.histories(*history_args(args)):
+        if len(h.x):
+            d = reference.square_distances(h.x, h.p)
+            nearest, second = (np.sort(d, 0)[i] if len(d) > i else np.full(d.shape[1], np.inf) for i in (0, 1))
+            clear = second - nearest > 1e-6
+            np.testing.assert_allclose(cold.tokens[b, h.agents][clear], h.v[d.argmin(0)][clear], atol=1e-9)
+            w = np.exp(h.bias - reference.logsumexp(h.bias, 0))
+            for out in (hot, fair):
+                np.testing.assert_allclose(
+                    out.tokens[b, h.agents], np.tile(w @ h.v, (len(h.agents), 1)), rtol=1e-6, atol=1e-6
+                )
+
+
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+def test_a_changed_bias_changes_tokens(normalize):
+    x, p = np.float32([[0, 0], [1, 0], [0, 1]]), np.float32([[[0, 0], [1, 1]]])
+    options = {"x": x, "v": x, "offsets": np.array([0, 3]), "prototypes": p, "temperature": 1.0, "normalize": normalize}
+    plain = reference.route(**options)
+    same(plain, reference.route(**options, bias=np.zeros(3)))
+    biased = reference.route(**options, bias=np.array([0.0, 1.0, 0.0]))
+    assert (np.abs(biased.tokens - plain.tokens).max(-1) > 1e-3).all() and (biased.lse > plain.lse).all()
+    shifted = reference.route(**options, bias=np.full(3, 0.7))
+    np.testing.assert_allclose(shifted.tokens, plain.tokens, atol=1e-12)
+    np.testing.assert_allclose(shifted.lse, plain.lse + 0.7)
+
+
+@given(problem, st.integers(0, 3), st.integers(0, 3))
+def test_refinement_continues_where_it_stopped(p, n, more):
+    first = reference.route(**args_of(p, refine=n))
+    again = reference.route(**args_of(p, refine=more, prototypes=first.prototypes))
+    same(again, reference.route(**args_of(p, refine=n + more)))
+
+
+def test_refinement_has_fixed_points():
+    x = np.float32([[0, 0], [0.2, 0], [5, 5], [5, 5.2]])
+    options = {"x": x, "v": x, "offsets": np.array([0, 4]), "temperature": 0.5}
+    out = reference.route(prototypes=np.float32([[[1, 0], [4, 5], [0, 0]]]), refine=60, count=np.array([2]), **options)
+    np.testing.assert_allclose(out.prototypes[0], [[0.1, 0], [5, 5.1], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(out.tokens[0, :2], out.prototypes[0, :2], atol=1e-6)
+    empty = reference.route(prototypes=np.float32([[[1, 0]]]), refine=3, **options | {"offsets": np.array([0, 0])})
+    assert empty.prototypes.tolist() == [[[1, 0]]] and np.isneginf(empty.lse).all()
+
+
+@given(problem)
+def test_leaf_is_exact_when_a_leafs_rows_coincide(p):
+    args = args_of(p, x=None, codes=p.codes, book=p.by_reference(p.vote_args())["book"])
+    exact, leaf = (reference.route(**args | {"method": method}) for method in ("exact", "leaf"))
+    same(exact, leaf, 1e-7)
+
+
+def test_leaf_rows_act_at_their_mean():
+    book = reference.Codebook([[[0.0], [9.0]]])
+    x, p = np.array([[0.0], [2.0], [9.0]]), np.array([[[1.0]]])
+    out = reference.route(
+        x, x, np.array([0, 3]), p, temperature=1.0, codes=np.array([[0], [0], [1]]), book=book, method="leaf"
+    )
+    z = np.array([math.log(2) - (0 + 1), -64.0])  # mean 1, variance 1; one row at 9
+    assert math.isclose(out.lse[0, 0], np.logaddexp(*z))
+    assert math.isclose(out.tokens[0, 0, 0], np.exp(z - np.logaddexp(*z)) @ [1, 9])
+    with pytest.raises(ValueError, match="codes are needed"):
+        reference.route(x, x, np.array([0, 3]), p, method="leaf")
+
+
+def test_missing_token_is_the_mean_of_absent_rows():
+    x = np.float32([[0], [np.nan], [np.inf], [1], [2.0**50]])
+    v = np.float32([[1], [2], [4], [8], [np.nan]])
+    out = reference.route(
+        x, v, np.array([0, 4, 5]), np.zeros((2, 1, 1)), missing="token", bias=np.float32([0, 0, 0, np.nan, 0])
+    )
+    np.testing.assert_allclose(out.tokens[0, 1], (2 + 4 + 8) / 3)
+    assert math.isclose(out.lse[0, 1], math.log(3)) and math.isclose(out.tokens[0, 0, 0], 1)
+    assert out.tokens[1].tolist() == [[0], [0]] and np.isneginf(out.lse[1]).all()
+    assert reference.route(x, v, np.array([0, 4, 5]), np.zeros((2, 1, 1))).tokens.shape == (2, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def slopes(loss, values, step=1e-6):
+    """Central differences of loss over every entry of `values` (float64, changed in place and restored)."""
+    out = np.zeros(values.shape)
+    for at in np.ndindex(values.shape):
+        kept = values[at]
+        high, low = (loss(values.__setitem__(at, kept + s)) for s in (step, -step))
+        values[at] = kept
+        out[at] = (high - low) / (2 * step)
+    return out
+
+
+def pairing(tokens, d_tokens, d_lse):
+    return (tokens[0] * d_tokens).sum() + (
+        0 if d_lse is None else (np.where(np.isfinite(tokens[1]), tokens[1], 0) * d_lse).sum()
+    )
+
+
+@given(testing.problems(max_users=2, max_history=5, max_width=3, max_agents=3, max_refine=0, dtypes=("float32",)))
+def test_route_backward_equals_finite_differences(p):
+    args = args_of(p)
+    tau = np.full(1, p.temperature) if isinstance(p.temperature, float) else p.temperature.astype(np.float64)
+    args["temperature"] = tau = np.maximum(tau, 0.5)
+    free = {
+        "v": p.v,
+        "temperature": tau,
+        "bias": np.zeros(len(p.v)) if p.bias is None else p.bias,
+        "prototypes": p.prototypes,
+    }
+    free |= {} if p.x is None else {"x": p.x}
+    free = {
+        name: a.astype(np.float64) / (10 if name == "x" and np.abs(a).max(initial=0) > 10 else 1)
+        for name, a in free.items()
+    }
+    args |= free
+    forward = reference.route(**args)
+    back = p.backward_args(forward)
+    back = {name: a for name, a in args.items() if name not in ("refine", "prototypes")} | {
+        name: back[name] for name in ("d_tokens", "d_lse", "need")
+    }
+    mine = reference.route_backward(forward=forward, **back)
+    for name in set(back["need"]) & set(free):
+        values = free[name]
+        inside = np.isfinite(values)
+        with np.errstate(invalid="ignore"):
+            expected = slopes(lambda _: pairing(reference.route(**args), back["d_tokens"], back["d_lse"]), values)
+        got = getattr(mine, name)
+        np.testing.assert_allclose(got[inside], expected[inside], rtol=1e-4, atol=1e-4, err_msg=name)
+    assert all(getattr(mine, name) is None for name in set(mine._fields) - set(back["need"]))
+
+
+def test_leaf_has_no_gradient_of_x():
+    x, book = np.zeros((1, 1)), reference.Codebook([[[0.0]]])
+    options = {"codes": np.zeros((1, 1), int), "book": book, "method": "leaf"}
+    forward = reference.route(x, x, np.array([0, 1]), np.zeros((1, 1, 1)), **options)
+    with pytest.raises(NotImplementedError, match="v and temperature only"):
+        reference.route_backward(forward.tokens, None, forward, x, x, np.array([0, 1]), need=("x",), **options)
+
+
+@given(testing.attentions(max_users=2, max_candidates=3, dtypes=("float32",)))
+def test_attend_backward_equals_finite_differences(p):
+    args = p.attend_args()
+    free = {name: args[name].astype(np.float64) for name in ("q", "keys", "values", "bias") if args[name] is not None}
+    free["q"] /= max(1, np.abs(free["q"]).max(initial=0))
+    args |= free
+    forward = reference.attend(**args)
+    back = p.backward_args(forward)
+    mine = reference.attend_backward(**args, **{name: back[name] for name in ("d_out", "d_lse")}, forward=forward)
+    for name, values in free.items():
+        inside = np.isfinite(values)
+        expected = slopes(lambda _: pairing(reference.attend(**args), back["d_out"], back["d_lse"]), values)
+        np.testing.assert_allclose(getattr(mine, name)[inside], expected[inside], rtol=1e-4, atol=1e-4, err_msg=name)
+    assert (mine.bias is None) == (args["bias"] is None)
+
+
+@given(testing.attentions())
+def test_attend_is_a_softmax_over_present_tokens(p):
+    args, out = p.attend_args(), p.reference()
+    scale = p.scale or 1 / math.sqrt(p.q.shape[2])
+    expected, lse = np.zeros(out.out.shape), np.full(out.lse.shape, -np.inf)
+    for b, (s, e) in enumerate(zip(p.candidate_offsets[:-1], p.candidate_offsets[1:], strict=True)):
+        here = np.arange(p.keys.shape[1]) if p.bias is None else np.flatnonzero(np.isfinite(p.bias[b]))
+        for n in range(s, e):
+            for h in range(p.q.shape[1]) if len(here) else ():
+                z = scale * p.keys[b, here, h].astype(float) @ p.q[n, h].astype(float)
+                z = z + (0 if p.bias is None else p.bias[b, here])
+                u = np.exp(z - z.max())
+                expected[n, h] = u @ p.values[b, here, h].astype(float) / u.sum()
+                lse[n, h] = z.max() + math.log(u.sum())
+    same(reference.attend(**args), (expected, lse), 1e-9)
