@@ -57,6 +57,12 @@ def cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def load() -> float:
+    """The load average of the last minute. A second busy process spoils rows of two threads: OpenMP's threads spin while
+    they wait for each other (measured: medians up to 30 times higher)."""
+    return round(os.getloadavg()[0], 2)
+
+
 def peak(quick: bool) -> dict[str, Any]:
     """The best rate of a large float32 matrix product: a stand-in for the peak of the FMA units."""
     import numpy as np
@@ -152,13 +158,21 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "quick": arguments.quick,
         "suites": arguments.suite,
         "threads": arguments.threads,
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "machine": {
+            "cpu": cpu(),
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "load_before": load(),
+            "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        },
         "versions": {},
         "peak": [],
         "rows": [],
         "left_out": [],
         "failures": [],
     }
+    if result["machine"]["load_before"] > 0.5:
+        print(f"load average {result['machine']['load_before']}: other work is running, so expect noise", flush=True)
     for threads in arguments.threads:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "rows.json"

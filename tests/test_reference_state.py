@@ -32,12 +32,12 @@ def check_states(a, b):
 def test_state_appends_in_parts(stream, i, j):
     p, book, options = stream
     n, (i, j) = len(p.v), sorted((i, j))
-    whole = feed(reference.UserState(book, revote="always", **options), p, np.arange(n))
-    parts = reference.UserState(book, revote="always", **options)
+    whole = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(n))
+    parts = reference_state.UserState(book, revote="always", **options)
     for rows in np.split(np.arange(n), [min(i, n), min(j, n)]):
         feed(parts, p, rows)
     check_states(whole, parts)
-    pinned = feed(reference.UserState(book, **options), p, np.arange(min(i, n)))
+    pinned = feed(reference_state.UserState(book, **options), p, np.arange(min(i, n)))
     before = pinned.agents
     feed(pinned, p, np.arange(min(i, n), n))
     assert pinned.agents is before
@@ -49,10 +49,10 @@ def test_state_appends_in_parts(stream, i, j):
 def test_state_forgets(stream, gone):
     p, book, options = stream
     gone = sorted(row for row in gone if row < len(p.v))
-    state = feed(reference.UserState(book, revote="always", **options), p, np.arange(len(p.v)))
+    state = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(len(p.v)))
     state.forget(gone)
     check_states(
-        state, feed(reference.UserState(book, revote="always", **options), p, np.delete(np.arange(len(p.v)), gone))
+        state, feed(reference_state.UserState(book, revote="always", **options), p, np.delete(np.arange(len(p.v)), gone))
     )
 
 
@@ -61,10 +61,10 @@ def test_state_merges(stream, i, j):
     p, book, options = stream
     n = len(p.v)
     cuts = [0, *sorted((min(i, n), min(j, n))), n]
-    whole = feed(reference.UserState(book, **options), p, np.arange(n))
+    whole = feed(reference_state.UserState(book, **options), p, np.arange(n))
 
     def part(k):
-        state = feed(reference.UserState(book, **options), p, np.arange(cuts[k], cuts[k + 1]))
+        state = feed(reference_state.UserState(book, **options), p, np.arange(cuts[k], cuts[k + 1]))
         state.agents = whole.agents
         return state
 
@@ -73,7 +73,7 @@ def test_state_merges(stream, i, j):
     left.merge(part(2))
     inner.merge(part(2))
     right.merge(inner)
-    empty = reference.UserState(book, **options)
+    empty = reference_state.UserState(book, **options)
     left.merge(empty)
     if n:
         empty.merge(left)
@@ -84,13 +84,13 @@ def test_state_merges(stream, i, j):
 
 def test_state_refuses_other_versions():
     book, other = reference.Codebook([[[0.0]]]), reference.Codebook([[[1.0]]])
-    state = reference.UserState(book, budget=1)
+    state = reference_state.UserState(book, budget=1)
     with pytest.raises(ValueError, match=f"codebook differs: expected {book.fingerprint}, got {other.fingerprint}"):
-        state.merge(reference.UserState(other, budget=1))
+        state.merge(reference_state.UserState(other, budget=1))
     with pytest.raises(ValueError, match="model_tag differs: expected 0, got 7"):
-        state.merge(reference.UserState(book, budget=1, model_tag=7))
+        state.merge(reference_state.UserState(book, budget=1, model_tag=7))
     rows = np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1), np.int32)
-    theirs = reference.UserState(book, budget=1)
+    theirs = reference_state.UserState(book, budget=1)
     state.append(*rows)
     theirs.append(*rows)
     theirs.agents = Agents(theirs.agents.codes - 1, *theirs.agents[1:])

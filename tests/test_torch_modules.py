@@ -280,9 +280,10 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
 @pytest.mark.parametrize("options, message", [
     ({}, "vote: expected either budget or fanout, got neither"),
     ({"budget": 4, "fanout": (2, 2)}, "vote: expected either budget or fanout, got both"),
-    ({"budget": 4, "temperature": 0.0}, "temperature is 0.0, expected a finite number above 0"),
-    ({"budget": 4, "temperature": math.inf}, "temperature is inf, expected a finite number above 0"),
+    ({"budget": 4, "temperature": 0.0}, "temperature expected finite and > 0, got 0.0"),
+    ({"budget": 4, "temperature": math.inf}, "temperature expected finite and > 0, got inf"),
     ({"budget": -1}, "vote: budget expected 1 to 4096, got -1"),
+    ({"budget": 0}, "vote: budget expected 1 to 4096, got 0"),
     ({"budget": 10**9}, "vote: budget expected 1 to 4096, got 1000000000"),
     ({"fanout": (2, 2, 2)}, "vote: fanout expected one number >= 1 for each of 2 levels"),
     ({"fanout": (1000, 1000)}, "vote: fanout expected a product of at most 4096"),

@@ -20,11 +20,13 @@ inline std::string describe(const View& view) {
   return text + "]";
 }
 
-[[noreturn]] inline void wrong_type(const char* verb, const char* name, const std::string& expected, const std::string& got) {
+[[noreturn]] inline void wrong_type(const char* verb, const char* name, const std::string& expected,
+                                    const std::string& got) {
   throw nb::type_error((std::string(verb) + ": " + name + " expected " + expected + ", got " + got).c_str());
 }
 
-[[noreturn]] inline void wrong_value(const char* verb, const char* name, const std::string& expected, const std::string& got) {
+[[noreturn]] inline void wrong_value(const char* verb, const char* name, const std::string& expected,
+                                     const std::string& got) {
   throw nb::value_error((std::string(verb) + ": " + name + " expected " + expected + ", got " + got).c_str());
 }
 
@@ -48,7 +50,8 @@ inline void* borrow(const View& view, const char* verb, const char* name, int nd
     contiguous = contiguous && (!t.strides || t.shape[i] == 1 || t.strides[i] == size);
     size *= t.shape[i];
   }
-  if (!contiguous && size != 0) wrong_value(verb, name, std::string(expected) + ", row-major and contiguous", "other strides");
+  if (!contiguous && size != 0)
+    wrong_value(verb, name, std::string(expected) + ", row-major and contiguous", "other strides");
   if (!t.data && size != 0) wrong_type(verb, name, "an array with data", "a fake tensor");
   if (write && !view.writable) wrong_type(verb, name, "a writable array", "a read-only one");
   return static_cast<char*>(t.data) + t.byte_offset;
@@ -95,7 +98,8 @@ inline Histories histories(const View& starts, const View& ends, const char* ver
   h.starts = borrow(starts, verb, "starts", 1, kExpected, false);
   h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
   const auto type = starts.tensor.dtype;
-  if (type != dtype_of<int32_t>() && type != dtype_of<int64_t>()) wrong_type(verb, "offsets", "int32 or int64", describe(starts));
+  if (type != dtype_of<int32_t>() && type != dtype_of<int64_t>())
+    wrong_type(verb, "offsets", "int32 or int64", describe(starts));
   if (ends.tensor.dtype != type || ends.tensor.shape[0] != starts.tensor.shape[0])
     wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
   h.dtype = type == dtype_of<int64_t>() ? DType::int64 : DType::int32;

@@ -65,7 +65,8 @@ nb::bytes serialize_codebook(const Codebook& book) {
 void copy_centers(const Codebook& book, int level, View out) {
   if (level < 0 || level >= book.levels()) throw nb::index_error("Codebook: no such level");
   const auto to = array<float, 2>(out, "Codebook", "out", "float32 [C, D]");
-  if (to.shape[0] != book.size(level) || to.shape[1] != book.width()) wrong_value("Codebook", "out", "[C, D]", describe(out));
+  if (to.shape[0] != book.size(level) || to.shape[1] != book.width())
+    wrong_value("Codebook", "out", "[C, D]", describe(out));
   std::copy_n(book.centers(level), book.size(level) * book.width(), to.data);
 }
 
@@ -79,7 +80,8 @@ void encode_codes(const Codebook& book, View x, View codes) {
 }
 
 void leaf_numbers(const Codebook& book, View codes, View out) {
-  raise(leaves(book, array<const int32_t, 2>(codes, "leaves", "codes", kCodes), array<int64_t, 1>(out, "leaves", "out", "int64 [T]")));
+  raise(leaves(book, array<const int32_t, 2>(codes, "leaves", "codes", kCodes),
+               array<int64_t, 1>(out, "leaves", "out", "int64 [T]")));
 }
 
 void prototype_rows(const Codebook& book, View codes, View out) {
@@ -129,8 +131,8 @@ nb::tuple fit_centers(View x, const std::vector<View>& centers, int iterations, 
   return nb::make_tuple(report.rows, report.left_out, nb::tuple(rounds), nb::tuple(errors), nb::tuple(unused));
 }
 
-void vote_agents(const Codebook& book, View codes, View starts, View ends, int64_t budget, const std::vector<int64_t>& fanout,
-                 View weights, View out_codes, View out_votes, View out_count) {
+void vote_agents(const Codebook& book, View codes, View starts, View ends, int64_t budget,
+                 const std::vector<int64_t>& fanout, View weights, View out_codes, View out_votes, View out_count) {
   VoteParams params;
   params.budget = budget;
   if (fanout.size() > kMaxLevels) throw nb::value_error("vote: fanout expected at most 8 levels");
@@ -156,9 +158,10 @@ struct RouteArguments {
   float temperature = 0;
   int64_t longest = 0;
 
-  RouteArguments(const char* verb, const View& x, const View& v, const View& starts, const View& ends, const View& prototypes,
-                 const View& count, nb::handle tau, std::string_view normalize, const View& bias, const View& codes,
-                 const Codebook* book, std::string_view method, int refine, std::string_view missing) {
+  RouteArguments(const char* verb, const View& x, const View& v, const View& starts, const View& ends,
+                 const View& prototypes, const View& count, nb::handle tau, std::string_view normalize,
+                 const View& bias, const View& codes, const Codebook* book, std::string_view method, int refine,
+                 std::string_view missing) {
     params.normalize = static_cast<Normalize>(either(verb, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(verb, "method", method, "exact", "leaf"));
     params.missing = static_cast<Missing>(either(verb, "missing", missing, "drop", "token"));
@@ -178,7 +181,8 @@ struct RouteArguments {
       params.temperature = {&temperature, {1}};
     } else {
       View view;
-      if (!nb::try_cast(tau, view)) wrong_type(verb, "temperature", "a number, or float32 [1] or [M]", "something else");
+      if (!nb::try_cast(tau, view))
+        wrong_type(verb, "temperature", "a number, or float32 [1] or [M]", "something else");
       params.temperature = array<const float, 1>(view, verb, "temperature", "a number, or float32 [1] or [M]");
       hold = view;
     }
@@ -193,8 +197,8 @@ struct RouteArguments {
 void route_tokens(View x, View v, View starts, View ends, View prototypes, View count, nb::handle temperature,
                   const std::string& normalize, View bias, View codes, const Codebook* book, const std::string& method,
                   int refine, const std::string& missing, View tokens, View lse, View refined) {
-  const RouteArguments a("route", x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method,
-                         refine, missing);
+  const RouteArguments a("route", x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book,
+                         method, refine, missing);
   const Tokens out{rows<MutableRows>(tokens, "route", "out tokens", 3, kTokens),
                    array<float, 2>(lse, "route", "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, "route", "out prototypes", "float32 [B, M, D]", true)};
@@ -203,12 +207,12 @@ void route_tokens(View x, View v, View starts, View ends, View prototypes, View 
 }
 
 void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, View v, View starts, View ends,
-                     View prototypes, View count, nb::handle temperature, const std::string& normalize, View bias, View codes,
-                     const Codebook* book, const std::string& method, const std::string& missing, View dv, View dtemperature,
-                     View dbias, View dx, View dprototypes) {
+                     View prototypes, View count, nb::handle temperature, const std::string& normalize, View bias,
+                     View codes, const Codebook* book, const std::string& method, const std::string& missing, View dv,
+                     View dtemperature, View dbias, View dx, View dprototypes) {
   constexpr const char* kVerb = "route_backward";
-  const RouteArguments a(kVerb, x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method, 0,
-                         missing);
+  const RouteArguments a(kVerb, x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book,
+                         method, 0, missing);
   const RouteForward forward{rows(d_tokens, kVerb, "d_tokens", 3, kTokens),
                              array<const float, 2>(d_lse, kVerb, "d_lse", "float32 [B, M]", true),
                              rows(tokens, kVerb, "tokens", 3, kTokens),
@@ -227,8 +231,8 @@ void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, V
 struct AttendArguments {
   AttendInputs in;
 
-  AttendArguments(const char* verb, const View& q, const View& keys, const View& values, const View& offsets, const View& bias,
-                  float scale) {
+  AttendArguments(const char* verb, const View& q, const View& keys, const View& values, const View& offsets,
+                  const View& bias, float scale) {
     in.q = rows(q, verb, "q", 3, "float32, bfloat16 or float16 [N, H, d]");
     in.keys = rows(keys, verb, "keys", 4, "q's type, [B, M, H, d]");
     in.values = rows(values, verb, "values", 4, "q's type, [B, M, H, V]");
@@ -239,8 +243,10 @@ struct AttendArguments {
     in.agents = k[1];
     in.heads = q.tensor.shape[1];
     if (k[2] != in.heads || k[0] != w[0] || k[1] != w[1] || k[2] != w[2] || k[3] != q.tensor.shape[2])
-      throw nb::value_error((std::string(verb) + ": expected q [N, H, d], keys [B, M, H, d] and values [B, M, H, V], got " +
-                             describe(q) + ", " + describe(keys) + " and " + describe(values)).c_str());
+      throw nb::value_error((std::string(verb) +
+                             ": expected q [N, H, d], keys [B, M, H, d] and values [B, M, H, V], got " + describe(q) +
+                             ", " + describe(keys) + " and " + describe(values))
+                                .c_str());
     borrow(offsets, verb, "candidate_offsets", 1, "int32 or int64 [B + 1]", false);
     const bool wide = offsets.tensor.dtype == dtype_of<int64_t>();
     if (!wide && offsets.tensor.dtype != dtype_of<int32_t>())
@@ -252,7 +258,8 @@ struct AttendArguments {
   }
 };
 
-void attend_candidates(View q, View keys, View values, View candidate_offsets, View bias, float scale, View out, View lse) {
+void attend_candidates(View q, View keys, View values, View candidate_offsets, View bias, float scale, View out,
+                       View lse) {
   const AttendArguments a("attend", q, keys, values, candidate_offsets, bias, scale);
   const Attended to{rows<MutableRows>(out, "attend", "out", 3, "q's type, [N, H, V]"),
                     array<float, 2>(lse, "attend", "out lse", "float32 [N, H]")};
@@ -260,14 +267,13 @@ void attend_candidates(View q, View keys, View values, View candidate_offsets, V
       [&](const Context& context) { return attend(context, a.in, to); });
 }
 
-void attend_gradients(View d_out, View d_lse, View out, View lse, View q, View keys, View values, View candidate_offsets,
-                      View bias, float scale, View dq, View dkeys, View dvalues, View dbias) {
+void attend_gradients(View d_out, View d_lse, View out, View lse, View q, View keys, View values,
+                      View candidate_offsets, View bias, float scale, View dq, View dkeys, View dvalues, View dbias) {
   constexpr const char* kVerb = "attend_backward";
   const AttendArguments a(kVerb, q, keys, values, candidate_offsets, bias, scale);
-  const AttendForward forward{rows(d_out, kVerb, "d_out", 3, "[N, H, V]"),
-                              array<const float, 2>(d_lse, kVerb, "d_lse", "float32 [N, H]", true),
-                              rows(out, kVerb, "out", 3, "[N, H, V]"),
-                              array<const float, 2>(lse, kVerb, "lse", "float32 [N, H]")};
+  const AttendForward forward{
+      rows(d_out, kVerb, "d_out", 3, "[N, H, V]"), array<const float, 2>(d_lse, kVerb, "d_lse", "float32 [N, H]", true),
+      rows(out, kVerb, "out", 3, "[N, H, V]"), array<const float, 2>(lse, kVerb, "lse", "float32 [N, H]")};
   const AttendGradients to{array<float, 3>(dq, kVerb, "dq", "float32 [N, H, d]"),
                            array<float, 4>(dkeys, kVerb, "dkeys", "float32 [B, M, H, d]"),
                            array<float, 4>(dvalues, kVerb, "dvalues", "float32 [B, M, H, V]"),
@@ -288,14 +294,18 @@ NB_MODULE(_core, m) {
       .def("__init__", make_codebook, "centers"_a)
       .def_static("load", load_codebook, "path"_a)
       .def_static("parse", parse_codebook, "data"_a)
-      .def("save", [](const Codebook& book, const std::string& path) { raise(book.save(path.c_str())); }, "path"_a)
+      .def(
+          "save", [](const Codebook& book, const std::string& path) { raise(book.save(path.c_str())); }, "path"_a)
       .def("serialize", serialize_codebook)
       .def("copy_centers", copy_centers, "level"_a, "out"_a)
-      .def_prop_ro("sizes", [](const Codebook& book) {
-        nb::list sizes;
-        for (int l = 0; l < book.levels(); ++l) sizes.append(book.size(l));
-        return nb::tuple(sizes);
-      }, nb::sig("def sizes(self) -> tuple[int, ...]"))
+      .def_prop_ro(
+          "sizes",
+          [](const Codebook& book) {
+            nb::list sizes;
+            for (int l = 0; l < book.levels(); ++l) sizes.append(book.size(l));
+            return nb::tuple(sizes);
+          },
+          nb::sig("def sizes(self) -> tuple[int, ...]"))
       .def_prop_ro("width", &Codebook::width)
       .def_prop_ro("fingerprint", &Codebook::fingerprint);
 
@@ -305,15 +315,15 @@ NB_MODULE(_core, m) {
   m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none());
   m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a, "budget"_a, "fanout"_a, "weights"_a.none(),
         "out_codes"_a, "out_votes"_a, "out_count"_a);
-  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,
-        "normalize"_a, "bias"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "refine"_a, "missing"_a, "tokens"_a,
-        "lse"_a, "refined"_a.none());
+  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(),
+        "temperature"_a, "normalize"_a, "bias"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "refine"_a,
+        "missing"_a, "tokens"_a, "lse"_a, "refined"_a.none());
   m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "x"_a.none(), "v"_a,
         "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
-        "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(),
-        "dx"_a.none(), "dprototypes"_a.none());
-  m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "out"_a,
-        "lse"_a);
+        "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "dv"_a.none(), "dtemperature"_a.none(),
+        "dbias"_a.none(), "dx"_a.none(), "dprototypes"_a.none());
+  m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a,
+        "out"_a, "lse"_a);
   m.def("attend_backward", attend_gradients, "d_out"_a, "d_lse"_a.none(), "out"_a, "lse"_a, "q"_a, "keys"_a, "values"_a,
         "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "dq"_a, "dkeys"_a, "dvalues"_a, "dbias"_a.none());
 

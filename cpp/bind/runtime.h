@@ -13,13 +13,24 @@ inline PyObject* corrupt_file_error = nullptr;
 
 inline void raise(const Status& status) {
   switch (status.code()) {
-    case Code::ok: return;
-    case Code::invalid_argument: throw nb::value_error(status.what());
-    case Code::wrong_type: throw nb::type_error(status.what());
-    case Code::not_implemented: PyErr_SetString(PyExc_NotImplementedError, status.what()); break;
-    case Code::corrupt_file: PyErr_SetString(corrupt_file_error, status.what()); break;
-    case Code::io_error: PyErr_SetString(PyExc_OSError, status.what()); break;
-    case Code::out_of_memory: PyErr_SetString(PyExc_MemoryError, status.what()); break;
+    case Code::ok:
+      return;
+    case Code::invalid_argument:
+      throw nb::value_error(status.what());
+    case Code::wrong_type:
+      throw nb::type_error(status.what());
+    case Code::not_implemented:
+      PyErr_SetString(PyExc_NotImplementedError, status.what());
+      break;
+    case Code::corrupt_file:
+      PyErr_SetString(corrupt_file_error, status.what());
+      break;
+    case Code::io_error:
+      PyErr_SetString(PyExc_OSError, status.what());
+      break;
+    case Code::out_of_memory:
+      PyErr_SetString(PyExc_MemoryError, status.what());
+      break;
     case Code::cancelled:
       if (!PyErr_Occurred()) PyErr_SetString(PyExc_KeyboardInterrupt, status.what());
       break;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys and values of one user and head are packed once and serve all its candidates, 64 at a time; the logits of a block
-// stay in cache. The backward runs a user's head whole, in the candidates' order, so its sums need no atomics.
+// Keys and values of one user and head are packed once and serve all its candidates, 64 at a time; the logits of a
+// block stay in cache. The backward runs a user's head whole, in the candidates' order, so its sums need no atomics.
 #include "hisac/attend.h"
 
 #include <algorithm>
@@ -24,7 +24,11 @@ int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
 struct Shape {
   int64_t users, tokens, heads, width, value_width;
   explicit Shape(const AttendInputs& in) noexcept
-      : users(in.candidates.users), tokens(in.agents), heads(in.heads), width(in.q.width), value_width(in.values.width) {}
+      : users(in.candidates.users),
+        tokens(in.agents),
+        heads(in.heads),
+        width(in.q.width),
+        value_width(in.values.width) {}
 };
 
 /// One user's head, packed.
@@ -68,8 +72,9 @@ struct Head {
 void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out) noexcept {
   const cpu::Kernels& k = cpu::kernels();
   for (int i = 0; i < n; ++i)
-    k.load_row(static_cast<const std::byte*>(rows.data) + ((first + i) * s.heads + h) * rows.width * bytes_of(rows.dtype),
-               rows.dtype, rows.width, out + i * cpu::pad(rows.width));
+    k.load_row(
+        static_cast<const std::byte*>(rows.data) + ((first + i) * s.heads + h) * rows.width * bytes_of(rows.dtype),
+        rows.dtype, rows.width, out + i * cpu::pad(rows.width));
 }
 
 // ---- forward
@@ -199,7 +204,8 @@ class Backward {
     const State& s = w.stack[0];
     for (int64_t m = 0; m < s_.tokens; ++m) {
       const int64_t row = (b * s_.tokens + m) * s_.heads + h;
-      k_.store_row(out_->keys.data + row * s_.width, DType::float32, s_.width, s.keys + m * cpu::pad(s_.width), in_.scale);
+      k_.store_row(out_->keys.data + row * s_.width, DType::float32, s_.width, s.keys + m * cpu::pad(s_.width),
+                   in_.scale);
       k_.store_row(out_->values.data + row * s_.value_width, DType::float32, s_.value_width,
                    s.values + m * cpu::pad(s_.value_width), 1.f);
       head_bias_[(b * s_.heads + h) * s_.tokens + m] = s.bias[m];
@@ -217,7 +223,9 @@ class Backward {
       double dot = 0;
       for (int64_t c = 0; c < s_.value_width; ++c) dot += double(w.d_out[i * ldv + c]) * w.out[i * ldv + c];
       w.lse[i] = lse * kLog2e;
-      w.offset[i] = lse == -INFINITY ? 0.f : static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
+      w.offset[i] = lse == -INFINITY
+                        ? 0.f
+                        : static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
     }
     k_.matmul(n, s_.width, s_.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
     k_.row_weights(n, s_.tokens, w.z, ldz, in_.scale * kLog2e, w.head.bias, w.lse);
@@ -225,7 +233,8 @@ class Backward {
     k_.attend_gradient(n, s_.tokens, w.z, w.g, ldz, w.offset, state.bias);
     k_.matmul(n, s_.tokens, s_.width, w.g, ldz, w.packed_rows, w.dq, ldq);
     for (int i = 0; i < n; ++i)
-      k_.store_row(out_->q.data + ((first + i) * s_.heads + h) * s_.width, DType::float32, s_.width, w.dq + i * ldq, in_.scale);
+      k_.store_row(out_->q.data + ((first + i) * s_.heads + h) * s_.width, DType::float32, s_.width, w.dq + i * ldq,
+                   in_.scale);
     k_.accumulate(n, s_.tokens, s_.width, w.g, ldz, w.q, ldq, state.keys, ldq);
     k_.accumulate(n, s_.tokens, s_.value_width, w.z, ldz, w.d_out, ldv, state.values, ldv);
   }
@@ -277,8 +286,8 @@ Status check(const char* verb, const AttendInputs& in) noexcept {
   HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / s.heads));
   for (int64_t b = 1; b < s.users; ++b)
     if (in.candidates.start(b) < in.candidates.end(b - 1))
-      return Status::error(Code::invalid_argument, "%s: candidate_offsets expected in order, got a step back at user %" PRId64,
-                           verb, b);
+      return Status::error(Code::invalid_argument,
+                           "%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
   return {};
 }
 
@@ -308,7 +317,8 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   std::fill(out.lse.data, out.lse.data + n * s.heads, -INFINITY);
   forward.unit[0] = 0;
   for (int64_t b = 0; b < s.users; ++b)
-    forward.unit[b + 1] = forward.unit[b] + (inputs.candidates.end(b) - inputs.candidates.start(b) + kSpan - 1) / kSpan * s.heads;
+    forward.unit[b + 1] =
+        forward.unit[b] + (inputs.candidates.end(b) - inputs.candidates.start(b) + kSpan - 1) / kSpan * s.heads;
   parallel_for(context, forward.unit[s.users], [&](int64_t begin, int64_t end, int worker) {
     ForwardWorker& w = forward.worker[worker];
     int64_t loaded = -1;

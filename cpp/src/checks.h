@@ -9,9 +9,9 @@
 
 namespace hisac {
 
-#define HISAC_TRY(expression)                            \
-  do {                                                   \
-    if (Status s_ = (expression); !s_.ok()) return s_;   \
+#define HISAC_TRY(expression)                          \
+  do {                                                 \
+    if (Status s_ = (expression); !s_.ok()) return s_; \
   } while (0)
 
 /// Every [start, end) inside [0, rows), in order.

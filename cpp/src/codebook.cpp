@@ -37,7 +37,8 @@ Status check_centers(const Array<const float, 2>* centers, int levels) noexcept 
                            ": D differs",
                            l, size, centers[l].shape[1], width);
     if (size < 1 || size > (1 << 20))
-      return Status::error(Code::invalid_argument, "Codebook: expected 1 to 2^20 codes at level %d, got %" PRId64, l, size);
+      return Status::error(Code::invalid_argument, "Codebook: expected 1 to 2^20 codes at level %d, got %" PRId64, l,
+                           size);
     const uint64_t most = std::numeric_limits<uint64_t>::max(), factor = static_cast<uint64_t>(size);
     const bool exactly = leaves != 0 && leaves == most / factor + 1 && leaves * factor == 0;
     if (factor > 1 && !exactly && (leaves == 0 || leaves > most / factor))
@@ -116,8 +117,7 @@ uint64_t Codebook::fingerprint() const noexcept { return body_ ? body_->fingerpr
 
 bool Codebook::valid(const int32_t* codes) const noexcept {
   bool ok = true;
-  for (int l = 0; l < body_->levels; ++l)
-    ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_->size[l]);
+  for (int l = 0; l < body_->levels; ++l) ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_->size[l]);
   return ok;
 }
 

@@ -120,8 +120,8 @@ Status parse_metadata(Parser& in, Header* h) noexcept {
       h->format = true;
     } else if (key.is("version")) {
       h->version = value.is("1");
-      std::snprintf(h->version_text, sizeof h->version_text, "%.*s", static_cast<int>(value.size < 20 ? value.size : 20),
-                    value.data);
+      std::snprintf(h->version_text, sizeof h->version_text, "%.*s",
+                    static_cast<int>(value.size < 20 ? value.size : 20), value.data);
     } else if (key.is("fingerprint")) {
       if (!hex(value, &h->print)) return corrupt("metadata fingerprint expected 16 hex digits");
       h->fingerprint = true;
@@ -132,7 +132,8 @@ Status parse_metadata(Parser& in, Header* h) noexcept {
 }
 
 Status parse_tensor(Parser& in, Text name, Header* h) noexcept {
-  if (name.size != 9 || std::memcmp(name.data, "centers.", 8) != 0 || name.data[8] < '0' || name.data[8] >= '0' + kMaxLevels)
+  if (name.size != 9 || std::memcmp(name.data, "centers.", 8) != 0 || name.data[8] < '0' ||
+      name.data[8] >= '0' + kMaxLevels)
     return corrupt("tensors expected centers.0 to centers.7, got another name");
   const int l = name.data[8] - '0';
   if (h->level[l]) return corrupt("a tensor appears twice");
@@ -193,7 +194,8 @@ size_t header_text(const Codebook& book, char* out, size_t size) noexcept {
   int64_t begin = 0;
   for (int l = 0; l < book.levels(); ++l) {
     const int64_t end = begin + book.size(l) * book.width() * 4;
-    add(",\"centers.%d\":{\"dtype\":\"F32\",\"shape\":[%" PRId64 ",%" PRId64 "],\"data_offsets\":[%" PRId64 ",%" PRId64 "]}",
+    add(",\"centers.%d\":{\"dtype\":\"F32\",\"shape\":[%" PRId64 ",%" PRId64 "],\"data_offsets\":[%" PRId64 ",%" PRId64
+        "]}",
         l, book.size(l), book.width(), begin, end);
     begin = end;
   }
@@ -239,8 +241,7 @@ Status Codebook::parse(const void* bytes, size_t size, Codebook* out) noexcept {
   std::memcpy(copy, data, at);
   Array<const float, 2> centers[kMaxLevels];
   for (int l = 0; l < levels; ++l)
-    centers[l] = {copy + h.range[l][0] / 4,
-                  {static_cast<int64_t>(h.shape[l][0]), static_cast<int64_t>(h.shape[l][1])}};
+    centers[l] = {copy + h.range[l][0] / 4, {static_cast<int64_t>(h.shape[l][0]), static_cast<int64_t>(h.shape[l][1])}};
   Codebook book;
   const Status status = build(centers, levels, &book);
   std::free(copy);
@@ -308,7 +309,8 @@ Status Codebook::save(const char* path) const noexcept {
   HISAC_TRY(check_book("save", this));
   const size_t size = file_size();
   char aside[4096];
-  if (std::snprintf(aside, sizeof aside, "%s.%ld.part", path, static_cast<long>(::getpid())) >= static_cast<int>(sizeof aside)) {
+  if (std::snprintf(aside, sizeof aside, "%s.%ld.part", path, static_cast<long>(::getpid())) >=
+      static_cast<int>(sizeof aside)) {
     errno = ENAMETOOLONG;
     return os_error("write", path);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Residual k-means whose result does not depend on how the work is cut: codes are exact, sums are integers, random numbers
-// belong to rows, and every choice is made in a stated order.
+// Residual k-means whose result does not depend on how the work is cut: codes are exact, sums are integers, random
+// numbers belong to rows, and every choice is made in a stated order.
 #include "hisac/fit.h"
 
 #include <algorithm>
@@ -41,8 +41,8 @@ struct Fit {
   const FitParams& params;
   int64_t rows, width, largest = 0;
   int workers;
-  int64_t n = 0;             // rows that take part
-  float* r = nullptr;        // [rows, D] their residuals
+  int64_t n = 0;               // rows that take part
+  float* r = nullptr;          // [rows, D] their residuals
   int64_t* origin = nullptr;   // [rows] their numbers in x
   int32_t* near = nullptr;     // [rows]
   double* distance = nullptr;  // [rows]
@@ -51,7 +51,7 @@ struct Fit {
   int64_t* table = nullptr;    // hash of distinct rows
   int64_t slots = 0;
   float* level_memory = nullptr;
-  float* fresh = nullptr;    // [C, D]
+  float* fresh = nullptr;  // [C, D]
   Worker* worker = nullptr;
 
   Fit(const Context& c, const FitParams& p, int64_t rows_, int64_t width_, int workers_) noexcept
@@ -106,8 +106,7 @@ struct Fit {
       for (int64_t i = begin; i < end; i += w.nearest.rows) {
         const int take = static_cast<int>(std::min<int64_t>(w.nearest.rows, end - i));
         for (int j = 0; j < take; ++j)
-          w.nearest.squares[j] =
-              k.load_row(r + (i + j) * width, DType::float32, width, w.nearest.r + j * width);
+          w.nearest.squares[j] = k.load_row(r + (i + j) * width, DType::float32, width, w.nearest.r + j * width);
         nearest(level, take, w.nearest, near + i, 1);
       }
     });
@@ -160,7 +159,8 @@ struct Fit {
         hash ^= hash >> 29;
       }
       int64_t slot = static_cast<int64_t>(hash & static_cast<uint64_t>(slots - 1));
-      while (table[slot] >= 0 && !std::equal(row, row + width, r + table[slot] * width)) slot = (slot + 1) & (slots - 1);
+      while (table[slot] >= 0 && !std::equal(row, row + width, r + table[slot] * width))
+        slot = (slot + 1) & (slots - 1);
       if (table[slot] >= 0) continue;
       table[slot] = ranked[i].row;
       picked[found++] = ranked[i].row;
@@ -171,12 +171,12 @@ struct Fit {
   void start(int l, float* centers) noexcept {
     constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
     const uint64_t key = mix64(params.seed + static_cast<uint64_t>(l + 1) * kGolden);
-    for (int64_t i = 0; i < n; ++i)
-      ranked[i] = {mix64(key + (static_cast<uint64_t>(origin[i]) + 1) * kGolden), i};
+    for (int64_t i = 0; i < n; ++i) ranked[i] = {mix64(key + (static_cast<uint64_t>(origin[i]) + 1) * kGolden), i};
     std::sort(ranked, ranked + n);
     const int64_t found = first_distinct(n, params.sizes[l]);
     for (int64_t c = 0; c < params.sizes[l]; ++c)
-      std::memcpy(centers + c * width, r + picked[c < found ? c : 0] * width, sizeof(float) * static_cast<size_t>(width));
+      std::memcpy(centers + c * width, r + picked[c < found ? c : 0] * width,
+                  sizeof(float) * static_cast<size_t>(width));
   }
 
   /// Codes without rows: the worst-quantised rows first; then copies of the lowest used code, which never win.
@@ -253,19 +253,22 @@ struct Fit {
 Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) noexcept {
   HISAC_TRY(check_float("fit", "x", x.dtype));
   if (params.levels < 1 || params.levels > kMaxLevels)
-    return Status::error(Code::invalid_argument, "fit: codes expected 1 to %d levels, got %d", kMaxLevels, params.levels);
+    return Status::error(Code::invalid_argument, "fit: codes expected 1 to %d levels, got %d", kMaxLevels,
+                         params.levels);
   if (params.iterations < 0)
     return Status::error(Code::invalid_argument, "fit: iterations expected 0 or more, got %d", params.iterations);
   if (x.width < 1 || x.width > (1 << 20))
-    return Status::error(Code::invalid_argument, "fit: x expected [T, D] with D from 1 to 2^20, got D = %" PRId64, x.width);
+    return Status::error(Code::invalid_argument, "fit: x expected [T, D] with D from 1 to 2^20, got D = %" PRId64,
+                         x.width);
   for (int l = 0; l < params.levels; ++l) {
     if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20))
       return Status::error(Code::invalid_argument, "fit: codes expected 1 to 2^20 at level %d, got %" PRId64, l,
                            params.sizes[l]);
     if (centers[l].shape[0] != params.sizes[l] || centers[l].shape[1] != x.width)
       return Status::error(Code::invalid_argument,
-                           "fit: centers of level %d expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64 "]", l,
-                           params.sizes[l], x.width, centers[l].shape[0], centers[l].shape[1]);
+                           "fit: centers of level %d expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
+                           "]",
+                           l, params.sizes[l], x.width, centers[l].shape[0], centers[l].shape[1]);
   }
   return {};
 }
@@ -290,7 +293,8 @@ Status fit(const Context& context, const FitParams& params, Rows x, const Array<
   state.gather(x);
   if (state.n == 0)
     return Status::error(Code::invalid_argument,
-                         "fit: x is [%" PRId64 ", %" PRId64 "] without a usable row, expected at least one", x.rows, x.width);
+                         "fit: x is [%" PRId64 ", %" PRId64 "] without a usable row, expected at least one", x.rows,
+                         x.width);
   *report = {};
   report->rows = state.n;
   report->left_out = x.rows - state.n;

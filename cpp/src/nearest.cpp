@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Why the screen is safe. With s_c = |c|^2 / 2 - r . c (half the square distance, less a constant of the row) and u = 2^-24:
+// Why the screen is safe. With s_c = |c|^2 / 2 - r . c (half the square distance, less a constant of the row) and u =
+// 2^-24:
 //   - the stored half norm errs by u |c|^2 / 2; the product of D terms, fused or not, by (D + 1) u |r| |c|;
 //   - the subtraction by u (|c|^2 / 2 + |r| |c|), products that underflow by D 2^-149 in all;
 //   - the definition's own float64 sum by (D + 2) 2^-53 (|r| + |c|)^2 / 2.
-// So a computed score errs by at most E below, and the code that the definition chooses scores within 2 E of the smallest.
-// Where a bound is not finite, every code survives.
+// So a computed score errs by at most E below, and the code that the definition chooses scores within 2 E of the
+// smallest. Where a bound is not finite, every code survives.
 #include "nearest.h"
 
 #include <cmath>

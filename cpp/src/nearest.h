@@ -14,7 +14,9 @@ struct Level {
   const float* half = nullptr;     // [C] |c|^2 / 2, padded with +inf
   float largest = 0;               // an upper bound of |c|
 
-  static int64_t floats(int64_t size, int64_t width) noexcept { return size * width + width * cpu::pad(size) + cpu::pad(size); }
+  static int64_t floats(int64_t size, int64_t width) noexcept {
+    return size * width + width * cpu::pad(size) + cpu::pad(size);
+  }
   /// Fills memory of floats(size, width): the centers (copied unless they are there already), panels, norms.
   static Level make(int64_t size, int64_t width, const float* centers, float* memory) noexcept;
 };
@@ -24,8 +26,8 @@ double square_distance(const float* r, const float* c, int64_t width) noexcept;
 
 /// A worker's scratch for blocks of rows.
 struct NearestScratch {
-  int rows = 0;            // rows of a block: fewer for very large codebooks
-  float* r = nullptr;      // [rows, width] the residuals
+  int rows = 0;               // rows of a block: fewer for very large codebooks
+  float* r = nullptr;         // [rows, width] the residuals
   float* squares = nullptr;   // [rows] their squared norms
   float* scores = nullptr;    // [rows, pad(C)]
   float* smallest = nullptr;  // [rows]

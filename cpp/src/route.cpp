@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: for blocks of 64 rows, products with the packed prototypes, logits, one step of the online softmax over rows,
-// and the weights times v, all in cache; reads x and v once. In agents mode the logits first lose their log-sum-exp over
-// agents; from there on both readings of the paper are one softmax over rows, so far agents keep exact tokens too.
+// Forward: for blocks of 64 rows, products with the packed prototypes, logits, one step of the online softmax over
+// rows, and the weights times v, all in cache; reads x and v once. In agents mode the logits first lose their
+// log-sum-exp over agents; from there on both readings of the paper are one softmax over rows, so far agents keep exact
+// tokens too.
 #include "hisac/route.h"
 
 #include <cmath>
@@ -107,7 +108,8 @@ class Router {
         const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;
         if (shared == 0) continue;
         load_agents(units_.user(i), worker_[w]);
-        fold_all(shared, slots_ + first, [&](State& into, const State& from) { merge(into, from, worker_[w].panel.m); });
+        fold_all(shared, slots_ + first,
+                 [&](State& into, const State& from) { merge(into, from, worker_[w].panel.m); });
         finish(units_.user(i), slots_[first], refining, worker_[w].panel);
       }
     });
@@ -224,7 +226,8 @@ class Router {
       }
     }
     if (!refining && s.absent.count > 0) {
-      k_.store_row(tokens + agents_ * bytes, in_.v.dtype, value_width_, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
+      k_.store_row(tokens + agents_ * bytes, in_.v.dtype, value_width_, s.absent.sum,
+                   1.f / static_cast<float>(s.absent.count));
       lse[agents_] = static_cast<float>(std::log(static_cast<double>(s.absent.count)));
     }
   }
@@ -248,8 +251,8 @@ Status check_tokens(const RouteParams& params, const RouteInputs& in, const Toke
   if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
       out.lse.shape[0] != users || out.lse.shape[1] != m)
     return Status::error(Code::invalid_argument,
-                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64 "] of v's type and lse [%" PRId64
-                         ", %" PRId64 "]",
+                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64
+                         "] of v's type and lse [%" PRId64 ", %" PRId64 "]",
                          users, m, in.v.width, users, m);
   const int64_t* const r = out.refined.shape;
   if (params.refine && (r[0] != users || r[1] != in.prototypes.shape[1] || r[2] != in.prototypes.shape[2]))

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size T x M is kept.
-// Gradients of rows (v, x, bias) are local to a block; those of agents (prototypes, temperature) are sums over rows, in
-// the tiles and tree of the forward. Histories that overlap take turns (Waves): no atomics, the same bits every time.
+// Backward: recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size T x M is
+// kept. Gradients of rows (v, x, bias) are local to a block; those of agents (prototypes, temperature) are sums over
+// rows, in the tiles and tree of the forward. Histories that overlap take turns (Waves): no atomics, the same bits
+// every time.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -31,10 +32,10 @@ struct Worker {
   float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
   float *lse = nullptr, *offset = nullptr, *rate = nullptr;  // [pad(M)]
   float *d_tokens = nullptr, *token = nullptr;               // [M, V], [V]
-  float *packed_d_tokens = nullptr;                          // [V, M]
-  float *packed_rows = nullptr;                              // [M, V], for dv
-  float *packed_prototypes = nullptr;                        // [M, D], for dx
-  float *out = nullptr;                                      // [kBlock, pad(max(V, D))]
+  float* packed_d_tokens = nullptr;                          // [V, M]
+  float* packed_rows = nullptr;                              // [M, V], for dv
+  float* packed_prototypes = nullptr;                        // [M, D], for dx
+  float* out = nullptr;                                      // [kBlock, pad(max(V, D))]
   State* stack = nullptr;
 };
 
@@ -210,9 +211,9 @@ class Backward {
       w.shift[i] = w.block.bias[i] * kLog2e - (shares ? w.row_lse[i] : 0.f);
     }
     k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
-    k_.route_gradient(n, m, w.z, w.g, ldz,
-                      {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw,
-                       state.total});
+    k_.route_gradient(
+        n, m, w.z, w.g, ldz,
+        {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
     if (out_.v) {
       k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv);
       for (int i = 0; i < n; ++i) add_v(w, i);
@@ -234,7 +235,8 @@ class Backward {
   /// dv of row i of the block, or of the rows of its leaf by their shares.
   void add_v(Worker& w, int i) noexcept {
     const float* const dv = w.out + i * cpu::pad(value_width_);
-    if (params_.method == Method::exact) return k_.add_row(value_width_, dv, 1.f, out_.v.data + w.block.row[i] * value_width_);
+    if (params_.method == Method::exact)
+      return k_.add_row(value_width_, dv, 1.f, out_.v.data + w.block.row[i] * value_width_);
     const int64_t g = w.block.row[i];
     for (int64_t e = w.leaves.begin[g]; e < w.leaves.begin[g + 1]; ++e)
       k_.add_row(value_width_, dv, w.leaves.share[e], out_.v.data + w.leaves.entry[e].row * value_width_);
@@ -307,10 +309,10 @@ Status check_gradients(const RouteParams& params, const RouteInputs& in, const R
   const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
   const int64_t rows = m + (params.missing == Missing::token), t = in.v.rows, v = in.v.width;
   if (params.refine != 0)
-    return Status::error(Code::invalid_argument, "route_backward: refine expected 0 with the refined prototypes, got %d",
-                         params.refine);
-  if (f.d_tokens.rows != users * rows || f.d_tokens.width != v || f.tokens.rows != users * rows || f.tokens.width != v ||
-      f.lse.shape[0] != users || f.lse.shape[1] != rows ||
+    return Status::error(Code::invalid_argument,
+                         "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);
+  if (f.d_tokens.rows != users * rows || f.d_tokens.width != v || f.tokens.rows != users * rows ||
+      f.tokens.width != v || f.lse.shape[0] != users || f.lse.shape[1] != rows ||
       (f.d_lse && (f.d_lse.shape[0] != users || f.d_lse.shape[1] != rows)))
     return Status::error(Code::invalid_argument,
                          "route_backward: expected tokens and d_tokens [%" PRId64 ", %" PRId64 ", %" PRId64
@@ -318,12 +320,12 @@ Status check_gradients(const RouteParams& params, const RouteInputs& in, const R
                          users, rows, v, users, rows);
   HISAC_TRY(check_float("route_backward", "d_tokens", f.d_tokens.dtype));
   HISAC_TRY(check_float("route_backward", "tokens", f.tokens.dtype));
-  const bool fits = (!out.v || (out.v.shape[0] == t && out.v.shape[1] == v)) &&
-                    (!out.x || (out.x.shape[0] == t && out.x.shape[1] == width)) &&
-                    (!out.bias || out.bias.shape[0] == t) &&
-                    (!out.temperature || out.temperature.shape[0] == params.temperature.shape[0]) &&
-                    (!out.prototypes || (out.prototypes.shape[0] == users && out.prototypes.shape[1] == m &&
-                                         out.prototypes.shape[2] == width));
+  const bool fits =
+      (!out.v || (out.v.shape[0] == t && out.v.shape[1] == v)) &&
+      (!out.x || (out.x.shape[0] == t && out.x.shape[1] == width)) && (!out.bias || out.bias.shape[0] == t) &&
+      (!out.temperature || out.temperature.shape[0] == params.temperature.shape[0]) &&
+      (!out.prototypes ||
+       (out.prototypes.shape[0] == users && out.prototypes.shape[1] == m && out.prototypes.shape[2] == width));
   if (!fits)
     return Status::error(Code::invalid_argument, "route_backward: gradients expected the shapes of their arguments");
   if (out.x && !in.x.data)

@@ -65,7 +65,8 @@ bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
       *norm = k_.load_row(x, DType::float32, width_, x);
     }
   }
-  if (in_.x.data) *norm = k_.load_row(static_cast<const std::byte*>(in_.x.data) + row * x_bytes_, in_.x.dtype, width_, x);
+  if (in_.x.data)
+    *norm = k_.load_row(static_cast<const std::byte*>(in_.x.data) + row * x_bytes_, in_.x.dtype, width_, x);
   return *norm < kAbsentNorm && std::fabs(bias_of(row)) <= FLT_MAX;  // NaN fails both
 }
 
@@ -119,8 +120,8 @@ void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves, Absent* 
   leaves.begin[leaves.count] = n;
 }
 
-/// W = sum e^bias, mean x and v under e^bias / W, norm = mean |x|^2 = |mean x|^2 + spread, bias = log W. Sums of 128 rows
-/// join a total, so that a leaf of many rows loses no digits.
+/// W = sum e^bias, mean x and v under e^bias / W, norm = mean |x|^2 = |mean x|^2 + spread, bias = log W. Sums of 128
+/// rows join a total, so that a leaf of many rows loses no digits.
 void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& block) const noexcept {
   constexpr int64_t kPart = 128;
   const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
@@ -197,8 +198,8 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
                          "]: D differs (%" PRId64 ", %" PRId64 ")",
                          verb, p[0], p[1], p[2], in.x.rows, in.x.width, p[2], in.x.width);
   if (p[2] < 1 || in.v.width < 1)
-    return Status::error(Code::invalid_argument, "%s: expected D and V of at least 1, got %" PRId64 " and %" PRId64, verb,
-                         p[2], in.v.width);
+    return Status::error(Code::invalid_argument, "%s: expected D and V of at least 1, got %" PRId64 " and %" PRId64,
+                         verb, p[2], in.v.width);
   HISAC_TRY(check_histories(verb, in.histories, rows));
   if (p[0] != in.histories.users)
     return Status::error(Code::invalid_argument,
@@ -209,15 +210,15 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
     return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
   const int64_t temperatures = params.temperature.shape[0];
   if (!params.temperature || (temperatures != 1 && temperatures != p[1]))
-    return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
-                         p[1], params.temperature ? temperatures : 0);
+    return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
+                         verb, p[1], params.temperature ? temperatures : 0);
   if (in.count) HISAC_TRY(check_length(verb, "count", p[0], in.count.shape[0]));
   if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
   if (!in.codes && (!in.x.data || params.method == Method::leaf))
-    return Status::error(Code::invalid_argument, "%s: codes expected where x is not given and with the leaf method, got none",
-                         verb);
+    return Status::error(Code::invalid_argument,
+                         "%s: codes expected where x is not given and with the leaf method, got none", verb);
   if (in.codes) {
     HISAC_TRY(check_book(verb, in.book));
     HISAC_TRY(check_codes(verb, *in.book, in.codes.shape, rows));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading of a user's behaviours and agents for `route`: everything about types, absence, prototypes in place of x and
-// leaves in place of rows ends here; the kernels see float32 tiles of present rows with a norm and a bias each.
+// The loading of a user's behaviours and agents for `route`: everything about types, absence, prototypes in place of x
+// and leaves in place of rows ends here; the kernels see float32 tiles of present rows with a norm and a bias each.
 #pragma once
 #include "arena.h"
 #include "codebook_body.h"
@@ -74,11 +74,11 @@ class RowLoader {
 /// The present agents of one user, packed for products with x.
 struct AgentPanel {
   int64_t m = 0;
-  int32_t* index = nullptr;   // [M] their places
-  float* packed = nullptr;    // [D, m]
-  float* rows = nullptr;      // [M, D]: the present prototypes, one after another
-  float* norm = nullptr;      // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
-  float* rate = nullptr;      // [pad(M)] log2(e) / tau
+  int32_t* index = nullptr;  // [M] their places
+  float* packed = nullptr;   // [D, m]
+  float* rows = nullptr;     // [M, D]: the present prototypes, one after another
+  float* norm = nullptr;     // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
+  float* rate = nullptr;     // [pad(M)] log2(e) / tau
 
   void carve(Arena& arena, int64_t agents, int64_t width) noexcept;
   void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;

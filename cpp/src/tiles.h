@@ -42,7 +42,8 @@ void fold_all(int64_t n, State* states, Merge merge) {
     for (int64_t i = 0; i + step < n; i += 2 * step) merge(states[i], states[i + step]);
 }
 
-/// One piece of work: tiles [first, last) of a user. `slot` is where its state goes when others share the user, else -1.
+/// One piece of work: tiles [first, last) of a user. `slot` is where its state goes when others share the user, else
+/// -1.
 struct Unit {
   int64_t user, first, last, slot;
 };

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One user at a time: count votes of leaves in a table, sort the leaves by number, walk the tree from the root down over
-// runs of the sorted leaves. Reads the codes once; everything else is as large as the user's distinct leaves.
+// One user at a time: count votes of leaves in a table, sort the leaves by number, walk the tree from the root down
+// over runs of the sorted leaves. Reads the codes once; everything else is as large as the user's distinct leaves.
 //
 // Top-down equals the definition's bottom-up orders: the order at a node merges its children's orders, so the first s
-// leaves at a node are, for each child, its first s_c, where the s_c are the D'Hondt seats of the children, capped by how
-// many leaves they have.
+// leaves at a node are, for each child, its first s_c, where the s_c are the D'Hondt seats of the children, capped by
+// how many leaves they have.
 #include "hisac/vote.h"
 
 #include <algorithm>
@@ -63,12 +63,13 @@ struct Scratch {
   uint32_t* slot = nullptr;   // [leaves] where it stands in the table
   Leaf *leaves = nullptr, *sorted = nullptr;
   Node *nodes = nullptr, *next = nullptr, *children = nullptr;
-  int64_t* kept = nullptr;    // [seats] places in the sorted leaves
+  int64_t* kept = nullptr;  // [seats] places in the sorted leaves
 
   void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
     const int64_t most = leaf_limit(book, longest), m = seats(params, book.levels());
     const Codebook::Body& body = book.body();
-    dense = !body.wide && static_cast<int64_t>(body.stride[0]) * body.size[0] <= std::min(kDenseLeaves, longest * kDenseRatio);
+    dense = !body.wide &&
+            static_cast<int64_t>(body.stride[0]) * body.size[0] <= std::min(kDenseLeaves, longest * kDenseRatio);
     slots = 16;
     while (!dense && slots < 2 * most) slots *= 2;
     if (dense) slots = static_cast<int64_t>(body.stride[0]) * body.size[0];
@@ -256,7 +257,8 @@ Status check_params(const Codebook& book, const VoteParams& params) noexcept {
   bool fanout = false;
   for (int64_t k : params.fanout) fanout |= k != 0;
   if ((params.budget != 0) == fanout)
-    return Status::error(Code::invalid_argument, "vote: expected either budget or fanout, got %s", fanout ? "both" : "neither");
+    return Status::error(Code::invalid_argument, "vote: expected either budget or fanout, got %s",
+                         fanout ? "both" : "neither");
   if (fanout) {
     int64_t product = 1;
     for (int l = 0; l < kMaxLevels; ++l) {
@@ -311,7 +313,8 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   for (int w = 0; w < workers_of(context); ++w) {
     Scratch scratch;
     scratch.carve(arena, book, params, longest);
-    if (scratch.table && scratch.kept) std::memset(scratch.table, 0, sizeof(uint32_t) * static_cast<size_t>(scratch.slots));
+    if (scratch.table && scratch.kept)
+      std::memset(scratch.table, 0, sizeof(uint32_t) * static_cast<size_t>(scratch.slots));
   }
   HISAC_TRY(arena.check("vote"));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {

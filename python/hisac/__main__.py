@@ -57,7 +57,7 @@ def make_parser() -> Parser:
         p.add_argument("--threads", type=whole, metavar="N", help="threads to use (default: all processors)")
         return p
 
-    p = verb("demo", "the whole way on bundled real data, in about half a minute: start here", "")
+    p = verb("demo", "the whole way on bundled real data, in seconds: start here", "")
     p.add_argument(
         "--quick", action="store_true", help="a few requests only: shows the output, its numbers mean little"
     )

@@ -32,7 +32,9 @@ def take(verb: str, name: str, x: Array) -> Array:
         if x.requires_grad:
             raise TypeError(f"{verb}: {name} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()")
         if x.is_nested or str(x.layout) != "torch.strided":
-            raise TypeError(f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()")
+            raise TypeError(
+                f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()"
+            )
         if x.is_conj() or x.is_neg():
             raise TypeError(f"{verb}: {name} is a conjugated or negated view; call resolve_conj() or resolve_neg()")
         if x.device.type != "cpu":
@@ -43,7 +45,9 @@ def take(verb: str, name: str, x: Array) -> Array:
             return np.ascontiguousarray(np.from_dlpack(x))
         except (BufferError, RuntimeError, TypeError) as error:
             raise TypeError(f"{verb}: {name} expected an array in CPU memory: {error}") from None
-    raise TypeError(f"{verb}: {name} expected a NumPy array, a torch tensor or anything with DLPack, got {type(x).__name__}")
+    raise TypeError(
+        f"{verb}: {name} expected a NumPy array, a torch tensor or anything with DLPack, got {type(x).__name__}"
+    )
 
 
 def take_optional(verb: str, name: str, x: Array) -> Array:
@@ -87,7 +91,9 @@ def take_histories(verb: str, offsets: Any) -> tuple[Array, Array]:
     """offsets [B + 1], or (starts [B], ends [B]) -> starts, ends."""
     if isinstance(offsets, tuple):
         if len(offsets) != 2:
-            raise ValueError(f"{verb}: offsets expected an array, or a tuple (starts, ends), got a tuple of {len(offsets)}")
+            raise ValueError(
+                f"{verb}: offsets expected an array, or a tuple (starts, ends), got a tuple of {len(offsets)}"
+            )
         starts, ends = take(verb, "starts", offsets[0]), take(verb, "ends", offsets[1])
         rank(verb, "starts", starts, "B")
         rank(verb, "ends", ends, "B")

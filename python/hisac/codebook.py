@@ -18,8 +18,8 @@ Progress = Callable[[int, int, float], Any]
 class Codebook:
     """L levels of codewords [C_l, D] float32 and the tree of all code prefixes; immutable.
 
-    A leaf is a full code; its prototype is the sum of the codewords on its path. `fingerprint` names the content: agents
-    and files carry it, and mixing two codebooks is an error. Source: HiSAC, global hierarchical codebook.
+    A leaf is a full code; its prototype is the sum of the codewords on its path. `fingerprint` names the content:
+    agents and files carry it, and mixing two codebooks is an error. Source: HiSAC, global hierarchical codebook.
 
     >>> import numpy as np
     >>> book = Codebook([np.eye(2, dtype=np.float32), np.zeros((3, 2), np.float32)])
@@ -60,9 +60,9 @@ class Codebook:
     ) -> "Codebook":
         """Residual k-means, level by level; the same bits on any number of threads.
 
-        A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take the
-        worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more are left
-        out and counted in `report`. progress(level, round, mean squared distance) is called after each round.
+        A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take
+        the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
+        are left out and counted in `report`. progress(level, round, mean squared distance) is called after a round.
         """
         x = take("fit", "x", x)
         rank("fit", "x", x, "T D")
@@ -104,7 +104,9 @@ class Codebook:
             if parts[-2:] == ["_codebook", "embed"] and len(parts) >= 4 and parts[-4] == "layers":
                 found[int(parts[-3])] = np.asarray(take("from_state_dict", name, value), np.float32)
         if sorted(found) != list(range(len(found))) or not found:
-            raise ValueError("from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels " + str(sorted(found)))
+            raise ValueError(
+                "from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels " + str(sorted(found))
+            )
         return cls([found[level].reshape(found[level].shape[-2:]) for level in sorted(found)])
 
     # ---- files

@@ -62,10 +62,14 @@ def vote(
     weights = take_optional("vote", "weights", weights)
     children = [] if fanout is None else [int(k) for k in fanout]
     if fanout is not None and (len(children) != book.levels or min(children) < 1):
-        raise ValueError(f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}")
+        raise ValueError(
+            f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}"
+        )
     seats = math.prod(children) if budget is None else int(budget)
     if not 1 <= seats <= 4096:
-        raise ValueError(f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}")
+        raise ValueError(
+            f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
+        )
     users = len(starts)
     agents = Agents(
         empty(codes, (users, seats, book.levels), "int32"),
@@ -102,14 +106,16 @@ def route(
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] and v [T, V] float32, bfloat16 or float16 (x None: the prototypes of `codes`); offsets [B + 1] or (starts,
-    ends) [B]; prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or [M]
-    float32, where an entry that is not positive empties its tokens; bias [T] float32; codes [T, L] int32 with their book.
-    Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias.
+    ends) [B]; prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or
+    [M] float32, where an entry that is not positive empties its tokens; bias [T] float32; codes [T, L] int32 with their
+    book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias.
     method="leaf": rows of one leaf act as one at their mean, farther by their variance. refine=n: n rounds of
     p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
     out: Tokens to write into. -> Tokens. Raises ValueError, TypeError.
     """
-    (x, v, starts, ends, prototypes), rest = _route_inputs("route", x, v, offsets, prototypes, count, temperature, bias, codes, book)
+    (x, v, starts, ends, prototypes), rest = _route_inputs(
+        "route", x, v, offsets, prototypes, count, temperature, bias, codes, book
+    )
     users, m, width = prototypes.shape
     rows = m + (missing == "token")
     given = out or Tokens(None, None, None)
@@ -144,7 +150,7 @@ def route_backward(
     """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
 
     d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
-    (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not asked for.
+    (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", set(need)
@@ -163,7 +169,9 @@ def route_backward(
         "x": (v.shape[0], prototypes.shape[2]),
         "prototypes": tuple(prototypes.shape),
     }
-    gradients = RouteGradients(*(empty(v, shapes[f], "float32") if f in wanted else None for f in RouteGradients._fields))
+    gradients = RouteGradients(
+        *(empty(v, shapes[f], "float32") if f in wanted else None for f in RouteGradients._fields)
+    )
     _core.route_backward(
         d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"], normalize,
         rest["bias"], rest["codes"], rest["book"], method, missing, *gradients,
@@ -208,11 +216,14 @@ def attend(
 
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
-    q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets [B + 1];
-    bias [B, M] float32, where NaN or infinite means an absent token; scale 1 / sqrt(d) by default. -> Attended; lse tells
-    how well the best tokens match, which softmax attention alone hides. Raises ValueError, TypeError.
+    q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets
+    [B + 1]; bias [B, M] float32, where NaN or infinite means an absent token; scale 1 / sqrt(d) by default.
+    -> Attended; lse tells how well the best tokens match, which softmax attention alone hides.
+    Raises ValueError, TypeError.
     """
-    q, keys, values, candidate_offsets, bias, scale = _attend_inputs("attend", q, keys, values, candidate_offsets, bias, scale)
+    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
+        "attend", q, keys, values, candidate_offsets, bias, scale
+    )
     given = out or Attended(None, None)
     result = Attended(
         give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
@@ -234,16 +245,15 @@ def attend_backward(
     bias: Array = None,
     scale: float | None = None,
 ) -> AttendGradients:
-    """Gradients of `attend`, given what it returned. d_out as out, d_lse as lse or None -> AttendGradients, float32."""
+    """Gradients of `attend`, given what it returned: d_out as out, d_lse as lse or None -> AttendGradients."""
     verb = "attend_backward"
-    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    inputs = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
     d_out, d_lse = take(verb, "d_out", d_out), take_optional(verb, "d_lse", d_lse)
     saved = take(verb, "out", forward.out), take(verb, "lse", forward.lse)
     gradients = AttendGradients(
-        *(empty(q, tuple(a.shape), "float32") for a in (q, keys, values)),
-        None if bias is None else empty(q, tuple(bias.shape), "float32"),
+        *(None if a is None else empty(d_out, tuple(a.shape), "float32") for a in (*inputs[:3], inputs[4]))
     )
-    _core.attend_backward(d_out, d_lse, *saved, q, keys, values, candidate_offsets, bias, scale, *gradients)
+    _core.attend_backward(d_out, d_lse, *saved, *inputs, *gradients)
     return gradients
 
 
@@ -264,7 +274,7 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors this process may use."""
+    """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors we may use."""
     return _core.get_num_threads()
 
 

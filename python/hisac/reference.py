@@ -4,18 +4,20 @@
 Whatever a kernel does, it must agree with this page: codes, votes and agents exactly, floats within a bound derived
 from sizes and rounding. Arrays follow one naming: B users, T behaviours, D semantic width, V value width, L levels,
 M agents a user, N candidates, H heads. Values never raise: invalid codes mean absent, NaN loses, an empty sum is a zero
-token with lse -inf.
+token with lse -inf. The state kept between requests is in `reference_state`.
 
-Source: HiSAC, arXiv 2602.21009. Semantic IDs and the code tree: its hierarchical codebook; `vote`: hierarchical voting
-(`fanout`) and our apportionment (`budget`); `route`: soft-routing attention; `attend`: target attention on cached tokens.
+Source: HiSAC, arXiv 2602.21009. Semantic IDs and the code tree: its hierarchical codebook; `vote`: hierarchical
+voting (`fanout`) and our apportionment (`budget`); `route`: soft-routing attention; `attend`: target attention.
 """
 
 import math
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from .results import Agents, Attended, AttendGradients, FitReport, RouteGradients, Tokens
+from .results import Agents, Array, Attended, AttendGradients, FitReport, RouteGradients, Tokens
 
 FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
 MAX_SEATS = 4096  # most agents a user
@@ -24,20 +26,20 @@ ABSENT_NORM = 2.0**100  # a row whose |x|^2 is not below is absent
 WEIGHT_UNIT = 2**12  # weighted votes count in units of 1 / WEIGHT_UNIT
 MAX_WEIGHT = 16.0
 
-
-# ---------------------------------------------------------------------------------------------------- the code tree
+Node = tuple[int, ...]  # a code prefix; a whole code is a leaf
+Votes = dict[Node, int]
 
 
 class Codebook:
     """L arrays of centers [C_l, D] float32. A leaf is a full code; its prototype is the sum of its codewords."""
 
-    def __init__(self, centers):
+    def __init__(self, centers: Any) -> None:
         self.centers = tuple(np.array(c, dtype=np.float32) for c in centers)
         self.sizes = tuple(len(c) for c in self.centers)
-        self.report = None
+        self.report: FitReport | None = None
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> int:
         """FNV-1a, 64 bits, over D, then for each level C_l and its float32 values; little-endian, integers 64 bits."""
         data = struct.pack("<q", self.centers[0].shape[1])
         for c in self.centers:
@@ -47,7 +49,7 @@ class Codebook:
             h = (h ^ byte) * 0x100000001B3 % 2**64
         return h
 
-    def leaves(self, codes):
+    def leaves(self, codes: Array) -> Array:
         """codes [..., L] -> [...] int64: mixed-radix number of the leaf, -1 for an invalid code. A parent's number is
         its child's, divided by the child level's size and rounded down."""
         codes = np.asarray(codes, np.int64)
@@ -56,7 +58,7 @@ class Codebook:
             leaf = leaf * size + codes[..., level]
         return np.where(valid_codes(self, codes), leaf, -1)
 
-    def prototypes(self, codes):
+    def prototypes(self, codes: Array) -> Array:
         """codes [..., L] (or Agents) -> [..., D] float32: the codewords on the path, added from the root down."""
         codes = np.asarray(codes.codes if isinstance(codes, Agents) else codes, np.int64)
         ok = valid_codes(self, codes)
@@ -66,22 +68,19 @@ class Codebook:
         return np.where(ok[..., None], total, np.float32(0))
 
 
-def valid_codes(book, codes):
+def valid_codes(book: Any, codes: Array) -> Array:
     """codes [..., L] -> [...] bool: every level in range."""
     codes = np.asarray(codes)
     return ((codes >= 0) & (codes < np.asarray(book.sizes))).all(-1)
 
 
-def ranges(offsets):
+def ranges(offsets: Any) -> list[slice]:
     """offsets [B + 1], or (starts [B], ends [B]) -> the rows of each user as slices."""
     starts, ends = offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
-    return [slice(int(s), int(e)) for s, e in zip(starts, ends)]
+    return [slice(int(s), int(e)) for s, e in zip(starts, ends, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------ encode
-
-
-def distances(r, c):
+def distances(r: Array, c: Array) -> Array:
     """r [T, D], c [C, D] float32 -> [T, C] float64: sum over d, in index order, of (r_d - c_d)^2. The order is part of
     the definition (no pairwise sums, no contraction), so that codes are integers everyone agrees on."""
     total = np.zeros((len(r), len(c)))
@@ -91,13 +90,13 @@ def distances(r, c):
     return total
 
 
-def encode(book, x):
+def encode(book: Any, x: Array) -> Array:
     """Greedy residual quantisation: at level l the code c minimising |r - c|^2, then r <- r - c in float32.
 
     x [T, D] -> codes [T, L] int32. The lower code wins a tie; a row with a NaN or an infinity is -1 at every level.
     """
     r = np.asarray(x).astype(np.float32)
-    ok = np.isfinite(r).all(1)
+    ok: Array = np.isfinite(r).all(1)
     r = np.where(ok[:, None], r, np.float32(0))
     codes = np.empty((len(r), len(book.centers)), np.int32)
     for level, c in enumerate(book.centers):
@@ -108,10 +107,7 @@ def encode(book, x):
     return codes
 
 
-# --------------------------------------------------------------------------------------------------------------- fit
-
-
-def mix64(z):
+def mix64(z: Any) -> Any:
     """The splitmix64 finaliser on uint64: the counter-based random numbers of `fit`."""
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -119,7 +115,7 @@ def mix64(z):
         return z ^ (z >> np.uint64(31))
 
 
-def priorities(seed, level, rows):
+def priorities(seed: int, level: int, rows: Array) -> Array:
     """uint64 per global row: mix(mix(seed + (level + 1) g) + (row + 1) g), g the golden ratio's 64 bits."""
     g = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
@@ -127,9 +123,10 @@ def priorities(seed, level, rows):
         return mix64(key + (rows.astype(np.uint64) + np.uint64(1)) * g)
 
 
-def first_distinct(r, order, n):
+def first_distinct(r: Array, order: Array, n: int) -> list[int]:
     """The first n rows of r, in `order`, that differ in value from those before; -0 equals 0."""
-    seen, picked = set(), []
+    seen: set[bytes] = set()
+    picked: list[int] = []
     for i in order:
         key = (r[i] + np.float32(0)).tobytes()
         if len(picked) < n and key not in seen:
@@ -138,12 +135,12 @@ def first_distinct(r, order, n):
     return picked
 
 
-def fixed_point_bits(biggest, rows):
+def fixed_point_bits(biggest: float, rows: int) -> int:
     """k such that the sum of `rows` values, each at most `biggest`, stays below 2^62 in units of 2^-k."""
     return 61 - math.frexp(biggest)[1] - int(rows).bit_length()
 
 
-def fit(x, codes=(512, 512), *, iterations=20, seed=0, progress=None):
+def fit(x: Array, codes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
     """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
 
     Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
@@ -153,7 +150,10 @@ def fit(x, codes=(512, 512), *, iterations=20, seed=0, progress=None):
     """
     x = np.asarray(x).astype(np.float32)
     rows = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
-    r, centers, rounds, error, unused = x[rows], [], [], [], []
+    r, centers = x[rows], []
+    rounds: list[int] = []
+    error: list[float] = []
+    unused: list[int] = []
     if len(rows) == 0:
         raise ValueError(f"fit: x is {list(x.shape)} without a usable row, expected at least one")
     for level, size in enumerate(codes):
@@ -195,29 +195,27 @@ def fit(x, codes=(512, 512), *, iterations=20, seed=0, progress=None):
     return book
 
 
-# -------------------------------------------------------------------------------------------------------------- vote
-
-
-def quantise_weights(weights):
+def quantise_weights(weights: Array) -> Array:
     """float -> votes in units of 2^-12: rint(clip(w, 0, 16) 2^12), NaN is 0."""
     w = np.nan_to_num(np.asarray(weights).astype(np.float64), nan=0.0, posinf=MAX_WEIGHT, neginf=0.0)
     return np.rint(np.clip(w, 0, MAX_WEIGHT) * WEIGHT_UNIT).astype(np.int64)
 
 
-def leaf_votes(book, codes, weights=None):
-    """codes [n, L] of one user -> {leaf as a tuple: votes}; a leaf's votes are the rows with its code, or their weights."""
+def leaf_votes(book: Any, codes: Array, weights: Array = None) -> Votes:
+    """codes [n, L] of one user -> {leaf: votes}: how many rows have its code, or their weights."""
     codes = np.asarray(codes)[:MAX_VOTERS]
     weight = np.ones(len(codes), np.int64) if weights is None else quantise_weights(weights)[:MAX_VOTERS]
-    votes = {}
-    for row, w in zip(codes[valid_codes(book, codes)].tolist(), weight[valid_codes(book, codes)].tolist()):
+    votes: Votes = {}
+    ok = valid_codes(book, codes)
+    for row, w in zip(codes[ok].tolist(), weight[ok].tolist(), strict=True):
         if w:
             votes[tuple(row)] = votes.get(tuple(row), 0) + w
     return votes
 
 
-def children(votes, prefix):
+def children(votes: Votes, prefix: Node) -> Votes:
     """{child prefix: votes of all leaves below it} of the node `prefix`."""
-    found = {}
+    found: Votes = {}
     for leaf, n in votes.items():
         if leaf[: len(prefix)] == prefix:
             child = leaf[: len(prefix) + 1]
@@ -225,7 +223,7 @@ def children(votes, prefix):
     return found
 
 
-def by_fanout(votes, fanout, prefix=()):
+def by_fanout(votes: Votes, fanout: tuple[int, ...], prefix: Node = ()) -> list[Node]:
     """The paper's rule: under every kept node keep the k_l children with most votes; ties go to the lower code."""
     if len(prefix) == len(fanout):
         return [prefix]
@@ -233,9 +231,9 @@ def by_fanout(votes, fanout, prefix=()):
     return [leaf for child, _ in kept for leaf in by_fanout(votes, fanout, child)]
 
 
-def by_budget(votes, budget, levels, prefix=()):
+def by_budget(votes: Votes, budget: int, levels: int, prefix: Node = ()) -> list[Node]:
     """Seats in proportion (D'Hondt at every node): a node merges its children's orders; the j-th leaf of child c has
-    the key n_c / j; larger key, then larger n_c, then lower code first. (n_c << 24) // j decides as the fraction does."""
+    the key n_c / j; larger key, then larger n_c, then lower code first. (n_c << 24) // j decides like the fraction."""
     if len(prefix) == levels:
         return [prefix]
     ranked = []
@@ -245,21 +243,23 @@ def by_budget(votes, budget, levels, prefix=()):
     return [leaf for *_, leaf in sorted(ranked)[:budget]]
 
 
-def vote(book, codes, offsets, *, budget=None, fanout=None, weights=None):
+def vote(
+    book: Any, codes: Array, offsets: Any, *, budget: int | None = None, fanout: Any = None, weights: Array = None
+) -> Agents:
     """The interest-agents of each user: the leaves kept by `budget` (ours) or `fanout` (the paper's rule).
 
     codes [T, L], offsets [B + 1] or (starts, ends), weights [T] or None -> Agents of M = budget, or the product of the
     fan-outs. Sorted by votes down, then code up. Blind to the order of a user's rows.
     """
     levels = len(book.centers)
-    seats = budget if fanout is None else math.prod(fanout)
+    seats = int(budget or 0) if fanout is None else math.prod(fanout)
     users = ranges(offsets)
     out = np.full((len(users), seats, levels), -1, np.int32)
     count_votes = np.zeros((len(users), seats), np.int64)
     count = np.zeros(len(users), np.int32)
     for b, rows in enumerate(users):
         votes = leaf_votes(book, codes[rows], None if weights is None else weights[rows])
-        kept = by_budget(votes, budget, levels) if fanout is None else by_fanout(votes, fanout)
+        kept = by_budget(votes, seats, levels) if fanout is None else by_fanout(votes, fanout)
         kept.sort(key=lambda leaf: (-votes[leaf], leaf))
         count[b] = len(kept)
         if kept:
@@ -268,10 +268,12 @@ def vote(book, codes, offsets, *, budget=None, fanout=None, weights=None):
     return Agents(out, count_votes, count, book.fingerprint)
 
 
-# ------------------------------------------------------------------------------------------------------------- route
+def float64(a: Array) -> Array:
+    """Any of the input types as NumPy float64."""
+    return np.asarray(a).astype(np.float64)
 
 
-def logsumexp(z, axis):
+def logsumexp(z: Array, axis: int) -> Array:
     """log sum exp along `axis`; -inf for an empty sum."""
     top = z.max(axis, keepdims=True, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0.0)
@@ -279,7 +281,7 @@ def logsumexp(z, axis):
         return np.log(np.exp(z - top).sum(axis)) + top.squeeze(axis)
 
 
-def square_distances(x, p):
+def square_distances(x: Array, p: Array) -> Array:
     """x [n, D], p [m, D] -> [n, m] float64."""
     return np.stack([np.square(x - a).sum(1) for a in p], 1) if len(p) else np.zeros((len(x), 0))
 
@@ -288,13 +290,16 @@ class History:
     """One user's rows as `route` sees them: present rows x, v, bias and their spread (0, or a leaf's variance); the
     agents p and temperatures tau that are present, as indices `agents`; the values of absent rows."""
 
-    def __init__(self, b, rows, x, v, prototypes, count, temperature, bias, codes, book, method):
+    def __init__(
+        self, b: int, rows: slice, x: Array, v: Array, prototypes: Array, count: Array, temperature: Any, bias: Array,
+        codes: Array, book: Any, method: str,
+    ) -> None:  # fmt: skip
         m = prototypes.shape[1]
-        self.x = np.asarray(book.prototypes(codes[rows]) if x is None else x[rows]).astype(np.float64)
-        self.v = np.asarray(v[rows]).astype(np.float64)
-        self.bias = np.zeros(len(self.x)) if bias is None else np.asarray(bias[rows]).astype(np.float64)
-        tau = np.broadcast_to(np.asarray(temperature).astype(np.float64), (m,))
-        p = np.asarray(prototypes[b]).astype(np.float64)
+        self.x = float64(book.prototypes(codes[rows]) if x is None else x[rows])
+        self.v = float64(v[rows])
+        self.bias = np.zeros(len(self.x)) if bias is None else float64(bias[rows])
+        tau = np.broadcast_to(float64(temperature), (m,))
+        p = float64(prototypes[b])
         present = m if count is None else min(max(int(count[b]), 0), m)
         with np.errstate(over="ignore", invalid="ignore"):
             ok = (np.square(self.x).sum(1) < ABSENT_NORM) & np.isfinite(self.bias)
@@ -309,7 +314,7 @@ class History:
         if method == "leaf":
             self.merge_leaves(book.leaves(codes[rows])[ok])
 
-    def merge_leaves(self, leaf):
+    def merge_leaves(self, leaf: Array) -> None:
         """Rows of one leaf become one row: W = sum e^bias, its mean x and v, spread = E|x - mean|^2, bias = log W."""
         _, self.leaf = np.unique(leaf, return_inverse=True)
         groups = [self.leaf == g for g in range(self.leaf.max(initial=-1) + 1)]
@@ -317,10 +322,10 @@ class History:
         self.share = np.exp(self.bias - total[self.leaf])  # a row's part of its leaf's mass
         weight = np.array([self.share * g for g in groups]).reshape(len(groups), len(leaf))
         mean = weight @ self.x
-        self.spread = np.array([w @ np.square(self.x - mu).sum(1) for w, mu in zip(weight, mean)])
+        self.spread = np.array([w @ np.square(self.x - mu).sum(1) for w, mu in zip(weight, mean, strict=True)])
         self.x, self.v, self.bias = mean, weight @ self.v, total
 
-    def logits(self, normalize):
+    def logits(self, normalize: str) -> tuple[Array, Array]:
         """The logits z [n, m] whose softmax over the n rows gives each agent its weights; and, for the backward, the
         shares s [n, m] of the softmax over agents (zero in history mode)."""
         z = -(square_distances(self.x, self.p) + self.spread[:, None]) / self.tau
@@ -331,7 +336,10 @@ class History:
         return z + self.bias[:, None], s
 
 
-def histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+def histories(
+    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, codes: Array,
+    book: Any, method: str,
+) -> Iterator[tuple[int, slice, History]]:  # fmt: skip
     """The users of a batch as (b, rows, History)."""
     if (method == "leaf" or x is None) and codes is None:
         raise ValueError("route: codes are needed when x is not given, and by method='leaf'")
@@ -340,9 +348,10 @@ def histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, 
 
 
 def route(
-    x, v, offsets, prototypes, *, count=None, temperature=0.1, normalize="history", bias=None,
-    codes=None, book=None, method="exact", refine=0, missing="drop",
-):  # fmt: skip
+    x: Array, v: Array, offsets: Any, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
+    normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None, method: str = "exact",
+    refine: int = 0, missing: str = "drop",
+) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
         d_ai = |x_i - p_a|^2
@@ -375,9 +384,10 @@ def route(
 
 
 def route_backward(
-    d_tokens, d_lse, forward, x, v, offsets, *, count=None, temperature=0.1, normalize="history", bias=None,
-    codes=None, book=None, method="exact", missing="drop", need=("v", "temperature", "bias"),
-):  # fmt: skip
+    d_tokens: Array, d_lse: Array, forward: Tokens, x: Array, v: Array, offsets: Any, *, count: Array = None,
+    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None,
+    method: str = "exact", missing: str = "drop", need: Any = ("v", "temperature", "bias"),
+) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
 
         w_ai = exp(z_ai - lse_a)                       dv_i = sum_a w_ai dtoken_a
@@ -424,19 +434,18 @@ def route_backward(
     return RouteGradients(*(every[name] if name in need else None for name in RouteGradients._fields))
 
 
-# ------------------------------------------------------------------------------------------------------------ attend
-
-
-def attend_logits(q, keys, bias, b, rows, scale):
+def attend_logits(q: Array, keys: Array, bias: Array, b: int, rows: slice, scale: float) -> Array:
     """One user's logits [n, H, M]; a token whose bias is NaN or infinite is absent (-inf)."""
-    z = scale * np.einsum("nhd,mhd->nhm", np.asarray(q[rows]).astype(np.float64), np.asarray(keys[b]).astype(np.float64))
+    z = scale * np.einsum("nhd,mhd->nhm", float64(q[rows]), float64(keys[b]))
     if bias is not None:
-        row = np.asarray(bias[b]).astype(np.float64)
+        row = float64(bias[b])
         z = np.where(np.isfinite(row), z + np.where(np.isfinite(row), row, 0.0), -np.inf)
     return z
 
 
-def attend(q, keys, values, candidate_offsets, *, bias=None, scale=None):
+def attend(
+    q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None
+) -> Attended:
     """Target attention of each candidate on its user's tokens.
 
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
@@ -450,11 +459,14 @@ def attend(q, keys, values, candidate_offsets, *, bias=None, scale=None):
         z = attend_logits(q, keys, bias, b, rows, scale)
         lse[rows] = logsumexp(z, 2)
         w = np.exp(z - np.where(np.isfinite(lse[rows]), lse[rows], 0.0)[..., None])
-        out[rows] = np.einsum("nhm,mhv->nhv", w, np.asarray(values[b]).astype(np.float64))
+        out[rows] = np.einsum("nhm,mhv->nhv", w, float64(values[b]))
     return Attended(out, lse)
 
 
-def attend_backward(d_out, d_lse, forward, q, keys, values, candidate_offsets, *, bias=None, scale=None):
+def attend_backward(
+    d_out: Array, d_lse: Array, forward: Attended, q: Array, keys: Array, values: Array, candidate_offsets: Array, *,
+    bias: Array = None, scale: float | None = None,
+) -> AttendGradients:  # fmt: skip
     """Gradients of `attend`, given what it returned.
 
         w = exp(z - lse)       dz = w (dout . values - dout . out + dlse)
@@ -467,77 +479,15 @@ def attend_backward(d_out, d_lse, forward, q, keys, values, candidate_offsets, *
     db = None if bias is None else np.zeros(np.shape(bias))
     d_lse = np.zeros(forward.lse.shape) if d_lse is None else d_lse
     for b, rows in enumerate(ranges(candidate_offsets)):
-        g, out, total, dl = (np.asarray(a[rows]).astype(np.float64) for a in (d_out, forward.out, forward.lse, d_lse))
+        g, out, total, dl = (float64(a[rows]) for a in (d_out, forward.out, forward.lse, d_lse))
         some = np.isfinite(total)
         z = attend_logits(q, keys, bias, b, rows, scale)
         w = np.where(some[..., None], np.exp(z - np.where(some, total, 0.0)[..., None]), 0.0)
-        dw = np.einsum("nhv,mhv->nhm", g, np.asarray(values[b]).astype(np.float64))
+        dw = np.einsum("nhv,mhv->nhm", g, float64(values[b]))
         dz = w * (dw + np.where(some, dl - (g * out).sum(2), 0.0)[..., None])
-        dq[rows] = scale * np.einsum("nhm,mhd->nhd", dz, np.asarray(keys[b]).astype(np.float64))
-        dk[b] = scale * np.einsum("nhm,nhd->mhd", dz, np.asarray(q[rows]).astype(np.float64))
+        dq[rows] = scale * np.einsum("nhm,mhd->nhd", dz, float64(keys[b]))
+        dk[b] = scale * np.einsum("nhm,nhd->mhd", dz, float64(q[rows]))
         dv[b] = np.einsum("nhm,nhv->mhv", w, g)
         if db is not None:
             db[b] = dz.sum((0, 1))
     return AttendGradients(dq, dk, dv, db)
-
-
-# ------------------------------------------------------------------------------------------------------------- state
-
-
-class UserState:
-    """One user's history between requests, by its meaning: the rows so far and the agents in force. A state of running
-    sums must give these tokens to float32 rounding.
-
-    revote="pinned": the agents stay until `refresh`; "always": every `append` and `forget` votes again. Parts of a
-    history with the same agents `merge` (associative; an empty part changes nothing). Codebook and model_tag (the
-    version of v) must agree.
-    """
-
-    def __init__(self, book, *, budget=None, fanout=None, revote="pinned", model_tag=0, **route_options):
-        self.book, self.rule, self.revote, self.model_tag = book, {"budget": budget, "fanout": fanout}, revote, model_tag
-        self.options, self.rows, self.agents = route_options, None, None
-
-    def append(self, x, v, codes, *, bias=None, weights=None):
-        """Add n behaviours: x [n, D], v [n, V], codes [n, L], bias [n], weights [n]."""
-        n = len(v)
-        new = (x, v, codes, np.zeros(n) if bias is None else bias, np.ones(n) if weights is None else weights)
-        old = self.rows or tuple(np.asarray(a)[:0] for a in new)
-        self.rows = tuple(np.concatenate([a, b]) for a, b in zip(old, new))
-        if self.agents is None or self.revote == "always":
-            self.refresh()
-
-    def refresh(self):
-        """Vote again over everything."""
-        codes, weights = self.rows[2], self.rows[4]
-        self.agents = vote(self.book, codes, np.array([0, len(codes)]), weights=weights, **self.rule)
-
-    def forget(self, rows):
-        """Delete the rows with these indices as if they had never been."""
-        self.rows = tuple(np.delete(a, rows, 0) for a in self.rows)
-        if self.revote == "always":
-            self.refresh()
-
-    def merge(self, other):
-        """Add another part of the same user's history, taken under the same agents."""
-        for name, mine, theirs in (
-            ("codebook", self.book.fingerprint, other.book.fingerprint),
-            ("model_tag", self.model_tag, other.model_tag),
-        ):
-            if mine != theirs:
-                raise ValueError(f"merge: {name} differs: expected {mine}, got {theirs}")
-        if other.rows is None or len(other.rows[1]) == 0:
-            return
-        if self.agents is None:
-            self.rows, self.agents = other.rows, other.agents
-            return
-        if not np.array_equal(self.agents.codes, other.agents.codes):
-            raise ValueError("merge: the agents differ; expected the same ones")
-        self.rows = tuple(np.concatenate([a, b]) for a, b in zip(self.rows, other.rows))
-
-    def tokens(self):
-        """The Tokens [1, M, V] of the history so far."""
-        x, v, codes, bias, _ = self.rows
-        p, offsets = self.book.prototypes(self.agents), np.array([0, len(v)])
-        return route(
-            x, v, offsets, p, count=self.agents.count, bias=bias, codes=codes, book=self.book, **self.options
-        )

@@ -383,7 +383,7 @@ def assert_codes_equal(mine: Array, expected: Array, name: str = "codes") -> Non
 
 def assert_agents_equal(mine: Agents, expected: Agents) -> None:
     """Codes, votes and counts equal in every cell, and of the same codebook."""
-    for name, a, b in zip(("codes", "votes", "count"), mine, expected, strict=True):
+    for name, a, b in zip(("codes", "votes", "count"), mine[:3], expected[:3], strict=True):
         assert_codes_equal(a, b, name)
     assert int(mine.fingerprint) == int(expected.fingerprint), (
         f"fingerprint: expected {expected.fingerprint}, got {mine.fingerprint}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import Codebook, _core
+from .arrays import rank
 from .reference import MAX_SEATS
 from .results import Agents, Attended, Tokens
 
@@ -33,9 +34,9 @@ _books: dict[int, "weakref.WeakValueDictionary[int, Codebook]"] = {}  # every co
 
 
 def register(book: Codebook) -> int:
-    """Make `book` known to the programs of this process while the caller keeps it; its fingerprint as an int64.
+    """Make `book` known to this process while the caller keeps it; returns its fingerprint as an int64.
 
-    Modules and functions do it by themselves; a process that only runs an exported program has to.
+    Modules and functions do it by themselves; who only runs an exported program has to.
 
     >>> register(book) % 2**64 == book.fingerprint
     True
@@ -79,15 +80,15 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _gradients(inputs: Sequence[Tensor | None], need: Sequence[bool]) -> tuple[Tensor, ...]:
+def _gradients(inputs: Sequence[Any], need: Sequence[bool]) -> tuple[Tensor, ...]:
     """float32, empty where not needed: an operator cannot return None."""
-    device = next(t.device for t in inputs if t is not None)
     shapes = (t.shape if needed and t is not None else (0,) for t, needed in zip(inputs, need, strict=True))
-    return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+    return tuple(inputs[0].new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 @_op("encode(Tensor x, int fingerprint) -> Tensor")
 def _encode(x: Tensor, fingerprint: int) -> Iterator[Tensor]:
+    rank("encode", "x", x, "T D")
     book = _book(fingerprint)
     codes = x.new_empty((x.shape[0], book.levels), dtype=torch.int32)
     yield codes
@@ -113,7 +114,7 @@ def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
     book = _book(fingerprint)
     found = codes.new_empty((*codes.shape[:-1], book.width), dtype=torch.float32)
     yield found
-    _core.prototypes(book._core, codes.contiguous().view(-1, book.levels), found.view(-1, book.width))
+    _core.prototypes(book._core, codes.contiguous().view(-1, codes.shape[-1]), found.view(-1, book.width))
 
 
 _ROUTE_INPUTS = (
@@ -124,7 +125,6 @@ _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the o
 
 
 def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
-    """The operator's inputs in the core's order, without refine and missing."""
     x, v, starts, ends, prototypes, temperature, count, bias, codes = _dense(*inputs[:9])
     fingerprint, normalize, method = inputs[9:12]
     book = None if fingerprint is None else _book(fingerprint)._core
@@ -134,6 +134,8 @@ def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
 @_op(f"route({_ROUTE_INPUTS}) -> (Tensor tokens, Tensor lse, Tensor refined)")
 def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     v, starts, prototypes, refine, missing = (inputs[i] for i in (1, 2, 4, 12, 13))
+    rank("route", "v", v, "T V")
+    rank("route", "prototypes", prototypes, "B M D")
     size = (starts.shape[0], prototypes.shape[1] + (missing == "token"))
     tokens, lse = v.new_empty((*size, v.shape[1])), v.new_empty(size, dtype=torch.float32)
     refined = prototypes.new_empty(prototypes.shape if refine else (0,))  # empty: an operator cannot return its input
@@ -159,6 +161,8 @@ _ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets
 
 @_op(f"attend({_ATTEND_INPUTS}) -> (Tensor out, Tensor lse)")
 def _attend(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    rank("attend", "q", q, "N H d")
+    rank("attend", "values", values, "B M H V")
     results = q.new_empty((*q.shape[:2], values.shape[3])), q.new_empty(q.shape[:2], dtype=torch.float32)
     yield results
     _core.attend(*_dense(q, keys, values, *others[:-1]), others[-1], *results)
@@ -248,7 +252,10 @@ def _spans(name: str, offsets: Offsets, ragged: Tensor) -> tuple[Tensor, Tensor]
         t = _jagged(name, ragged)
         starts, lengths = t.offsets()[:-1], t.lengths()
         return starts, t.offsets()[1:] if lengths is None else starts + lengths
-    return offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
+    if isinstance(offsets, tuple):
+        return offsets
+    rank(name, "offsets", offsets, "B+1")
+    return offsets[:-1], offsets[1:]
 
 
 def _reverse_mode_only(name: str, *inputs: Tensor | None) -> None:
@@ -261,7 +268,7 @@ def _tau(temperature: float | Tensor, device: torch.device | None = None) -> Ten
     if isinstance(temperature, Tensor):
         return temperature.float()
     if not 0 < temperature < math.inf:
-        raise ValueError(f"route: temperature is {temperature}, expected a finite number above 0")
+        raise ValueError(f"route: temperature expected finite and > 0, got {temperature}")
     return torch.full((1,), temperature, dtype=torch.float32, device=device)
 
 
@@ -290,7 +297,9 @@ def vote(
     codes, weights = _rows("vote", codes, weights)
     name = register(book)
     weights = None if weights is None else weights.float()
-    found = torch.ops.hisac.vote(codes, starts, ends, name, budget or 0, list(fanout or ()), weights)
+    if budget is not None and budget < 1:  # for the core 0 is none
+        raise ValueError(f"vote: budget expected 1 to {MAX_SEATS}, got {budget}")
+    found = torch.ops.hisac.vote(codes, starts, ends, name, int(budget or 0), list(fanout or ()), weights)
     return Agents(found[0], found[1], found[2], name % 2**64)
 
 
@@ -358,7 +367,7 @@ def attend(
     (q,) = _rows("attend", q)
     _reverse_mode_only("attend", q, keys, values, bias)
     keys, values = keys.to(q.dtype), values.to(q.dtype)  # autocast casts q in a model that caches keys and values
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias = None if bias is None else bias.float()
     return Attended(*torch.ops.hisac.attend(q, keys, values, candidate_offsets, bias, scale))
 
@@ -383,7 +392,7 @@ class KeysValues(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """The fields of `Tokens`; the agents, of which `log_share` makes the paper's bias; codes [T, L] for the next call."""
+    """The fields of `Tokens`; the agents, of which `log_share` makes the paper's bias; codes [T, L] to use again."""
 
     tokens: Tensor
     lse: Tensor

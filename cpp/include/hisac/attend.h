@@ -10,36 +10,36 @@ namespace hisac {
 /// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m. A token whose bias is NaN or
 /// infinite is absent; without tokens: zero and -inf. User b's candidates are offsets[b] .. offsets[b + 1].
 struct AttendInputs {
-  Rows q;                          // [N * H, d]
-  Rows keys;                       // [B * M * H, d], q's type
-  Rows values;                     // [B * M * H, V], q's type
-  int64_t agents = 0, heads = 0;   // M, H
-  Histories candidates;            // B users, from offsets [B + 1]
-  Array<const float, 2> bias;      // [B, M], null: 0
-  float scale = 1;                 // of q . k, commonly 1 / sqrt(d)
+  Rows q;                         // [N * H, d]
+  Rows keys;                      // [B * M * H, d], q's type
+  Rows values;                    // [B * M * H, V], q's type
+  int64_t agents = 0, heads = 0;  // M, H
+  Histories candidates;           // B users, from offsets [B + 1]
+  Array<const float, 2> bias;     // [B, M], null: 0
+  float scale = 1;                // of q . k, commonly 1 / sqrt(d)
 };
 
 struct Attended {
-  MutableRows out;        // [N * H, V], q's type
-  Array<float, 2> lse;    // [N, H]
+  MutableRows out;      // [N * H, V], q's type
+  Array<float, 2> lse;  // [N, H]
 };
 
 Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept;
 size_t attend_workspace(const AttendInputs& inputs, int workers) noexcept;
 
 struct AttendForward {
-  Rows d_out;                     // [N * H, V], q's type
-  Array<const float, 2> d_lse;    // [N, H], null: 0
-  Rows out;                       // [N * H, V]
-  Array<const float, 2> lse;      // [N, H]
+  Rows d_out;                   // [N * H, V], q's type
+  Array<const float, 2> d_lse;  // [N, H], null: 0
+  Rows out;                     // [N * H, V]
+  Array<const float, 2> lse;    // [N, H]
 };
 
 /// float32; bias null: not computed.
 struct AttendGradients {
-  Array<float, 3> q;         // [N, H, d]
-  Array<float, 4> keys;      // [B, M, H, d]
-  Array<float, 4> values;    // [B, M, H, V]
-  Array<float, 2> bias;      // [B, M]
+  Array<float, 3> q;       // [N, H, d]
+  Array<float, 4> keys;    // [B, M, H, d]
+  Array<float, 4> values;  // [B, M, H, V]
+  Array<float, 2> bias;    // [B, M]
 };
 
 /// w = exp(z - lse), dz = w (dout . values - dout . out + dlse), recomputed; deterministic.

@@ -32,12 +32,12 @@ class Codebook {
 
   bool empty() const noexcept { return body_ == nullptr; }
   int levels() const noexcept;
-  int64_t width() const noexcept;                         // D
-  int64_t size(int level) const noexcept;                 // C_l
-  const float* centers(int level) const noexcept;         // [C_l, D]
-  uint64_t fingerprint() const noexcept;                  // FNV-1a of D, then of each level C_l and its centers
-  bool valid(const int32_t* codes) const noexcept;        // [L]: every level in range
-  uint64_t leaf(const int32_t* codes) const noexcept;     // [L], valid: the leaf's number
+  int64_t width() const noexcept;                      // D
+  int64_t size(int level) const noexcept;              // C_l
+  const float* centers(int level) const noexcept;      // [C_l, D]
+  uint64_t fingerprint() const noexcept;               // FNV-1a of D, then of each level C_l and its centers
+  bool valid(const int32_t* codes) const noexcept;     // [L]: every level in range
+  uint64_t leaf(const int32_t* codes) const noexcept;  // [L], valid: the leaf's number
   void prototype(const int32_t* codes, float* out) const noexcept;  // [L] -> [D]; zero for an invalid code
 
   struct Body;

@@ -5,8 +5,8 @@
 
 namespace hisac {
 
-/// The caller's threads. parallel_for covers [0, n) by calls fn(arg, begin, end, worker) on disjoint ranges, returns when
-/// all are done, and gives no two calls that run at once the same worker in [0, workers). Results do not depend on
+/// The caller's threads. parallel_for covers [0, n) by calls fn(arg, begin, end, worker) on disjoint ranges, returns
+/// when all are done, and gives no two calls that run at once the same worker in [0, workers). Results do not depend on
 /// `workers` nor on how the ranges are cut.
 struct Executor {
   void* ctx = nullptr;
@@ -23,9 +23,8 @@ struct Context {
 
 /// The workers of a context, as the workspace functions take them.
 inline int workers_of(const Context& context) noexcept {
-  return context.executor && context.executor->parallel_for && context.executor->workers > 1
-             ? context.executor->workers
-             : 1;
+  return context.executor && context.executor->parallel_for && context.executor->workers > 1 ? context.executor->workers
+                                                                                             : 1;
 }
 
 }  // namespace hisac

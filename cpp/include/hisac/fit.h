@@ -19,15 +19,15 @@ struct FitParams {
 };
 
 struct FitReport {
-  int64_t rows = 0, left_out = 0;        // rows with a NaN or a value of 2^100 and more are left out
-  int iterations[kMaxLevels] = {};       // rounds until nothing moved, or the most allowed
-  double error[kMaxLevels] = {};         // mean squared distance of a row to its quantisation after the level
-  int64_t unused[kMaxLevels] = {};       // codes that no row has
+  int64_t rows = 0, left_out = 0;   // rows with a NaN or a value of 2^100 and more are left out
+  int iterations[kMaxLevels] = {};  // rounds until nothing moved, or the most allowed
+  double error[kMaxLevels] = {};    // mean squared distance of a row to its quantisation after the level
+  int64_t unused[kMaxLevels] = {};  // codes that no row has
 };
 
 /// Lloyd's rounds from distinct rows drawn by counter-based random numbers of (seed, level, row). A round assigns as
-/// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes without
-/// rows take the worst-quantised rows. x [T, D] -> the centers of each level, [C_l, D].
+/// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes
+/// without rows take the worst-quantised rows. x [T, D] -> the centers of each level, [C_l, D].
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
 size_t fit_workspace(const FitParams& params, int64_t rows, int64_t width, int workers) noexcept;

@@ -14,8 +14,8 @@ enum class Missing : int32_t { drop, token };
 ///   history: u_ai = exp(bias_i - d_ai / tau)
 ///   agents:  u_ai = exp(bias_i) softmax over present agents a of (-d_ai / tau)
 ///   token_a = sum_i u_ai v_i / sum_i u_ai,   lse_a = log sum_i u_ai;   an empty sum: a zero token, lse -inf
-/// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is absent
-/// where its codes are out of range, |x|^2 is not below 2^100, or its bias is NaN or infinite.
+/// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is
+/// absent where its codes are out of range, |x|^2 is not below 2^100, or its bias is NaN or infinite.
 struct RouteParams {
   Normalize normalize = Normalize::history;
   Method method = Method::exact;      // leaf: rows of one leaf act as one at their mean, farther by their variance
@@ -25,20 +25,20 @@ struct RouteParams {
 };
 
 struct RouteInputs {
-  Rows x;                              // [T, D]; data null: the prototypes of `codes`
-  Rows v;                              // [T, V]
-  Histories histories;                 // B users
-  Array<const float, 3> prototypes;    // [B, M, D]
-  Array<const int32_t, 1> count;       // [B], null: M each
-  Array<const float, 1> bias;          // [T], null: 0
-  Array<const int32_t, 2> codes;       // [T, L], null: every behaviour is present
-  const Codebook* book = nullptr;      // goes with codes
+  Rows x;                            // [T, D]; data null: the prototypes of `codes`
+  Rows v;                            // [T, V]
+  Histories histories;               // B users
+  Array<const float, 3> prototypes;  // [B, M, D]
+  Array<const int32_t, 1> count;     // [B], null: M each
+  Array<const float, 1> bias;        // [T], null: 0
+  Array<const int32_t, 2> codes;     // [T, L], null: every behaviour is present
+  const Codebook* book = nullptr;    // goes with codes
 };
 
 struct Tokens {
-  MutableRows tokens;         // [B * M', V], v's type; M' = M, or M + 1 with Missing::token
-  Array<float, 2> lse;        // [B, M']
-  Array<float, 3> refined;    // [B, M, D]: the prototypes after `refine` rounds; null when refine is 0
+  MutableRows tokens;       // [B * M', V], v's type; M' = M, or M + 1 with Missing::token
+  Array<float, 2> lse;      // [B, M']
+  Array<float, 3> refined;  // [B, M, D]: the prototypes after `refine` rounds; null when refine is 0
 };
 
 /// Fused: no T x M matrix. Sums run over tiles of 2,048 rows of a user, merged in a fixed tree: the same bits for any
@@ -50,10 +50,10 @@ size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
 /// refine), held constant.
 struct RouteForward {
-  Rows d_tokens;                  // [B * M', V]
-  Array<const float, 2> d_lse;    // [B, M'], null: 0
-  Rows tokens;                    // [B * M', V]
-  Array<const float, 2> lse;      // [B, M']
+  Rows d_tokens;                // [B * M', V]
+  Array<const float, 2> d_lse;  // [B, M'], null: 0
+  Rows tokens;                  // [B * M', V]
+  Array<const float, 2> lse;    // [B, M']
 };
 
 /// Null arrays are not computed. Method::leaf has v and temperature only.
@@ -65,7 +65,8 @@ struct RouteGradients {
   Array<float, 3> prototypes;   // [B, M, D]
 };
 
-/// w_ai = exp(z_ai - lse_a), dz_ai = w_ai (dtoken_a . (v_i - token_a) + dlse_a), recomputed tile by tile; deterministic.
+/// w_ai = exp(z_ai - lse_a), dz_ai = w_ai (dtoken_a . (v_i - token_a) + dlse_a), recomputed tile by tile;
+/// deterministic.
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept;
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,

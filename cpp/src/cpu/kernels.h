@@ -1,30 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of inner loops: all that differs between instruction sets. The loops stand once, in kernels.inl.
 //
-// Everything works on float32 scratch tiles whose row stride is a multiple of kLanes; columns past m up to the stride are
-// padding that may be read and written. Matrices on the right of a product are packed (pack.h). Logits are in base 2.
+// Everything works on float32 scratch tiles whose row stride is a multiple of kLanes; columns past m up to the stride
+// are padding that may be read and written. Matrices on the right of a product are packed (pack.h). Logits are in
+// base 2.
 #pragma once
 #include "hisac/array.h"
 
 namespace hisac::cpu {
 
-constexpr int kLanes = 16;     // columns are padded to this, whatever the ISA: packed data fits every ISA
-constexpr int kRowStep = 8;    // rows of a tile are padded to this
-constexpr int kBlock = 64;     // rows a tile of scratch holds
+constexpr int kLanes = 16;   // columns are padded to this, whatever the ISA: packed data fits every ISA
+constexpr int kRowStep = 8;  // rows of a tile are padded to this
+constexpr int kBlock = 64;   // rows a tile of scratch holds
 
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 /// One block of route's backward; see route_gradient in kernels.inl.
 struct RouteGradient {
-  const float* shift;     // [n] bias, less the row's log-sum-exp in agents mode
-  const float* row_lse;   // [n] the softmax over agents; null in history mode
-  const float* lse;       // [m] of each agent; +inf where it has no mass
-  const float* offset;    // [m] dlse - dtoken . token
-  const float* rate;      // [m] 2 / tau
-  float* d_bias;          // [n] out
-  float* row_sum;         // [n] out: sum over agents of the distance gradients
-  float* d_raw;           // [m] += sum over rows of dlogit * raw logit
-  float* column_sum;      // [m] += sum over rows of the distance gradients
+  const float* shift;    // [n] bias, less the row's log-sum-exp in agents mode
+  const float* row_lse;  // [n] the softmax over agents; null in history mode
+  const float* lse;      // [m] of each agent; +inf where it has no mass
+  const float* offset;   // [m] dlse - dtoken . token
+  const float* rate;     // [m] 2 / tau
+  float* d_bias;         // [n] out
+  float* row_sum;        // [n] out: sum over agents of the distance gradients
+  float* d_raw;          // [m] += sum over rows of dlogit * raw logit
+  float* column_sum;     // [m] += sum over rows of the distance gradients
 };
 
 struct Kernels {

@@ -18,8 +18,8 @@ typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_ali
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kRows = W == 16 ? 8 : 4;     // rows of a product's register tile
-constexpr int kWide = W == 16 ? 4 : 3;     // vectors of an accumulation's register tile
+constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile
+constexpr int kWide = W == 16 ? 4 : 3;  // vectors of an accumulation's register tile
 
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
@@ -174,8 +174,9 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   vf squares = {};
   int64_t d = 0;
   for (; d + W <= width; d += W) {
-    const vf x = type == DType::float32 ? load(static_cast<const float*>(src) + d)
-                                        : widen(*reinterpret_cast<const vh_loose*>(static_cast<const uint16_t*>(src) + d), type);
+    const vf x = type == DType::float32
+                     ? load(static_cast<const float*>(src) + d)
+                     : widen(*reinterpret_cast<const vh_loose*>(static_cast<const uint16_t*>(src) + d), type);
     store(dst + d, x);
     squares += x * x;
   }
@@ -369,9 +370,9 @@ static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* ou
 
 }  // namespace
 
-const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME, matmul,        accumulate,     load_row,   store_row,
-                                 add_row,        distance_logits, row_lse,      row_shift,  column_softmax,
-                                 route_gradient, row_softmax,   row_weights,    attend_gradient, screen,
-                                 survivors};
+const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME, matmul,          accumulate,      load_row,
+                                 store_row,      add_row,         distance_logits, row_lse,
+                                 row_shift,      column_softmax,  route_gradient,  row_softmax,
+                                 row_weights,    attend_gradient, screen,          survivors};
 
 }  // namespace hisac::cpu

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every compiled operation against `hisac.reference`: integers exactly, floats within `hisac.bounds`, for NumPy and torch,
+every dtype and option; and the same bits whatever the threads, the batch or the run."""
+
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import hisac
+from hisac import bounds, reference, testing
+from hisac.results import RouteGradients
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+VERBS = ("fit", "encode", "vote", "route", "route_backward", "attend", "attend_backward")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restore_threads():
+    threads = hisac.get_num_threads()
+    yield
+    hisac.set_num_threads(threads)
+
+
+def kinds(p):
+    """The ways into the core that hold the problem's values: (convert, dtype of its results)."""
+    if p.dtype != "bfloat16":
+        yield lambda args: args, p.dtype
+    if torch is not None:
+        yield lambda args: testing.to_torch(args, p.dtype), p.dtype
+
+
+def flat(result):
+    """The arrays of a result as raw bytes."""
+    if isinstance(result, tuple):
+        return [b for a in result for b in flat(a)]
+    return [b"" if result is None else np.ascontiguousarray(bounds.as_numpy(result)).tobytes()]
+
+
+def with_threads(call):
+    """call() with 1, 2 and 7 threads, and once more: the same bits; returns the result."""
+    results = []
+    for threads in (1, 2, 7, 1):
+        hisac.set_num_threads(threads)
+        results.append(call())
+    hisac.set_num_threads(1)
+    assert all(flat(r) == flat(results[0]) for r in results[1:])
+    return results[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_signatures_equal_the_references(verb):
+    def contract(function):
+        found = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in found if p.name != "out"]
+
+    assert contract(getattr(hisac, verb)) == contract(getattr(reference, verb))
+
+
+# ------------------------------------------------------------------------------------------------------ encode, fit
+
+
+@given(testing.problems(), st.booleans())
+def test_encode(p, hostile):
+    args = p.encode_args()
+    expected = reference.encode(**p.by_reference(args))
+    for convert, _ in kinds(p):
+        testing.assert_codes_equal(hisac.encode(**convert(args)), expected)
+
+
+@given(testing.problems(hostile=True))
+def test_encode_hostile(p):
+    args = p.encode_args()
+    expected = reference.encode(**p.by_reference(args))
+    for convert, _ in kinds(p):
+        testing.assert_codes_equal(hisac.encode(**convert(args)), expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 17, 65])
+@pytest.mark.parametrize("width", [1, 3, 8, 17, 40])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_encode_near_ties(size, width, offset):
+    """Rows on, and an ulp beside, the middle of two codewords; codewords twice; and all far from the origin, where a
+    screen by norms and products has lost its digits."""
+    rng = np.random.default_rng(size * 100 + width)
+    centers = [(rng.normal(size=(size, width)) * s + o).astype(np.float32) for s, o in ((1, offset), (0.25, 0))]
+    centers[0] = np.concatenate([centers[0], centers[0][::-1]])
+    i, j = rng.integers(0, 2 * size, (2, 150))
+    middle = ((centers[0][i].astype(np.float64) + centers[0][j]) / 2).astype(np.float32)
+    x = np.concatenate(
+        [middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf)), centers[0]]
+    )
+    testing.assert_codes_equal(
+        hisac.Codebook(centers).encode(x), reference.encode(reference.Codebook(centers), x), f"offset {offset}"
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e15, 1e30])
+def test_encode_scales(scale):
+    rng = np.random.default_rng(1)
+    centers = [(scale * rng.normal(size=(40, 9))).astype(np.float32) for _ in range(3)]
+    x = (scale * rng.normal(size=(300, 9))).astype(np.float32)
+    testing.assert_codes_equal(hisac.Codebook(centers).encode(x), reference.encode(reference.Codebook(centers), x))
+
+
+def test_encode_many_codes():
+    rng = np.random.default_rng(2)
+    centers = [rng.normal(size=(3000, 5)).astype(np.float32), rng.normal(size=(513, 5)).astype(np.float32)]
+    x = rng.normal(size=(200, 5)).astype(np.float32)
+    book = hisac.Codebook(centers)
+    codes = with_threads(lambda: book.encode(x))
+    testing.assert_codes_equal(codes, reference.encode(reference.Codebook(centers), x))
+    order = rng.permutation(200)
+    testing.assert_codes_equal(book.encode(x[order]), codes[order])
+
+
+def check_fit(x, codes, **options):
+    expected = reference.fit(x, codes, **options)
+    book = with_threads(lambda: hisac.fit(x, codes, **options).centers) and hisac.fit(x, codes, **options)
+    for level, (mine, theirs) in enumerate(zip(book.centers, expected.centers, strict=True)):
+        np.testing.assert_array_equal(mine.view(np.int32), theirs.view(np.int32), err_msg=f"level {level}")
+    assert book.fingerprint == expected.fingerprint
+    mine, theirs = book.report, expected.report
+    assert (mine.rows, mine.left_out, mine.unused) == (theirs.rows, theirs.left_out, theirs.unused)
+    assert mine.iterations == theirs.iterations
+    np.testing.assert_allclose(mine.error, theirs.error, rtol=1e-9)
+
+
+@given(
+    testing.embeddings(width=3),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.integers(0, 6),
+    st.integers(-(2**63), 2**64 - 1),
+    st.booleans(),
+)
+def test_fit(x, codes, iterations, seed, grid):
+    """Grids have many equal rows and ties; more codes than rows; dead codes."""
+    assume(len(x))
+    x = np.round(x).clip(-2, 2) if grid else x
+    check_fit(x, tuple(codes), iterations=iterations, seed=seed)
+
+
+@given(testing.embeddings(rows=40, width=2, hostile=True), st.integers(0, 99))
+def test_fit_hostile(x, seed):
+    assume((np.abs(x) < reference.FIT_LIMIT).all(1).any())
+    check_fit(x, (5, 3), iterations=4, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_fit_types(dtype):
+    x = testing.rounded(np.random.default_rng(0).normal(size=(500, 12)), dtype)
+    expected = reference.fit(x, (24, 6), iterations=5)
+    for rows in [x] if torch is None else [x, testing.to_torch(x, dtype)]:
+        assert hisac.fit(rows, (24, 6), iterations=5).fingerprint == expected.fingerprint
+
+
+def test_fit_progress_sees_the_same_rounds():
+    x = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    seen = []
+    for fit in (hisac.fit, reference.fit):
+        seen.append([])
+        fit(x, (8, 4), iterations=5, progress=lambda *step: seen[-1].append(step))
+    assert [s[:2] for s in seen[0]] == [s[:2] for s in seen[1]] and len(seen[0]) > 2
+    np.testing.assert_allclose([s[2] for s in seen[0]], [s[2] for s in seen[1]], rtol=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------------- vote
+
+
+def check_vote(args, by_reference):
+    agents = with_threads(lambda: hisac.vote(**args))
+    testing.assert_agents_equal(agents, reference.vote(**by_reference(args)))
+    return agents
+
+
+@given(testing.problems(max_levels=5, max_history=100), st.booleans(), st.integers(0, 2**32 - 1))
+def test_vote(p, hostile, seed):
+    agents = check_vote(p.vote_args(), p.by_reference)
+    for convert, _ in kinds(p):
+        testing.assert_agents_equal(hisac.vote(**convert(p.vote_args())), agents)
+    if isinstance(p.offsets, tuple):
+        return
+    order = np.arange(len(p.codes))
+    for rows in reference.ranges(p.offsets):
+        np.random.default_rng(seed).shuffle(order[rows])
+    shuffled = {"codes": p.codes[order], "weights": None if p.weights is None else p.weights[order]}
+    testing.assert_agents_equal(hisac.vote(**p.vote_args() | shuffled), agents)
+
+
+@given(testing.problems(hostile=True))
+def test_vote_hostile(p):
+    check_vote(p.vote_args(), p.by_reference)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(70000, 3), (3, 70000), (256,) * 8, (2, 1, 5, 1, 3, 2, 4, 2), (1,) * 8, (65536,) * 4]
+)
+@pytest.mark.parametrize("rule", [{"budget": 1}, {"budget": 40}, {"budget": 4096}, {"fanout": True}])
+def test_vote_on_any_tree(sizes, rule):
+    """Wide levels, deep trees, and trees with 2^64 leaves."""
+    rng = np.random.default_rng(len(sizes))
+    centers = [np.zeros((n, 1), np.float32) for n in sizes]
+    n = 3000
+    codes = np.stack(
+        [np.minimum(rng.geometric(0.3, n) - 1, s - 1) * ((s - 1) // max(1, min(s - 1, 9))) for s in sizes], 1
+    )
+    codes = np.where(rng.random(codes.shape) < 0.001, s_max := np.array(sizes), np.minimum(codes, s_max - 1)).astype(
+        np.int32
+    )
+    rule = {"fanout": tuple([5, 3, 2, 2, 2, 2, 2, 2][: len(sizes)])} if "fanout" in rule else rule
+    weights = rng.exponential(size=n).astype(np.float32)
+    for w in (None, weights):
+        args = {
+            "book": hisac.Codebook(centers),
+            "codes": codes,
+            "offsets": np.array([0, 0, n // 3, n]),
+            "weights": w,
+            **rule,
+        }
+        testing.assert_agents_equal(hisac.vote(**args), reference.vote(**args | {"book": reference.Codebook(centers)}))
+
+
+def test_vote_counts_above_32_bits():
+    """16 * 2^12 units a row: 2^17 such rows pass 2^32."""
+    centers, n = [np.zeros((3, 1), np.float32)], 140_000
+    codes = np.repeat(np.int32([[1], [2]]), [n - 7, 7], 0)
+    args = {"codes": codes, "offsets": np.array([0, n]), "budget": 3, "weights": np.full(n, 16, np.float32)}
+    agents = hisac.vote(hisac.Codebook(centers), **args)
+    testing.assert_agents_equal(agents, reference.vote(reference.Codebook(centers), **args))
+    assert agents.votes[0, 0] > 2**32
+
+
+# ------------------------------------------------------------------------------------------------------------- route
+
+
+def check_route(p):
+    args, expected = p.route_args(), p.reference()
+    for convert, dtype in kinds(p):
+        mine = hisac.route(**convert(args))
+        testing.assert_tokens_close(mine, expected, bounds.route_bound(p.by_reference(args), dtype))
+    return mine
+
+
+@given(testing.problems())
+def test_route(p):
+    mine = check_route(p)
+    assert bounds.as_numpy(mine.lse).dtype == np.float32 and bounds.as_numpy(mine.prototypes).dtype == np.float32
+    with_threads(lambda: hisac.route(**p.route_args()))
+
+
+@given(testing.problems(hostile=True))
+def test_route_hostile(p):
+    check_route(p)
+
+
+@given(testing.problems(max_refine=0))
+def test_route_backward(p):
+    check_backward(p)
+
+
+@given(testing.problems(max_refine=0, hostile=True))
+def test_route_backward_hostile(p):
+    check_backward(p)
+
+
+def check_backward(p):
+    for convert, _ in kinds(p):
+        args = p.backward_args(hisac.route(**convert(p.route_args())))
+        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
+        exact = p.by_reference(args)
+        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+
+
+@given(testing.problems(max_refine=0, methods=("exact",)), st.sets(st.sampled_from(RouteGradients._fields)))
+def test_route_backward_gives_what_is_needed(p, need):
+    args = p.backward_args(p.reference()) | {"need": tuple(need)}
+    every = hisac.route_backward(**args | {"need": RouteGradients._fields})
+    some = hisac.route_backward(**args)
+    for name, a, b in zip(RouteGradients._fields, some, every, strict=True):
+        assert (a is not None) == (name in need)
+        assert a is None or flat(a) == flat(b)
+
+
+def test_refined_prototypes_are_constant_in_the_backward():
+    p = long_problem(300, "history", refine=2)
+    forward = hisac.route(**p)
+    args = {name: a for name, a in p.items() if name not in ("refine", "prototypes")}
+    args |= {"d_tokens": np.ones_like(forward.tokens), "d_lse": np.ones_like(forward.lse), "forward": forward}
+    testing.assert_gradients_close(hisac.route_backward(**args), reference.route_backward(**args), args)
+
+
+def long_problem(rows, normalize, seed=0, **options):
+    """Unit rows of two users, one of them almost everything; a bias; 8 agents."""
+    rng = np.random.default_rng(seed)
+    x, p = rng.normal(size=(rows, 12)).astype(np.float32), rng.normal(size=(2, 8, 12)).astype(np.float32)
+    x, p = x / np.linalg.norm(x, axis=-1, keepdims=True), p / np.linalg.norm(p, axis=-1, keepdims=True)
+    v, bias = rng.uniform(-1, 1, (rows, 6)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
+    offsets = np.array([0, rows // 50, rows])
+    return {"x": x, "v": v, "offsets": offsets, "prototypes": p, "bias": bias, "normalize": normalize, **options}
+
+
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+@pytest.mark.parametrize("rows", [2047, 2049, 6145, 13000])
+def test_long_histories(rows, normalize):
+    """Several tiles, merged in a tree: within the bound, and far inside it on average; bits of any number of threads."""
+    args = long_problem(rows, normalize)
+    mine, expected = with_threads(lambda: hisac.route(**args)), reference.route(**args)
+    testing.assert_tokens_close(mine, expected, bounds.route_bound(args))
+    for a, b in zip(mine, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+    back = {name: a for name, a in args.items() if name != "prototypes"} | {
+        "forward": mine,
+        "need": RouteGradients._fields,
+    }
+    back |= {"d_tokens": np.cos(mine.tokens * 50), "d_lse": np.sin(mine.lse * 50)}
+    mine, expected = with_threads(lambda: hisac.route_backward(**back)), reference.route_backward(**back)
+    testing.assert_gradients_close(mine, expected, back)
+    for name, a, b in zip(RouteGradients._fields, mine, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_long_leaf_histories(refine):
+    args, rng = long_problem(9000, "history", refine=refine), np.random.default_rng(1)
+    centers = [rng.normal(size=(70, 12)).astype(np.float32), rng.normal(size=(50, 12)).astype(np.float32) / 4]
+    book = hisac.Codebook(centers)
+    args |= {"codes": book.encode(args["x"]), "book": book, "method": "leaf", "missing": "token"}
+    args["codes"][::100, 1] = -1
+    exact = args | {"book": reference.Codebook(centers)}
+    mine = with_threads(lambda: hisac.route(**args))
+    testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact))
+
+
+@pytest.mark.parametrize("rows", [2048, 2048 * 16])
+def test_sums_of_equal_rows_keep_their_digits(rows):
+    """Equal terms round the same way every time, so a sum of n in one run may lose n / 4 units in the last place; runs of
+    64 lose 16."""
+    x = np.zeros((rows, 1), np.float32)
+    v = np.float32([[0.50949097, 0.99237823, 0.6950989]]).repeat(rows, 0)
+    args = {"x": x, "v": v, "offsets": np.array([0, rows]), "prototypes": np.zeros((1, 1, 1), np.float32)}
+    args |= {"bias": np.full(rows, 0.3, np.float32)}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+
+
+@given(testing.problems())
+def test_route_ragged_equals_one_by_one(p):
+    args, out = p.route_args(), hisac.route(**p.route_args())
+    starts, ends = p.offsets if isinstance(p.offsets, tuple) else (p.offsets[:-1], p.offsets[1:])
+    for b in range(len(starts)):
+        one = {"offsets": (starts[b : b + 1], ends[b : b + 1]), "prototypes": p.prototypes[b : b + 1]}
+        one |= {"count": None if p.count is None else p.count[b : b + 1]}
+        assert flat(hisac.route(**args | one)) == flat(tuple(a[b : b + 1] for a in out))
+
+
+@given(testing.problems(hostile=True), st.data())
+def test_one_users_nan_spoils_nobody_else(p, data):
+    assume(not isinstance(p.offsets, tuple) and p.offsets[-1] > p.offsets[0])
+    row = data.draw(st.integers(int(p.offsets[0]), int(p.offsets[-1]) - 1))
+    b = int(np.searchsorted(p.offsets, row, "right")) - 1
+    v, prototypes = p.v.copy(), p.prototypes.copy()
+    v[row], prototypes[b] = np.nan, np.inf
+    clean = hisac.route(**p.route_args())
+    spoiled = hisac.route(**p.route_args() | {"v": v, "prototypes": prototypes})
+    for mine, other in zip(spoiled, clean, strict=True):
+        assert flat(np.delete(mine, b, 0)) == flat(np.delete(other, b, 0))
+
+
+def test_absence_is_decided_exactly():
+    """|x|^2 against 2^100 in float64: float32 would round the first row up to absence."""
+    below, above = np.nextafter(np.float32(2.0**50), np.float32(0)), np.float32(2.0**50)
+    x = np.array([[below, 2.0**38.5 * (1 - 2.0**-20)], [below, 2.0**38.6], [above, 0], [0, below]], np.float32)
+    present = (np.square(x.astype(np.float64)).sum(1) < 2.0**100).tolist()
+    assert present == [True, False, False, True]
+    options = {"v": np.float32([[1], [2], [4], [8]]), "missing": "token", "temperature": np.float32([3e38])}
+    args = {"x": x, "offsets": np.array([0, 4]), "prototypes": np.zeros((1, 1, 2), np.float32), **options}
+    mine, expected = hisac.route(**args), reference.route(**args)
+    assert expected.tokens[0, 1, 0] == 3
+    testing.assert_tokens_close(mine, expected, bounds.route_bound(args))
+    agents = args | {"x": np.zeros((4, 2), np.float32), "prototypes": x[None]}
+    np.testing.assert_array_equal(np.isfinite(hisac.route(**agents).lse[0, :4]), present)
+
+
+# ------------------------------------------------------------------------------------------------------------ attend
+
+
+@given(testing.attentions())
+def test_attend(p):
+    check_attend(p)
+
+
+@given(testing.attentions(hostile=True))
+def test_attend_hostile(p):
+    check_attend(p)
+
+
+def check_attend(p):
+    args = p.attend_args()
+    for convert, dtype in kinds(p):
+        mine = with_threads(lambda: hisac.attend(**convert(args)))  # noqa: B023
+        testing.assert_attended_close(mine, p.reference(), bounds.attend_bound(args, dtype))
+        back = p.backward_args(mine)
+        gradients = with_threads(lambda: hisac.attend_backward(**convert(back)))  # noqa: B023
+        testing.assert_gradients_close(gradients, reference.attend_backward(**back), back)
+
+
+@pytest.mark.parametrize("shape", [(700, 1, 16, 64, 8), (65, 4, 33, 257, 5), (300, 2, 1, 1, 1)])
+def test_attend_shapes(shape):
+    n, h, d, m, wide = shape
+    rng = np.random.default_rng(n)
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((n, h, d), (2, m, h, d), (2, m, h, wide)))
+    bias = rng.normal(size=(2, m)).astype(np.float32)
+    args = {"q": q, "keys": k, "values": v, "candidate_offsets": np.array([0, n // 3, n]), "bias": bias}
+    mine, expected = with_threads(lambda: hisac.attend(**args)), reference.attend(**args)
+    testing.assert_attended_close(mine, expected, bounds.attend_bound(args))
+    back = {"d_out": np.cos(50 * mine.out), "d_lse": np.sin(50 * mine.lse), "forward": mine, **args}
+    mine, expected = with_threads(lambda: hisac.attend_backward(**back)), reference.attend_backward(**back)
+    testing.assert_gradients_close(mine, expected, back)
+    for a, b in zip(mine, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------------- out
+
+
+@given(testing.problems(max_history=8))
+def test_results_may_be_given(p):
+    """`out` is filled, wholly, and returned; with the bits of a result of its own."""
+    for verb, args in (("encode", p.encode_args()), ("route", p.route_args())):
+        own = getattr(hisac, verb)(**args)
+        given_out = filled(own)
+        result = getattr(hisac, verb)(**args, out=given_out)
+        assert flat(result) == flat(own)
+        for mine, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, given_out)), strict=True):
+            assert mine is theirs or (verb == "route" and p.refine == 0 and mine.dtype == np.float32)
+
+
+@given(testing.attentions())
+def test_attended_may_be_given(p):
+    own = hisac.attend(**p.attend_args())
+    given_out = filled(own)
+    result = hisac.attend(**p.attend_args(), out=given_out)
+    assert flat(result) == flat(own) and all(a is b for a, b in zip(result, given_out, strict=True))
+
+
+def filled(result):
+    """Arrays like these, full of sevens."""
+    return type(result)(*map(filled, result)) if isinstance(result, tuple) else np.full_like(result, 7)
