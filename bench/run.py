@@ -16,7 +16,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,31 +57,9 @@ def cpu() -> str:
 
 
 def load() -> float:
-    """The load average of the last minute. A second busy process spoils rows of two threads: OpenMP's threads spin while
-    they wait for each other (measured: medians up to 30 times higher)."""
+    """The load average of the last minute. A busy neighbour spoils rows of two threads, because OpenMP's spin while they
+    wait for each other (measured: medians up to 30 times higher)."""
     return round(os.getloadavg()[0], 2)
-
-
-def peak(quick: bool) -> dict[str, Any]:
-    """The best rate of a large float32 matrix product: a stand-in for the peak of the FMA units."""
-    import numpy as np
-    import peers
-
-    n = 1024 if quick else 3072
-    a = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
-    matrices = {"NumPy": a}
-    if peers.installed()["torch"]:
-        matrices["torch"] = peers.package("torch").as_tensor(a)
-    found = {}
-    for name, m in matrices.items():
-        seconds = []
-        for _ in range(4 if quick else 8):
-            start = time.perf_counter()
-            m @ m
-            seconds.append(time.perf_counter() - start)
-        found[name] = 2 * n**3 / min(seconds) / 1e9
-    best = max(found, key=lambda k: found[k])
-    return {"gflops": found[best], "how": f"float32 product of {n} x {n} matrices by {best}, best of several"}
 
 
 # -------------------------------------------------------------------------------------------------------------- child
@@ -92,6 +69,7 @@ def measure(ops: ModuleType, chosen: list[str], threads: int, quick: bool) -> di
     """Rows, peers left out, failures, peak and versions at one thread count."""
     import harness
     import numpy as np
+    import peak
     import peers
     import works
 
@@ -101,7 +79,7 @@ def measure(ops: ModuleType, chosen: list[str], threads: int, quick: bool) -> di
         absent[peers.COMPILE] = "left out by --quick: compiling takes longer than the rest of the run"
     pause = 0.0 if threads == 1 else 0.01 if quick else 0.03
     effort = harness.Effort(0.02, 3, 7, pause) if quick else harness.Effort(0.5, 3, 51, pause)
-    rate = peak(quick)
+    rate = peak.measure(threads, quick)
     print(f"threads {threads}: {rate['gflops']:.0f} GFLOP/s, {rate['how']}", flush=True)
     result: dict[str, Any] = {"rows": [], "left_out": [], "failures": [], "peak": {"threads": threads, **rate}}
     for work in works.names(chosen):

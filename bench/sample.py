@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 SAMPLE = Path(__file__).parents[1] / "python" / "hisac" / "sample" / "complete_journey.npz"
 FITTED_WEEKS = 43  # later weeks choose settings and test: nothing may be fitted on them
@@ -35,6 +34,8 @@ def folder_of(name, inside):
 
 
 def columns(path, names):
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path, columns=list(names))
     return {name: table[name].to_numpy() for name in names}
 

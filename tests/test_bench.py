@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCH))
 
 import data  # noqa: E402
 import harness  # noqa: E402
+import peak  # noqa: E402
 import peers  # noqa: E402
 import peers_codes  # noqa: E402
 import run  # noqa: E402
@@ -143,6 +144,12 @@ def test_wrong_failing_and_missing_peers_are_named_and_fail_nothing():
     assert reasons["broken"] == "RuntimeError: no such kernel"
     assert reasons["absent"] == "nothing: not installed"
     assert reasons["wrong"].startswith("ValueError: parity: error 9")
+
+
+def test_the_peak_is_measured_or_named_as_a_stand_in(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    without = peak.measure(1, quick=True)
+    assert without["gflops"] > 0 and "stands in" in without["how"]
 
 
 # ----------------------------------------------------------------------------------------------------- truths and peers
@@ -302,7 +309,7 @@ def test_a_planted_wrong_operation_ends_with_exit_code_1_and_no_row(tmp_path: Pa
         "hisac",
         *peers.PACKAGES.values(),
     }
-    assert result["peak"][0]["gflops"] > 0 and "product" in result["peak"][0]["how"]
+    assert result["peak"][0]["gflops"] > 0 and "float32" in result["peak"][0]["how"]
     for row in result["rows"]:
         assert set(row) >= ROW and row["error"] <= row["bound"] and row["median_ms"] > 0
         assert row["ratio_to_best_peer"] is not None and row["peer"]

@@ -75,7 +75,6 @@ def test_nothing_is_fitted_on_later_weeks(events):
 
 
 def test_the_sample_pca_ignores_rows_of_later_weeks():
-    pytest.importorskip("pyarrow")
     path = Path(__file__).parents[1] / "bench" / "sample.py"
     spec = importlib.util.spec_from_file_location("bench_sample", path)
     sample = importlib.util.module_from_spec(spec)
@@ -354,12 +353,11 @@ def test_without_matplotlib_the_tree_is_text(world, events, tmp_path, monkeypatc
     path = tmp_path / "picture.png"
     explain.user(world.book, world.codes[rows], world.x[rows], texts, name="Household 0", tau=0.1, png=path)
     out = capsys.readouterr().out
-    assert "Its voted tree (a picture needs matplotlib, try: pip install 'hisac[cli]'):\n" + explain.tree(p) in out
+    assert "Its voted tree (a picture needs matplotlib, try: pip install matplotlib):\n" + explain.tree(p) in out
     assert not path.exists()
 
 
 def test_the_quick_demo_runs_to_its_last_line_without_torch(tmp_path):
-    pytest.importorskip("matplotlib")
     code = "import sys; from hisac.__main__ import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, "demo", "--quick", "--png", "out.png"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -367,5 +365,8 @@ def test_the_quick_demo_runs_to_its_last_line_without_torch(tmp_path):
     assert found.stdout.startswith("Sample: complete_journey (CC0), the 150 households with most purchases")
     assert "24 requests of weeks 48-53" in found.stdout
     assert found.stdout.endswith(f"{demo.OWN}\n")
-    assert os.listdir(tmp_path) == ["out.png"]
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    if importlib.util.find_spec("matplotlib"):
+        assert os.listdir(tmp_path) == ["out.png"]
+        assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    else:
+        assert "Its voted tree (a picture needs matplotlib" in found.stdout

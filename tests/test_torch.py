@@ -3,6 +3,7 @@
 
 import doctest
 import gc
+import importlib
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from hisac import bounds, reference, testing
 from hisac.results import RouteGradients
 
 torch = pytest.importorskip("torch")
-hisac_torch = pytest.importorskip("hisac.torch")
+hisac_torch = importlib.import_module("hisac.torch")
 ops = torch.ops.hisac
 
 OFFSETS = torch.tensor([0, 7, 7, 20])  # the user in the middle has no history
@@ -85,6 +86,38 @@ def test_attend_gradients_meet_the_reference(p):
     expected, bound = reference.attend_backward(**back), bounds.attend_backward_bound(back)
     for name, grad in zip(names, mine, strict=True):
         testing.assert_close(grad, getattr(expected, name), getattr(bound, name), name)
+
+
+def test_strides_do_not_matter(book):
+    x, v = rows()
+    p, codes, bias = torch.randn(3, 2, 8), hisac_torch.encode(book, x), torch.randn(20)
+
+    def run(change):
+        args = [wanted(change(t)) for t in (x, v, p, bias)]
+        options = {"bias": args[3], "codes": change(codes), "book": book, "temperature": 5.0}
+        out = hisac_torch.route(args[0], args[1], change(OFFSETS), args[2], **options)
+        out.tokens.backward(change(torch.ones(3, 2, 5)))  # torch's own gradients of sums have strides of 0
+        return [out.tokens, out.lse, *(t.grad for t in args)]
+
+    def strided(t):
+        wide = torch.stack([t, t], -1)[..., 0]
+        assert not wide.is_contiguous()
+        return wide
+
+    assert all(map(torch.equal, run(strided), run(torch.clone)))
+
+
+def test_the_default_dtype_does_not_matter(book):
+    x, v = rows()
+    expected = hisac_torch.Compressor(book, budget=2, temperature=0.5)(x, v, OFFSETS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = hisac_torch.Compressor(book, budget=2, temperature=0.5)(x, v, OFFSETS)
+        tokens = hisac_torch.route(x, v, OFFSETS, found.prototypes, count=found.agents.count, temperature=0.5).tokens
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(tokens, expected.tokens, rtol=1e-5, atol=1e-5)
 
 
 def in_double(function):
@@ -348,6 +381,7 @@ def test_vmap_goes_one_by_one_and_is_right(book):
     assert torch.equal(torch.vmap(lambda v: compress(x, v, OFFSETS).tokens)(many), one_by_one)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_jagged_tensors(book):
     x, v = rows()
     nested_x = torch.nested.nested_tensor_from_jagged(x, OFFSETS)

@@ -3,6 +3,7 @@
 
 import copy
 import gc
+import importlib
 import io
 import math
 import pickle
@@ -15,7 +16,7 @@ import pytest
 import hisac
 
 torch = pytest.importorskip("torch")
-hisac_torch = pytest.importorskip("hisac.torch")
+hisac_torch = importlib.import_module("hisac.torch")
 ops = torch.ops.hisac
 
 OFFSETS = torch.tensor([0, 7, 7, 20])  # the user in the middle has no history
@@ -156,12 +157,16 @@ def test_checkpoint(ranker, batch):
     assert all(map(torch.equal, gradients(checkpointed, batch), gradients(ranker, batch)))
 
 
-def test_deterministic_mode_changes_nothing(ranker, batch):
+def test_deterministic_mode_and_threads_change_nothing(ranker, batch):
     expected = gradients(ranker, batch)
     torch.use_deterministic_algorithms(True)
+    threads, found = hisac.get_num_threads(), []
     try:
-        found = [gradients(ranker, batch) for _ in range(3)]
+        for n in (1, 2, 7):
+            hisac.set_num_threads(n)
+            found.append(gradients(ranker, batch))
     finally:
+        hisac.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for run in found for a, b in zip(run, expected, strict=True))
 

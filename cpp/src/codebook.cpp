@@ -28,7 +28,6 @@ Status check_centers(const Array<const float, 2>* centers, int levels) noexcept 
   const int64_t width = centers[0].shape[1];
   if (width < 1 || width > (1 << 20))
     return Status::error(Code::invalid_argument, "Codebook: expected a width of 1 to 2^20, got %" PRId64, width);
-  uint64_t leaves = 1;  // the product, 0 for exactly 2^64
   for (int l = 0; l < levels; ++l) {
     const int64_t size = centers[l].shape[0];
     if (centers[l].shape[1] != width)
@@ -39,16 +38,19 @@ Status check_centers(const Array<const float, 2>* centers, int levels) noexcept 
     if (size < 1 || size > (1 << 20))
       return Status::error(Code::invalid_argument, "Codebook: expected 1 to 2^20 codes at level %d, got %" PRId64, l,
                            size);
-    const uint64_t most = std::numeric_limits<uint64_t>::max(), factor = static_cast<uint64_t>(size);
-    const bool exactly = leaves != 0 && leaves == most / factor + 1 && leaves * factor == 0;
-    if (factor > 1 && !exactly && (leaves == 0 || leaves > most / factor))
-      return Status::error(Code::invalid_argument, "Codebook: expected at most 2^64 leaves, got more at level %d", l);
-    leaves *= factor;
     for (int64_t i = 0; i < size * width; ++i)
       if (!std::isfinite(centers[l].data[i]))
         return Status::error(Code::invalid_argument,
                              "Codebook: expected finite centers, got %g at [%" PRId64 ", %" PRId64 "] of level %d",
                              double(centers[l].data[i]), i / width, i % width, l);
+  }
+  constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
+  uint64_t below = 1;  // leaves below a node of the level
+  for (int l = levels - 1; l >= 0; --l) {
+    const uint64_t size = static_cast<uint64_t>(centers[l].shape[0]);
+    const bool fits = l > 0 ? below <= kMost / size : size - 1 <= (kMost - (below - 1)) / below;
+    if (!fits) return Status::error(Code::invalid_argument, "Codebook: expected at most 2^64 leaves, got more");
+    below *= size;
   }
   return {};
 }

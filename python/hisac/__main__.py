@@ -38,9 +38,9 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def whole(text: str) -> int:
-    """A number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    """A number from 1 to a million."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= 10**6):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 1,000,000, got {text!r}")
     return int(text)
 
 

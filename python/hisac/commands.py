@@ -44,7 +44,10 @@ def integers(spec: str, name: str, dims: str) -> Array:
 def load_book(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return hisac.Codebook.load(path)
+    try:
+        return hisac.Codebook.load(path)
+    except hisac.CorruptFileError as error:
+        raise hisac.CorruptFileError(f"{path}: {error}") from error
 
 
 def same_width(book: Any, x: Array, spec: str) -> None:

@@ -148,6 +148,6 @@ def user(book: Any, codes: Ints, x: Floats, texts: list[tuple[str, ...]], *, nam
     try:
         draw(p, f"{name}: {len(codes):,} purchases, temperature {tau:g}", png)
     except ImportError:
-        print(f"Its voted tree (a picture needs matplotlib, try: pip install 'hisac[cli]'):\n{tree(p)}")
+        print(f"Its voted tree (a picture needs matplotlib, try: pip install matplotlib):\n{tree(p)}")
     else:
         print(f"Its voted tree and routing weights: {png}")

@@ -100,7 +100,7 @@ def read_parquet(path: Path, key: str | None) -> Array:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow, try: pip install 'hisac[cli]'") from None
+        raise ValueError(f"{path}: reading .parquet needs pyarrow, try: pip install pyarrow") from None
     try:
         file = pq.ParquetFile(path)
         there = file.schema_arrow.names

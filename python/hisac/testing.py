@@ -146,8 +146,24 @@ def codes(draw: st.DrawFn, book: Codebook, rows: int | None = None, *, invalid: 
     return found.astype(np.int32)
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
+class _Shown:
+    """Arguments that print small arrays only."""
+
+    def __repr__(self) -> str:
+        def show(a: Any) -> str:
+            if isinstance(a, Codebook):
+                return f"<{' x '.join(map(str, a.sizes))} codes>"
+            return f"{a.dtype}{list(a.shape)}" if isinstance(a, np.ndarray) and a.size > 12 else repr(a)
+
+        fields = ", ".join(f"{name}={show(a)}" for name, a in vars(self).items() if name[0] != "_")
+        return f"{type(self).__name__}({fields})"
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(repr(self))  # else hypothesis prints every array in full
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Problem(_Shown):
     """A batch and the options of every verb on it; arrays are named as in `hisac`. `dtype` is the type of x and v,
     whose values NumPy holds as float32 when it is bfloat16."""
 
@@ -170,18 +186,6 @@ class Problem:
     fanout: tuple[int, ...] | None
     dtype: str
     seed: int
-
-    def __repr__(self) -> str:
-        def show(a: Any) -> str:
-            return f"{a.dtype}{list(a.shape)}" if isinstance(a, np.ndarray) and a.size > 16 else repr(a)
-
-        fields = {"sizes": self.book.sizes} | {
-            k: a for k, a in vars(self).items() if k not in ("book", "_reference_book")
-        }
-        return f"Problem({', '.join(f'{name}={show(a)}' for name, a in fields.items())})"
-
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(repr(self))  # else hypothesis prints every array in full
 
     @cached_property
     def _reference_book(self) -> Any:
@@ -207,7 +211,8 @@ class Problem:
         """The arguments of `route_backward`: random gradients of what `route` returned; every one the method has."""
         rng = np.random.default_rng(self.seed)
         args = {name: a for name, a in self.route_args().items() if name not in ("refine", "prototypes")}
-        need = ("v", "temperature") if self.method == "leaf" else RouteGradients._fields
+        need = ("v", "temperature", "bias", "x", "prototypes")[: 2 if self.method == "leaf" else 5]
+        need = tuple(name for name in need if name != "x" or self.x is not None)
         forward = Tokens(*map(bounds.as_numpy, forward))
         d_lse = rng.normal(size=forward.lse.shape).astype(np.float32) if rng.random() < 0.7 else None
         d_tokens = rounded(rng.normal(size=forward.tokens.shape), self.dtype)
@@ -295,8 +300,8 @@ def problems(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(_Shown):
     """Candidates on the tokens of their users; arrays as in `hisac.attend`, of the type `dtype` as in Problem."""
 
     q: Array

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import Codebook, _core
-from .arrays import rank
 from .reference import MAX_SEATS
 from .results import Agents, Attended, Tokens
 
 Offsets = Tensor | tuple[Tensor, Tensor] | None
-
-# ------------------------------------------------------------------------------------------- codebooks by fingerprint
+core: Any = _core  # starred arguments do not go with its signatures
 
 
 class UnknownCodebookError(LookupError):
@@ -76,7 +74,7 @@ def _op(schema: str) -> Callable[[Callable[..., Iterator[Any]]], None]:
     return define
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+def _dense(*tensors: Tensor | None) -> Any:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -88,11 +86,10 @@ def _gradients(inputs: Sequence[Any], need: Sequence[bool]) -> tuple[Tensor, ...
 
 @_op("encode(Tensor x, int fingerprint) -> Tensor")
 def _encode(x: Tensor, fingerprint: int) -> Iterator[Tensor]:
-    rank("encode", "x", x, "T D")
     book = _book(fingerprint)
-    codes = x.new_empty((x.shape[0], book.levels), dtype=torch.int32)
+    codes = x.new_empty((*x.shape[:1], book.levels), dtype=torch.int32)
     yield codes
-    _core.encode(book._core, x.contiguous(), codes)
+    core.encode(book._core, x.contiguous(), codes)
 
 
 @_op(
@@ -106,7 +103,7 @@ def _vote(codes: Tensor, starts: Tensor, ends: Tensor, fingerprint: int, budget:
     agents = codes.new_empty((*size, book.levels), dtype=torch.int32)
     results = agents, codes.new_empty(size, dtype=torch.int64), codes.new_empty(size[:1], dtype=torch.int32)
     yield results
-    _core.vote(book._core, *_dense(codes, starts, ends), budget, fanout, *_dense(weights), *results)
+    core.vote(book._core, *_dense(codes, starts, ends), budget, fanout, *_dense(weights), *results)
 
 
 @_op("prototypes(Tensor codes, int fingerprint) -> Tensor")
@@ -114,7 +111,7 @@ def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
     book = _book(fingerprint)
     found = codes.new_empty((*codes.shape[:-1], book.width), dtype=torch.float32)
     yield found
-    _core.prototypes(book._core, codes.contiguous().view(-1, codes.shape[-1]), found.view(-1, book.width))
+    core.prototypes(book._core, codes.contiguous().view(-1, codes.shape[-1]), found.view(-1, book.width))
 
 
 _ROUTE_INPUTS = (
@@ -124,7 +121,7 @@ _ROUTE_INPUTS = (
 _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
 
 
-def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
+def _route_arguments(inputs: Sequence[Any]) -> Any:
     x, v, starts, ends, prototypes, temperature, count, bias, codes = _dense(*inputs[:9])
     fingerprint, normalize, method = inputs[9:12]
     book = None if fingerprint is None else _book(fingerprint)._core
@@ -134,13 +131,11 @@ def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
 @_op(f"route({_ROUTE_INPUTS}) -> (Tensor tokens, Tensor lse, Tensor refined)")
 def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     v, starts, prototypes, refine, missing = (inputs[i] for i in (1, 2, 4, 12, 13))
-    rank("route", "v", v, "T V")
-    rank("route", "prototypes", prototypes, "B M D")
-    size = (starts.shape[0], prototypes.shape[1] + (missing == "token"))
-    tokens, lse = v.new_empty((*size, v.shape[1])), v.new_empty(size, dtype=torch.float32)
+    size = (starts.shape[0], math.prod(prototypes.shape[-2:-1]) + (missing == "token"))
+    tokens, lse = v.new_empty((*size, *v.shape[-1:])), v.new_empty(size, dtype=torch.float32)
     refined = prototypes.new_empty(prototypes.shape if refine else (0,))  # empty: an operator cannot return its input
     yield tokens, lse, refined
-    _core.route(*_route_arguments(inputs), refine, missing, tokens, lse, refined if refine else None)
+    core.route(*_route_arguments(inputs), refine, missing, tokens, lse, refined if refine else None)
 
 
 @_op(
@@ -153,7 +148,7 @@ def _route_backward(
     results = _gradients([inputs[i] for i in _ROUTE_WANTED], need)
     yield results
     wanted = [r if needed else None for r, needed in zip(results, need, strict=True)]
-    _core.route_backward(*_dense(d_tokens, d_lse, tokens, lse), *_route_arguments(inputs), inputs[13], *wanted)
+    core.route_backward(*_dense(d_tokens, d_lse, tokens, lse), *_route_arguments(inputs), inputs[13], *wanted)
 
 
 _ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, float scale"
@@ -161,11 +156,9 @@ _ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets
 
 @_op(f"attend({_ATTEND_INPUTS}) -> (Tensor out, Tensor lse)")
 def _attend(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    rank("attend", "q", q, "N H d")
-    rank("attend", "values", values, "B M H V")
-    results = q.new_empty((*q.shape[:2], values.shape[3])), q.new_empty(q.shape[:2], dtype=torch.float32)
+    results = q.new_empty((*q.shape[:2], *values.shape[-1:])), q.new_empty(q.shape[:2], dtype=torch.float32)
     yield results
-    _core.attend(*_dense(q, keys, values, *others[:-1]), others[-1], *results)
+    core.attend(*_dense(q, keys, values, *others[:-1]), others[-1], *results)
 
 
 @_op(
@@ -177,7 +170,7 @@ def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     bias = tensors[8] is not None
     results = _gradients([tensors[i] for i in (4, 5, 6, 8)], (True, True, True, bias))
     yield results
-    _core.attend_backward(*_dense(*tensors), scale, *results[:3], results[3] if bias else None)
+    core.attend_backward(*_dense(*tensors), scale, *results[:3], results[3] if bias else None)
 
 
 def _gradients_by_input(ctx: Any, inputs: Sequence[Any], at: Sequence[int], grads: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -252,10 +245,7 @@ def _spans(name: str, offsets: Offsets, ragged: Tensor) -> tuple[Tensor, Tensor]
         t = _jagged(name, ragged)
         starts, lengths = t.offsets()[:-1], t.lengths()
         return starts, t.offsets()[1:] if lengths is None else starts + lengths
-    if isinstance(offsets, tuple):
-        return offsets
-    rank(name, "offsets", offsets, "B+1")
-    return offsets[:-1], offsets[1:]
+    return offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
 
 
 def _reverse_mode_only(name: str, *inputs: Tensor | None) -> None:
@@ -426,7 +416,8 @@ class Compressor(nn.Module):
         self.book, self.budget, self.fanout = book, budget, fanout
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
         self.log_tau = nn.Parameter(_tau(temperature).log(), learn_temperature)
-        self(torch.empty(0, book.width), torch.empty(0, 1), torch.zeros(1, dtype=torch.int64))  # checks every option
+        rows = torch.empty(0, book.width, dtype=torch.float32)
+        self(rows, rows, torch.zeros(1, dtype=torch.int64))  # checks every option
 
     def forward(
         self, x: Tensor | None, v: Tensor, offsets: Offsets, *, codes: Tensor | None = None,
