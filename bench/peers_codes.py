@@ -334,8 +334,10 @@ def encode(x: Array, centers: list[Array], threads: int) -> list[Peer]:
 # ---------------------------------------------------------------------------------------------------------------- fit
 
 
-def fit(x: Array, size: int, iterations: int) -> list[Peer]:
-    """Peers of fit at one level; each returns its centers [C, D]."""
+def fit(x: Array, start: Array, iterations: int) -> list[Peer]:
+    """Peers of fit at one level, from the centers `start` [C, D]: rounds from other starts end up to 5 % apart. Each
+    returns its centers."""
+    size = len(start)
 
     def faiss_kmeans() -> Call:
         faiss = package("faiss")
@@ -344,7 +346,7 @@ def fit(x: Array, size: int, iterations: int) -> list[Peer]:
             model = faiss.Kmeans(
                 x.shape[1], size, niter=iterations, seed=1, min_points_per_centroid=1, max_points_per_centroid=10**9
             )
-            model.train(x)
+            model.train(x, init_centroids=start)
             return model.centroids
 
         return call
@@ -352,7 +354,7 @@ def fit(x: Array, size: int, iterations: int) -> list[Peer]:
     def in_sklearn(batch: bool) -> Callable[[], Call]:
         def make() -> Call:
             cluster = package("sklearn.cluster")
-            common = {"max_iter": iterations, "n_init": 1, "init": "random", "random_state": 0}
+            common: Any = {"max_iter": iterations, "n_init": 1, "init": start, "random_state": 0}
 
             def call(i: int) -> Any:
                 if batch:
@@ -367,10 +369,10 @@ def fit(x: Array, size: int, iterations: int) -> list[Peer]:
 
     def in_torch() -> Call:
         torch = package("torch")
-        tx = torch.as_tensor(x)
+        tx, first = torch.as_tensor(x), torch.as_tensor(start)
 
         def call(i: int) -> Any:
-            c = tx[torch.randperm(len(tx), generator=torch.Generator().manual_seed(0))[:size]].clone()
+            c = first
             for _ in range(iterations):
                 total, n = torch.zeros(c.shape), torch.zeros(size)
                 norm = (c * c).sum(1)[None]

@@ -57,7 +57,7 @@ def cpu() -> str:
 
 
 def load() -> float:
-    """The load average of the last minute. A busy neighbour spoils rows of two threads, because OpenMP's spin while they
+    """The load average of the last minute. Other work spoils rows of two threads, because OpenMP's spin while they
     wait for each other (measured: medians up to 30 times higher)."""
     return round(os.getloadavg()[0], 2)
 

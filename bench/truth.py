@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from hisac import reference as definition
 from hisac.results import RouteGradients, Tokens
 

@@ -262,9 +262,10 @@ def fit(
     work: str, ops: ModuleType, threads: int, *, rows: int, width: int, size: int, iterations: int, sample: int = 600
 ) -> Iterator[Case]:
     """One level. hisac must equal the reference on a small problem; error is the inertia above that of float64 Lloyd
-    rounds from hisac's start."""
+    rounds from hisac's start, which the peers are given."""
     x = items(np.random.default_rng(0), rows, width)
-    least = truth.inertia(x, truth.lloyd64(x, truth.fit_start(x, size, 0), iterations))
+    start = truth.fit_start(x, size, 0)
+    least = truth.inertia(x, truth.lloyd64(x, start, iterations))
     few = x[:sample]
     expected = reference.fit(few, (12,), iterations=3).centers[0]
 
@@ -280,7 +281,7 @@ def fit(
         return ops.fit(x, (size,), iterations=iterations)
 
     mine = Variant("fp32", lambda: call, exact, INERTIA, "hisac")
-    found = by_role(peers_codes.fit(x, size, iterations), error, INERTIA)
+    found = by_role(peers_codes.fit(x, start, iterations), error, INERTIA)
     label = f"{rows} items, D {width}, {size} codes, {iterations} rounds"
     name = f"{truth.REFERENCE} on {len(few)} rows, inertia of float64 Lloyd on all"
     yield Case(work, "float32", label, rows, 2.0 * rows * width * size * iterations, name, (mine, *found))

@@ -6,9 +6,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hisac import reference, testing
 from hypothesis import given
 from hypothesis import strategies as st
+
+from hisac import reference, testing
 
 problem = testing.problems(max_history=24)
 

@@ -3,10 +3,11 @@
 
 import numpy as np
 import pytest
-from hisac import reference, testing
-from hisac.results import Agents
 from hypothesis import given
 from hypothesis import strategies as st
+
+from hisac import reference, reference_state, testing
+from hisac.results import Agents
 
 
 @st.composite

@@ -5,14 +5,15 @@ computation, and the comparators see what is wrong."""
 import subprocess
 import sys
 
-import hisac
 import numpy as np
 import pytest
-from hisac import bounds, reference, testing
-from hisac.results import Agents, Attended, RouteGradients, Tokens
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
+
+import hisac
+from hisac import bounds, reference, testing
+from hisac.results import Agents, Attended, RouteGradients, Tokens
 
 SEARCH = settings(max_examples=2000, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
 

@@ -286,9 +286,8 @@ void attend_gradients(View d_out, View d_lse, View out, View lse, View q, View k
 
 NB_MODULE(_core, m) {
   m.doc() = "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.";
-  corrupt_file_error = PyErr_NewExceptionWithDoc(
-      "hisac.CorruptFileError", "The bytes are no hisac codebook, or a damaged one.", PyExc_ValueError, nullptr);
-  m.attr("CorruptFileError") = nb::borrow(corrupt_file_error);
+  nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
+      "The bytes are no hisac codebook, or a damaged one.";
 
   nb::class_<Codebook>(m, "Codebook")
       .def("__init__", make_codebook, "centers"_a)
@@ -312,7 +311,9 @@ NB_MODULE(_core, m) {
   m.def("encode", encode_codes, "book"_a, "x"_a, "codes"_a);
   m.def("leaves", leaf_numbers, "book"_a, "codes"_a, "out"_a);
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);
-  m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none());
+  m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none(),
+        nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
+                "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
   m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a, "budget"_a, "fanout"_a, "weights"_a.none(),
         "out_codes"_a, "out_votes"_a, "out_count"_a);
   m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(),

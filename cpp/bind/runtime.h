@@ -3,13 +3,17 @@
 #pragma once
 #include <cstdlib>
 #include <mutex>
+#include <stdexcept>
 
 #include "dlpack.h"
 #include "hisac/hisac.h"
 
 namespace hisac::bind {
 
-inline PyObject* corrupt_file_error = nullptr;
+/// Becomes hisac.CorruptFileError.
+struct CorruptFile : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 inline void raise(const Status& status) {
   switch (status.code()) {
@@ -23,8 +27,7 @@ inline void raise(const Status& status) {
       PyErr_SetString(PyExc_NotImplementedError, status.what());
       break;
     case Code::corrupt_file:
-      PyErr_SetString(corrupt_file_error, status.what());
-      break;
+      throw CorruptFile(status.what());
     case Code::io_error:
       PyErr_SetString(PyExc_OSError, status.what());
       break;

@@ -28,6 +28,7 @@ from .ops import (
 from .results import Agents, Attended, AttendGradients, FitReport, RouteGradients, Tokens
 
 __version__ = version("hisac")
+CorruptFileError.__module__ = "hisac"
 __all__ = [
     "Agents",
     "AttendGradients",

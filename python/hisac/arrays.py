@@ -5,6 +5,7 @@ NumPy arrays and torch tensors come as they are; anything else with DLPack on th
 input is copied once; dtypes are never converted. torch is not imported here: a tensor brings its own module.
 """
 
+import operator
 import sys
 from typing import Any
 
@@ -12,12 +13,24 @@ import numpy as np
 
 from .results import Array
 
+DLPACK_TYPES = "?bBhHiIlLqQefdFD"  # NumPy's letters for them; not longdouble, dates, structures, or bfloat16
+
 
 def is_torch(x: Array) -> bool:
     """Whether x is a torch tensor, without importing torch."""
-    return type(x).__module__.split(".")[0] == "torch" or (
-        "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
-    )
+    return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def _refuse_view(verb: str, name: str, x: Array) -> None:
+    """Refuse a torch tensor that says more than its memory does, or lies elsewhere."""
+    if x.requires_grad:
+        raise TypeError(f"{verb}: {name} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()")
+    if x.is_nested or str(x.layout) != "torch.strided":
+        raise TypeError(f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()")
+    if x.is_conj() or x.is_neg():
+        raise TypeError(f"{verb}: {name} is a conjugated or negated view; call resolve_conj() or resolve_neg()")
+    if x.device.type != "cpu":
+        raise TypeError(f"{verb}: {name} expected on the CPU, got {x.device}")
 
 
 def take(verb: str, name: str, x: Array) -> Array:
@@ -27,24 +40,19 @@ def take(verb: str, name: str, x: Array) -> Array:
     negated views, jagged and sparse layouts, other devices.
     """
     if isinstance(x, np.ndarray):
-        return np.ascontiguousarray(x) if x.ndim else x
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{verb}: {name} expected an array without a mask, got a masked one; fill it")
+        if x.dtype.char not in DLPACK_TYPES or not x.dtype.isnative:
+            raise TypeError(f"{verb}: {name} expected a native dtype that DLPack names, got {x.dtype!r}")
+        return x if x.flags.c_contiguous and x.flags.aligned else x.copy()
     if is_torch(x):
-        if x.requires_grad:
-            raise TypeError(f"{verb}: {name} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()")
-        if x.is_nested or str(x.layout) != "torch.strided":
-            raise TypeError(
-                f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()"
-            )
-        if x.is_conj() or x.is_neg():
-            raise TypeError(f"{verb}: {name} is a conjugated or negated view; call resolve_conj() or resolve_neg()")
-        if x.device.type != "cpu":
-            raise TypeError(f"{verb}: {name} expected on the CPU, got {x.device}")
+        _refuse_view(verb, name, x)
         return x.contiguous()
     if hasattr(x, "__dlpack__"):
         try:
-            return np.ascontiguousarray(np.from_dlpack(x))
-        except (BufferError, RuntimeError, TypeError) as error:
-            raise TypeError(f"{verb}: {name} expected an array in CPU memory: {error}") from None
+            return take(verb, name, np.from_dlpack(x))
+        except (BufferError, RuntimeError) as error:
+            raise TypeError(f"{verb}: {name} expected in CPU memory, of a dtype that NumPy has: {error}") from None
     raise TypeError(
         f"{verb}: {name} expected a NumPy array, a torch tensor or anything with DLPack, got {type(x).__name__}"
     )
@@ -66,11 +74,14 @@ def give(verb: str, name: str, out: Array, like: Array, shape: tuple[int, ...], 
     """The caller's `out`, checked, or a fresh result."""
     if out is None:
         return empty(like, shape, dtype)
+    if is_torch(out):
+        _refuse_view(verb, name, out)
+    elif not isinstance(out, np.ndarray):
+        raise TypeError(f"{verb}: {name} expected a NumPy array or a torch tensor, got {type(out).__name__}")
     wanted, got = dtype or dtype_name(like), dtype_name(out)
     if tuple(out.shape) != tuple(shape) or got != wanted:
         raise ValueError(f"{verb}: {name} expected {wanted} {list(shape)}, got {got} {list(out.shape)}")
-    contiguous = out.is_contiguous() if is_torch(out) else out.flags.c_contiguous
-    if not contiguous:
+    if not (out.is_contiguous() if is_torch(out) else out.flags.c_contiguous and out.flags.aligned):
         raise ValueError(f"{verb}: {name} expected {wanted} {list(shape)}, row-major and contiguous, got other strides")
     return out
 
@@ -85,6 +96,14 @@ def rank(verb: str, name: str, x: Array, letters: str) -> None:
     expected = letters.split()
     if len(x.shape) != len(expected):
         raise ValueError(f"{verb}: {name} expected [{', '.join(expected)}], got {dtype_name(x)} {list(x.shape)}")
+
+
+def whole(verb: str, name: str, n: Any) -> int:
+    """A whole number; a float is refused rather than cut."""
+    try:
+        return operator.index(n)
+    except TypeError:
+        raise TypeError(f"{verb}: {name} expected a whole number, got {n!r}") from None
 
 
 def take_histories(verb: str, offsets: Any) -> tuple[Array, Array]:

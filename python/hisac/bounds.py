@@ -97,7 +97,7 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
     bad = ~np.isfinite(values).all(0) | ~np.isfinite(size)
     values, size = np.where(bad, 0.0, values), np.where(bad, 0.0, size)
     w, up = _weights(z, total, e)
-    up = np.minimum(up, 1e30)
+    w, up = w / np.where(mass, w.sum(0), 1.0), np.minimum(up, 1e30)  # a huge z leaves no digits for log sum w = 0
     f = up.sum(0)
     mean, bound = w.T @ values, np.zeros((m, values.shape[1]))
     span_low, span_high = values.min(0, initial=np.inf), values.max(0, initial=-np.inf)

@@ -8,10 +8,12 @@ Letters: B users, T behaviours, D semantic width, V value width, L levels, M age
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from . import _core
-from .arrays import empty, give, rank, take, take_histories, take_optional
+from .arrays import empty, give, rank, take, take_histories, take_optional, whole
 from .codebook import Codebook, Progress
 from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
 
@@ -34,7 +36,7 @@ def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
     x [T, D] float32, bfloat16 or float16 -> codes [T, L] int32. Exact: ties go to the lower code, every backend and the
     reference agree. A row with a NaN or an infinity is -1. Raises ValueError, TypeError.
     """
-    return book.encode(x, out=out)
+    return _check(book, Codebook, "encode: book").encode(x, out=out)
 
 
 def vote(
@@ -56,16 +58,17 @@ def vote(
     """
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
+    _check(book, Codebook, "vote: book")
     codes = take("vote", "codes", codes)
     rank("vote", "codes", codes, "T L")
     starts, ends = take_histories("vote", offsets)
     weights = take_optional("vote", "weights", weights)
-    children = [] if fanout is None else [int(k) for k in fanout]
+    children = [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
     if fanout is not None and (len(children) != book.levels or min(children) < 1):
         raise ValueError(
             f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}"
         )
-    seats = math.prod(children) if budget is None else int(budget)
+    seats = math.prod(children) if budget is None else whole("vote", "budget", budget)
     if not 1 <= seats <= 4096:
         raise ValueError(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
@@ -116,15 +119,18 @@ def route(
     (x, v, starts, ends, prototypes), rest = _route_inputs(
         "route", x, v, offsets, prototypes, count, temperature, bias, codes, book
     )
+    refine = whole("route", "refine", refine)
     users, m, width = prototypes.shape
     rows = m + (missing == "token")
-    given = out or Tokens(None, None, None)
+    given = Tokens(None, None, None) if out is None else _check(out, Tokens, "route: out")
+    if refine and given.prototypes is prototypes:  # as in what a call without refine returned
+        raise ValueError("route: out prototypes expected memory of its own, got the prototypes that came in")
     tokens = give("route", "out tokens", given.tokens, v, (users, rows, v.shape[1]))
     lse = give("route", "out lse", given.lse, v, (users, rows), "float32")
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
     _core.route(
-        x, v, starts, ends, prototypes, rest["count"], rest["temperature"], normalize, rest["bias"], rest["codes"],
-        rest["book"], method, int(refine), missing, tokens, lse, refined,
+        x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"], rest["codes"],
+        rest["book"], str(method), refine, str(missing), tokens, lse, refined,
     )  # fmt: skip
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
@@ -153,18 +159,19 @@ def route_backward(
     (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
-    verb, wanted = "route_backward", set(need)
-    if not wanted <= set(RouteGradients._fields):
-        raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {tuple(need)}")
+    verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)
+    if not set(wanted) <= set(RouteGradients._fields):
+        raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {wanted}")
+    _check(forward, Tokens, f"{verb}: forward")
     d_tokens, d_lse = take(verb, "d_tokens", d_tokens), take_optional(verb, "d_lse", d_lse)
     tokens, lse = take(verb, "tokens", forward.tokens), take(verb, "lse", forward.lse)
     (x, v, starts, ends, prototypes), rest = _route_inputs(
         verb, x, v, offsets, forward.prototypes, count, temperature, bias, codes, book
     )
-    entries = 1 if isinstance(temperature, int | float) else rest["temperature"].shape[0]
+    tau = rest["temperature"]
     shapes = {
         "v": tuple(v.shape),
-        "temperature": (entries,),
+        "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
         "bias": (v.shape[0],),
         "x": (v.shape[0], prototypes.shape[2]),
         "prototypes": tuple(prototypes.shape),
@@ -173,10 +180,19 @@ def route_backward(
         *(empty(v, shapes[f], "float32") if f in wanted else None for f in RouteGradients._fields)
     )
     _core.route_backward(
-        d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"], normalize,
-        rest["bias"], rest["codes"], rest["book"], method, missing, *gradients,
+        d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"],
+        str(normalize), rest["bias"], rest["codes"], rest["book"], str(method), str(missing), *gradients,
     )  # fmt: skip
     return gradients
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} expected hisac.{kind.__name__}, got {type(given).__name__}")
+    return given
 
 
 def _route_inputs(
@@ -194,10 +210,12 @@ def _route_inputs(
     starts, ends = take_histories(verb, offsets)
     rest = {
         "count": take_optional(verb, "count", count),
-        "temperature": temperature if isinstance(temperature, int | float) else take(verb, "temperature", temperature),
+        "temperature": float(temperature)
+        if isinstance(temperature, int | float | np.number)
+        else take(verb, "temperature", temperature),
         "bias": take_optional(verb, "bias", bias),
         "codes": take_optional(verb, "codes", codes),
-        "book": None if book is None else book._core,
+        "book": None if book is None else _check(book, Codebook, f"{verb}: book")._core,
     }
     return (x, v, starts, ends, prototypes), rest
 
@@ -224,7 +242,7 @@ def attend(
     q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
         "attend", q, keys, values, candidate_offsets, bias, scale
     )
-    given = out or Attended(None, None)
+    given = Attended(None, None) if out is None else _check(out, Attended, "attend: out")
     result = Attended(
         give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
         give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), "float32"),
@@ -247,13 +265,14 @@ def attend_backward(
 ) -> AttendGradients:
     """Gradients of `attend`, given what it returned: d_out as out, d_lse as lse or None -> AttendGradients."""
     verb = "attend_backward"
-    inputs = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    _check(forward, Attended, f"{verb}: forward")
     d_out, d_lse = take(verb, "d_out", d_out), take_optional(verb, "d_lse", d_lse)
     saved = take(verb, "out", forward.out), take(verb, "lse", forward.lse)
     gradients = AttendGradients(
-        *(None if a is None else empty(d_out, tuple(a.shape), "float32") for a in (*inputs[:3], inputs[4]))
+        *(None if a is None else empty(d_out, tuple(a.shape), "float32") for a in (q, keys, values, bias))
     )
-    _core.attend_backward(d_out, d_lse, *saved, *inputs, *gradients)
+    _core.attend_backward(d_out, d_lse, *saved, q, keys, values, offsets, bias, scale, *gradients)
     return gradients
 
 
@@ -265,12 +284,12 @@ def _attend_inputs(
     rank(verb, "keys", keys, "B M H d")
     rank(verb, "values", values, "B M H V")
     offsets, bias = take(verb, "candidate_offsets", candidate_offsets), take_optional(verb, "bias", bias)
-    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
 
 
 def set_num_threads(n: int) -> None:
     """Threads that the verbs use, 1 to 256. Results do not depend on it."""
-    _core.set_num_threads(int(n))
+    _core.set_num_threads(whole("threads", "n", n))
 
 
 def get_num_threads() -> int:

@@ -193,8 +193,8 @@ class Problem(_Shown):
 
     def encode_args(self) -> dict[str, Any]:
         """The arguments of `encode`, in NumPy; a problem without x encodes its prototypes."""
-        x = self.prototypes.reshape(-1, self.prototypes.shape[2]) if self.x is None else self.x
-        return {"book": self.book, "x": x}
+        rows = self.prototypes.reshape(-1, self.prototypes.shape[2])
+        return {"book": self.book, "x": rounded(rows, self.dtype) if self.x is None else self.x}
 
     def vote_args(self) -> dict[str, Any]:
         """The arguments of `vote`."""
