@@ -85,7 +85,7 @@ def measure(threads: int, quick: bool) -> dict[str, Any]:
                 loop = build(Path(folder), size)
             except (OSError, subprocess.SubprocessError):
                 continue
-            found[size] = rate(loop, 2.0 * CHAINS * size / 4, threads, 5 if quick else 25)
+            found[size] = rate(loop, 2.0 * CHAINS * size / 4, threads, 10 if quick else 25)
     if not found:
         return product(quick)
     best = max(found, key=lambda size: found[size])

@@ -351,21 +351,22 @@ def fit(x: Array, start: Array, iterations: int) -> list[Peer]:
 
         return call
 
-    def in_sklearn(batch: bool) -> Callable[[], Call]:
-        def make() -> Call:
-            cluster = package("sklearn.cluster")
-            common: Any = {"max_iter": iterations, "n_init": 1, "init": start, "random_state": 0}
+    def in_sklearn() -> Call:
+        cluster = package("sklearn.cluster")
 
-            def call(i: int) -> Any:
-                if batch:
-                    model = cluster.MiniBatchKMeans(size, batch_size=4096, max_no_improvement=None, **common)
-                else:
-                    model = cluster.KMeans(size, algorithm="lloyd", tol=0, **common)
-                return model.fit(x).cluster_centers_
+        def call(i: int) -> Any:
+            model = cluster.MiniBatchKMeans(
+                size,
+                init=start,
+                n_init=1,
+                batch_size=4096,
+                max_iter=iterations,
+                max_no_improvement=None,
+                random_state=0,
+            )
+            return model.fit(x).cluster_centers_
 
-            return call
-
-        return make
+        return call
 
     def in_torch() -> Call:
         torch = package("torch")
@@ -389,6 +390,5 @@ def fit(x: Array, start: Array, iterations: int) -> list[Peer]:
     return [
         ("faiss Kmeans", "peer", ("faiss",), faiss_kmeans),
         ("torch Lloyd", "peer", ("torch",), in_torch),
-        ("scikit-learn MiniBatchKMeans", "peer", ("sklearn",), in_sklearn(True)),
-        ("scikit-learn KMeans", "peer", ("sklearn",), in_sklearn(False)),
+        ("scikit-learn MiniBatchKMeans", "peer", ("sklearn",), in_sklearn),
     ]

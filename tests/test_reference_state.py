@@ -53,7 +53,8 @@ def test_state_forgets(stream, gone):
     state = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(len(p.v)))
     state.forget(gone)
     check_states(
-        state, feed(reference_state.UserState(book, revote="always", **options), p, np.delete(np.arange(len(p.v)), gone))
+        state,
+        feed(reference_state.UserState(book, revote="always", **options), p, np.delete(np.arange(len(p.v)), gone)),
     )
 
 

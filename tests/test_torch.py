@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """hisac.torch, functions and operators: gradients, opcheck, codebooks by fingerprint, torch's transforms."""
 
-import doctest
 import gc
 import importlib
 import math
@@ -247,6 +246,46 @@ def test_one_users_nan_spoils_nobody_else(book, name):
     assert name == "d_tokens" or not torch.equal(token, other)
 
 
+@pytest.mark.parametrize("options, message", [
+    ({}, "vote: expected either budget or fanout, got neither"),
+    ({"budget": 1, "fanout": (1, 1)}, "vote: expected either budget or fanout, got both"),
+    ({"budget": 0}, "vote: budget expected 1 to 4096, got 0"),
+    ({"budget": 10**12}, "vote: budget expected 1 to 4096, got 1000000000000"),
+    ({"fanout": (-1, 2)}, "vote: fanout expected one number >= 1 for each of 2 levels"),
+    ({"fanout": (2,)}, "vote: fanout expected one number >= 1 for each of 2 levels"),
+    ({"fanout": (10**6, 10**6)}, "vote: fanout expected a product of at most 4096, got more"),
+    ({"budget": 2, "codes": torch.zeros(20, dtype=torch.int32)}, "vote: codes expected int32 [T, L], got int32 [20]"),
+    ({"budget": 2, "weights": torch.zeros(3)}, "vote: weights expected [20], got [3]"),
+])  # fmt: skip
+def test_vote_refuses(book, options, message):
+    args = {"codes": torch.zeros(20, 2, dtype=torch.int32), "offsets": OFFSETS} | options
+    with pytest.raises(ValueError) as error:
+        hisac_torch.vote(book, **args)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("options, kind, message", [
+    ({"x": torch.zeros(8)}, ValueError, "route: x expected float32, bfloat16 or float16 [T, D], got float32 [8]"),
+    ({"v": torch.zeros(20)}, ValueError, "route: v expected float32, bfloat16 or float16 [T, V], got float32 [20]"),
+    ({"v": torch.zeros(7, 5)}, ValueError, "route: x is [20, 8], v is [7, 5]: T differs (20, 7)"),
+    ({"v": torch.zeros(20, 5).double()}, TypeError,
+     "route: v expected float32, bfloat16 or float16 [T, V], got float64 [20, 5]"),
+    ({"prototypes": torch.zeros(8)}, ValueError, "route: prototypes expected float32 [B, M, D], got float32 [8]"),
+    ({"prototypes": torch.zeros(3, 2, 9)}, ValueError,
+     "route: prototypes is [3, 2, 9], x is [20, 8]: D differs (9, 8)"),
+    ({"count": torch.ones(3).long()}, TypeError, "route: count expected int32 [B], got int64 [3]"),
+    ({"temperature": 0.0}, ValueError, "route: temperature expected finite and > 0, got 0.0"),
+    ({"temperature": torch.ones(3)}, ValueError, "route: temperature expected [1] or [2], got [3]"),
+    ({"offsets": torch.tensor([0, 9, 7, 20])}, ValueError,
+     "route: offsets expected 0 <= start <= end <= 20 for every user, got [9, 7) for user 1"),
+])  # fmt: skip
+def test_route_refuses(options, kind, message):
+    args = {"x": torch.zeros(20, 8), "v": torch.zeros(20, 5), "offsets": OFFSETS, "prototypes": torch.zeros(3, 2, 8)}
+    with pytest.raises(kind) as error:
+        hisac_torch.route(**args | options)
+    assert str(error.value) == message
+
+
 def test_agents_of_another_codebook_are_refused(book):
     agents = hisac_torch.vote(book, hisac_torch.encode(book, rows()[0]), OFFSETS, budget=2)
     with pytest.raises(ValueError, match=f"{book.fingerprint:016x}"):
@@ -310,14 +349,16 @@ def test_compiled_functions_follow_their_codebook():
         assert all(map(torch.equal, compiled(make_book(seed)), codes(make_book(seed))))
 
 
-def test_a_codebook_is_known_while_any_copy_lives():
-    first, second = make_book(23), make_book(23)
-    name, (x, _) = hisac_torch.register(first), rows()
-    assert hisac_torch.register(second) == name
-    del first
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_codebook_is_known_while_any_copy_lives(first):
+    books, (x, _) = [make_book(23), make_book(23)], rows()
+    name, same = map(hisac_torch.register, books)
+    codes = hisac_torch.encode(books[0], x)
+    assert name == same
+    del books[first]
     gc.collect()
-    assert torch.equal(ops.encode(x, name), hisac_torch.encode(second, x))
-    del second
+    assert torch.equal(ops.encode(x, name), codes)
+    books.clear()
     gc.collect()
     with pytest.raises(LookupError, match=r"call hisac.torch.register\(book\) and keep the book"):
         ops.encode(x, name)
@@ -417,9 +458,3 @@ def test_the_functions_outside_torch_refuse_tensors_with_gradients(book, face):
         call()
     expected = f"{face}: {name} requires grad, which hisac.{face} would cut; use hisac.torch, or detach()"
     assert str(error.value) == expected
-
-
-def test_examples():
-    centers = np.array([[[1, 0], [0, 1]], [[0, 0], [0, 1]]], np.float32)
-    failed, tried = doctest.testmod(hisac_torch, extraglobs={"book": hisac.Codebook(list(centers))})
-    assert failed == 0 and tried > 15

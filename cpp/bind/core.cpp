@@ -285,6 +285,7 @@ void attend_gradients(View d_out, View d_lse, View out, View lse, View q, View k
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // torch's registry may keep codebooks to the end
   m.doc() = "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.";
   nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
       "The bytes are no hisac codebook, or a damaged one.";

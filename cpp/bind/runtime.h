@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 #include "dlpack.h"
 #include "hisac/hisac.h"
@@ -66,33 +67,35 @@ class Pool {
   ThreadPool pool_;
 };
 
-/// Scratch that a thread keeps from call to call, unless it is large.
+/// Scratch for one call. A thread keeps it from call to call, unless it is large; a call takes it away, so that a verb
+/// inside a callback of another has its own.
 class Scratch {
  public:
+  Scratch() noexcept = default;
+  Scratch(Scratch&& other) noexcept { swap(other); }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  void swap(Scratch& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
   Array<std::byte, 1> take(size_t bytes) {
     if (bytes > size_) {
-      release();
-      data_ = static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<std::byte*>(std::aligned_alloc(64, size_));
       if (!data_) {
+        size_ = 0;
         PyErr_SetString(PyExc_MemoryError, "hisac: out of memory for the workspace");
         throw nb::python_error();
       }
-      size_ = (bytes + 4095) / 4096 * 4096;
     }
     return {data_, {static_cast<int64_t>(size_)}};
   }
-  void trim() noexcept {
-    if (size_ > kKeep) release();
-  }
-  ~Scratch() { release(); }
+  bool worth_keeping() const noexcept { return size_ <= size_t{64} << 20; }
 
  private:
-  static constexpr size_t kKeep = size_t{64} << 20;
-  void release() noexcept {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
   std::byte* data_ = nullptr;
   size_t size_ = 0;
 };
@@ -100,7 +103,8 @@ class Scratch {
 /// Runs verb(context) without the GIL, with workspace(workers) bytes of scratch.
 template <class Workspace, class Verb>
 void run(Workspace workspace, Verb verb) {
-  static thread_local Scratch scratch;
+  static thread_local Scratch kept;
+  Scratch scratch(std::move(kept));
   const Executor executor = Pool::get().executor();
   const Context context{scratch.take(workspace(executor.workers)), &executor};
   Status status;
@@ -108,7 +112,7 @@ void run(Workspace workspace, Verb verb) {
     nb::gil_scoped_release release;
     status = verb(context);
   }
-  scratch.trim();
+  if (scratch.worth_keeping()) kept.swap(scratch);
   raise(status);
 }
 

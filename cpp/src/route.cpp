@@ -12,7 +12,6 @@
 #include "checks.h"
 #include "parallel.h"
 #include "route_rows.h"
-#include "tiles.h"
 
 namespace hisac {
 namespace {
@@ -29,7 +28,6 @@ struct Worker {
   AgentPanel panel;
   Block block;
   Leaves leaves;
-  Absent leaf_absent;
   float *z = nullptr, *lse = nullptr, *shift = nullptr, *factor = nullptr;
   State* stack = nullptr;
 };
@@ -59,10 +57,7 @@ class Router {
       Worker one;
       one.panel.carve(arena, agents_, width_);
       one.block.carve(arena, width_, value_width_);
-      if (params_.method == Method::leaf) {
-        one.leaves.carve(arena, longest_, width_, value_width_);
-        if (params_.missing == Missing::token) one.leaf_absent.sum = arena.take<float>(cpu::pad(value_width_));
-      }
+      if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
       one.z = arena.take<float>(cpu::kBlock * cpu::pad(agents_));
       one.lse = arena.take<float>(cpu::kBlock);
       one.shift = arena.take<float>(cpu::kBlock);
@@ -120,31 +115,12 @@ class Router {
   }
 
   void unit(const Unit& unit, bool refining, Worker& w) noexcept {
-    const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
-    const bool leaf = params_.method == Method::leaf;
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    reset(w.stack[0]);
-    if (leaf) {
-      clear(w.leaf_absent);
-      loader_.find_leaves(start, end, w.leaves, &w.leaf_absent);
-    }
-    const int64_t items = leaf ? w.leaves.count : end - start;
-    fold(
-        leaf ? 0 : unit.first, leaf ? tiles_of(items) : unit.last, w.stack,
-        [&](int64_t t, State& state) {
-          reset(state);
-          for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, items); i += cpu::kBlock) {
-            const int64_t last = std::min({i + cpu::kBlock, (t + 1) * kTile, items});
-            if (leaf)
-              loader_.load_leaves(i, last, w.leaves, w.block);
-            else
-              loader_.load(start + i, start + last, w.block, &state.absent);
-            block(refining, w, state);
-          }
-        },
+    fold_rows(
+        loader_, params_, in_.histories, unit, w.leaves, w.block, w.stack, [&](State& s) { reset(s); },
+        [](State& s) { return &s.absent; }, [&](State& s) { block(refining, w, s); },
         [&](State& into, const State& from) { merge(into, from, w.panel.m); });
-    if (leaf) merge_absent(w.stack[0].absent, w.leaf_absent);
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else
@@ -174,21 +150,12 @@ class Router {
       k_.accumulate(n, m, value_width_, w.z, ldz, w.block.v, ldv, state.sum, ld_);
   }
 
-  void clear(Absent& absent) const noexcept {
-    absent.count = 0;
-    if (absent.sum) std::fill(absent.sum, absent.sum + cpu::pad(value_width_), 0.f);
-  }
-
   void reset(State& s) const noexcept {
     std::fill(s.top, s.top + cpu::pad(agents_), -INFINITY);
     std::fill(s.mass, s.mass + cpu::pad(agents_), 0.f);
     std::fill(s.sum, s.sum + cpu::pad(agents_) * ld_, 0.f);
-    clear(s.absent);
-  }
-
-  void merge_absent(Absent& into, const Absent& from) const noexcept {
-    into.count += from.count;
-    for (int64_t d = 0; into.sum && d < value_width_; ++d) into.sum[d] += from.sum[d];
+    s.absent.count = 0;
+    if (s.absent.sum) std::fill(s.absent.sum, s.absent.sum + cpu::pad(value_width_), 0.f);
   }
 
   void merge(State& into, const State& from, int64_t m) const noexcept {
@@ -202,7 +169,8 @@ class Router {
       const float* const y = from.sum + a * ld_;
       for (int64_t d = 0; d < ld_; ++d) x[d] = x[d] * f + y[d] * g;
     }
-    merge_absent(into.absent, from.absent);
+    into.absent.count += from.absent.count;
+    for (int64_t d = 0; into.absent.sum && d < value_width_; ++d) into.absent.sum[d] += from.absent.sum[d];
   }
 
   void finish(int64_t b, const State& s, bool refining, const AgentPanel& panel) const noexcept {

@@ -13,7 +13,6 @@
 #include "hisac/route.h"
 #include "parallel.h"
 #include "route_rows.h"
-#include "tiles.h"
 
 namespace hisac {
 namespace {
@@ -169,25 +168,11 @@ class Backward {
 
   void unit(const Unit& unit, Worker& w) noexcept {
     const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
-    const bool leaf = params_.method == Method::leaf;
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    reset(w.stack[0]);
-    if (leaf) loader_.find_leaves(start, end, w.leaves, nullptr);
-    const int64_t items = leaf ? w.leaves.count : end - start;
-    fold(
-        leaf ? 0 : unit.first, leaf ? tiles_of(items) : unit.last, w.stack,
-        [&](int64_t t, State& state) {
-          reset(state);
-          for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, items); i += cpu::kBlock) {
-            const int64_t last = std::min({i + cpu::kBlock, (t + 1) * kTile, items});
-            if (leaf)
-              loader_.load_leaves(i, last, w.leaves, w.block);
-            else
-              loader_.load(start + i, start + last, w.block, nullptr);
-            block(w, state);
-          }
-        },
+    fold_rows(
+        loader_, params_, in_.histories, unit, w.leaves, w.block, w.stack, [&](State& s) { reset(s); },
+        [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
         [&](State& into, const State& from) { merge(into, from); });
     if (out_.v && params_.missing == Missing::token)
       missing_rows(unit.user, start + unit.first * kTile, std::min(end, start + unit.last * kTile), w);

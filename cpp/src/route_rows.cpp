@@ -83,7 +83,7 @@ bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noe
   return !load_x(row, block.x, block.norm) && has_value(row, v);
 }
 
-void RowLoader::add_absent(int64_t row, float* v, Absent* absent) const noexcept {
+void RowLoader::add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
   k_.add_row(in_.v.width, v, 1.f, absent->sum);
   ++absent->count;
@@ -98,21 +98,23 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
     } else {
-      add_absent(row, block.v + n * ldv, absent);
+      add_if_wanted(row, block.v + n * ldv, absent);
     }
   }
   block.n = n;
 }
 
-void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves, Absent* absent) const noexcept {
+void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {
+  for (int64_t row = begin; absent && absent->sum && row < end; ++row)
+    if (!load_x(row, block.x, block.norm)) add_if_wanted(row, v, absent);
+}
+
+void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves) const noexcept {
   int64_t n = 0;
   float norm;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = begin; row < end; ++row)
     if (load_x(row, leaves.x, &norm))
       leaves.entry[n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
-    else
-      add_absent(row, leaves.v, absent);
-  }
   std::sort(leaves.entry, leaves.entry + n);
   leaves.count = 0;
   for (int64_t i = 0; i < n; ++i)

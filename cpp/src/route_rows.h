@@ -6,6 +6,7 @@
 #include "codebook_body.h"
 #include "cpu/kernels.h"
 #include "hisac/route.h"
+#include "tiles.h"
 
 namespace hisac {
 
@@ -50,19 +51,21 @@ class RowLoader {
 
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
-  /// Rows [begin, end) of a user -> its leaves; absent rows as above.
-  void find_leaves(int64_t begin, int64_t end, Leaves& leaves, Absent* absent) const noexcept;
+  /// Rows [begin, end) of a user -> its leaves.
+  void find_leaves(int64_t begin, int64_t end, Leaves& leaves) const noexcept;
   /// Leaves [begin, end) as a block of their means.
   void load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& block) const noexcept;
 
   /// Whether a row is absent and has a finite v; block.x and v [V] are scratch.
   bool absent_with_value(int64_t row, Block& block, float* v) const noexcept;
+  /// Adds the absent rows of [begin, end) where wanted.
+  void add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept;
 
  private:
   bool load_x(int64_t row, float* x, float* norm) const noexcept;
   void load_v(int64_t row, float* v) const noexcept;
   bool has_value(int64_t row, float* v) const noexcept;
-  void add_absent(int64_t row, float* v, Absent* absent) const noexcept;
+  void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
 
   const RouteParams& params_;
@@ -70,6 +73,32 @@ class RowLoader {
   const cpu::Kernels& k_;
   int64_t width_, x_bytes_, v_bytes_;
 };
+
+/// Loads a unit's rows (or, by Method::leaf, its user's leaves) block by block and tile by tile: stack[0] = the merge
+/// of all tiles' states. reset(state) empties one, absent_of(state) is its Absent or null, body(state) adds the block,
+/// merge(into, from) adds a later state. Absent rows of leaves are added to the last state's.
+template <class State, class Reset, class AbsentOf, class Body, class Merge>
+void fold_rows(const RowLoader& loader, const RouteParams& params, const Histories& h, const Unit& unit, Leaves& leaves,
+               Block& block, State* stack, Reset reset, AbsentOf absent_of, Body body, Merge merge) {
+  const int64_t start = h.start(unit.user), end = h.end(unit.user);
+  const bool leaf = params.method == Method::leaf;
+  reset(stack[0]);
+  if (leaf) loader.find_leaves(start, end, leaves);
+  const int64_t items = leaf ? leaves.count : end - start;
+  const auto tile = [&](int64_t t, State& state) {
+    reset(state);
+    const int64_t last = std::min((t + 1) * kTile, items);
+    for (int64_t i = t * kTile; i < last; i += cpu::kBlock) {
+      if (leaf)
+        loader.load_leaves(i, std::min(i + cpu::kBlock, last), leaves, block);
+      else
+        loader.load(start + i, start + std::min(i + cpu::kBlock, last), block, absent_of(state));
+      body(state);
+    }
+  };
+  fold(leaf ? 0 : unit.first, leaf ? tiles_of(items) : unit.last, stack, tile, merge);
+  if (leaf) loader.add_absent(start, end, block, leaves.v, absent_of(stack[0]));
+}
 
 /// The present agents of one user, packed for products with x.
 struct AgentPanel {

@@ -9,6 +9,7 @@
 """
 
 import os
+import warnings
 from importlib.metadata import version
 
 from ._core import CorruptFileError
@@ -60,3 +61,10 @@ def _default_threads() -> int:
 
 
 set_num_threads(_default_threads())
+if os.environ.get("HISAC_ISA", backends()["cpu"]) != backends()["cpu"]:
+    warnings.warn(
+        f"HISAC_ISA={os.environ['HISAC_ISA']} is not to be had here (there is {', '.join(backends()['available'])});"
+        f" using {backends()['cpu']}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

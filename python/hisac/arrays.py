@@ -25,6 +25,8 @@ def _refuse_view(verb: str, name: str, x: Array) -> None:
     """Refuse a torch tensor that says more than its memory does, or lies elsewhere."""
     if x.requires_grad:
         raise TypeError(f"{verb}: {name} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()")
+    if sys.modules["torch"].autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(f"{verb}: {name} has a forward-mode tangent, which hisac.{verb} would cut; see hisac.torch")
     if x.is_nested or str(x.layout) != "torch.strided":
         raise TypeError(f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()")
     if x.is_conj() or x.is_neg():

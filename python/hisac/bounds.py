@@ -138,7 +138,7 @@ class _Logits:
         self.wrong = e  # of d
         self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
-        e = np.where((far / h.tau > HUGE) | (h.tau < 2.0**-126), np.inf, e)
+        e = np.where((far / h.tau > HUGE) | (h.tau < 2.0**-126) | np.isnan(e), np.inf, e)  # inf / inf: p lost, tau inf
         self.z, self.share = h.logits(normalize)
         if normalize == "agents":
             log_sum = reference.logsumexp(t, 1)

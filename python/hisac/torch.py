@@ -36,6 +36,7 @@ def register(book: Codebook) -> int:
 
     Modules and functions do it by themselves; who only runs an exported program has to.
 
+    >>> book = Codebook([torch.eye(2)])
     >>> register(book) % 2**64 == book.fingerprint
     True
     """
@@ -173,9 +174,9 @@ def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     core.attend_backward(*_dense(*tensors), scale, *results[:3], results[3] if bias else None)
 
 
-def _gradients_by_input(ctx: Any, inputs: Sequence[Any], at: Sequence[int], grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The gradients of the inputs `at`, in those inputs' types; None for every other input."""
-    found = {i: g.to(inputs[i].dtype) for i, g in zip(at, grads, strict=True) if ctx.needs_input_grad[i]}
+def _gradients_by_input(ctx: Any, at: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs `at`, None for every other input; torch casts them to the inputs' types."""
+    found = {i: g for i, g in zip(at, grads, strict=True) if ctx.needs_input_grad[i]}
     return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
@@ -199,7 +200,7 @@ def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, _: None
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
     d_tokens = torch.zeros_like(tokens) if d_tokens is None else d_tokens
     grads = torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options)
-    return _gradients_by_input(ctx, tensors, _ROUTE_WANTED, grads)
+    return _gradients_by_input(ctx, _ROUTE_WANTED, grads)
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -212,7 +213,7 @@ def _attend_back(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[
     out, lse, *tensors = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     grads = torch.ops.hisac.attend_backward(d_out, d_lse, out, lse, *tensors, ctx.scale)
-    return _gradients_by_input(ctx, tensors, (0, 1, 2, 4), grads)
+    return _gradients_by_input(ctx, (0, 1, 2, 4), grads)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -265,8 +266,8 @@ def _tau(temperature: float | Tensor, device: torch.device | None = None) -> Ten
 def encode(book: Codebook, x: Tensor) -> Tensor:
     """Semantic IDs as `hisac.encode`, without gradient: x [T, D] or jagged -> codes [T, L] int32.
 
-    >>> encode(book, torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
-    [[0, 0], [1, 1]]
+    >>> encode(Codebook([torch.eye(2)]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
+    [[0], [1]]
     """
     return cast(Tensor, torch.ops.hisac.encode(*_rows("encode", x), register(book)))
 
@@ -279,8 +280,8 @@ def vote(
 
     codes [T, L] int32, offsets [B + 1] or (starts, ends) or None for jagged codes, weights [T] -> Agents.
 
-    >>> codes = torch.tensor([[1, 1], [0, 0], [1, 1]], dtype=torch.int32)
-    >>> vote(book, codes, torch.tensor([0, 3]), budget=2).votes
+    >>> codes = torch.tensor([[1], [0], [1]], dtype=torch.int32)
+    >>> vote(Codebook([torch.eye(2)]), codes, torch.tensor([0, 3]), budget=2).votes
     tensor([[2, 1]])
     """
     starts, ends = _spans("vote", offsets, codes)
@@ -296,8 +297,8 @@ def vote(
 def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
     """As `Codebook.prototypes`: codes [..., L] int32, or Agents of this codebook -> [..., D] float32.
 
-    >>> prototypes(book, torch.tensor([[1, 1]], dtype=torch.int32))
-    tensor([[0., 2.]])
+    >>> prototypes(Codebook([torch.eye(2)]), torch.tensor([[1]], dtype=torch.int32))
+    tensor([[0., 1.]])
     """
     name = register(book)
     if isinstance(codes, Agents):
@@ -401,7 +402,7 @@ class Compressor(nn.Module):
     The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
 
-    >>> compress = Compressor(book, budget=2, normalize="agents")
+    >>> compress = Compressor(Codebook([torch.eye(2)]), budget=2, normalize="agents")
     >>> out = compress(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2]))
     >>> out.tokens.shape, out.agents.count.tolist()
     (torch.Size([1, 2, 3]), [2])

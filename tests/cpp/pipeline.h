@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole path, encode to attend and back, through the public headers, each verb in a workspace of exactly its size.
 #pragma once
+#include <limits>
 #include <string>
+#include <utility>
 
 #include "support.h"
 
@@ -18,13 +20,15 @@ struct Options {
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-/// Random numbers of a type; half-width bit patterns are drawn so that values stay within [-2, 2].
+/// Random numbers of a type, within [-1, 1).
 inline std::vector<std::byte> values(Random& random, DType dtype, int64_t n) {
   std::vector<std::byte> out(size(n * bytes_of(dtype)));
   for (int64_t i = 0; i < n; ++i) {
     const float x = random.uniform();
-    const int64_t magnitude = random.below(dtype == DType::bfloat16 ? 0x3fff : 0x3fff);
-    const uint16_t half = static_cast<uint16_t>(magnitude | random.below(2) << 15);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint16_t half = static_cast<uint16_t>(bits >> 16);  // bfloat16: the upper half
+    if (dtype == DType::float16) half = static_cast<uint16_t>((0x2c00 + random.below(0x1000)) | random.below(2) << 15);
     if (dtype == DType::float32)
       std::memcpy(out.data() + i * 4, &x, 4);
     else

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// No verb allocates; building and loading a codebook are the only calls that do, and they survive when memory is short.
+#include <doctest/doctest.h>
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <new>
+#include <string>
+
+#include "counting.h"
+#include "support.h"
+
+using namespace hisac;
+using counting::Scope;
+using test::Random;
+using test::uniform;
+using test::Workspace;
+
+TEST_CASE("the counter counts") {
+  Scope scope;
+  void* volatile p = std::malloc(10);
+  CHECK(scope.count() == 1);
+  std::free(p);
+  int* volatile q = new int(3);
+  CHECK(scope.count() == 2);
+  delete q;
+  std::thread([] { ::operator delete(::operator new(8)); }).join();
+  CHECK(scope.count() >= 3);
+}
+
+TEST_CASE("no verb allocates, serial or in a pool") {
+  Random random(12);
+  constexpr int64_t kRows = 5000, kWidth = 6, kSeats = 10, kUsers = 2;
+  const auto x = uniform(random, kRows * kWidth), v = uniform(random, kRows * kWidth), bias = uniform(random, kRows);
+  const std::vector<int64_t> offsets{0, 4600, kRows};
+  const std::vector<float> temperature{1};
+  std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers);
+  std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows);
+  std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * (kSeats + 1) * kWidth),
+      lse(kUsers * (kSeats + 1)), refined(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth),
+      dbias(kRows), dtau(1), dp(kUsers * kSeats * kWidth), out(kRows * kWidth), out_lse(kRows), centers(8 * kWidth);
+  const Rows xs = test::rows(x, kWidth), vs = test::rows(v, kWidth);
+  const Histories histories = test::histories(offsets);
+
+  for (int workers : {1, 3}) {
+    ThreadPool pool;
+    REQUIRE(pool.resize(workers).ok());
+    const Executor executor = pool.executor();
+    const Codebook book = test::codebook(random, {5, 4}, kWidth);
+    const auto check = [&](const char* name, size_t bytes, auto verb) {
+      CAPTURE(name);
+      CAPTURE(workers);
+      Workspace workspace(bytes);
+      const Context context{workspace.array(), &executor};
+      Status status;
+      Scope scope;
+      status = verb(context);
+      const long counted = scope.count();
+      CHECK(std::string(status.what()) == "");
+      CHECK(counted == 0);
+    };
+    const auto counted_size = [&](auto size) {
+      Scope scope;
+      const size_t bytes = size();
+      CHECK(scope.count() == 0);
+      return bytes;
+    };
+
+    check("encode", counted_size([&] { return encode_workspace(book, workers); }),
+          [&](const Context& c) { return encode(c, book, xs, {codes.data(), {kRows, 2}}); });
+    check("leaves", 0, [&](const Context&) { return leaves(book, {codes.data(), {kRows, 2}}, {leaf.data(), {kRows}}); });
+    for (bool by_budget : {true, false}) {
+      VoteParams params;
+      if (by_budget)
+        params.budget = kSeats;
+      else
+        params.fanout[0] = 5, params.fanout[1] = 2;
+      check("vote", counted_size([&] { return vote_workspace(book, params, kRows, workers); }), [&](const Context& c) {
+        return vote(c, book, params, {codes.data(), {kRows, 2}}, histories, {bias.data(), {kRows}},
+                    {{agents.data(), {kUsers, kSeats, 2}}, {votes.data(), {kUsers, kSeats}}, {count.data(), {kUsers}}});
+      });
+    }
+    check("prototypes", 0, [&](const Context& c) {
+      return hisac::prototypes(c, book, {agents.data(), {kUsers * kSeats, 2}},
+                               {prototypes.data(), {kUsers * kSeats, kWidth}});
+    });
+    for (Method method : {Method::exact, Method::leaf})
+      for (Normalize normalize : {Normalize::history, Normalize::agents}) {
+        RouteParams params{normalize, method, Missing::token, 1, {temperature.data(), {1}}};
+        const RouteInputs in{xs, vs, histories, {prototypes.data(), {kUsers, kSeats, kWidth}}, {count.data(), {kUsers}},
+                             {bias.data(), {kRows}}, {codes.data(), {kRows, 2}}, &book};
+        constexpr int64_t kTokens = kSeats + 1;
+        check("route", counted_size([&] { return route_workspace(params, in, kRows, workers); }),
+              [&](const Context& c) {
+                return route(c, params, in, {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
+                                             {lse.data(), {kUsers, kTokens}}, {refined.data(), {kUsers, kSeats, kWidth}}});
+              });
+        params.refine = 0;
+        RouteGradients gradients{{dv.data(), {kRows, kWidth}}, {dtau.data(), {1}}, {}, {}, {}};
+        if (method == Method::exact) {
+          gradients.bias = {dbias.data(), {kRows}};
+          gradients.x = {dx.data(), {kRows, kWidth}};
+          gradients.prototypes = {dp.data(), {kUsers, kSeats, kWidth}};
+        }
+        check("route_backward",
+              counted_size([&] { return route_backward_workspace(params, in, gradients, kRows, workers); }),
+              [&](const Context& c) {
+                return route_backward(c, params, in, {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth),
+                                                      {lse.data(), {kUsers, kTokens}}}, gradients);
+              });
+      }
+    const AttendInputs in{xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, histories, {}, 1};
+    check("attend", counted_size([&] { return attend_workspace(in, workers); }), [&](const Context& c) {
+      return attend(c, in, {{out.data(), DType::float32, kRows, kWidth}, {out_lse.data(), {kRows, 1}}});
+    });
+    check("attend_backward", counted_size([&] { return attend_backward_workspace(in, workers); }),
+          [&](const Context& c) {
+            return attend_backward(c, in, {vs, {}, test::rows(out, kWidth), {out_lse.data(), {kRows, 1}}},
+                                   {{dx.data(), {kRows, 1, kWidth}}, {dp.data(), {kUsers, kSeats, 1, kWidth}},
+                                    {refined.data(), {kUsers, kSeats, 1, kWidth}}, {}});
+          });
+    FitParams params;
+    params.levels = 2;
+    params.sizes[0] = params.sizes[1] = 4;
+    params.iterations = 3;
+    const Array<float, 2> levels[] = {{centers.data(), {4, kWidth}}, {centers.data() + 4 * kWidth, {4, kWidth}}};
+    FitReport report;
+    check("fit", counted_size([&] { return fit_workspace(params, kRows, kWidth, workers); }),
+          [&](const Context& c) { return fit(c, params, xs, levels, &report); });
+  }
+}
+
+TEST_CASE("errors do not allocate either") {
+  const Codebook none;
+  Status status;
+  Scope scope;
+  status = encode({}, none, {}, {});
+  CHECK(scope.count() == 0);
+  CHECK(status.code() == Code::invalid_argument);
+}
+
+TEST_CASE("out of memory is a Status and loses nothing" * doctest::skip(!counting::kCanFail)) {
+  Random random(13);
+  const auto centers = uniform(random, 12);
+  const Array<const float, 2> arrays[] = {test::matrix(centers, 4, 3)};
+  Codebook book;
+  REQUIRE(Codebook::build(arrays, 1, &book).ok());
+  const uint64_t before = book.fingerprint();
+  std::vector<std::byte> bytes(book.file_size());
+  REQUIRE(book.serialize({bytes.data(), {static_cast<int64_t>(bytes.size())}}).ok());
+  const std::string path = "/tmp/hisac_test_" + std::to_string(::getpid()) + ".safetensors";
+  REQUIRE(book.save(path.c_str()).ok());
+
+  const auto with_failure = [&](auto call) {
+    counting::failing = true;
+    const Status status = call();
+    counting::failing = false;
+    CHECK(status.code() == Code::out_of_memory);
+    return std::string(status.what());
+  };
+  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 80 floats");
+  CHECK(with_failure([&] { return Codebook::parse(bytes.data(), bytes.size(), &book); }) ==
+        "codebook file: out of memory for 48 bytes");
+  const std::string all = "codebook file: out of memory for " + std::to_string(bytes.size()) + " bytes";
+  CHECK(with_failure([&] { return Codebook::load(path.c_str(), &book); }) == all);
+  CHECK(with_failure([&] { return book.save(path.c_str()); }) == all);
+  ThreadPool pool;
+  REQUIRE(pool.resize(4).ok());
+  counting::failing = true;
+  const Executor serial = pool.executor();
+  counting::failing = false;
+  CHECK(serial.workers == 1);
+  CHECK(book.fingerprint() == before);
+  std::remove(path.c_str());
+}

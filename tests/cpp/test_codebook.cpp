@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codebooks as bytes: what is written reads back; every corruption is refused by name and leaves the target as it was.
+#include <doctest/doctest.h>
+
+#include <cstdio>
+#include <limits>
+#include <string>
+
+#include "support.h"
+
+using namespace hisac;
+using test::Random;
+
+namespace {
+
+std::string bytes_of(const Codebook& book) {
+  std::string out(book.file_size(), 0);
+  REQUIRE(book.serialize({reinterpret_cast<std::byte*>(out.data()), {static_cast<int64_t>(out.size())}}).ok());
+  return out;
+}
+
+/// A file of this header and payload.
+std::string file(const std::string& header, const std::string& payload) {
+  const uint64_t length = header.size();
+  return std::string(reinterpret_cast<const char*>(&length), 8) + header + payload;
+}
+
+/// [2, 1] centers 1, 2: the smallest interesting codebook, its header open to edits.
+constexpr const char* kHeader =
+    R"({"__metadata__":{"fingerprint":"FINGERPRINT","format":"hisac.codebook","version":"1"},)"
+    R"("centers.0":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}})";
+
+std::string payload() {
+  const float centers[] = {1, 2};
+  return std::string(reinterpret_cast<const char*>(centers), 8);
+}
+
+std::string fingerprint() {
+  const float values[] = {1, 2};
+  const Array<const float, 2> centers[] = {{values, {2, 1}}};
+  Codebook book;
+  REQUIRE(Codebook::build(centers, 1, &book).ok());
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(book.fingerprint()));
+  return text;
+}
+
+std::string replaced(std::string text, const std::string& from, const std::string& to) {
+  const size_t at = text.find(from);
+  REQUIRE(at != std::string::npos);
+  return text.replace(at, from.size(), to);
+}
+
+std::string header(const std::string& from = "", const std::string& to = "") {
+  const std::string good = replaced(kHeader, "FINGERPRINT", fingerprint());
+  return from.empty() ? good : replaced(good, from, to);
+}
+
+Status parse(const std::string& bytes, Codebook* out) {
+  test::Guarded<char> exact(std::vector<char>(bytes.begin(), bytes.end()));  // one byte past the end is a finding
+  return Codebook::parse(exact.data(), bytes.size(), out);
+}
+
+}  // namespace
+
+TEST_CASE("what is written reads back, for every depth") {
+  Random random(30);
+  for (int levels = 1; levels <= kMaxLevels; ++levels) {
+    std::vector<int64_t> sizes;
+    for (int l = 0; l < levels; ++l) sizes.push_back(1 + random.below(20));
+    const Codebook book = test::codebook(random, sizes, 1 + random.below(9));
+    const std::string bytes = bytes_of(book);
+    Codebook back;
+    REQUIRE(parse(bytes, &back).ok());
+    CHECK(back.fingerprint() == book.fingerprint());
+    CHECK(back.levels() == levels);
+    CHECK(back.width() == book.width());
+    for (int l = 0; l < levels; ++l)
+      CHECK(std::equal(book.centers(l), book.centers(l) + book.size(l) * book.width(), back.centers(l)));
+    CHECK(bytes_of(back) == bytes);
+  }
+}
+
+TEST_CASE("other writers' layouts of the same header are read") {
+  Codebook book;
+  CHECK(parse(file(header(), payload()), &book).ok());
+  CHECK(parse(file(header() + "   \n\t", payload()), &book).ok());
+  CHECK(parse(file(header("\"shape\":[2,1]", " \"shape\" : [ 2 , 1 ] "), payload()), &book).ok());
+  CHECK(parse(file(header("\"version\":\"1\"", R"("version":"1","made by":"a \"tool\" \\")"), payload()), &book).ok());
+  CHECK(parse(file(R"({"centers.0":{"data_offsets":[0,8],"shape":[2,1],"dtype":"F32"},"__metadata__":{"version":"1",)"
+                   R"("format":"hisac.codebook","fingerprint":")" + fingerprint() + "\"}}", payload()), &book).ok());
+}
+
+TEST_CASE("corruptions are refused by name") {
+  const std::string json = "the header is not the JSON that the format needs", good = file(header(), payload());
+  const std::string fields = "a tensor needs dtype, shape [C, D] and data_offsets",
+                    fit = "a tensor's shape and data_offsets do not fit the file",
+                    metadata = "metadata expected format, version and fingerprint",
+                    longer = "the header is longer than the file, or than 1 MiB",
+                    name = "tensors expected centers.0 to centers.7, got another name";
+  const float bad[] = {1, std::numeric_limits<float>::quiet_NaN()};
+  const std::string nan(reinterpret_cast<const char*>(bad), 8);
+  const auto with = [](const std::string& from, const std::string& to) { return file(header(from, to), payload()); };
+  const std::string tensor = R"("centers.0":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]})";
+  const struct {
+    const char* what;
+    std::string bytes, message;
+  } table[] = {
+      {"nothing", "", "expected at least 8 bytes"},
+      {"7 bytes", good.substr(0, 7), "expected at least 8 bytes"},
+      {"length only", good.substr(0, 8), longer},
+      {"header cut", good.substr(0, 40), longer},
+      {"payload cut", good.substr(0, good.size() - 1), fit},
+      {"payload gone", file(header(), ""), fit},
+      {"a byte more", good + "x", "bytes left over after the last tensor"},
+      {"length of 2^64 - 1", std::string(8, '\xff') + good.substr(8), longer},
+      {"length past 1 MiB", file(header() + std::string(1 << 20, ' '), payload()), longer},
+      {"length 0", file("", payload()), "the header is no JSON object"},
+      {"a list", file("[]", payload()), "the header is no JSON object"},
+      {"no members", file("{}", payload()), json},
+      {"no closing brace", file(header().substr(0, header().size() - 1), payload()), json},
+      {"two headers", file(header() + header(), payload()), json},
+      {"a NUL after it", file(header() + std::string(1, 0), payload()), json},
+      {"a control character in a name", with("centers.0", "centers\n0"), json},
+      {"a name that ends in a backslash", file("{\"a\\", ""), json},
+      {"a comma too many", with("[0,8]}}", "[0,8]},}"), json},
+      {"no colon", with("\"centers.0\":", "\"centers.0\""), json},
+      {"another tensor", with("centers.0", "centers.x"), name},
+      {"level 8", with("centers.0", "centers.8"), name},
+      {"level 10", with("centers.0", "centers.10"), name},
+      {"level 1 alone", with("centers.0", "centers.1"), "a level is missing"},
+      {"no tensor", with("," + tensor, ""), "no level"},
+      {"a tensor twice", with(tensor, tensor + "," + tensor), "a tensor appears twice"},
+      {"F64", with("F32", "F64"), "a tensor's dtype expected F32"},
+      {"a field unknown", with("\"dtype\"", "\"type\""), "a tensor has an unknown field"},
+      {"no dtype", with(R"("dtype":"F32",)", ""), fields},
+      {"no shape", with(R"("shape":[2,1],)", ""), fields},
+      {"no data_offsets", with(R"(,"data_offsets":[0,8])", ""), fields},
+      {"one dimension", with("[2,1]", "[2]"), fields},
+      {"three dimensions", with("[2,1]", "[2,1,1]"), fields},
+      {"negative", with("[2,1]", "[-2,1]"), fields},
+      {"a fraction", with("[2,1]", "[2.0,1]"), fields},
+      {"19 digits", with("[2,1]", "[2000000000000000000,1]"), fields},
+      {"no digits", with("[2,1]", "[,1]"), fields},
+      {"no codes", with("[2,1]", "[0,1]"), fit},
+      {"no width", with("[2,1]", "[2,0]"), fit},
+      {"a shape that overflows", with("[2,1]", "[1048577,1048577]"), fit},
+      {"a large shape", with("[2,1]", "[1048576,1048576]"), fit},
+      {"a shape beyond its bytes", with("[2,1]", "[3,1]"), fit},
+      {"bytes before the tensor", with("[0,8]", "[4,8]"), fit},
+      {"bytes back to front", with("[0,8]", "[8,0]"), fit},
+      {"bytes past the file", with("[0,8]", "[0,16]"), fit},
+      {"no format", with(R"("format":"hisac.codebook",)", ""), metadata},
+      {"no version", with(R"(,"version":"1")", ""), metadata},
+      {"no fingerprint", with(R"("fingerprint":")" + fingerprint() + "\",", ""), metadata},
+      {"empty metadata", file("{\"__metadata__\":{}," + tensor + "}", payload()), metadata},
+      {"no metadata", file("{" + tensor + "}", payload()), metadata},
+      {"metadata of numbers", with("\"version\":\"1\"", "\"version\":1"), "the metadata is not a map of strings"},
+      {"another format", with("hisac.codebook", "pt"), "metadata format expected hisac.codebook, got another"},
+      {"version 2", with("\"version\":\"1\"", "\"version\":\"2\""), "version expected 1, got 2"},
+      {"a fingerprint of 15 digits", with(fingerprint(), fingerprint().substr(1)),
+       "metadata fingerprint expected 16 hex digits"},
+      {"a fingerprint in capitals", with(fingerprint(), "ABCDEFABCDEFABCD"), "metadata fingerprint expected 16 hex digits"},
+      {"another fingerprint", with(fingerprint(), "0123456789abcdef"),
+       "fingerprint expected 0123456789abcdef, the centers have " + fingerprint()},
+      {"a flipped bit", file(header(), nan.substr(0, 3) + payload().substr(3, 4) + "\x41"), ""},
+      {"NaN", file(header(), nan), "Codebook: expected finite centers, got nan at [1, 0] of level 0"},
+  };
+  Random random(31);
+  for (const auto& row : table) {
+    CAPTURE(row.what);
+    Codebook book = test::codebook(random, {2}, 2);
+    const uint64_t before = book.fingerprint();
+    const Status status = parse(row.bytes, &book);
+    CHECK(status.code() == Code::corrupt_file);
+    if (!row.message.empty()) CHECK(std::string(status.what()) == "codebook file: " + row.message);
+    CHECK(book.fingerprint() == before);
+  }
+}
+
+TEST_CASE("no truncation and no single flipped bit passes") {
+  const std::string good = file(header(), payload());
+  Codebook book;
+  for (size_t n = 0; n < good.size(); ++n) CHECK(parse(good.substr(0, n), &book).code() == Code::corrupt_file);
+  int passed = 0;
+  for (size_t i = 0; i < good.size() * 8; ++i) {
+    std::string bad = good;
+    bad[i / 8] = static_cast<char>(bad[i / 8] ^ (1 << i % 8));
+    if (parse(bad, &book).ok()) ++passed;
+  }
+  CHECK(passed == 0);
+  CHECK(book.empty());
+}
+
+TEST_CASE("a codebook moves, and moved from is empty") {
+  Random random(32);
+  Codebook a = test::codebook(random, {3, 2}, 4), b = test::codebook(random, {2}, 1);
+  const uint64_t print = a.fingerprint();
+  b = static_cast<Codebook&&>(a);
+  CHECK(a.empty());
+  CHECK(a.levels() == 0);
+  CHECK(a.width() == 0);
+  CHECK(a.fingerprint() == 0);
+  CHECK(a.file_size() == 0);
+  CHECK(b.fingerprint() == print);
+  Codebook& self = b;
+  b = static_cast<Codebook&&>(self);
+  CHECK(b.fingerprint() == print);
+  const Codebook c(static_cast<Codebook&&>(b));
+  CHECK(c.fingerprint() == print);
+}
+
+TEST_CASE("leaves and prototypes by hand") {
+  const std::vector<float> first{1, 2, 3, 4}, second{.5f, .25f, 10, 20, 0, 0};
+  const Array<const float, 2> centers[] = {test::matrix(first, 2, 2), test::matrix(second, 3, 2)};
+  Codebook book;
+  REQUIRE(Codebook::build(centers, 2, &book).ok());
+  const std::vector<int32_t> codes{0, 0, 0, 2, 1, 1, -1, 0, 0, 3, 2, 0, 1 << 30, 1 << 30};
+  std::vector<int64_t> numbers(7);
+  REQUIRE(leaves(book, {codes.data(), {7, 2}}, {numbers.data(), {7}}).ok());
+  CHECK(numbers == std::vector<int64_t>{0, 2, 4, -1, -1, -1, -1});
+  std::vector<float> sums(14);
+  REQUIRE(prototypes({}, book, {codes.data(), {7, 2}}, {sums.data(), {7, 2}}).ok());
+  CHECK(sums == std::vector<float>{1.5f, 2.25f, 1, 2, 13, 24, 0, 0, 0, 0, 0, 0, 0, 0});
+}

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// Nothing at all, users without rows, int32 offsets, and histories that overlap.
+#include <doctest/doctest.h>
+
+#include <limits>
+#include <string>
+
+#include "pipeline.h"
+
+using namespace hisac;
+using test::Random;
+using test::uniform;
+
+namespace {
+
+constexpr int64_t kWidth = 3;
+
+std::string what(const Status& status) { return status.what(); }
+
+/// Routes `users` histories over `rows` rows to `agents` agents, forward and back; empty vectors have null data.
+void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<int64_t>& starts,
+               const std::vector<int64_t>& ends) {
+  CAPTURE(users);
+  CAPTURE(rows);
+  CAPTURE(agents);
+  Random random(20);
+  const auto x = uniform(random, rows * kWidth), p = uniform(random, users * agents * kWidth);
+  const std::vector<float> temperature{1};
+  const Histories histories{starts.data(), ends.data(), DType::int64, users};
+  for (Missing missing : {Missing::drop, Missing::token})
+    for (int refine : {0, 1}) {
+      const int64_t m = agents + (missing == Missing::token);
+      RouteParams params{Normalize::agents, Method::exact, missing, refine, {temperature.data(), {1}}};
+      const RouteInputs in{test::rows(x, kWidth), test::rows(x, kWidth), histories,
+                           {p.data(), {users, agents, kWidth}}, {}, {}, {}, nullptr};
+      std::vector<float> tokens(test::size(users * m * kWidth), 7.f), lse(test::size(users * m), 7.f),
+          refined(test::size(users * agents * kWidth));
+      test::Workspace workspace(route_workspace(params, in, rows, 1));
+      CHECK(what(route({workspace.array(), nullptr}, params, in,
+                       {{tokens.data(), DType::float32, users * m, kWidth}, {lse.data(), {users, m}},
+                        {refined.data(), {users, agents, kWidth}}})) == "");
+      for (int64_t b = 0; b < users; ++b)
+        if (starts[test::size(b)] == ends[test::size(b)])
+          for (int64_t a = b * m; a < (b + 1) * m; ++a) {
+            CHECK(lse[test::size(a)] == -std::numeric_limits<float>::infinity());
+            for (int64_t d = 0; d < kWidth; ++d) CHECK(tokens[test::size(a * kWidth + d)] == 0.f);
+          }
+      params.refine = 0;
+      std::vector<float> dv(x.size()), dtau(1, 7.f), dx(x.size()), dbias(test::size(rows)), dp(p.size());
+      const RouteGradients out{{dv.data(), {rows, kWidth}}, {dtau.data(), {1}}, {dbias.data(), {rows}},
+                               {dx.data(), {rows, kWidth}}, {dp.data(), {users, agents, kWidth}}};
+      test::Workspace backward(route_backward_workspace(params, in, out, rows, 1));
+      CHECK(what(route_backward({backward.array(), nullptr}, params, in,
+                                {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {users, m}}},
+                                out)) == "");
+      if (rows == 0 || agents == 0 || users == 0) CHECK(dtau[0] == 0.f);
+    }
+}
+
+void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<int64_t>& offsets) {
+  CAPTURE(users);
+  CAPTURE(pairs);
+  CAPTURE(tokens);
+  Random random(21);
+  const auto q = uniform(random, pairs * 2 * kWidth), k = uniform(random, users * tokens * 2 * kWidth);
+  const AttendInputs in{test::rows(q, kWidth), test::rows(k, kWidth), test::rows(k, kWidth), tokens, 2,
+                        test::histories(offsets), {}, 1};
+  std::vector<float> out(q.size(), 7.f), lse(test::size(pairs * 2), 7.f);
+  test::Workspace workspace(attend_workspace(in, 1));
+  CHECK(what(attend({workspace.array(), nullptr}, in,
+                    {{out.data(), DType::float32, pairs * 2, kWidth}, {lse.data(), {pairs, 2}}})) == "");
+  if (tokens == 0)
+    for (float f : lse) CHECK(f == -std::numeric_limits<float>::infinity());
+  if (tokens == 0)
+    for (float f : out) CHECK(f == 0.f);
+  std::vector<float> dq(q.size()), dk(k.size(), 7.f), dv(k.size());
+  test::Workspace backward(attend_backward_workspace(in, 1));
+  CHECK(what(attend_backward({backward.array(), nullptr}, in,
+                             {test::rows(out, kWidth), {}, test::rows(out, kWidth), {lse.data(), {pairs, 2}}},
+                             {{dq.data(), {pairs, 2, kWidth}}, {dk.data(), {users, tokens, 2, kWidth}},
+                              {dv.data(), {users, tokens, 2, kWidth}}, {}})) == "");
+  if (pairs == 0)
+    for (float f : dk) CHECK(f == 0.f);
+}
+
+}  // namespace
+
+TEST_CASE("no rows: encode, leaves, prototypes") {
+  Random random(22);
+  const Codebook book = test::codebook(random, {3, 2}, kWidth);
+  test::Workspace workspace(encode_workspace(book, 1));
+  CHECK(what(encode({workspace.array(), nullptr}, book, {nullptr, DType::float32, 0, kWidth}, {nullptr, {0, 2}})) == "");
+  CHECK(what(leaves(book, {nullptr, {0, 2}}, {nullptr, {0}})) == "");
+  CHECK(what(prototypes({}, book, {nullptr, {0, 2}}, {nullptr, {0, kWidth}})) == "");
+}
+
+TEST_CASE("no rows or no users: vote") {
+  Random random(23);
+  const Codebook book = test::codebook(random, {3, 2}, kWidth);
+  VoteParams params;
+  params.budget = 4;
+  std::vector<int32_t> agents(2 * 4 * 2), count{7, 7};
+  std::vector<int64_t> votes(8, 7), zeros(3);
+  test::Workspace workspace(vote_workspace(book, params, 0, 1));
+  const Context context{workspace.array(), nullptr};
+  CHECK(what(vote(context, book, params, {nullptr, {0, 2}}, test::histories(zeros), {},
+                  {{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}})) == "");
+  CHECK(agents == std::vector<int32_t>(16, -1));
+  CHECK(votes == std::vector<int64_t>(8, 0));
+  CHECK(count == std::vector<int32_t>{0, 0});
+  CHECK(what(vote(context, book, params, {nullptr, {0, 2}}, {}, {},
+                  {{nullptr, {0, 4, 2}}, {nullptr, {0, 4}}, {nullptr, {0}}})) == "");
+}
+
+TEST_CASE("no users, no rows, no agents, in every combination: route and its backward") {
+  for (int64_t agents : {0, 1, 5}) {
+    route_all(0, 0, agents, {}, {});
+    route_all(0, 4, agents, {}, {});
+    route_all(3, 0, agents, {0, 0, 0}, {0, 0, 0});
+    route_all(3, 4, agents, {0, 2, 2}, {2, 2, 4});
+  }
+}
+
+TEST_CASE("no users, no candidates, no tokens, in every combination: attend and its backward") {
+  for (int64_t tokens : {0, 1, 5}) {
+    attend_all(0, 0, tokens, {0});
+    attend_all(2, 0, tokens, {0, 0, 0});
+    attend_all(2, 3, tokens, {0, 0, 3});
+  }
+}
+
+TEST_CASE("candidates outside every user's range have no output") {
+  const std::vector<float> q{1, 1, 1}, k{1};
+  const std::vector<int64_t> starts{1}, ends{2};
+  const AttendInputs in{test::rows(q, 1), test::rows(k, 1), test::rows(k, 1), 1, 1,
+                        {starts.data(), ends.data(), DType::int64, 1}, {}, 1};
+  float out[3], lse[3];
+  REQUIRE(test::exactly(attend_workspace(in, 1), nullptr, [&](const Context& c) {
+    return attend(c, in, {{out, DType::float32, 3, 1}, {lse, {3, 1}}});
+  }));
+  const float none = -std::numeric_limits<float>::infinity();
+  CHECK((out[0] == 0 && out[1] == 1 && out[2] == 0));
+  CHECK((lse[0] == none && lse[1] == 1 && lse[2] == none));
+}
+
+TEST_CASE("int32 and int64 offsets are one") {
+  const int32_t narrow[] = {0, 4, 4, 9};
+  const int64_t wide[] = {0, 4, 4, 9};
+  const Histories a{narrow, narrow + 1, DType::int32, 3}, b{wide, wide + 1, DType::int64, 3};
+  for (int64_t u = 0; u < 3; ++u) CHECK((a.start(u) == b.start(u) && a.end(u) == b.end(u)));
+  Random random(24);
+  const Codebook book = test::codebook(random, {3}, 1);
+  const std::vector<int32_t> codes{0, 1, 1, 2, 2, 2, 0, 1, 2};
+  VoteParams params;
+  params.budget = 3;
+  std::vector<int64_t> votes[2]{std::vector<int64_t>(9), std::vector<int64_t>(9)};
+  int i = 0;
+  for (const Histories& h : {a, b}) {
+    std::vector<int32_t> agents(9), count(3);
+    int64_t* const out = votes[i++].data();
+    REQUIRE(test::exactly(vote_workspace(book, params, 9, 1), nullptr, [&](const Context& c) {
+      return vote(c, book, params, {codes.data(), {9, 1}}, h, {},
+                  {{agents.data(), {3, 3, 1}}, {out, {3, 3}}, {count.data(), {3}}});
+    }));
+  }
+  CHECK(votes[0] == std::vector<int64_t>{2, 1, 1, 0, 0, 0, 3, 1, 1});
+  CHECK(votes[1] == votes[0]);
+}
+
+TEST_CASE("overlapping histories: each user as if alone, gradients of shared rows add up, the same bits by threads") {
+  Random random(25);
+  constexpr int64_t kRows = 3000, kAgents = 6, kUsers = 5;
+  const std::vector<int64_t> starts{0, 500, 100, 2500, 2400}, ends{3000, 2900, 2600, 2500, 3000};
+  const auto x = uniform(random, kRows * kWidth), p = uniform(random, kUsers * kAgents * kWidth),
+             d_tokens = uniform(random, kUsers * kAgents * kWidth);
+  const std::vector<float> temperature{1};
+  const RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
+  struct Out {
+    std::vector<float> tokens, lse, dv, dx, dbias;
+  };
+  const auto solve = [&](int64_t first, int64_t users, const Executor* executor) {
+    const int workers = workers_of({{}, executor});
+    const int64_t agents = users * kAgents;
+    const RouteInputs in{test::rows(x, kWidth), test::rows(x, kWidth),
+                         {starts.data() + first, ends.data() + first, DType::int64, users},
+                         {p.data() + first * kAgents * kWidth, {users, kAgents, kWidth}}, {}, {}, {}, nullptr};
+    Out out{std::vector<float>(test::size(agents * kWidth)), std::vector<float>(test::size(agents)),
+            std::vector<float>(kRows * kWidth), std::vector<float>(kRows * kWidth), std::vector<float>(kRows)};
+    REQUIRE(test::exactly(route_workspace(params, in, kRows, workers), executor, [&](const Context& c) {
+      return route(c, params, in,
+                   {{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}});
+    }));
+    const RouteGradients gradients{
+        {out.dv.data(), {kRows, kWidth}}, {}, {out.dbias.data(), {kRows}}, {out.dx.data(), {kRows, kWidth}}, {}};
+    REQUIRE(test::exactly(route_backward_workspace(params, in, gradients, kRows, workers), executor,
+                          [&](const Context& c) {
+                            return route_backward(c, params, in,
+                                                  {{d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
+                                                   {}, test::rows(out.tokens, kWidth), {out.lse.data(), {users, kAgents}}},
+                                                  gradients);
+                          }));
+    return out;
+  };
+  const Out all = solve(0, kUsers, nullptr);
+  std::vector<double> dv(all.dv.size()), dx(all.dx.size()), dbias(all.dbias.size());
+  for (int64_t b = 0; b < kUsers; ++b) {
+    const Out one = solve(b, 1, nullptr);
+    CHECK(std::equal(one.tokens.begin(), one.tokens.end(), all.tokens.begin() + b * kAgents * kWidth));
+    CHECK(std::equal(one.lse.begin(), one.lse.end(), all.lse.begin() + b * kAgents));
+    for (size_t i = 0; i < dv.size(); ++i) dv[i] += double(one.dv[i]);
+    for (size_t i = 0; i < dx.size(); ++i) dx[i] += double(one.dx[i]);
+    for (size_t i = 0; i < dbias.size(); ++i) dbias[i] += double(one.dbias[i]);
+  }
+  const auto close = [](const std::vector<float>& a, const std::vector<double>& b) {
+    double most = 0, size = 0;
+    for (size_t i = 0; i < b.size(); ++i) {
+      most = std::max(most, std::abs(double(a[i]) - b[i]));
+      size = std::max(size, std::abs(b[i]));
+    }
+    CHECK(size > 0);
+    CHECK(most <= 1e-6 * size);
+  };
+  close(all.dv, dv);
+  close(all.dx, dx);
+  close(all.dbias, dbias);
+  for (int workers : {2, 7}) {
+    test::Threads threads{workers};
+    const Executor executor = threads.executor();
+    const Out shared = solve(0, kUsers, &executor);
+    CHECK(shared.tokens == all.tokens);
+    CHECK(shared.dv == all.dv);
+    CHECK(shared.dx == all.dx);
+    CHECK(shared.dbias == all.dbias);
+  }
+}

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every error of the core's verbs, word for word (files: test_codebook, test_save; workspaces: test_workspace).
+#include <doctest/doctest.h>
+
+#include <limits>
+#include <string>
+
+#include "support.h"
+
+using namespace hisac;
+
+namespace {
+
+void is(const Status& status, Code code, const std::string& message) {
+  CHECK(std::string(status.what()) == message);
+  CHECK(static_cast<int>(status.code()) == static_cast<int>(code));
+}
+void invalid(const Status& status, const std::string& message) { is(status, Code::invalid_argument, message); }
+
+/// Arguments that are right, for tests to spoil one at a time: 2 users, 6 rows, D = 3, V = 2, M = 4, codes [2, 3].
+struct Right {
+  test::Random random{40};
+  Codebook book = test::codebook(random, {2, 3}, 3);
+  std::vector<float> x = std::vector<float>(18), v = std::vector<float>(12), p = std::vector<float>(24),
+                     tokens = std::vector<float>(60), lse = std::vector<float>(10), one = std::vector<float>(1, 1.f);
+  std::vector<int32_t> codes = std::vector<int32_t>(12), agents = std::vector<int32_t>(16), count{4, 4};
+  std::vector<int64_t> votes = std::vector<int64_t>(8), offsets{0, 3, 6};
+  test::Workspace workspace{1 << 20};
+  Context context{workspace.array(), nullptr};
+  VoteParams voting;
+  Histories histories = test::histories(offsets);
+  Agents seats{{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}};
+  Array<const int32_t, 2> given{codes.data(), {6, 2}};
+
+  RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {one.data(), {1}}};
+  RouteInputs in{test::rows(x, 3), test::rows(v, 2), test::histories(offsets), {p.data(), {2, 4, 3}}, {}, {}, {}, nullptr};
+  Tokens out{{tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}, {}};
+  RouteForward forward{{tokens.data(), DType::float32, 8, 2}, {}, {tokens.data(), DType::float32, 8, 2},
+                       {lse.data(), {2, 4}}};
+  RouteGradients gradients;
+
+  AttendInputs attention{test::rows(v, 2), {x.data(), DType::float32, 4, 2}, {p.data(), DType::float32, 4, 3}, 2, 1,
+                         test::histories(offsets), {}, 1};  // N = 6, M = 2, d = 2, V = 3
+  Attended attended{{tokens.data(), DType::float32, 6, 3}, {lse.data(), {6, 1}}};
+  AttendForward attend_forward{{tokens.data(), DType::float32, 6, 3}, {}, {tokens.data(), DType::float32, 6, 3},
+                               {lse.data(), {6, 1}}};
+  std::vector<float> dq = std::vector<float>(12), dk = std::vector<float>(8), dv = std::vector<float>(12),
+                     db = std::vector<float>(4);
+  AttendGradients attend_gradients{
+      {dq.data(), {6, 1, 2}}, {dk.data(), {2, 2, 1, 2}}, {dv.data(), {2, 2, 1, 3}}, {}};
+
+  Right() { voting.budget = 4; }
+
+  Status vote() { return hisac::vote(context, book, voting, given, histories, {}, seats); }
+  Status route() { return hisac::route(context, params, in, out); }
+  Status route_backward() { return hisac::route_backward(context, params, in, forward, gradients); }
+  Status attend() { return hisac::attend(context, attention, attended); }
+  Status attend_backward() { return hisac::attend_backward(context, attention, attend_forward, attend_gradients); }
+};
+
+constexpr const char* kFloats = " expected float32, bfloat16 or float16";
+
+}  // namespace
+
+TEST_CASE("what is right is ok") {
+  Right r;
+  CHECK(std::string(r.vote().what()) == "");
+  CHECK(std::string(r.route().what()) == "");
+  CHECK(std::string(r.route_backward().what()) == "");
+  CHECK(std::string(r.attend().what()) == "");
+  CHECK(std::string(r.attend_backward().what()) == "");
+  CHECK(Status().ok());
+  CHECK(Status().code() == Code::ok);
+}
+
+TEST_CASE("a message is cut at its end, never past it") {
+  const Status status = Status::error(Code::io_error, "%s", std::string(1000, 'x').c_str());
+  CHECK(std::string(status.what()) == std::string(251, 'x'));
+}
+
+TEST_CASE("Codebook") {
+  std::vector<float> a(8, 1.f);
+  std::vector<Array<const float, 2>> centers(9, Array<const float, 2>{a.data(), {2, 2}});
+  Codebook book;
+  const auto build = [&](int levels) { return Codebook::build(centers.data(), levels, &book); };
+  invalid(build(0), "Codebook: expected 1 to 8 levels, got 0");
+  invalid(build(9), "Codebook: expected 1 to 8 levels, got 9");
+  centers[0].shape[1] = 0;
+  invalid(build(1), "Codebook: expected a width of 1 to 2^20, got 0");
+  centers[0].shape[1] = (1 << 20) + 1;
+  invalid(build(1), "Codebook: expected a width of 1 to 2^20, got 1048577");
+  centers[0].shape[1] = 2;
+  centers[1].shape[1] = 1;
+  invalid(build(2), "Codebook: centers of level 1 are [2, 1], level 0 has D = 2: D differs");
+  centers[1] = {a.data(), {0, 2}};
+  invalid(build(2), "Codebook: expected 1 to 2^20 codes at level 1, got 0");
+  centers[1].shape[0] = (1 << 20) + 1;
+  invalid(build(2), "Codebook: expected 1 to 2^20 codes at level 1, got 1048577");
+  centers[1].shape[0] = 2;
+  a[3] = std::numeric_limits<float>::infinity();
+  invalid(build(1), "Codebook: expected finite centers, got inf at [1, 1] of level 0");
+  CHECK(book.empty());
+  std::vector<float> large(65536, 1.f);
+  for (auto& c : centers) c = {large.data(), {65536, 1}};
+  centers[4].shape[0] = 2;
+  invalid(build(5), "Codebook: expected at most 2^64 leaves, got more at level 4");
+}
+
+TEST_CASE("leaves, prototypes, serialize, save") {
+  Right r;
+  Codebook none;
+  std::vector<int64_t> leaf(6);
+  std::vector<std::byte> bytes(10);
+  invalid(leaves(none, r.given, {leaf.data(), {6}}), "leaves: codebook expected, got an empty one");
+  invalid(leaves(r.book, {r.codes.data(), {4, 3}}, {leaf.data(), {4}}), "leaves: codes expected [4, 2], got [4, 3]");
+  invalid(leaves(r.book, r.given, {leaf.data(), {5}}), "leaves: out expected [6], got [5]");
+  invalid(prototypes({}, none, r.given, {r.x.data(), {6, 3}}), "prototypes: codebook expected, got an empty one");
+  invalid(prototypes({}, r.book, r.given, {r.x.data(), {6, 2}}), "prototypes: out expected [6, 3], got [6, 2]");
+  invalid(prototypes({}, r.book, {r.codes.data(), {4, 3}}, {r.x.data(), {4, 3}}),
+          "prototypes: codes expected [4, 2], got [4, 3]");
+  invalid(none.serialize({bytes.data(), {10}}), "serialize: codebook expected, got an empty one");
+  invalid(r.book.serialize({bytes.data(), {10}}),
+          "serialize: out expected " + std::to_string(r.book.file_size()) + " bytes, got 10");
+  invalid(none.save("/tmp/none"), "save: codebook expected, got an empty one");
+  test::Random random(41);
+  const Codebook wide = test::codebook(random, {65536, 65536, 65536, 65536}, 1);
+  invalid(leaves(wide, {r.codes.data(), {1, 4}}, {leaf.data(), {1}}),
+          "leaves: expected fewer than 2^63 leaves in the codebook, got more");
+}
+
+TEST_CASE("encode") {
+  Right r;
+  const Rows x = test::rows(r.x, 3);
+  invalid(encode(r.context, Codebook(), x, {r.codes.data(), {6, 2}}), "encode: codebook expected, got an empty one");
+  is(encode(r.context, r.book, {r.x.data(), DType::int32, 6, 3}, {r.codes.data(), {6, 2}}), Code::wrong_type,
+     std::string("encode: x") + kFloats);
+  invalid(encode(r.context, r.book, {r.x.data(), DType::float32, 9, 2}, {r.codes.data(), {9, 2}}),
+          "encode: x is [9, 2], the codebook has D = 3: D differs");
+  invalid(encode(r.context, r.book, x, {r.codes.data(), {5, 2}}), "encode: codes expected [6, 2], got [5, 2]");
+}
+
+TEST_CASE("fit") {
+  Right r;
+  FitParams params;
+  params.levels = 1;
+  params.sizes[0] = 2;
+  std::vector<float> memory(6);
+  Array<float, 2> centers[] = {{memory.data(), {2, 3}}};
+  FitReport report;
+  const auto fit = [&](Rows x) { return hisac::fit(r.context, params, x, centers, &report); };
+  const Rows x = test::rows(r.x, 3);
+  CHECK(fit(x).ok());
+  is(fit({r.x.data(), DType::int64, 6, 3}), Code::wrong_type, std::string("fit: x") + kFloats);
+  for (int levels : {0, 9}) {
+    params.levels = levels;
+    invalid(fit(x), "fit: codes expected 1 to 8 levels, got " + std::to_string(levels));
+  }
+  params.levels = 1;
+  params.iterations = -1;
+  invalid(fit(x), "fit: iterations expected 0 or more, got -1");
+  params.iterations = 1;
+  invalid(fit({r.x.data(), DType::float32, 6, 0}), "fit: x expected [T, D] with D from 1 to 2^20, got D = 0");
+  params.sizes[0] = 0;
+  invalid(fit(x), "fit: codes expected 1 to 2^20 at level 0, got 0");
+  params.sizes[0] = 3;
+  invalid(fit(x), "fit: centers of level 0 expected [3, 3], got [2, 3]");
+  params.sizes[0] = 2;
+  r.x.assign(18, std::numeric_limits<float>::quiet_NaN());
+  invalid(fit(x), "fit: x is [6, 3] without a usable row, expected at least one");
+  r.x.assign(18, 1.f);
+  params.keep_going = [](void*) { return false; };
+  is(fit(x), Code::cancelled, "fit: cancelled at level 0, round 1");
+  params.keep_going = nullptr;
+  params.progress = [](void*, int, int, double) { return false; };
+  is(fit(x), Code::cancelled, "fit: cancelled at level 0, round 1");
+}
+
+TEST_CASE("fit_workspace of sizes out of range answers") {
+  FitParams params;
+  params.levels = 1;
+  for (int64_t size : {int64_t{-5}, (int64_t{1} << 20) + 1, (int64_t{1} << 61) + 1, std::numeric_limits<int64_t>::max()}) {
+    params.sizes[0] = size;
+    CHECK(fit_workspace(params, 10, 3, 2) == 0);
+  }
+  params.levels = 9;
+  CHECK(fit_workspace(params, 10, 3, 2) == 0);
+}
+
+TEST_CASE("vote") {
+  Right r;
+  invalid(vote(r.context, Codebook(), r.voting, r.given, r.histories, {}, r.seats),
+          "vote: codebook expected, got an empty one");
+  r.voting.budget = 0;
+  invalid(r.vote(), "vote: expected either budget or fanout, got neither");
+  r.voting = {4, {2, 2}};
+  invalid(r.vote(), "vote: expected either budget or fanout, got both");
+  const char* const levels = "vote: fanout expected one number >= 1 for each of 2 levels";
+  r.voting = {0, {2}};
+  invalid(r.vote(), levels);
+  r.voting = {0, {2, 2, 2}};
+  invalid(r.vote(), levels);
+  r.voting = {0, {2, -2}};
+  invalid(r.vote(), levels);
+  for (int64_t large : {int64_t{2049}, int64_t{1} << 62}) {
+    r.voting = {0, {2, large}};
+    invalid(r.vote(), "vote: fanout expected a product of at most 4096, got more");
+  }
+  for (int64_t budget : {-1, 4097}) {
+    r.voting = {budget, {}};
+    invalid(r.vote(), "vote: budget expected 1 to 4096, got " + std::to_string(budget));
+    CHECK(vote_workspace(r.book, r.voting, 6, 1) == 0);
+  }
+  r.voting = {4, {}};
+  r.given.shape[1] = 3;
+  invalid(r.vote(), "vote: codes expected [6, 2], got [6, 3]");
+  r.given.shape[1] = 2;
+  invalid(vote(r.context, r.book, r.voting, r.given, r.histories, {r.one.data(), {5}}, r.seats),
+          "vote: weights expected [6], got [5]");
+  r.seats.votes.shape[1] = 3;
+  invalid(r.vote(), "vote: out expected codes [2, 4, 2], votes [2, 4] and count [2]");
+}
+
+TEST_CASE("histories") {
+  Right r;
+  const auto with = [&](std::vector<int64_t> offsets) {
+    r.offsets = offsets;
+    r.histories = test::histories(r.offsets);
+    return r.vote();
+  };
+  const std::string expected = "vote: offsets expected 0 <= start <= end <= 6 for every user, got ";
+  invalid(with({0, 3, 7}), expected + "[3, 7) for user 1");
+  invalid(with({-1, 3, 6}), expected + "[-1, 3) for user 0");
+  invalid(with({0, 4, 3}), expected + "[4, 3) for user 1");
+  r.histories = {};
+  r.histories.users = 2;
+  invalid(r.vote(), "vote: offsets expected for 2 users, got none");
+  r.histories = test::histories(r.offsets);
+  r.histories.users = -2;
+  invalid(r.vote(), "vote: offsets expected for -2 users, got none");
+  r.histories.users = 2;
+  r.histories.dtype = DType::float32;
+  is(r.vote(), Code::wrong_type, "vote: offsets expected int32 or int64");
+}
+
+TEST_CASE("route") {
+  const auto spoiled = [](auto spoil) {
+    Right r;
+    spoil(r);
+    return r.route();
+  };
+  is(spoiled([](Right& r) { r.in.x.dtype = DType::int32; }), Code::wrong_type, std::string("route: x") + kFloats);
+  is(spoiled([](Right& r) { r.in.v.dtype = DType::int64; }), Code::wrong_type, std::string("route: v") + kFloats);
+  invalid(spoiled([](Right& r) { r.in.x.rows = 5; }), "route: x is [5, 3], v is [6, 2]: T differs (5, 6)");
+  invalid(spoiled([](Right& r) { r.in.x.width = 4; }), "route: prototypes is [2, 4, 3], x is [6, 4]: D differs (3, 4)");
+  invalid(spoiled([](Right& r) { r.in.x.width = r.in.prototypes.shape[2] = 0; }),
+          "route: expected D and V of at least 1, got 0 and 2");
+  invalid(spoiled([](Right& r) { r.in.v.width = 0; }), "route: expected D and V of at least 1, got 3 and 0");
+  invalid(spoiled([](Right& r) { r.in.histories.users = 1; }),
+          "route: prototypes is [2, 4, 3], offsets name 1 users: B differs (2, 1)");
+  invalid(spoiled([](Right& r) { r.in.prototypes.shape[1] = (1 << 24) + 1; }),
+          "route: expected at most 2^24 agents, got 16777217");
+  invalid(spoiled([](Right& r) { r.params.temperature = {}; }), "route: temperature expected [1] or [4], got [0]");
+  invalid(spoiled([](Right& r) { r.params.temperature.shape[0] = 3; }),
+          "route: temperature expected [1] or [4], got [3]");
+  invalid(spoiled([](Right& r) { r.in.count = {r.count.data(), {3}}; }), "route: count expected [2], got [3]");
+  invalid(spoiled([](Right& r) { r.in.bias = {r.x.data(), {5}}; }), "route: bias expected [6], got [5]");
+  invalid(spoiled([](Right& r) { r.params.refine = -1; }), "route: refine expected 0 or more, got -1");
+  const char* const codes = "route: codes expected where x is not given and with the leaf method, got none";
+  invalid(spoiled([](Right& r) { r.params.method = Method::leaf; }), codes);
+  invalid(spoiled([](Right& r) { r.in.x = {}; }), codes);
+  invalid(spoiled([](Right& r) { r.in.codes = r.given; }), "route: codebook expected, got an empty one");
+  invalid(spoiled([](Right& r) {
+            r.in.codes = {r.codes.data(), {5, 2}};
+            r.in.book = &r.book;
+          }),
+          "route: codes expected [6, 2], got [5, 2]");
+  invalid(spoiled([](Right& r) {
+            r.in.codes = r.given;
+            r.in.book = &r.book;
+            r.in.x = {};
+            r.in.prototypes.shape[2] = 4;
+          }),
+          "route: prototypes is [2, 4, 4], the codebook has D = 3: D differs");
+  invalid(spoiled([](Right& r) { r.out.lse.shape[1] = 5; }),
+          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
+  invalid(spoiled([](Right& r) { r.out.tokens.dtype = DType::float16; }),
+          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
+  invalid(spoiled([](Right& r) { r.params.missing = Missing::token; }),
+          "route: out expected tokens [2, 5, 2] of v's type and lse [2, 5]");
+  invalid(spoiled([](Right& r) { r.params.refine = 1; }), "route: refined expected [2, 4, 3], got [0, 0, 0]");
+}
+
+TEST_CASE("route_backward") {
+  const auto spoiled = [](auto spoil) {
+    Right r;
+    spoil(r);
+    return r.route_backward();
+  };
+  invalid(spoiled([](Right& r) { r.in.x.rows = 5; }), "route_backward: x is [5, 3], v is [6, 2]: T differs (5, 6)");
+  invalid(spoiled([](Right& r) { r.params.refine = 1; }),
+          "route_backward: refine expected 0 with the refined prototypes, got 1");
+  const char* const shapes = "route_backward: expected tokens and d_tokens [2, 4, 2], lse and d_lse [2, 4]";
+  invalid(spoiled([](Right& r) { r.forward.tokens.rows = 7; }), shapes);
+  invalid(spoiled([](Right& r) { r.forward.d_tokens.width = 3; }), shapes);
+  invalid(spoiled([](Right& r) { r.forward.lse.shape[0] = 3; }), shapes);
+  invalid(spoiled([](Right& r) { r.forward.d_lse = {r.lse.data(), {2, 5}}; }), shapes);
+  is(spoiled([](Right& r) { r.forward.d_tokens.dtype = DType::int32; }), Code::wrong_type,
+     std::string("route_backward: d_tokens") + kFloats);
+  is(spoiled([](Right& r) { r.forward.tokens.dtype = DType::int32; }), Code::wrong_type,
+     std::string("route_backward: tokens") + kFloats);
+  const char* const gradients = "route_backward: gradients expected the shapes of their arguments";
+  invalid(spoiled([](Right& r) { r.gradients.v = {r.tokens.data(), {6, 3}}; }), gradients);
+  invalid(spoiled([](Right& r) { r.gradients.x = {r.tokens.data(), {6, 2}}; }), gradients);
+  invalid(spoiled([](Right& r) { r.gradients.bias = {r.tokens.data(), {5}}; }), gradients);
+  invalid(spoiled([](Right& r) { r.gradients.temperature = {r.tokens.data(), {4}}; }), gradients);
+  invalid(spoiled([](Right& r) { r.gradients.prototypes = {r.tokens.data(), {2, 4, 2}}; }), gradients);
+  invalid(spoiled([](Right& r) {
+            r.in.codes = r.given;
+            r.in.book = &r.book;
+            r.in.x = {};
+            r.gradients.x = {r.tokens.data(), {6, 3}};
+          }),
+          "route_backward: a gradient of x expected x, got none");
+  is(spoiled([](Right& r) {
+       r.in.codes = r.given;
+       r.in.book = &r.book;
+       r.params.method = Method::leaf;
+       r.gradients.bias = {r.tokens.data(), {6}};
+     }),
+     Code::not_implemented, "route_backward: method='leaf' has gradients for v and temperature only");
+}
+
+TEST_CASE("attend and attend_backward") {
+  const auto spoiled = [](auto spoil) {
+    Right r;
+    spoil(r);
+    return r.attend();
+  };
+  is(spoiled([](Right& r) { r.attention.q.dtype = DType::int32; }), Code::wrong_type, std::string("attend: q") + kFloats);
+  is(spoiled([](Right& r) { r.attention.keys.dtype = DType::float16; }), Code::wrong_type,
+     "attend: keys and values expected q's type");
+  for (int64_t heads : {0, 4})
+    invalid(spoiled([&](Right& r) { r.attention.heads = heads; }),
+            "attend: q expected [N, H, d] with H and d of at least 1");
+  const char* const keys = "attend: expected keys [2, 2, 1, 2] and values with the same first three, by "
+                           "candidate_offsets and q";
+  invalid(spoiled([](Right& r) { r.attention.keys.rows = 5; }), keys);
+  invalid(spoiled([](Right& r) { r.attention.keys.width = 3; }), keys);
+  invalid(spoiled([](Right& r) { r.attention.values.rows = 3; }), keys);
+  invalid(spoiled([](Right& r) { r.attention.bias = {r.x.data(), {2, 3}}; }), "attend: bias expected [2, 2], got [2, 3]");
+  invalid(spoiled([](Right& r) { r.attention.scale = std::numeric_limits<float>::infinity(); }),
+          "attend: scale expected finite, got inf");
+  invalid(spoiled([](Right& r) { r.offsets[2] = 7; }),
+          "attend: offsets expected 0 <= start <= end <= 6 for every user, got [3, 7) for user 1");
+  const int64_t starts[] = {0, 2}, ends[] = {3, 6};
+  invalid(spoiled([&](Right& r) { r.attention.candidates = {starts, ends, DType::int64, 2}; }),
+          "attend: candidate_offsets expected in order, got a step back at user 1");
+  const char* const out = "attend: out expected [6, 1, 3] of q's type and lse [6, 1]";
+  invalid(spoiled([](Right& r) { r.attended.out.rows = 5; }), out);
+  invalid(spoiled([](Right& r) { r.attended.lse.shape[0] = 5; }), out);
+  invalid(spoiled([](Right& r) { r.attended.out.dtype = DType::bfloat16; }), out);
+
+  const auto backward = [](auto spoil) {
+    Right r;
+    spoil(r);
+    return r.attend_backward();
+  };
+  const char* const shapes = "attend_backward: expected out and d_out [6, 1, 3], lse and d_lse [6, 1]";
+  invalid(backward([](Right& r) { r.attend_forward.out.rows = 5; }), shapes);
+  invalid(backward([](Right& r) { r.attend_forward.d_out.width = 2; }), shapes);
+  invalid(backward([](Right& r) { r.attend_forward.lse.shape[1] = 2; }), shapes);
+  invalid(backward([](Right& r) { r.attend_forward.d_lse = {r.lse.data(), {5, 1}}; }), shapes);
+  const char* const gradients = "attend_backward: gradients expected the shapes of their arguments";
+  invalid(backward([](Right& r) { r.attend_gradients.q.shape[2] = 3; }), gradients);
+  invalid(backward([](Right& r) { r.attend_gradients.keys.shape[3] = 3; }), gradients);
+  invalid(backward([](Right& r) { r.attend_gradients.values.shape[0] = 3; }), gradients);
+  invalid(backward([](Right& r) { r.attend_gradients.bias = {r.db.data(), {2, 2}}; }), gradients);
+}
+
+TEST_CASE("instruction sets have names") {
+  const std::string all = hisac::available_isas(), one = hisac::active_isa();
+  CHECK(all.rfind("baseline", 0) == 0);
+  CHECK(all.find(one) != std::string::npos);
+}

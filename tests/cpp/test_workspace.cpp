@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// A workspace that is too small or misaligned is a named error, found before any output is written.
+#include <doctest/doctest.h>
+
+#include <functional>
+#include <string>
+
+#include "pipeline.h"
+
+using namespace hisac;
+using test::Guarded;
+using test::Workspace;
+
+namespace {
+
+/// A verb over small inputs, its outputs filled with a mark.
+struct Verb {
+  const char* name;
+  std::function<size_t(int workers)> bytes;
+  std::function<Status(const Context&)> call;
+  std::function<bool()> untouched;  // the outputs
+};
+
+/// All verbs, on a problem of two users; outputs live as long as this does.
+class Verbs {
+ public:
+  std::vector<Verb> all() {
+    return {
+        {"encode", [this](int w) { return encode_workspace(book_, w); },
+         [this](const Context& c) { return encode(c, book_, x_, {codes_.data(), {kRows, 2}}); },
+         [this] { return codes_.holds(0x5a); }},
+        {"fit", [this](int w) { return fit_workspace(fit_, kRows, kWidth, w); },
+         [this](const Context& c) {
+           const Array<float, 2> centers[] = {{centers_.data(), {4, kWidth}}};
+           FitReport report;
+           return fit(c, fit_, x_, centers, &report);
+         },
+         [this] { return centers_.holds(0x5a); }},
+        {"vote", [this](int w) { return vote_workspace(book_, vote_, kRows, w); },
+         [this](const Context& c) {
+           return vote(c, book_, vote_, {given_codes_.data(), {kRows, 2}}, histories_, {},
+                       {{agents_.data(), {2, kSeats, 2}}, {votes_.data(), {2, kSeats}}, {count_.data(), {2}}});
+         },
+         [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
+        {"route", [this](int w) { return route_workspace(route_, inputs_, kRows, w); },
+         [this](const Context& c) {
+           return route(c, route_, inputs_, {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
+                                             {lse_.data(), {2, kSeats}}, {refined_.data(), {2, kSeats, kWidth}}});
+         },
+         [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && refined_.holds(0x5a); }},
+        {"route_backward", [this](int w) { return route_backward_workspace(plain_, inputs_, gradients(), kRows, w); },
+         [this](const Context& c) {
+           return route_backward(c, plain_, inputs_,
+                                 {test::rows(prototypes_, kWidth), {}, test::rows(prototypes_, kWidth),
+                                  {given_lse_.data(), {2, kSeats}}},
+                                 gradients());
+         },
+         [this] { return d_v_.holds(0x5a) && d_tau_.holds(0x5a) && d_x_.holds(0x5a) && d_p_.holds(0x5a); }},
+        {"attend", [this](int w) { return attend_workspace(attention_, w); },
+         [this](const Context& c) {
+           return attend(c, attention_, {{out_.data(), DType::float32, kRows, kWidth}, {out_lse_.data(), {kRows, 1}}});
+         },
+         [this] { return out_.holds(0x5a) && out_lse_.holds(0x5a); }},
+        {"attend_backward", [this](int w) { return attend_backward_workspace(attention_, w); },
+         [this](const Context& c) {
+           return attend_backward(c, attention_,
+                                  {x_, {}, x_, {bias_.data(), {kRows, 1}}},
+                                  {{d_q_.data(), {kRows, 1, kWidth}}, {d_k_.data(), {2, kSeats, 1, kWidth}},
+                                   {d_value_.data(), {2, kSeats, 1, kWidth}}, {}});
+         },
+         [this] { return d_q_.holds(0x5a) && d_k_.holds(0x5a) && d_value_.holds(0x5a); }},
+    };
+  }
+
+  bool intact() {
+    bool ok = codes_.intact() && agents_.intact() && votes_.intact() && count_.intact();
+    for (Guarded<float>* a : {&centers_, &tokens_, &lse_, &refined_, &d_v_, &d_tau_, &d_x_, &d_p_, &out_, &out_lse_,
+                              &d_q_, &d_k_, &d_value_})
+      ok = a->intact() && ok;
+    return ok;
+  }
+
+ private:
+  RouteGradients gradients() {
+    return {{d_v_.data(), {kRows, kWidth}}, {d_tau_.data(), {1}}, {}, {d_x_.data(), {kRows, kWidth}},
+            {d_p_.data(), {2, kSeats, kWidth}}};
+  }
+
+  static constexpr int64_t kRows = 5000, kWidth = 5, kSeats = 7;  // long enough to be cut for several workers
+  test::Random random_{11};
+  Codebook book_ = test::codebook(random_, {6, 5}, kWidth);
+  std::vector<float> values_ = test::uniform(random_, kRows * kWidth), bias_ = test::uniform(random_, kRows),
+                     prototypes_ = test::uniform(random_, 2 * kSeats * kWidth),
+                     given_lse_ = test::uniform(random_, 2 * kSeats), tau_{1};
+  std::vector<int64_t> offsets_{0, 4990, kRows};
+  std::vector<int32_t> given_codes_ = std::vector<int32_t>(2 * kRows, 3);
+  Histories histories_ = test::histories(offsets_);
+  Rows x_ = test::rows(values_, kWidth);
+  FitParams fit_ = [] {
+    FitParams p;
+    p.levels = 1;
+    p.sizes[0] = 4;
+    return p;
+  }();
+  VoteParams vote_ = [] {
+    VoteParams p;
+    p.budget = kSeats;
+    return p;
+  }();
+  RouteParams route_{Normalize::agents, Method::exact, Missing::drop, 1, {tau_.data(), {1}}},
+      plain_{Normalize::agents, Method::exact, Missing::drop, 0, {tau_.data(), {1}}};
+  RouteInputs inputs_{x_, x_, histories_, {prototypes_.data(), {2, kSeats, kWidth}}, {}, {bias_.data(), {kRows}},
+                      {}, nullptr};
+  AttendInputs attention_{x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, histories_,
+                          {}, 1};
+  Guarded<int32_t> codes_{kRows * 2}, agents_{2 * kSeats * 2}, count_{2};
+  Guarded<int64_t> votes_{2 * kSeats};
+  Guarded<float> centers_{4 * kWidth}, tokens_{2 * kSeats * kWidth}, lse_{2 * kSeats}, refined_{2 * kSeats * kWidth},
+      d_v_{kRows * kWidth}, d_tau_{1}, d_x_{kRows * kWidth}, d_p_{2 * kSeats * kWidth}, out_{kRows * kWidth},
+      out_lse_{kRows}, d_q_{kRows * kWidth}, d_k_{2 * kSeats * kWidth}, d_value_{2 * kSeats * kWidth};
+};
+
+}  // namespace
+
+TEST_CASE("too small: an error that names the bytes, outputs untouched, nothing past the end") {
+  for (int workers : {1, 3}) {
+    test::Threads threads{workers};
+    const Executor executor = threads.executor();
+    Verbs verbs;
+    for (const Verb& verb : verbs.all()) {
+      CAPTURE(verb.name);
+      const size_t need = verb.bytes(workers);
+      for (size_t have : {size_t{0}, size_t{64}, need / 2, need - 64, need - 1}) {
+        Workspace workspace(have);
+        const Status status = verb.call({workspace.array(), &executor});
+        CHECK(status.code() == Code::invalid_argument);
+        CHECK(std::string(status.what()) == std::string(verb.name) + ": workspace expected at least " +
+                                                std::to_string(need) + " bytes, got " + std::to_string(have));
+        CHECK(workspace.intact());
+      }
+      const Status none = verb.call({{}, &executor});
+      CHECK(std::string(none.what()) ==
+            std::string(verb.name) + ": workspace expected at least " + std::to_string(need) + " bytes, got 0");
+      CHECK(verb.untouched());
+    }
+    CHECK(verbs.intact());
+  }
+}
+
+TEST_CASE("exactly the bytes named are enough, and more workers need no less") {
+  for (int workers : {1, 2, 3, 8}) {
+    test::Threads threads{workers};
+    const Executor executor = threads.executor();
+    Verbs verbs;
+    for (const Verb& verb : verbs.all()) {
+      CAPTURE(verb.name);
+      CHECK(verb.bytes(workers) >= verb.bytes(1));
+      Workspace workspace(verb.bytes(workers));
+      const Status status = verb.call({workspace.array(), &executor});
+      CHECK(std::string(status.what()) == "");
+      CHECK(workspace.intact());
+      CHECK_FALSE(verb.untouched());
+    }
+    CHECK(verbs.intact());
+  }
+}
+
+TEST_CASE("misaligned: an error that says so, nothing touched") {
+  Verbs verbs;
+  for (const Verb& verb : verbs.all()) {
+    CAPTURE(verb.name);
+    for (int64_t shift : {4, 8, 32}) {
+      Workspace workspace(verb.bytes(1) + 64);
+      Array<std::byte, 1> inner = workspace.array();
+      inner.data += shift;
+      inner.shape[0] -= shift;
+      const Status status = verb.call({inner, nullptr});
+      char expected[128];
+      std::snprintf(expected, sizeof expected, "%s: workspace expected aligned to 64 bytes, got address %p", verb.name,
+                    static_cast<void*>(inner.data));
+      CHECK(status.code() == Code::invalid_argument);
+      CHECK(std::string(status.what()) == expected);
+      CHECK(workspace.untouched());
+      CHECK(verb.untouched());
+    }
+  }
+}

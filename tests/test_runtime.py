@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The binding as a good citizen of a Python process: memory, references, the GIL, threads, fork, the environment."""
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pytest
+
+import hisac
+from hisac import Codebook
+
+RNG = np.random.default_rng(3)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
+    """A codebook, and calls of every verb over arrays of their own: name -> (function, keyword arguments)."""
+    x, book = normal(rows, width), Codebook([normal(c, width) for c in sizes])
+    offsets, codes = np.linspace(0, rows, users + 1).astype(np.int64), book.encode(x)
+    voted = hisac.vote(book, codes, offsets, budget=agents)
+    route = {
+        "x": x,
+        "v": normal(rows, 5),
+        "offsets": offsets,
+        "prototypes": book.prototypes(voted),
+        "bias": normal(rows),
+    }
+    attend = {"q": normal(users, 2, 4), "keys": normal(users, agents, 2, 4), "values": normal(users, agents, 2, 3)}
+    attend["candidate_offsets"] = np.arange(users + 1)
+    tokens, attended = hisac.route(**route), hisac.attend(**attend)
+    back = {"d_tokens": tokens.tokens, "d_lse": tokens.lse}
+    back.update((name, array) for name, array in route.items() if name != "prototypes")
+    return book, {
+        "Codebook": (lambda centers: Codebook([centers]), {"centers": x[:8].copy()}),
+        "fit": (partial(hisac.fit, codes=sizes[:1], iterations=2), {"x": x}),
+        "encode": (partial(hisac.encode, book), {"x": x}),
+        "prototypes": (book.prototypes, {"codes": codes}),
+        "vote": (partial(hisac.vote, book, budget=agents), {"codes": codes, "offsets": offsets}),
+        "route": (hisac.route, route),
+        "route_backward": (partial(hisac.route_backward, forward=tokens), back),
+        "attend": (hisac.attend, attend),
+        "attend_backward": (
+            partial(hisac.attend_backward, forward=attended),
+            {"d_out": attended[0], "d_lse": attended[1], **attend},
+        ),
+    }
+
+
+def bits(result):
+    if isinstance(result, Codebook):
+        return result.to_bytes()
+    return [a.tobytes() for a in (result if isinstance(result, tuple) else (result,)) if hasattr(a, "tobytes")]
+
+
+@pytest.fixture
+def threads():
+    """Restores the number of threads."""
+    before = hisac.get_num_threads()
+    yield hisac.set_num_threads
+    hisac.set_num_threads(before)
+
+
+BOOK, SMALL = world(40)
+
+
+# --------------------------------------------------------------------------------------------------- memory, references
+
+
+@pytest.mark.parametrize("verb", list(SMALL))
+def test_references_are_given_back(verb):
+    """After success, and after an error with any one argument cut short."""
+    function, arrays = SMALL[verb]
+    before = {name: sys.getrefcount(a) for name, a in arrays.items()}
+    for _ in range(5):
+        function(**arrays)
+    for name, a in arrays.items():
+        for _ in range(5):
+            with pytest.raises((ValueError, TypeError)) as error:
+                function(**{**arrays, name: a[..., None]})
+            del error
+        with pytest.raises(TypeError):
+            function(**{**arrays, name: a.astype(np.float64 if name != "d_lse" else np.int8)})
+    gc.collect()
+    assert {name: sys.getrefcount(a) for name, a in arrays.items()} == before
+
+
+def memory():
+    """Resident bytes now."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+def test_10000_calls_leak_nothing():
+    """Half of them fail; torch tensors and NumPy arrays in turn. 64 bytes a call would show."""
+    torch = pytest.importorskip("torch")
+    calls = []
+    for function, arrays in (SMALL[verb] for verb in ("Codebook", "encode", "vote", "route", "attend")):
+        tensors = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        name = next(iter(arrays))
+        calls += [partial(function, **arrays), partial(function, **tensors)]
+        calls += [partial(function, **{**a, name: a[name][..., None]}) for a in (arrays, tensors)]
+
+    def run(n):
+        refused = 0
+        for i in range(n):
+            try:
+                calls[i % len(calls)]()
+            except ValueError:
+                refused += 1
+        return refused
+
+    run(1000)
+    gc.collect()
+    tracemalloc.start()
+    run(200)
+    traced, resident = tracemalloc.get_traced_memory()[0], memory()
+    run(200)
+    assert tracemalloc.get_traced_memory()[0] - traced < 200 * 64
+    tracemalloc.stop()
+    assert run(10_000) == 5000
+    gc.collect()
+    assert memory() - resident < 10_000 * 64 + (1 << 20)
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("verb", ["fit", "encode", "vote", "route", "route_backward", "attend"])
+def test_the_gil_is_released(verb, threads):
+    """While one long call runs, another thread ticks: about once a millisecond, at least once in twenty."""
+    threads(1)
+    _, calls = world(20_000, sizes=(64, 64), agents=200)
+    function, arrays = calls[verb]
+    if verb == "attend":
+        arrays = {name: np.repeat(a, 40, axis=0) for name, a in arrays.items() if name != "candidate_offsets"}
+        arrays["q"] = np.repeat(arrays["q"], 50, axis=0)
+        arrays["candidate_offsets"] = np.arange(0, len(arrays["q"]) + 1, 50)
+    if verb == "vote":
+        arrays = {"codes": np.tile(arrays["codes"], (60, 1)), "offsets": np.array([0, 60 * len(arrays["codes"])])}
+    ticks, stop = [0], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    longest, most = 0.0, 0
+    for _ in range(50):  # until a call was long enough to tell
+        before, began = ticks[0], time.perf_counter()
+        function(**arrays)
+        most, longest = max(most, ticks[0] - before), max(longest, time.perf_counter() - began)
+        if most >= 4:
+            break
+    stop.set()
+    thread.join()
+    assert most >= 4, f"{most} ticks at most in calls of up to {longest * 1e3:.1f} ms"
+
+
+def test_calls_from_many_threads_give_the_same_bits(threads):
+    threads(2)
+    _, calls = world(3000)
+    expected = {verb: bits(function(**arrays)) for verb, (function, arrays) in calls.items()}
+    wrong, start = [], threading.Barrier(6)
+
+    def work(turn):
+        start.wait()
+        verbs = list(calls)[turn:] + list(calls)[:turn]
+        for verb in verbs * 2:
+            function, arrays = calls[verb]
+            if bits(function(**arrays)) != expected[verb]:
+                wrong.append(verb)
+
+    crowd = [threading.Thread(target=work, args=(turn,), daemon=True) for turn in range(6)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in crowd)
+
+
+def python(code, **environment):
+    """Runs code in a fresh process; returns what it printed."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("HISAC_NUM_THREADS", "OMP_NUM_THREADS", "HISAC_ISA")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr[-2000:] or f"ended by signal {-done.returncode}"
+    return done.stdout.strip()
+
+
+def test_threads_may_change_while_calls_run():
+    """In a process of its own: a crash or a hang must not end this one."""
+    code = """
+import threading, time
+import numpy as np, hisac
+rng = np.random.default_rng(0)
+x, p = rng.normal(size=(8000, 16)).astype("f4"), rng.normal(size=(4, 20, 16)).astype("f4")
+offsets = np.array([0, 1000, 4000, 6000, 8000])
+want, end, wrong = hisac.route(x, x, offsets, p).tokens, time.monotonic() + 1.5, []
+def call():
+    while time.monotonic() < end:
+        if not np.array_equal(hisac.route(x, x, offsets, p).tokens, want): wrong.append(1)
+def resize():
+    n = 0
+    while time.monotonic() < end:
+        n += 1
+        hisac.set_num_threads(1 + n % 5)
+crowd = [threading.Thread(target=f, daemon=True) for f in (call, call, resize)]
+for t in crowd: t.start()
+for t in crowd: t.join(20)
+print(len(wrong), sum(t.is_alive() for t in crowd))
+"""
+    assert python(code) == "0 0"
+
+
+def test_a_progress_callback_may_call_the_same_verb():
+    """The call that waits for its callback keeps its scratch; a call from inside, larger or smaller, has its own."""
+    code = """
+import numpy as np, hisac
+x = np.random.default_rng(0).normal(size=(3000, 16)).astype("f4")
+for n in (1, 2):
+    hisac.set_num_threads(n)
+    alone, inner = hisac.fit(x, (16, 16), iterations=3), [hisac.fit(y, (8,)) for y in (x[:900], x.repeat(3, 0))]
+    def progress(*_): print([hisac.fit(y, (8,)) for y in (x[:900], x.repeat(3, 0))] == inner)
+    print(hisac.fit(x, (16, 16), iterations=3, progress=progress) == alone)
+"""
+    assert set(python(code).split()) == {"True"}
+
+
+# ----------------------------------------------------------------------------------------------------------------- fork
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_can_call(threads):
+    """The pool's threads do not come along; the child makes its own, also a child of the child."""
+    threads(2)
+    _, calls = world(3000)
+    expected = {verb: bits(function(**arrays)) for verb, (function, arrays) in calls.items()}
+
+    def family(depth):
+        child = os.fork()
+        if child == 0:
+            try:
+                same = all(bits(function(**arrays)) == expected[verb] for verb, (function, arrays) in calls.items())
+                os._exit(family(depth - 1) if same and depth else 0 if same else 1)
+            finally:
+                os._exit(2)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        return 3
+
+    assert family(1) == 0
+    hisac.set_num_threads(3)
+    assert family(0) == 0
+    assert bits(calls["route"][0](**calls["route"][1])) == expected["route"]
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+@pytest.mark.parametrize(
+    ("hisac_threads", "omp_threads", "expected"),
+    [
+        ("3", None, 3),
+        (None, "5", 5),
+        ("3", "5", 3),
+        ("999", None, 256),
+        ("0", "5", 5),
+        ("-1", "5", 5),
+        ("2,1", None, None),
+        ("", "", None),
+        ("two", None, None),
+        (None, None, None),
+    ],
+)
+def test_default_threads(monkeypatch, hisac_threads, omp_threads, expected):
+    for name, value in (("HISAC_NUM_THREADS", hisac_threads), ("OMP_NUM_THREADS", omp_threads)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert hisac._default_threads() == (expected or min(processors, 256))
+
+
+def test_environment_of_a_fresh_process():
+    """Integers are equal on every instruction set, and floats to rounding; HISAC_ISA names the one in use."""
+    code = """
+import hisac, numpy as np
+rng = np.random.default_rng(0)
+x = rng.normal(size=(200, 16)).astype("f4")
+book = hisac.fit(x, (8, 8), iterations=3)
+codes, offsets = book.encode(x), np.array([0, 90, 200])
+agents = hisac.vote(book, codes, offsets, budget=10)
+t = hisac.route(x, x, offsets, book.prototypes(agents), normalize="agents")
+print(hisac.get_num_threads(), hisac.backends()["cpu"], book.fingerprint, codes.tolist(), agents.votes.tolist())
+print(" ".join(f"{n:.4f}" for n in t.tokens.ravel()[:64]))
+"""
+    isas = hisac.backends()["available"]
+    assert isas[0] == "baseline" and hisac.backends()["cpu"] in isas
+    said = [python(code, HISAC_ISA=isa, HISAC_NUM_THREADS=str(n)).splitlines() for n, isa in enumerate(isas, 1)]
+    assert [line.split(" ", 2)[:2] for line, _ in said] == [[str(n), isa] for n, isa in enumerate(isas, 1)]
+    assert len({line.split(" ", 2)[2] for line, _ in said}) == 1
+    numbers = np.array([[float(n) for n in line.split()] for _, line in said])
+    np.testing.assert_allclose(numbers, numbers[:1].repeat(len(isas), 0), atol=2e-4)
+
+
+def test_the_package_needs_no_torch():
+    """Importing hisac and using it brings in neither torch nor anything that is not NumPy's or Python's."""
+    code = """
+import sys, hisac, numpy as np
+hisac.Codebook([np.ones((2, 3), "f4")]).encode(np.ones((2, 3), "f4"))
+print(sorted({n.partition(".")[0] for n in sys.modules} & {"torch", "scipy", "pyarrow", "hypothesis", "tqdm"}))
+"""
+    assert python(code) == "[]"
