@@ -215,15 +215,15 @@ def test_a_rule_sees_what_breaks_it(house, rule, name, text):
 def test_all_code_together_is_counted(house):
     for i in range(20):
         (house / f"python/hisac/part{i}.py").write_text(SPDX_PY + "pass\n" * 400, encoding="utf-8")
-    assert list(long_files(house)) == ["cpp and python have 8006 lines of code"]
+    assert list(long_files(house)) == ["cpp and python have 8002 lines of code"]
 
 
 # ------------------------------------------------------------------------------------------------- the built package
 
 
 def test_imports_without_torch():
-    code = "import sys\nsys.modules['torch'] = None\nimport hisac, hisac.reference, hisac.bounds, hisac.__main__\n"
-    code += "assert hisac.Codebook([[[1.0]]]).encode([[2.0]] @ __import__('numpy').ones((1, 1), 'f')).tolist() == [[0]]"
+    code = "import sys\nsys.modules['torch'] = None\nimport numpy as np\nimport hisac, hisac.bounds, hisac.__main__\n"
+    code += "one = np.ones((1, 1), np.float32)\nassert hisac.Codebook([one]).encode(one).tolist() == [[0]]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every compiled operation against `hisac.reference`: integers exactly, floats within `hisac.bounds`, for NumPy and torch,
-every dtype and option; and the same bits whatever the threads, the batch or the run."""
+"""Every compiled operation against `hisac.reference`: integers exactly, floats within `hisac.bounds`, for NumPy and
+torch, every dtype and option; and the same bits whatever the threads, the batch or the run."""
 
 import inspect
 
@@ -18,6 +18,7 @@ try:
 except ImportError:
     torch = None
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 VERBS = ("fit", "encode", "vote", "route", "route_backward", "attend", "attend_backward")
 
 
@@ -309,7 +310,7 @@ def long_problem(rows, normalize, seed=0, **options):
 @pytest.mark.parametrize("normalize", ["history", "agents"])
 @pytest.mark.parametrize("rows", [2047, 2049, 6145, 13000])
 def test_long_histories(rows, normalize):
-    """Several tiles, merged in a tree: within the bound, and far inside it on average; bits of any number of threads."""
+    """Several tiles, merged in a tree: within the bound, far inside it on average, the bits of any thread count."""
     args = long_problem(rows, normalize)
     mine, expected = with_threads(lambda: hisac.route(**args)), reference.route(**args)
     testing.assert_tokens_close(mine, expected, bounds.route_bound(args))
@@ -341,8 +342,8 @@ def test_long_leaf_histories(refine):
 
 @pytest.mark.parametrize("rows", [2048, 2048 * 16])
 def test_sums_of_equal_rows_keep_their_digits(rows):
-    """Equal terms round the same way every time, so a sum of n in one run may lose n / 4 units in the last place; runs of
-    64 lose 16."""
+    """Equal terms round the same way every time: a sum of n in one run may lose n / 4 units in the last place, so one
+    of 2,048 loses 500 where runs of 64 lose 16."""
     x = np.zeros((rows, 1), np.float32)
     v = np.float32([[0.50949097, 0.99237823, 0.6950989]]).repeat(rows, 0)
     args = {"x": x, "v": v, "offsets": np.array([0, rows]), "prototypes": np.zeros((1, 1, 1), np.float32)}

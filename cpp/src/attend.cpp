@@ -63,8 +63,8 @@ struct Head {
         std::fill(values + m * s.value_width, values + (m + 1) * s.value_width, 0.f);
       }
     }
-    cpu::pack_columns(s.width, s.tokens, keys, s.width, packed_keys);
-    cpu::pack_rows(s.tokens, s.value_width, values, s.value_width, packed_values);
+    k.pack_columns(s.width, s.tokens, keys, s.width, packed_keys);
+    k.pack_rows(s.tokens, s.value_width, values, s.value_width, packed_values);
   }
 };
 
@@ -189,8 +189,8 @@ class Backward {
  private:
   void head(int64_t b, int64_t h, BackwardWorker& w) noexcept {
     w.head.load(in_, s_, b, h);
-    cpu::pack_rows(s_.tokens, s_.width, w.head.keys, s_.width, w.packed_rows);
-    cpu::pack_columns(s_.value_width, s_.tokens, w.head.values, s_.value_width, w.packed_columns);
+    k_.pack_rows(s_.tokens, s_.width, w.head.keys, s_.width, w.packed_rows);
+    k_.pack_columns(s_.value_width, s_.tokens, w.head.values, s_.value_width, w.packed_columns);
     const int64_t start = in_.candidates.start(b), count = in_.candidates.end(b) - start;
     reset(w.stack[0]);
     fold(

@@ -20,7 +20,7 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
   float* const packed = copy + size * width;
   float* const half = packed + cpu::packed_size(width, size);
   if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
-  cpu::pack_columns(width, size, copy, width, packed);
+  cpu::kernels().pack_columns(width, size, copy, width, packed);
   double largest = 0;
   for (int64_t c = 0; c < cpu::pad(size); ++c) {
     double squares = 0;

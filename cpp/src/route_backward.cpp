@@ -161,9 +161,9 @@ class Backward {
       w.offset[j] = static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
       w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
     }
-    cpu::pack_columns(value_width_, p.m, w.d_tokens, value_width_, w.packed_d_tokens);
-    if (out_.v) cpu::pack_rows(p.m, value_width_, w.d_tokens, value_width_, w.packed_rows);
-    if (out_.x) cpu::pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
+    k_.pack_columns(value_width_, p.m, w.d_tokens, value_width_, w.packed_d_tokens);
+    if (out_.v) k_.pack_rows(p.m, value_width_, w.d_tokens, value_width_, w.packed_rows);
+    if (out_.x) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
   }
 
   void unit(const Unit& unit, Worker& w) noexcept {

@@ -181,7 +181,7 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  cpu::pack_columns(width, m, rows, width, packed);
+  k.pack_columns(width, m, rows, width, packed);
 }
 
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept {

@@ -36,6 +36,10 @@ struct Kernels {
   /// c[m, w] += a[n, m]^T b[n, w]; m and w rounded up to 4 and kLanes.
   void (*accumulate)(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                      int64_t ldc);
+  /// Pack B [k, m] from its transpose: row j of `columns` (stride ld) is column j of B.
+  void (*pack_columns)(int64_t k, int64_t m, const float* columns, int64_t ld, float* out);
+  /// Pack B [k, m] from its rows (stride ld).
+  void (*pack_rows)(int64_t k, int64_t m, const float* rows, int64_t ld, float* out);
   /// dst[0, width) = a row of `type`; returns its sum of squares.
   float (*load_row)(const void* src, DType type, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.

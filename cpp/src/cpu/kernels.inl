@@ -142,6 +142,75 @@ static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda,
   }
 }
 
+// ---- packing
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using lanes = Lanes<I...>;
+};
+
+/// a0 b0 a1 b1 .. of the lower (from = 0) or upper (from = W / 2) halves.
+template <int from, int... I>
+HISAC_INLINE vf interleave(vf a, vf b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * W)...);
+}
+
+/// W vectors of W: log2(W) rounds of interleaving the first half with the second.
+HISAC_INLINE void transpose(vf* x) {
+  vf y[W];
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = interleave<0>(x[i], x[i + W / 2], typename Count<W>::lanes());
+      y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2], typename Count<W>::lanes());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
+}
+
+static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+  int64_t j0 = 0;
+  for (int64_t left = pad(m) / kLanes; left > 0;) {
+    const int64_t group = panel_group(left), width = group * kLanes;
+    left -= group;
+    for (int64_t j = j0; j < j0 + width; j += W)
+      for (int64_t d = 0; d < k; d += W) {
+        vf x[W] = {};
+        const size_t have = static_cast<size_t>(k - d < W ? k - d : W);
+        for (int i = 0; i < W && j + i < m; ++i) {
+          if (have == W)
+            x[i] = load(columns + (j + i) * ld + d);
+          else
+            __builtin_memcpy(&x[i], columns + (j + i) * ld + d, have * 4);
+        }
+        transpose(x);
+        for (size_t i = 0; i < have; ++i) store(out + (d + static_cast<int64_t>(i)) * width + (j - j0), x[i]);
+      }
+    out += k * width;
+    j0 += width;
+  }
+}
+
+static void pack_rows(int64_t k, int64_t m, const float* rows, int64_t ld, float* out) {
+  int64_t j0 = 0;
+  for (int64_t left = pad(m) / kLanes; left > 0;) {
+    const int64_t group = panel_group(left), width = group * kLanes;
+    left -= group;
+    const size_t have = static_cast<size_t>(m - j0 < width ? m - j0 : width);
+    for (int64_t d = 0; d < k; ++d, out += width) {
+      __builtin_memcpy(out, rows + d * ld + j0, have * 4);
+      __builtin_memset(out + have, 0, (static_cast<size_t>(width) - have) * 4);
+    }
+    j0 += width;
+  }
+}
+
 // ---- rows in and out
 
 HISAC_INLINE vf widen(vh raw, DType type) {
@@ -370,9 +439,9 @@ static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* ou
 
 }  // namespace
 
-const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME, matmul,          accumulate,      load_row,
-                                 store_row,      add_row,         distance_logits, row_lse,
-                                 row_shift,      column_softmax,  route_gradient,  row_softmax,
-                                 row_weights,    attend_gradient, screen,          survivors};
+const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME,  matmul,         accumulate,     pack_columns,    pack_rows,
+                                 load_row,        store_row,      add_row,        distance_logits, row_lse,
+                                 row_shift,       column_softmax, route_gradient, row_softmax,     row_weights,
+                                 attend_gradient, screen,         survivors};
 
 }  // namespace hisac::cpu
