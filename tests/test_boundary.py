@@ -350,7 +350,7 @@ def test_tensors_without_memory_of_their_own():
             lambda: into(torch._efficientzerotensor(T, D)),
         ]
         for f in odd:
-            with pytest.raises(TypeError, match="encode"):
+            with pytest.raises(TypeError, match=r"^encode: x "):
                 f()
     for bad in (partial(into, fake(X)), partial(hisac.encode, BOOK, x, out=fake(CODES))):
         with pytest.raises(TypeError, match=r"^encode: (x|out) expected an array with data, got a fake tensor$"):

@@ -65,6 +65,9 @@ def test_codebook(centers, kind, text):
         ({"codes": ()}, ValueError, "codes expected 1 to 8 levels, got 0"),
         ({"codes": [1] * 9}, ValueError, "codes expected 1 to 8 levels, got 9"),
         ({"codes": (4, 0)}, ValueError, "codes expected 1 to 2^20 at level 1, got 0"),
+        ({"codes": (2.5,)}, TypeError, "codes expected a whole number, got 2.5"),
+        ({"iterations": 1.5}, TypeError, "iterations expected a whole number, got 1.5"),
+        ({"seed": "a"}, TypeError, "seed expected a whole number, got 'a'"),
         ({"codes": (2**21,)}, ValueError, "codes expected 1 to 2^20 at level 0, got 2097152"),
         ({"iterations": -1}, ValueError, "iterations expected 0 to 1000000, got -1"),
         ({"iterations": 2**20}, ValueError, "iterations expected 0 to 1000000, got 1048576"),
@@ -91,7 +94,10 @@ def test_what_a_progress_callback_raises_comes_through():
         (lambda: hisac.encode(BOOK, X[:, :5]), ValueError, "encode: x is [10, 5], the codebook has D = 6: D differs"),
         (lambda: hisac.encode(None, X), TypeError, "encode: book expected hisac.Codebook, got NoneType"),
         (lambda: BOOK.leaves(CODES[:, :1]), ValueError, "leaves: codes expected [10, 2], got [10, 1]"),
+        (lambda: BOOK.leaves(CODES[:, :0]), ValueError, "leaves: codes expected [10, 2], got [10, 0]"),
+        (lambda: BOOK.leaves(CODES[0, 0:1].reshape(())), ValueError, "leaves: codes expected [..., L], got int32 []"),
         (lambda: BOOK.prototypes(CODES[:, :1]), ValueError, "prototypes: codes expected [10, 2], got [10, 1]"),
+        (lambda: BOOK.prototypes(CODES[:, :0]), ValueError, "prototypes: codes expected [10, 2], got [10, 0]"),
         (
             lambda: BOOK.prototypes(CODES.astype(int)),
             TypeError,
@@ -302,7 +308,7 @@ def test_route_backward(change, kind, text):
 Q, KEYS, VALUES, CANDIDATES = normal(5, 2, 3), normal(2, 4, 2, 3), normal(2, 4, 2, 5), np.array([0, 2, 5])
 HALF = KEYS.astype(np.float16)
 SHAPES = "expected q [N, H, d], keys [B, M, H, d] and values [B, M, H, V], got float32"
-FIVE = "offsets expected 0 <= start <= end <= 5 for every user, got"
+FIVE = "candidate_offsets expected 0 <= start <= end <= 5 for every user, got"
 ATTEND = [
     ({"q": Q[0]}, ValueError, "q expected [N, H, d], got float32 [2, 3]"),
     ({"keys": KEYS[0]}, ValueError, "keys expected [B, M, H, d], got float32 [4, 2, 3]"),
@@ -331,7 +337,7 @@ ATTEND = [
     ({"bias": ONE[:4, 0]}, ValueError, "bias expected float32 [B, M], got float32 [4]"),
     ({"scale": NAN}, ValueError, "scale expected finite, got nan"),
     ({"scale": INF}, ValueError, "scale expected finite, got inf"),
-    ({"q": Q[..., :0], "keys": KEYS[..., :0]}, ValueError, "q expected [N, H, d] with H and d of at least 1"),
+    ({"q": Q[..., :0], "keys": KEYS[..., :0]}, ValueError, "expected H, d and V of at least 1, got 2, 0 and 5"),
 ]
 RIGHT = {"q": Q, "keys": KEYS, "values": VALUES, "candidate_offsets": CANDIDATES}
 

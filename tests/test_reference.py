@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the definition, first part: the code tree, encode, fit and vote of `hisac.reference`."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -149,12 +150,17 @@ def test_fit_fewer_distinct_rows_than_codes():
     assert set(reference.encode(book, x)[:, 1]) == {0}
 
 
-def test_fit_seeds_dead_codes_again():
-    """Two far rows share a code at first; the code that loses its rows must come back for one of them."""
-    rng = np.random.default_rng(5)
-    x = np.concatenate([rng.normal(size=(60, 2)) / 50, [[40, 0], [0, 40], [-40, 0]]]).astype(np.float32)
-    for seed in range(8):
-        assert reference.fit(x, (12,), seed=seed, iterations=40).report.unused == (0,)
+def test_fit_seeds_dead_codes_from_the_worst_rows():
+    """A code that lost its rows becomes the row farthest from its center (the first of equals), a second the next."""
+    met = 0
+    for seed, n in itertools.product(range(40), (1, 2, 3)):
+        x = np.exp(3 * np.random.default_rng(seed).normal(size=(40, 2))).astype(np.float32)
+        before, after = (reference.fit(x, (14,), iterations=k, seed=seed).centers[0] for k in (n, n + 1))
+        d = np.square(x[:, None].astype(np.float64) - before).sum(-1)
+        dead = np.bincount(d.argmin(1), minlength=14) == 0
+        np.testing.assert_array_equal(after[dead], x[np.argsort(-d.min(1), kind="stable")[: dead.sum()]])
+        met += dead.sum()
+    assert met > 3
 
 
 # -------------------------------------------------------------------------------------------------------------- vote
@@ -210,6 +216,16 @@ def test_vote_equals_brute_force(p):
         assert list(map(tuple, agents.codes[b, :n].tolist())) == expected
         assert agents.votes[b, :n].tolist() == [votes[leaf] for leaf in expected]
         assert (agents.codes[b, n:] == -1).all() and not agents.votes[b, n:].any()
+
+
+def test_agents_are_sorted_by_votes_then_code():
+    """Not by the order of choice: node 1 has more votes, so its leaf is chosen before the equal one of node 0."""
+    book = reference.Codebook([np.eye(2), np.eye(2)])
+    codes = np.array([[1, 1], [1, 1], [1, 0], [1, 0], [0, 0], [0, 0], [1, 1]])
+    agents = reference.vote(book, codes, np.array([0, 7]), budget=3)
+    assert agents.codes[0].tolist() == [[1, 1], [0, 0], [1, 0]] and agents.votes[0].tolist() == [3, 2, 2]
+    chosen = reference.vote(book, codes, np.array([0, 7]), budget=2)
+    assert chosen.codes[0].tolist() == [[1, 1], [1, 0]]
 
 
 @given(st.lists(st.integers(1, 2**36), min_size=1, max_size=40), st.integers(1, 60))

@@ -275,6 +275,23 @@ def test_route_backward_equals_finite_differences(p):
     assert all(getattr(mine, name) is None for name in set(mine._fields) - set(back["need"]))
 
 
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+@pytest.mark.parametrize("tau", [np.array([0.7]), np.array([0.7, 0.4, 2.0])])
+def test_every_gradient_of_route_matters(normalize, tau):
+    """Three rows and agents close enough together that no gradient is near zero."""
+    rng = np.random.default_rng(0)
+    x, v, p, bias, d_tokens, d_lse = (rng.normal(size=s) for s in ((3, 2), (3, 2), (1, 3, 2), 3, (1, 3, 2), (1, 3)))
+    args = {"x": x / 2, "v": v, "prototypes": p / 2, "bias": bias, "temperature": tau.copy()}
+    options = {"offsets": np.array([0, 3]), "normalize": normalize}
+    given = {name: a for name, a in args.items() if name != "prototypes"}
+    forward = reference.route(**args, **options)
+    mine = reference.route_backward(d_tokens, d_lse, forward, **given, **options, need=tuple(args))
+    for name, values in args.items():
+        expected = slopes(lambda _: pairing(reference.route(**args, **options), d_tokens, d_lse), values)
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(getattr(mine, name), expected, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
 def test_leaf_has_no_gradient_of_x():
     x, book = np.zeros((1, 1)), reference.Codebook([[[0.0]]])
     options = {"codes": np.zeros((1, 1), int), "book": book, "method": "leaf"}

@@ -97,6 +97,8 @@ def test_problems_run_compiled(p):
     testing.assert_agents_equal(hisac.vote(**p.vote_args()), reference.vote(**p.by_reference(p.vote_args())))
     testing.assert_codes_equal(hisac.encode(**p.encode_args()), reference.encode(**p.by_reference(p.encode_args())))
     testing.assert_tokens_close(hisac.route(**p.route_args()), p.reference(), p)
+    for mine, theirs in zip(reference.route(**p.route_args()), p.reference(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)  # with the compiled Codebook too
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ constexpr nb::dlpack::dtype dtype_of() {
 inline void* borrow(const View& view, const char* verb, const char* name, int ndim, const char* expected, bool write) {
   const auto& t = view.tensor;
   if (view.none) wrong_type(verb, name, expected, "None");
+  if (view.unreadable) wrong_type(verb, name, "an array with memory that DLPack lends", view.unreadable->tp_name);
   if (t.device.device_type != 1 && t.device.device_type != 3)  // CPU, or pinned host memory
     wrong_type(verb, name, "an array in CPU memory", "device type " + std::to_string(t.device.device_type));
   if (t.ndim != ndim) wrong_value(verb, name, expected, describe(view));

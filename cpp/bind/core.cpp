@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <string_view>
 
 #include "arrays.h"
@@ -42,12 +43,21 @@ void make_codebook(Codebook* self, const std::vector<View>& centers) {
 Codebook load_codebook(const std::string& path) {
   Codebook book;
   Status status;
+  int os_error = 0;
   {
     nb::gil_scoped_release release;
+    errno = 0;
     status = Codebook::load(path.c_str(), &book);
+    os_error = errno;
   }
-  raise(status);
+  raise(status, os_error);
   return book;
+}
+
+void save_codebook(const Codebook& book, const std::string& path) {
+  errno = 0;
+  const Status status = book.save(path.c_str());
+  raise(status, errno);
 }
 
 Codebook parse_codebook(nb::bytes bytes) {
@@ -294,8 +304,7 @@ NB_MODULE(_core, m) {
       .def("__init__", make_codebook, "centers"_a)
       .def_static("load", load_codebook, "path"_a)
       .def_static("parse", parse_codebook, "data"_a)
-      .def(
-          "save", [](const Codebook& book, const std::string& path) { raise(book.save(path.c_str())); }, "path"_a)
+      .def("save", save_codebook, "path"_a)
       .def("serialize", serialize_codebook)
       .def("copy_centers", copy_centers, "level"_a, "out"_a)
       .def_prop_ro(

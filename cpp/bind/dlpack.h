@@ -60,6 +60,8 @@ struct View {
   nb::dlpack::dltensor tensor;
   nb::ndarray<nb::ro> hold;  // keeps a fallback's buffer alive
   bool none = false, writable = true;
+  PyTypeObject* unreadable =
+      nullptr;  // the type of an object whose memory DLPack does not lend: no array, or a wrapper
 };
 
 }  // namespace hisac::bind
@@ -75,7 +77,8 @@ struct type_caster<hisac::bind::View> {
     if (const auto* api = hisac::bind::exchange_api(Py_TYPE(source.ptr()))) {
       if (api->tensor_from_object(source.ptr(), &value.tensor) == 0) return true;
       PyErr_Clear();
-      return false;
+      value.unreadable = Py_TYPE(source.ptr());
+      return true;
     }
     flags &= ~static_cast<uint32_t>(cast_flags::convert);
     make_caster<ndarray<>> writable;
@@ -84,7 +87,11 @@ struct type_caster<hisac::bind::View> {
     } else {
       PyErr_Clear();
       make_caster<ndarray<ro>> readable;
-      if (!readable.from_python(source, flags, cleanup)) return false;
+      if (!readable.from_python(source, flags, cleanup)) {
+        PyErr_Clear();
+        value.unreadable = Py_TYPE(source.ptr());
+        return true;
+      }
       value.hold = readable.value;
       value.writable = false;
     }

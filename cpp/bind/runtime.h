@@ -2,8 +2,11 @@
 // What Python lends the core: a pool of threads, scratch per thread, exceptions for Status.
 #pragma once
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "dlpack.h"
@@ -16,33 +19,38 @@ struct CorruptFile : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline void raise(const Status& status) {
+/// Status as an exception; os_error: the errno that goes with Code::io_error. Messages may quote bytes of a file or a
+/// path, so they need not be UTF-8.
+inline void raise(const Status& status, int os_error = 0) {
+  if (status.ok()) return;
+  if (status.code() == Code::cancelled && PyErr_Occurred()) throw nb::python_error();
+  const char* const what = status.what();
+  nb::object text = nb::steal(PyUnicode_DecodeUTF8(what, static_cast<Py_ssize_t>(std::strlen(what)), "replace"));
+  const auto error = [&](PyObject* type) {
+    PyErr_SetObject(type, text.ptr());
+    return nb::python_error();
+  };
   switch (status.code()) {
-    case Code::ok:
-      return;
-    case Code::invalid_argument:
-      throw nb::value_error(status.what());
     case Code::wrong_type:
-      throw nb::type_error(status.what());
+      throw error(PyExc_TypeError);
     case Code::not_implemented:
-      PyErr_SetString(PyExc_NotImplementedError, status.what());
-      break;
-    case Code::corrupt_file:
-      throw CorruptFile(status.what());
-    case Code::io_error:
-      PyErr_SetString(PyExc_OSError, status.what());
-      break;
+      throw error(PyExc_NotImplementedError);
     case Code::out_of_memory:
-      PyErr_SetString(PyExc_MemoryError, status.what());
-      break;
+      throw error(PyExc_MemoryError);
+    case Code::corrupt_file:
+      throw CorruptFile(nb::cast<std::string>(text));
     case Code::cancelled:
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_KeyboardInterrupt, status.what());
-      break;
+      throw error(PyExc_KeyboardInterrupt);
+    case Code::io_error:  // (errno, text) makes FileNotFoundError and its like
+      if (os_error) text = nb::make_tuple(os_error, text);
+      throw error(PyExc_OSError);
+    default:
+      throw error(PyExc_ValueError);
   }
-  throw nb::python_error();
 }
 
-/// The process's pool. It outlives Python's objects: threads of a service may still run at exit.
+/// The process's threads. A call keeps the pool that it began with, so the number may change meanwhile; the object
+/// outlives Python's, since threads of a service may still run at exit.
 class Pool {
  public:
   static Pool& get() {
@@ -50,21 +58,24 @@ class Pool {
     return *pool;
   }
   void resize(int workers) {
+    auto fresh = std::make_shared<ThreadPool>();
+    raise(fresh->resize(workers));
     std::lock_guard<std::mutex> lock(mutex_);
-    raise(pool_.resize(workers));
+    pool_.swap(fresh);
   }
   int workers() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return pool_.workers();
+    return pool_->workers();
   }
-  Executor executor() {
+  std::shared_ptr<ThreadPool> borrow(Executor* executor) {
     std::lock_guard<std::mutex> lock(mutex_);
-    return pool_.executor();
+    *executor = pool_->executor();
+    return pool_;
   }
 
  private:
   std::mutex mutex_;
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_ = std::make_shared<ThreadPool>();
 };
 
 /// Scratch for one call. A thread keeps it from call to call, unless it is large; a call takes it away, so that a verb
@@ -105,12 +116,14 @@ template <class Workspace, class Verb>
 void run(Workspace workspace, Verb verb) {
   static thread_local Scratch kept;
   Scratch scratch(std::move(kept));
-  const Executor executor = Pool::get().executor();
+  Executor executor;
+  std::shared_ptr<ThreadPool> pool = Pool::get().borrow(&executor);
   const Context context{scratch.take(workspace(executor.workers)), &executor};
   Status status;
   {
     nb::gil_scoped_release release;
     status = verb(context);
+    pool.reset();  // the last call of a pool joins its threads: without the GIL
   }
   if (scratch.worth_keeping()) kept.swap(scratch);
   raise(status);

@@ -15,8 +15,6 @@
 namespace hisac {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 constexpr int64_t kSpan = 512;  // candidates of one unit of the forward
 
 int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
@@ -57,7 +55,7 @@ struct Head {
       k.load_row(at(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
       const float x = in.bias ? in.bias.data[b * s.tokens + m] : 0.f;
       if (std::isfinite(x)) {
-        bias[m] = x * kLog2e;
+        bias[m] = cpu::base2(x);
       } else {  // absent: whatever it holds must not meet a zero weight
         std::fill(keys + m * s.width, keys + (m + 1) * s.width, 0.f);
         std::fill(values + m * s.value_width, values + (m + 1) * s.value_width, 0.f);
@@ -68,20 +66,23 @@ struct Head {
   }
 };
 
-/// n candidates of one head, [n, stride] with zero padding; returns nothing but the rows.
-void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out) noexcept {
+/// n candidates of one head, [n, stride] with zero padding; squares, where wanted: NaN for a row that holds one.
+void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out,
+                     float* squares = nullptr) noexcept {
   const cpu::Kernels& k = cpu::kernels();
-  for (int i = 0; i < n; ++i)
-    k.load_row(
+  for (int i = 0; i < n; ++i) {
+    const float sum = k.load_row(
         static_cast<const std::byte*>(rows.data) + ((first + i) * s.heads + h) * rows.width * bytes_of(rows.dtype),
         rows.dtype, rows.width, out + i * cpu::pad(rows.width));
+    if (squares) squares[i] = sum;
+  }
 }
 
 // ---- forward
 
 struct ForwardWorker {
   Head head;
-  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr;
+  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr, *squares = nullptr;
 };
 
 struct Forward {
@@ -97,6 +98,7 @@ struct Forward {
       one.q = arena.take<float>(cpu::kBlock * cpu::pad(s.width));
       one.z = arena.take<float>(cpu::kBlock * cpu::pad(s.tokens));
       one.lse = arena.take<float>(cpu::kBlock);
+      one.squares = arena.take<float>(cpu::kBlock);
       one.out = arena.take<float>(cpu::kBlock * cpu::pad(s.value_width));
       if (worker) worker[w] = one;
     }
@@ -110,15 +112,19 @@ void attend_span(const AttendInputs& in, const Shape& s, const Attended& out, in
   const int64_t bytes = bytes_of(out.out.dtype);
   for (int64_t i = first; i < last; i += cpu::kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(cpu::kBlock, last - i));
-    load_candidates(in.q, s, i, n, h, w.q);
+    load_candidates(in.q, s, i, n, h, w.q, w.squares);
     k.matmul(n, s.width, s.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
-    k.row_softmax(n, s.tokens, w.z, ldz, in.scale * kLog2e, w.head.bias, w.lse);
+    k.row_softmax(n, s.tokens, w.z, ldz, in.scale * cpu::kLog2e, w.head.bias, w.lse);
     k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv);
     for (int j = 0; j < n; ++j) {
       const int64_t row = (i + j) * s.heads + h;
+      if (w.squares[j] != w.squares[j]) {  // a NaN in q is the candidate's own
+        std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, w.squares[j]);
+        w.lse[j] = w.squares[j];
+      }
       k.store_row(static_cast<std::byte*>(out.out.data) + row * s.value_width * bytes, out.out.dtype, s.value_width,
                   w.out + j * ldv, 1.f);
-      out.lse.data[row] = w.lse[j] * kLn2;
+      out.lse.data[row] = w.lse[j] * cpu::kLn2;
     }
   }
 }
@@ -222,13 +228,13 @@ class Backward {
       const float lse = forward_->lse.data[row];
       double dot = 0;
       for (int64_t c = 0; c < s_.value_width; ++c) dot += double(w.d_out[i * ldv + c]) * w.out[i * ldv + c];
-      w.lse[i] = lse * kLog2e;
+      w.lse[i] = lse == -INFINITY ? lse : cpu::base2(lse);
       w.offset[i] = lse == -INFINITY
                         ? 0.f
                         : static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
     }
     k_.matmul(n, s_.width, s_.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
-    k_.row_weights(n, s_.tokens, w.z, ldz, in_.scale * kLog2e, w.head.bias, w.lse);
+    k_.row_weights(n, s_.tokens, w.z, ldz, in_.scale * cpu::kLog2e, w.head.bias, w.lse);
     k_.matmul(n, s_.value_width, s_.tokens, w.d_out, ldv, w.packed_columns, w.g, ldz);
     k_.attend_gradient(n, s_.tokens, w.z, w.g, ldz, w.offset, state.bias);
     k_.matmul(n, s_.tokens, s_.width, w.g, ldz, w.packed_rows, w.dq, ldq);
@@ -270,7 +276,9 @@ Status check(const char* verb, const AttendInputs& in) noexcept {
   if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
     return Status::error(Code::wrong_type, "%s: keys and values expected q's type", verb);
   if (s.heads < 1 || s.tokens < 0 || s.width < 1 || s.value_width < 1 || in.q.rows % s.heads != 0)
-    return Status::error(Code::invalid_argument, "%s: q expected [N, H, d] with H and d of at least 1", verb);
+    return Status::error(Code::invalid_argument,
+                         "%s: expected H, d and V of at least 1, got %" PRId64 ", %" PRId64 " and %" PRId64, verb,
+                         s.heads, s.width, s.value_width);
   const int64_t rows = s.users * s.tokens * s.heads;
   if (in.keys.rows != rows || in.values.rows != rows || in.keys.width != s.width)
     return Status::error(Code::invalid_argument,
@@ -283,7 +291,7 @@ Status check(const char* verb, const AttendInputs& in) noexcept {
                          s.tokens, in.bias.shape[0], in.bias.shape[1]);
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
-  HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / s.heads));
+  HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / s.heads, "candidate_offsets"));
   for (int64_t b = 1; b < s.users; ++b)
     if (in.candidates.start(b) < in.candidates.end(b - 1))
       return Status::error(Code::invalid_argument,

@@ -120,8 +120,9 @@ Status parse_metadata(Parser& in, Header* h) noexcept {
       h->format = true;
     } else if (key.is("version")) {
       h->version = value.is("1");
-      std::snprintf(h->version_text, sizeof h->version_text, "%.*s",
-                    static_cast<int>(value.size < 20 ? value.size : 20), value.data);
+      std::memset(h->version_text, 0, sizeof h->version_text);
+      for (size_t i = 0; i < value.size && i < 20; ++i)  // for the message, so plain ASCII
+        h->version_text[i] = value.data[i] >= ' ' && value.data[i] <= '~' ? value.data[i] : '?';
     } else if (key.is("fingerprint")) {
       if (!hex(value, &h->print)) return corrupt("metadata fingerprint expected 16 hex digits");
       h->fingerprint = true;
@@ -277,11 +278,12 @@ Status Codebook::serialize(Array<std::byte, 1> out) const noexcept {
 }
 
 Status Codebook::load(const char* path, Codebook* out) noexcept {
-  const int file = ::open(path, O_RDONLY | O_CLOEXEC);
+  const int file = ::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return os_error("open", path);
   struct stat info;
-  if (::fstat(file, &info) != 0 || !S_ISREG(info.st_mode)) {
-    if (S_ISDIR(info.st_mode)) errno = EISDIR;
+  const bool known = ::fstat(file, &info) == 0;
+  if (!known || !S_ISREG(info.st_mode)) {
+    if (known) errno = S_ISDIR(info.st_mode) ? EISDIR : EINVAL;
     const Status status = os_error("read", path);
     ::close(file);
     return status;
@@ -289,18 +291,20 @@ Status Codebook::load(const char* path, Codebook* out) noexcept {
   const size_t size = static_cast<size_t>(info.st_size);
   char* const bytes = static_cast<char*>(std::malloc(size ? size : 1));
   size_t at = 0;
+  bool failed = false;
   while (bytes && at < size) {
     const ssize_t got = ::read(file, bytes + at, size - at);
     if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) break;
+    if (got <= 0) {
+      failed = got < 0;
+      break;
+    }
     at += static_cast<size_t>(got);
   }
+  Status status = failed ? os_error("read", path) : Status();
   ::close(file);
-  Status status;
-  if (!bytes)
-    status = Status::error(Code::out_of_memory, "codebook file: out of memory for %zu bytes", size);
-  else
-    status = parse(bytes, at, out);
+  if (!bytes) status = Status::error(Code::out_of_memory, "codebook file: out of memory for %zu bytes", size);
+  if (status.ok()) status = parse(bytes, at, out);
   std::free(bytes);
   return status;
 }

@@ -131,13 +131,12 @@ class Router {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    constexpr float kLog2e = 1.44269504088896341f;
     k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.lse);
     for (int i = 0; i < n; ++i)
-      w.shift[i] = w.block.bias[i] * kLog2e - (shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
+      w.shift[i] = cpu::base2(w.block.bias[i]) - (shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     if (shares || in_.bias || params_.method == Method::leaf) k_.row_shift(n, m, w.z, ldz, w.shift);
     if (k_.column_softmax(n, m, w.z, ldz, state.top, state.mass, w.factor)) {
       for (int64_t a = 0; a < m; ++a)

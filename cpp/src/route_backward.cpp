@@ -141,7 +141,6 @@ class Backward {
 
   /// Everything of the user's agents that its rows need.
   void load_agents(int64_t b, Worker& w) const noexcept {
-    constexpr float kLog2e = 1.44269504088896341f;
     AgentPanel& p = w.panel;
     p.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
     for (int64_t j = 0; j < cpu::pad(agents_); ++j) {
@@ -157,7 +156,7 @@ class Backward {
       if (!(std::fabs(lse) < INFINITY)) continue;
       double dot = 0;
       for (int64_t c = 0; c < value_width_; ++c) dot += double(d[c]) * w.token[c];
-      w.lse[j] = lse * kLog2e;
+      w.lse[j] = cpu::base2(lse);
       w.offset[j] = static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
       w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
     }
@@ -186,14 +185,13 @@ class Backward {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    constexpr float kLog2e = 1.44269504088896341f;
     k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
     for (int i = 0; i < n; ++i) {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
-      w.shift[i] = w.block.bias[i] * kLog2e - (shares ? w.row_lse[i] : 0.f);
+      w.shift[i] = cpu::base2(w.block.bias[i]) - (shares ? w.row_lse[i] : 0.f);
     }
     k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
     k_.route_gradient(
@@ -251,10 +249,9 @@ class Backward {
   }
 
   void finish(int64_t b, const State& s, const AgentPanel& panel) const noexcept {
-    constexpr float kLn2 = 0.693147180559945309f;
     for (int64_t j = 0; j < panel.m; ++j) {
       const int64_t a = panel.index[j];
-      if (out_.temperature) user_temperature_[b * agents_ + a] = -kLn2 * s.raw[j] / temperature_of(params_, a);
+      if (out_.temperature) user_temperature_[b * agents_ + a] = -cpu::kLn2 * s.raw[j] / temperature_of(params_, a);
       if (!out_.prototypes) continue;
       float* const dp = out_.prototypes.data + (b * agents_ + a) * width_;
       k_.add_row(width_, s.sum + j * cpu::pad(width_), 1.f, dp);

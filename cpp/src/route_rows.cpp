@@ -12,15 +12,20 @@
 namespace hisac {
 namespace {
 
-constexpr float kAbsentNorm = 0x1p100f;
-constexpr float kLog2e = 1.44269504088896341f;
-
 int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
 
 bool finite(const float* v, int64_t width) noexcept {
   bool ok = true;
   for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
   return ok;
+}
+
+/// |x|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
+bool below_limit(float norm, const float* x, int64_t width) noexcept {
+  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
+  double squares = 0;
+  for (int64_t d = 0; d < width; ++d) squares += double(x[d]) * x[d];
+  return squares < 0x1p100;
 }
 
 }  // namespace
@@ -67,7 +72,7 @@ bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
   }
   if (in_.x.data)
     *norm = k_.load_row(static_cast<const std::byte*>(in_.x.data) + row * x_bytes_, in_.x.dtype, width_, x);
-  return *norm < kAbsentNorm && std::fabs(bias_of(row)) <= FLT_MAX;  // NaN fails both
+  return below_limit(*norm, x, width_) && std::fabs(bias_of(row)) <= FLT_MAX;  // false for NaN
 }
 
 void RowLoader::load_v(int64_t row, float* v) const noexcept {
@@ -173,8 +178,8 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
   for (int64_t a = 0; a < count; ++a) {
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
-    if (!(tau > 0) || !(norm[m] < kAbsentNorm)) continue;
-    rate[m] = std::min(kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
+    if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
+    rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
     index[m++] = static_cast<int32_t>(a);
   }
   for (int64_t a = m; a < cpu::pad(agents); ++a) {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a float32 kernel may be from `hisac.reference`, cell by cell: derived from sizes and rounding, not tuned.
 
-With u = 2^-24 and c(n) = 64 + log2 n, the roundings on a term's way into a sum of n (runs of 64 terms, then pairs):
+With u = 2^-24 and c(n) = 64 + 2 min(n / 64, 32) + log2 n, the roundings on a term's way into a sum of n: runs of 64
+terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 
 - Logits are computed as bias - max(0, |x|^2 + |p|^2 - 2 x.p) / tau. The three sums have D terms, so
       e = |dz| <= (D + 8) u (|x| + |p|)^2 / tau + 6 u d / tau + 4 u |bias|.
@@ -57,7 +58,12 @@ def _in_numpy(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(n: int) -> float:
-    return 64 + float(np.log2(max(n, 1)))
+    return 64 + 2 * min(n / 64, 32) + float(np.log2(max(n, 1)))
+
+
+def _bias_error(bias: Array | float) -> Array:
+    """Of a bias in base 2; one of 2^126 and more keeps its sign only."""
+    return np.where(np.abs(bias) < 2 * HUGE, 4 * U * np.abs(bias), np.inf)
 
 
 def _log_error(f: Array) -> Array:
@@ -146,7 +152,7 @@ class _Logits:
             off = np.minimum(_log_error(up.sum(1)), e.max(1, initial=0.0))
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
             e = e + off[:, None] + 2 * U * np.abs(t)
-        self.e = e + self.skew[:, None] + 4 * U * np.abs(h.bias)[:, None]
+        self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
 
 
 def _users(args: Mapping[str, Any]) -> Any:
@@ -271,7 +277,11 @@ def _attend_errors(q: Array, keys: Array, bias: Array | None, b: int, rows: slic
     z = reference.attend_logits(q, keys, bias, b, rows, scale)
     moduli = np.einsum("nhd,mhd->nhm", np.abs(q[rows].astype(np.float64)), np.abs(keys[b].astype(np.float64)))
     shift = 0.0 if bias is None else np.abs(np.nan_to_num(bias[b].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0))
-    e = (q.shape[2] + 8) * U * abs(scale) * moduli + 4 * U * (np.where(np.isfinite(z), np.abs(z), 0.0) + shift)
+    e = (
+        (q.shape[2] + 8) * U * abs(scale) * moduli
+        + 4 * U * np.where(np.isfinite(z), np.abs(z), 0.0)
+        + _bias_error(shift)
+    )
     return z, np.where((moduli > HUGE) | (abs(scale) * moduli > HUGE), np.inf, e)
 
 

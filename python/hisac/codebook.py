@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The global hierarchical codebook: codewords, the tree of their prefixes, files."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .arrays import empty, give, rank, take
+from .arrays import empty, give, is_torch, rank, take, whole
 from .results import Agents, Array, FitReport
 
 Progress = Callable[[int, int, float], Any]
@@ -66,14 +67,16 @@ class Codebook:
         """
         x = take("fit", "x", x)
         rank("fit", "x", x, "T D")
-        sizes = [int(c) for c in codes]
+        sizes = [whole("fit", "codes", c) for c in codes]
         for level, size in enumerate(sizes):
             if not 1 <= size <= 2**20:
                 raise ValueError(f"fit: codes expected 1 to 2^20 at level {level}, got {size}")
         if not 0 <= int(iterations) <= 10**6:
             raise ValueError(f"fit: iterations expected 0 to 1000000, got {iterations}")
         centers = [np.empty((size, x.shape[1]), np.float32) for size in sizes]
-        report = _core.fit(x, centers, int(iterations), int(seed) % 2**64, progress)
+        report = _core.fit(
+            x, centers, whole("fit", "iterations", iterations), whole("fit", "seed", seed) % 2**64, progress
+        )
         book = cls(centers)
         book.report = FitReport(*report)
         return book
@@ -81,12 +84,12 @@ class Codebook:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Codebook":
         """Read a safetensors file. Raises OSError, CorruptFileError."""
-        return cls._of(_core.Codebook.load(os.fspath(path)))
+        return cls._of(_core.Codebook.load(_name(path)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Codebook":
         """The inverse of `to_bytes`. Raises CorruptFileError."""
-        return cls._of(_core.Codebook.parse(bytes(data)))
+        return cls._of(_core.Codebook.parse(bytes(memoryview(data))))
 
     @classmethod
     def from_faiss(cls, quantizer: Any) -> "Codebook":
@@ -100,22 +103,32 @@ class Codebook:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Array]) -> "Codebook":
         """The codewords of a vector-quantize-pytorch ResidualVQ: entries "...layers.N._codebook.embed" [1, C, D]."""
-        found = {}
+        found: dict[str, dict[int, Array]] = {}
         for name, value in state.items():
-            parts = name.split(".")
-            if parts[-2:] == ["_codebook", "embed"] and len(parts) >= 4 and parts[-4] == "layers":
-                found[int(parts[-3])] = np.asarray(take("from_state_dict", name, value), np.float32)
-        if sorted(found) != list(range(len(found))) or not found:
+            prefix, _, rest = f".{name}".rpartition(".layers.")
+            level, _, field = rest.partition(".")
+            if field == "_codebook.embed" and level.isdecimal():
+                found.setdefault(prefix[1:], {})[int(level)] = take("from_state_dict", name, value)
+        if len(found) > 1:
+            raise ValueError(f"from_state_dict: expected one quantizer, got layers of {sorted(found)}; pass one's part")
+        levels = next(iter(found.values()), {})
+        if sorted(levels) != list(range(len(levels))) or not levels:
             raise ValueError(
-                "from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels " + str(sorted(found))
+                "from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels " + str(sorted(levels))
             )
-        return cls([found[level].reshape(found[level].shape[-2:]) for level in sorted(found)])
+        centers = []
+        for _, value in sorted(levels.items()):
+            shape = tuple(value.shape)
+            if len(shape) < 2 or shape[:-2] not in ((), (1,)):
+                raise ValueError(f"from_state_dict: embed expected [1, C, D] or [C, D], got {list(shape)}")
+            centers.append((value.float() if is_torch(value) else value.astype(np.float32)).reshape(shape[-2:]))
+        return cls(centers)
 
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: aside first, then renamed. Raises OSError."""
-        self._core.save(os.fspath(path))
+        self._core.save(_name(path))
 
     def to_bytes(self) -> bytes:
         """The same bytes as `save` writes."""
@@ -180,9 +193,9 @@ class Codebook:
 
         The parent's number is the child's, divided by the child level's size and rounded down.
         """
-        codes = take("leaves", "codes", codes)
+        codes, rows = _take_rows("leaves", codes)
         out = empty(codes, tuple(codes.shape[:-1]), "int64")
-        _core.leaves(self._core, codes.reshape(-1, codes.shape[-1]), out.reshape(-1))
+        _core.leaves(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows))
         return out
 
     def prototypes(self, codes: Array) -> Array:
@@ -194,9 +207,9 @@ class Codebook:
                     f"prototypes: agents expected of codebook {self.fingerprint:016x}, got {codes.fingerprint:016x}"
                 )
             codes = codes.codes
-        codes = take("prototypes", "codes", codes)
+        codes, rows = _take_rows("prototypes", codes)
         out = empty(codes, (*codes.shape[:-1], self.width), "float32")
-        _core.prototypes(self._core, codes.reshape(-1, codes.shape[-1]), out.reshape(-1, self.width))
+        _core.prototypes(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows, self.width))
         return out
 
 
@@ -204,3 +217,18 @@ def _unpickle(cls: type[Codebook], data: bytes, report: FitReport | None) -> Cod
     book = cls.from_bytes(data)
     book.report = report
     return book
+
+
+def _take_rows(verb: str, codes: Array) -> tuple[Array, int]:
+    """codes [..., L], and how many they are."""
+    codes = take(verb, "codes", codes)
+    if not codes.shape:
+        rank(verb, "codes", codes, "... L")
+    return codes, math.prod(codes.shape[:-1])
+
+
+def _name(path: str | bytes | os.PathLike[Any]) -> str:
+    name = os.fsdecode(path)
+    if "\0" in name:  # C would open what stands before it
+        raise ValueError(f"Codebook: path expected no null character, got {name!r}")
+    return name

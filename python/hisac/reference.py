@@ -124,7 +124,7 @@ def priorities(seed: int, level: int, rows: Array) -> Array:
 
 
 def first_distinct(r: Array, order: Array, n: int) -> list[int]:
-    """The first n rows of r, in `order`, that differ in value from those before; -0 equals 0."""
+    """The first n rows of r, in `order`, that differ from those before; -0 equals 0."""
     seen: set[bytes] = set()
     picked: list[int] = []
     for i in order:
@@ -206,8 +206,7 @@ def leaf_votes(book: Any, codes: Array, weights: Array = None) -> Votes:
     codes = np.asarray(codes)[:MAX_VOTERS]
     weight = np.ones(len(codes), np.int64) if weights is None else quantise_weights(weights)[:MAX_VOTERS]
     votes: Votes = {}
-    ok = valid_codes(book, codes)
-    for row, w in zip(codes[ok].tolist(), weight[ok].tolist(), strict=True):
+    for row, w in zip(*(a[valid_codes(book, codes)].tolist() for a in (codes, weight)), strict=True):
         if w:
             votes[tuple(row)] = votes.get(tuple(row), 0) + w
     return votes
@@ -281,6 +280,14 @@ def logsumexp(z: Array, axis: int) -> Array:
         return np.log(np.exp(z - top).sum(axis)) + top.squeeze(axis)
 
 
+def log_softmax(z: Array, axis: int) -> Array:
+    """z - log sum exp z along `axis`, so that its exp sums to 1 however large z is."""
+    top = z.max(axis, keepdims=True, initial=-np.inf)
+    z = z - np.where(np.isfinite(top), top, 0.0)
+    total = np.expand_dims(logsumexp(z, axis), axis)
+    return z - np.where(np.isfinite(total), total, 0.0)
+
+
 def square_distances(x: Array, p: Array) -> Array:
     """x [n, D], p [m, D] -> [n, m] float64."""
     return np.stack([np.square(x - a).sum(1) for a in p], 1) if len(p) else np.zeros((len(x), 0))
@@ -317,10 +324,10 @@ class History:
     def merge_leaves(self, leaf: Array) -> None:
         """Rows of one leaf become one row: W = sum e^bias, its mean x and v, spread = E|x - mean|^2, bias = log W."""
         _, self.leaf = np.unique(leaf, return_inverse=True)
-        groups = [self.leaf == g for g in range(self.leaf.max(initial=-1) + 1)]
-        total = np.array([logsumexp(self.bias[g], 0) for g in groups])
-        self.share = np.exp(self.bias - total[self.leaf])  # a row's part of its leaf's mass
-        weight = np.array([self.share * g for g in groups]).reshape(len(groups), len(leaf))
+        number = np.arange(self.leaf.max(initial=-1) + 1)
+        alone = np.where(number[:, None] == self.leaf, self.bias, -np.inf)
+        total, weight = logsumexp(alone, 1), np.exp(log_softmax(alone, 1))
+        self.share = weight.sum(0)  # a row's part of its leaf's mass
         mean = weight @ self.x
         self.spread = np.array([w @ np.square(self.x - mu).sum(1) for w, mu in zip(weight, mean, strict=True)])
         self.x, self.v, self.bias = mean, weight @ self.v, total
@@ -331,7 +338,7 @@ class History:
         z = -(square_distances(self.x, self.p) + self.spread[:, None]) / self.tau
         s = np.zeros_like(z)
         if normalize == "agents":
-            z = z - logsumexp(z, 1)[:, None]
+            z = log_softmax(z, 1)
             s = np.exp(z)
         return z + self.bias[:, None], s
 
@@ -372,10 +379,9 @@ def route(
         for step in range(refine + 1):
             z, _ = h.logits(normalize)
             total = logsumexp(z, 0)
-            mass = np.isfinite(total)
-            w = np.exp(z - np.where(mass, total, 0.0))
+            w = np.exp(log_softmax(z, 0))
             if step < refine:
-                h.p = np.where(mass[:, None], w.T @ h.x, h.p)
+                h.p = np.where(np.isfinite(total)[:, None], w.T @ h.x, h.p)
         refined[b, h.agents] = h.p
         tokens[b, h.agents], lse[b, h.agents] = w.T @ h.v, total
         if missing == "token" and len(h.absent):
@@ -400,6 +406,8 @@ def route_backward(
     """
     if method == "leaf" and not set(need) <= {"v", "temperature"}:
         raise NotImplementedError("route_backward: method='leaf' has gradients for v and temperature only")
+    if x is None and "x" in need:
+        raise ValueError("route_backward: a gradient of x expected x, got none")
     prototypes = forward.prototypes
     m, width = prototypes.shape[1:]
     dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
@@ -427,7 +435,7 @@ def route_backward(
             np.add.at(dx, at, g @ h.p - g.sum(1, keepdims=True) * h.x)
             dp[b, h.agents] = g.T @ h.x - g.sum(0)[:, None] * h.p
         if missing == "token" and len(h.absent):
-            np.add.at(dv, rows.start + h.absent, np.asarray(d_tokens)[b, m] / len(h.absent))
+            np.add.at(dv, rows.start + h.absent, float64(d_tokens[b, m]) / len(h.absent))
     if np.size(temperature) == 1:
         dtau = dtau.sum(keepdims=True)
     every = {"v": dv, "temperature": dtau, "bias": dbias, "x": dx, "prototypes": dp}
@@ -458,7 +466,7 @@ def attend(
     for b, rows in enumerate(ranges(candidate_offsets)):
         z = attend_logits(q, keys, bias, b, rows, scale)
         lse[rows] = logsumexp(z, 2)
-        w = np.exp(z - np.where(np.isfinite(lse[rows]), lse[rows], 0.0)[..., None])
+        w = np.exp(log_softmax(z, 2))
         out[rows] = np.einsum("nhm,mhv->nhv", w, float64(values[b]))
     return Attended(out, lse)
 
@@ -480,8 +488,7 @@ def attend_backward(
     d_lse = np.zeros(forward.lse.shape) if d_lse is None else d_lse
     for b, rows in enumerate(ranges(candidate_offsets)):
         g, out, total, dl = (float64(a[rows]) for a in (d_out, forward.out, forward.lse, d_lse))
-        some = np.isfinite(total)
-        z = attend_logits(q, keys, bias, b, rows, scale)
+        some, z = np.isfinite(total), attend_logits(q, keys, bias, b, rows, scale)
         w = np.where(some[..., None], np.exp(z - np.where(some, total, 0.0)[..., None]), 0.0)
         dw = np.einsum("nhv,mhv->nhm", g, float64(values[b]))
         dz = w * (dw + np.where(some, dl - (g * out).sum(2), 0.0)[..., None])

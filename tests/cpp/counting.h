@@ -43,7 +43,8 @@ class Scope {
 }  // namespace counting
 
 #ifdef HISAC_TEST_HOOKED
-#include <sanitizer/allocator_interface.h>
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, size_t),
+                                                         void (*)(const volatile void*));
 namespace counting {
 inline void on_malloc(const volatile void*, size_t) { ++allocations; }
 inline void on_free(const volatile void*) {}

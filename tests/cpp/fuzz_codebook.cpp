@@ -2,19 +2,9 @@
 // Any bytes parse or are refused; what parses has finite centers, and writes and reads back as itself. The first byte
 // chooses whether the bytes are a file as they are, or a header and a payload to put together: with the right length
 // and fingerprint the depths of the parser are reached at once.
-#include <cmath>
-#include <cstdio>
 #include <string>
 
-#include "support.h"
-
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);         \
-      std::abort();                                                                \
-    }                                                                              \
-  } while (0)
+#include "fuzz.h"
 
 namespace {
 

@@ -47,9 +47,10 @@ TEST_CASE("no verb allocates, serial or in a pool") {
     ThreadPool pool;
     REQUIRE(pool.resize(workers).ok());
     const Executor executor = pool.executor();
+    executor.parallel_for(executor.ctx, 10, [](void*, int64_t, int64_t, int) {}, nullptr);  // the threads have started
     const Codebook book = test::codebook(random, {5, 4}, kWidth);
     const auto check = [&](const char* name, size_t bytes, auto verb) {
-      CAPTURE(name);
+      CAPTURE(std::string(name));
       CAPTURE(workers);
       Workspace workspace(bytes);
       const Context context{workspace.array(), &executor};

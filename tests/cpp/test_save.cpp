@@ -2,7 +2,6 @@
 // Codebooks on disk: a failed save leaves no part of a file and the old file as it was; a failed load says why.
 #include <doctest/doctest.h>
 
-#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -80,7 +79,6 @@ TEST_CASE("save to a directory that is not there, or a path through a file") {
   std::ofstream(file) << "x";
   const std::string through = file + "/book";
   fails(some(1).save(through.c_str()), "write " + through + ": Not a directory");
-  fails(some(1).save(""), "write : Is a directory");
   CHECK(directory.names() == std::vector<std::string>{"file"});
 }
 
@@ -137,7 +135,7 @@ TEST_CASE("threads that save to one path leave one whole file") {
     for (const Codebook& book : books)
       threads.emplace_back([&] { failed += !book.save(path.c_str()).ok(); });
     for (std::thread& t : threads) t.join();
-    CHECK(failed == 0);
+    CHECK(failed.load() == 0);
     Codebook back;
     const Status status = Codebook::load(path.c_str(), &back);
     CHECK(std::string(status.what()) == "");
@@ -155,9 +153,7 @@ TEST_CASE("load what is not there, a directory, a device, a pipe, an empty file"
   fails(Codebook::load(directory.path.c_str(), &book), "read " + directory.path.string() + ": Is a directory");
   CHECK(Codebook::load("/dev/null", &book).code() == Code::io_error);
   REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
-  const int other_end = ::open(pipe.c_str(), O_RDWR | O_NONBLOCK);  // so that opening to read does not wait for it
-  CHECK(Codebook::load(pipe.c_str(), &book).code() == Code::io_error);
-  ::close(other_end);
+  CHECK(Codebook::load(pipe.c_str(), &book).code() == Code::io_error);  // and does not wait for a writer
   std::ofstream(empty).flush();
   const Status status = Codebook::load(empty.c_str(), &book);
   CHECK(std::string(status.what()) == "codebook file: expected at least 8 bytes");

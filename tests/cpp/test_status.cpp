@@ -103,7 +103,13 @@ TEST_CASE("Codebook") {
   std::vector<float> large(65536, 1.f);
   for (auto& c : centers) c = {large.data(), {65536, 1}};
   centers[4].shape[0] = 2;
-  invalid(build(5), "Codebook: expected at most 2^64 leaves, got more at level 4");
+  const char* const leaves = "Codebook: expected at most 2^64 leaves, got more";
+  CHECK(build(4).ok());
+  invalid(build(5), leaves);
+  std::swap(centers[0], centers[4]);
+  invalid(build(5), leaves);
+  centers[0].shape[0] = 1;  // 2^64 leaves, but as many below the one node of the first level
+  invalid(build(5), leaves);
 }
 
 TEST_CASE("leaves, prototypes, serialize, save") {

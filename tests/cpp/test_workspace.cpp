@@ -36,19 +36,19 @@ class Verbs {
            return fit(c, fit_, x_, centers, &report);
          },
          [this] { return centers_.holds(0x5a); }},
-        {"vote", [this](int w) { return vote_workspace(book_, vote_, kRows, w); },
+        {"vote", [this](int w) { return vote_workspace(book_, vote_, kLongest, w); },
          [this](const Context& c) {
            return vote(c, book_, vote_, {given_codes_.data(), {kRows, 2}}, histories_, {},
                        {{agents_.data(), {2, kSeats, 2}}, {votes_.data(), {2, kSeats}}, {count_.data(), {2}}});
          },
          [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
-        {"route", [this](int w) { return route_workspace(route_, inputs_, kRows, w); },
+        {"route", [this](int w) { return route_workspace(route_, inputs_, kLongest, w); },
          [this](const Context& c) {
            return route(c, route_, inputs_, {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
                                              {lse_.data(), {2, kSeats}}, {refined_.data(), {2, kSeats, kWidth}}});
          },
          [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && refined_.holds(0x5a); }},
-        {"route_backward", [this](int w) { return route_backward_workspace(plain_, inputs_, gradients(), kRows, w); },
+        {"route_backward", [this](int w) { return route_backward_workspace(plain_, inputs_, gradients(), kLongest, w); },
          [this](const Context& c) {
            return route_backward(c, plain_, inputs_,
                                  {test::rows(prototypes_, kWidth), {}, test::rows(prototypes_, kWidth),
@@ -86,13 +86,13 @@ class Verbs {
             {d_p_.data(), {2, kSeats, kWidth}}};
   }
 
-  static constexpr int64_t kRows = 5000, kWidth = 5, kSeats = 7;  // long enough to be cut for several workers
+  static constexpr int64_t kRows = 5000, kLongest = 4990, kWidth = 5, kSeats = 7;  // long enough to be cut for workers
   test::Random random_{11};
   Codebook book_ = test::codebook(random_, {6, 5}, kWidth);
   std::vector<float> values_ = test::uniform(random_, kRows * kWidth), bias_ = test::uniform(random_, kRows),
                      prototypes_ = test::uniform(random_, 2 * kSeats * kWidth),
                      given_lse_ = test::uniform(random_, 2 * kSeats), tau_{1};
-  std::vector<int64_t> offsets_{0, 4990, kRows};
+  std::vector<int64_t> offsets_{0, kLongest, kRows};
   std::vector<int32_t> given_codes_ = std::vector<int32_t>(2 * kRows, 3);
   Histories histories_ = test::histories(offsets_);
   Rows x_ = test::rows(values_, kWidth);
@@ -128,7 +128,7 @@ TEST_CASE("too small: an error that names the bytes, outputs untouched, nothing 
     const Executor executor = threads.executor();
     Verbs verbs;
     for (const Verb& verb : verbs.all()) {
-      CAPTURE(verb.name);
+      CAPTURE(std::string(verb.name));
       const size_t need = verb.bytes(workers);
       for (size_t have : {size_t{0}, size_t{64}, need / 2, need - 64, need - 1}) {
         Workspace workspace(have);
@@ -153,7 +153,7 @@ TEST_CASE("exactly the bytes named are enough, and more workers need no less") {
     const Executor executor = threads.executor();
     Verbs verbs;
     for (const Verb& verb : verbs.all()) {
-      CAPTURE(verb.name);
+      CAPTURE(std::string(verb.name));
       CHECK(verb.bytes(workers) >= verb.bytes(1));
       Workspace workspace(verb.bytes(workers));
       const Status status = verb.call({workspace.array(), &executor});
@@ -168,7 +168,7 @@ TEST_CASE("exactly the bytes named are enough, and more workers need no less") {
 TEST_CASE("misaligned: an error that says so, nothing touched") {
   Verbs verbs;
   for (const Verb& verb : verbs.all()) {
-    CAPTURE(verb.name);
+    CAPTURE(std::string(verb.name));
     for (int64_t shift : {4, 8, 32}) {
       Workspace workspace(verb.bytes(1) + 64);
       Array<std::byte, 1> inner = workspace.array();

@@ -13,6 +13,15 @@ constexpr int kLanes = 16;   // columns are padded to this, whatever the ISA: pa
 constexpr int kRowStep = 8;  // rows of a tile are padded to this
 constexpr int kBlock = 64;   // rows a tile of scratch holds
 
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+/// A natural logit in base 2; finite stays finite, with room to add another.
+inline float base2(float x) {
+  x *= kLog2e;
+  return x < -1.7e38f ? -1.7e38f : x > 1.7e38f ? 1.7e38f : x;
+}
+
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 /// One block of route's backward; see route_gradient in kernels.inl.

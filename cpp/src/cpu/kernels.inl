@@ -103,14 +103,11 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
   }
 }
 
+/// The block's sum is made apart and added once, so that a tile of equal rows does not lose its last digits one by one.
 template <int V>
 HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                                   int64_t ldc) {
-  vf acc[4][V];
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = load(c + r * ldc + v * W);
+  vf acc[4][V] = {};
   for (int i = 0; i < n; ++i) {
     vf row[V];
 #pragma GCC unroll 4
@@ -125,7 +122,7 @@ HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const floa
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+    for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, load(c + r * ldc + v * W) + acc[r][v]);
 }
 
 static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
@@ -365,12 +362,18 @@ static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, 
 
 // ---- attend
 
+/// A logit that two of its kind, added, keep finite; NaN loses.
+HISAC_INLINE vf bounded(vf x) {
+  x = larger(x, splat(-1.7e38f));
+  return x < 1.7e38f ? x : splat(1.7e38f);
+}
+
 static void row_softmax(int n, int64_t m, float* z, int64_t ldz, float scale, const float* bias, float* lse) {
   for (int i = 0; i < n; ++i) {
     float* row = z + i * ldz;
     vf top = splat(-kInfinity), sum = {};
     for (int64_t j = 0; j < m; j += W) {
-      const vf x = scale * load(row + j) + load(bias + j);
+      const vf x = bounded(scale * load(row + j)) + load(bias + j);
       store(row + j, x);
       top = larger(x, top);
     }
@@ -391,7 +394,7 @@ static void row_weights(int n, int64_t m, float* z, int64_t ldz, float scale, co
     const float shift = lse[i] == -kInfinity ? kInfinity : lse[i];
     for (int64_t j = 0; j < m; j += W) {
       float* p = z + i * ldz + j;
-      store(p, exp2v(scale * load(p) + load(bias + j) - shift));
+      store(p, exp2v(bounded(scale * load(p)) + load(bias + j) - shift));
     }
   }
 }
