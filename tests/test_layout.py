@@ -29,7 +29,7 @@ STAGES = (
 )
 TOP = {"bench", "cpp", "python", "tests", "CMakeLists.txt", "pyproject.toml", "README.md"}
 TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
-MADE = {"build", "dist", "__pycache__"}  # by builds, never committed; so are *.egg-info and what begins with a dot
+MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}  # by builds, never committed; so are *.egg-info and what begins with a dot
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
 MOST_LINES, MOST_CODE = 500, 7_500  # of a file; of cpp and python together, blank lines and comments left out
 

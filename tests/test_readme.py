@@ -6,9 +6,10 @@ import importlib
 import re
 from pathlib import Path
 
-import hisac
 import numpy as np
 import pytest
+
+import hisac
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

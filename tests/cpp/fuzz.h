@@ -30,8 +30,22 @@ class Bytes {
     const uint8_t kind = byte();
     if (!hostile || kind < 224) return static_cast<float>(static_cast<int8_t>(byte())) / 16;
     constexpr float kMax = std::numeric_limits<float>::max(), kInf = std::numeric_limits<float>::infinity();
-    const float special[] = {std::numeric_limits<float>::quiet_NaN(), kInf, -kInf, -0.f, kMax, -kMax, 0x1p-149f, 0x1p50f,
-                             0x1.fp49f, -0x1p50f, 1e-30f, 0x1p-126f, 88.f, -3e4f, 65504.f, 0x1p-24f};
+    const float special[] = {std::numeric_limits<float>::quiet_NaN(),
+                             kInf,
+                             -kInf,
+                             -0.f,
+                             kMax,
+                             -kMax,
+                             0x1p-149f,
+                             0x1p50f,
+                             0x1.fp49f,
+                             -0x1p50f,
+                             1e-30f,
+                             0x1p-126f,
+                             88.f,
+                             -3e4f,
+                             65504.f,
+                             0x1p-24f};
     if (kind < 248) return special[byte() % 16];
     uint32_t bits = 0;
     for (int i = 0; i < 4; ++i) bits = bits << 8 | byte();

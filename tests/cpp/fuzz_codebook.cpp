@@ -32,15 +32,16 @@ std::string assemble(const uint8_t* data, size_t size) {
   }
   char header[400];
   const long long d = width, a = sizes[0], b = sizes[1];
-  const int length = std::snprintf(
-      header, sizeof header,
-      "{\"__metadata__\":{\"fingerprint\":\"%016llx\",\"format\":\"hisac.codebook\",\"version\":\"1\"},"
-      "\"centers.0\":{\"dtype\":\"F32\",\"shape\":[%lld,%lld],\"data_offsets\":[0,%lld]},"
-      "\"centers.1\":{\"dtype\":\"F32\",\"shape\":[%lld,%lld],\"data_offsets\":[%lld,%lld]}}",
-      static_cast<unsigned long long>(print), a, d, a * d * 4, b, d, a * d * 4, (a + b) * d * 4);
+  const int length =
+      std::snprintf(header, sizeof header,
+                    "{\"__metadata__\":{\"fingerprint\":\"%016llx\",\"format\":\"hisac.codebook\",\"version\":\"1\"},"
+                    "\"centers.0\":{\"dtype\":\"F32\",\"shape\":[%lld,%lld],\"data_offsets\":[0,%lld]},"
+                    "\"centers.1\":{\"dtype\":\"F32\",\"shape\":[%lld,%lld],\"data_offsets\":[%lld,%lld]}}",
+                    static_cast<unsigned long long>(print), a, d, a * d * 4, b, d, a * d * 4, (a + b) * d * 4);
   if (at < static_cast<size_t>(length)) header[at] = with;
   const uint64_t count = static_cast<uint64_t>(length);
-  return std::string(reinterpret_cast<const char*>(&count), 8) + std::string(header, static_cast<size_t>(length)) + payload;
+  return std::string(reinterpret_cast<const char*>(&count), 8) + std::string(header, static_cast<size_t>(length)) +
+         payload;
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ void close(double a, double b, double bound) {
 }
 
 /// values [rows, width] as [rows, stride], the rest `fill`.
-std::vector<float> strided(const std::vector<float>& values, int64_t rows, int64_t width, int64_t stride, float fill = 0) {
+std::vector<float> strided(const std::vector<float>& values, int64_t rows, int64_t width, int64_t stride,
+                           float fill = 0) {
   std::vector<float> out(test::size(rows * stride), fill);
   for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i)
     out[test::size(i / width * stride + i % width)] = values[test::size(i)];
@@ -125,13 +126,15 @@ void rows_in_and_out(Bytes& in) {
     kernels->store_row(back.data(), type, width, row.data(), 1.f);
     CHECK(stored.intact() && back.intact());
     for (int64_t d = 0; d < width; ++d)  // what was read is written back
-      if (!std::isnan(row.data()[d])) CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
+      if (!std::isnan(row.data()[d]))
+        CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
     Guarded<float> sum(added);
     kernels->add_row(width, row.data(), scale, sum.data());
     CHECK(sum.intact());
     for (int64_t d = 0; d < width; ++d) {
       const double term = double(scale) * double(row.data()[d]), start = double(added[test::size(d)]);
-      if (std::fabs(term) < 1e30) close(double(sum.data()[d]), start + term, 2 * kUlp * (std::fabs(term) + std::fabs(start)) + 1e-44);
+      if (std::fabs(term) < 1e30)
+        close(double(sum.data()[d]), start + term, 2 * kUlp * (std::fabs(term) + std::fabs(start)) + 1e-44);
     }
     if (first.empty()) {
       first = row.values();
@@ -146,7 +149,8 @@ void rows_in_and_out(Bytes& in) {
     if (nan || std::isinf(first_squares))
       CHECK(std::isnan(squares) || std::isinf(squares));
     else
-      close(double(squares), double(first_squares), static_cast<double>(width + 1) * kUlp * double(first_squares) + 1e-37);
+      close(double(squares), double(first_squares),
+            static_cast<double>(width + 1) * kUlp * double(first_squares) + 1e-37);
   }
 }
 
@@ -169,7 +173,8 @@ void screens(Bytes& in) {
       found.push_back({survivors.data(), survivors.data() + count});
       size_t expected = 0;
       for (int64_t j = 0; j < m; ++j)
-        if (!(scores.data()[i * ldz + j] > threshold)) CHECK(expected < found.back().size() && found.back()[expected++] == j);
+        if (!(scores.data()[i * ldz + j] > threshold))
+          CHECK(expected < found.back().size() && found.back()[expected++] == j);
       CHECK(expected == found.back().size());
     }
     if (first.empty()) {
@@ -203,10 +208,13 @@ void softmaxes(Bytes& in) {
     Guarded<float> values(padded), lse(n);
     kernels->row_lse(static_cast<int>(n), m, values.data(), ldz, lse.data());
     kernels->row_shift(static_cast<int>(n), m, values.data(), ldz, shift.data());
-    Guarded<float> top(strided(old, 1, m, ldz, -kInf)), mass(strided(std::vector<float>(test::size(m), 1.f), 1, m, ldz)), factor(ldz);
+    Guarded<float> top(strided(old, 1, m, ldz, -kInf)),
+        mass(strided(std::vector<float>(test::size(m), 1.f), 1, m, ldz)), factor(ldz);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j) CHECK(values.data()[i * ldz + j] == padded[test::size(i * ldz + j)] + shifts[test::size(i)]);
-    const bool changed = kernels->column_softmax(static_cast<int>(n), m, values.data(), ldz, top.data(), mass.data(), factor.data());
+      for (int64_t j = 0; j < m; ++j)
+        CHECK(values.data()[i * ldz + j] == padded[test::size(i * ldz + j)] + shifts[test::size(i)]);
+    const bool changed =
+        kernels->column_softmax(static_cast<int>(n), m, values.data(), ldz, top.data(), mass.data(), factor.data());
     bool any = false;
     for (int64_t j = 0; j < m; ++j) any = any || top.data()[j] > old[test::size(j)];
     CHECK(changed == any);
@@ -236,8 +244,10 @@ void softmaxes(Bytes& in) {
       continue;
     }
     for (int64_t i = 0; i < n; ++i) {
-      close(double(lse.data()[i]), double(first_lse[test::size(i)]), 1e-5 * (1 + std::fabs(double(first_lse[test::size(i)]))));
-      close(double(soft_lse.data()[i]), double(first_soft_lse[test::size(i)]), 1e-5 * (1 + std::fabs(double(soft_lse.data()[i]))));
+      close(double(lse.data()[i]), double(first_lse[test::size(i)]),
+            1e-5 * (1 + std::fabs(double(first_lse[test::size(i)]))));
+      close(double(soft_lse.data()[i]), double(first_soft_lse[test::size(i)]),
+            1e-5 * (1 + std::fabs(double(soft_lse.data()[i]))));
       for (int64_t j = 0; j < m; ++j) {
         close(double(values.data()[i * ldz + j]), double(first_z[test::size(i * ldz + j)]), most);
         close(double(soft.data()[i * ldz + j]), double(first_soft[test::size(i * ldz + j)]), most);
@@ -259,8 +269,8 @@ void gradients(Bytes& in) {
   auto row_lses = in.values(n, false), lses = in.values(m, false), rates = in.values(m, false);
   for (float& r : rates) r = std::fabs(r);
   for (float& l : row_lses) l = std::fabs(l);  // weights of at most 1
-  Guarded<float> shift(shifts), row_lse(row_lses), lse(strided(lses, 1, m, ldz, kInf)), offset(strided(offsets, 1, m, ldz)),
-      rate(strided(rates, 1, m, ldz));
+  Guarded<float> shift(shifts), row_lse(row_lses), lse(strided(lses, 1, m, ldz, kInf)),
+      offset(strided(offsets, 1, m, ldz)), rate(strided(rates, 1, m, ldz));
   const bool shares = in.flag();
   std::vector<std::vector<float>> first;
   for (const Kernels* kernels : all()) {
@@ -290,7 +300,8 @@ void gradients(Bytes& in) {
         if (std::isfinite(w)) terms = std::max(terms, double(w));
       for (size_t i = 0; i < got[a].size(); ++i) {
         if ((columns && static_cast<int64_t>(i) >= m) || (matrix && static_cast<int64_t>(i) % ldz >= m)) continue;
-        close(double(got[a][i]), double(first[a][i]), 1e-5 * size + 1e-5 * terms * 8 * 16 * 8 * static_cast<double>(n + m));
+        close(double(got[a][i]), double(first[a][i]),
+              1e-5 * size + 1e-5 * terms * 8 * 16 * 8 * static_cast<double>(n + m));
       }
     }
   }
@@ -325,7 +336,8 @@ void distances(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  constexpr void (*kParts[])(Bytes&) = {products, accumulations, rows_in_and_out, screens, softmaxes, gradients, distances};
+  constexpr void (*kParts[])(Bytes&) = {products,  accumulations, rows_in_and_out, screens,
+                                        softmaxes, gradients,     distances};
   kParts[in.byte() % 7](in);
   return 0;
 }

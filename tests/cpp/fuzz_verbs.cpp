@@ -80,7 +80,8 @@ bool any_nan(const void* data, DType dtype, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     float f;
     uint16_t h;
-    std::memcpy(&f, static_cast<const std::byte*>(data) + i * (dtype == DType::float32 ? 4 : 2), dtype == DType::float32 ? 4 : 2);
+    std::memcpy(&f, static_cast<const std::byte*>(data) + i * (dtype == DType::float32 ? 4 : 2),
+                dtype == DType::float32 ? 4 : 2);
     std::memcpy(&h, &f, 2);
     const uint16_t limit = dtype == DType::bfloat16 ? 0x7f80 : 0x7c00;
     if (dtype == DType::float32 ? std::isnan(f) : (h & 0x7fff) > limit) return true;
@@ -115,13 +116,15 @@ Codes encode_some(Bytes& in, bool hostile) {
   Twin<int32_t> codes(out.rows * out.levels);
   twice([&](int workers) { return encode_workspace(out.book, workers); },
         [&](const Context& c, int round) {
-          return encode(c, out.book, {x.data(), DType::float32, out.rows, width}, {codes[round], {out.rows, out.levels}});
+          return encode(c, out.book, {x.data(), DType::float32, out.rows, width},
+                        {codes[round], {out.rows, out.levels}});
         });
   codes.check(false);
   out.codes = codes.first.values();
   for (int64_t i = 0; i < out.rows && i < 200; ++i) {
     const auto expected = definition::encode(out.book, out.x.data() + i * width);
-    for (int64_t l = 0; l < out.levels; ++l) CHECK(out.codes[test::size(i * out.levels + l)] == expected[test::size(l)]);
+    for (int64_t l = 0; l < out.levels; ++l)
+      CHECK(out.codes[test::size(i * out.levels + l)] == expected[test::size(l)]);
   }
   return out;
 }
@@ -179,7 +182,8 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
     for (size_t a = 0; a < expected.size(); ++a) {
       CHECK(votes[0][b * m + static_cast<int64_t>(a)] == expected[a].votes);
       for (size_t l = 0; l < test::size(c.levels); ++l)
-        CHECK(agents[0][(b * m + static_cast<int64_t>(a)) * c.levels + static_cast<int64_t>(l)] == expected[a].codes[l]);
+        CHECK(agents[0][(b * m + static_cast<int64_t>(a)) * c.levels + static_cast<int64_t>(l)] ==
+              expected[a].codes[l]);
     }
   }
 }
@@ -222,8 +226,10 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   Twin<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
   twice([&](int workers) { return route_workspace(params, inputs, longest, workers); },
         [&](const Context& context, int r) {
-          return route(context, params, inputs, {{tokens[r], type, n * m, value_width}, {lse[r], {n, m}},
-                                                 {params.refine ? refined[r] : nullptr, {n, agents, width}}});
+          return route(context, params, inputs,
+                       {{tokens[r], type, n * m, value_width},
+                        {lse[r], {n, m}},
+                        {params.refine ? refined[r] : nullptr, {n, agents, width}}});
         });
   tokens.check(false);
   lse.check(!hostile);
@@ -250,8 +256,10 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   twice([&](int workers) { return route_backward_workspace(params, inputs, gradients(0), longest, workers); },
         [&](const Context& context, int r) {
           return route_backward(context, params, inputs,
-                                {{d_tokens.rows().data, type, n * m, value_width}, {d_lse.data(), {n, m}},
-                                 {tokens[0], type, n * m, value_width}, {lse[0], {n, m}}},
+                                {{d_tokens.rows().data, type, n * m, value_width},
+                                 {d_lse.data(), {n, m}},
+                                 {tokens[0], type, n * m, value_width},
+                                 {lse[0], {n, m}}},
                                 gradients(r));
         });
   for (Twin<float>* g : {&dv, &dtau, &dbias, &dx, &dp}) g->check(!hostile);
@@ -266,7 +274,8 @@ void attend_some(Bytes& in, bool hostile) {
   const int64_t n = static_cast<int64_t>(u.starts.size());
   const DType types[] = {DType::float32, DType::bfloat16, DType::float16};
   const DType type = types[in.byte() % 3];
-  Typed q(in.values(pairs * heads * key, hostile), type, key), keys(in.values(n * tokens * heads * key, hostile), type, key),
+  Typed q(in.values(pairs * heads * key, hostile), type, key),
+      keys(in.values(n * tokens * heads * key, hostile), type, key),
       values(in.values(n * tokens * heads * value_width, hostile), type, value_width),
       d_out(in.values(pairs * heads * value_width, hostile), type, value_width);
   Guarded<float> bias(in.values(n * tokens, hostile)), d_lse(in.values(pairs * heads, hostile));
@@ -282,14 +291,19 @@ void attend_some(Bytes& in, bool hostile) {
   out.check(false);
   lse.check(!hostile);
   if (!hostile) CHECK(!any_nan(out[0], type, pairs * heads * value_width));
-  Twin<float> dq(pairs * heads * key), dk(n * tokens * heads * key), dv(n * tokens * heads * value_width), db(n * tokens);
+  Twin<float> dq(pairs * heads * key), dk(n * tokens * heads * key), dv(n * tokens * heads * value_width),
+      db(n * tokens);
   twice([&](int workers) { return attend_backward_workspace(inputs, workers); },
         [&](const Context& context, int r) {
-          AttendGradients g{{dq[r], {pairs, heads, key}}, {dk[r], {n, tokens, heads, key}},
-                            {dv[r], {n, tokens, heads, value_width}}, {}};
+          AttendGradients g{{dq[r], {pairs, heads, key}},
+                            {dk[r], {n, tokens, heads, key}},
+                            {dv[r], {n, tokens, heads, value_width}},
+                            {}};
           if (inputs.bias) g.bias = {db[r], {n, tokens}};
           return attend_backward(context, inputs,
-                                 {d_out.rows(), {d_lse.data(), {pairs, heads}}, {out[0], type, pairs * heads, value_width},
+                                 {d_out.rows(),
+                                  {d_lse.data(), {pairs, heads}},
+                                  {out[0], type, pairs * heads, value_width},
                                   {lse[0], {pairs, heads}}},
                                  g);
         });

@@ -109,9 +109,8 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   Results r;
 
   Guarded<int32_t> codes(t * levels);
-  r.call("encode", encode_workspace(p.book, workers), executor, [&](const Context& c) {
-    return encode(c, p.book, x, {codes.data(), {t, levels}});
-  });
+  r.call("encode", encode_workspace(p.book, workers), executor,
+         [&](const Context& c) { return encode(c, p.book, x, {codes.data(), {t, levels}}); });
   r.keep("codes", codes);
 
   VoteParams voting;
@@ -134,14 +133,22 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("prototypes", prototypes);
 
   RouteParams routing{o.normalize, o.method, o.missing, o.refine, {p.temperature.data(), {1}}};
-  RouteInputs in{x, v, histories, {prototypes.data(), {users, m, d}}, {count.data(), {users}}, {p.bias.data(), {t}},
-                 {codes.data(), {t, levels}}, &p.book};
+  RouteInputs in{x,
+                 v,
+                 histories,
+                 {prototypes.data(), {users, m, d}},
+                 {count.data(), {users}},
+                 {p.bias.data(), {t}},
+                 {codes.data(), {t, levels}},
+                 &p.book};
   if (o.without_x) in.x = {};
   Guarded<std::byte> tokens(users * mt * w * bytes_of(o.dtype));
   Guarded<float> lse(users * mt), refined(o.refine ? users * m * d : 0);
   r.call("route", route_workspace(routing, in, t, workers), executor, [&](const Context& c) {
-    return route(c, routing, in, {{tokens.data(), o.dtype, users * mt, w}, {lse.data(), {users, mt}},
-                                  {o.refine ? refined.data() : nullptr, {users, m, d}}});
+    return route(c, routing, in,
+                 {{tokens.data(), o.dtype, users * mt, w},
+                  {lse.data(), {users, mt}},
+                  {o.refine ? refined.data() : nullptr, {users, m, d}}});
   });
   r.keep("tokens", tokens);
   r.keep("lse", lse);
@@ -159,8 +166,10 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.call("route_backward", route_backward_workspace(routing, in, gradients, t, workers), executor,
          [&](const Context& c) {
            return route_backward(c, routing, in,
-                                 {p.rows_of(p.d_tokens, w), {p.d_lse.data(), {users, mt}},
-                                  {tokens.data(), o.dtype, users * mt, w}, {lse.data(), {users, mt}}},
+                                 {p.rows_of(p.d_tokens, w),
+                                  {p.d_lse.data(), {users, mt}},
+                                  {tokens.data(), o.dtype, users * mt, w},
+                                  {lse.data(), {users, mt}}},
                                  gradients);
          });
   r.keep("d_v", d_v);
@@ -170,8 +179,14 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("d_prototypes", d_prototypes);
 
   const int64_t key = Problem::kKey;
-  const AttendInputs attention{p.rows_of(p.q, key), p.rows_of(p.keys, key), p.rows_of(p.values_, w), mt, h,
-                               test::histories(p.candidates), {p.token_bias.data(), {users, mt}}, 0.5f};
+  const AttendInputs attention{p.rows_of(p.q, key),
+                               p.rows_of(p.keys, key),
+                               p.rows_of(p.values_, w),
+                               mt,
+                               h,
+                               test::histories(p.candidates),
+                               {p.token_bias.data(), {users, mt}},
+                               0.5f};
   Guarded<std::byte> out(n * h * w * bytes_of(o.dtype));
   Guarded<float> out_lse(n * h);
   r.call("attend", attend_workspace(attention, workers), executor, [&](const Context& c) {
@@ -180,14 +195,17 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("out", out);
   r.keep("out_lse", out_lse);
 
-  Guarded<float> d_q(n * h * key), d_keys(users * mt * h * key), d_values(users * mt * h * w),
-      d_token_bias(users * mt);
+  Guarded<float> d_q(n * h * key), d_keys(users * mt * h * key), d_values(users * mt * h * w), d_token_bias(users * mt);
   r.call("attend_backward", attend_backward_workspace(attention, workers), executor, [&](const Context& c) {
     return attend_backward(c, attention,
-                           {p.rows_of(p.d_out, w), {p.d_out_lse.data(), {n, h}}, {out.data(), o.dtype, n * h, w},
+                           {p.rows_of(p.d_out, w),
+                            {p.d_out_lse.data(), {n, h}},
+                            {out.data(), o.dtype, n * h, w},
                             {out_lse.data(), {n, h}}},
-                           {{d_q.data(), {n, h, key}}, {d_keys.data(), {users, mt, h, key}},
-                            {d_values.data(), {users, mt, h, w}}, {d_token_bias.data(), {users, mt}}});
+                           {{d_q.data(), {n, h, key}},
+                            {d_keys.data(), {users, mt, h, key}},
+                            {d_values.data(), {users, mt, h, w}},
+                            {d_token_bias.data(), {users, mt}}});
   });
   r.keep("d_q", d_q);
   r.keep("d_keys", d_keys);

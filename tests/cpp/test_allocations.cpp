@@ -70,7 +70,8 @@ TEST_CASE("no verb allocates, serial or in a pool") {
 
     check("encode", counted_size([&] { return encode_workspace(book, workers); }),
           [&](const Context& c) { return encode(c, book, xs, {codes.data(), {kRows, 2}}); });
-    check("leaves", 0, [&](const Context&) { return leaves(book, {codes.data(), {kRows, 2}}, {leaf.data(), {kRows}}); });
+    check("leaves", 0,
+          [&](const Context&) { return leaves(book, {codes.data(), {kRows, 2}}, {leaf.data(), {kRows}}); });
     for (bool by_budget : {true, false}) {
       VoteParams params;
       if (by_budget)
@@ -89,13 +90,21 @@ TEST_CASE("no verb allocates, serial or in a pool") {
     for (Method method : {Method::exact, Method::leaf})
       for (Normalize normalize : {Normalize::history, Normalize::agents}) {
         RouteParams params{normalize, method, Missing::token, 1, {temperature.data(), {1}}};
-        const RouteInputs in{xs, vs, histories, {prototypes.data(), {kUsers, kSeats, kWidth}}, {count.data(), {kUsers}},
-                             {bias.data(), {kRows}}, {codes.data(), {kRows, 2}}, &book};
+        const RouteInputs in{xs,
+                             vs,
+                             histories,
+                             {prototypes.data(), {kUsers, kSeats, kWidth}},
+                             {count.data(), {kUsers}},
+                             {bias.data(), {kRows}},
+                             {codes.data(), {kRows, 2}},
+                             &book};
         constexpr int64_t kTokens = kSeats + 1;
         check("route", counted_size([&] { return route_workspace(params, in, kRows, workers); }),
               [&](const Context& c) {
-                return route(c, params, in, {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
-                                             {lse.data(), {kUsers, kTokens}}, {refined.data(), {kUsers, kSeats, kWidth}}});
+                return route(c, params, in,
+                             {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
+                              {lse.data(), {kUsers, kTokens}},
+                              {refined.data(), {kUsers, kSeats, kWidth}}});
               });
         params.refine = 0;
         RouteGradients gradients{{dv.data(), {kRows, kWidth}}, {dtau.data(), {1}}, {}, {}, {}};
@@ -107,19 +116,24 @@ TEST_CASE("no verb allocates, serial or in a pool") {
         check("route_backward",
               counted_size([&] { return route_backward_workspace(params, in, gradients, kRows, workers); }),
               [&](const Context& c) {
-                return route_backward(c, params, in, {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth),
-                                                      {lse.data(), {kUsers, kTokens}}}, gradients);
+                return route_backward(
+                    c, params, in,
+                    {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {kUsers, kTokens}}},
+                    gradients);
               });
       }
-    const AttendInputs in{xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, histories, {}, 1};
+    const AttendInputs in{xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, histories, {},
+                          1};
     check("attend", counted_size([&] { return attend_workspace(in, workers); }), [&](const Context& c) {
       return attend(c, in, {{out.data(), DType::float32, kRows, kWidth}, {out_lse.data(), {kRows, 1}}});
     });
     check("attend_backward", counted_size([&] { return attend_backward_workspace(in, workers); }),
           [&](const Context& c) {
             return attend_backward(c, in, {vs, {}, test::rows(out, kWidth), {out_lse.data(), {kRows, 1}}},
-                                   {{dx.data(), {kRows, 1, kWidth}}, {dp.data(), {kUsers, kSeats, 1, kWidth}},
-                                    {refined.data(), {kUsers, kSeats, 1, kWidth}}, {}});
+                                   {{dx.data(), {kRows, 1, kWidth}},
+                                    {dp.data(), {kUsers, kSeats, 1, kWidth}},
+                                    {refined.data(), {kUsers, kSeats, 1, kWidth}},
+                                    {}});
           });
     FitParams params;
     params.levels = 2;

@@ -88,7 +88,11 @@ TEST_CASE("other writers' layouts of the same header are read") {
   CHECK(parse(file(header("\"shape\":[2,1]", " \"shape\" : [ 2 , 1 ] "), payload()), &book).ok());
   CHECK(parse(file(header("\"version\":\"1\"", R"("version":"1","made by":"a \"tool\" \\")"), payload()), &book).ok());
   CHECK(parse(file(R"({"centers.0":{"data_offsets":[0,8],"shape":[2,1],"dtype":"F32"},"__metadata__":{"version":"1",)"
-                   R"("format":"hisac.codebook","fingerprint":")" + fingerprint() + "\"}}", payload()), &book).ok());
+                   R"("format":"hisac.codebook","fingerprint":")" +
+                       fingerprint() + "\"}}",
+                   payload()),
+              &book)
+            .ok());
 }
 
 TEST_CASE("corruptions are refused by name") {
@@ -160,7 +164,8 @@ TEST_CASE("corruptions are refused by name") {
       {"version 2", with("\"version\":\"1\"", "\"version\":\"2\""), "version expected 1, got 2"},
       {"a fingerprint of 15 digits", with(fingerprint(), fingerprint().substr(1)),
        "metadata fingerprint expected 16 hex digits"},
-      {"a fingerprint in capitals", with(fingerprint(), "ABCDEFABCDEFABCD"), "metadata fingerprint expected 16 hex digits"},
+      {"a fingerprint in capitals", with(fingerprint(), "ABCDEFABCDEFABCD"),
+       "metadata fingerprint expected 16 hex digits"},
       {"another fingerprint", with(fingerprint(), "0123456789abcdef"),
        "fingerprint expected 0123456789abcdef, the centers have " + fingerprint()},
       {"a flipped bit", file(header(), nan.substr(0, 3) + payload().substr(3, 4) + "\x41"), ""},

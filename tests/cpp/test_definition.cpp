@@ -25,8 +25,8 @@ void check_vote(const Codebook& book, const VoteParams& params, const std::vecto
   }));
   for (int64_t b = 0; b < users; ++b) {
     const int64_t first = offsets[test::size(b)], rows = offsets[test::size(b + 1)] - first;
-    const auto expected = definition::vote(book, params, codes.data() + first * book.levels(),
-                                           weights ? weights + first : nullptr, rows);
+    const auto expected =
+        definition::vote(book, params, codes.data() + first * book.levels(), weights ? weights + first : nullptr, rows);
     REQUIRE(test::size(count[test::size(b)]) == expected.size());
     for (int64_t a = 0; a < m; ++a) {
       const bool present = test::size(a) < expected.size();
@@ -46,7 +46,8 @@ TEST_CASE("encode: codes are the definition's, ties and near-ties included") {
     const Codebook book = test::codebook(random, {40, 7, 20}, width);
     auto x = uniform(random, 500 * width);
     for (int64_t i = 0; i < 200; ++i) {  // halfway between two codewords, to the last bit or nearly
-      const float *const a = book.centers(0) + random.below(40) * width, *const b = book.centers(0) + random.below(40) * width;
+      const float *const a = book.centers(0) + random.below(40) * width, *const b =
+                                                                             book.centers(0) + random.below(40) * width;
       for (int64_t d = 0; d < width; ++d) {
         float mid = (a[d] + b[d]) / 2;
         if (i % 2) mid = std::nextafterf(mid, 2.f);
@@ -74,9 +75,8 @@ TEST_CASE("encode: equal codewords, the lower code; magnitudes whose squares ove
   REQUIRE(Codebook::build(centers, 2, &book).ok());
   const std::vector<float> x{1, 1, 3e38f, -3e38f, -3e38f, 3e38f, 0, 0};
   std::vector<int32_t> codes(8);
-  REQUIRE(test::exactly(encode_workspace(book, 1), nullptr, [&](const Context& c) {
-    return encode(c, book, test::rows(x, 2), {codes.data(), {4, 2}});
-  }));
+  REQUIRE(test::exactly(encode_workspace(book, 1), nullptr,
+                        [&](const Context& c) { return encode(c, book, test::rows(x, 2), {codes.data(), {4, 2}}); }));
   CHECK(codes == std::vector<int32_t>{0, 0, 2, 0, 0, 0, 0, 0});
   for (int64_t i = 0; i < 4; ++i) CHECK(definition::encode(book, x.data() + i * 2)[0] == codes[test::size(i * 2)]);
 }
@@ -90,8 +90,9 @@ TEST_CASE("vote: agents, votes and order are the definition's") {
     std::vector<int32_t> codes;
     for (int64_t i = 0; i < 700; ++i)
       for (int64_t l = 0; l < levels; ++l)  // skewed, now and then out of range
-        codes.push_back(static_cast<int32_t>(
-            random.below(200) ? random.below(1 + random.below(sizes[test::size(l)])) : random.below(3) ? -1 : 1 << 30));
+        codes.push_back(static_cast<int32_t>(random.below(200) ? random.below(1 + random.below(sizes[test::size(l)]))
+                                             : random.below(3) ? -1
+                                                               : 1 << 30));
     auto weights = uniform(random, 700, 20);
     weights[5] = std::numeric_limits<float>::quiet_NaN();
     weights[6] = std::numeric_limits<float>::infinity();
@@ -147,13 +148,16 @@ TEST_CASE("route: tokens and lse are the definition's") {
           CAPTURE(refine);
           const int64_t m = kAgents + (missing == Missing::token);
           const RouteParams params{normalize, method, missing, refine, {temperature.data(), {kAgents}}};
-          const RouteInputs in{test::rows(x, kWidth), test::rows(v, kValues), test::histories(offsets),
-                               {p.data(), {kUsers, kAgents, kWidth}}, {count.data(), {kUsers}}, {bias.data(), {kRows}},
+          const RouteInputs in{test::rows(x, kWidth),      test::rows(v, kValues),
+                               test::histories(offsets),   {p.data(), {kUsers, kAgents, kWidth}},
+                               {count.data(), {kUsers}},   {bias.data(), {kRows}},
                                {codes.data(), {kRows, 2}}, &book};
           Guarded<float> tokens(kUsers * m * kValues), lse(kUsers * m), refined(kUsers * kAgents * kWidth);
           REQUIRE(test::exactly(route_workspace(params, in, kRows, 1), nullptr, [&](const Context& c) {
-            return route(c, params, in, {{tokens.data(), DType::float32, kUsers * m, kValues}, {lse.data(), {kUsers, m}},
-                                         {refined.data(), {kUsers, kAgents, kWidth}}});
+            return route(c, params, in,
+                         {{tokens.data(), DType::float32, kUsers * m, kValues},
+                          {lse.data(), {kUsers, m}},
+                          {refined.data(), {kUsers, kAgents, kWidth}}});
           }));
           CHECK((tokens.intact() && lse.intact() && refined.intact()));
           for (int64_t b = 0; b < kUsers; ++b) {
@@ -216,14 +220,21 @@ TEST_CASE("route: tokens and lse are the definition's") {
 TEST_CASE("attend: outputs and lse are the definition's") {
   Random random(6);
   constexpr int64_t kPairs = 700, kHeads = 2, kKey = 7, kValues = 9, kTokens = 21, kUsers = 2;
-  const auto q = uniform(random, kPairs * kHeads * kKey, 3), keys = uniform(random, kUsers * kTokens * kHeads * kKey, 3);
+  const auto q = uniform(random, kPairs * kHeads * kKey, 3),
+             keys = uniform(random, kUsers * kTokens * kHeads * kKey, 3);
   const auto values = uniform(random, kUsers * kTokens * kHeads * kValues);
   auto bias = uniform(random, kUsers * kTokens);
   bias[3] = std::numeric_limits<float>::quiet_NaN();
   for (size_t m = kTokens; m < 2 * kTokens - 1; ++m) bias[m] = -std::numeric_limits<float>::infinity();
   const std::vector<int64_t> offsets{0, 650, 700};
-  const AttendInputs in{test::rows(q, kKey), test::rows(keys, kKey), test::rows(values, kValues), kTokens, kHeads,
-                        test::histories(offsets), {bias.data(), {kUsers, kTokens}}, .4f};
+  const AttendInputs in{test::rows(q, kKey),
+                        test::rows(keys, kKey),
+                        test::rows(values, kValues),
+                        kTokens,
+                        kHeads,
+                        test::histories(offsets),
+                        {bias.data(), {kUsers, kTokens}},
+                        .4f};
   Guarded<float> out(kPairs * kHeads * kValues), lse(kPairs * kHeads);
   REQUIRE(test::exactly(attend_workspace(in, 1), nullptr, [&](const Context& c) {
     return attend(c, in, {{out.data(), DType::float32, kPairs * kHeads, kValues}, {lse.data(), {kPairs, kHeads}}});
@@ -254,22 +265,31 @@ TEST_CASE("attend: outputs and lse are the definition's") {
     }
 }
 
-TEST_CASE("values are never errors: a finite bias of any size gives a finite token") {
-  const std::vector<float> x{0, 0, 0, 0}, v{1, 1, 2, 2}, p{0, 0};
-  const std::vector<float> temperature{1};
+TEST_CASE("values are never errors: a finite bias of any size gives a finite token, near or far") {
+  const std::vector<float> v{1, 1, 2, 2}, p{0, 0};
   const std::vector<int64_t> offsets{0, 2};
   for (Normalize normalize : {Normalize::history, Normalize::agents})
-    for (float large : {3e38f, 2e38f, -3e38f}) {
-      CAPTURE(large);
-      const std::vector<float> bias{large, 0};
-      const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
-      const RouteInputs in{test::rows(x, 2), test::rows(v, 2), test::histories(offsets), {p.data(), {1, 1, 2}}, {},
-                           {bias.data(), {2}}, {}, nullptr};
-      float tokens[2], lse[1];
-      REQUIRE(test::exactly(route_workspace(params, in, 2, 1), nullptr, [&](const Context& c) {
-        return route(c, params, in, {{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {}});
-      }));
-      CHECK(tokens[0] == (large > 0 ? 1.f : 2.f));
-      CHECK(tokens[1] == tokens[0]);
-    }
+    for (float large : {3e38f, 2e38f, 1e38f, -3e38f})
+      for (bool far : {false, true}) {  // in agents mode a far row's share is that of a near one
+        if (far && normalize == Normalize::history) continue;
+        CAPTURE(large);
+        CAPTURE(far);
+        const std::vector<float> bias{large, 0}, x(4, far ? 1e4f : 0.f), temperature{far ? 1e-30f : 1.f};
+        const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
+        const RouteInputs in{test::rows(x, 2),
+                             test::rows(v, 2),
+                             test::histories(offsets),
+                             {p.data(), {1, 1, 2}},
+                             {},
+                             {bias.data(), {2}},
+                             {},
+                             nullptr};
+        float tokens[2], lse[1];
+        REQUIRE(test::exactly(route_workspace(params, in, 2, 1), nullptr, [&](const Context& c) {
+          return route(c, params, in, {{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {}});
+        }));
+        CHECK(tokens[0] == (large > 0 ? 1.f : 2.f));
+        CHECK(tokens[1] == tokens[0]);
+        CHECK(std::isfinite(lse[0]));
+      }
 }

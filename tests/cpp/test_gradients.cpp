@@ -41,7 +41,8 @@ void check_slopes(const std::vector<float>& got, Doubles* at, const std::functio
 std::vector<Doubles> split(const Doubles& flat, size_t width) {
   std::vector<Doubles> out;
   for (size_t i = 0; i < flat.size(); i += width)
-    out.emplace_back(flat.begin() + static_cast<std::ptrdiff_t>(i), flat.begin() + static_cast<std::ptrdiff_t>(i + width));
+    out.emplace_back(flat.begin() + static_cast<std::ptrdiff_t>(i),
+                     flat.begin() + static_cast<std::ptrdiff_t>(i + width));
   return out;
 }
 
@@ -60,27 +61,38 @@ TEST_CASE("route_backward: v, temperature, bias, x and prototypes") {
           each ? std::vector<float>{.5f, .6f, .7f, .8f, .9f} : std::vector<float>{.6f};
       const int64_t taus = static_cast<int64_t>(temperature.size());
       const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {taus}}};
-      const RouteInputs in{test::rows(x, kWidth), test::rows(v, kValues), test::histories(offsets),
-                           {p.data(), {1, kAgents, kWidth}}, {}, {bias.data(), {kRows}}, {}, nullptr};
+      const RouteInputs in{test::rows(x, kWidth),
+                           test::rows(v, kValues),
+                           test::histories(offsets),
+                           {p.data(), {1, kAgents, kWidth}},
+                           {},
+                           {bias.data(), {kRows}},
+                           {},
+                           nullptr};
       std::vector<float> tokens(kAgents * kValues), lse(kAgents);
       REQUIRE(test::exactly(route_workspace(params, in, kRows, 1), nullptr, [&](const Context& c) {
         return route(c, params, in,
                      {{tokens.data(), DType::float32, kAgents, kValues}, {lse.data(), {1, kAgents}}, {}});
       }));
       std::vector<float> dv(v.size()), dtau(temperature.size()), dbias(bias.size()), dx(x.size()), dp(p.size());
-      const RouteGradients out{{dv.data(), {kRows, kValues}}, {dtau.data(), {taus}}, {dbias.data(), {kRows}},
-                               {dx.data(), {kRows, kWidth}}, {dp.data(), {1, kAgents, kWidth}}};
+      const RouteGradients out{{dv.data(), {kRows, kValues}},
+                               {dtau.data(), {taus}},
+                               {dbias.data(), {kRows}},
+                               {dx.data(), {kRows, kWidth}},
+                               {dp.data(), {1, kAgents, kWidth}}};
       REQUIRE(test::exactly(route_backward_workspace(params, in, out, kRows, 1), nullptr, [&](const Context& c) {
         return route_backward(c, params, in,
-                              {test::rows(d_tokens, kValues), {d_lse.data(), {1, kAgents}},
-                               test::rows(tokens, kValues), {lse.data(), {1, kAgents}}},
+                              {test::rows(d_tokens, kValues),
+                               {d_lse.data(), {1, kAgents}},
+                               test::rows(tokens, kValues),
+                               {lse.data(), {1, kAgents}}},
                               out);
       }));
       Doubles dx_at = doubles(x), v_at = doubles(v), bias_at = doubles(bias), p_at = doubles(p),
               tau_at = doubles(temperature);
       const auto loss = [&] {
-        definition::User user{split(dx_at, kWidth), split(v_at, kValues), bias_at, Doubles(kRows), split(p_at, kWidth),
-                              each ? tau_at : Doubles(kAgents, tau_at[0])};
+        definition::User user{split(dx_at, kWidth), split(v_at, kValues), bias_at,
+                              Doubles(kRows),       split(p_at, kWidth),  each ? tau_at : Doubles(kAgents, tau_at[0])};
         const definition::Routed routed = definition::route(user, normalize, 0, kValues);
         Doubles flat;
         for (const Doubles& token : routed.tokens) flat.insert(flat.end(), token.begin(), token.end());
@@ -101,8 +113,14 @@ TEST_CASE("attend_backward: q, keys, values and bias") {
              values = uniform(random, kTokens * kValues), bias = uniform(random, kTokens),
              d_out = uniform(random, kPairs * kValues), d_lse = uniform(random, kPairs);
   const std::vector<int64_t> offsets{0, kPairs};
-  const AttendInputs in{test::rows(q, kKey), test::rows(keys, kKey), test::rows(values, kValues), kTokens, 1,
-                        test::histories(offsets), {bias.data(), {1, kTokens}}, .7f};
+  const AttendInputs in{test::rows(q, kKey),
+                        test::rows(keys, kKey),
+                        test::rows(values, kValues),
+                        kTokens,
+                        1,
+                        test::histories(offsets),
+                        {bias.data(), {1, kTokens}},
+                        .7f};
   std::vector<float> out(kPairs * kValues), lse(kPairs);
   REQUIRE(test::exactly(attend_workspace(in, 1), nullptr, [&](const Context& c) {
     return attend(c, in, {{out.data(), DType::float32, kPairs, kValues}, {lse.data(), {kPairs, 1}}});
@@ -110,8 +128,11 @@ TEST_CASE("attend_backward: q, keys, values and bias") {
   std::vector<float> dq(q.size()), dk(keys.size()), dv(values.size()), db(bias.size());
   REQUIRE(test::exactly(attend_backward_workspace(in, 1), nullptr, [&](const Context& c) {
     return attend_backward(
-        c, in, {test::rows(d_out, kValues), {d_lse.data(), {kPairs, 1}}, test::rows(out, kValues), {lse.data(), {kPairs, 1}}},
-        {{dq.data(), {kPairs, 1, kKey}}, {dk.data(), {1, kTokens, 1, kKey}}, {dv.data(), {1, kTokens, 1, kValues}},
+        c, in,
+        {test::rows(d_out, kValues), {d_lse.data(), {kPairs, 1}}, test::rows(out, kValues), {lse.data(), {kPairs, 1}}},
+        {{dq.data(), {kPairs, 1, kKey}},
+         {dk.data(), {1, kTokens, 1, kKey}},
+         {dv.data(), {1, kTokens, 1, kValues}},
          {db.data(), {1, kTokens}}});
   }));
   Doubles q_at = doubles(q), k_at = doubles(keys), v_at = doubles(values), b_at = doubles(bias);

@@ -31,13 +31,20 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
     for (int refine : {0, 1}) {
       const int64_t m = agents + (missing == Missing::token);
       RouteParams params{Normalize::agents, Method::exact, missing, refine, {temperature.data(), {1}}};
-      const RouteInputs in{test::rows(x, kWidth), test::rows(x, kWidth), histories,
-                           {p.data(), {users, agents, kWidth}}, {}, {}, {}, nullptr};
+      const RouteInputs in{test::rows(x, kWidth),
+                           test::rows(x, kWidth),
+                           histories,
+                           {p.data(), {users, agents, kWidth}},
+                           {},
+                           {},
+                           {},
+                           nullptr};
       std::vector<float> tokens(test::size(users * m * kWidth), 7.f), lse(test::size(users * m), 7.f),
           refined(test::size(users * agents * kWidth));
       test::Workspace workspace(route_workspace(params, in, rows, 1));
       CHECK(what(route({workspace.array(), nullptr}, params, in,
-                       {{tokens.data(), DType::float32, users * m, kWidth}, {lse.data(), {users, m}},
+                       {{tokens.data(), DType::float32, users * m, kWidth},
+                        {lse.data(), {users, m}},
                         {refined.data(), {users, agents, kWidth}}})) == "");
       for (int64_t b = 0; b < users; ++b)
         if (starts[test::size(b)] == ends[test::size(b)])
@@ -47,8 +54,11 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
           }
       params.refine = 0;
       std::vector<float> dv(x.size()), dtau(1, 7.f), dx(x.size()), dbias(test::size(rows)), dp(p.size());
-      const RouteGradients out{{dv.data(), {rows, kWidth}}, {dtau.data(), {1}}, {dbias.data(), {rows}},
-                               {dx.data(), {rows, kWidth}}, {dp.data(), {users, agents, kWidth}}};
+      const RouteGradients out{{dv.data(), {rows, kWidth}},
+                               {dtau.data(), {1}},
+                               {dbias.data(), {rows}},
+                               {dx.data(), {rows, kWidth}},
+                               {dp.data(), {users, agents, kWidth}}};
       test::Workspace backward(route_backward_workspace(params, in, out, rows, 1));
       CHECK(what(route_backward({backward.array(), nullptr}, params, in,
                                 {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {users, m}}},
@@ -63,8 +73,8 @@ void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<
   CAPTURE(tokens);
   Random random(21);
   const auto q = uniform(random, pairs * 2 * kWidth), k = uniform(random, users * tokens * 2 * kWidth);
-  const AttendInputs in{test::rows(q, kWidth), test::rows(k, kWidth), test::rows(k, kWidth), tokens, 2,
-                        test::histories(offsets), {}, 1};
+  const AttendInputs in{
+      test::rows(q, kWidth), test::rows(k, kWidth), test::rows(k, kWidth), tokens, 2, test::histories(offsets), {}, 1};
   std::vector<float> out(q.size(), 7.f), lse(test::size(pairs * 2), 7.f);
   test::Workspace workspace(attend_workspace(in, 1));
   CHECK(what(attend({workspace.array(), nullptr}, in,
@@ -77,8 +87,10 @@ void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<
   test::Workspace backward(attend_backward_workspace(in, 1));
   CHECK(what(attend_backward({backward.array(), nullptr}, in,
                              {test::rows(out, kWidth), {}, test::rows(out, kWidth), {lse.data(), {pairs, 2}}},
-                             {{dq.data(), {pairs, 2, kWidth}}, {dk.data(), {users, tokens, 2, kWidth}},
-                              {dv.data(), {users, tokens, 2, kWidth}}, {}})) == "");
+                             {{dq.data(), {pairs, 2, kWidth}},
+                              {dk.data(), {users, tokens, 2, kWidth}},
+                              {dv.data(), {users, tokens, 2, kWidth}},
+                              {}})) == "");
   if (pairs == 0)
     for (float f : dk) CHECK(f == 0.f);
 }
@@ -89,7 +101,8 @@ TEST_CASE("no rows: encode, leaves, prototypes") {
   Random random(22);
   const Codebook book = test::codebook(random, {3, 2}, kWidth);
   test::Workspace workspace(encode_workspace(book, 1));
-  CHECK(what(encode({workspace.array(), nullptr}, book, {nullptr, DType::float32, 0, kWidth}, {nullptr, {0, 2}})) == "");
+  CHECK(what(encode({workspace.array(), nullptr}, book, {nullptr, DType::float32, 0, kWidth}, {nullptr, {0, 2}})) ==
+        "");
   CHECK(what(leaves(book, {nullptr, {0, 2}}, {nullptr, {0}})) == "");
   CHECK(what(prototypes({}, book, {nullptr, {0, 2}}, {nullptr, {0, kWidth}})) == "");
 }
@@ -132,12 +145,11 @@ TEST_CASE("no users, no candidates, no tokens, in every combination: attend and 
 TEST_CASE("candidates outside every user's range have no output") {
   const std::vector<float> q{1, 1, 1}, k{1};
   const std::vector<int64_t> starts{1}, ends{2};
-  const AttendInputs in{test::rows(q, 1), test::rows(k, 1), test::rows(k, 1), 1, 1,
-                        {starts.data(), ends.data(), DType::int64, 1}, {}, 1};
+  const AttendInputs in{
+      test::rows(q, 1), test::rows(k, 1), test::rows(k, 1), 1, 1, {starts.data(), ends.data(), DType::int64, 1}, {}, 1};
   float out[3], lse[3];
-  REQUIRE(test::exactly(attend_workspace(in, 1), nullptr, [&](const Context& c) {
-    return attend(c, in, {{out, DType::float32, 3, 1}, {lse, {3, 1}}});
-  }));
+  REQUIRE(test::exactly(attend_workspace(in, 1), nullptr,
+                        [&](const Context& c) { return attend(c, in, {{out, DType::float32, 3, 1}, {lse, {3, 1}}}); }));
   const float none = -std::numeric_limits<float>::infinity();
   CHECK((out[0] == 0 && out[1] == 1 && out[2] == 0));
   CHECK((lse[0] == none && lse[1] == 1 && lse[2] == none));
@@ -181,9 +193,14 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
   const auto solve = [&](int64_t first, int64_t users, const Executor* executor) {
     const int workers = workers_of({{}, executor});
     const int64_t agents = users * kAgents;
-    const RouteInputs in{test::rows(x, kWidth), test::rows(x, kWidth),
+    const RouteInputs in{test::rows(x, kWidth),
+                         test::rows(x, kWidth),
                          {starts.data() + first, ends.data() + first, DType::int64, users},
-                         {p.data() + first * kAgents * kWidth, {users, kAgents, kWidth}}, {}, {}, {}, nullptr};
+                         {p.data() + first * kAgents * kWidth, {users, kAgents, kWidth}},
+                         {},
+                         {},
+                         {},
+                         nullptr};
     Out out{std::vector<float>(test::size(agents * kWidth)), std::vector<float>(test::size(agents)),
             std::vector<float>(kRows * kWidth), std::vector<float>(kRows * kWidth), std::vector<float>(kRows)};
     REQUIRE(test::exactly(route_workspace(params, in, kRows, workers), executor, [&](const Context& c) {
@@ -192,13 +209,15 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
     }));
     const RouteGradients gradients{
         {out.dv.data(), {kRows, kWidth}}, {}, {out.dbias.data(), {kRows}}, {out.dx.data(), {kRows, kWidth}}, {}};
-    REQUIRE(test::exactly(route_backward_workspace(params, in, gradients, kRows, workers), executor,
-                          [&](const Context& c) {
-                            return route_backward(c, params, in,
-                                                  {{d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
-                                                   {}, test::rows(out.tokens, kWidth), {out.lse.data(), {users, kAgents}}},
-                                                  gradients);
-                          }));
+    REQUIRE(
+        test::exactly(route_backward_workspace(params, in, gradients, kRows, workers), executor, [&](const Context& c) {
+          return route_backward(c, params, in,
+                                {{d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
+                                 {},
+                                 test::rows(out.tokens, kWidth),
+                                 {out.lse.data(), {users, kAgents}}},
+                                gradients);
+        }));
     return out;
   };
   const Out all = solve(0, kUsers, nullptr);

@@ -37,7 +37,9 @@ TEST_CASE("the path computes something") {
   const Problem problem{Options{}};
   const Results serial = run(problem, nullptr);
   CHECK(serial.faults == std::vector<std::string>{});
-  for (const auto& [name, bytes] : serial.outputs) {
+  for (const auto& output : serial.outputs) {
+    const std::string& name = output.first;
+    const std::vector<std::byte>& bytes = output.second;
     if (name == "refined") continue;  // without rounds there is none
     CAPTURE(name);
     size_t written = 0;

@@ -101,6 +101,28 @@ TEST_CASE("an executor from before a resize stays within its own workers") {
   for (int round = 0; round < 50; ++round) CHECK(covers(before, 500));
 }
 
+TEST_CASE("a resize waits for the calls of other threads") {
+  ThreadPool pool;
+  REQUIRE(pool.resize(3).ok());
+  std::atomic<bool> stop{false};
+  std::atomic<int> wrong{0}, calls{0};
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 2; ++t)
+    callers.emplace_back([&] {
+      while (!stop) {
+        if (!covers(pool.executor(), 40)) ++wrong;
+        ++calls;
+      }
+    });
+  for (int round = 0; round < 60; ++round) {
+    CHECK(pool.resize(2 + round % 3).ok());
+    for (const int before = calls; calls < before + 3;) std::this_thread::yield();
+  }
+  stop = true;
+  for (std::thread& t : callers) t.join();
+  CHECK(wrong.load() == 0);
+}
+
 TEST_CASE("a nested call runs in its own thread") {
   ThreadPool pool;
   REQUIRE(pool.resize(3).ok());

@@ -132,8 +132,7 @@ TEST_CASE("threads that save to one path leave one whole file") {
   for (int round = 0; round < 10; ++round) {
     std::vector<std::thread> threads;
     std::atomic<int> failed{0};
-    for (const Codebook& book : books)
-      threads.emplace_back([&] { failed += !book.save(path.c_str()).ok(); });
+    for (const Codebook& book : books) threads.emplace_back([&] { failed += !book.save(path.c_str()).ok(); });
     for (std::thread& t : threads) t.join();
     CHECK(failed.load() == 0);
     Codebook back;

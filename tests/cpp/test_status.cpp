@@ -33,21 +33,27 @@ struct Right {
   Array<const int32_t, 2> given{codes.data(), {6, 2}};
 
   RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {one.data(), {1}}};
-  RouteInputs in{test::rows(x, 3), test::rows(v, 2), test::histories(offsets), {p.data(), {2, 4, 3}}, {}, {}, {}, nullptr};
+  RouteInputs in{test::rows(x, 3), test::rows(v, 2), test::histories(offsets), {p.data(), {2, 4, 3}}, {}, {}, {},
+                 nullptr};
   Tokens out{{tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}, {}};
-  RouteForward forward{{tokens.data(), DType::float32, 8, 2}, {}, {tokens.data(), DType::float32, 8, 2},
-                       {lse.data(), {2, 4}}};
+  RouteForward forward{
+      {tokens.data(), DType::float32, 8, 2}, {}, {tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}};
   RouteGradients gradients;
 
-  AttendInputs attention{test::rows(v, 2), {x.data(), DType::float32, 4, 2}, {p.data(), DType::float32, 4, 3}, 2, 1,
-                         test::histories(offsets), {}, 1};  // N = 6, M = 2, d = 2, V = 3
+  AttendInputs attention{test::rows(v, 2),
+                         {x.data(), DType::float32, 4, 2},
+                         {p.data(), DType::float32, 4, 3},
+                         2,
+                         1,
+                         test::histories(offsets),
+                         {},
+                         1};  // N = 6, M = 2, d = 2, V = 3
   Attended attended{{tokens.data(), DType::float32, 6, 3}, {lse.data(), {6, 1}}};
-  AttendForward attend_forward{{tokens.data(), DType::float32, 6, 3}, {}, {tokens.data(), DType::float32, 6, 3},
-                               {lse.data(), {6, 1}}};
+  AttendForward attend_forward{
+      {tokens.data(), DType::float32, 6, 3}, {}, {tokens.data(), DType::float32, 6, 3}, {lse.data(), {6, 1}}};
   std::vector<float> dq = std::vector<float>(12), dk = std::vector<float>(8), dv = std::vector<float>(12),
                      db = std::vector<float>(4);
-  AttendGradients attend_gradients{
-      {dq.data(), {6, 1, 2}}, {dk.data(), {2, 2, 1, 2}}, {dv.data(), {2, 2, 1, 3}}, {}};
+  AttendGradients attend_gradients{{dq.data(), {6, 1, 2}}, {dk.data(), {2, 2, 1, 2}}, {dv.data(), {2, 2, 1, 3}}, {}};
 
   Right() { voting.budget = 4; }
 
@@ -184,7 +190,8 @@ TEST_CASE("fit") {
 TEST_CASE("fit_workspace of sizes out of range answers") {
   FitParams params;
   params.levels = 1;
-  for (int64_t size : {int64_t{-5}, (int64_t{1} << 20) + 1, (int64_t{1} << 61) + 1, std::numeric_limits<int64_t>::max()}) {
+  for (int64_t size :
+       {int64_t{-5}, (int64_t{1} << 20) + 1, (int64_t{1} << 61) + 1, std::numeric_limits<int64_t>::max()}) {
     params.sizes[0] = size;
     CHECK(fit_workspace(params, 10, 3, 2) == 0);
   }
@@ -342,22 +349,26 @@ TEST_CASE("attend and attend_backward") {
     spoil(r);
     return r.attend();
   };
-  is(spoiled([](Right& r) { r.attention.q.dtype = DType::int32; }), Code::wrong_type, std::string("attend: q") + kFloats);
+  is(spoiled([](Right& r) { r.attention.q.dtype = DType::int32; }), Code::wrong_type,
+     std::string("attend: q") + kFloats);
   is(spoiled([](Right& r) { r.attention.keys.dtype = DType::float16; }), Code::wrong_type,
      "attend: keys and values expected q's type");
-  for (int64_t heads : {0, 4})
-    invalid(spoiled([&](Right& r) { r.attention.heads = heads; }),
-            "attend: q expected [N, H, d] with H and d of at least 1");
-  const char* const keys = "attend: expected keys [2, 2, 1, 2] and values with the same first three, by "
-                           "candidate_offsets and q";
+  invalid(spoiled([](Right& r) { r.attention.heads = 0; }),
+          "attend: expected H, d and V of at least 1, got 0, 2 and 3");
+  invalid(spoiled([](Right& r) { r.attention.values.width = 0; }),
+          "attend: expected H, d and V of at least 1, got 1, 2 and 0");
+  const char* const keys =
+      "attend: expected keys [2, 2, 1, 2] and values with the same first three, by "
+      "candidate_offsets and q";
   invalid(spoiled([](Right& r) { r.attention.keys.rows = 5; }), keys);
   invalid(spoiled([](Right& r) { r.attention.keys.width = 3; }), keys);
   invalid(spoiled([](Right& r) { r.attention.values.rows = 3; }), keys);
-  invalid(spoiled([](Right& r) { r.attention.bias = {r.x.data(), {2, 3}}; }), "attend: bias expected [2, 2], got [2, 3]");
+  invalid(spoiled([](Right& r) { r.attention.bias = {r.x.data(), {2, 3}}; }),
+          "attend: bias expected [2, 2], got [2, 3]");
   invalid(spoiled([](Right& r) { r.attention.scale = std::numeric_limits<float>::infinity(); }),
           "attend: scale expected finite, got inf");
   invalid(spoiled([](Right& r) { r.offsets[2] = 7; }),
-          "attend: offsets expected 0 <= start <= end <= 6 for every user, got [3, 7) for user 1");
+          "attend: candidate_offsets expected 0 <= start <= end <= 6 for every user, got [3, 7) for user 1");
   const int64_t starts[] = {0, 2}, ends[] = {3, 6};
   invalid(spoiled([&](Right& r) { r.attention.candidates = {starts, ends, DType::int64, 2}; }),
           "attend: candidate_offsets expected in order, got a step back at user 1");

@@ -44,16 +44,19 @@ class Verbs {
          [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
         {"route", [this](int w) { return route_workspace(route_, inputs_, kLongest, w); },
          [this](const Context& c) {
-           return route(c, route_, inputs_, {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
-                                             {lse_.data(), {2, kSeats}}, {refined_.data(), {2, kSeats, kWidth}}});
+           return route(c, route_, inputs_,
+                        {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
+                         {lse_.data(), {2, kSeats}},
+                         {refined_.data(), {2, kSeats, kWidth}}});
          },
          [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && refined_.holds(0x5a); }},
-        {"route_backward", [this](int w) { return route_backward_workspace(plain_, inputs_, gradients(), kLongest, w); },
+        {"route_backward",
+         [this](int w) { return route_backward_workspace(plain_, inputs_, gradients(), kLongest, w); },
          [this](const Context& c) {
-           return route_backward(c, plain_, inputs_,
-                                 {test::rows(prototypes_, kWidth), {}, test::rows(prototypes_, kWidth),
-                                  {given_lse_.data(), {2, kSeats}}},
-                                 gradients());
+           return route_backward(
+               c, plain_, inputs_,
+               {test::rows(prototypes_, kWidth), {}, test::rows(prototypes_, kWidth), {given_lse_.data(), {2, kSeats}}},
+               gradients());
          },
          [this] { return d_v_.holds(0x5a) && d_tau_.holds(0x5a) && d_x_.holds(0x5a) && d_p_.holds(0x5a); }},
         {"attend", [this](int w) { return attend_workspace(attention_, w); },
@@ -63,10 +66,11 @@ class Verbs {
          [this] { return out_.holds(0x5a) && out_lse_.holds(0x5a); }},
         {"attend_backward", [this](int w) { return attend_backward_workspace(attention_, w); },
          [this](const Context& c) {
-           return attend_backward(c, attention_,
-                                  {x_, {}, x_, {bias_.data(), {kRows, 1}}},
-                                  {{d_q_.data(), {kRows, 1, kWidth}}, {d_k_.data(), {2, kSeats, 1, kWidth}},
-                                   {d_value_.data(), {2, kSeats, 1, kWidth}}, {}});
+           return attend_backward(c, attention_, {x_, {}, x_, {bias_.data(), {kRows, 1}}},
+                                  {{d_q_.data(), {kRows, 1, kWidth}},
+                                   {d_k_.data(), {2, kSeats, 1, kWidth}},
+                                   {d_value_.data(), {2, kSeats, 1, kWidth}},
+                                   {}});
          },
          [this] { return d_q_.holds(0x5a) && d_k_.holds(0x5a) && d_value_.holds(0x5a); }},
     };
@@ -82,14 +86,17 @@ class Verbs {
 
  private:
   RouteGradients gradients() {
-    return {{d_v_.data(), {kRows, kWidth}}, {d_tau_.data(), {1}}, {}, {d_x_.data(), {kRows, kWidth}},
+    return {{d_v_.data(), {kRows, kWidth}},
+            {d_tau_.data(), {1}},
+            {},
+            {d_x_.data(), {kRows, kWidth}},
             {d_p_.data(), {2, kSeats, kWidth}}};
   }
 
   static constexpr int64_t kRows = 5000, kLongest = 4990, kWidth = 5, kSeats = 7;  // long enough to be cut for workers
   test::Random random_{11};
   Codebook book_ = test::codebook(random_, {6, 5}, kWidth);
-  std::vector<float> values_ = test::uniform(random_, kRows * kWidth), bias_ = test::uniform(random_, kRows),
+  std::vector<float> values_ = test::uniform(random_, kRows* kWidth), bias_ = test::uniform(random_, kRows),
                      prototypes_ = test::uniform(random_, 2 * kSeats * kWidth),
                      given_lse_ = test::uniform(random_, 2 * kSeats), tau_{1};
   std::vector<int64_t> offsets_{0, kLongest, kRows};
@@ -109,10 +116,10 @@ class Verbs {
   }();
   RouteParams route_{Normalize::agents, Method::exact, Missing::drop, 1, {tau_.data(), {1}}},
       plain_{Normalize::agents, Method::exact, Missing::drop, 0, {tau_.data(), {1}}};
-  RouteInputs inputs_{x_, x_, histories_, {prototypes_.data(), {2, kSeats, kWidth}}, {}, {bias_.data(), {kRows}},
+  RouteInputs inputs_{x_, x_,     histories_, {prototypes_.data(), {2, kSeats, kWidth}}, {}, {bias_.data(), {kRows}},
                       {}, nullptr};
-  AttendInputs attention_{x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, histories_,
-                          {}, 1};
+  AttendInputs attention_{
+      x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, histories_, {}, 1};
   Guarded<int32_t> codes_{kRows * 2}, agents_{2 * kSeats * 2}, count_{2};
   Guarded<int64_t> votes_{2 * kSeats};
   Guarded<float> centers_{4 * kWidth}, tokens_{2 * kSeats * kWidth}, lse_{2 * kSeats}, refined_{2 * kSeats * kWidth},

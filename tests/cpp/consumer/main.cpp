@@ -15,7 +15,9 @@ static void require(const hisac::Status& status) {
 
 int main() {
   constexpr int64_t T = 10000, D = 16, V = 32, M = 50, L = 2;
-  auto noise = [seed = 1u]() mutable { return static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.f; };
+  auto noise = [seed = 1u]() mutable {
+    return static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.f;
+  };
   std::vector<float> coarse(64 * D), fine(64 * D), x(T * D), v(T * V);
   for (auto* a : {&coarse, &fine, &x, &v})
     for (float& f : *a) f = noise();
@@ -52,7 +54,8 @@ int main() {
   require(hisac::vote(context, book, voting, {codes.data(), {T, L}}, history, {},
                       {{agents.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}}));
   require(hisac::prototypes(context, book, {agents.data(), {M, L}}, {prototypes.data(), {M, D}}));
-  require(hisac::route(context, routing, inputs, {{tokens.data(), hisac::DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
+  require(
+      hisac::route(context, routing, inputs, {{tokens.data(), hisac::DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
 
   std::printf("%d agents, the first with %d of %d votes, lse %.3f\n", count[0], static_cast<int>(votes[0]),
               static_cast<int>(T), static_cast<double>(lse[0]));
