@@ -15,7 +15,7 @@ class Arena {
  public:
   Arena() noexcept = default;  // counts
   explicit Arena(Array<std::byte, 1> memory) noexcept
-      : base_(memory.data), capacity_(memory.data ? static_cast<size_t>(memory.shape[0]) : 0) {}
+      : base_(memory.data), capacity_(memory.data && aligned() ? static_cast<size_t>(memory.shape[0]) : 0) {}
 
   /// n of T, aligned to 64; null when counting, or once the workspace is exhausted.
   template <class T>
@@ -33,7 +33,7 @@ class Arena {
   size_t used() const noexcept { return used_; }
 
   Status check(const char* verb) const noexcept {
-    if (reinterpret_cast<uintptr_t>(base_) % 64 != 0)
+    if (!aligned())
       return Status::error(Code::invalid_argument, "%s: workspace expected aligned to 64 bytes, got address %p", verb,
                            static_cast<void*>(base_));
     if (used_ > capacity_)
@@ -43,6 +43,7 @@ class Arena {
   }
 
  private:
+  bool aligned() const noexcept { return reinterpret_cast<uintptr_t>(base_) % 64 == 0; }  // nothing is taken otherwise
   static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
   std::byte* base_ = nullptr;
   size_t used_ = 0, capacity_ = 0;

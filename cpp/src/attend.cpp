@@ -176,7 +176,7 @@ class Backward {
   }
 
   void run(const Context& context) noexcept {
-    std::memset(out_->q.data, 0, sizeof(float) * static_cast<size_t>(in_.q.rows * s_.width));
+    std::fill_n(out_->q.data, in_.q.rows * s_.width, 0.f);
     for (int w = 0; w < workers_; ++w) {
       std::fill(worker_[w].q, worker_[w].q + cpu::kBlock * cpu::pad(s_.width), 0.f);
       std::fill(worker_[w].d_out, worker_[w].d_out + cpu::kBlock * cpu::pad(s_.value_width), 0.f);
@@ -321,7 +321,8 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   Forward forward;
   forward.carve(arena, s, workers_of(context));
   HISAC_TRY(arena.check("attend"));
-  std::memset(out.out.data, 0, static_cast<size_t>(out.out.rows * s.value_width * bytes_of(out.out.dtype)));
+  std::fill_n(static_cast<std::byte*>(out.out.data), out.out.rows * s.value_width * bytes_of(out.out.dtype),
+              std::byte{0});
   std::fill(out.lse.data, out.lse.data + n * s.heads, -INFINITY);
   forward.unit[0] = 0;
   for (int64_t b = 0; b < s.users; ++b)

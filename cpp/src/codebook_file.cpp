@@ -6,6 +6,7 @@
 //
 // Files are hostile: the parser takes the strict subset of JSON that the format needs (objects, strings without escapes
 // other than \" and \\, unsigned integers, arrays of them), checks every bound before use, and the fingerprint last.
+#include <atomic>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
@@ -200,8 +201,8 @@ size_t header_text(const Codebook& book, char* out, size_t size) noexcept {
         l, book.size(l), book.width(), begin, end);
     begin = end;
   }
-  add("}");
-  while (at % 8) add(" ");
+  add("%s", "}");
+  while (at % 8) add("%s", " ");
   return at;
 }
 
@@ -312,8 +313,9 @@ Status Codebook::load(const char* path, Codebook* out) noexcept {
 Status Codebook::save(const char* path) const noexcept {
   HISAC_TRY(check_book("save", this));
   const size_t size = file_size();
+  static std::atomic<unsigned> serial{0};  // threads may save to one path at once
   char aside[4096];
-  if (std::snprintf(aside, sizeof aside, "%s.%ld.part", path, static_cast<long>(::getpid())) >=
+  if (std::snprintf(aside, sizeof aside, "%s.%ld.%u.part", path, static_cast<long>(::getpid()), serial++) >=
       static_cast<int>(sizeof aside)) {
     errno = ENAMETOOLONG;
     return os_error("write", path);

@@ -276,7 +276,9 @@ Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) no
 }  // namespace
 
 size_t fit_workspace(const FitParams& params, int64_t rows, int64_t width, int workers) noexcept {
-  if (params.levels < 1 || params.levels > kMaxLevels) return 0;
+  if (params.levels < 1 || params.levels > kMaxLevels || rows < 0 || width < 1 || width > (1 << 20)) return 0;
+  for (int l = 0; l < params.levels; ++l)
+    if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20)) return 0;
   const Context none;
   Arena arena;
   Fit(none, params, rows, width, workers).carve(arena);

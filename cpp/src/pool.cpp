@@ -3,6 +3,7 @@
 #include "hisac/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -30,9 +31,10 @@ struct ThreadPool::Crew {
   void* arg = nullptr;
   int64_t n = 0;
   uint64_t round = 0;
-  int threads = 0, left = 0;
+  int workers = 0, threads = 0, left = 0;
   bool stop = false;
   pid_t owner = 0;
+  Crew* older = nullptr;
   pthread_t thread[kMostWorkers];
   struct Seat {
     Crew* crew;
@@ -59,8 +61,9 @@ struct ThreadPool::Crew {
     }
   }
 
-  void start(int workers) {
+  void start(int count) {
     owner = getpid();
+    workers = count;
     for (threads = 0; threads < workers - 1; ++threads) {
       seat[threads] = {this, threads + 1};
       if (pthread_create(&thread[threads], nullptr, loop, &seat[threads]) != 0) break;  // fewer threads, same results
@@ -78,36 +81,55 @@ struct ThreadPool::Crew {
 };
 
 ThreadPool::~ThreadPool() {
-  if (crew_ && crew_->owner == getpid()) {  // a forked child has no threads to join
-    crew_->finish();
-    delete crew_;
+  if (Crew* const crew = crew_) {
+    crew->older = retired_;
+    retired_ = crew;
+    stop(crew);
   }
+  while (Crew* const crew = retired_) {
+    retired_ = crew->older;
+    if (crew->owner == getpid()) delete crew;  // a forked child leaves its parent's as they were: locks may be held
+  }
+}
+
+void ThreadPool::stop(Crew* crew) noexcept {
+  if (crew->owner != getpid()) return;              // a forked child has no threads to join
+  while (crew->busy.exchange(true)) sched_yield();  // and busy for good: later calls run serially
+  crew->finish();
 }
 
 Status ThreadPool::resize(int workers) noexcept {
   if (workers < 1 || workers > kMostWorkers)
     return Status::error(Code::invalid_argument, "threads: expected 1 to %d, got %d", kMostWorkers, workers);
   if (workers == workers_) return {};
-  if (crew_ && crew_->owner == getpid()) {
-    crew_->finish();
-    delete crew_;
-  }
-  crew_ = nullptr;
   workers_ = workers;
+  if (Crew* const crew = crew_.exchange(nullptr)) {
+    stop(crew);
+    crew->older = retired_;
+    retired_ = crew;
+  }
   return {};
 }
 
 Executor ThreadPool::executor() noexcept {
-  if (workers_ > 1 && (!crew_ || crew_->owner != getpid())) {
-    crew_ = new (std::nothrow) Crew;  // after fork the parent's crew is left as it was: its locks may be held
-    if (crew_) crew_->start(workers_);
+  const int workers = workers_;
+  Crew* crew = crew_;
+  if (workers > 1 && (!crew || crew->owner != getpid())) {
+    Crew* const fresh = new (std::nothrow) Crew;
+    if (fresh) fresh->start(workers);
+    if (fresh && crew_.compare_exchange_strong(crew, fresh)) {
+      crew = fresh;      // after fork the parent's is left behind as it was
+    } else if (fresh) {  // another thread was first
+      fresh->finish();
+      delete fresh;
+    }
   }
-  return {this, crew_ ? workers_ : 1, run};
+  return {crew, crew ? crew->workers : 1, run};
 }
 
 void ThreadPool::run(void* self, int64_t n, void (*fn)(void*, int64_t, int64_t, int), void* arg) {
-  Crew* const crew = static_cast<ThreadPool*>(self)->crew_;
-  if (!crew || crew->threads == 0 || crew->busy.exchange(true)) return fn(arg, 0, n, 0);
+  Crew* const crew = static_cast<Crew*>(self);
+  if (!crew || crew->threads == 0 || crew->owner != getpid() || crew->busy.exchange(true)) return fn(arg, 0, n, 0);
   {
     Lock lock(&crew->mutex);
     crew->fn = fn;

@@ -40,7 +40,7 @@ class Router {
         params_(params),
         in_(in),
         out_(out),
-        loader_(params, in),
+        loader_(in),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -72,8 +72,7 @@ class Router {
     units_.plan(in_.histories, nullptr, in_.histories.users, workers_, params_.method == Method::leaf);
     prototypes_ = in_.prototypes.data;
     if (params_.refine) {
-      std::memcpy(out_->refined.data, prototypes_,
-                  sizeof(float) * static_cast<size_t>(in_.histories.users * agents_ * width_));
+      std::copy_n(prototypes_, in_.histories.users * agents_ * width_, out_->refined.data);
       prototypes_ = out_->refined.data;
     }
     for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
@@ -136,7 +135,7 @@ class Router {
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.lse);
     for (int i = 0; i < n; ++i)
-      w.shift[i] = cpu::base2(w.block.bias[i]) - (shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
+      w.shift[i] = row_shift_of(w.block.bias[i], shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     if (shares || in_.bias || params_.method == Method::leaf) k_.row_shift(n, m, w.z, ldz, w.shift);
     if (k_.column_softmax(n, m, w.z, ldz, state.top, state.mass, w.factor)) {
       for (int64_t a = 0; a < m; ++a)
@@ -178,7 +177,7 @@ class Router {
     std::byte* const tokens = static_cast<std::byte*>(out_->tokens.data) + b * rows * bytes;
     float* const lse = out_->lse.data + b * rows;
     if (!refining) {
-      std::memset(tokens, 0, static_cast<size_t>(rows * bytes));
+      std::fill_n(tokens, rows * bytes, std::byte{0});
       std::fill(lse, lse + rows, -INFINITY);
     }
     for (int64_t j = 0; j < panel.m; ++j) {

@@ -47,7 +47,7 @@ class Backward {
         in_(in),
         forward_(forward),
         out_(out),
-        loader_(params, in),
+        loader_(in),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -191,7 +191,7 @@ class Backward {
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
     for (int i = 0; i < n; ++i) {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
-      w.shift[i] = cpu::base2(w.block.bias[i]) - (shares ? w.row_lse[i] : 0.f);
+      w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
     }
     k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
     k_.route_gradient(

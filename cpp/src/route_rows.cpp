@@ -53,9 +53,8 @@ void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_w
   part_v = arena.take<float>(value_width);
 }
 
-RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept
-    : params_(params),
-      in_(inputs),
+RowLoader::RowLoader(const RouteInputs& inputs) noexcept
+    : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_bytes_(inputs.x.width * bytes_of(inputs.x.dtype)),
@@ -116,7 +115,7 @@ void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, A
 
 void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves) const noexcept {
   int64_t n = 0;
-  float norm;
+  float norm = 0;
   for (int64_t row = begin; row < end; ++row)
     if (load_x(row, leaves.x, &norm))
       leaves.entry[n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
@@ -223,7 +222,7 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
   if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
-  if (!in.codes && (!in.x.data || params.method == Method::leaf))
+  if (rows > 0 && !in.codes && (!in.x.data || params.method == Method::leaf))
     return Status::error(Code::invalid_argument,
                          "%s: codes expected where x is not given and with the leaf method, got none", verb);
   if (in.codes) {

@@ -2,6 +2,9 @@
 // The loading of a user's behaviours and agents for `route`: everything about types, absence, prototypes in place of x
 // and leaves in place of rows ends here; the kernels see float32 tiles of present rows with a norm and a bias each.
 #pragma once
+#include <algorithm>
+#include <cfloat>
+
 #include "arena.h"
 #include "codebook_body.h"
 #include "cpu/kernels.h"
@@ -47,7 +50,7 @@ struct Leaves {
 
 class RowLoader {
  public:
-  RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept;
+  explicit RowLoader(const RouteInputs& inputs) noexcept;
 
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
@@ -68,7 +71,6 @@ class RowLoader {
   void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
 
-  const RouteParams& params_;
   const RouteInputs& in_;
   const cpu::Kernels& k_;
   int64_t width_, x_bytes_, v_bytes_;
@@ -123,6 +125,9 @@ inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {
 inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {
   return params.temperature.data[params.temperature.shape[0] == 1 ? 0 : agent];
 }
+
+/// A row's shift of its base-2 logits, which are 0 or less: finite, so that no logit becomes +inf or NaN.
+inline float row_shift_of(float bias, float row_lse) noexcept { return std::min(cpu::base2(bias) - row_lse, FLT_MAX); }
 
 /// Shapes, types and ranges; `verb` opens the message.
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept;
