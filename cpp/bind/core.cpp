@@ -97,7 +97,7 @@ void leaf_numbers(const Codebook& book, View codes, View out) {
 void prototype_rows(const Codebook& book, View codes, View out) {
   const auto from = array<const int32_t, 2>(codes, "prototypes", "codes", kCodes);
   const auto to = array<float, 2>(out, "prototypes", "out", "float32 [T, D]");
-  run([](int) { return size_t{0}; }, [&](const Context& context) { return prototypes(context, book, from, to); });
+  run([](int) { return size_t{0}; }, [&](const Context& context) { return code_prototypes(context, book, from, to); });
 }
 
 nb::tuple fit_centers(View x, const std::vector<View>& centers, int iterations, uint64_t seed, nb::object progress) {

@@ -152,8 +152,8 @@ Status leaves(const Codebook& book, Array<const int32_t, 2> codes, Array<int64_t
   return {};
 }
 
-Status prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
-                  Array<float, 2> out) noexcept {
+Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
+                       Array<float, 2> out) noexcept {
   HISAC_TRY(check_book("prototypes", &book));
   HISAC_TRY(check_codes("prototypes", book, codes.shape, codes.shape[0]));
   if (out.shape[0] != codes.shape[0] || out.shape[1] != book.width())

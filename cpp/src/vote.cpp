@@ -369,6 +369,12 @@ Status check_params(const Codebook& book, const VoteParams& params) noexcept {
   return {};
 }
 
+Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
+  if (agents.fingerprint == book.fingerprint()) return {};
+  return Status::error(Code::invalid_argument, "%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
+                       book.fingerprint(), agents.fingerprint);
+}
+
 }  // namespace
 
 int64_t seats(const VoteParams& params, int levels) noexcept {
@@ -399,6 +405,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
                          "vote: out expected codes [%" PRId64 ", %" PRId64 ", %d], votes [%" PRId64 ", %" PRId64
                          "] and count [%" PRId64 "]",
                          users, m, levels, users, m, users);
+  if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
   const int64_t longest = longest_of(histories);
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) {
@@ -423,6 +430,18 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
     }
   });
   return {};
+}
+
+Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {
+  HISAC_TRY(check_book("prototypes", &book));
+  HISAC_TRY(check_fingerprint("prototypes", book, agents));
+  const int64_t *const c = agents.codes.shape, *const o = out.shape;
+  if (o[0] != c[0] || o[1] != c[1])
+    return Status::error(Code::invalid_argument,
+                         "prototypes: out expected [%" PRId64 ", %" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
+                         ", %" PRId64 "]",
+                         c[0], c[1], book.width(), o[0], o[1], o[2]);
+  return code_prototypes(context, book, {agents.codes.data, {c[0] * c[1], c[2]}}, {out.data, {o[0] * o[1], o[2]}});
 }
 
 }  // namespace hisac

@@ -128,7 +128,8 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
 
   Guarded<float> prototypes(users * m * d);
   r.call("prototypes", 0, executor, [&](const Context& c) {
-    return hisac::prototypes(c, p.book, {agent_codes.data(), {users * m, levels}}, {prototypes.data(), {users * m, d}});
+    return hisac::code_prototypes(c, p.book, {agent_codes.data(), {users * m, levels}},
+                                  {prototypes.data(), {users * m, d}});
   });
   r.keep("prototypes", prototypes);
 

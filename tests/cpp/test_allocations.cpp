@@ -84,8 +84,8 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       });
     }
     check("prototypes", 0, [&](const Context& c) {
-      return hisac::prototypes(c, book, {agents.data(), {kUsers * kSeats, 2}},
-                               {prototypes.data(), {kUsers * kSeats, kWidth}});
+      return hisac::code_prototypes(c, book, {agents.data(), {kUsers * kSeats, 2}},
+                                    {prototypes.data(), {kUsers * kSeats, kWidth}});
     });
     for (Method method : {Method::exact, Method::leaf})
       for (Normalize normalize : {Normalize::history, Normalize::agents}) {

@@ -225,6 +225,6 @@ TEST_CASE("leaves and prototypes by hand") {
   REQUIRE(leaves(book, {codes.data(), {7, 2}}, {numbers.data(), {7}}).ok());
   CHECK(numbers == std::vector<int64_t>{0, 2, 4, -1, -1, -1, -1});
   std::vector<float> sums(14);
-  REQUIRE(prototypes({}, book, {codes.data(), {7, 2}}, {sums.data(), {7, 2}}).ok());
+  REQUIRE(code_prototypes({}, book, {codes.data(), {7, 2}}, {sums.data(), {7, 2}}).ok());
   CHECK(sums == std::vector<float>{1.5f, 2.25f, 1, 2, 13, 24, 0, 0, 0, 0, 0, 0, 0, 0});
 }

@@ -104,7 +104,7 @@ TEST_CASE("no rows: encode, leaves, prototypes") {
   CHECK(what(encode({workspace.array(), nullptr}, book, {nullptr, DType::float32, 0, kWidth}, {nullptr, {0, 2}})) ==
         "");
   CHECK(what(leaves(book, {nullptr, {0, 2}}, {nullptr, {0}})) == "");
-  CHECK(what(prototypes({}, book, {nullptr, {0, 2}}, {nullptr, {0, kWidth}})) == "");
+  CHECK(what(code_prototypes({}, book, {nullptr, {0, 2}}, {nullptr, {0, kWidth}})) == "");
 }
 
 TEST_CASE("no rows or no users: vote") {

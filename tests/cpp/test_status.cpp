@@ -126,9 +126,9 @@ TEST_CASE("leaves, prototypes, serialize, save") {
   invalid(leaves(none, r.given, {leaf.data(), {6}}), "leaves: codebook expected, got an empty one");
   invalid(leaves(r.book, {r.codes.data(), {4, 3}}, {leaf.data(), {4}}), "leaves: codes expected [4, 2], got [4, 3]");
   invalid(leaves(r.book, r.given, {leaf.data(), {5}}), "leaves: out expected [6], got [5]");
-  invalid(prototypes({}, none, r.given, {r.x.data(), {6, 3}}), "prototypes: codebook expected, got an empty one");
-  invalid(prototypes({}, r.book, r.given, {r.x.data(), {6, 2}}), "prototypes: out expected [6, 3], got [6, 2]");
-  invalid(prototypes({}, r.book, {r.codes.data(), {4, 3}}, {r.x.data(), {4, 3}}),
+  invalid(code_prototypes({}, none, r.given, {r.x.data(), {6, 3}}), "prototypes: codebook expected, got an empty one");
+  invalid(code_prototypes({}, r.book, r.given, {r.x.data(), {6, 2}}), "prototypes: out expected [6, 3], got [6, 2]");
+  invalid(code_prototypes({}, r.book, {r.codes.data(), {4, 3}}, {r.x.data(), {4, 3}}),
           "prototypes: codes expected [4, 2], got [4, 3]");
   invalid(none.serialize({bytes.data(), {10}}), "serialize: codebook expected, got an empty one");
   invalid(r.book.serialize({bytes.data(), {10}}),
@@ -231,6 +231,30 @@ TEST_CASE("vote") {
           "vote: weights expected [6], got [5]");
   r.seats.votes.shape[1] = 3;
   invalid(r.vote(), "vote: out expected codes [2, 4, 2], votes [2, 4] and count [2]");
+}
+
+TEST_CASE("agents of another codebook") {
+  Right r;
+  const Codebook other = test::codebook(r.random, {2, 2}, 3);
+  const auto hex = [](uint64_t value) {
+    char text[17];
+    std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+    return std::string(text);
+  };
+  const auto wrong = [&](const char* verb, uint64_t got) {
+    return verb + (": agents expected of codebook " + hex(r.book.fingerprint()) + ", got " + hex(got));
+  };
+  const auto sums = [&] { return prototypes(r.context, r.book, r.seats, {r.p.data(), {2, 4, 3}}); };
+  REQUIRE(r.vote().ok());
+  invalid(sums(), wrong("prototypes", 0));
+  r.seats.fingerprint = other.fingerprint();
+  invalid(r.vote(), wrong("vote", other.fingerprint()));
+  invalid(sums(), wrong("prototypes", other.fingerprint()));
+  r.seats.fingerprint = r.book.fingerprint();
+  CHECK(r.vote().ok());
+  CHECK(sums().ok());
+  invalid(prototypes(r.context, r.book, r.seats, {r.p.data(), {2, 3, 3}}),
+          "prototypes: out expected [2, 4, 3], got [2, 3, 3]");
 }
 
 TEST_CASE("histories") {

@@ -51,7 +51,7 @@ class Codebook {
 Status leaves(const Codebook& book, Array<const int32_t, 2> codes, Array<int64_t, 1> out) noexcept;
 
 /// codes [n, L] -> prototypes [n, D]: the codewords added from the root down; zero for an invalid code.
-Status prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
-                  Array<float, 2> out) noexcept;
+Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
+                       Array<float, 2> out) noexcept;
 
 }  // namespace hisac

@@ -16,11 +16,13 @@ struct VoteParams {
   int64_t fanout[kMaxLevels] = {};  // k_l >= 1 for each level; their product at most kMaxSeats
 };
 
-/// Interest-agents, sorted by votes (down), then code (up); absent ones are -1 with 0 votes.
+/// Interest-agents, sorted by votes (down), then code (up); absent ones are -1 with 0 votes. An agent means nothing
+/// under another codebook: keep the fingerprint of its own with it, and `vote` and `prototypes` refuse the wrong one.
 struct Agents {
-  Array<int32_t, 3> codes;  // [B, M, L]
-  Array<int64_t, 2> votes;  // [B, M]; weighted: in units of 2^-12
-  Array<int32_t, 1> count;  // [B]
+  Array<int32_t, 3> codes;   // [B, M, L]
+  Array<int64_t, 2> votes;   // [B, M]; weighted: in units of 2^-12
+  Array<int32_t, 1> count;   // [B]
+  uint64_t fingerprint = 0;  // the codebook's; 0: not kept, which `prototypes` of agents refuses
 };
 
 /// M of these params: the budget, or the product of the fan-outs.
@@ -32,5 +34,8 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
             Histories histories, Array<const float, 1> weights, Agents agents) noexcept;
 /// longest: the longest history of the batch (T will do).
 size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest, int workers) noexcept;
+
+/// The prototypes [B, M, D] of agents of this codebook; zero for an absent one.
+Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept;
 
 }  // namespace hisac

@@ -35,9 +35,10 @@ int main() {
   const hisac::Context context{{scratch.get(), {kScratch}}, &executor};
 
   // Each request: nothing below allocates.
-  std::vector<int32_t> codes(T * L), agents(M * L), count(1);
+  std::vector<int32_t> codes(T * L), kept(M * L), count(1);
   std::vector<int64_t> votes(M), offsets{0, T};
   std::vector<float> prototypes(M * D), tokens(M * V), lse(M);
+  const hisac::Agents agents{{kept.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}, book.fingerprint()};
   const float temperature = 1.f;
   const hisac::Histories history{&offsets[0], &offsets[1], hisac::DType::int64, 1};
   hisac::VoteParams voting;
@@ -51,9 +52,8 @@ int main() {
   inputs.prototypes = {prototypes.data(), {1, M, D}};
   inputs.count = {count.data(), {1}};
   require(hisac::encode(context, book, inputs.x, {codes.data(), {T, L}}));
-  require(hisac::vote(context, book, voting, {codes.data(), {T, L}}, history, {},
-                      {{agents.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}}));
-  require(hisac::prototypes(context, book, {agents.data(), {M, L}}, {prototypes.data(), {M, D}}));
+  require(hisac::vote(context, book, voting, {codes.data(), {T, L}}, history, {}, agents));
+  require(hisac::prototypes(context, book, agents, {prototypes.data(), {1, M, D}}));
   require(
       hisac::route(context, routing, inputs, {{tokens.data(), hisac::DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
 
