@@ -7,7 +7,9 @@
 #include <memory>
 #include <vector>
 
-static void require(const hisac::Status& status) {
+using namespace hisac;
+
+static void require(const Status& status) {
   if (status.ok()) return;
   std::fprintf(stderr, "%s\n", status.what());
   std::exit(1);
@@ -22,40 +24,35 @@ int main() {
   for (auto* a : {&coarse, &fine, &x, &v})
     for (float& f : *a) f = noise();
 
-  // Once: a codebook (in a service: hisac::Codebook::load(path, &book)), threads, and memory for the largest request.
-  hisac::Codebook book;
-  const hisac::Array<const float, 2> centers[L] = {{coarse.data(), {64, D}}, {fine.data(), {64, D}}};
-  require(hisac::Codebook::build(centers, L, &book));
-  hisac::ThreadPool pool;
+  // Once: a codebook (in a service: Codebook::load(path, &book)), threads, and memory for the largest request.
+  Codebook book;
+  const Array<const float, 2> centers[L] = {{coarse.data(), {64, D}}, {fine.data(), {64, D}}};
+  require(Codebook::build(centers, L, &book));
+  ThreadPool pool;
   require(pool.resize(2));
-  const hisac::Executor executor = pool.executor();
+  const Executor executor = pool.executor();
   constexpr size_t kScratch = size_t{16} << 20;
   const std::unique_ptr<std::byte, decltype(&std::free)> scratch(
       static_cast<std::byte*>(std::aligned_alloc(64, kScratch)), &std::free);
-  const hisac::Context context{{scratch.get(), {kScratch}}, &executor};
+  const Context context{{scratch.get(), {kScratch}}, &executor};
 
-  // Each request: nothing below allocates.
+  // Each request, into buffers that a service would keep: no call of hisac's below allocates.
   std::vector<int32_t> codes(T * L), kept(M * L), count(1);
   std::vector<int64_t> votes(M), offsets{0, T};
   std::vector<float> prototypes(M * D), tokens(M * V), lse(M);
-  const hisac::Agents agents{{kept.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}, book.fingerprint()};
+  const Agents agents{{kept.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}, book.fingerprint()};
   const float temperature = 1.f;
-  const hisac::Histories history{&offsets[0], &offsets[1], hisac::DType::int64, 1};
-  hisac::VoteParams voting;
+  const Histories history{&offsets[0], &offsets[1], DType::int64, 1};
+  VoteParams voting;
   voting.budget = M;
-  hisac::RouteParams routing;
+  RouteParams routing;
   routing.temperature = {&temperature, {1}};
-  hisac::RouteInputs inputs;
-  inputs.x = {x.data(), hisac::DType::float32, T, D};
-  inputs.v = {v.data(), hisac::DType::float32, T, V};
-  inputs.histories = history;
-  inputs.prototypes = {prototypes.data(), {1, M, D}};
-  inputs.count = {count.data(), {1}};
-  require(hisac::encode(context, book, inputs.x, {codes.data(), {T, L}}));
-  require(hisac::vote(context, book, voting, {codes.data(), {T, L}}, history, {}, agents));
+  const Rows xs{x.data(), DType::float32, T, D}, vs{v.data(), DType::float32, T, V};
+  const RouteInputs inputs{xs, vs, history, {prototypes.data(), {1, M, D}}, {count.data(), {1}}, {}, {}, nullptr};
+  require(encode(context, book, xs, {codes.data(), {T, L}}));
+  require(vote(context, book, voting, {codes.data(), {T, L}}, history, {}, agents));
   require(hisac::prototypes(context, book, agents, {prototypes.data(), {1, M, D}}));
-  require(
-      hisac::route(context, routing, inputs, {{tokens.data(), hisac::DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
+  require(route(context, routing, inputs, {{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
 
   std::printf("%d agents, the first with %d of %d votes, lse %.3f\n", count[0], static_cast<int>(votes[0]),
               static_cast<int>(T), static_cast<double>(lse[0]));
