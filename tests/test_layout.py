@@ -29,7 +29,8 @@ STAGES = (
 )
 TOP = {"bench", "cpp", "python", "tests", "CMakeLists.txt", "pyproject.toml", "README.md"}
 TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
-MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}  # by builds, never committed; so are *.egg-info and what begins with a dot
+# by builds and the demo, never committed; so are *.egg-info and what begins with a dot
+MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
 MOST_LINES, MOST_CODE = 500, 7_500  # of a file; of cpp and python together, blank lines and comments left out
 
