@@ -275,10 +275,13 @@ Status check(const char* verb, const AttendInputs& in) noexcept {
   HISAC_TRY(check_float(verb, "q", in.q.dtype));
   if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
     return Status::error(Code::wrong_type, "%s: keys and values expected q's type", verb);
-  if (s.heads < 1 || s.tokens < 0 || s.width < 1 || s.value_width < 1 || in.q.rows % s.heads != 0)
+  if (s.heads < 1 || s.tokens < 0 || s.width < 1 || s.value_width < 1)
     return Status::error(Code::invalid_argument,
                          "%s: expected H, d and V of at least 1, got %" PRId64 ", %" PRId64 " and %" PRId64, verb,
                          s.heads, s.width, s.value_width);
+  if (in.q.rows % s.heads != 0)
+    return Status::error(Code::invalid_argument, "%s: q expected rows for all of H = %" PRId64 " heads, got %" PRId64,
+                         verb, s.heads, in.q.rows);
   const int64_t rows = s.users * s.tokens * s.heads;
   if (in.keys.rows != rows || in.values.rows != rows || in.keys.width != s.width)
     return Status::error(Code::invalid_argument,

@@ -381,6 +381,7 @@ TEST_CASE("attend and attend_backward") {
           "attend: expected H, d and V of at least 1, got 0, 2 and 3");
   invalid(spoiled([](Right& r) { r.attention.values.width = 0; }),
           "attend: expected H, d and V of at least 1, got 1, 2 and 0");
+  invalid(spoiled([](Right& r) { r.attention.heads = 4; }), "attend: q expected rows for all of H = 4 heads, got 6");
   const char* const keys =
       "attend: expected keys [2, 2, 1, 2] and values with the same first three, by "
       "candidate_offsets and q";

@@ -27,7 +27,8 @@ struct FitReport {
 
 /// Lloyd's rounds from distinct rows drawn by counter-based random numbers of (seed, level, row). A round assigns as
 /// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes
-/// without rows take the worst-quantised rows. x [T, D] -> the centers of each level, [C_l, D].
+/// without rows take the worst-quantised rows. x [T, D] -> the centers of each level, [C_l, D], and a
+/// report, which may not be null.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
 size_t fit_workspace(const FitParams& params, int64_t rows, int64_t width, int workers) noexcept;
