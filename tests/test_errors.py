@@ -391,3 +391,12 @@ def test_set_num_threads(n, kind, text):
     before = hisac.get_num_threads()
     said(lambda: hisac.set_num_threads(n), kind, text)
     assert hisac.get_num_threads() == before
+
+
+@pytest.mark.parametrize("end", [2**40, 2**62])
+def test_huge_offsets_ask_for_no_memory(end):
+    """The leaf method's workspace grows with the longest history: wrong offsets are still named as such."""
+    book, x = hisac.Codebook([np.eye(2, dtype=np.float32)]), np.zeros((3, 2), np.float32)
+    options = {"codes": np.zeros((3, 1), np.int32), "book": book, "method": "leaf"}
+    with pytest.raises(ValueError, match=r"^route: offsets expected 0 <= start <= end <= 3 for every user"):
+        hisac.route(x, x, np.array([0, end]), x[None, :2], **options)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From borrowed Python arrays to the core's arrays, with one kind of message for everything that does not fit.
 #pragma once
+#include <algorithm>
 #include <string>
 
 #include "dlpack.h"
@@ -106,6 +107,14 @@ inline Histories histories(const View& starts, const View& ends, const char* ver
   h.dtype = type == dtype_of<int64_t>() ? DType::int64 : DType::int32;
   h.users = starts.tensor.shape[0];
   return h;
+}
+
+/// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`.
+inline int64_t longest(const Histories& h, int64_t rows) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < h.users; ++b)
+    most = std::max(most, std::clamp(h.end(b), int64_t{0}, rows) - std::clamp(h.start(b), int64_t{0}, rows));
+  return most;
 }
 
 }  // namespace hisac::bind

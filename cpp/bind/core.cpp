@@ -153,9 +153,8 @@ void vote_agents(const Codebook& book, View codes, View starts, View ends, int64
   const Agents out{array<int32_t, 3>(out_codes, "vote", "out codes", "int32 [B, M, L]"),
                    array<int64_t, 2>(out_votes, "vote", "out votes", "int64 [B, M]"),
                    array<int32_t, 1>(out_count, "vote", "out count", "int32 [B]")};
-  int64_t longest = 0;
-  for (int64_t b = 0; b < h.users; ++b) longest = std::max(longest, h.end(b) - h.start(b));
-  run([&](int workers) { return vote_workspace(book, params, longest, workers); },
+  const int64_t most = longest(h, from.shape[0]);
+  run([&](int workers) { return vote_workspace(book, params, most, workers); },
       [&](const Context& context) { return vote(context, book, params, from, h, weight, out); });
 }
 
@@ -166,7 +165,7 @@ struct RouteArguments {
   RouteParams params;
   RouteInputs in;
   float temperature = 0;
-  int64_t longest = 0;
+  int64_t most = 0;  // rows of the longest history
 
   RouteArguments(const char* verb, const View& x, const View& v, const View& starts, const View& ends,
                  const View& prototypes, const View& count, nb::handle tau, std::string_view normalize,
@@ -196,8 +195,7 @@ struct RouteArguments {
       params.temperature = array<const float, 1>(view, verb, "temperature", "a number, or float32 [1] or [M]");
       hold = view;
     }
-    for (int64_t b = 0; b < in.histories.users; ++b)
-      longest = std::max(longest, in.histories.end(b) - in.histories.start(b));
+    most = longest(in.histories, in.v.rows);
   }
   RouteArguments(const RouteArguments&) = delete;
 
@@ -212,7 +210,7 @@ void route_tokens(View x, View v, View starts, View ends, View prototypes, View 
   const Tokens out{rows<MutableRows>(tokens, "route", "out tokens", 3, kTokens),
                    array<float, 2>(lse, "route", "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, "route", "out prototypes", "float32 [B, M, D]", true)};
-  run([&](int workers) { return route_workspace(a.params, a.in, a.longest, workers); },
+  run([&](int workers) { return route_workspace(a.params, a.in, a.most, workers); },
       [&](const Context& context) { return route(context, a.params, a.in, out); });
 }
 
@@ -232,7 +230,7 @@ void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, V
                            array<float, 1>(dbias, kVerb, "dbias", "float32 [T]", true),
                            array<float, 2>(dx, kVerb, "dx", "float32 [T, D]", true),
                            array<float, 3>(dprototypes, kVerb, "dprototypes", "float32 [B, M, D]", true)};
-  run([&](int workers) { return route_backward_workspace(a.params, a.in, out, a.longest, workers); },
+  run([&](int workers) { return route_backward_workspace(a.params, a.in, out, a.most, workers); },
       [&](const Context& context) { return route_backward(context, a.params, a.in, forward, out); });
 }
 

@@ -6,7 +6,6 @@
 #include "hisac/route.h"
 
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "checks.h"
