@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0
+// `route` in four launches a pass: agents packed, work planned, tiles, users with several units merged.
+#include <algorithm>
+
+#include "../arena.h"
+#include "../checks.h"
+#include "hisac/cuda.h"
+#include "route_tile.h"
+
+namespace hisac::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// A warp an agent: bfloat16 parts, half its norm, its rate; absent and padding agents are zero, -inf and 1.
+SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
+  const int lane = simt::lane();
+  const int64_t padded = int64_t{t.g.agent_tiles} * t.g.tile_agents, warps = int64_t{simt::blocks()} * (kThreads / 32);
+  for (int64_t i = int64_t{simt::block()} * (kThreads / 32) + simt::warp(); i < t.users * padded; i += warps) {
+    const int64_t user = i / padded, agent = i % padded;
+    const int64_t count = !t.count ? t.agents : t.count[user] < 0 ? 0 : t.count[user] < t.agents ? t.count[user] : t.agents;
+    const int64_t row = user * t.agents + agent, width = t.x.width;
+    const float* const p = t.first_pass || !t.refined ? t.prototypes : t.refined;
+    float squares = 0, tau = 0;
+    if (agent < count) {
+      for (int64_t d = lane; d < width; d += 32) squares = simt::fused(p[row * width + d], p[row * width + d], squares);
+      tau = t.temperature[t.per_agent ? agent : 0];
+    }
+    for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
+    const bool here = agent < count && tau > 0 && below_limit(squares, p, DType::float32, row, width);
+    if (lane == 0) {
+      t.half[i] = here ? -0.5f * squares : -kInfinity;
+      t.rate[i] = here ? larger(smaller(2 * kLog2e / tau, kLargest), 0x1p-126f) : 1.f;
+    }
+    if (t.first_pass && t.refined && agent < t.agents)
+      for (int64_t d = lane; d < width; d += 32) t.refined[row * width + d] = t.prototypes[row * width + d];
+    const int tile = static_cast<int>(agent / t.g.tile_agents), place = static_cast<int>(agent % t.g.tile_agents);
+    uint16_t* const out = t.packed + ((user * t.g.agent_tiles + tile) * t.g.parts * t.g.tile_agents + place) * t.g.depth;
+    for (int d = 2 * lane; d < t.g.depth; d += 64) {
+      uint32_t low, high = split(here && d < width ? p[row * width + d] : 0.f,
+                                 here && d + 1 < width ? p[row * width + d + 1] : 0.f, &low);
+      *reinterpret_cast<uint32_t*>(out + d) = high;
+      if (t.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{t.g.tile_agents} * t.g.depth + d) = low;
+    }
+  }
+}
+
+/// One block: the chunk that gives every worker some four units, then each user's units.
+SIMT_KERNEL(kThreads) plan_units(SIMT_CONSTANT Task t) {
+  auto* const sums = reinterpret_cast<int64_t*>(simt::shared());  // [8][3]
+  const int lane = simt::lane(), warp = simt::warp(), thread = simt::thread();
+  int64_t total = 0;
+  for (int64_t b = thread; b < t.users; b += kThreads) total += t.tiles(b);
+  for (int m = 16; m; m /= 2) total += simt::shuffle_xor(total, m);
+  if (lane == 0) sums[warp] = total;
+  simt::sync();
+  total = 0;
+  for (int w = 0; w < kThreads / 32; ++w) total += sums[w];
+  int64_t chunk = 1;
+  while (chunk < (total + 4 * t.g.workers - 1) / (4 * t.g.workers)) chunk *= 2;
+  int64_t before[3] = {};  // units, slots and shared users of earlier users
+  for (int64_t first = 0; first < t.users; first += kThreads) {
+    const int64_t b = first + thread, tiles = b < t.users ? t.tiles(b) : 0;
+    const int64_t units = b >= t.users ? 0 : tiles > chunk ? (tiles + chunk - 1) / chunk : 1;
+    const int64_t own[3] = {units, units > 1 ? units : 0, units > 1};
+    int64_t sum[3] = {own[0], own[1], own[2]};
+    for (int i = 0; i < 3; ++i)
+      for (int m = 1; m < 32; m *= 2) {
+        const int64_t left = simt::shuffle(sum[i], lane < m ? lane : lane - m);
+        if (lane >= m) sum[i] += left;
+      }
+    simt::sync();
+    if (lane == 31)
+      for (int i = 0; i < 3; ++i) sums[warp * 3 + i] = sum[i];
+    SIMT_UNLESS_PLANTED(8, simt::sync());
+    int64_t at[3];
+    for (int i = 0; i < 3; ++i) {
+      at[i] = before[i] + sum[i] - own[i];
+      for (int w = 0; w < kThreads / 32; ++w) {
+        if (w < warp) at[i] += sums[w * 3 + i];
+        before[i] += sums[w * 3 + i];
+      }
+    }
+    for (int64_t c = 0; c < units; ++c)
+      t.unit[at[0] + c] = {static_cast<int32_t>(b), static_cast<int32_t>(c * chunk),
+                           static_cast<int32_t>((c + 1) * chunk < tiles ? (c + 1) * chunk : tiles),
+                           units > 1 ? static_cast<int32_t>(at[1] + c) : -1};
+    if (units > 1)
+      t.shared[at[2]] = {static_cast<int32_t>(b), static_cast<int32_t>(at[1]), static_cast<int32_t>(units)};
+  }
+  if (thread == 0) *t.plan = {static_cast<int32_t>(before[0]), static_cast<int32_t>(before[2]), 0};
+}
+
+constexpr int kMostThreads1 = 512, kMostThreads2 = 256;  // of one and of two agent tiles a warp
+
+template <int MT, int Q, int S>
+SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2) route_tiles(SIMT_CONSTANT Task t) {
+  RouteTile<MT, Q, S>(t).run();
+}
+
+/// A thread two neighbours of a state: the tree of ../tiles.h over a user's slots, as a binary counter makes it.
+SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
+  const int threads = t.g.threads(), absent = t.g.state() - 2;  // the register of the absent rows' sum
+  const int64_t sums = int64_t{t.g.mt} * (kValues / 4) * threads;
+  const int64_t elements = sums + kValues, pieces = (elements + kThreads - 1) / kThreads, items = t.items();
+  for (int64_t i = simt::block(); i < t.plan->shared * items * pieces; i += simt::blocks()) {
+    const SharedUser s = t.shared[i / pieces / items];
+    const int item = static_cast<int>(i / pieces % items), own = item % t.g.agent_tiles, values = item / t.g.agent_tiles;
+    const int64_t e = i % pieces * kThreads + simt::thread();
+    const bool missing = e >= sums;
+    const int thread = static_cast<int>(missing ? e - sums : e % threads), lane = thread & 31;
+    if (e >= elements || (missing && (thread >= threads || own != 0))) continue;
+    const int pair = missing ? 0 : static_cast<int>(e / threads);  // [mt][kValues / 8][2]
+    const int h = pair / (kValues / 4), c = pair % (kValues / 4) / 2, r = pair % 2;
+    float top[kMostStates] = {}, mass[kMostStates] = {}, left[kMostStates] = {}, right[kMostStates] = {};
+    const auto merge = [&](int a, int b) {
+      const Merge m(top[a], top[b]);
+      top[a] = m.top;
+      mass[a] = m.of(mass[a], mass[b]);
+      left[a] = missing ? left[b] + left[a] : m.of(left[a], left[b]);
+      right[a] = missing ? right[b] + right[a] : m.of(right[a], right[b]);
+    };
+    int level = 0;
+    for (int k = 0; k < s.count; ++k) {
+      const float* const from =
+          t.slots + ((int64_t{s.slot} + k) * items + item) * t.g.state_floats() + thread;
+      const int state = (h * 2 + r) * 2, first = missing ? absent : t.g.mt * 4 + (h * (kValues / 8) + c) * 4 + 2 * r;
+      top[level] = from[int64_t{state} * threads];
+      mass[level] = from[int64_t{state + 1} * threads];
+      left[level] = from[int64_t{first} * threads];
+      right[level++] = from[int64_t{first + 1} * threads];
+      for (int n = k + 1; n % 2 == 0; n /= 2, --level) merge(level - 2, level - 1);
+    }
+    for (; level > 1; --level) merge(level - 2, level - 1);
+    if (missing) {
+      finish_missing(t, s.user, int64_t{values} * kValues + thread, right[0], left[0]);
+      continue;
+    }
+    const int64_t column = int64_t{values} * kValues + c * 8 + (lane & 3) * 2;
+    const Row out(t, s.user, int64_t{own} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8,
+                  top[0], mass[0]);
+    if (column == 0) out.finish();
+    out.put(column, left[0], right[0]);
+  }
+}
+
+// ---- host
+
+struct Machine : simt::Machine {
+  Status status;
+  Machine() noexcept {
+    if (const auto e = simt::machine(this); e != decltype(e){})
+      status = Status::error(Code::not_implemented, "cuda: %s", simt::describe(e));
+  }
+};
+
+int64_t bytes(DType type) { return type == DType::float32 ? 4 : 2; }
+
+/// Offsets in shared memory and its size for `warps` warps.
+void lay_out(Task& t, int warps) {
+  Geometry& g = t.g;
+  g.warps = warps;
+  g.tile_agents = warps * 16 * g.mt;
+  g.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t.agents + g.tile_agents - 1) / g.tile_agents));
+  int64_t used = 0;
+  const auto take = [&](int64_t n) {
+    const int64_t at = used;
+    used += (n + 15) / 16 * 16;
+    return static_cast<int>(std::min<int64_t>(at, 1 << 30));
+  };
+  const int64_t pitch = g.pitch(), x = bytes(t.x.dtype), v = std::max(bytes(t.v.dtype), t.refined ? x : 0), n = g.rows;
+  g.at.prototypes = take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
+  g.at.x = take(2 * g.stored * n * pitch * 2);
+  g.at.v = take(2 * g.stored * n * kValuePitch * 2);
+  g.at.raw_x = take(2 * n * g.chunk * x);
+  g.at.raw_v = take(2 * n * kValues * v);
+  g.at.bias = take(2 * n * 4);
+  g.at.codes = take(2 * n * 4 * t.levels);
+  g.at.half = take(2 * n * 4);
+  g.at.shift = take(2 * n * 4);
+  g.at.gone = take(2 * n * 4);
+  g.at.norm = take(n * 4);
+  g.at.cross = take(t.shares ? 2 * g.warps * n * 4 : 0);
+  g.at.row_lse = take(!t.shares ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
+  g.at.work = take(kWorkBytes);
+  g.shared_bytes = static_cast<size_t>(used);
+}
+
+Status plan_geometry(Task& t, Precision precision, int64_t longest, const Machine& machine) {
+  Geometry& g = t.g;
+  HISAC_TRY(machine.status);
+  const bool exact = t.x.dtype == DType::bfloat16 && t.v.dtype == DType::bfloat16;
+  g.parts = precision == Precision::bfloat16 ? 1 : 2;
+  g.stored = g.parts == 1 || exact ? 1 : 2;
+  g.mt = 3 - g.parts;
+  g.rows = 64 / g.stored;
+  g.depth = static_cast<int>((t.x.width + 15) / 16 * 16);
+  const int limit = (g.mt == 1 ? kMostThreads1 : kMostThreads2) / 32;
+  int most = 0;
+  for (int chunk = 128; most < 4 && chunk >= 32; chunk /= 2) {
+    g.chunk = std::min(g.depth, chunk);
+    g.chunks = (g.depth + g.chunk - 1) / g.chunk;
+    for (most = limit; most > 2; --most) {
+      lay_out(t, most);
+      if (g.shared_bytes <= machine.shared) break;
+    }
+  }
+  lay_out(t, most);
+  const int per_warp = 16 * g.mt;  // as few tiles as that, all of one size
+  lay_out(t, static_cast<int>(std::max<int64_t>(
+                 2, ((t.agents + g.agent_tiles - 1) / g.agent_tiles + per_warp - 1) / per_warp)));
+  if (g.shared_bytes > machine.shared)
+    return Status::error(Code::not_implemented, "route: expected a device with %zu bytes of shared memory a block, got %zu",
+                         g.shared_bytes, machine.shared);
+  const int threads = g.threads();
+  const int fit = static_cast<int>(std::min<size_t>(static_cast<size_t>((g.mt == 1 ? kMostThreads1 : kMostThreads2) / threads),
+                                                    machine.shared / (g.shared_bytes + 1024)));
+  g.blocks = machine.processors * std::max(1, std::min(fit, 8));
+  g.value_tiles = static_cast<int>((std::max(t.v.width, t.refined ? t.x.width : 0) + kValues - 1) / kValues);
+  const int shared_by = g.agent_tiles * static_cast<int>((t.v.width + kValues - 1) / kValues);
+  g.workers = std::max(1, (g.blocks + shared_by - 1) / shared_by);
+  int64_t tiles = (std::min(longest, t.rows) + kTile - 1) / kTile;
+  for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
+  return {};
+}
+
+void carve(Task& t, Arena& arena) {
+  const Geometry& g = t.g;
+  const int64_t workers = g.workers, padded = int64_t{g.agent_tiles} * g.tile_agents;
+  t.plan = arena.take<Plan>(1);
+  t.unit = arena.take<Unit>(t.users + 8 * workers);
+  t.shared = arena.take<SharedUser>(4 * workers);
+  t.packed = arena.take<uint16_t>(t.users * padded * g.parts * g.depth);
+  t.half = arena.take<float>(t.users * padded);
+  t.rate = arena.take<float>(t.users * padded);
+  t.stack = arena.take<float>(int64_t{g.blocks} * g.levels * g.state_floats());
+  t.slots = arena.take<float>(8 * workers * g.agent_tiles * g.value_tiles * g.state_floats());
+}
+
+bool aligned(const Rows& m) {
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes(m.dtype) % 16 == 0;
+}
+
+Task describe(const RouteParams& params, const RouteInputs& in) {
+  Task t;
+  t.x = in.x;
+  t.x.width = in.prototypes.shape[2];
+  t.v = in.v;
+  t.x_aligned = aligned(t.x);
+  t.v_aligned = aligned(t.v);
+  t.starts = in.histories.starts;
+  t.ends = in.histories.ends;
+  t.wide = in.histories.dtype == DType::int64;
+  t.rows = in.v.rows;
+  t.users = in.histories.users;
+  t.agents = in.prototypes.shape[1];
+  t.bias = in.bias.data;
+  t.prototypes = in.prototypes.data;
+  t.count = in.count.data;
+  t.temperature = params.temperature.data;
+  t.per_agent = params.temperature.shape[0] != 1;
+  t.shares = params.normalize == Normalize::agents;
+  t.missing = params.missing == Missing::token;
+  if (in.codes && in.book && !in.book->empty()) {
+    t.codes = in.codes.data;
+    t.levels = in.book->levels();
+    for (int l = 0; l < t.levels; ++l)
+      t.sizes[l] = static_cast<int32_t>(std::min<int64_t>(in.book->size(l), 0x7fffffff));
+  }
+  static float some;
+  if (params.refine) t.refined = &some;  // where it lies is known later
+  return t;
+}
+
+Status check(const RouteParams& params, const RouteInputs& in, const Tokens& out) {
+  const int64_t* const p = in.prototypes.shape;
+  const int64_t users = in.histories.users, rows = in.v.rows, m = p[1] + (params.missing == Missing::token);
+  if (!in.x.data || params.method == Method::leaf)
+    return Status::error(Code::not_implemented, "route: expected x and the exact method on CUDA");
+  HISAC_TRY(check_float("route", "x", in.x.dtype));
+  HISAC_TRY(check_float("route", "v", in.v.dtype));
+  if (in.x.rows != rows || in.x.width != p[2] || p[0] != users || p[2] < 1 || p[2] > 4096 || in.v.width < 1 ||
+      p[1] > 1 << 24 || users > 1 << 30 || rows >= int64_t{1} << 31)
+    return Status::error(Code::invalid_argument,
+                         "route: expected x [T, D], v [T, V], prototypes [B, M, D], D up to 4096, T below 2^31, got [%" PRId64 ", %" PRId64
+                         "], [%" PRId64 ", %" PRId64 "], [%" PRId64 ", %" PRId64 ", %" PRId64 "] and %" PRId64 " users",
+                         in.x.rows, in.x.width, rows, in.v.width, p[0], p[1], p[2], users);
+  if (in.histories.dtype != DType::int32 && in.histories.dtype != DType::int64)
+    return Status::error(Code::wrong_type, "route: offsets expected int32 or int64");
+  const int64_t temperatures = params.temperature ? params.temperature.shape[0] : 0;
+  if (temperatures != 1 && temperatures != p[1])
+    return Status::error(Code::invalid_argument, "route: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
+                         p[1], temperatures);
+  if (in.count) HISAC_TRY(check_length("route", "count", users, in.count.shape[0]));
+  if (in.bias) HISAC_TRY(check_length("route", "bias", rows, in.bias.shape[0]));
+  if (in.codes) {
+    HISAC_TRY(check_book("route", in.book));
+    HISAC_TRY(check_codes("route", *in.book, in.codes.shape, rows));
+  }
+  const int64_t* const r = out.refined.shape;
+  if (params.refine < 0 || (params.refine && (!out.refined || r[0] != users || r[1] != p[1] || r[2] != p[2])))
+    return Status::error(Code::invalid_argument, "route: refine expected 0 or more, with refined [B, M, D]");
+  if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
+      out.lse.shape[0] != users || out.lse.shape[1] != m)
+    return Status::error(Code::invalid_argument,
+                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64 "] of v's type and lse [%" PRId64
+                         ", %" PRId64 "]",
+                         users, m, in.v.width, users, m);
+  return {};
+}
+
+}  // namespace
+
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest,
+                       Precision precision) noexcept {
+  Task t = describe(params, inputs);
+  if (!plan_geometry(t, precision, longest, Machine()).ok()) return 0;
+  Arena arena;
+  carve(t, arena);
+  return arena.used();
+}
+
+Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out,
+             Precision precision) noexcept {
+  HISAC_TRY(check(params, inputs, out));
+  Task t = describe(params, inputs);
+  const Machine machine;
+  HISAC_TRY(plan_geometry(t, precision, t.rows, machine));
+  Arena arena(context.workspace);
+  carve(t, arena);
+  HISAC_TRY(arena.check("route"));
+  t.tokens = out.tokens.data;
+  t.lse = out.lse.data;
+  if (params.refine) t.refined = out.refined.data;
+  if (t.users == 0) return {};
+  const auto stream = static_cast<simt::Stream>(context.stream);
+  const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
+  const auto tiles = t.g.parts == 1 ? route_tiles<2, 1, 1> : t.g.stored == 1 ? route_tiles<1, 2, 1> : route_tiles<1, 2, 2>;
+  for (int round = 0; round <= params.refine; ++round) {
+    t.refining = round < params.refine;
+    t.first_pass = round == 0;
+    t.g.value_tiles = static_cast<int>((t.value_width() + kValues - 1) / kValues);
+    const auto e1 = simt::launch(pack_agents, least((agents + 7) / 8, machine.processors * 16), kThreads, 0, stream, t);
+    const auto e2 = simt::launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), stream, t);
+    const auto e3 = simt::launch(tiles, t.g.blocks, t.g.threads(), t.g.shared_bytes, stream, t);
+    const auto e4 = simt::launch(merge_units, machine.processors * 4, kThreads, 0, stream, t);
+    for (const auto e : {e1, e2, e3, e4})
+      if (e != decltype(e1){}) return Status::error(Code::io_error, "route: cuda: %s", simt::describe(e));
+  }
+  return {};
+}
+
+}  // namespace hisac::cuda

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of `route` are told: arrays, the geometry of blocks, and the plan that they make for themselves.
+//
+// A user's rows form tiles of kTile rows whose states merge in the fixed tree of ../tiles.h. A unit is an aligned power of
+// two of a user's tiles, that is a subtree; a block takes units one after another, with one tile of agents and one of value
+// columns. A user with several units is merged by a kernel of its own, with the same arithmetic, so how histories are cut
+// changes no bit. The plan lies on the device, for only the device knows the offsets: nothing waits for the host.
+#pragma once
+#include "elements.h"
+#include "hisac/route.h"
+
+namespace hisac::cuda {
+
+constexpr int kTile = 2048;      // as in ../tiles.h
+constexpr int kValues = 64;      // value columns of a block
+constexpr int kValuePitch = kValues + 8;
+constexpr int kWorkBytes = 48;
+constexpr int kMostStates = 24;  // of a tree: 2^24 tiles
+
+struct Unit {
+  int32_t user, first, last, slot;  // tiles [first, last); slot -1: the whole user
+};
+struct SharedUser {
+  int32_t user, slot, count;
+};
+struct Plan {
+  int32_t units, shared, next;  // next: the work not yet taken
+};
+
+/// How a launch is laid out; all but the first four follow from them.
+struct Geometry {
+  int mt = 1, parts = 1, stored = 1;  // tiles of 16 agents a warp; bfloat16 parts of an agent and a weight, of a row
+  int warps = 1;
+  int depth = 0, chunk = 0, chunks = 0;  // D up to 16s; columns of a chunk; chunks
+  int rows = 0;                          // of a step
+  int tile_agents = 0, agent_tiles = 0, value_tiles = 0;
+  int blocks = 0;   // resident: the grid
+  int workers = 0;  // what the plan cuts for
+  int levels = 0;   // of a block's stack
+  struct Offsets {  // in shared memory
+    int prototypes, x, v, raw_x, raw_v, bias, codes, half, shift, gone, norm, cross, row_lse, work;
+  } at = {};
+  size_t shared_bytes = 0;
+
+  SIMT_BOTH int threads() const { return 32 * warps; }
+  SIMT_BOTH int pitch() const { return chunk + 8; }  // elements; an odd number of 16 bytes, so that no bank conflicts
+  /// Floats of a thread's state: per agent top and mass, the sums, the absent rows' sum and count.
+  SIMT_BOTH int state() const { return mt * (4 + kValues / 2) + 2; }
+  SIMT_BOTH int64_t state_floats() const { return int64_t{state()} * threads(); }
+};
+
+struct Task {
+  Rows x, v;
+  bool x_aligned = false, v_aligned = false;  // rows of whole 16 bytes at 16
+  const void *starts = nullptr, *ends = nullptr;
+  bool wide = true;  // int64
+  int64_t rows = 0, users = 0, agents = 0;
+  const float* bias = nullptr;
+  const int32_t* codes = nullptr;
+  int levels = 0;
+  int32_t sizes[kMaxLevels] = {};
+  const float* prototypes = nullptr;
+  const int32_t* count = nullptr;
+  const float* temperature = nullptr;
+  bool per_agent = false;  // temperature [M]
+  bool shares = false, missing = false, refining = false, first_pass = true;
+  Geometry g;
+  // workspace
+  Plan* plan = nullptr;
+  Unit* unit = nullptr;            // [B + 8 workers]
+  SharedUser* shared = nullptr;    // [4 workers]
+  uint16_t* packed = nullptr;      // [B, agent_tiles, parts, tile_agents, depth]
+  float *half = nullptr, *rate = nullptr;    // [B, agent_tiles * tile_agents] -|p|^2 / 2, 2 log2(e) / tau
+  float *stack = nullptr, *slots = nullptr;  // [blocks, levels], [8 workers, agent_tiles, value_tiles] states
+  // results
+  void* tokens = nullptr;
+  float *lse = nullptr, *refined = nullptr;
+
+  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
+    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
+  }
+  /// A user's rows, whatever the offsets hold.
+  SIMT_DEVICE int64_t start(int64_t b) const {
+    const int64_t s = offset(starts, b);
+    return s < 0 ? 0 : s > rows ? rows : s;
+  }
+  SIMT_DEVICE int64_t end(int64_t b) const {
+    const int64_t s = start(b), e = offset(ends, b);
+    return e < s ? s : e > rows ? rows : e;
+  }
+  SIMT_DEVICE int64_t tiles(int64_t b) const { return (end(b) - start(b) + kTile - 1) / kTile; }
+  SIMT_BOTH int64_t value_width() const { return refining ? x.width : v.width; }
+  SIMT_BOTH const Rows& values() const { return refining ? x : v; }
+  SIMT_DEVICE bool values_aligned() const { return refining ? x_aligned : v_aligned; }
+  SIMT_BOTH int items() const { return g.agent_tiles * g.value_tiles; }  // of a unit
+};
+
+/// |row|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
+SIMT_DEVICE bool below_limit(float norm, const void* rows, DType type, int64_t row, int64_t width) {
+  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
+  double squares = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    const double y = element(rows, type, row * width + d);
+    squares += y * y;
+  }
+  return squares < 0x1p100;
+}
+
+/// Adds a later state's share to an earlier one's: the factors of both.
+struct Merge {
+  float top, earlier, later;
+  Merge() = default;
+  SIMT_DEVICE Merge(float a, float b) : top(larger(a, b)), earlier(1), later(0) {
+    if (top == -kInfinity) return;
+    earlier = simt::exp2(a - top);
+    later = simt::exp2(b - top);
+  }
+  SIMT_DEVICE float of(float a, float b) const { return simt::fused(a, earlier, b * later); }
+};
+
+/// One agent's results; an agent past the last has no columns.
+struct Row {
+  const Task& t;
+  int64_t row, columns;
+  float top, mass, scale;
+  SIMT_DEVICE Row(const Task& task, int64_t user, int64_t agent, float peak, float total)
+      : t(task),
+        row(user * (t.agents + (t.refining ? 0 : t.missing)) + agent),
+        columns(agent >= t.agents || (t.refining && peak == -kInfinity) ? 0 : t.value_width()),
+        top(peak),
+        mass(total),
+        scale(peak == -kInfinity ? 0.f : 1.f / total) {}
+  SIMT_DEVICE void finish() const {
+    if (columns == 0 || t.refining) return;
+    const double sum = static_cast<double>(top) + simt::log2(static_cast<double>(mass));
+    t.lse[row] = top == -kInfinity ? -kInfinity : static_cast<float>(sum * kLn2);
+  }
+  SIMT_DEVICE void put(int64_t column, float a, float b) const {
+    void* const out = t.refining ? t.refined : t.tokens;
+    const DType type = t.refining ? DType::float32 : t.v.dtype;
+    if (column < columns) store(out, type, row * columns + column, top == -kInfinity ? 0.f : a * scale);
+    if (column + 1 < columns) store(out, type, row * columns + column + 1, top == -kInfinity ? 0.f : b * scale);
+  }
+};
+
+/// The token of absent rows.
+SIMT_DEVICE void finish_missing(const Task& t, int64_t user, int64_t column, float count, float sum) {
+  if (!t.missing || t.refining || column >= t.v.width) return;
+  const int64_t row = user * (t.agents + 1) + t.agents;
+  store(t.tokens, t.v.dtype, row * t.v.width + column, count > 0 ? sum / count : 0.f);
+  if (column == 0)
+    t.lse[row] = count > 0 ? static_cast<float>(simt::log2(static_cast<double>(count)) * kLn2) : -kInfinity;
+}
+
+}  // namespace hisac::cuda

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the emulator's tests share: a verb of cuda/ beside the same verb of the CPU.
+#pragma once
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+
+#include "../cpp/support.h"
+#include "emulator.h"
+#include "hisac/cuda.h"
+
+namespace test {
+
+inline uint64_t first = 0, last = 40;  // the cases to run
+inline int faults = 0;
+inline std::string case_name;
+
+__attribute__((format(printf, 1, 2))) inline void name(const char* format, ...) {
+  char text[200];
+  va_list list;
+  va_start(list, format);
+  std::vsnprintf(text, sizeof text, format, list);
+  va_end(list);
+  case_name = text;
+}
+
+__attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+  va_list list;
+  va_start(list, format);
+  std::fprintf(stderr, "%s: ", case_name.c_str());
+  std::vfprintf(stderr, format, list);
+  std::fprintf(stderr, "\n");
+  va_end(list);
+  if (++faults > 20) std::exit(1);
+}
+
+/// [order 0-2] [first case] [end] [planted fault]
+inline void options(int argc, char** argv) {
+  const auto number = [&](int i, int otherwise) { return argc > i ? std::atoi(argv[i]) : otherwise; };
+  simt::options.order = static_cast<simt::Order>(number(1, 0));
+  first = static_cast<uint64_t>(number(2, 0));
+  last = static_cast<uint64_t>(number(3, 40));
+  simt::planted = number(4, 0);
+}
+
+inline int done() {
+  std::printf("%lld launches, %lld tensor instructions, %d faults\n", static_cast<long long>(simt::counts.launches),
+              static_cast<long long>(simt::counts.multiply_adds), faults);
+  return faults != 0;
+}
+
+inline uint16_t narrow(float x, DType type) {
+  return type == DType::bfloat16 ? static_cast<uint16_t>(simt::round_to_bfloat16(x)) : simt::to_half(x);
+}
+inline float widen(uint16_t x, DType type) {
+  return type == DType::bfloat16 ? simt::float_of(static_cast<uint32_t>(x) << 16) : simt::from_half(x);
+}
+
+/// Floats as bytes of a type, back, and both.
+inline std::vector<std::byte> encoded(const std::vector<float>& x, DType type) {
+  const size_t bytes = type == DType::float32 ? 4 : 2;
+  std::vector<std::byte> out(x.size() * bytes);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const uint16_t h = type == DType::float32 ? uint16_t{0} : narrow(x[i], type);
+    std::memcpy(out.data() + i * bytes, type == DType::float32 ? static_cast<const void*>(&x[i]) : &h, bytes);
+  }
+  return out;
+}
+inline std::vector<float> decoded(const std::vector<std::byte>& bytes, DType type) {
+  std::vector<float> out(bytes.size() / (type == DType::float32 ? 4 : 2));
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (type == DType::float32) {
+      std::memcpy(&out[i], bytes.data() + i * 4, 4);
+      continue;
+    }
+    uint16_t h;
+    std::memcpy(&h, bytes.data() + i * 2, 2);
+    out[i] = widen(h, type);
+  }
+  return out;
+}
+inline std::vector<float> rounded(const std::vector<float>& x, DType type) { return decoded(encoded(x, type), type); }
+
+}  // namespace test
