@@ -168,7 +168,7 @@ inline float exp2(float x) {
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float smaller(float a, float b) { return std::fmin(a, b); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
-inline double log2(double x) { return std::log2(x); }
+inline float log2(float x) { return std::log2(x); }
 inline double plain_sum(double a, double b) { return a + b; }
 inline double plain_product(double a, double b) { return a * b; }
 

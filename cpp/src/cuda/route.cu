@@ -182,6 +182,8 @@ void lay_out(Task& t, int warps) {
   g.at.norm = take(n * 4);
   g.at.cross = take(t.shares ? 2 * g.warps * n * 4 : 0);
   g.at.row_lse = take(!t.shares ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
+  g.at.agents = take(2 * g.tile_agents * 4);
+  g.at.absent = take(t.missing ? 2 * g.threads() * 4 : 0);
   g.at.work = take(kWorkBytes);
   g.shared_bytes = static_cast<size_t>(used);
 }

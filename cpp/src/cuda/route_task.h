@@ -38,7 +38,7 @@ struct Geometry {
   int workers = 0;  // what the plan cuts for
   int levels = 0;   // of a block's stack
   struct Offsets {  // in shared memory
-    int prototypes, x, v, raw_x, raw_v, bias, codes, half, shift, gone, norm, cross, row_lse, work;
+    int prototypes, x, v, raw_x, raw_v, bias, codes, half, shift, gone, norm, cross, row_lse, agents, absent, work;
   } at = {};
   size_t shared_bytes = 0;
 
@@ -132,7 +132,7 @@ struct Row {
         scale(peak == -kInfinity ? 0.f : 1.f / total) {}
   SIMT_DEVICE void finish() const {
     if (columns == 0 || t.refining) return;
-    const double sum = static_cast<double>(top) + simt::log2(static_cast<double>(mass));
+    const double sum = static_cast<double>(top) + static_cast<double>(simt::log2(mass));
     t.lse[row] = top == -kInfinity ? -kInfinity : static_cast<float>(sum * kLn2);
   }
   SIMT_DEVICE void put(int64_t column, float a, float b) const {
@@ -149,7 +149,7 @@ SIMT_DEVICE void finish_missing(const Task& t, int64_t user, int64_t column, flo
   const int64_t row = user * (t.agents + 1) + t.agents;
   store(t.tokens, t.v.dtype, row * t.v.width + column, count > 0 ? sum / count : 0.f);
   if (column == 0)
-    t.lse[row] = count > 0 ? static_cast<float>(simt::log2(static_cast<double>(count)) * kLn2) : -kInfinity;
+    t.lse[row] = count > 0 ? static_cast<float>(static_cast<double>(simt::log2(count)) * kLn2) : -kInfinity;
 }
 
 }  // namespace hisac::cuda

@@ -65,6 +65,10 @@ class RouteTile {
   SIMT_DEVICE std::byte* raw_v(int buffer, int row) const {
     return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * bytes_of(t.values().dtype);
   }
+  /// What is known of this thread's agent: 0: half its norm, 1: its rate.
+  SIMT_DEVICE float agent(int what, int h, int r) const {
+    return floats(g.at.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
+  }
   SIMT_DEVICE float& raw_bias(int buffer, int row) const { return floats(g.at.bias)[buffer * kRows + row]; }
   SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
     return reinterpret_cast<int32_t*>(simt::shared() + g.at.codes) + (buffer * kRows + row) * t.levels;
@@ -76,13 +80,13 @@ class RouteTile {
   SIMT_DEVICE Step after(Step s) const {
     return s.chunk + 1 < g.chunks ? Step{s.block, s.chunk + 1} : Step{s.block + 1, 0};
   }
+  SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & 1; }
   SIMT_DEVICE int columns(int chunk) const { return least(g.depth - chunk * g.chunk, g.chunk); }
 
+  SIMT_DEVICE int unit_end() const { return least(int64_t{work().unit.last} * kTile, work().rows); }
   SIMT_DEVICE void unit() {
-    done = 0;
     reset();
-    const int from = work().unit.first * kTile, to = least(int64_t{work().unit.last} * kTile, work().rows);
-    unit_end = to;
+    const int from = work().unit.first * kTile, to = unit_end();
     float* const row_lse = floats(g.at.row_lse);
     const bool single = !t.shares || g.agent_tiles == 1;
     for (int i = from; i < to;) {
@@ -96,64 +100,61 @@ class RouteTile {
         sweep(i, next, weigh ? work().own : a, weigh);
         if (weigh || a + 1 < g.agent_tiles) continue;
         for (int r = simt::thread(); r < kTile; r += simt::threads())
-          row_lse[r] = row_lse[r] == -kInfinity ? 0.f : row_lse[r] + log2_of(row_lse[kTile + r]);
+          row_lse[r] = row_lse[r] == -kInfinity ? 0.f : row_lse[r] + simt::log2(row_lse[kTile + r]);
         simt::sync();
       }
       i = next;
     }
     end_unit();
   }
-  static SIMT_DEVICE float log2_of(float x) { return static_cast<float>(simt::log2(static_cast<double>(x))); }
 
   /// Rows [from, to) by one tile of agents; `weigh`: to weights and sums, else only to the rows' sums over agents.
   SIMT_DEVICE void sweep(int from, int to, int agent_tile, bool weigh) {
     begin = from;
     end = to;
     const int blocks = (to - from + kRows - 1) / kRows;
-    const int64_t agent = (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
-    SIMT_UNROLL for (int h = 0; h < MT; ++h)
-      SIMT_UNROLL for (int r = 0; r < 2; ++r) {
-        half_agent[h][r] = t.half[agent + h * 16 + r * 8];
-        rate[h][r] = t.rate[agent + h * 16 + r * 8];
-      }
-    Step s, next = after(s);
-    fetch_agents(s, agent_tile, 0);
-    fetch(s, 0);
+    const int64_t agent = (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * g.tile_agents;
+    for (int a = simt::thread(); a < g.tile_agents; a += simt::threads()) {
+      floats(g.at.agents)[a] = t.half[agent + a];
+      floats(g.at.agents)[g.tile_agents + a] = t.rate[agent + a];
+    }
+    fetch_agents({}, agent_tile);
+    fetch({});
     simt::commit();
-    if (next.block < blocks) fetch(next, 1);
+    if (after({}).block < blocks) fetch(after({}));
     simt::commit();
     simt::template wait<1>();
     simt::sync();
-    prepare(s, 0);
-    SIMT_ROLLED for (int i = 0; s.block < blocks; ++i) {
+    prepare({});
+    Step s;
+    SIMT_ROLLED while (s.block < blocks) {
       SIMT_UNLESS_PLANTED(2, simt::template wait<0>());
       SIMT_UNLESS_PLANTED(3, simt::sync());
-      if (g.chunks > 1 && next.block < blocks) fetch_agents(next, agent_tile, (i + 1) & 1);
-      if (after(next).block < blocks) fetch(after(next), i & 1);
+      if (g.chunks > 1 && after(s).block < blocks) fetch_agents(after(s), agent_tile);
+      if (after(after(s)).block < blocks) fetch(after(after(s)));
       simt::commit();
-      if (next.block < blocks) prepare(next, (i + 1) & 1);
-      multiply(s, i & 1);
+      if (after(s).block < blocks) prepare(after(s));
+      multiply(s);
       if (s.chunk + 1 == g.chunks) {
         logits(s.block & 1);
         if (t.shares) over_agents(s.block, weigh);
         if (weigh) {
           weights();
-          accumulate(i & 1);
-          absent(s.block & 1, i & 1);
-          if ((begin + (s.block + 1) * kRows) % kTile == 0 || s.block + 1 == blocks)
-            end_tile(s.block + 1 == blocks && to == unit_end);
+          accumulate(buffer_of(s));
+          absent(s.block & 1, buffer_of(s));
+          const int so_far = begin + (s.block + 1) * kRows;
+          if (so_far % kTile == 0 || s.block + 1 == blocks) end_tile(so_far);
         }
       }
-      s = next;
-      next = after(next);
+      s = after(s);
     }
     SIMT_UNLESS_PLANTED(4, simt::sync());
   }
 
   // ---- rows in
 
-  SIMT_DEVICE void fetch_agents(Step s, int agent_tile, int buffer) {
-    const int pieces = columns(s.chunk) / 8, lane = simt::lane() & 15;
+  SIMT_DEVICE void fetch_agents(Step s, int agent_tile) {
+    const int buffer = g.chunks > 1 ? buffer_of(s) : 0, pieces = columns(s.chunk) / 8, lane = simt::lane() & 15;
     const uint16_t* const from = t.packed + (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * Q * g.tile_agents * g.depth +
                                  s.chunk * g.chunk;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < Q * g.tile_agents; r += simt::threads() / 16)
@@ -183,8 +184,8 @@ class RouteTile {
     }
   }
 
-  SIMT_DEVICE void fetch(Step s, int buffer) {
-    const int lane = simt::lane() & 15, x_bytes = bytes_of(t.x.dtype), v_bytes = bytes_of(t.values().dtype);
+  SIMT_DEVICE void fetch(Step s) {
+    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = bytes_of(t.x.dtype), v_bytes = bytes_of(t.values().dtype);
     const bool last = s.chunk + 1 == g.chunks;
     const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last ? kValues * v_bytes / 16 : 0;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
@@ -206,8 +207,8 @@ class RouteTile {
   }
 
   /// 16 lanes a row: raw to operands; with the last chunk the row's norm, shift and absence.
-  SIMT_DEVICE void prepare(Step s, int buffer) {
-    const int lane = simt::lane() & 15, kind = s.block & 1;
+  SIMT_DEVICE void prepare(Step s) {
+    const int buffer = buffer_of(s), lane = simt::lane() & 15, kind = s.block & 1;
     const bool last = s.chunk + 1 == g.chunks;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
       float f[8] = {}, squares = 0;
@@ -263,18 +264,17 @@ class RouteTile {
 
   // ---- products and weights
 
-  SIMT_DEVICE void multiply(Step s, int buffer) {
-    const int q = simt::lane() & 3, kind = s.block & 1;
+  SIMT_DEVICE void multiply(Step s) {
+    const int buffer = buffer_of(s), q = simt::lane() & 3, kind = s.block & 1;
     if (s.chunk == 0 || s.chunk + 1 == g.chunks)
-      SIMT_UNROLL for (int n = 0; n < kRows / 8; ++n)
-        SIMT_UNROLL for (int i = 0; i < 2; ++i) {
-          const float mine = s.chunk + 1 == g.chunks ? floats(g.at.half)[kind * kRows + n * 8 + 2 * q + i] : 0.f;
-          SIMT_UNROLL for (int h = 0; h < MT; ++h)
-            SIMT_UNROLL for (int r = 0; r < 2; ++r) {
+      SIMT_UNROLL for (int h = 0; h < MT; ++h)
+        SIMT_UNROLL for (int r = 0; r < 2; ++r) {
+          const float theirs = agent(0, h, r);
+          SIMT_UNROLL for (int n = 0; n < kRows / 8; ++n)
+            SIMT_UNROLL for (int i = 0; i < 2; ++i) {
+              const float mine = s.chunk + 1 == g.chunks ? floats(g.at.half)[kind * kRows + n * 8 + 2 * q + i] : 0.f;
               float& y = z[h][n][2 * r + i];
-              y = g.chunks == 1                 ? mine + half_agent[h][r]
-                  : s.chunk == 0                ? 0.f
-                                                : y + (mine + half_agent[h][r]);
+              y = g.chunks == 1 ? mine + theirs : s.chunk == 0 ? 0.f : y + (mine + theirs);
             }
         }
     const uint16_t* const p = prototypes(g.chunks > 1 ? buffer : 0) +
@@ -302,12 +302,14 @@ class RouteTile {
 
   SIMT_DEVICE void logits(int kind) {
     const int q = simt::lane() & 3;
-    SIMT_UNROLL for (int n = 0; n < kRows / 8; ++n)
-      SIMT_UNROLL for (int i = 0; i < 2; ++i) {
-        const float add = t.shares ? 0.f : floats(g.at.shift)[kind * kRows + n * 8 + 2 * q + i];
-        SIMT_UNROLL for (int h = 0; h < MT; ++h)
-          SIMT_UNROLL for (int r = 0; r < 2; ++r)
-            z[h][n][2 * r + i] = simt::fused(rate[h][r], smaller(z[h][n][2 * r + i], 0.f), add);
+    SIMT_UNROLL for (int h = 0; h < MT; ++h)
+      SIMT_UNROLL for (int r = 0; r < 2; ++r) {
+        const float rate = agent(1, h, r);
+        SIMT_UNROLL for (int n = 0; n < kRows / 8; ++n)
+          SIMT_UNROLL for (int i = 0; i < 2; ++i) {
+            const float add = t.shares ? 0.f : floats(g.at.shift)[kind * kRows + n * 8 + 2 * q + i];
+            z[h][n][2 * r + i] = simt::fused(rate, smaller(z[h][n][2 * r + i], 0.f), add);
+          }
       }
   }
 
@@ -316,7 +318,7 @@ class RouteTile {
     const int q = simt::lane() & 3, kind = block & 1;
     const bool known = g.agent_tiles > 1 && weigh;
     float* const kept = floats(g.at.row_lse) + (g.agent_tiles > 1 ? begin % kTile + block * kRows : 0);
-    float* const cross = floats(g.at.cross);
+    float *const cross = floats(g.at.cross), *const mine = cross + simt::warp() * 2 * kRows + 2 * q;
     if (!known) {
       SIMT_UNROLL for (int n = 0; n < kRows / 8; ++n)
         SIMT_UNROLL for (int i = 0; i < 2; ++i) {
@@ -329,18 +331,19 @@ class RouteTile {
             total += simt::exp2(z[h][n][i] - safe) + simt::exp2(z[h][n][2 + i] - safe);
           SIMT_UNROLL for (int m = 4; m < 32; m *= 2) total += simt::shuffle_xor(total, m);
           if (simt::lane() < 4) {
-            cross[simt::warp() * kRows + n * 8 + 2 * q + i] = peak;
-            cross[(g.warps + simt::warp()) * kRows + n * 8 + 2 * q + i] = total;
+            mine[n * 8 + i] = peak;
+            mine[kRows + n * 8 + i] = total;
           }
+          simt::sync_warp();  // one column after another: together they need more registers than there are
         }
       SIMT_UNLESS_PLANTED(6, simt::sync());
       for (int r = simt::thread(); r < kRows; r += simt::threads()) {
         float peak = -kInfinity, total = 0;
-        for (int w = 0; w < g.warps; ++w) peak = larger(peak, cross[w * kRows + r]);
+        for (int w = 0; w < g.warps; ++w) peak = larger(peak, cross[2 * w * kRows + r]);
         const float before = weigh ? -kInfinity : kept[r], safe = larger(larger(peak, before), -kLargest);
-        for (int w = 0; w < g.warps; ++w) total += cross[(g.warps + w) * kRows + r] * simt::exp2(cross[w * kRows + r] - safe);
+        for (int w = 0; w < g.warps; ++w) total += cross[(2 * w + 1) * kRows + r] * simt::exp2(cross[2 * w * kRows + r] - safe);
         if (weigh) {
-          kept[r] = peak == -kInfinity ? 0.f : peak + log2_of(total);
+          kept[r] = peak == -kInfinity ? 0.f : peak + simt::log2(total);
         } else {
           kept[r] = larger(peak, before);
           kept[kTile + r] = simt::fused(kept[kTile + r], simt::exp2(before - safe), total);
@@ -422,8 +425,8 @@ class RouteTile {
       if (floats(g.at.gone)[kind * kRows + r] == 0.f) continue;
       float y = of_bfloat16(v[r * kValuePitch]);
       if (S > 1) y += of_bfloat16(v[(kRows + r) * kValuePitch]);
-      absent_sum += y;
-      absent_count += 1;
+      floats(g.at.absent)[simt::thread()] += y;
+      floats(g.at.absent)[simt::threads() + simt::thread()] += 1;
     }
   }
 
@@ -440,8 +443,7 @@ class RouteTile {
     SIMT_UNROLL for (int h = 0; h < MT; ++h)
       SIMT_UNROLL for (int c = 0; c < kValues / 8; ++c)
         SIMT_UNROLL for (int i = 0; i < 4; ++i) f(sum[h][c][i]);
-    f(absent_sum);
-    f(absent_count);
+    for (int i = 0; t.missing && i < 2; ++i) f(floats(g.at.absent)[i * simt::threads() + simt::thread()]);
   }
 
   SIMT_DEVICE void reset() {
@@ -471,20 +473,21 @@ class RouteTile {
     SIMT_UNROLL for (int h = 0; h < MT; ++h)
       SIMT_UNROLL for (int c = 0; c < kValues / 8; ++c)
         SIMT_UNROLL for (int i = 0; i < 4; ++i) sum[h][c][i] = m[h][i / 2].of(next(), sum[h][c][i]);
-    absent_sum += next();
-    absent_count += next();
+    for (int i = 0; t.missing && i < 2; ++i) floats(g.at.absent)[i * simt::threads() + simt::thread()] += next();
   }
 
   /// Down the tree; the unit's last state stays in registers.
-  SIMT_DEVICE void end_tile(bool last) {
+  SIMT_DEVICE void end_tile(int so_far) {
     SIMT_UNROLL for (int h = 0; h < MT; ++h)
       SIMT_UNROLL for (int r = 0; r < 2; ++r) {
         mass[h][r] += simt::shuffle_xor(mass[h][r], 1);
         mass[h][r] += simt::shuffle_xor(mass[h][r], 2);
       }
-    // as a binary counter: a state waits for every bit of `done`
-    int level = simt::count_bits(static_cast<uint32_t>(done));
-    const int left = last ? 0 : simt::count_bits(static_cast<uint32_t>(++done)) - 1;
+    // as a binary counter: a state waits for every bit of how many tiles are done
+    const bool last = so_far >= unit_end();
+    const int before = (so_far - 1) / kTile - work().unit.first;  // tiles
+    int level = simt::count_bits(static_cast<uint32_t>(before));
+    const int left = last ? 0 : simt::count_bits(static_cast<uint32_t>(before + 1)) - 1;
     SIMT_ROLLED while (level > left) merge_down(--level);
     if (last) return;
     float* to = stacked(level);
@@ -517,16 +520,14 @@ class RouteTile {
           out.put(column + c * 8, sum[h][c][2 * r], sum[h][c][2 * r + 1]);
       }
     if (w.own == 0 && simt::thread() < kValues)
-      finish_missing(t, w.unit.user, int64_t{w.values} * kValues + simt::thread(), absent_count, absent_sum);
+      finish_missing(t, w.unit.user, int64_t{w.values} * kValues + simt::thread(),
+                     floats(g.at.absent)[simt::threads() + simt::thread()], floats(g.at.absent)[simt::thread()]);
   }
 
   const Task& t;
   const Geometry& g;
-  int begin = 0, end = 0, unit_end = 0;  // rows of the user
-  int done = 0;                          // tiles of the unit
-  float half_agent[MT][2], rate[MT][2];
+  int begin = 0, end = 0;  // the sweep's rows, from the user's first
   float z[MT][kRows / 8][4], sum[MT][kValues / 8][4], top[MT][2], mass[MT][2];
-  float absent_sum = 0, absent_count = 0;
 };
 
 }  // namespace hisac::cuda

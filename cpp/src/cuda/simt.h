@@ -121,7 +121,7 @@ SIMT_DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
 SIMT_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 SIMT_DEVICE float smaller(float a, float b) { return fminf(a, b); }  // a NaN loses
 SIMT_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-SIMT_DEVICE double log2(double x) { return ::log2(x); }
+SIMT_DEVICE float log2(float x) { return ::log2f(x); }
 SIMT_DEVICE double plain_sum(double a, double b) { return __dadd_rn(a, b); }  // never contracted
 SIMT_DEVICE double plain_product(double a, double b) { return __dmul_rn(a, b); }
 
