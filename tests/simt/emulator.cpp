@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scheduler of emulator.h. Compiled without sanitizers, whose runtimes it tells of its fibers: it may move data between
-// lanes without seeming to order them.
+// The scheduler of emulator.h. Compiled without sanitizers, whose runtimes it tells of its fibers: it may move data
+// between lanes without seeming to order them.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -83,8 +83,7 @@ void yield() {
 }
 
 void begin() {
-  if (__sanitizer_finish_switch_fiber)
-    __sanitizer_finish_switch_fiber(nullptr, &world.stack, &world.stack_size);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &world.stack, &world.stack_size);
   world.body(world.argument);
   static_cast<Fiber*>(current)->state = State::done;
   release(&world.end);
@@ -111,9 +110,7 @@ void resume(Fiber* f) {
   std::_Exit(70);
 }
 
-void* map(size_t bytes) {
-  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-}
+void* map(size_t bytes) { return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); }
 
 /// Opens the barrier, and every warp's meeting, at which all have arrived.
 void open(int threads) {
@@ -232,9 +229,7 @@ void load(uint32_t (&r)[4], const void* row, bool transposed, const char* file, 
 
 }  // namespace
 
-void load_matrices(uint32_t (&r)[4], const void* row, const char* file, int line) {
-  load(r, row, false, file, line);
-}
+void load_matrices(uint32_t (&r)[4], const void* row, const char* file, int line) { load(r, row, false, file, line); }
 void load_matrices_transposed(uint32_t (&r)[4], const void* row, const char* file, int line) {
   load(r, row, true, file, line);
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // cpp/src/cuda/simt.h without a GPU: a kernel's threads are fibers of one CPU thread. What follows is adversarial where
-// CUDA leaves freedom: blocks and threads run in any order, an asynchronous copy spoils its destination at once and lands
-// as late as it may, shared memory begins as NaN. Deadlocks, barriers met at different places and lanes that miss a warp's
-// operation stop the program by name. ThreadSanitizer sees every thread: block barriers and sync_warp order memory,
-// shuffles and the order of blocks do not. AddressSanitizer sees the exact size of shared memory.
+// CUDA leaves freedom: blocks and threads run in any order, an asynchronous copy spoils its destination at once and
+// lands as late as it may, shared memory begins as NaN. Deadlocks, barriers met at different places and lanes that miss
+// a warp's operation stop the program by name. ThreadSanitizer sees every thread: block barriers and sync_warp order
+// memory, shuffles and the order of blocks do not. AddressSanitizer sees the exact size of shared memory.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 #define SIMT_BOTH inline
 #define SIMT_KERNEL(threads) void
 #define SIMT_CONSTANT const
-#define SIMT_UNROLL
+#define SIMT_EACH(i, n) for (int i = 0; i < (n); ++i)
 #define SIMT_ROLLED
 #define SIMT_UNLESS_PLANTED(n, ...) \
   do {                              \

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The verbs on a GPU: the headers' functions again, for arrays that lie on the current device. Everything is put on
-// `stream`; nothing is allocated, nothing waits, so a call may be captured into a graph. The same bits every time, for any
-// batch around a user. Offsets cannot be checked there: they are clamped to [0, T], and an end to its start.
+// `stream`; nothing is allocated, nothing waits, so a call may be captured into a graph. The same bits every time, for
+// any batch around a user. Offsets cannot be checked there: they are clamped to [0, T], and an end to its start.
 #pragma once
 #include "route.h"
 
@@ -13,8 +13,8 @@ struct Context {
   void* stream = nullptr;
 };
 
-/// float32: products of float32 numbers as sums of three bfloat16 products, float32 sums; within 3 * 2^-18 |x| |p| and the
-/// sums' rounding. bfloat16: one product.
+/// float32: products of float32 numbers as sums of three bfloat16 products, float32 sums; within 3 * 2^-18 |x| |p| and
+/// the sums' rounding. bfloat16: one product.
 enum class Precision : int32_t { float32, bfloat16 };
 
 /// As hisac::route. x is given; Method::exact; D up to 4,096.

@@ -29,8 +29,7 @@ SIMT_DEVICE void store(void* p, DType type, int64_t i, float x) {
   if (type == DType::float32)
     static_cast<float*>(p)[i] = x;
   else
-    static_cast<uint16_t*>(p)[i] =
-        type == DType::bfloat16 ? static_cast<uint16_t>(simt::pack(x, 0)) : simt::to_half(x);
+    static_cast<uint16_t*>(p)[i] = type == DType::bfloat16 ? static_cast<uint16_t>(simt::pack(x, 0)) : simt::to_half(x);
 }
 
 /// Eight neighbours; p is aligned to 16 bytes, in shared memory.
@@ -38,13 +37,13 @@ SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
   const simt::Quad a = *static_cast<const simt::Quad*>(p);
   if (type == DType::float32) {
     const simt::Quad b = static_cast<const simt::Quad*>(p)[1];
-    SIMT_UNROLL for (int i = 0; i < 4; ++i) {
+    SIMT_EACH (i, 4) {
       f[i] = simt::float_of(a.word[i]);
       f[4 + i] = simt::float_of(b.word[i]);
     }
     return;
   }
-  SIMT_UNROLL for (int i = 0; i < 4; ++i) {
+  SIMT_EACH (i, 4) {
     const uint32_t w = a.word[i];
     f[2 * i] = type == DType::bfloat16 ? of_bfloat16(w) : simt::from_half(static_cast<uint16_t>(w));
     f[2 * i + 1] =
@@ -64,7 +63,8 @@ SIMT_DEVICE uint32_t split_any(float x, float y, uint32_t* low) {
   constexpr float kTop = 3.38953139e38f;  // the largest bfloat16
   const float a = finite(x) ? smaller(larger(x, -kTop), kTop) : x, b = finite(y) ? smaller(larger(y, -kTop), kTop) : y;
   const uint32_t high = simt::pack(a, b);
-  const float da = finite(x) ? x - of_bfloat16(high) : 0.f, db = finite(y) ? y - simt::float_of(high & 0xffff0000u) : 0.f;
+  const float da = finite(x) ? x - of_bfloat16(high) : 0.f,
+              db = finite(y) ? y - simt::float_of(high & 0xffff0000u) : 0.f;
   *low = simt::pack(da, db);
   return high;
 }

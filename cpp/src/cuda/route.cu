@@ -18,7 +18,10 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
   const int64_t padded = int64_t{t.g.agent_tiles} * t.g.tile_agents, warps = int64_t{simt::blocks()} * (kThreads / 32);
   for (int64_t i = int64_t{simt::block()} * (kThreads / 32) + simt::warp(); i < t.users * padded; i += warps) {
     const int64_t user = i / padded, agent = i % padded;
-    const int64_t count = !t.count ? t.agents : t.count[user] < 0 ? 0 : t.count[user] < t.agents ? t.count[user] : t.agents;
+    const int64_t count = !t.count                   ? t.agents
+                          : t.count[user] < 0        ? 0
+                          : t.count[user] < t.agents ? t.count[user]
+                                                     : t.agents;
     const int64_t row = user * t.agents + agent, width = t.x.width;
     const float* const p = t.first_pass || !t.refined ? t.prototypes : t.refined;
     float squares = 0, tau = 0;
@@ -35,7 +38,8 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
     if (t.first_pass && t.refined && agent < t.agents)
       for (int64_t d = lane; d < width; d += 32) t.refined[row * width + d] = t.prototypes[row * width + d];
     const int tile = static_cast<int>(agent / t.g.tile_agents), place = static_cast<int>(agent % t.g.tile_agents);
-    uint16_t* const out = t.packed + ((user * t.g.agent_tiles + tile) * t.g.parts * t.g.tile_agents + place) * t.g.depth;
+    uint16_t* const out =
+        t.packed + ((user * t.g.agent_tiles + tile) * t.g.parts * t.g.tile_agents + place) * t.g.depth;
     for (int d = 2 * lane; d < t.g.depth; d += 64) {
       uint32_t low, high = split(here && d < width ? p[row * width + d] : 0.f,
                                  here && d + 1 < width ? p[row * width + d + 1] : 0.f, &low);
@@ -94,7 +98,8 @@ SIMT_KERNEL(kThreads) plan_units(SIMT_CONSTANT Task t) {
 constexpr int kMostThreads1 = 512, kMostThreads2 = 256;  // of one and of two agent tiles a warp
 
 template <int MT, int Q, int S>
-SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2) route_tiles(SIMT_CONSTANT Task t) {
+SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
+route_tiles(SIMT_CONSTANT Task t) {
   RouteTile<MT, Q, S>(t).run();
 }
 
@@ -105,7 +110,8 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
   const int64_t elements = sums + kValues, pieces = (elements + kThreads - 1) / kThreads, items = t.items();
   for (int64_t i = simt::block(); i < t.plan->shared * items * pieces; i += simt::blocks()) {
     const SharedUser s = t.shared[i / pieces / items];
-    const int item = static_cast<int>(i / pieces % items), own = item % t.g.agent_tiles, values = item / t.g.agent_tiles;
+    const int item = static_cast<int>(i / pieces % items), own = item % t.g.agent_tiles,
+              values = item / t.g.agent_tiles;
     const int64_t e = i % pieces * kThreads + simt::thread();
     const bool missing = e >= sums;
     const int thread = static_cast<int>(missing ? e - sums : e % threads), lane = thread & 31;
@@ -122,8 +128,7 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
     };
     int level = 0;
     for (int k = 0; k < s.count; ++k) {
-      const float* const from =
-          t.slots + ((int64_t{s.slot} + k) * items + item) * t.g.state_floats() + thread;
+      const float* const from = t.slots + ((int64_t{s.slot} + k) * items + item) * t.g.state_floats() + thread;
       const int state = (h * 2 + r) * 2, first = missing ? absent : t.g.mt * 4 + (h * (kValues / 8) + c) * 4 + 2 * r;
       top[level] = from[int64_t{state} * threads];
       mass[level] = from[int64_t{state + 1} * threads];
@@ -137,8 +142,9 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
       continue;
     }
     const int64_t column = int64_t{values} * kValues + c * 8 + (lane & 3) * 2;
-    const Row out(t, s.user, int64_t{own} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8,
-                  top[0], mass[0]);
+    const Row out(t, s.user,
+                  int64_t{own} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8, top[0],
+                  mass[0]);
     if (column == 0) out.finish();
     out.put(column, left[0], right[0]);
   }
@@ -209,14 +215,16 @@ Status plan_geometry(Task& t, Precision precision, int64_t longest, const Machin
   }
   lay_out(t, most);
   const int per_warp = 16 * g.mt;  // as few tiles as that, all of one size
-  lay_out(t, static_cast<int>(std::max<int64_t>(
-                 2, ((t.agents + g.agent_tiles - 1) / g.agent_tiles + per_warp - 1) / per_warp)));
+  lay_out(t, static_cast<int>(
+                 std::max<int64_t>(2, ((t.agents + g.agent_tiles - 1) / g.agent_tiles + per_warp - 1) / per_warp)));
   if (g.shared_bytes > machine.shared)
-    return Status::error(Code::not_implemented, "route: expected a device with %zu bytes of shared memory a block, got %zu",
-                         g.shared_bytes, machine.shared);
+    return Status::error(Code::not_implemented,
+                         "route: expected a device with %zu bytes of shared memory a block, got %zu", g.shared_bytes,
+                         machine.shared);
   const int threads = g.threads();
-  const int fit = static_cast<int>(std::min<size_t>(static_cast<size_t>((g.mt == 1 ? kMostThreads1 : kMostThreads2) / threads),
-                                                    machine.shared / (g.shared_bytes + 1024)));
+  const int fit =
+      static_cast<int>(std::min<size_t>(static_cast<size_t>((g.mt == 1 ? kMostThreads1 : kMostThreads2) / threads),
+                                        machine.shared / (g.shared_bytes + 1024)));
   g.blocks = machine.processors * std::max(1, std::min(fit, 8));
   g.value_tiles = static_cast<int>((std::max(t.v.width, t.refined ? t.x.width : 0) + kValues - 1) / kValues);
   const int shared_by = g.agent_tiles * static_cast<int>((t.v.width + kValues - 1) / kValues);
@@ -283,10 +291,11 @@ Status check(const RouteParams& params, const RouteInputs& in, const Tokens& out
   HISAC_TRY(check_float("route", "v", in.v.dtype));
   if (in.x.rows != rows || in.x.width != p[2] || p[0] != users || p[2] < 1 || p[2] > 4096 || in.v.width < 1 ||
       p[1] > 1 << 24 || users > 1 << 30 || rows >= int64_t{1} << 31)
-    return Status::error(Code::invalid_argument,
-                         "route: expected x [T, D], v [T, V], prototypes [B, M, D], D up to 4096, T below 2^31, got [%" PRId64 ", %" PRId64
-                         "], [%" PRId64 ", %" PRId64 "], [%" PRId64 ", %" PRId64 ", %" PRId64 "] and %" PRId64 " users",
-                         in.x.rows, in.x.width, rows, in.v.width, p[0], p[1], p[2], users);
+    return Status::error(
+        Code::invalid_argument,
+        "route: expected x [T, D], v [T, V], prototypes [B, M, D], D up to 4096, T below 2^31, got [%" PRId64
+        ", %" PRId64 "], [%" PRId64 ", %" PRId64 "], [%" PRId64 ", %" PRId64 ", %" PRId64 "] and %" PRId64 " users",
+        in.x.rows, in.x.width, rows, in.v.width, p[0], p[1], p[2], users);
   if (in.histories.dtype != DType::int32 && in.histories.dtype != DType::int64)
     return Status::error(Code::wrong_type, "route: offsets expected int32 or int64");
   const int64_t temperatures = params.temperature ? params.temperature.shape[0] : 0;
@@ -305,8 +314,8 @@ Status check(const RouteParams& params, const RouteInputs& in, const Tokens& out
   if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
       out.lse.shape[0] != users || out.lse.shape[1] != m)
     return Status::error(Code::invalid_argument,
-                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64 "] of v's type and lse [%" PRId64
-                         ", %" PRId64 "]",
+                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64
+                         "] of v's type and lse [%" PRId64 ", %" PRId64 "]",
                          users, m, in.v.width, users, m);
   return {};
 }
@@ -337,7 +346,9 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
   if (t.users == 0) return {};
   const auto stream = static_cast<simt::Stream>(context.stream);
   const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
-  const auto tiles = t.g.parts == 1 ? route_tiles<2, 1, 1> : t.g.stored == 1 ? route_tiles<1, 2, 1> : route_tiles<1, 2, 2>;
+  const auto tiles = t.g.parts == 1    ? route_tiles<2, 1, 1>
+                     : t.g.stored == 1 ? route_tiles<1, 2, 1>
+                                       : route_tiles<1, 2, 2>;
   for (int round = 0; round <= params.refine; ++round) {
     t.refining = round < params.refine;
     t.first_pass = round == 0;

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the kernels of `route` are told: arrays, the geometry of blocks, and the plan that they make for themselves.
 //
-// A user's rows form tiles of kTile rows whose states merge in the fixed tree of ../tiles.h. A unit is an aligned power of
-// two of a user's tiles, that is a subtree; a block takes units one after another, with one tile of agents and one of value
-// columns. A user with several units is merged by a kernel of its own, with the same arithmetic, so how histories are cut
-// changes no bit. The plan lies on the device, for only the device knows the offsets: nothing waits for the host.
+// A user's rows form tiles of kTile rows whose states merge in the fixed tree of ../tiles.h. A unit is an aligned power
+// of two of a user's tiles, that is a subtree; a block takes units one after another, with one tile of agents and one
+// of value columns. A user with several units is merged by a kernel of its own, with the same arithmetic, so how
+// histories are cut changes no bit. The plan lies on the device, for only the device knows the offsets: nothing waits
+// for the host.
 #pragma once
 #include "elements.h"
 #include "hisac/route.h"
 
 namespace hisac::cuda {
 
-constexpr int kTile = 2048;      // as in ../tiles.h
-constexpr int kValues = 64;      // value columns of a block
+constexpr int kTile = 2048;  // as in ../tiles.h
+constexpr int kValues = 64;  // value columns of a block
 constexpr int kValuePitch = kValues + 8;
 constexpr int kWorkBytes = 48;
 constexpr int kMostStates = 24;  // of a tree: 2^24 tiles
@@ -67,9 +68,9 @@ struct Task {
   Geometry g;
   // workspace
   Plan* plan = nullptr;
-  Unit* unit = nullptr;            // [B + 8 workers]
-  SharedUser* shared = nullptr;    // [4 workers]
-  uint16_t* packed = nullptr;      // [B, agent_tiles, parts, tile_agents, depth]
+  Unit* unit = nullptr;                      // [B + 8 workers]
+  SharedUser* shared = nullptr;              // [4 workers]
+  uint16_t* packed = nullptr;                // [B, agent_tiles, parts, tile_agents, depth]
   float *half = nullptr, *rate = nullptr;    // [B, agent_tiles * tile_agents] -|p|^2 / 2, 2 log2(e) / tau
   float *stack = nullptr, *slots = nullptr;  // [blocks, levels], [8 workers, agent_tiles, value_tiles] states
   // results

@@ -14,9 +14,9 @@
 #define SIMT_DEVICE __device__ __forceinline__
 #define SIMT_BOTH __host__ __device__ __forceinline__
 #define SIMT_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define SIMT_UNROLL _Pragma("unroll")
+#define SIMT_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); ++i)  // so that arrays stay in registers
 #define SIMT_ROLLED _Pragma("unroll 1")
-#define SIMT_CONSTANT __grid_constant__ const  // of a kernel's parameter that stays in constant memory
+#define SIMT_CONSTANT __grid_constant__ const    // of a kernel's parameter that stays in constant memory
 #define SIMT_UNLESS_PLANTED(n, ...) __VA_ARGS__  // what a planted fault leaves out, under the emulator
 
 namespace simt {
@@ -144,13 +144,14 @@ template <class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream stream, Arguments... arguments) {
   if (blocks <= 0) return cudaSuccess;
   if (shared_bytes > 48 << 10) {
-    const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(shared_bytes));
+    const cudaError_t e =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (e != cudaSuccess) return e;
   }
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError();
+  void* pointers[] = {&arguments...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                          dim3(static_cast<unsigned>(threads)), pointers, shared_bytes, stream);
 }
 inline const char* describe(cudaError_t e) { return cudaGetErrorString(e); }
 

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows and agents into shared memory, for the inner kernel of `route`: any type, width and alignment, absence and norms
+// end here; what follows sees bfloat16 operands, half norms and shifts. 16 lanes have a row.
+#pragma once
+#include "route_task.h"
+
+namespace hisac::cuda {
+
+/// Q and S: the bfloat16 parts of an agent and of a row; MT: tiles of 16 agents a warp.
+template <int MT, int Q, int S>
+class RouteStream {
+ protected:
+  static constexpr int kRows = 64 / S;
+
+  SIMT_DEVICE explicit RouteStream(const Task& task) : t(task), g(task.g) {}
+
+  /// What the block has taken.
+  struct Work {
+    int64_t start;  // the user's first row; others count from it
+    Unit unit;
+    int32_t some, rows, own, values;  // the tile of agents, of value columns
+  };
+  static_assert(sizeof(Work) <= kWorkBytes, "Work has its place");
+  SIMT_DEVICE const Work& work() const { return *reinterpret_cast<const Work*>(simt::shared() + g.at.work); }
+
+  // in shared memory: from offsets that lie in constant memory, so that no register holds a pointer
+  static SIMT_DEVICE float* floats(int offset) { return reinterpret_cast<float*>(simt::shared() + offset); }
+  static SIMT_DEVICE uint16_t* halves(int offset) { return reinterpret_cast<uint16_t*>(simt::shared() + offset); }
+  SIMT_DEVICE int pitch() const { return g.chunk + 8; }
+  SIMT_DEVICE int agents_size() const { return Q * g.tile_agents * pitch(); }  // elements of a buffer of each kind
+  SIMT_DEVICE int rows_size() const { return S * kRows * pitch(); }
+  SIMT_DEVICE uint16_t* prototypes(int buffer) const { return halves(g.at.prototypes) + buffer * agents_size(); }
+  SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.at.x) + buffer * rows_size(); }
+  SIMT_DEVICE uint16_t* operand_v(int buffer) const { return halves(g.at.v) + buffer * (S * kRows * kValuePitch); }
+  SIMT_DEVICE std::byte* raw_x(int buffer, int row) const {
+    return simt::shared() + g.at.raw_x + (buffer * kRows + row) * g.chunk * bytes_of(t.x.dtype);
+  }
+  SIMT_DEVICE std::byte* raw_v(int buffer, int row) const {
+    return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * bytes_of(t.values().dtype);
+  }
+  /// What is known of this thread's agent: 0: half its norm, 1: its rate.
+  SIMT_DEVICE float agent(int what, int h, int r) const {
+    return floats(g.at.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
+  }
+  SIMT_DEVICE float& raw_bias(int buffer, int row) const { return floats(g.at.bias)[buffer * kRows + row]; }
+  SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
+    return reinterpret_cast<int32_t*>(simt::shared() + g.at.codes) + (buffer * kRows + row) * t.levels;
+  }
+
+  struct Step {
+    int block = 0, chunk = 0;  // of rows, of columns
+  };
+  SIMT_DEVICE Step after(Step s) const {
+    return s.chunk + 1 < g.chunks ? Step{s.block, s.chunk + 1} : Step{s.block + 1, 0};
+  }
+  SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & 1; }
+  SIMT_DEVICE int columns(int chunk) const { return least(g.depth - chunk * g.chunk, g.chunk); }
+
+  SIMT_DEVICE void fetch_agents(Step s, int agent_tile) {
+    const int buffer = g.chunks > 1 ? buffer_of(s) : 0, pieces = columns(s.chunk) / 8, lane = simt::lane() & 15;
+    const uint16_t* const from =
+        t.packed + (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * Q * g.tile_agents * g.depth +
+        s.chunk * g.chunk;
+    SIMT_ROLLED for (int r = simt::thread() / 16; r < Q * g.tile_agents; r += simt::threads() / 16) {
+      if (lane >= pieces) continue;
+      simt::copy16(prototypes(buffer) + r * pitch() + lane * 8, from + int64_t{r} * g.depth + lane * 8, true);
+    }
+  }
+
+  /// Columns [first, first + n) of a row, raw; zero beyond the matrix.
+  SIMT_DEVICE void fetch_row(std::byte* to, const Rows& m, bool aligned, int64_t row, int first, int n, bool valid,
+                             int piece) {
+    const int bytes = bytes_of(m.dtype), per = 16 / bytes;
+    if (piece * per >= n) return;
+    const int64_t column = first + piece * per;
+    const std::byte* const from = static_cast<const std::byte*>(m.data) + (row * m.width + column) * bytes;
+    if (aligned) {
+      const bool some = valid && column < m.width;
+      simt::copy16(to + piece * 16, some ? from : static_cast<const std::byte*>(m.data), some);
+      return;
+    }
+    for (int e = 0; e < per; ++e) {
+      const bool some = valid && column + e < m.width;
+      if (bytes == 4)
+        reinterpret_cast<float*>(to + piece * 16)[e] = some ? reinterpret_cast<const float*>(from)[e] : 0.f;
+      else
+        reinterpret_cast<uint16_t*>(to + piece * 16)[e] =
+            some ? reinterpret_cast<const uint16_t*>(from)[e] : uint16_t{0};
+    }
+  }
+
+  SIMT_DEVICE void fetch(Step s) {
+    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = bytes_of(t.x.dtype),
+              v_bytes = bytes_of(t.values().dtype);
+    const bool last = s.chunk + 1 == g.chunks;
+    const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last ? kValues * v_bytes / 16 : 0;
+    SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
+      const int place = begin + s.block * kRows + r;
+      const int64_t row = work().start + place;
+      const bool valid = place < end;
+      SIMT_ROLLED for (int c = lane; c < x_pieces + v_pieces; c += 16) {
+        if (c < x_pieces)
+          fetch_row(raw_x(buffer, r), t.x, t.x_aligned, row, s.chunk * g.chunk, columns(s.chunk), valid, c);
+        else
+          fetch_row(raw_v(buffer, r), t.values(), t.values_aligned(), row, work().values * kValues, kValues, valid,
+                    c - x_pieces);
+      }
+      if (!last) continue;
+      if (t.bias && lane == 0) simt::copy4(&raw_bias(buffer, r), valid ? t.bias + row : t.bias, valid);
+      for (int l = lane; l < t.levels; l += 16)
+        simt::copy4(raw_codes(buffer, r) + l, valid ? t.codes + row * t.levels + l : t.codes, valid);
+    }
+  }
+
+  /// 16 lanes a row: raw to operands; with the last chunk the row's norm, shift and absence.
+  SIMT_DEVICE void prepare(Step s) {
+    const int buffer = buffer_of(s), lane = simt::lane() & 15, kind = s.block & 1;
+    const bool last = s.chunk + 1 == g.chunks;
+    SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
+      float f[8] = {}, squares = 0;
+      if (lane * 8 < columns(s.chunk)) {
+        load8(raw_x(buffer, r) + lane * 8 * bytes_of(t.x.dtype), t.x.dtype, f);
+        SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
+        put<false>(f, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
+      }
+      for (int m = 8; m; m /= 2) squares += simt::shuffle_xor(squares, m);
+      float& norm = floats(g.at.norm)[r];
+      if (s.chunk > 0) squares += norm;
+      if (!last) {
+        simt::sync_warp();
+        if (lane == 0) norm = squares;
+        continue;
+      }
+      const int place = begin + s.block * kRows + r;
+      const int64_t row = work().start + place;
+      const bool inside = place < end;
+      const float bias = t.bias ? raw_bias(buffer, r) : 0.f;
+      bool here = inside && finite(bias) && below_limit(squares, t.x.data, t.x.dtype, row, t.x.width);
+      for (int l = 0; l < t.levels; ++l)
+        here = here && static_cast<uint32_t>(raw_codes(buffer, r)[l]) < static_cast<uint32_t>(t.sizes[l]);
+      bool whole = true;
+      if (t.missing && g.value_tiles > 1 && inside && !here)  // a row's v counts whole or not at all
+        for (int64_t c = lane; c < t.v.width; c += 16)
+          whole = whole && finite(element(t.v.data, t.v.dtype, row * t.v.width + c));
+      if (lane < kValues / 8) {
+        load8(raw_v(buffer, r) + lane * 8 * bytes_of(t.values().dtype), t.values().dtype, f);
+        SIMT_EACH (i, 8) whole = whole && finite(f[i]);
+      }
+      const uint32_t broken = simt::ballot(!whole) >> (simt::lane() & 16) & 0xffffu;
+      if (lane < kValues / 8) {
+        SIMT_UNLESS_PLANTED(5, SIMT_EACH (i, 8) f[i] = here || !broken ? f[i] : 0.f);
+        put<true>(f, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
+      }
+      if (lane == 0) {
+        floats(g.at.half)[kind * kRows + r] = here ? -0.5f * squares : 0.f;
+        floats(g.at.shift)[kind * kRows + r] = here ? base2(bias) : -kInfinity;
+        floats(g.at.gone)[kind * kRows + r] = inside && !here && !broken ? 1.f : 0.f;
+      }
+    }
+  }
+
+  /// Eight floats as S operands, `apart` elements from one to the next.
+  template <bool any>
+  SIMT_DEVICE void put(const float (&f)[8], uint16_t* to, int apart) {
+    simt::Quad high, low;
+    SIMT_EACH (i, 4)
+      high.word[i] =
+          any ? split_any(f[2 * i], f[2 * i + 1], &low.word[i]) : split(f[2 * i], f[2 * i + 1], &low.word[i]);
+    *reinterpret_cast<simt::Quad*>(to) = high;
+    if (S > 1) *reinterpret_cast<simt::Quad*>(to + apart) = low;
+  }
+
+  const Task& t;
+  const Geometry& g;
+  int begin = 0, end = 0;  // the sweep's rows, from the user's first
+};
+
+}  // namespace hisac::cuda
