@@ -97,10 +97,17 @@ SIMT_KERNEL(kThreads) plan_units(SIMT_CONSTANT Task t) {
 
 constexpr int kMostThreads1 = 512, kMostThreads2 = 256;  // of one and of two agent tiles a warp
 
-template <int MT, int Q, int S>
+template <int MT, int Q, int S, bool kShares>
 SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
 route_tiles(SIMT_CONSTANT Task t) {
-  RouteTile<MT, Q, S>(t).run();
+  RouteTile<MT, Q, S, kShares>(t).run();
+}
+
+template <bool kShares>
+auto tiles_kernel(const Geometry& g) {
+  return g.parts == 1    ? route_tiles<2, 1, 1, kShares>
+         : g.stored == 1 ? route_tiles<1, 2, 1, kShares>
+                         : route_tiles<1, 2, 2, kShares>;
 }
 
 /// A thread two neighbours of a state: the tree of ../tiles.h over a user's slots, as a binary counter makes it.
@@ -346,9 +353,7 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
   if (t.users == 0) return {};
   const auto stream = static_cast<simt::Stream>(context.stream);
   const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
-  const auto tiles = t.g.parts == 1    ? route_tiles<2, 1, 1>
-                     : t.g.stored == 1 ? route_tiles<1, 2, 1>
-                                       : route_tiles<1, 2, 2>;
+  const auto tiles = t.shares ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
   for (int round = 0; round <= params.refine; ++round) {
     t.refining = round < params.refine;
     t.first_pass = round == 0;

@@ -14,6 +14,10 @@ class RouteStream {
 
   SIMT_DEVICE explicit RouteStream(const Task& task) : t(task), g(task.g) {}
 
+  /// Rows kept in one part for agents in two are bfloat16 already.
+  SIMT_DEVICE DType x_type() const { return Q > S ? DType::bfloat16 : t.x.dtype; }
+  SIMT_DEVICE DType v_type() const { return Q > S ? DType::bfloat16 : t.values().dtype; }
+
   /// What the block has taken.
   struct Work {
     int64_t start;  // the user's first row; others count from it
@@ -33,10 +37,10 @@ class RouteStream {
   SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.at.x) + buffer * rows_size(); }
   SIMT_DEVICE uint16_t* operand_v(int buffer) const { return halves(g.at.v) + buffer * (S * kRows * kValuePitch); }
   SIMT_DEVICE std::byte* raw_x(int buffer, int row) const {
-    return simt::shared() + g.at.raw_x + (buffer * kRows + row) * g.chunk * bytes_of(t.x.dtype);
+    return simt::shared() + g.at.raw_x + (buffer * kRows + row) * g.chunk * bytes_of(x_type());
   }
   SIMT_DEVICE std::byte* raw_v(int buffer, int row) const {
-    return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * bytes_of(t.values().dtype);
+    return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * bytes_of(v_type());
   }
   /// What is known of this thread's agent: 0: half its norm, 1: its rate.
   SIMT_DEVICE float agent(int what, int h, int r) const {
@@ -70,7 +74,7 @@ class RouteStream {
   /// Columns [first, first + n) of a row, raw; zero beyond the matrix.
   SIMT_DEVICE void fetch_row(std::byte* to, const Rows& m, bool aligned, int64_t row, int first, int n, bool valid,
                              int piece) {
-    const int bytes = bytes_of(m.dtype), per = 16 / bytes;
+    const int bytes = bytes_of(Q > S ? DType::bfloat16 : m.dtype), per = 16 / bytes;
     if (piece * per >= n) return;
     const int64_t column = first + piece * per;
     const std::byte* const from = static_cast<const std::byte*>(m.data) + (row * m.width + column) * bytes;
@@ -90,8 +94,8 @@ class RouteStream {
   }
 
   SIMT_DEVICE void fetch(Step s) {
-    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = bytes_of(t.x.dtype),
-              v_bytes = bytes_of(t.values().dtype);
+    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = bytes_of(x_type()),
+              v_bytes = bytes_of(v_type());
     const bool last = s.chunk + 1 == g.chunks;
     const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last ? kValues * v_bytes / 16 : 0;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
@@ -117,11 +121,12 @@ class RouteStream {
     const int buffer = buffer_of(s), lane = simt::lane() & 15, kind = s.block & 1;
     const bool last = s.chunk + 1 == g.chunks;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
-      float f[8] = {}, squares = 0;
+      float f[8], squares = 0;
       if (lane * 8 < columns(s.chunk)) {
-        load8(raw_x(buffer, r) + lane * 8 * bytes_of(t.x.dtype), t.x.dtype, f);
+        const std::byte* const raw = raw_x(buffer, r) + lane * 8 * bytes_of(x_type());
+        load8(raw, x_type(), f);
         SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
-        put<false>(f, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
+        put<false>(f, raw, true, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
       }
       for (int m = 8; m; m /= 2) squares += simt::shuffle_xor(squares, m);
       float& norm = floats(g.at.norm)[r];
@@ -142,14 +147,16 @@ class RouteStream {
       if (t.missing && g.value_tiles > 1 && inside && !here)  // a row's v counts whole or not at all
         for (int64_t c = lane; c < t.v.width; c += 16)
           whole = whole && finite(element(t.v.data, t.v.dtype, row * t.v.width + c));
+      const std::byte* const raw = raw_v(buffer, r) + lane * 8 * bytes_of(v_type());
       if (lane < kValues / 8) {
-        load8(raw_v(buffer, r) + lane * 8 * bytes_of(t.values().dtype), t.values().dtype, f);
+        load8(raw, v_type(), f);
         SIMT_EACH (i, 8) whole = whole && finite(f[i]);
       }
       const uint32_t broken = simt::ballot(!whole) >> (simt::lane() & 16) & 0xffffu;
       if (lane < kValues / 8) {
-        SIMT_UNLESS_PLANTED(5, SIMT_EACH (i, 8) f[i] = here || !broken ? f[i] : 0.f);
-        put<true>(f, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
+        bool keep = true;  // a weight of 0 does not take NaN away
+        SIMT_UNLESS_PLANTED(5, keep = here || !broken);
+        put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
       }
       if (lane == 0) {
         floats(g.at.half)[kind * kRows + r] = here ? -0.5f * squares : 0.f;
@@ -159,13 +166,17 @@ class RouteStream {
     }
   }
 
-  /// Eight floats as S operands, `apart` elements from one to the next.
+  /// Eight floats, or else zeros, as S operands, `apart` elements from one to the next; raw: what they came from.
   template <bool any>
-  SIMT_DEVICE void put(const float (&f)[8], uint16_t* to, int apart) {
+  SIMT_DEVICE void put(const float (&f)[8], const void* raw, bool keep, uint16_t* to, int apart) {
     simt::Quad high, low;
-    SIMT_EACH (i, 4)
-      high.word[i] =
-          any ? split_any(f[2 * i], f[2 * i + 1], &low.word[i]) : split(f[2 * i], f[2 * i + 1], &low.word[i]);
+    if (Q > S) high = *static_cast<const simt::Quad*>(raw);
+    SIMT_EACH (i, 4) {
+      if (Q == S)
+        high.word[i] =
+            any ? split_any(f[2 * i], f[2 * i + 1], &low.word[i]) : split(f[2 * i], f[2 * i + 1], &low.word[i]);
+      if (!keep) high.word[i] = low.word[i] = 0;
+    }
     *reinterpret_cast<simt::Quad*>(to) = high;
     if (S > 1) *reinterpret_cast<simt::Quad*>(to + apart) = low;
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner kernel of `route`: a warp holds 16 MT agents, a block up to 14 warps; rows stream through shared memory.
+// The inner kernel of `route`: a warp holds 16 MT agents, a block up to 16 warps; rows stream through shared memory.
 //
 // A step is `rows` behaviours by one chunk of D. Step s: raw rows of s + 2 begin to arrive (cp.async), those of s + 1
 // are made into operands (any type to bfloat16 parts, norms, absence), step s is multiplied; one barrier. Products
@@ -12,7 +12,8 @@
 
 namespace hisac::cuda {
 
-template <int MT, int Q, int S>
+/// kShares: agents mode.
+template <int MT, int Q, int S, bool kShares>
 class RouteTile : RouteStream<MT, Q, S> {
   using Base = RouteStream<MT, Q, S>;
   using Base::buffer_of, Base::prototypes, Base::operand_x, Base::operand_v, Base::pitch, Base::agent;
@@ -49,33 +50,28 @@ class RouteTile : RouteStream<MT, Q, S> {
   SIMT_DEVICE int unit_end() const { return least(int64_t{work().unit.last} * kTile, work().rows); }
   SIMT_DEVICE void unit() {
     reset();
-    const int from = work().unit.first * kTile, to = unit_end();
+    const bool single = !kShares || g.agent_tiles == 1;
     float* const row_lse = floats(g.at.row_lse);
-    const bool single = !t.shares || g.agent_tiles == 1;
-    for (int i = from; i < to;) {
-      const int next = single ? to : least(int64_t{i} + kTile, to);
+    for (begin = work().unit.first * kTile; begin < unit_end(); begin = end) {
+      end = single ? unit_end() : least(int64_t{begin} + kTile, unit_end());
       for (int r = simt::thread(); !single && r < kTile; r += simt::threads()) {
         row_lse[r] = -kInfinity;
         row_lse[kTile + r] = 0;
       }
       SIMT_ROLLED for (int a = single ? g.agent_tiles : 0; a <= g.agent_tiles; ++a) {
-        const bool weigh = a == g.agent_tiles;
-        sweep(i, next, weigh ? work().own : a, weigh);
-        if (weigh || a + 1 < g.agent_tiles) continue;
+        sweep(a == g.agent_tiles ? work().own : a, a == g.agent_tiles);
+        if (a + 1 != g.agent_tiles) continue;
         for (int r = simt::thread(); r < kTile; r += simt::threads())
           row_lse[r] = row_lse[r] == -kInfinity ? 0.f : row_lse[r] + simt::log2(row_lse[kTile + r]);
         simt::sync();
       }
-      i = next;
     }
     end_unit();
   }
 
-  /// Rows [from, to) by one tile of agents; `weigh`: to weights and sums, else only to the rows' sums over agents.
-  SIMT_DEVICE void sweep(int from, int to, int agent_tile, bool weigh) {
-    begin = from;
-    end = to;
-    const int blocks = (to - from + kRows - 1) / kRows;
+  /// Rows [begin, end) by one tile of agents; `weigh`: to weights and sums, else only to the rows' sums over agents.
+  SIMT_DEVICE void sweep(int agent_tile, bool weigh) {
+    const int blocks = (end - begin + kRows - 1) / kRows;
     const int64_t agent = (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * g.tile_agents;
     for (int a = simt::thread(); a < g.tile_agents; a += simt::threads()) {
       floats(g.at.agents)[a] = t.half[agent + a];
@@ -100,7 +96,7 @@ class RouteTile : RouteStream<MT, Q, S> {
       multiply(s);
       if (s.chunk + 1 == g.chunks) {
         logits(s.block & 1);
-        if (t.shares) over_agents(s.block, weigh);
+        if (kShares) over_agents(s.block, weigh);
         if (weigh) {
           weights();
           accumulate(buffer_of(s));
@@ -116,6 +112,9 @@ class RouteTile : RouteStream<MT, Q, S> {
 
   // ---- products and weights
 
+  /// Where a lane points in 16 x 16 elements whose four matrices it helps to load.
+  static SIMT_DEVICE int place(int pitch) { return (simt::lane() & 15) * pitch + (simt::lane() >> 4) * 8; }
+
   SIMT_DEVICE void multiply(Step s) {
     const int buffer = buffer_of(s), q = simt::lane() & 3, kind = s.block & 1;
     if (s.chunk == 0 || s.chunk + 1 == g.chunks)
@@ -129,10 +128,8 @@ class RouteTile : RouteStream<MT, Q, S> {
               y = g.chunks == 1 ? mine + theirs : s.chunk == 0 ? 0.f : y + (mine + theirs);
             }
         }
-    const uint16_t* const p = prototypes(g.chunks > 1 ? buffer : 0) +
-                              (simt::warp() * 16 * MT + (simt::lane() & 15)) * pitch() + (simt::lane() >> 4) * 8;
-    const uint16_t* const x =
-        operand_x(buffer) + ((simt::lane() & 7) + (simt::lane() >> 4) * 8) * pitch() + (simt::lane() >> 3 & 1) * 8;
+    const uint16_t* const p = prototypes(g.chunks > 1 ? buffer : 0) + simt::warp() * 16 * MT * pitch() + place(pitch());
+    const uint16_t* const x = operand_x(buffer) + place(pitch());
     const int depth = columns(s.chunk);
     SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
       uint32_t a[Q][MT][4];
@@ -144,8 +141,8 @@ class RouteTile : RouteStream<MT, Q, S> {
           simt::load_matrices(b, x + (stored * kRows + n * 16) * pitch() + k);
           SIMT_EACH (part, Q - stored)
             SIMT_EACH (h, MT) {
-              simt::multiply_add(z[h][2 * n], a[part][h], b[0], b[1]);
-              simt::multiply_add(z[h][2 * n + 1], a[part][h], b[2], b[3]);
+              simt::multiply_add(z[h][2 * n], a[part][h], b[0], b[2]);
+              simt::multiply_add(z[h][2 * n + 1], a[part][h], b[1], b[3]);
             }
         }
     }
@@ -158,7 +155,7 @@ class RouteTile : RouteStream<MT, Q, S> {
         const float rate = agent(1, h, r);
         SIMT_EACH (n, kRows / 8)
           SIMT_EACH (i, 2) {
-            const float add = t.shares ? 0.f : floats(g.at.shift)[kind * kRows + n * 8 + 2 * q + i];
+            const float add = kShares ? 0.f : floats(g.at.shift)[kind * kRows + n * 8 + 2 * q + i];
             z[h][n][2 * r + i] = simt::fused(rate, smaller(z[h][n][2 * r + i], 0.f), add);
           }
       }
@@ -241,8 +238,7 @@ class RouteTile : RouteStream<MT, Q, S> {
   }
 
   SIMT_DEVICE void accumulate(int buffer) {
-    const uint16_t* const v =
-        operand_v(buffer) + ((simt::lane() & 7) + (simt::lane() >> 3 & 1) * 8) * kValuePitch + (simt::lane() >> 4) * 8;
+    const uint16_t* const v = operand_v(buffer) + place(kValuePitch);
     const int columns_left = least(t.value_width() - work().values * kValues, kValues);
     SIMT_EACH (k, kRows / 16) {
       uint32_t a[2][MT][4];
@@ -320,8 +316,10 @@ class RouteTile : RouteStream<MT, Q, S> {
         mass[h][r] = m[h][r].of(next(), mass[h][r]);
       }
     SIMT_EACH (h, MT)
-      SIMT_EACH (c, kValues / 8)
+      SIMT_EACH (c, kValues / 8) {
         SIMT_EACH (i, 4) sum[h][c][i] = m[h][i / 2].of(next(), sum[h][c][i]);
+        simt::sync_warp();  // few loads under way at a time, for want of registers
+      }
     for (int i = 0; t.missing && i < 2; ++i) floats(g.at.absent)[i * simt::threads() + simt::thread()] += next();
   }
 
