@@ -51,6 +51,7 @@ class RouteTile : RouteStream<MT, Q, S> {
   SIMT_DEVICE void unit() {
     reset();
     const bool single = !kShares || g.agent_tiles == 1;
+    const int last = kShares ? g.agent_tiles : 0;
     float* const row_lse = floats(g.at.row_lse);
     for (begin = work().unit.first * kTile; begin < unit_end(); begin = end) {
       end = single ? unit_end() : least(int64_t{begin} + kTile, unit_end());
@@ -58,9 +59,9 @@ class RouteTile : RouteStream<MT, Q, S> {
         row_lse[r] = -kInfinity;
         row_lse[kTile + r] = 0;
       }
-      SIMT_ROLLED for (int a = single ? g.agent_tiles : 0; a <= g.agent_tiles; ++a) {
-        sweep(a == g.agent_tiles ? work().own : a, a == g.agent_tiles);
-        if (a + 1 != g.agent_tiles) continue;
+      SIMT_ROLLED for (int a = single ? last : 0; a <= last; ++a) {
+        sweep(a);
+        if (a + 1 != last) continue;
         for (int r = simt::thread(); r < kTile; r += simt::threads())
           row_lse[r] = row_lse[r] == -kInfinity ? 0.f : row_lse[r] + simt::log2(row_lse[kTile + r]);
         simt::sync();
@@ -69,40 +70,43 @@ class RouteTile : RouteStream<MT, Q, S> {
     end_unit();
   }
 
-  /// Rows [begin, end) by one tile of agents; `weigh`: to weights and sums, else only to the rows' sums over agents.
-  SIMT_DEVICE void sweep(int agent_tile, bool weigh) {
-    const int blocks = (end - begin + kRows - 1) / kRows;
-    const int64_t agent = (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * g.tile_agents;
-    for (int a = simt::thread(); a < g.tile_agents; a += simt::threads()) {
-      floats(g.at.agents)[a] = t.half[agent + a];
-      floats(g.at.agents)[g.tile_agents + a] = t.rate[agent + a];
+  SIMT_DEVICE bool some(Step s) const { return begin + s.block * kRows < end; }
+
+  /// Rows [begin, end) by one tile of agents, only to the rows' sums over agents; past the last by the block's own, to
+  /// weights and sums.
+  SIMT_DEVICE void sweep(int a) {
+    const auto tile = [&] { return !kShares || a == g.agent_tiles ? work().own : a; };
+    const int64_t first = (int64_t{work().unit.user} * g.agent_tiles + tile()) * g.tile_agents;
+    for (int i = simt::thread(); i < g.tile_agents; i += simt::threads()) {
+      floats(g.at.agents)[i] = t.half[first + i];
+      floats(g.at.agents)[g.tile_agents + i] = t.rate[first + i];
     }
-    fetch_agents({}, agent_tile);
+    fetch_agents({}, tile());
     fetch({});
     simt::commit();
-    if (after({}).block < blocks) fetch(after({}));
+    if (some(after({}))) fetch(after({}));
     simt::commit();
     simt::template wait<1>();
     simt::sync();
     prepare({});
     Step s;
-    SIMT_ROLLED while (s.block < blocks) {
+    SIMT_ROLLED while (some(s)) {
       SIMT_UNLESS_PLANTED(2, simt::template wait<0>());
       SIMT_UNLESS_PLANTED(3, simt::sync());
-      if (g.chunks > 1 && after(s).block < blocks) fetch_agents(after(s), agent_tile);
-      if (after(after(s)).block < blocks) fetch(after(after(s)));
+      if (g.chunks > 1 && some(after(s))) fetch_agents(after(s), tile());
+      if (some(after(after(s)))) fetch(after(after(s)));
       simt::commit();
-      if (after(s).block < blocks) prepare(after(s));
+      if (some(after(s))) prepare(after(s));
       multiply(s);
       if (s.chunk + 1 == g.chunks) {
         logits(s.block & 1);
-        if (kShares) over_agents(s.block, weigh);
-        if (weigh) {
+        if (kShares) over_agents(s.block, a == g.agent_tiles);
+        if (!kShares || a == g.agent_tiles) {
           weights();
           accumulate(buffer_of(s));
           absent(s.block & 1, buffer_of(s));
           const int so_far = begin + (s.block + 1) * kRows;
-          if (so_far % kTile == 0 || s.block + 1 == blocks) end_tile(so_far);
+          if (so_far % kTile == 0 || so_far >= end) end_tile(so_far);
         }
       }
       s = after(s);
@@ -357,11 +361,11 @@ class RouteTile : RouteStream<MT, Q, S> {
       });
       return;
     }
-    const int64_t agent = int64_t{w.own} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
+    const int64_t first = int64_t{w.own} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
     const int64_t column = int64_t{w.values} * kValues + (simt::lane() & 3) * 2;
     SIMT_EACH (h, MT)
       SIMT_EACH (r, 2) {
-        const Row out(t, w.unit.user, agent + h * 16 + r * 8, top[h][r], mass[h][r]);
+        const Row out(t, w.unit.user, first + h * 16 + r * 8, top[h][r], mass[h][r]);
         if (column == 0) out.finish();
         SIMT_EACH (c, kValues / 8) out.put(column + c * 8, sum[h][c][2 * r], sum[h][c][2 * r + 1]);
       }
