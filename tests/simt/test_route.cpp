@@ -101,10 +101,10 @@ Problem several_tiles() {
   Random r(1);
   Problem p;
   p.starts = {0, 90};
-  p.ends = {90, 150};
-  p.rows = 150;
-  p.agents = 150;
-  p.width = 136;
+  p.ends = {90, 800};  // a unit of several tiles of rows
+  p.rows = 800;
+  p.agents = 100;
+  p.width = 24;
   p.values = 72;
   p.params.normalize = Normalize::agents;
   p.params.missing = Missing::token;
@@ -113,8 +113,8 @@ Problem several_tiles() {
   p.x[5] = NAN;
   p.v[test::size(70 * p.values + 71)] = p.x[test::size(70 * p.width)] = INFINITY;
   p.prototypes = test::uniform(r, 2 * p.agents * p.width);
-  p.temperature = {7};
-  p.reach = 136 * 4 * 2 / 3.f / 7;
+  p.temperature = {1.2f};
+  p.reach = 24 * 4 * 2 / 3.f / 1.2f;
   return p;
 }
 
@@ -219,7 +219,7 @@ int main(int argc, char** argv) {
   for (uint64_t seed = test::first; seed < test::last; ++seed) {
     test::name("route %llu", static_cast<unsigned long long>(seed));
     const size_t sizes[] = {size_t{99} << 10, size_t{163} << 10, size_t{227} << 10};
-    simt::options.machine.shared = sizes[seed % 3];
+    simt::options.machine = {seed ? 2 : 1, seed ? sizes[seed % 3] : size_t{64} << 10};
     check(seed ? random_problem(seed) : several_tiles());
   }
   return test::done();

@@ -10,9 +10,13 @@
 #include "elements.h"
 #include "hisac/route.h"
 
+#ifndef HISAC_CUDA_TILE
+#define HISAC_CUDA_TILE 2048  // as in ../tiles.h; a test of many tiles takes small ones
+#endif
+
 namespace hisac::cuda {
 
-constexpr int kTile = 2048;  // as in ../tiles.h
+constexpr int kTile = HISAC_CUDA_TILE;
 constexpr int kValues = 64;  // value columns of a block
 constexpr int kValuePitch = kValues + 8;
 constexpr int kWorkBytes = 48;
