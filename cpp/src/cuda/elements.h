@@ -16,7 +16,7 @@ using simt::smaller;
 SIMT_DEVICE bool finite(float x) { return (simt::bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 SIMT_BOTH int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
-SIMT_BOTH int bytes_of(DType type) { return type == DType::float32 ? 4 : 2; }
+SIMT_BOTH int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
 SIMT_DEVICE float of_bfloat16(uint32_t low) { return simt::float_of(low << 16); }
 
 SIMT_DEVICE float element(const void* p, DType type, int64_t i) {

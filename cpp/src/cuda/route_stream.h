@@ -37,10 +37,10 @@ class RouteStream {
   SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.at.x) + buffer * rows_size(); }
   SIMT_DEVICE uint16_t* operand_v(int buffer) const { return halves(g.at.v) + buffer * (S * kRows * kValuePitch); }
   SIMT_DEVICE std::byte* raw_x(int buffer, int row) const {
-    return simt::shared() + g.at.raw_x + (buffer * kRows + row) * g.chunk * bytes_of(x_type());
+    return simt::shared() + g.at.raw_x + (buffer * kRows + row) * g.chunk * size_of(x_type());
   }
   SIMT_DEVICE std::byte* raw_v(int buffer, int row) const {
-    return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * bytes_of(v_type());
+    return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * size_of(v_type());
   }
   /// What is known of this thread's agent: 0: half its norm, 1: its rate.
   SIMT_DEVICE float agent(int what, int h, int r) const {
@@ -74,7 +74,7 @@ class RouteStream {
   /// Columns [first, first + n) of a row, raw; zero beyond the matrix.
   SIMT_DEVICE void fetch_row(std::byte* to, const Rows& m, bool aligned, int64_t row, int first, int n, bool valid,
                              int piece) {
-    const int bytes = bytes_of(Q > S ? DType::bfloat16 : m.dtype), per = 16 / bytes;
+    const int bytes = size_of(Q > S ? DType::bfloat16 : m.dtype), per = 16 / bytes;
     if (piece * per >= n) return;
     const int64_t column = first + piece * per;
     const std::byte* const from = static_cast<const std::byte*>(m.data) + (row * m.width + column) * bytes;
@@ -94,8 +94,7 @@ class RouteStream {
   }
 
   SIMT_DEVICE void fetch(Step s) {
-    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = bytes_of(x_type()),
-              v_bytes = bytes_of(v_type());
+    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = size_of(x_type()), v_bytes = size_of(v_type());
     const bool last = s.chunk + 1 == g.chunks;
     const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last ? kValues * v_bytes / 16 : 0;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
@@ -123,7 +122,7 @@ class RouteStream {
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
       float f[8], squares = 0;
       if (lane * 8 < columns(s.chunk)) {
-        const std::byte* const raw = raw_x(buffer, r) + lane * 8 * bytes_of(x_type());
+        const std::byte* const raw = raw_x(buffer, r) + lane * 8 * size_of(x_type());
         load8(raw, x_type(), f);
         SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
         put<false>(f, raw, true, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
@@ -147,7 +146,7 @@ class RouteStream {
       if (t.missing && g.value_tiles > 1 && inside && !here)  // a row's v counts whole or not at all
         for (int64_t c = lane; c < t.v.width; c += 16)
           whole = whole && finite(element(t.v.data, t.v.dtype, row * t.v.width + c));
-      const std::byte* const raw = raw_v(buffer, r) + lane * 8 * bytes_of(v_type());
+      const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(v_type());
       if (lane < kValues / 8) {
         load8(raw, v_type(), f);
         SIMT_EACH (i, 8) whole = whole && finite(f[i]);
