@@ -35,6 +35,7 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
   norm = arena.take<float>(cpu::kBlock);
   bias = arena.take<float>(cpu::kBlock);
   row = arena.take<int64_t>(cpu::kBlock);
+  ahead.span = arena.take<cpu::Ahead::Span>(2);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
@@ -105,6 +106,20 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     }
   }
   block.n = n;
+  look_ahead(end, std::min(end + cpu::kBlock, in_.v.rows), block.ahead);
+}
+
+void RowLoader::look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept {
+  ahead.spans = ahead.next = 0;
+  ahead.lines = 0;
+  const auto add = [&](const void* data, int64_t bytes) {
+    if (!data || begin == end) return;
+    const std::byte* const at = static_cast<const std::byte*>(data);
+    ahead.span[ahead.spans++] = {at + begin * bytes, at + end * bytes};
+    ahead.lines += (end - begin) * bytes / cpu::Ahead::kLine;
+  };
+  add(in_.x.data, x_bytes_);
+  add(in_.v.data, v_bytes_);
 }
 
 void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {

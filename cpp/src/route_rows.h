@@ -21,6 +21,7 @@ struct Block {
   float* norm = nullptr;   // [kBlock] |x|^2, or a leaf's mean of it
   float* bias = nullptr;   // [kBlock] natural logarithm
   int64_t* row = nullptr;  // [kBlock] the row in x and v; for leaves their number in the user
+  cpu::Ahead ahead{};      // the rows that follow
 
   void carve(Arena& arena, int64_t width, int64_t value_width) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
@@ -68,6 +69,8 @@ class RowLoader {
   bool load_x(int64_t row, float* x, float* norm) const noexcept;
   void load_v(int64_t row, float* v) const noexcept;
   bool has_value(int64_t row, float* v) const noexcept;
+  /// Names the rows [begin, end) for fetching.
+  void look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept;
   void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
 
