@@ -112,6 +112,15 @@ struct Kernels {
                        int64_t ldz, Ahead* ahead);
   /// Pack B [k, m] as pairs, as pack_columns does; an odd k gets a zero.
   void (*pack_pairs)(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out);
+  /// c[w, m] += a[n, w]^T e[n, m] as accumulate does, n = 2 n2: an element of a or e holds a column's rows 2 i and 2 i
+  /// + 1.
+  void (*accumulate_pairs)(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e, int64_t lde,
+                           float* c, int64_t ldc);
+  /// As route_weights; e [(n + 1) / 2, m] is rounded, and mass its sum; an odd n gets a row of zeros.
+  bool (*route_weights_pairs)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
+                              int64_t lde);
+  /// dst [width] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
+  void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
   /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
   float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
 };
