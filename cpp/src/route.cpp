@@ -25,6 +25,7 @@ struct State {
 };
 
 struct Worker {
+  int64_t user = 0;
   AgentPanel panel;
   Block block;
   Leaves leaves;
@@ -117,6 +118,7 @@ class Router {
   }
 
   void load_agents(int64_t b, Worker& w) const noexcept {
+    w.user = b;
     w.panel.load(params_, prototypes_ + b * agents_ * width_, agents_, width_, count_of(in_, b));
   }
 
@@ -137,6 +139,8 @@ class Router {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ld = cpu::pad(agents_);
     if (n == 0 || m == 0) return;
+    if (w.block.last) look_ahead(w);
+    w.block.ahead.spread(n, m);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) {
       products(w, 0, m, ld);
@@ -170,6 +174,14 @@ class Router {
         k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
       }
     });
+  }
+
+  /// After a user's last block: its tokens, and the next user's prototypes.
+  void look_ahead(Worker& w) const noexcept {
+    const int64_t users = in_.histories.users, p = agents_ * width_ * int64_t(sizeof(float));
+    const int64_t tokens = out_->tokens.rows / users * value_width_ * bytes_of(in_.v.dtype);
+    w.block.ahead.add(out_->tokens.data, w.user * tokens, (w.user + 1) * tokens);
+    if (w.user + 1 < users) w.block.ahead.add(prototypes_, (w.user + 1) * p, (w.user + 2) * p);
   }
 
   /// z [n, ldz] = x . p for the agents [at, at + m).
@@ -216,7 +228,7 @@ class Router {
   void finish(int64_t b, const State& s, bool refining, const Worker& w) const noexcept {
     const AgentPanel& panel = w.panel;
     const int64_t extra = params_.missing == Missing::token, rows = agents_ + extra;
-    const int64_t bytes = value_width_ * (in_.v.dtype == DType::float32 ? 4 : 2);
+    const int64_t bytes = value_width_ * bytes_of(in_.v.dtype);
     std::byte* const tokens = static_cast<std::byte*>(out_->tokens.data) + b * rows * bytes;
     float* const lse = out_->lse.data + b * rows;
     if (!refining) {

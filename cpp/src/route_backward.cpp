@@ -135,7 +135,7 @@ class Backward {
   int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
 
   void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
-    const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+    const int64_t bytes = bytes_of(rows.dtype);
     k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
   }
 

@@ -11,8 +11,6 @@
 namespace hisac {
 namespace {
 
-int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
-
 bool finite(const float* v, int64_t width) noexcept {
   bool ok = true;
   for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
@@ -36,7 +34,6 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width, bool rounds)
   norm = arena.take<float>(cpu::kBlock);
   bias = arena.take<float>(cpu::kBlock);
   row = arena.take<int64_t>(cpu::kBlock);
-  ahead.span = arena.take<cpu::Ahead::Span>(2);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
@@ -119,16 +116,9 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
 }
 
 void RowLoader::look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept {
-  ahead.spans = ahead.next = 0;
-  ahead.lines = 0;
-  const auto add = [&](const void* data, int64_t bytes) {
-    if (!data || begin == end) return;
-    const std::byte* const at = static_cast<const std::byte*>(data);
-    ahead.span[ahead.spans++] = {at + begin * bytes, at + end * bytes};
-    ahead.lines += (end - begin) * bytes / cpu::Ahead::kLine;
-  };
-  add(in_.x.data, x_bytes_);
-  add(in_.v.data, v_bytes_);
+  ahead.clear();
+  ahead.add(in_.x.data, begin * x_bytes_, end * x_bytes_);
+  ahead.add(in_.v.data, begin * v_bytes_, end * v_bytes_);
 }
 
 void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {

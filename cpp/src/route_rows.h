@@ -22,7 +22,8 @@ struct Block {
   float* bias = nullptr;      // [kBlock] natural logarithm
   uint32_t* pairs = nullptr;  // [kBlock, pad((D + 1) / 2)] x in bfloat16; then x and its norm are the rounded ones
   int64_t* row = nullptr;     // [kBlock] the row in x and v; for leaves their number in the user
-  cpu::Ahead ahead{};         // the rows that follow
+  cpu::Ahead ahead;           // the rows that follow
+  bool last = false;          // of a unit
 
   void carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
@@ -103,6 +104,7 @@ void fold_rows(const RowLoader& loader, const RouteParams& params, const Histori
         loader.load_leaves(i, std::min(i + cpu::kBlock, last), leaves, block);
       else
         loader.load(start + i, start + std::min(i + cpu::kBlock, last), block, absent_of(state));
+      block.last = i + cpu::kBlock >= items;
       body(state);
     }
   };

@@ -24,15 +24,27 @@ inline float base2(float x) {
 
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-/// Memory that the next block will read: a product fetches it into the cache line by line while it computes.
+/// Memory that will be wanted soon: a product fetches it into the cache line by line while it computes.
 struct Ahead {
-  static constexpr int kLine = 64;
+  static constexpr int kMost = 2 * kBlock + 2, kLine = 64;
   struct Span {
     const std::byte *at, *end;
-  };
-  Span* span;       // [spans]
-  int spans, next;  // next: the first that is not fetched yet
-  int64_t lines;    // for a product of kBlock rows with a panel of 48 columns, on average
+  } span[kMost];
+  int spans = 0, next = 0;  // next: the first that is not fetched yet
+  int64_t lines = 0;        // of all spans
+  int64_t share = 0;        // lines to fetch per kBlock * kLanes elements of a product
+
+  void clear() noexcept {
+    spans = next = 0;
+    lines = 0;
+  }
+  void add(const void* data, int64_t begin, int64_t end) noexcept {  // bytes
+    if (!data || begin >= end || spans == kMost) return;
+    span[spans++] = {static_cast<const std::byte*>(data) + begin, static_cast<const std::byte*>(data) + end};
+    lines += (end - begin) / kLine + 1;
+  }
+  /// Spreads the lines over products of n rows and m columns in all.
+  void spread(int n, int64_t m) noexcept { share = lines * kBlock * kLanes / (n * pad(m)) + 1; }
 };
 
 /// One block of route's forward: what turns products or logits into weights.

@@ -116,7 +116,7 @@ HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, 
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
       const int64_t vectors = (width - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
-      const int64_t lines = ahead ? ahead->lines * kRows * take * W / (kBlock * 48) + 1 : 0;
+      const int64_t lines = ahead ? ahead->share * kRows * take * W / (kBlock * kLanes) + 1 : 0;
       for (int i = 0; i < n; i += kRows) {
         if (ahead) fetch(*ahead, lines);
         const T* x = a + i * lda;
