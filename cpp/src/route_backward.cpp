@@ -185,7 +185,11 @@ class Backward {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, nullptr);
+    cpu::Ahead& ahead = w.block.ahead;
+    if (out_.v && params_.method == Method::exact)
+      ahead.add(out_.v.data, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    ahead.spread(n, 2 * m);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
@@ -193,7 +197,7 @@ class Backward {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, nullptr);
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &ahead);
     k_.route_gradient(
         n, m, w.z, w.g, ldz,
         {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});

@@ -26,7 +26,7 @@ constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 /// Memory that will be wanted soon: a product fetches it into the cache line by line while it computes.
 struct Ahead {
-  static constexpr int kMost = 2 * kBlock + 2, kLine = 64;
+  static constexpr int kMost = 2 * kBlock + 3, kLine = 64;
   struct Span {
     const std::byte *at, *end;
   } span[kMost];

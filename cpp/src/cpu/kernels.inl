@@ -500,30 +500,43 @@ static bool route_weights_pairs(int n, int64_t m, const float* z, int64_t ldz, c
 
 /// raw <- weights w = 2^(raw + shift_i - lse_a); dz = w (g + offset_a); d_bias_i = sum_a dz; in agents mode
 /// dz -= 2^(raw - row_lse_i) d_bias_i; g <- rate_a dz.
-static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
+template <bool shares>
+HISAC_INLINE void route_gradient_of(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
   for (int i = 0; i < n; ++i) {
     float *r = raw + i * ldz, *q = g + i * ldz;
     vf bias_sum = {}, distance_sum = {};
-    for (int64_t j = 0; j < m; j += W) {
-      const vf w = exp2v(load(r + j) + p.shift[i] - load(p.lse + j));
-      const vf dz = w * (load(q + j) + load(p.offset + j));
-      bias_sum += dz;
-      store(q + j, dz);
-    }
-    const float d_bias = p.d_bias[i] = sum_of(bias_sum);
-    for (int64_t j = 0; j < m; j += W) {
+    const auto take = [&](int64_t j, vf w, vf dz) __attribute__((always_inline)) {
       const vf logit = larger(load(r + j), splat(-3e38f));  // 0 * -inf would be NaN
-      vf dz = load(q + j);
-      if (p.row_lse) dz -= exp2v(logit - p.row_lse[i]) * d_bias;
-      store(r + j, exp2v(load(r + j) + p.shift[i] - load(p.lse + j)));
+      if (shares) dz -= exp2v(logit - p.row_lse[i]) * p.d_bias[i];
+      store(r + j, w);
       store(p.d_raw + j, load(p.d_raw + j) + dz * logit);
       const vf distance = dz * load(p.rate + j);
       store(q + j, distance);
       store(p.column_sum + j, load(p.column_sum + j) + distance);
       distance_sum += distance;
+    };
+    const auto weight = [&](int64_t j) __attribute__((always_inline)) {
+      return exp2v(load(r + j) + p.shift[i] - load(p.lse + j));
+    };
+    for (int64_t j = 0; j < m; j += W) {
+      const vf w = weight(j), dz = w * (load(q + j) + load(p.offset + j));
+      bias_sum += dz;
+      if (shares)
+        store(q + j, dz);
+      else
+        take(j, w, dz);
     }
+    p.d_bias[i] = sum_of(bias_sum);
+    for (int64_t j = 0; shares && j < m; j += W) take(j, weight(j), load(q + j));
     p.row_sum[i] = sum_of(distance_sum);
   }
+}
+
+static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
+  if (p.row_lse)
+    route_gradient_of<true>(n, m, raw, g, ldz, p);
+  else
+    route_gradient_of<false>(n, m, raw, g, ldz, p);
 }
 
 // ---- attend
