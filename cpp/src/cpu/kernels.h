@@ -51,6 +51,8 @@ struct Kernels {
   void (*pack_rows)(int64_t k, int64_t m, const float* rows, int64_t ld, float* out);
   /// dst[0, width) = a row of `type`; returns its sum of squares.
   float (*load_row)(const void* src, DType type, int64_t width, float* dst);
+  /// The same of scale * src.
+  float (*load_int8)(const int8_t* src, float scale, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale);
   /// dst += factor * src
