@@ -185,7 +185,7 @@ class Backward {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, nullptr);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
@@ -193,19 +193,19 @@ class Backward {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, nullptr);
     k_.route_gradient(
         n, m, w.z, w.g, ldz,
         {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
     if (out_.v) {
-      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv);
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
       for (int i = 0; i < n; ++i) add_v(w, i);
     }
     if (params_.method == Method::leaf) return;
     if (out_.bias)
       for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
     if (out_.x) {
-      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx);
+      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
         float* const dx = out_.x.data + w.block.row[i] * width_;
         k_.add_row(width_, w.out + i * ldx, 1.f, dx);

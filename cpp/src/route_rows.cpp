@@ -17,6 +17,7 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
   norm = arena.take<float>(cpu::kBlock);
   bias = arena.take<float>(cpu::kBlock);
   row = arena.take<int64_t>(cpu::kBlock);
+  ahead.span = arena.take<cpu::Ahead::Span>(2 * cpu::kBlock);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
@@ -60,9 +61,7 @@ bool RowLoader::load_v(int64_t row, float* v) const noexcept {
   return v_.load(row, v, &norm);
 }
 
-bool RowLoader::has_value(int64_t row, float* v) const noexcept {
-  return load_v(row, v) && finite(v, in_.v.width);
-}
+bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
 
 bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noexcept {
   return !load_x(row, block.x, block.norm) && has_value(row, v);
@@ -87,6 +86,10 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     }
   }
   block.n = n;
+  block.ahead.spans = block.ahead.next = 0;
+  block.ahead.lines = 0;
+  for (const RowSource* rows : {&x_, &v_})
+    rows->look_ahead(end, std::min(end + cpu::kBlock, in_.behaviours()), block.ahead);
 }
 
 void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {
@@ -191,8 +194,7 @@ Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
     if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
       return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb,
                            ids == &in.x_ids ? "x_ids" : "v_ids");
-  if (in.x_ids && !in.x.data)
-    return Status::error(Code::invalid_argument, "%s: x_ids expected with x, got none", verb);
+  if (in.x_ids && !in.x.data) return Status::error(Code::invalid_argument, "%s: x_ids expected with x, got none", verb);
   if (in.x_scale && !int8)
     return Status::error(Code::invalid_argument, "%s: x_scale expected with x of int8, got another", verb);
   if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A user's behaviours and agents for `route`: everything about absence, prototypes in place of x and leaves in place of
-// rows ends here (types, scales and ids in rows.h); the kernels see float32 tiles of present rows with a norm and a bias
-// each.
+// rows ends here (types, scales and ids in rows.h); the kernels see float32 tiles of present rows with a norm and a
+// bias each.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -23,6 +23,7 @@ struct Block {
   float* norm = nullptr;   // [kBlock] |x|^2, or a leaf's mean of it
   float* bias = nullptr;   // [kBlock] natural logarithm
   int64_t* row = nullptr;  // [kBlock] the row in x and v; for leaves their number in the user
+  cpu::Ahead ahead{};      // the rows that follow
 
   void carve(Arena& arena, int64_t width, int64_t value_width) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
@@ -56,11 +57,6 @@ class RowLoader {
 
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
-  /// Asks for x and v of a row ahead of its use.
-  void prefetch(int64_t row) const noexcept {
-    x_.prefetch(row);
-    v_.prefetch(row);
-  }
   /// Rows [begin, end) of a user -> its leaves.
   void find_leaves(int64_t begin, int64_t end, Leaves& leaves) const noexcept;
   /// Leaves [begin, end) as a block of their means.

@@ -24,6 +24,28 @@ inline float base2(float x) {
 
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+/// Memory that the next block will read: a product fetches it into the cache line by line while it computes.
+struct Ahead {
+  static constexpr int kLine = 64;
+  struct Span {
+    const std::byte *at, *end;
+  };
+  Span* span;       // [spans]
+  int spans, next;  // next: the first that is not fetched yet
+  int64_t lines;    // for a product of kBlock rows with a panel of 48 columns, on average
+};
+
+/// One block of route's forward: what turns products or logits into weights.
+struct RouteWeights {
+  const float* row_norm;  // [n] |x|^2; null: z holds logits
+  const float* shift;     // [n] bias, less the row's log-sum-exp in agents mode
+  const float* norm;      // [m] |p|^2; padding +inf
+  const float* rate;      // [m] log2(e) / tau
+  float* top;             // [m] reference of the exponentials; -inf as long as there is no mass
+  float* mass;            // [m]
+  float* factor;          // [m] out: 2^(top - top'), for the sums so far
+};
+
 /// One block of route's backward; see route_gradient in kernels.inl.
 struct RouteGradient {
   const float* shift;    // [n] bias, less the row's log-sum-exp in agents mode
@@ -40,9 +62,10 @@ struct RouteGradient {
 struct Kernels {
   const char* name;
 
-  /// z[n, m] = a[n, k] B, B packed [k, m]. Rows of a and z up to the next kRowStep are touched.
-  void (*matmul)(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz);
-  /// c[m, w] += a[n, m]^T b[n, w]; m and w rounded up to 4 and kLanes.
+  /// z[n, m] = a[n, k] B, B packed [k, m]. Rows of a and z up to the next kRowStep are touched. ahead may be null.
+  void (*matmul)(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
+                 Ahead* ahead);
+  /// c[m, w] += a[n, m]^T b[n, w]; m and w rounded up to kRowStep and kLanes.
   void (*accumulate)(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                      int64_t ldc);
   /// Pack B [k, m] from its transpose: row j of `columns` (stride ld) is column j of B.
@@ -55,6 +78,8 @@ struct Kernels {
   float (*load_int8)(const int8_t* src, float scale, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale);
+  /// dst[c, r] = src[r, c] of 16 columns c and w rows r, w rounded up to kLanes.
+  void (*transpose)(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd);
   /// dst += factor * src
   void (*add_row)(int64_t width, const float* src, float factor, float* dst);
 
@@ -63,11 +88,9 @@ struct Kernels {
                           const float* rate);
   /// lse_i = log2 sum_a 2^z; -inf for a row of -inf.
   void (*row_lse)(int n, int64_t m, const float* z, int64_t ldz, float* lse);
-  /// z <- z + shift_i
-  void (*row_shift)(int n, int64_t m, float* z, int64_t ldz, const float* shift);
-  /// One step of the online softmax over rows: top' = max(top, max_i z), factor = 2^(top - top'), z <- 2^(z - top'),
-  /// mass <- factor mass + sum_i z. Returns whether any factor differs from 1.
-  bool (*column_softmax)(int n, int64_t m, float* z, int64_t ldz, float* top, float* mass, float* factor);
+  /// One step of the online softmax over rows: e = 2^(logit + shift_i - top'), mass <- factor mass + sum_i e. top'
+  /// stays top until a logit exceeds it by 12. Returns whether any factor differs from 1; factor is set only then.
+  bool (*route_weights)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e, int64_t lde);
   /// raw <- weights, g <- distance gradients, given g = v . dtoken.
   void (*route_gradient)(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p);
 

@@ -20,13 +20,28 @@ typedef int8_t vb_loose __attribute__((vector_size(W), aligned(1), may_alias));
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile
-constexpr int kWide = W == 16 ? 4 : 3;  // vectors of an accumulation's register tile
+constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile; columns: three vectors
 
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
 HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
-HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }  // b where a is NaN
+
+/// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
+#if defined(__x86_64__) && W > 4
+HISAC_INLINE vf larger(vf a, vf b) {
+  vf out;
+  __asm__("vmaxps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  return out;
+}
+HISAC_INLINE vf smaller(vf a, vf b) {
+  vf out;
+  __asm__("vminps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  return out;
+}
+#else
+HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+HISAC_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 HISAC_INLINE float sum_of(vf x) {
   float s[W];
@@ -44,20 +59,16 @@ HISAC_INLINE float largest_of(vf x) {
   return s[0];
 }
 
-/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above.
+/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few dependent steps: the processor
+/// keeps several of these going at once.
 HISAC_INLINE vf exp2v(vf x) {
-  x = larger(x, splat(-127.f));
-  x = x < 127.f ? x : splat(127.f);
-  const vf n = (x + 12582912.f) - 12582912.f;
-  const vf r = x - n;
-  vf p = splat(1.535336188e-4f);
-  p = p * r + 1.339887440e-3f;
-  p = p * r + 9.618437357e-3f;
-  p = p * r + 5.550332548e-2f;
-  p = p * r + 2.402264791e-1f;
-  p = p * r + 6.931472028e-1f;
-  p = p * r + 1.f;
-  return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+  x = smaller(larger(x, splat(-127.f)), splat(127.f));
+  constexpr float kRound = 12582912.f + 127.f;  // leaves 127 + round(x), a float's exponent, in the lowest bits
+  const vf n = x + kRound;
+  const vf r = x - (n - kRound), r2 = r * r;
+  const vf low = r * 6.931472028e-1f + 1.f, middle = r * 5.550332548e-2f + 2.402264791e-1f;
+  const vf high = r * 1.339887440e-3f + 9.618437357e-3f + r2 * 1.535336188e-4f;
+  return ((high * r2 + middle) * r2 + low) * (vf)((vi)n << 23);
 }
 
 // ---- products
@@ -83,15 +94,26 @@ HISAC_INLINE void matmul_tile(int64_t k, const float* a, int64_t lda, const floa
     for (int v = 0; v < V; ++v) store(z + r * ldz + v * W, acc[r][v]);
 }
 
-static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z,
-                   int64_t ldz) {
+HISAC_INLINE void fetch(Ahead& ahead, int64_t lines) {
+  for (; lines > 0 && ahead.next < ahead.spans; --lines) {
+    Ahead::Span& s = ahead.span[ahead.next];
+    __builtin_prefetch(s.at, 0, 2);
+    s.at += Ahead::kLine;
+    if (s.at >= s.end) ++ahead.next;
+  }
+}
+
+static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
+                   Ahead* ahead) {
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left);
     left -= group;
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
       const int64_t vectors = (width - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
+      const int64_t lines = ahead ? ahead->lines * kRows * take * W / (kBlock * 48) + 1 : 0;
       for (int i = 0; i < n; i += kRows) {
+        if (ahead) fetch(*ahead, lines);
         const float* x = a + i * lda;
         float* out = z + i * ldz + at;
         if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
@@ -106,23 +128,23 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
 }
 
 /// The block's sum is made apart and added once, so that a tile of equal rows does not lose its last digits one by one.
-template <int V>
+template <int R, int V>
 HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                                   int64_t ldc) {
-  vf acc[4][V] = {};
+  vf acc[R][V] = {};
   for (int i = 0; i < n; ++i) {
     vf row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = load(b + i * ldb + v * W);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
       const vf x = splat(a[i * lda + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, load(c + r * ldc + v * W) + acc[r][v]);
 }
@@ -130,12 +152,11 @@ HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const floa
 static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                        int64_t ldc) {
   for (int64_t at = 0; at < pad(w);) {
-    const int64_t vectors = (pad(w) - at) / W, take = vectors < kWide ? vectors : kWide;
-    for (int64_t r = 0; r < m; r += 4) {
-      if (take == 4) accumulate_tile<4>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 3) accumulate_tile<3>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 2) accumulate_tile<2>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 1) accumulate_tile<1>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+    const int64_t vectors = (pad(w) - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
+    for (int64_t r = 0; r < m; r += kRows) {
+      if (take == 3) accumulate_tile<kRows, 3>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+      if (take == 2) accumulate_tile<kRows, 2>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+      if (take == 1) accumulate_tile<kRows, 1>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
     }
     at += take * W;
   }
@@ -171,6 +192,16 @@ HISAC_INLINE void transpose(vf* x) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) x[i] = y[i];
   }
+}
+
+static void transpose(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd) {
+  for (int64_t r = 0; r < w; r += W)
+    for (int64_t c = 0; c < kLanes; c += W) {
+      vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = load(src + (r + i) * ld + c);
+      transpose(x);
+      for (int i = 0; i < W; ++i) store(dst + (c + i) * ldd + r, x[i]);
+    }
 }
 
 static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
@@ -325,32 +356,57 @@ static void row_lse(int n, int64_t m, const float* z, int64_t ldz, float* lse) {
   }
 }
 
-static void row_shift(int n, int64_t m, float* z, int64_t ldz, const float* shift) {
-  for (int i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += W) store(z + i * ldz + j, load(z + i * ldz + j) + shift[i]);
+/// Weights of one vector of agents, their sum, and the largest logit.
+template <bool products>
+HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top, float* e,
+                        int64_t lde, vf& peak, vf& sum) {
+  peak = splat(-kInfinity);
+  sum = vf{};
+  for (int i = 0; i < n; ++i) {
+    vf logit = load(z + i * ldz);
+    if (products)
+      logit = p.shift[i] - rate * larger(p.row_norm[i] + norm - 2.f * logit, vf{});
+    else
+      logit += p.shift[i];
+    peak = larger(logit, peak);
+    const vf w = exp2v(logit - top);
+    store(e + i * lde, w);
+    sum += w;
+  }
 }
 
-static bool column_softmax(int n, int64_t m, float* z, int64_t ldz, float* top, float* mass, float* factor) {
-  vi changed = {};
+template <bool products>
+HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e,
+                                   int64_t lde) {
+  constexpr float kRise = 12;
+  bool changed = false;
   for (int64_t j = 0; j < m; j += W) {
-    const vf old = load(top + j);
-    vf peak = old, sum = {};
-    for (int i = 0; i < n; ++i) peak = larger(load(z + i * ldz + j), peak);
-    const vf safe = peak == -kInfinity ? vf{} : peak;  // nothing yet: -inf - -inf would be NaN
-    for (int i = 0; i < n; ++i) {
-      const vf e = exp2v(load(z + i * ldz + j) - safe);
-      store(z + i * ldz + j, e);
-      sum += e;
+    const vf norm = load(p.norm + j), rate = load(p.rate + j), old = load(p.top + j);
+    const vf top = old == -kInfinity ? vf{} : old;
+    vf peak, sum, factor = splat(1.f);
+    weigh<products>(n, z + j, ldz, p, norm, rate, top, e + j, lde, peak, sum);
+    const vi rises = (peak > top + kRise) | ((old == -kInfinity) & (peak > -kInfinity));
+    int any = 0;
+    for (int l = 0; l < W; ++l) any |= rises[l];
+    if (any) {
+      const vf next = larger(peak, old);
+      const vf safe = next == -kInfinity ? vf{} : next;  // no mass yet: -inf - -inf would be NaN
+      weigh<products>(n, z + j, ldz, p, norm, rate, safe, e + j, lde, peak, sum);
+      factor = exp2v(old - safe);
+      store(p.top + j, next);
+      if (!changed)
+        for (int64_t c = 0; c < j; c += W) store(p.factor + c, splat(1.f));
+      changed = true;
     }
-    const vf f = exp2v(old - safe);
-    changed |= peak > old;
-    store(top + j, peak);
-    store(factor + j, f);
-    store(mass + j, load(mass + j) * f + sum);
+    if (changed) store(p.factor + j, factor);
+    store(p.mass + j, load(p.mass + j) * factor + sum);
   }
-  int any = 0;
-  for (int l = 0; l < W; ++l) any |= changed[l];
-  return any != 0;
+  return changed;
+}
+
+static bool route_weights(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e, int64_t lde) {
+  return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
+                    : route_weights_of<false>(n, m, z, ldz, p, e, lde);
 }
 
 /// raw <- weights w = 2^(raw + shift_i - lse_a); dz = w (g + offset_a); d_bias_i = sum_a dz; in agents mode
@@ -384,10 +440,7 @@ static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, 
 // ---- attend
 
 /// A logit that two of its kind, added, keep finite; NaN loses.
-HISAC_INLINE vf bounded(vf x) {
-  x = larger(x, splat(-1.7e38f));
-  return x < 1.7e38f ? x : splat(1.7e38f);
-}
+HISAC_INLINE vf bounded(vf x) { return smaller(larger(x, splat(-1.7e38f)), splat(1.7e38f)); }
 
 static void row_softmax(int n, int64_t m, float* z, int64_t ldz, float scale, const float* bias, float* lse) {
   for (int i = 0; i < n; ++i) {
@@ -441,7 +494,7 @@ static void screen(int n, int64_t m, float* z, int64_t ldz, const float* half, f
     for (int64_t j = 0; j < m; j += W) {
       const vf x = load(half + j) - load(z + i * ldz + j);
       store(z + i * ldz + j, x);
-      low = x < low ? x : low;
+      low = smaller(x, low);
     }
     smallest[i] = -largest_of(-low);
   }
@@ -463,9 +516,9 @@ static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* ou
 
 }  // namespace
 
-const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME,  matmul,         accumulate,     pack_columns,    pack_rows,
-                                 load_row,        load_int8,      store_row,      add_row,         distance_logits,
-                                 row_lse,         row_shift,      column_softmax, route_gradient,  row_softmax,
+const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME,  matmul,          accumulate,    pack_columns,   pack_rows,
+                                 load_row,        load_int8,       store_row,     transpose,      add_row,
+                                 distance_logits, row_lse,         route_weights, route_gradient, row_softmax,
                                  row_weights,     attend_gradient, screen,        survivors};
 
 }  // namespace hisac::cpu
