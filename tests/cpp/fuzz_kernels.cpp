@@ -23,6 +23,7 @@ std::vector<const Kernels*> all() {
 #if defined(__x86_64__)
   if (std::strstr(available_isas(), "avx2")) out.push_back(&cpu::kAvx2);
   if (std::strstr(available_isas(), "avx512")) out.push_back(&cpu::kAvx512);
+  if (std::strstr(available_isas(), "avx512bf16")) out.push_back(&cpu::kAvx512Bf16);
 #endif
   return out;
 }
@@ -76,6 +77,52 @@ void products(Bytes& in) {
           size += std::fabs(term);
         }
         close(double(z.data()[i * ldz + j]), exact, static_cast<double>(k + 1) * kUlp * size);
+      }
+  }
+}
+
+/// x to nearest even in bfloat16, a denormal as zero.
+float rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits & 0x7f800000u) == 0 ? bits & 0x80000000u : (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+void pair_products(Bytes& in) {
+  const int64_t n = in.between(1, 64), k = in.between(1, 70), k2 = (k + 1) / 2, m = in.between(1, 200), ldz = pad(m);
+  const auto a = in.values(n * k, false), b = in.values(m * k, false);
+  Guarded<float> rows(a), columns(b);
+  for (const Kernels* kernels : all()) {
+    if (!kernels->matmul_pairs) continue;
+    Guarded<uint32_t> left(padded_rows(n) * k2), packed(cpu::packed_size(k2, m));
+    for (int64_t i = 0; i < n; ++i) {
+      const double squares = double(kernels->round_pairs(k, rows.data() + i * k, left.data() + i * k2));
+      double exact = 0;
+      for (int64_t d = 0; d < k; ++d) {
+        const float x = a[test::size(i * k + d)], y = rounded(x);
+        CHECK(std::memcmp(reinterpret_cast<const std::byte*>(&y) + 2,
+                          reinterpret_cast<const std::byte*>(left.data() + i * k2) + 2 * d, 2) == 0);
+        exact += (double(x) - double(y)) * (double(x) - double(y));
+      }
+      CHECK(k % 2 == 0 || left.data()[(i + 1) * k2 - 1] >> 16 == 0);
+      close(squares, exact, static_cast<double>(k + 2) * kUlp * exact + static_cast<double>(k) * 0x1p-149);
+    }
+    kernels->pack_pairs(k, m, columns.data(), k, packed.data());
+    Guarded<float> z(padded_rows(n) * ldz);
+    kernels->matmul_pairs(static_cast<int>(n), k2, m, left.data(), k2, packed.data(), z.data(), ldz, nullptr);
+    CHECK(left.intact() && packed.intact() && z.intact());
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < ldz; ++j) {
+        double exact = 0, size = 0;
+        for (int64_t d = 0; d < k && j < m; ++d) {
+          const double term = double(rounded(a[test::size(i * k + d)])) * double(rounded(b[test::size(j * k + d)]));
+          exact += term;
+          size += std::fabs(term);
+        }
+        close(double(z.data()[i * ldz + j]), exact,
+              static_cast<double>(k + 2) * kUlp * size + 0x1p-126 * double(2 * k));
       }
   }
 }
@@ -376,8 +423,8 @@ void distances(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  constexpr void (*kParts[])(Bytes&) = {products,  accumulations, rows_in_and_out, screens,
-                                        softmaxes, route_weights, gradients,       distances};
-  kParts[in.byte() % 8](in);
+  constexpr void (*kParts[])(Bytes&) = {products,      accumulations, rows_in_and_out, screens,      softmaxes,
+                                        route_weights, gradients,     distances,       pair_products};
+  kParts[in.byte() % 9](in);
   return 0;
 }

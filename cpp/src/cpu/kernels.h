@@ -106,12 +106,23 @@ struct Kernels {
   void (*screen)(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest);
   /// Columns of one row with z <= threshold (NaN counts), ascending; returns how many.
   int64_t (*survivors)(int64_t m, const float* z, float threshold, int32_t* out);
+
+  // Products of bfloat16 as pairs of consecutive elements of the contraction, the even one in the low half; null where
+  // the ISA does not run them faster than float32. Denormals count as zero, rounding is to nearest even.
+  /// z[n, m] = a[n, k] B as matmul does, k = 2 k2.
+  void (*matmul_pairs)(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
+                       int64_t ldz, Ahead* ahead);
+  /// Pack B [k, m] as pairs, as pack_columns does; an odd k gets a zero.
+  void (*pack_pairs)(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out);
+  /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
+  float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
 };
 
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
 /// The loops in use, chosen once per process.

@@ -12,6 +12,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef int8_t vb __attribute__((vector_size(W)));
@@ -24,6 +25,7 @@ constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile; co
 
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
+HISAC_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
 HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
 
 /// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
@@ -71,22 +73,26 @@ HISAC_INLINE vf exp2v(vf x) {
   return ((high * r2 + middle) * r2 + low) * (vf)((vi)n << 23);
 }
 
-// ---- products
+// ---- products; the elements are floats, or pairs of bfloat16 where the ISA multiplies those
 
-template <int R, int V>
-HISAC_INLINE void matmul_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* z,
-                              int64_t ldz) {
+HISAC_INLINE void multiply_add(vf& acc, float x, vf y) { acc += splat(x) * y; }
+#if defined(HISAC_PAIRS)
+HISAC_INLINE void multiply_add(vf& acc, uint32_t x, vu y) {  // the builtin's types differ between compilers
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(y), "v"(x - vu{}));
+}
+#endif
+
+template <int R, int V, class T>
+HISAC_INLINE void matmul_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* z, int64_t ldz) {
   vf acc[R][V] = {};
   for (int64_t d = 0; d < k; ++d) {
-    vf column[V];
+    decltype(load(b)) column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) column[v] = load(b + d * ldb + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vf x = splat(a[r * lda + d]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += x * column[v];
-    }
+      for (int v = 0; v < V; ++v) multiply_add(acc[r][v], a[r * lda + d], column[v]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -103,8 +109,9 @@ HISAC_INLINE void fetch(Ahead& ahead, int64_t lines) {
   }
 }
 
-static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
-                   Ahead* ahead) {
+template <class T>
+HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
+                          Ahead* ahead) {
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left);
     left -= group;
@@ -114,7 +121,7 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
       const int64_t lines = ahead ? ahead->lines * kRows * take * W / (kBlock * 48) + 1 : 0;
       for (int i = 0; i < n; i += kRows) {
         if (ahead) fetch(*ahead, lines);
-        const float* x = a + i * lda;
+        const T* x = a + i * lda;
         float* out = z + i * ldz + at;
         if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
         if (take == 2) matmul_tile<kRows, 2>(k, x, lda, packed + at, width, out, ldz);
@@ -126,6 +133,18 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
     z += width;
   }
 }
+
+static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
+                   Ahead* ahead) {
+  product(n, k, m, a, lda, packed, z, ldz, ahead);
+}
+
+#if defined(HISAC_PAIRS)
+static void matmul_pairs(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
+                         int64_t ldz, Ahead* ahead) {
+  product(n, k2, m, a, lda, packed, z, ldz, ahead);
+}
+#endif
 
 /// The block's sum is made apart and added once, so that a tile of equal rows does not lose its last digits one by one.
 template <int R, int V>
@@ -204,7 +223,9 @@ static void transpose(int64_t w, const float* src, int64_t ld, float* dst, int64
     }
 }
 
-static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+/// Panels from read(j, d, have): up to W elements of column j from row d on, the rest 0.
+template <class Read>
+HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
   int64_t j0 = 0;
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left), width = group * kLanes;
@@ -213,18 +234,26 @@ static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld,
       for (int64_t d = 0; d < k; d += W) {
         vf x[W] = {};
         const size_t have = static_cast<size_t>(k - d < W ? k - d : W);
-        for (int i = 0; i < W && j + i < m; ++i) {
-          if (have == W)
-            x[i] = load(columns + (j + i) * ld + d);
-          else
-            __builtin_memcpy(&x[i], columns + (j + i) * ld + d, have * 4);
-        }
+        for (int i = 0; i < W && j + i < m; ++i) x[i] = read(j + i, d, have);
         transpose(x);
         for (size_t i = 0; i < have; ++i) store(out + (d + static_cast<int64_t>(i)) * width + (j - j0), x[i]);
       }
     out += k * width;
     j0 += width;
   }
+}
+
+HISAC_INLINE vf load_some(const float* p, size_t have) {
+  if (have >= W) return load(p);
+  vf x = {};
+  __builtin_memcpy(&x, p, have * 4);
+  return x;
+}
+
+static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+  pack(k, m, out, [=](int64_t j, int64_t d, size_t have) __attribute__((always_inline)) {
+    return load_some(columns + j * ld + d, have);
+  });
 }
 
 static void pack_rows(int64_t k, int64_t m, const float* rows, int64_t ld, float* out) {
@@ -328,6 +357,40 @@ static void store_row(void* dst, DType type, int64_t width, const float* src, fl
     }
   }
 }
+
+#if defined(HISAC_PAIRS)
+HISAC_INLINE vh narrow_flushed(vf x) {
+  vh out;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
+  return out;
+}
+
+static float round_pairs(int64_t width, const float* src, uint32_t* dst) {
+  vf squares = {};
+  for (int64_t d = 0; d < width; d += W) {
+    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
+    const vf x = load_some(src + d, have);
+    const vh rounded = narrow_flushed(x);
+    __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
+    const vf error = x - widen(rounded, DType::bfloat16);
+    squares += error * error;
+  }
+  return sum_of(squares);
+}
+
+static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
+  const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
+    const int64_t left = k - 2 * pair;
+    const float* const p = columns + j * ld + 2 * pair;
+    const vh half[2] = {narrow_flushed(load_some(p, static_cast<size_t>(left))),
+                        narrow_flushed(left > W ? load_some(p + W, static_cast<size_t>(left - W)) : vf{})};
+    vf x;
+    __builtin_memcpy(&x, half, sizeof x);
+    return x;
+  };
+  pack((k + 1) / 2, m, reinterpret_cast<float*>(out), read);
+}
+#endif
 
 static void add_row(int64_t width, const float* src, float factor, float* dst) {
   for (int64_t d = 0; d < width; ++d) dst[d] += factor * src[d];
@@ -514,11 +577,17 @@ static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* ou
 
 #undef HISAC_INLINE
 
+#if !defined(HISAC_PAIRS)
+constexpr decltype(Kernels::matmul_pairs) matmul_pairs = nullptr;
+constexpr decltype(Kernels::pack_pairs) pack_pairs = nullptr;
+constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
+#endif
+
 }  // namespace
 
-const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME,  matmul,          accumulate,    pack_columns,   pack_rows,
-                                 load_row,        load_int8,       store_row,     transpose,      add_row,
-                                 distance_logits, row_lse,         route_weights, route_gradient, row_softmax,
-                                 row_weights,     attend_gradient, screen,        survivors};
+const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME, matmul,         accumulate,  pack_columns, pack_rows,       load_row,
+                                 load_int8,      store_row,      transpose,   add_row,      distance_logits, row_lse,
+                                 route_weights,  route_gradient, row_softmax, row_weights,  attend_gradient, screen,
+                                 survivors,      matmul_pairs,   pack_pairs,  round_pairs};
 
 }  // namespace hisac::cpu
