@@ -180,7 +180,7 @@ def route_backward(
     (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
         verb, x, v, offsets, forward.prototypes, count, temperature, bias, codes, book, x_ids, v_ids, x_scale
     )
-    tau, behaviours = rest["temperature"], (v if v_ids is None else gathered[1]).shape[0]
+    tau, behaviours = rest["temperature"], v.shape[0] if v_ids is None else math.prod(gathered[1].shape)
     shapes = {
         "v": (behaviours, v.shape[1]),
         "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
@@ -210,7 +210,7 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
 def _route_inputs(
     verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array,
     codes: Array, book: Codebook | None, x_ids: Array, v_ids: Array, x_scale: Any,
-) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, ...]]:  # fmt: skip
+) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:  # fmt: skip
     """What route and its backward share, borrowed."""
     v, x, prototypes = take(verb, "v", v), take_optional(verb, "x", x), take(verb, "prototypes", prototypes)
     rank(verb, "v", v, "T V")
@@ -230,12 +230,8 @@ def _route_inputs(
         "book": None if book is None else _check(book, Codebook, f"{verb}: book")._core,
     }
     x_scale = np.array([x_scale], np.float32) if isinstance(x_scale, int | float | np.number) else x_scale
-    gathered = {"x_ids": x_ids, "v_ids": v_ids, "x_scale": x_scale}
-    for name, a in gathered.items():
-        gathered[name] = take_optional(verb, name, a)
-        if name != "x_scale" and a is not None:
-            rank(verb, name, gathered[name], "T")
-    return (x, v, starts, ends, prototypes), rest, tuple(gathered.values())
+    ids = take_optional(verb, "x_ids", x_ids), take_optional(verb, "v_ids", v_ids)
+    return (x, v, starts, ends, prototypes), rest, (*ids, take_optional(verb, "x_scale", x_scale))
 
 
 def attend(
