@@ -16,8 +16,6 @@ namespace {
 
 constexpr int64_t kSpan = 512;  // candidates of one unit of the forward
 
-int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
-
 struct Shape {
   int64_t users, tokens, heads, width, value_width;
   explicit Shape(const AttendInputs& in) noexcept

@@ -25,6 +25,7 @@ struct State {
 };
 
 struct Worker {
+  int64_t user = 0;
   AgentPanel panel;
   Block block;
   Leaves leaves;
@@ -33,6 +34,7 @@ struct Worker {
   float *lse = nullptr, *shift = nullptr;  // [kBlock]
   float* factor = nullptr;                 // [48]
   float* rows = nullptr;                   // [kLanes, sums]
+  uint32_t* values = nullptr;              // [kBlock / 2, sums] v or x in pairs of rows
   State* stack = nullptr;
 };
 
@@ -44,7 +46,7 @@ class Router {
         params_(params),
         in_(in),
         out_(out),
-        loader_(in),
+        loader_(params, in),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -59,8 +61,8 @@ class Router {
     worker_ = arena.take<Worker>(workers_);
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_);
-      one.block.carve(arena, width_, value_width_);
+      one.panel.carve(arena, agents_, width_, loader_.rounds());
+      one.block.carve(arena, width_, value_width_, loader_.rounds());
       if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
       one.z = arena.take<float>(cpu::kBlock * std::max(cpu::pad(agents_), cpu::kPanel));
       one.e = arena.take<float>(cpu::kBlock * cpu::kPanel);
@@ -68,6 +70,7 @@ class Router {
       one.shift = arena.take<float>(cpu::kBlock);
       one.factor = arena.take<float>(cpu::kPanel);
       one.rows = arena.take<float>(cpu::kLanes * sums_);
+      if (loader_.rounds()) one.values = arena.take<uint32_t>(cpu::kBlock / 2 * sums_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
       if (worker_) worker_[w] = one;
     }
@@ -115,6 +118,7 @@ class Router {
   }
 
   void load_agents(int64_t b, Worker& w) const noexcept {
+    w.user = b;
     w.panel.load(params_, prototypes_ + b * agents_ * width_, agents_, width_, count_of(in_, b));
   }
 
@@ -133,30 +137,61 @@ class Router {
 
   void block(bool refining, Worker& w, State& state) noexcept {
     const int n = w.block.n;
-    const int64_t m = w.panel.m, ld = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
+    const int64_t m = w.panel.m, ld = cpu::pad(agents_);
     if (n == 0 || m == 0) return;
+    if (w.block.last) look_ahead(w);
+    w.block.ahead.spread(n, m);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) {
-      k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ld, &w.block.ahead);
+      products(w, 0, m, ld);
       k_.distance_logits(n, m, w.z, ld, w.block.norm, w.panel.norm, w.panel.rate);
       k_.row_lse(n, m, w.z, ld, w.lse);
     }
     for (int i = 0; i < n; ++i)
       w.shift[i] = row_shift_of(w.block.bias[i], shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
+    const int64_t value_width = refining ? width_ : value_width_, ldv = cpu::pad(value_width);
+    const float* const values = refining ? w.block.x : w.block.v;
+    for (int i = 0; loader_.rounds() && i < n; i += 2)
+      k_.pair_rows(ldv, values + i * ldv, i + 1 < n ? values + (i + 1) * ldv : nullptr, w.values + i / 2 * ldv);
     cpu::for_panels(m, [&](int64_t at, int64_t width) {
-      if (!shares)
-        k_.matmul(n, width_, width, w.block.x, ldx, w.panel.packed + width_ * at, w.z, width, &w.block.ahead);
-      const bool changed = k_.route_weights(n, width, shares ? w.z + at : w.z, shares ? ld : width,
-                                            {shares ? nullptr : w.block.norm, w.shift, w.panel.norm + at,
-                                             w.panel.rate + at, state.top + at, state.mass + at, w.factor},
-                                            w.e, width);
+      if (!shares) products(w, at, width, width);
+      const float* const z = shares ? w.z + at : w.z;
+      const int64_t ldz = shares ? ld : width;
+      const cpu::RouteWeights p{shares ? nullptr : w.block.norm,
+                                w.shift,
+                                w.panel.norm + at,
+                                w.panel.rate + at,
+                                state.top + at,
+                                state.mass + at,
+                                w.factor};
       float* const sum = state.sum + at;
-      if (changed) scale(sum, refining ? width_ : value_width_, width, w.factor);
-      if (refining)
-        k_.accumulate(n, width_, width, w.block.x, ldx, w.e, width, sum, ld);
-      else
-        k_.accumulate(n, value_width_, width, w.block.v, ldv, w.e, width, sum, ld);
+      if (loader_.rounds()) {
+        uint32_t* const e = reinterpret_cast<uint32_t*>(w.e);
+        if (k_.route_weights_pairs(n, width, z, ldz, p, e, width)) scale(sum, value_width, width, w.factor);
+        k_.accumulate_pairs((n + 1) / 2, value_width, width, w.values, ldv, e, width, sum, ld);
+      } else {
+        if (k_.route_weights(n, width, z, ldz, p, w.e, width)) scale(sum, value_width, width, w.factor);
+        k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
+      }
     });
+  }
+
+  /// After a user's last block: its tokens, and the next user's prototypes.
+  void look_ahead(Worker& w) const noexcept {
+    const int64_t users = in_.histories.users, p = agents_ * width_ * int64_t(sizeof(float));
+    const int64_t tokens = out_->tokens.rows / users * value_width_ * bytes_of(in_.v.dtype);
+    w.block.ahead.add(out_->tokens.data, w.user * tokens, (w.user + 1) * tokens);
+    if (w.user + 1 < users) w.block.ahead.add(prototypes_, (w.user + 1) * p, (w.user + 2) * p);
+  }
+
+  /// z [n, ldz] = x . p for the agents [at, at + m).
+  void products(Worker& w, int64_t at, int64_t m, int64_t ldz) const noexcept {
+    const int64_t k2 = pairs_of(width_);
+    if (loader_.rounds())
+      k_.matmul_pairs(w.block.n, k2, m, w.block.pairs, cpu::pad(k2), w.panel.pairs + k2 * at, w.z, ldz, &w.block.ahead);
+    else
+      k_.matmul(w.block.n, width_, m, w.block.x, cpu::pad(width_), w.panel.packed + width_ * at, w.z, ldz,
+                &w.block.ahead);
   }
 
   void scale(float* sum, int64_t rows, int64_t columns, const float* factor) const noexcept {
@@ -193,7 +228,7 @@ class Router {
   void finish(int64_t b, const State& s, bool refining, const Worker& w) const noexcept {
     const AgentPanel& panel = w.panel;
     const int64_t extra = params_.missing == Missing::token, rows = agents_ + extra;
-    const int64_t bytes = value_width_ * (in_.v.dtype == DType::float32 ? 4 : 2);
+    const int64_t bytes = value_width_ * bytes_of(in_.v.dtype);
     std::byte* const tokens = static_cast<std::byte*>(out_->tokens.data) + b * rows * bytes;
     float* const lse = out_->lse.data + b * rows;
     if (!refining) {

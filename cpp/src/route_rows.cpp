@@ -11,18 +11,19 @@
 
 namespace hisac {
 
-void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept {
+  if (rounds) pairs = arena.take<uint32_t>(cpu::kBlock * cpu::pad(pairs_of(width)));
   x = arena.take<float>(cpu::kBlock * cpu::pad(width));
   v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
   norm = arena.take<float>(cpu::kBlock);
   bias = arena.take<float>(cpu::kBlock);
   row = arena.take<int64_t>(cpu::kBlock);
-  ahead.span = arena.take<cpu::Ahead::Span>(2 * cpu::kBlock);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
   std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
   std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
+  if (pairs) std::fill(pairs, pairs + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
 }
 
 void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept {
@@ -35,12 +36,13 @@ void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_w
   part_v = arena.take<float>(value_width);
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs) noexcept
+RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept
     : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_(inputs.x, inputs.x_ids, inputs.x_scale),
-      v_(inputs.v, inputs.v_ids) {}
+      v_(inputs.v, inputs.v_ids),
+      rounds_(params.precision == Precision::bfloat16 && k_.matmul_pairs && params.method == Method::exact) {}
 
 bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
   if (!v_.has(row)) return false;
@@ -77,7 +79,13 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
   int n = 0;
   for (int64_t row = begin; row < end; ++row) {
-    if (load_x(row, block.x + n * ldx, block.norm + n)) {
+    float* const x = block.x + n * ldx;
+    if (load_x(row, x, block.norm + n)) {
+      if (rounds_) {
+        uint32_t* const pairs = block.pairs + n * cpu::pad(pairs_of(width_));
+        k_.round_pairs(width_, x, pairs);
+        block.norm[n] = k_.load_row(pairs, DType::bfloat16, width_, x);
+      }
       load_v(row, block.v + n * ldv);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
@@ -86,8 +94,7 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     }
   }
   block.n = n;
-  block.ahead.spans = block.ahead.next = 0;
-  block.ahead.lines = 0;
+  block.ahead.clear();
   for (const RowSource* rows : {&x_, &v_})
     rows->look_ahead(end, std::min(end + cpu::kBlock, in_.behaviours()), block.ahead);
 }
@@ -146,9 +153,12 @@ void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& b
   }
 }
 
-void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width) noexcept {
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept {
   index = arena.take<int32_t>(agents);
-  packed = arena.take<float>(cpu::packed_size(width, agents));
+  if (rounds)
+    pairs = arena.take<uint32_t>(cpu::packed_size(pairs_of(width), agents));
+  else
+    packed = arena.take<float>(cpu::packed_size(width, agents));
   rows = arena.take<float>(agents * width);
   norm = arena.take<float>(cpu::pad(agents));
   rate = arena.take<float>(cpu::pad(agents));
@@ -162,6 +172,10 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
+    if (pairs) {  // `pairs` is not packed yet: room for a row
+      k.round_pairs(width, rows + m * width, pairs);
+      norm[m] = k.load_row(pairs, DType::bfloat16, width, rows + m * width);
+    }
     rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
     index[m++] = static_cast<int32_t>(a);
   }
@@ -169,7 +183,10 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  k.pack_columns(width, m, rows, width, packed);
+  if (pairs)
+    k.pack_pairs(width, m, rows, width, pairs);
+  else
+    k.pack_columns(width, m, rows, width, packed);
 }
 
 namespace {

@@ -35,16 +35,9 @@ bool RowSource::load(int64_t t, float* out, float* norm) const noexcept {
 }
 
 void RowSource::look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept {
-  const auto add = [&](int64_t row, int64_t rows) {
-    const std::byte* const at = data_ + row * bytes_;
-    const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) % cpu::Ahead::kLine);
-    ahead.span[ahead.spans++] = {at - skew, at + rows * bytes_};
-    ahead.lines += (skew + rows * bytes_ + cpu::Ahead::kLine - 1) / cpu::Ahead::kLine;
-  };
-  if (!data_ || begin >= end) return;
-  if (!ids_) return add(begin, end - begin);
+  if (!ids_) return ahead.add(data_, begin * bytes_, end * bytes_);
   for (int64_t t = begin; t < end; ++t)
-    if (has(t)) add(row_of(t), 1);
+    if (has(t)) ahead.add(data_, row_of(t) * bytes_, (row_of(t) + 1) * bytes_);
 }
 
 bool below_limit(float norm, const float* x, int64_t width) noexcept {

@@ -9,10 +9,6 @@
 
 namespace hisac {
 
-constexpr int64_t bytes_of(DType type) noexcept {
-  return type == DType::int8 ? 1 : type == DType::bfloat16 || type == DType::float16 ? 2 : type == DType::int64 ? 8 : 4;
-}
-
 /// Rows of one behaviour each, t in [0, T).
 class RowSource {
  public:

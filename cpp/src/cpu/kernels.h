@@ -24,15 +24,28 @@ inline float base2(float x) {
 
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-/// Memory that the next block will read: a product fetches it into the cache line by line while it computes.
+/// Memory that will be wanted soon: a product fetches it into the cache line by line while it computes.
 struct Ahead {
-  static constexpr int kLine = 64;
+  static constexpr int kMost = 2 * kBlock + 3, kLine = 64;
   struct Span {
     const std::byte *at, *end;
-  };
-  Span* span;       // [spans]
-  int spans, next;  // next: the first that is not fetched yet
-  int64_t lines;    // for a product of kBlock rows with a panel of 48 columns, on average
+  } span[kMost];
+  int spans = 0, next = 0;  // next: the first that is not fetched yet
+  int64_t lines = 0;        // of all spans
+  int64_t share = 0;        // lines to fetch per kBlock * kLanes elements of a product
+
+  void clear() noexcept {
+    spans = next = 0;
+    lines = 0;
+  }
+  void add(const void* data, int64_t begin, int64_t end) noexcept {  // bytes
+    if (!data || begin >= end || spans == kMost) return;
+    const std::byte* const at = static_cast<const std::byte*>(data) + begin;
+    span[spans++] = {at - reinterpret_cast<uintptr_t>(at) % kLine, at + (end - begin)};
+    lines += (end - begin) / kLine + 1;
+  }
+  /// Spreads the lines over products of n rows and m columns in all.
+  void spread(int n, int64_t m) noexcept { share = lines * kBlock * kLanes / (n * pad(m)) + 1; }
 };
 
 /// One block of route's forward: what turns products or logits into weights.
@@ -114,6 +127,15 @@ struct Kernels {
                        int64_t ldz, Ahead* ahead);
   /// Pack B [k, m] as pairs, as pack_columns does; an odd k gets a zero.
   void (*pack_pairs)(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out);
+  /// c[w, m] += a[n, w]^T e[n, m] as accumulate does, n = 2 n2: an element of a or e holds a column's rows 2 i and 2 i
+  /// + 1.
+  void (*accumulate_pairs)(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e, int64_t lde,
+                           float* c, int64_t ldc);
+  /// As route_weights; e [(n + 1) / 2, m] is rounded, and mass its sum; an odd n gets a row of zeros.
+  bool (*route_weights_pairs)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
+                              int64_t lde);
+  /// dst [width] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
+  void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
   /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
   float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
 };

@@ -118,7 +118,7 @@ HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, 
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
       const int64_t vectors = (width - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
-      const int64_t lines = ahead ? ahead->lines * kRows * take * W / (kBlock * 48) + 1 : 0;
+      const int64_t lines = ahead ? ahead->share * kRows * take * W / (kBlock * kLanes) + 1 : 0;
       for (int i = 0; i < n; i += kRows) {
         if (ahead) fetch(*ahead, lines);
         const T* x = a + i * lda;
@@ -147,20 +147,17 @@ static void matmul_pairs(int n, int64_t k2, int64_t m, const uint32_t* a, int64_
 #endif
 
 /// The block's sum is made apart and added once, so that a tile of equal rows does not lose its last digits one by one.
-template <int R, int V>
-HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                                  int64_t ldc) {
+template <int R, int V, class T>
+HISAC_INLINE void accumulate_tile(int n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc) {
   vf acc[R][V] = {};
   for (int i = 0; i < n; ++i) {
-    vf row[V];
+    decltype(load(b)) row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = load(b + i * ldb + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vf x = splat(a[i * lda + r]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
-    }
+      for (int v = 0; v < V; ++v) multiply_add(acc[r][v], a[i * lda + r], row[v]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -168,8 +165,9 @@ HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const floa
     for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, load(c + r * ldc + v * W) + acc[r][v]);
 }
 
-static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                       int64_t ldc) {
+template <class T>
+HISAC_INLINE void transposed_product(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                     float* c, int64_t ldc) {
   for (int64_t at = 0; at < pad(w);) {
     const int64_t vectors = (pad(w) - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
     for (int64_t r = 0; r < m; r += kRows) {
@@ -180,6 +178,18 @@ static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda,
     at += take * W;
   }
 }
+
+static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                       int64_t ldc) {
+  transposed_product(n, m, w, a, lda, b, ldb, c, ldc);
+}
+
+#if defined(HISAC_PAIRS)
+static void accumulate_pairs(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e,
+                             int64_t lde, float* c, int64_t ldc) {
+  transposed_product(n2, w, m, a, lda, e, lde, c, ldc);
+}
+#endif
 
 // ---- packing
 
@@ -378,6 +388,16 @@ static float round_pairs(int64_t width, const float* src, uint32_t* dst) {
   return sum_of(squares);
 }
 
+static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
+  for (int64_t d = 0; d < width; d += W) {
+    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
+    const vh low = narrow_flushed(load_some(even + d, have)),
+             high = narrow_flushed(odd ? load_some(odd + d, have) : vf{});
+    const vu pair = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+    __builtin_memcpy(dst + d, &pair, have * 4);
+  }
+}
+
 static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
   const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
     const int64_t left = k - 2 * pair;
@@ -419,6 +439,15 @@ static void row_lse(int n, int64_t m, const float* z, int64_t ldz, float* lse) {
   }
 }
 
+/// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
+HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (((vu)odd + 0x8000u) & 0xffff0000u); }
+
+template <bool products>
+HISAC_INLINE vf route_logit(const float* z, const RouteWeights& p, int i, vf norm, vf rate) {
+  if (!products) return load(z) + p.shift[i];
+  return p.shift[i] - rate * larger(p.row_norm[i] + norm - 2.f * load(z), vf{});
+}
+
 /// Weights of one vector of agents, their sum, and the largest logit.
 template <bool products>
 HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top, float* e,
@@ -426,20 +455,30 @@ HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& 
   peak = splat(-kInfinity);
   sum = vf{};
   for (int i = 0; i < n; ++i) {
-    vf logit = load(z + i * ldz);
-    if (products)
-      logit = p.shift[i] - rate * larger(p.row_norm[i] + norm - 2.f * logit, vf{});
-    else
-      logit += p.shift[i];
+    const vf logit = route_logit<products>(z + i * ldz, p, i, norm, rate), w = exp2v(logit - top);
     peak = larger(logit, peak);
-    const vf w = exp2v(logit - top);
     store(e + i * lde, w);
     sum += w;
   }
 }
 
 template <bool products>
-HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e,
+HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top,
+                        uint32_t* e, int64_t lde, vf& peak, vf& sum) {
+  peak = splat(-kInfinity);
+  sum = vf{};
+  for (int i = 0; i < n; i += 2) {
+    const vf even = route_logit<products>(z + i * ldz, p, i, norm, rate);
+    const vf odd = i + 1 < n ? route_logit<products>(z + (i + 1) * ldz, p, i + 1, norm, rate) : splat(-kInfinity);
+    peak = larger(larger(even, odd), peak);
+    const vu w = pair_of(exp2v(even - top), exp2v(odd - top));
+    *reinterpret_cast<vu_loose*>(e + i / 2 * lde) = w;
+    sum += (vf)(w << 16) + (vf)(w & 0xffff0000u);
+  }
+}
+
+template <bool products, class T>
+HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, T* e,
                                    int64_t lde) {
   constexpr float kRise = 12;
   bool changed = false;
@@ -472,32 +511,53 @@ static bool route_weights(int n, int64_t m, const float* z, int64_t ldz, const R
                     : route_weights_of<false>(n, m, z, ldz, p, e, lde);
 }
 
+#if defined(HISAC_PAIRS)
+static bool route_weights_pairs(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
+                                int64_t lde) {
+  return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
+                    : route_weights_of<false>(n, m, z, ldz, p, e, lde);
+}
+#endif
+
 /// raw <- weights w = 2^(raw + shift_i - lse_a); dz = w (g + offset_a); d_bias_i = sum_a dz; in agents mode
 /// dz -= 2^(raw - row_lse_i) d_bias_i; g <- rate_a dz.
-static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
+template <bool shares>
+HISAC_INLINE void route_gradient_of(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
   for (int i = 0; i < n; ++i) {
     float *r = raw + i * ldz, *q = g + i * ldz;
     vf bias_sum = {}, distance_sum = {};
-    for (int64_t j = 0; j < m; j += W) {
-      const vf w = exp2v(load(r + j) + p.shift[i] - load(p.lse + j));
-      const vf dz = w * (load(q + j) + load(p.offset + j));
-      bias_sum += dz;
-      store(q + j, dz);
-    }
-    const float d_bias = p.d_bias[i] = sum_of(bias_sum);
-    for (int64_t j = 0; j < m; j += W) {
+    const auto take = [&](int64_t j, vf w, vf dz) __attribute__((always_inline)) {
       const vf logit = larger(load(r + j), splat(-3e38f));  // 0 * -inf would be NaN
-      vf dz = load(q + j);
-      if (p.row_lse) dz -= exp2v(logit - p.row_lse[i]) * d_bias;
-      store(r + j, exp2v(load(r + j) + p.shift[i] - load(p.lse + j)));
+      if (shares) dz -= exp2v(logit - p.row_lse[i]) * p.d_bias[i];
+      store(r + j, w);
       store(p.d_raw + j, load(p.d_raw + j) + dz * logit);
       const vf distance = dz * load(p.rate + j);
       store(q + j, distance);
       store(p.column_sum + j, load(p.column_sum + j) + distance);
       distance_sum += distance;
+    };
+    const auto weight = [&](int64_t j) __attribute__((always_inline)) {
+      return exp2v(load(r + j) + p.shift[i] - load(p.lse + j));
+    };
+    for (int64_t j = 0; j < m; j += W) {
+      const vf w = weight(j), dz = w * (load(q + j) + load(p.offset + j));
+      bias_sum += dz;
+      if (shares)
+        store(q + j, dz);
+      else
+        take(j, w, dz);
     }
+    p.d_bias[i] = sum_of(bias_sum);
+    for (int64_t j = 0; shares && j < m; j += W) take(j, weight(j), load(q + j));
     p.row_sum[i] = sum_of(distance_sum);
   }
+}
+
+static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
+  if (p.row_lse)
+    route_gradient_of<true>(n, m, raw, g, ldz, p);
+  else
+    route_gradient_of<false>(n, m, raw, g, ldz, p);
 }
 
 // ---- attend
@@ -580,14 +640,19 @@ static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* ou
 #if !defined(HISAC_PAIRS)
 constexpr decltype(Kernels::matmul_pairs) matmul_pairs = nullptr;
 constexpr decltype(Kernels::pack_pairs) pack_pairs = nullptr;
+constexpr decltype(Kernels::accumulate_pairs) accumulate_pairs = nullptr;
+constexpr decltype(Kernels::route_weights_pairs) route_weights_pairs = nullptr;
+constexpr decltype(Kernels::pair_rows) pair_rows = nullptr;
 constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
 #endif
 
 }  // namespace
 
-const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME, matmul,         accumulate,  pack_columns, pack_rows,       load_row,
-                                 load_int8,      store_row,      transpose,   add_row,      distance_logits, row_lse,
-                                 route_weights,  route_gradient, row_softmax, row_weights,  attend_gradient, screen,
-                                 survivors,      matmul_pairs,   pack_pairs,  round_pairs};
+const Kernels HISAC_ISA_TABLE = {
+    HISAC_ISA_NAME, matmul,         accumulate,  pack_columns,     pack_rows,           load_row,
+    load_int8,      store_row,      transpose,   add_row,          distance_logits,     row_lse,
+    route_weights,  route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
+    survivors,      matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
+    round_pairs};
 
 }  // namespace hisac::cpu
