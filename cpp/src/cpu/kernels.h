@@ -40,7 +40,8 @@ struct Ahead {
   }
   void add(const void* data, int64_t begin, int64_t end) noexcept {  // bytes
     if (!data || begin >= end || spans == kMost) return;
-    span[spans++] = {static_cast<const std::byte*>(data) + begin, static_cast<const std::byte*>(data) + end};
+    const std::byte* const at = static_cast<const std::byte*>(data) + begin;
+    span[spans++] = {at - reinterpret_cast<uintptr_t>(at) % kLine, at + (end - begin)};
     lines += (end - begin) / kLine + 1;
   }
   /// Spreads the lines over products of n rows and m columns in all.
@@ -86,6 +87,8 @@ struct Kernels {
   void (*pack_rows)(int64_t k, int64_t m, const float* rows, int64_t ld, float* out);
   /// dst[0, width) = a row of `type`; returns its sum of squares.
   float (*load_row)(const void* src, DType type, int64_t width, float* dst);
+  /// The same of scale * src.
+  float (*load_int8)(const int8_t* src, float scale, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale);
   /// dst[c, r] = src[r, c] of 16 columns c and w rows r, w rounded up to kLanes.

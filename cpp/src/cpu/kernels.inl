@@ -15,6 +15,8 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef int8_t vb_loose __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
@@ -332,6 +334,25 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   return sum_of(squares);
 }
 
+static float load_int8(const int8_t* src, float scale, int64_t width, float* dst) {
+  vf squares = {};
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = scale * __builtin_convertvector(*reinterpret_cast<const vb_loose*>(src + d), vf);
+    store(dst + d, x);
+    squares += x * x;
+  }
+  if (d < width) {
+    const size_t rest = static_cast<size_t>(width - d);
+    vb raw = {};
+    __builtin_memcpy(&raw, src + d, rest);
+    const vf x = scale * __builtin_convertvector(raw, vf);
+    __builtin_memcpy(dst + d, &x, rest * 4);
+    squares += x * x;
+  }
+  return sum_of(squares);
+}
+
 static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
   float* const out = static_cast<float*>(dst);
   uint16_t* const half = static_cast<uint16_t*>(dst);
@@ -632,9 +653,10 @@ constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
 }  // namespace
 
 const Kernels HISAC_ISA_TABLE = {
-    HISAC_ISA_NAME, matmul,      accumulate,       pack_columns,        pack_rows, load_row,
-    store_row,      transpose,   add_row,          distance_logits,     row_lse,   route_weights,
-    route_gradient, row_softmax, row_weights,      attend_gradient,     screen,    survivors,
-    matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows, round_pairs};
+    HISAC_ISA_NAME, matmul,         accumulate,  pack_columns,     pack_rows,           load_row,
+    load_int8,      store_row,      transpose,   add_row,          distance_logits,     row_lse,
+    route_weights,  route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
+    survivors,      matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
+    round_pairs};
 
 }  // namespace hisac::cpu
