@@ -134,7 +134,7 @@ struct Kernels {
   /// As route_weights; e [(n + 1) / 2, m] is rounded, and mass its sum; an odd n gets a row of zeros.
   bool (*route_weights_pairs)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
                               int64_t lde);
-  /// dst [width] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
+  /// dst [pad(width)] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
   void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
   /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
   float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
