@@ -157,6 +157,7 @@ void rows_in_and_out(Bytes& in) {
   std::vector<std::byte> raw(test::size(width * bytes));
   for (std::byte& b : raw) b = static_cast<std::byte>(in.byte());
   Guarded<std::byte> source(raw);
+  Guarded<std::byte> bytes_of_row(std::vector<std::byte>(raw.begin(), raw.begin() + width));
   const float scale = in.value(false);
   const auto added = in.values(width, false);
   std::vector<float> first;
@@ -164,6 +165,15 @@ void rows_in_and_out(Bytes& in) {
   float first_squares = 0;
   for (const Kernels* kernels : all()) {
     Guarded<float> row(width);
+    const int8_t* const int8 = reinterpret_cast<const int8_t*>(bytes_of_row.data());
+    const double byte_squares = double(kernels->load_int8(int8, scale, width, row.data()));
+    CHECK(row.intact());
+    double exact_squares = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      CHECK(row.data()[d] == static_cast<float>(int8[d]) * scale);
+      exact_squares += double(row.data()[d]) * double(row.data()[d]);
+    }
+    close(byte_squares, exact_squares, static_cast<double>(width + 2) * kUlp * exact_squares);
     const float squares = kernels->load_row(source.data(), type, width, row.data());
     CHECK(row.intact());
     for (int64_t d = 0; d < width && type == DType::bfloat16; ++d)
