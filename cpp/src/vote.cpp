@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// One user at a time: count the votes of leaves, grouped by their parents; then walk the tree from the root down over
-// the sorted parents. Where parents are few, rows are first dealt into a bucket for each parent, so that a bucket's
-// counters stay in L1; otherwise leaves are hashed, then sorted by parent.
+// One user at a time, in three steps: votes of parents (the nodes above the leaves), seats of parents, leaves of the
+// seated ones. Two ways to count, both without a branch that depends on a row:
+//   dense   long histories in trees of few parents: a histogram of parents (a first reading of the rows), seats by it,
+//           then counters only for leaves of parents that may be seated (a second reading). What caps a parent, how
+//           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound;
+//           should the true caps seat others, they are counted in their turn. Once every seated parent is counted, the
+//           seats are those of the true caps: keys of leaves that do not exist were never among the chosen.
+//   sorted  everything else: leaf numbers, radix-sorted.
+// Then the leaves of seated parents are radix-sorted by votes, most first, lower codes first among equals, and taken
+// while their parent has a seat: choice and output order in one.
 //
 // Top-down equals the definition's bottom-up orders: the order at a node merges its children's orders, so the first s
 // leaves at a node are, for each child, its first s_c, where the s_c are the D'Hondt seats of the children, capped by
-// how many leaves they have. Leaves of one parent stay unsorted: every choice compares votes, then codes.
+// how many leaves they have.
 #include "hisac/vote.h"
 
 #include <algorithm>
@@ -19,22 +26,22 @@
 namespace hisac {
 namespace {
 
-constexpr int64_t kMostVoters = (int64_t{1} << 24) - 1;
-constexpr int64_t kMostBuckets = int64_t{1} << 16;  // parents, and codes of the last level, to be counted in buckets,
-constexpr int64_t kBucketRatio = 8;                 // and parents per row, since every user's buckets are cleared
+constexpr int kPlaceBits = 24;  // of a place among a user's rows
+constexpr int64_t kMostVoters = (int64_t{1} << kPlaceBits) - 1;
+constexpr uint64_t kMostVotes = (uint64_t{1} << (64 - kPlaceBits)) - 1;  // 16 * 2^12 a row stay below
+constexpr int64_t kMostParents = int64_t{1} << 16;                       // to be counted densely,
+constexpr int64_t kDenseRows = 2048;                                     // with at least so many rows,
+constexpr int64_t kCells = 4;                                            // and at most so many counters a row
+constexpr int64_t kBlock = 256;                                          // rows located at a time
+constexpr int kLanes = 4;                // histograms side by side: equal codes in a row would wait for
+constexpr int64_t kLanesParents = 4096;  // each other's store; up to so many parents
+constexpr int kMostDigit = 11;
 
-struct Leaf {
-  uint64_t key;
-  int64_t votes;
-};
-
-/// More votes, then the lower code: the order of the agents, and of leaves under one parent.
-bool before(const Leaf& a, const Leaf& b) noexcept { return a.votes != b.votes ? a.votes > b.votes : a.key < b.key; }
-
-/// A node above the leaves that has votes: its leaves are [begin, end).
+/// A node above the leaves that has votes; its leaves are places from `begin` on, or a block of counters.
 struct Parent {
   uint64_t number;
-  int64_t begin, end, votes;
+  int64_t begin, votes, leaves, seats;
+  bool counted;
 };
 
 /// A node of the tree: a run of parents, the votes and leaves below it, and the seats it has.
@@ -42,39 +49,66 @@ struct Node {
   int64_t begin, end, votes, leaves, seats;
 };
 
-/// More of the key n / (seats + 1), then more votes, then the lower code first.
-struct NextSeat {
-  static uint64_t key(const Node& n) noexcept {
-    return (static_cast<uint64_t>(n.votes) << 24) / static_cast<uint64_t>(n.seats + 1);
-  }
-  bool operator()(const Node& a, const Node& b) const noexcept {  // a heap's "less"
-    const uint64_t ka = key(a), kb = key(b);
-    if (ka != kb) return ka < kb;
-    if (a.votes != b.votes) return a.votes < b.votes;
-    return a.begin > b.begin;
-  }
+/// A child's next seat: n / (seats + 1). More of it, then more votes, then the lower code first; a heap's "less".
+struct Bid {
+  uint64_t key;
+  int64_t child;
 };
 
-bool more_votes(const Node& a, const Node& b) noexcept {
-  return a.votes != b.votes ? a.votes > b.votes : a.begin < b.begin;
+/// A leaf that may be an agent: its last code and the place of its parent.
+struct Candidate {
+  uint32_t last, parent;
+};
+
+/// More votes first, then the lower place, as a number to be sorted upwards.
+uint64_t rank_word(int64_t votes, int64_t place) noexcept {
+  return (kMostVotes - static_cast<uint64_t>(votes)) << kPlaceBits | static_cast<uint64_t>(place);
+}
+int64_t place_of(uint64_t word) noexcept { return static_cast<int64_t>(word & kMostVoters); }
+
+int bits_of(uint64_t n) noexcept { return n ? 64 - __builtin_clzll(n) : 0; }
+
+/// Sorts key[0, n), and `weight` beside it if there is one, by bits [low, high), stably; swaps with the spares.
+template <bool weighted>
+void radix_sort(int64_t n, int low, int high, uint64_t*& key, uint64_t*& spare, uint32_t*& weight,
+                uint32_t*& spare_weight) noexcept {
+  if (n < 2 || high <= low) return;
+  const int most = std::clamp(bits_of(static_cast<uint64_t>(n)) - 1, 6, kMostDigit);
+  const int passes = (high - low + most - 1) / most, digit = (high - low + passes - 1) / passes;
+  const uint64_t mask = (uint64_t{1} << digit) - 1;
+  uint32_t at[1 << kMostDigit];
+  for (; low < high; low += digit) {
+    std::fill(at, at + mask + 1, 0u);
+    for (int64_t i = 0; i < n; ++i) ++at[key[i] >> low & mask];
+    uint32_t total = 0;
+    for (uint64_t d = 0; d <= mask; ++d) total += std::exchange(at[d], total);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t to = at[key[i] >> low & mask]++;
+      spare[to] = key[i];
+      if (weighted) spare_weight[to] = weight[i];
+    }
+    std::swap(key, spare);
+    if (weighted) std::swap(weight, spare_weight);
+  }
 }
 
 struct Scratch {
-  bool buckets = false;
-  int64_t parents_possible = 0, last = 0, slots = 0;
-  // in buckets
-  uint32_t* fill = nullptr;     // [parents] rows of a bucket, then where it ends
-  uint32_t* bucket = nullptr;   // [rows] last codes, by bucket
-  uint32_t* weight = nullptr;   // [rows]
-  int64_t* counter = nullptr;   // [C_L]; all zero between buckets
-  uint32_t* touched = nullptr;  // [C_L]
-  // hashed
-  uint32_t* table = nullptr;  // [slots] 1 + the leaf's place; all zero between users
-  uint32_t* slot = nullptr;   // [leaves] where it stands in the table
-  Leaf* spare = nullptr;      // [leaves] for the sort
+  bool dense = false;
+  int64_t parents_possible = 0, last = 0, cells_possible = 0;
+  // dense
+  uint64_t* histogram = nullptr;  // [kLanes][parents + 1], the last one for rows that do not vote
+  uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
+  uint64_t* cells = nullptr;      // [cells + C_L], the last C_L for parents that are not counted
+  // sorted
+  uint64_t* key = nullptr;  // [rows + 1] leaf numbers; later candidates' ranks
+  uint32_t *weight = nullptr, *spare_weight = nullptr;
+  int64_t* sum = nullptr;  // [1 + leaves] votes up to and with a leaf
   // both
-  Leaf *leaves = nullptr, *kept = nullptr;
+  uint64_t* spare = nullptr;  // [rows + 1]
+  Candidate* candidates = nullptr;
   Parent* parents = nullptr;
+  Bid* bids = nullptr;
+  uint64_t *rank = nullptr, *spare_rank = nullptr;  // [parents]
   Node *nodes = nullptr, *next = nullptr, *children = nullptr;
 
   void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
@@ -82,32 +116,29 @@ struct Scratch {
     const int64_t rows = std::min(longest, kMostVoters), m = seats(params, book.levels());
     last = body.size[book.levels() - 1];
     parents_possible = 1;
-    for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostBuckets; ++l) parents_possible *= body.size[l];
-    buckets = parents_possible <= std::min(kMostBuckets, kBucketRatio * rows + 1) && last <= kMostBuckets;
-    const int64_t most_parents = buckets ? std::min(parents_possible, rows) : rows;
-    for (slots = 16; slots < 2 * rows;) slots *= 2;
-    fill = arena.take<uint32_t>(buckets ? parents_possible : 0);
-    bucket = arena.take<uint32_t>(buckets ? rows : 0);
-    weight = arena.take<uint32_t>(buckets ? rows : 0);
-    counter = arena.take<int64_t>(buckets ? last : 0);
-    touched = arena.take<uint32_t>(buckets ? last : 0);
-    table = arena.take<uint32_t>(buckets ? 0 : slots);
-    slot = arena.take<uint32_t>(buckets ? 0 : rows);
-    spare = arena.take<Leaf>(buckets ? 0 : rows);
-    leaves = arena.take<Leaf>(rows);
-    parents = arena.take<Parent>(most_parents);
+    for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
+    dense = parents_possible <= std::min(kMostParents, rows) && rows >= kDenseRows && last <= kCells * rows;
+    const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
+    cells_possible = std::min(kCells * rows, most_parents * last);
+    histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
+    block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
+    cells = arena.take<uint64_t>(dense ? cells_possible + last : 0);
+    key = arena.take<uint64_t>(rows + 1);
+    spare = arena.take<uint64_t>(rows + 1);
+    weight = arena.take<uint32_t>(rows);
+    spare_weight = arena.take<uint32_t>(rows);
+    sum = arena.take<int64_t>(rows + 1);
+    candidates = arena.take<Candidate>(rows + 1);
+    parents = arena.take<Parent>(most_parents + 1);
+    bids = arena.take<Bid>(most_parents);
+    rank = arena.take<uint64_t>(most_parents);
+    spare_rank = arena.take<uint64_t>(most_parents);
     children = arena.take<Node>(most_parents);
     nodes = arena.take<Node>(m);
     next = arena.take<Node>(m);
-    kept = arena.take<Leaf>(m);
   }
 
-  void clear() noexcept {
-    if (buckets)
-      std::fill(counter, counter + last, int64_t{0});
-    else
-      std::fill(table, table + slots, 0u);
-  }
+  int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
 };
 
 uint32_t quantise(float w) noexcept {
@@ -118,172 +149,211 @@ uint32_t quantise(float w) noexcept {
 class Voter {
  public:
   Voter(const Codebook& book, const VoteParams& params, Scratch& scratch) noexcept
-      : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(body_.size[levels_ - 1]) {}
-
-  /// One user: the kept leaves, sorted by votes and code; returns how many.
-  int64_t run(const int32_t* codes, const float* weights, int64_t rows) noexcept {
-    rows = std::min(rows, kMostVoters);
-    leaves_ = parents_ = 0;
-    if (!s_.buckets)
-      count_hashed(codes, weights, rows);
-    else if (levels_ == 2)
-      weights ? count_buckets<2, true>(codes, weights, rows) : count_buckets<2, false>(codes, weights, rows);
-    else
-      weights ? count_buckets<0, true>(codes, weights, rows) : count_buckets<0, false>(codes, weights, rows);
-    kept_ = 0;
-    if (parents_) select();
-    std::sort(s_.kept, s_.kept + kept_, before);
-    return kept_;
+      : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(s_.last) {
+    const uint64_t below = body_.stride[0];
+    leaves_bits_ = body_.size[0] - 1 > static_cast<int64_t>(~uint64_t{0} / below)  // 2^64 leaves
+                       ? 64
+                       : bits_of(below - 1 + below * static_cast<uint64_t>(body_.size[0] - 1));
+    reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
   }
 
-  void write(int64_t place, int32_t* codes, int64_t* votes) const noexcept {
-    uint64_t key = s_.kept[place].key;
-    *votes = s_.kept[place].votes;
-    for (int l = 0; l < levels_; ++l) {
-      codes[l] = static_cast<int32_t>(key / body_.stride[l]);
-      key %= body_.stride[l];
-    }
+  /// One user: writes the kept leaves, by votes and code; returns how many.
+  int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
+              int64_t* out_votes) noexcept {
+    rows = std::min(rows, kMostVoters);
+    candidates_ = parents_ = all_votes_ = 0;
+    const bool dense = s_.dense && rows >= kDenseRows && s_.parents_possible <= rows && last_ <= kCells * rows;
+    if (!dense || !(weights ? count_dense<int64_t>(codes, weights, rows) : count_dense<int32_t>(codes, weights, rows)))
+      weights ? count_sorted<true>(codes, weights, rows) : count_sorted<false>(codes, weights, rows);
+    return write(out_codes, out_votes);
   }
 
  private:
-  /// A row's parent and last code; false where a code is out of range. L: the levels, 0: any.
-  template <int L>
-  bool locate(const int32_t* codes, uint64_t* parent, uint32_t* last) const noexcept {
-    const int levels = L ? L : levels_;
-    bool ok = true;
-    uint64_t number = 0;
-    for (int l = 0; l < levels; ++l) {
-      ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
-      if (l + 1 < levels) number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
-    }
-    *parent = number;
-    *last = static_cast<uint32_t>(codes[levels - 1]);
-    return ok;
-  }
-
-  template <int L, bool weighted>
-  void count_buckets(const int32_t* codes, const float* weights, int64_t rows) noexcept {
-    const int levels = L ? L : levels_;
-    std::fill(s_.fill, s_.fill + s_.parents_possible, 0u);
-    uint64_t parent;
-    uint32_t last;
-    for (int64_t i = 0; i < rows; ++i)
-      if (locate<L>(codes + i * levels, &parent, &last)) ++s_.fill[parent];
-    uint32_t total = 0;
-    for (int64_t p = 0; p < s_.parents_possible; ++p) total += std::exchange(s_.fill[p], total);
-    for (int64_t i = 0; i < rows; ++i)
-      if (locate<L>(codes + i * levels, &parent, &last)) {
-        const uint32_t at = s_.fill[parent]++;
-        s_.bucket[at] = last;
-        if (weighted) s_.weight[at] = quantise(weights[i]);
-      }
-    for (int64_t p = 0, at = 0; p < s_.parents_possible; ++p) {
-      const int64_t end = s_.fill[p];
-      if (end > at) count_bucket<weighted>(static_cast<uint64_t>(p), at, end);
-      at = end;
-    }
-  }
+  // ---- counting
 
   template <bool weighted>
-  void count_bucket(uint64_t number, int64_t at, int64_t end) noexcept {
-    int64_t found = 0;
-    for (; at < end; ++at) {
-      const uint32_t c = s_.bucket[at];
-      const int64_t votes = weighted ? s_.weight[at] : 1;
-      s_.touched[found] = c;
-      found += votes != 0 && s_.counter[c] == 0;
-      s_.counter[c] += votes;
-      if (found == last_) break;  // all are touched, and `touched` is full
+  void count_sorted(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i, codes += levels_) {
+      bool ok = true;
+      uint64_t number = 0;
+      for (int l = 0; l < levels_; ++l) {
+        ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
+      }
+      s_.key[n] = number;
+      if (weighted) ok &= (s_.weight[n] = quantise(weights[i])) != 0;
+      n += ok;
     }
-    for (++at; at < end; ++at) s_.counter[s_.bucket[at]] += weighted ? s_.weight[at] : 1;
-    if (found == 0) return;
-    Parent parent{number, leaves_, leaves_ + found, 0};
-    for (int64_t j = 0; j < found; ++j) {
-      const uint32_t c = s_.touched[j];
-      parent.votes += s_.counter[c];
-      s_.leaves[leaves_++] = {number * static_cast<uint64_t>(last_) + c, std::exchange(s_.counter[c], 0)};
+    if (n == 0) return;
+    radix_sort<weighted>(n, 0, leaves_bits_, s_.key, s_.spare, s_.weight, s_.spare_weight);
+    uint64_t* const key = s_.key;
+    key[n] = ~key[n - 1];
+    int64_t leaves = 0, sum = 0;
+    s_.sum[0] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      sum += weighted ? s_.weight[i] : 1;
+      const uint64_t leaf = key[i];
+      key[leaves] = leaf;
+      s_.sum[leaves + 1] = sum;
+      leaves += key[i + 1] != leaf;
     }
-    s_.parents[parents_++] = parent;
+    uint64_t number = parent_of(key[0]);
+    for (int64_t i = 0, begin = 0; i < leaves; ++i) {
+      const uint64_t following = i + 1 < leaves ? parent_of(key[i + 1]) : ~number;
+      s_.parents[parents_] = {number, begin, s_.sum[i + 1] - s_.sum[begin], i + 1 - begin, 0, true};
+      parents_ += following != number;
+      begin = following != number ? i + 1 : begin;
+      number = following;
+    }
+    assign_seats();
+    for (int64_t p = 0; p < parents_; ++p) {
+      const Parent& parent = s_.parents[p];
+      if (!parent.seats) continue;
+      const int64_t* const at = s_.sum + parent.begin;
+      const uint64_t* const leaf = key + parent.begin;
+      const uint64_t first = parent.number * static_cast<uint64_t>(last_);
+      gather(
+          p, parent.leaves, [at](int64_t i) { return at[i + 1] - at[i]; },
+          [leaf, first](int64_t i) { return static_cast<uint32_t>(leaf[i] - first); });
+    }
   }
 
-  void count_hashed(const int32_t* codes, const float* weights, int64_t rows) noexcept {
-    const uint64_t mask = static_cast<uint64_t>(s_.slots - 1);
-    for (int64_t i = 0; i < rows; ++i, codes += levels_) {
-      uint64_t parent;
-      uint32_t last;
-      const int64_t votes = weights ? quantise(weights[i]) : 1;
-      if (!votes || !locate<0>(codes, &parent, &last)) continue;
-      const uint64_t key = parent * static_cast<uint64_t>(last_) + last;
-      uint64_t at = (key * 0x9e3779b97f4a7c15u) >> 20 & mask;
-      while (s_.table[at] && s_.leaves[s_.table[at] - 1].key != key) at = (at + 1) & mask;
-      if (s_.table[at]) {
-        s_.leaves[s_.table[at] - 1].votes += votes;
-      } else {
-        s_.slot[leaves_] = static_cast<uint32_t>(at);
-        s_.leaves[leaves_] = {key, votes};
-        s_.table[at] = static_cast<uint32_t>(++leaves_);
+  uint64_t parent_of(uint64_t leaf) const noexcept {
+    if (reciprocal_) return static_cast<uint64_t>(static_cast<unsigned __int128>(reciprocal_) * leaf >> 64);
+    return leaf / static_cast<uint64_t>(last_);
+  }
+
+  /// False, with nothing done, where too many parents would have to be counted.
+  template <class Count>
+  bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    constexpr bool weighted = sizeof(Count) == 8;
+    const int64_t none = s_.parents_possible, stride = s_.lanes() > 1 ? none + 1 : 0;
+    Count* const lane = reinterpret_cast<Count*>(s_.histogram);
+    std::fill(lane, lane + (none + 1) * s_.lanes(), Count{0});
+    each_block(codes, rows, [&](int64_t at, int64_t n, const uint32_t* parent, const uint32_t*) {
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j)
+          lane[j * stride + parent[i + j]] += weighted ? quantise(weights[at + i + j]) : 1;
+      for (; i < n; ++i) lane[parent[i]] += weighted ? quantise(weights[at + i]) : 1;
+    });
+    for (int64_t p = 0; p < none; ++p) {
+      int64_t votes = lane[p];
+      for (int64_t j = 1; j < s_.lanes(); ++j) votes += lane[j * stride + p];
+      s_.parents[parents_] = {static_cast<uint64_t>(p), 0, votes, weighted ? last_ : std::min(votes, last_), 0, false};
+      parents_ += votes != 0;
+    }
+    Count* const cells = reinterpret_cast<Count*>(s_.cells);
+    const int64_t room = std::min(s_.cells_possible, kCells * rows);
+    int64_t used = 0;
+    for (int round = 0; parents_; ++round) {
+      assign_seats();
+      const int64_t before = used;
+      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(s_.cells_possible));
+      for (int64_t p = 0; p < parents_; ++p) {
+        Parent& parent = s_.parents[p];
+        if (!parent.seats || parent.counted) continue;
+        if (used + last_ > room || round == 2) return (parents_ = 0);
+        s_.block[parent.number] = static_cast<uint32_t>(parent.begin = used);
+        used += last_;
+      }
+      if (used == before) break;
+      std::fill(cells + before, cells + used, Count{0});
+      each_block(codes, rows, [&](int64_t at, int64_t n, const uint32_t* parent, const uint32_t* last) {
+        for (int64_t i = 0; i < n; ++i)
+          cells[s_.block[parent[i]] + last[i]] += weighted ? quantise(weights[at + i]) : 1;
+      });
+      if (!params_.budget) break;
+      for (int64_t p = 0; p < parents_; ++p) {
+        Parent& parent = s_.parents[p];
+        if (!parent.seats || parent.counted) continue;
+        parent.counted = true;
+        parent.leaves = last_ - std::count(cells + parent.begin, cells + parent.begin + last_, Count{0});
       }
     }
-    for (int64_t j = 0; j < leaves_; ++j) s_.table[s_.slot[j]] = 0;
-    sort_leaves();
-    for (int64_t i = 0; i < leaves_;) {
-      Parent parent{s_.leaves[i].key / static_cast<uint64_t>(last_), i, i, 0};
-      for (; i < leaves_ &&
-             s_.leaves[i].key - parent.number * static_cast<uint64_t>(last_) < static_cast<uint64_t>(last_);
-           ++i)
-        parent.votes += s_.leaves[i].votes;
-      parent.end = i;
-      s_.parents[parents_++] = parent;
+    for (int64_t p = 0; p < parents_; ++p) {
+      const Parent& parent = s_.parents[p];
+      const Count* const cell = cells + parent.begin;
+      if (parent.seats)
+        gather(p, last_, [cell](int64_t i) { return cell[i]; }, [](int64_t i) { return static_cast<uint32_t>(i); });
+    }
+    return true;
+  }
+
+  /// work(first row, rows, their parents, their last codes) for up to kBlock rows at a time; a row with a code out of
+  /// range has the parent `parents_possible` and the last code 0.
+  template <class Work>
+  void each_block(const int32_t* codes, int64_t rows, Work work) const noexcept {
+    uint32_t parent[kBlock], last[kBlock];
+    const uint32_t none = static_cast<uint32_t>(s_.parents_possible);
+    for (int64_t at = 0; at < rows; at += kBlock) {
+      const int64_t n = std::min(kBlock, rows - at);
+      const int32_t* c = codes + at * levels_;
+      if (levels_ == 2) {
+        for (int64_t i = 0; i < n; ++i) {
+          const uint32_t first = static_cast<uint32_t>(c[2 * i]), second = static_cast<uint32_t>(c[2 * i + 1]);
+          const bool ok = (first < none) & (second < static_cast<uint32_t>(last_));
+          parent[i] = ok ? first : none;
+          last[i] = ok ? second : 0;
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i, c += levels_) {
+          bool ok = static_cast<uint32_t>(c[levels_ - 1]) < static_cast<uint32_t>(last_);
+          uint32_t number = 0;
+          for (int l = 0; l + 1 < levels_; ++l) {
+            ok &= static_cast<uint32_t>(c[l]) < static_cast<uint32_t>(body_.size[l]);
+            number = number * static_cast<uint32_t>(body_.size[l]) + static_cast<uint32_t>(c[l]);
+          }
+          parent[i] = ok ? number : none;
+          last[i] = ok ? static_cast<uint32_t>(c[levels_ - 1]) : 0;
+        }
+      }
+      work(at, n, parent, last);
     }
   }
 
-  /// Radix sort by key, a byte a pass, only the bytes in which keys differ.
-  void sort_leaves() noexcept {
-    uint64_t differ = 0;
-    for (int64_t j = 0; j < leaves_; ++j) differ |= s_.leaves[j].key ^ s_.leaves[0].key;
-    for (int shift = 0; shift < 64; shift += 8) {
-      if ((differ >> shift & 255) == 0) continue;
-      int64_t at[256] = {};
-      for (int64_t j = 0; j < leaves_; ++j) ++at[s_.leaves[j].key >> shift & 255];
-      int64_t total = 0;
-      for (int64_t& a : at) total += std::exchange(a, total);
-      for (int64_t j = 0; j < leaves_; ++j) s_.spare[at[s_.leaves[j].key >> shift & 255]++] = s_.leaves[j];
-      std::swap(s_.leaves, s_.spare);
-    }
-  }
+  // ---- seats
 
-  void select() noexcept {
+  /// The seats of every parent, by its votes and leaves.
+  void assign_seats() noexcept {
+    Node root{0, parents_, 0, 0, 0};
+    for (int64_t p = 0; p < parents_; ++p) {
+      root.votes += s_.parents[p].votes;
+      root.leaves += s_.parents[p].leaves;
+      s_.parents[p].seats = 0;
+    }
+    root.seats = std::min(params_.budget, root.leaves);
+    s_.nodes[0] = root;
     int64_t n = 1;
-    s_.nodes[0] = {0, parents_, 0, leaves_, std::min(params_.budget, leaves_)};
     for (int l = 0; l + 1 < levels_; ++l) {
       int64_t m = 0;
       for (int64_t i = 0; i < n; ++i) {
-        const Node node = s_.nodes[i];
-        if (params_.budget && node.leaves <= node.seats) {
-          keep_all(node);
-          continue;
-        }
-        const int64_t found = children_of(node, l);
-        const int64_t take = params_.budget ? give_seats(found, node.seats) : most_voted(found, params_.fanout[l]);
-        std::copy(s_.children, s_.children + take, s_.next + m);
-        m += take;
+        const int64_t found = children_of(s_.nodes[i], l);
+        m += params_.budget ? give_seats(found, s_.nodes[i], s_.next + m) : keep(found, params_.fanout[l], s_.next + m);
       }
       std::swap(s_.nodes, s_.next);
       n = m;
     }
-    for (int64_t i = 0; i < n; ++i) keep_leaves(s_.parents[s_.nodes[i].begin], s_.nodes[i].seats);
+    for (int64_t i = 0; i < n; ++i)
+      s_.parents[s_.nodes[i].begin].seats = params_.budget ? s_.nodes[i].seats : params_.fanout[levels_ - 1];
   }
 
   /// The children of a node that lie at `level`, above the leaves, into scratch.children.
   int64_t children_of(const Node& node, int level) noexcept {
     const uint64_t below = body_.stride[level] / static_cast<uint64_t>(last_);  // parents below such a child
+    if (below == 1) {
+      for (int64_t i = node.begin; i < node.end; ++i)
+        s_.children[i - node.begin] = {i, i + 1, s_.parents[i].votes, s_.parents[i].leaves, 0};
+      return node.end - node.begin;
+    }
     int64_t found = 0;
     for (int64_t i = node.begin; i < node.end;) {
       Node child{i, i, 0, 0, 0};
       const uint64_t first = s_.parents[i].number / below * below;
       for (; i < node.end && s_.parents[i].number - first < below; ++i) {
         child.votes += s_.parents[i].votes;
-        child.leaves += s_.parents[i].end - s_.parents[i].begin;
+        child.leaves += s_.parents[i].leaves;
       }
       child.end = i;
       s_.children[found++] = child;
@@ -291,56 +361,146 @@ class Voter {
     return found;
   }
 
-  int64_t most_voted(int64_t found, int64_t k) noexcept {
-    if (k >= found) return found;
-    std::nth_element(s_.children, s_.children + k, s_.children + found, more_votes);
+  /// The k children with most votes, to `out`; returns how many.
+  int64_t keep(int64_t found, int64_t k, Node* out) noexcept {
+    if (k >= found) return std::copy(s_.children, s_.children + found, out) - out;
+    int64_t all = 0;
+    for (int64_t j = 0; j < found; ++j) {
+      s_.rank[j] = rank_word(s_.children[j].votes, j);
+      all |= s_.children[j].votes;
+    }
+    sort_ranks(found, all, s_.rank, s_.spare_rank);
+    for (int64_t j = 0; j < k; ++j) out[j] = s_.children[place_of(s_.rank[j])];
     return k;
   }
 
-  /// D'Hondt among scratch.children, each capped by its leaves; those with seats come first, returns how many. A child
-  /// is owed floor(seats n_c / n) at least (keys of n / seats and more number at most `seats`), so only the rest is
-  /// dealt out one by one.
-  int64_t give_seats(int64_t found, int64_t seats) noexcept {
+  static void sort_ranks(int64_t n, int64_t all_votes, uint64_t*& rank, uint64_t*& spare) noexcept {
+    uint32_t* no_weight = nullptr;
+    radix_sort<false>(n, kPlaceBits, kPlaceBits + bits_of(static_cast<uint64_t>(all_votes)), rank, spare, no_weight,
+                      no_weight);
+  }
+
+  /// D'Hondt among scratch.children, each capped by its leaves: those with seats go to `out`, returns how many.
+  int64_t give_seats(int64_t found, const Node& node, Node* out) noexcept {
     Node* const c = s_.children;
-    int64_t votes = 0, open = seats;
-    for (int64_t j = 0; j < found; ++j) votes += c[j].votes;
+    if (node.leaves <= node.seats) {
+      for (int64_t j = 0; j < found; ++j) c[j].seats = c[j].leaves;
+    } else {
+      // For any n / d, the keys of n / d and more are a prefix of the order of seats; d = node.seats and all votes give
+      // no more than there are. The second guess spends what rounding and caps left over; the rest is dealt one by one.
+      const Award first = award(found, node.votes, node.seats);
+      Award now = first;
+      if (first.given < node.seats && first.live)
+        now = award(found, first.votes, node.seats - first.full + first.live * 3 / 8);
+      if (now.given > node.seats) now = award(found, node.votes, node.seats);
+      if (now.given < node.seats) deal(found, node.seats - now.given);
+    }
+    int64_t some = 0;
+    for (int64_t j = 0; j < found; ++j)
+      if (c[j].seats) out[some++] = c[j];
+    return some;
+  }
+
+  /// Seats given; those of full children; children with seats and room for more, and their votes.
+  struct Award {
+    int64_t given, full, live, votes;
+  };
+
+  /// Every child gets as many seats as it has keys of n / d and more.
+  Award award(int64_t found, int64_t n, int64_t d) noexcept {
+    Award a{0, 0, 0, 0};
     for (int64_t j = 0; j < found; ++j) {
-      c[j].seats = std::min(c[j].leaves, c[j].votes * seats / votes);  // the product is below 2^53
-      open -= c[j].seats;
+      Node& c = s_.children[j];
+      c.seats = std::min(c.leaves, static_cast<int64_t>(static_cast<uint64_t>(c.votes * d) / static_cast<uint64_t>(n)));
+      const bool full = c.seats == c.leaves, live = c.seats > 0 && !full;
+      a.given += c.seats;
+      a.full += full ? c.seats : 0;
+      a.live += live;
+      a.votes += live ? c.votes : 0;
     }
-    Node* last = std::partition(c, c + found, [](const Node& n) { return n.seats < n.leaves; });
-    std::make_heap(c, last, NextSeat{});
-    for (; open > 0 && last > c; --open) {
-      std::pop_heap(c, last, NextSeat{});
-      if (++last[-1].seats < last[-1].leaves)
-        std::push_heap(c, last, NextSeat{});
-      else
+    return a;
+  }
+
+  /// The next `open` seats, one by one.
+  void deal(int64_t found, int64_t open) noexcept {
+    Node* const c = s_.children;
+    Bid* const bids = s_.bids;
+    Bid* last = bids;
+    const auto next = [c](int64_t j) {
+      return Bid{(static_cast<uint64_t>(c[j].votes) << 24) / static_cast<uint64_t>(c[j].seats + 1), j};
+    };
+    const auto less = [c](const Bid& a, const Bid& b) {
+      if (a.key != b.key) return a.key < b.key;
+      return c[a.child].votes != c[b.child].votes ? c[a.child].votes < c[b.child].votes : a.child > b.child;
+    };
+    for (int64_t j = 0; j < found; ++j)
+      if (c[j].seats < c[j].leaves) *last++ = next(j);
+    std::make_heap(bids, last, less);
+    for (; open > 0 && last > bids; --open) {
+      std::pop_heap(bids, last, less);
+      const int64_t j = last[-1].child;
+      if (++c[j].seats == c[j].leaves) {
         --last;
+      } else {
+        last[-1] = next(j);
+        std::push_heap(bids, last, less);
+      }
     }
-    return std::partition(c, c + found, [](const Node& n) { return n.seats > 0; }) - c;
   }
 
-  void keep_all(const Node& node) noexcept {
-    const int64_t begin = s_.parents[node.begin].begin;
-    std::copy(s_.leaves + begin, s_.leaves + begin + node.leaves, s_.kept + kept_);
-    kept_ += node.leaves;
+  // ---- leaves
+
+  /// Candidates from the `n` leaves of parent p: all that may be among its most voted ones. votes(i) may be 0.
+  template <class Votes, class Last>
+  void gather(int64_t p, int64_t n, Votes votes, Last last) noexcept {
+    using Count = decltype(votes(0));
+    Count least = 1;
+    if (s_.parents[p].seats < n)
+      for (int64_t enough = 0;; least *= 2, enough = 0) {
+        for (int64_t i = 0; i < n; ++i) enough += votes(i) >= 2 * least;
+        if (enough < s_.parents[p].seats) break;
+      }
+    int64_t at = candidates_;
+    for (int64_t i = 0; i < n; ++i) {
+      const Count v = votes(i);
+      s_.candidates[at] = {last(i), static_cast<uint32_t>(p)};
+      s_.spare[at] = rank_word(v, at);
+      all_votes_ |= v;
+      at += v >= least;
+    }
+    candidates_ = at;
   }
 
-  void keep_leaves(const Parent& parent, int64_t seats) noexcept {
-    const int64_t found = parent.end - parent.begin;
-    const int64_t take = std::min(found, params_.budget ? seats : params_.fanout[levels_ - 1]);
-    Leaf* const leaf = s_.leaves + parent.begin;
-    if (take < found) std::nth_element(leaf, leaf + take, leaf + found, before);
-    std::copy(leaf, leaf + take, s_.kept + kept_);
-    kept_ += take;
+  /// The candidates, by votes and code, as long as their parents have seats; returns how many.
+  int64_t write(int32_t* codes, int64_t* votes) noexcept {
+    sort_ranks(candidates_, all_votes_, s_.spare, s_.key);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < candidates_; ++i) {
+      const uint64_t word = s_.spare[i];
+      const Candidate& leaf = s_.candidates[place_of(word)];
+      Parent& parent = s_.parents[leaf.parent];
+      if (parent.seats == 0) continue;
+      --parent.seats;
+      votes[kept] = static_cast<int64_t>(kMostVotes - (word >> kPlaceBits));
+      int32_t* const c = codes + kept++ * levels_;
+      c[levels_ - 1] = static_cast<int32_t>(leaf.last);
+      uint64_t number = parent.number;
+      for (int l = levels_ - 2; l > 0; --l) {
+        c[l] = static_cast<int32_t>(number % static_cast<uint64_t>(body_.size[l]));
+        number /= static_cast<uint64_t>(body_.size[l]);
+      }
+      if (levels_ > 1) c[0] = static_cast<int32_t>(number);
+    }
+    return kept;
   }
 
   const Codebook::Body& body_;
   const VoteParams& params_;
   Scratch& s_;
-  int levels_;
+  int levels_, leaves_bits_;
   int64_t last_;
-  int64_t leaves_ = 0, parents_ = 0, kept_ = 0;
+  uint64_t reciprocal_;
+  int64_t candidates_ = 0, parents_ = 0, all_votes_ = 0;
 };
 
 Status check_params(const Codebook& book, const VoteParams& params) noexcept {
@@ -407,11 +567,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
   const int64_t longest = longest_of(histories);
   Arena arena(context.workspace);
-  for (int w = 0; w < workers_of(context); ++w) {
-    Scratch scratch;
-    scratch.carve(arena, book, params, longest);
-    if (scratch.kept) scratch.clear();
-  }
+  for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
   HISAC_TRY(arena.check("vote"));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
     Arena mine(context.workspace);
@@ -420,10 +576,9 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
     Voter voter(book, params, scratch);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = histories.start(b), rows = histories.end(b) - first;
-      const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows);
+      const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows,
+                                     out.codes.data + b * m * levels, out.votes.data + b * m);
       out.count.data[b] = static_cast<int32_t>(kept);
-      for (int64_t a = 0; a < kept; ++a)
-        voter.write(a, out.codes.data + (b * m + a) * levels, out.votes.data + b * m + a);
       std::fill(out.codes.data + (b * m + kept) * levels, out.codes.data + (b + 1) * m * levels, -1);
       std::fill(out.votes.data + b * m + kept, out.votes.data + (b + 1) * m, int64_t{0});
     }
