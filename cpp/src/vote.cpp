@@ -29,19 +29,20 @@ namespace {
 constexpr int kPlaceBits = 24;  // of a place among a user's rows
 constexpr int64_t kMostVoters = (int64_t{1} << kPlaceBits) - 1;
 constexpr uint64_t kMostVotes = (uint64_t{1} << (64 - kPlaceBits)) - 1;  // 16 * 2^12 a row stay below
-constexpr int64_t kMostParents = int64_t{1} << 16;                       // to be counted densely,
+constexpr int64_t kMostParents = 0xffff;                                 // to be counted densely,
 constexpr int64_t kDenseRows = 2048;                                     // with at least so many rows,
 constexpr int64_t kCells = 4;                                            // and at most so many counters a row
 constexpr int64_t kBlock = 256;                                          // rows located at a time
 constexpr int kLanes = 4;                // histograms side by side: equal codes in a row would wait for
 constexpr int64_t kLanesParents = 4096;  // each other's store; up to so many parents
+constexpr int kMostReadings = 3;         // of the rows for their leaves
+constexpr int64_t kNotCounted = -1;
 constexpr int kMostDigit = 11;
 
-/// A node above the leaves that has votes; its leaves are places from `begin` on, or a block of counters.
+/// A node above the leaves that has votes; its leaves lie in [begin, begin + leaves), or in a block of counters.
 struct Parent {
   uint64_t number;
-  int64_t begin, votes, leaves, seats;
-  bool counted;
+  int64_t begin, votes, leaves, seats, least;  // least: only leaves with so many votes can have a seat
 };
 
 /// A node of the tree: a run of parents, the votes and leaves below it, and the seats it has.
@@ -55,11 +56,6 @@ struct Bid {
   int64_t child;
 };
 
-/// A leaf that may be an agent: its last code and the place of its parent.
-struct Candidate {
-  uint32_t last, parent;
-};
-
 /// More votes first, then the lower place, as a number to be sorted upwards.
 uint64_t rank_word(int64_t votes, int64_t place) noexcept {
   return (kMostVotes - static_cast<uint64_t>(votes)) << kPlaceBits | static_cast<uint64_t>(place);
@@ -68,27 +64,45 @@ int64_t place_of(uint64_t word) noexcept { return static_cast<int64_t>(word & kM
 
 int bits_of(uint64_t n) noexcept { return n ? 64 - __builtin_clzll(n) : 0; }
 
-/// Sorts key[0, n), and `weight` beside it if there is one, by bits [low, high), stably; swaps with the spares.
-template <bool weighted>
-void radix_sort(int64_t n, int low, int high, uint64_t*& key, uint64_t*& spare, uint32_t*& weight,
-                uint32_t*& spare_weight) noexcept {
-  if (n < 2 || high <= low) return;
-  const int most = std::clamp(bits_of(static_cast<uint64_t>(n)) - 1, 6, kMostDigit);
-  const int passes = (high - low + most - 1) / most, digit = (high - low + passes - 1) / passes;
+/// Sorts key[0, n), and `weight` beside it if there is one, by G digits from bit `low` on, stably; swaps with the
+/// spares.
+template <bool weighted, int G>
+void radix_passes(int64_t n, int low, int digit, uint64_t*& key, uint64_t*& spare, uint32_t*& weight,
+                  uint32_t*& spare_weight) noexcept {
   const uint64_t mask = (uint64_t{1} << digit) - 1;
-  uint32_t at[1 << kMostDigit];
-  for (; low < high; low += digit) {
-    std::fill(at, at + mask + 1, 0u);
-    for (int64_t i = 0; i < n; ++i) ++at[key[i] >> low & mask];
-    uint32_t total = 0;
-    for (uint64_t d = 0; d <= mask; ++d) total += std::exchange(at[d], total);
+  uint32_t at[G][1 << kMostDigit];
+  for (int g = 0; g < G; ++g) std::fill(at[g], at[g] + mask + 1, 0u);
+  for (int64_t i = 0; i < n; ++i)
+    for (int g = 0; g < G; ++g) ++at[g][key[i] >> (low + g * digit) & mask];
+  uint32_t total[G] = {};
+  for (uint64_t d = 0; d <= mask; ++d)
+    for (int g = 0; g < G; ++g) total[g] += std::exchange(at[g][d], total[g]);
+  for (int g = 0; g < G; ++g, low += digit) {
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t to = at[key[i] >> low & mask]++;
+      const uint32_t to = at[g][key[i] >> low & mask]++;
       spare[to] = key[i];
       if (weighted) spare_weight[to] = weight[i];
     }
     std::swap(key, spare);
     if (weighted) std::swap(weight, spare_weight);
+  }
+}
+
+/// The same by bits [low, high).
+template <bool weighted>
+void radix_sort(int64_t n, int low, int high, uint64_t*& key, uint64_t*& spare, uint32_t*& weight,
+                uint32_t*& spare_weight) noexcept {
+  if (n < 2 || high <= low) return;
+  const int most = std::clamp(bits_of(static_cast<uint64_t>(n)), 6, kMostDigit);
+  const int passes = (high - low + most - 1) / most, digit = (high - low + passes - 1) / passes;
+  for (int left = passes; left > 0;) {
+    const int now = std::min(left, 3);
+    const auto step = now == 3   ? radix_passes<weighted, 3>
+                      : now == 2 ? radix_passes<weighted, 2>
+                                 : radix_passes<weighted, 1>;
+    step(n, low, digit, key, spare, weight, spare_weight);
+    left -= now;
+    low += now * digit;
   }
 }
 
@@ -100,12 +114,12 @@ struct Scratch {
   uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
   uint64_t* cells = nullptr;      // [cells + C_L], the last C_L for parents that are not counted
   // sorted
-  uint64_t* key = nullptr;  // [rows + 1] leaf numbers; later candidates' ranks
-  uint32_t *weight = nullptr, *spare_weight = nullptr;
-  int64_t* sum = nullptr;  // [1 + leaves] votes up to and with a leaf
+  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
   // both
-  uint64_t* spare = nullptr;  // [rows + 1]
-  Candidate* candidates = nullptr;
+  uint64_t *key = nullptr, *spare = nullptr;        // [rows + 1] leaf numbers, then leaves' ranks
+  int64_t* sum = nullptr;                           // [rows + 1] votes before a leaf
+  uint32_t *last_code = nullptr, *owner = nullptr;  // [leaves] last code, place of the parent
+  void* votes = nullptr;                            // [leaves] int32_t, or int64_t where weighted
   Parent* parents = nullptr;
   Bid* bids = nullptr;
   uint64_t *rank = nullptr, *spare_rank = nullptr;  // [parents]
@@ -117,7 +131,8 @@ struct Scratch {
     last = body.size[book.levels() - 1];
     parents_possible = 1;
     for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
-    dense = parents_possible <= std::min(kMostParents, rows) && rows >= kDenseRows && last <= kCells * rows;
+    dense = parents_possible <= std::min(kMostParents, rows) && rows >= kDenseRows &&
+            last <= std::min(kMostParents, kCells * rows);
     const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
     cells_possible = std::min(kCells * rows, most_parents * last);
     histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
@@ -128,7 +143,9 @@ struct Scratch {
     weight = arena.take<uint32_t>(rows);
     spare_weight = arena.take<uint32_t>(rows);
     sum = arena.take<int64_t>(rows + 1);
-    candidates = arena.take<Candidate>(rows + 1);
+    last_code = arena.take<uint32_t>(rows + 1);
+    owner = arena.take<uint32_t>(rows + 1);
+    votes = arena.take<int64_t>(rows + 1);
     parents = arena.take<Parent>(most_parents + 1);
     bids = arena.take<Bid>(most_parents);
     rank = arena.take<uint64_t>(most_parents);
@@ -161,62 +178,76 @@ class Voter {
   int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
               int64_t* out_votes) noexcept {
     rows = std::min(rows, kMostVoters);
-    candidates_ = parents_ = all_votes_ = 0;
+    leaves_ = parents_ = 0;
     const bool dense = s_.dense && rows >= kDenseRows && s_.parents_possible <= rows && last_ <= kCells * rows;
-    if (!dense || !(weights ? count_dense<int64_t>(codes, weights, rows) : count_dense<int32_t>(codes, weights, rows)))
-      weights ? count_sorted<true>(codes, weights, rows) : count_sorted<false>(codes, weights, rows);
-    return write(out_codes, out_votes);
+    if (weights) {
+      if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
+      return write<int64_t>(out_codes, out_votes);
+    }
+    if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
+    return write<int32_t>(out_codes, out_votes);
   }
 
  private:
   // ---- counting
 
-  template <bool weighted>
+  template <class Count>
   void count_sorted(const int32_t* codes, const float* weights, int64_t rows) noexcept {
-    int64_t n = 0;
-    for (int64_t i = 0; i < rows; ++i, codes += levels_) {
-      bool ok = true;
-      uint64_t number = 0;
-      for (int l = 0; l < levels_; ++l) {
-        ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
-        number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
-      }
-      s_.key[n] = number;
-      if (weighted) ok &= (s_.weight[n] = quantise(weights[i])) != 0;
-      n += ok;
-    }
+    constexpr bool weighted = sizeof(Count) == 8;
+    const int64_t n =
+        levels_ == 2 ? find_leaves<2, weighted>(codes, weights, rows) : find_leaves<0, weighted>(codes, weights, rows);
     if (n == 0) return;
     radix_sort<weighted>(n, 0, leaves_bits_, s_.key, s_.spare, s_.weight, s_.spare_weight);
     uint64_t* const key = s_.key;
     key[n] = ~key[n - 1];
-    int64_t leaves = 0, sum = 0;
+    int64_t sum = 0;
     s_.sum[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
       sum += weighted ? s_.weight[i] : 1;
       const uint64_t leaf = key[i];
-      key[leaves] = leaf;
-      s_.sum[leaves + 1] = sum;
-      leaves += key[i + 1] != leaf;
+      key[leaves_] = leaf;
+      s_.sum[leaves_ + 1] = sum;
+      leaves_ += key[i + 1] != leaf;
     }
+    Count* const votes = static_cast<Count*>(s_.votes);
     uint64_t number = parent_of(key[0]);
-    for (int64_t i = 0, begin = 0; i < leaves; ++i) {
-      const uint64_t following = i + 1 < leaves ? parent_of(key[i + 1]) : ~number;
-      s_.parents[parents_] = {number, begin, s_.sum[i + 1] - s_.sum[begin], i + 1 - begin, 0, true};
+    for (int64_t i = 0; i < leaves_; ++i) {
+      votes[i] = static_cast<Count>(s_.sum[i + 1] - s_.sum[i]);
+      s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
+      s_.owner[i] = static_cast<uint32_t>(parents_);
+      s_.parents[parents_].number = number;
+      s_.parents[parents_].begin = i + 1;  // its end, so far
+      const uint64_t following = i + 1 < leaves_ ? parent_of(key[i + 1]) : ~number;
       parents_ += following != number;
-      begin = following != number ? i + 1 : begin;
       number = following;
     }
-    assign_seats();
-    for (int64_t p = 0; p < parents_; ++p) {
-      const Parent& parent = s_.parents[p];
-      if (!parent.seats) continue;
-      const int64_t* const at = s_.sum + parent.begin;
-      const uint64_t* const leaf = key + parent.begin;
-      const uint64_t first = parent.number * static_cast<uint64_t>(last_);
-      gather(
-          p, parent.leaves, [at](int64_t i) { return at[i + 1] - at[i]; },
-          [leaf, first](int64_t i) { return static_cast<uint32_t>(leaf[i] - first); });
+    for (int64_t p = 0, begin = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      const int64_t end = parent.begin;
+      parent = {parent.number, begin, s_.sum[end] - s_.sum[begin], end - begin, 0, 0};
+      begin = end;
     }
+    assign_seats();
+  }
+
+  /// The numbers of the leaves that have votes, and the votes where weighted, in the order of rows; returns how many.
+  template <int L, bool weighted>
+  int64_t find_leaves(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    const int levels = L ? L : levels_;
+    uint64_t* const key = s_.key;
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i, codes += levels) {
+      bool ok = true;
+      uint64_t number = 0;
+      for (int l = 0; l < levels; ++l) {
+        ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
+      }
+      key[n] = number;
+      if (weighted) ok &= (s_.weight[n] = quantise(weights[i])) != 0;
+      n += ok;
+    }
+    return n;
   }
 
   uint64_t parent_of(uint64_t leaf) const noexcept {
@@ -228,20 +259,25 @@ class Voter {
   template <class Count>
   bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
-    const int64_t none = s_.parents_possible, stride = s_.lanes() > 1 ? none + 1 : 0;
+    const int64_t none = s_.parents_possible, lanes = s_.lanes(), stride = lanes > 1 ? none + 1 : 0;
+    uint32_t* const row = reinterpret_cast<uint32_t*>(s_.key);  // its parent << 16 | its last code
+    const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(s_.weight[i]) : 1; };
     Count* const lane = reinterpret_cast<Count*>(s_.histogram);
-    std::fill(lane, lane + (none + 1) * s_.lanes(), Count{0});
-    each_block(codes, rows, [&](int64_t at, int64_t n, const uint32_t* parent, const uint32_t*) {
-      int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes)
-        for (int64_t j = 0; j < kLanes; ++j)
-          lane[j * stride + parent[i + j]] += weighted ? quantise(weights[at + i + j]) : 1;
-      for (; i < n; ++i) lane[parent[i]] += weighted ? quantise(weights[at + i]) : 1;
-    });
+    std::fill(lane, lane + (none + 1) * lanes, Count{0});
+    for (int64_t at = 0; at < rows; at += kBlock) {
+      const int64_t end = std::min(at + kBlock, rows);
+      levels_ == 2 ? locate<2>(codes, at, end, row) : locate<0>(codes, at, end, row);
+      for (int64_t i = at; weighted && i < end; ++i) s_.weight[i] = quantise(weights[i]);
+      int64_t i = at;
+      for (; i + kLanes <= end; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
+      for (; i < end; ++i) lane[row[i] >> 16] += votes_of(i);
+    }
     for (int64_t p = 0; p < none; ++p) {
       int64_t votes = lane[p];
-      for (int64_t j = 1; j < s_.lanes(); ++j) votes += lane[j * stride + p];
-      s_.parents[parents_] = {static_cast<uint64_t>(p), 0, votes, weighted ? last_ : std::min(votes, last_), 0, false};
+      for (int64_t j = 1; j < lanes; ++j) votes += lane[j * stride + p];
+      s_.parents[parents_] = {
+          static_cast<uint64_t>(p), kNotCounted, votes, weighted ? last_ : std::min(votes, last_), 0, 0};
       parents_ += votes != 0;
     }
     Count* const cells = reinterpret_cast<Count*>(s_.cells);
@@ -253,63 +289,60 @@ class Voter {
       std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(s_.cells_possible));
       for (int64_t p = 0; p < parents_; ++p) {
         Parent& parent = s_.parents[p];
-        if (!parent.seats || parent.counted) continue;
-        if (used + last_ > room || round == 2) return (parents_ = 0);
+        if (!parent.seats || parent.begin != kNotCounted) continue;
+        if (used + last_ > room || round == kMostReadings) return (parents_ = 0);
         s_.block[parent.number] = static_cast<uint32_t>(parent.begin = used);
         used += last_;
       }
       if (used == before) break;
       std::fill(cells + before, cells + used, Count{0});
-      each_block(codes, rows, [&](int64_t at, int64_t n, const uint32_t* parent, const uint32_t* last) {
-        for (int64_t i = 0; i < n; ++i)
-          cells[s_.block[parent[i]] + last[i]] += weighted ? quantise(weights[at + i]) : 1;
-      });
-      if (!params_.budget) break;
-      for (int64_t p = 0; p < parents_; ++p) {
+      const uint32_t* const block = s_.block;
+      for (int64_t i = 0; i < rows; ++i) cells[block[row[i] >> 16] + (row[i] & 0xffff)] += votes_of(i);
+      bool settled = true;
+      for (int64_t p = 0; p < parents_ && params_.budget; ++p) {
         Parent& parent = s_.parents[p];
-        if (!parent.seats || parent.counted) continue;
-        parent.counted = true;
-        parent.leaves = last_ - std::count(cells + parent.begin, cells + parent.begin + last_, Count{0});
+        if (!parent.seats) continue;
+        const Count* const cell = cells + parent.begin;
+        if (parent.begin >= before) parent.leaves = last_ - std::count(cell, cell + last_, Count{0});
+        settled &= parent.seats <= parent.leaves;
       }
+      if (settled) break;
     }
+    Count* const votes = static_cast<Count*>(s_.votes);
     for (int64_t p = 0; p < parents_; ++p) {
-      const Parent& parent = s_.parents[p];
+      Parent& parent = s_.parents[p];
+      if (!parent.seats) continue;
       const Count* const cell = cells + parent.begin;
-      if (parent.seats)
-        gather(p, last_, [cell](int64_t i) { return cell[i]; }, [](int64_t i) { return static_cast<uint32_t>(i); });
+      const int64_t begin = leaves_;
+      for (int64_t i = 0; i < last_; ++i) {
+        s_.last_code[leaves_] = static_cast<uint32_t>(i);
+        leaves_ += cell[i] != 0;
+      }
+      for (int64_t i = begin; i < leaves_; ++i) {
+        votes[i] = cell[s_.last_code[i]];
+        s_.owner[i] = static_cast<uint32_t>(p);
+      }
+      parent.begin = begin;
+      parent.leaves = leaves_ - begin;
     }
     return true;
   }
 
-  /// work(first row, rows, their parents, their last codes) for up to kBlock rows at a time; a row with a code out of
-  /// range has the parent `parents_possible` and the last code 0.
-  template <class Work>
-  void each_block(const int32_t* codes, int64_t rows, Work work) const noexcept {
-    uint32_t parent[kBlock], last[kBlock];
-    const uint32_t none = static_cast<uint32_t>(s_.parents_possible);
-    for (int64_t at = 0; at < rows; at += kBlock) {
-      const int64_t n = std::min(kBlock, rows - at);
-      const int32_t* c = codes + at * levels_;
-      if (levels_ == 2) {
-        for (int64_t i = 0; i < n; ++i) {
-          const uint32_t first = static_cast<uint32_t>(c[2 * i]), second = static_cast<uint32_t>(c[2 * i + 1]);
-          const bool ok = (first < none) & (second < static_cast<uint32_t>(last_));
-          parent[i] = ok ? first : none;
-          last[i] = ok ? second : 0;
-        }
-      } else {
-        for (int64_t i = 0; i < n; ++i, c += levels_) {
-          bool ok = static_cast<uint32_t>(c[levels_ - 1]) < static_cast<uint32_t>(last_);
-          uint32_t number = 0;
-          for (int l = 0; l + 1 < levels_; ++l) {
-            ok &= static_cast<uint32_t>(c[l]) < static_cast<uint32_t>(body_.size[l]);
-            number = number * static_cast<uint32_t>(body_.size[l]) + static_cast<uint32_t>(c[l]);
-          }
-          parent[i] = ok ? number : none;
-          last[i] = ok ? static_cast<uint32_t>(c[levels_ - 1]) : 0;
-        }
+  /// row[i] of rows [at, end): parent << 16 | last code; the parent `parents_possible` where a code is out of range.
+  template <int L>
+  void locate(const int32_t* codes, int64_t at, int64_t end, uint32_t* row) const noexcept {
+    const int levels = L ? L : levels_;
+    const uint32_t none = static_cast<uint32_t>(s_.parents_possible) << 16;
+    for (int64_t i = at; i < end; ++i) {
+      const int32_t* const c = codes + i * levels;
+      const uint32_t last = static_cast<uint32_t>(c[levels - 1]);
+      bool ok = last < static_cast<uint32_t>(last_);
+      uint32_t number = 0;
+      for (int l = 0; l + 1 < levels; ++l) {
+        ok &= static_cast<uint32_t>(c[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint32_t>(body_.size[l]) + static_cast<uint32_t>(c[l]);
       }
-      work(at, n, parent, last);
+      row[i] = ok ? number << 16 | last : none;
     }
   }
 
@@ -386,19 +419,42 @@ class Voter {
     if (node.leaves <= node.seats) {
       for (int64_t j = 0; j < found; ++j) c[j].seats = c[j].leaves;
     } else {
-      // For any n / d, the keys of n / d and more are a prefix of the order of seats; d = node.seats and all votes give
-      // no more than there are. The second guess spends what rounding and caps left over; the rest is dealt one by one.
+      // For any n / d, the keys of n / d and more are a prefix of the order of seats; n = all votes and d = node.seats
+      // give no more than there are. A second guess spends most of what rounding and caps left over, then one by one.
       const Award first = award(found, node.votes, node.seats);
-      Award now = first;
-      if (first.given < node.seats && first.live)
-        now = award(found, first.votes, node.seats - first.full + first.live * 3 / 8);
-      if (now.given > node.seats) now = award(found, node.votes, node.seats);
-      if (now.given < node.seats) deal(found, node.seats - now.given);
+      if (first.given < node.seats) {
+        found = hopeful(found, node.seats - first.given);
+        Award now = first;
+        if (first.live) now = award(found, first.votes, node.seats - first.full + first.live * 3 / 8);
+        if (now.given > node.seats) now = award(found, node.votes, node.seats);
+        if (now.given < node.seats) deal(found, node.seats - now.given);
+      }
     }
     int64_t some = 0;
     for (int64_t j = 0; j < found; ++j)
       if (c[j].seats) out[some++] = c[j];
     return some;
+  }
+
+  /// Leaves out children without a seat whose bid is below those of `open` others; returns how many remain.
+  int64_t hopeful(int64_t found, int64_t open) noexcept {
+    Node* const c = s_.children;
+    uint64_t least = ~uint64_t{0};
+    int64_t live = 0, some = 0;
+    for (int64_t j = 0; j < found; ++j)
+      if (c[j].seats && c[j].seats < c[j].leaves) {
+        least = std::min(least, bid(c[j]));
+        ++live;
+      }
+    if (live < open) return found;
+    for (int64_t j = 0; j < found; ++j)
+      if (c[j].seats || bid(c[j]) >= least) c[some++] = c[j];
+    return some;
+  }
+
+  static uint64_t bid(const Node& c) noexcept {
+    const uint64_t n = static_cast<uint64_t>(c.votes) << 24;
+    return c.seats ? n / static_cast<uint64_t>(c.seats + 1) : n;
   }
 
   /// Seats given; those of full children; children with seats and room for more, and their votes.
@@ -411,6 +467,8 @@ class Voter {
     Award a{0, 0, 0, 0};
     for (int64_t j = 0; j < found; ++j) {
       Node& c = s_.children[j];
+      c.seats = 0;
+      if (c.votes * d < n) continue;  // most of many children: a division saved
       c.seats = std::min(c.leaves, static_cast<int64_t>(static_cast<uint64_t>(c.votes * d) / static_cast<uint64_t>(n)));
       const bool full = c.seats == c.leaves, live = c.seats > 0 && !full;
       a.given += c.seats;
@@ -426,15 +484,12 @@ class Voter {
     Node* const c = s_.children;
     Bid* const bids = s_.bids;
     Bid* last = bids;
-    const auto next = [c](int64_t j) {
-      return Bid{(static_cast<uint64_t>(c[j].votes) << 24) / static_cast<uint64_t>(c[j].seats + 1), j};
-    };
     const auto less = [c](const Bid& a, const Bid& b) {
       if (a.key != b.key) return a.key < b.key;
       return c[a.child].votes != c[b.child].votes ? c[a.child].votes < c[b.child].votes : a.child > b.child;
     };
     for (int64_t j = 0; j < found; ++j)
-      if (c[j].seats < c[j].leaves) *last++ = next(j);
+      if (c[j].seats < c[j].leaves) *last++ = {bid(c[j]), j};
     std::make_heap(bids, last, less);
     for (; open > 0 && last > bids; --open) {
       std::pop_heap(bids, last, less);
@@ -442,7 +497,7 @@ class Voter {
       if (++c[j].seats == c[j].leaves) {
         --last;
       } else {
-        last[-1] = next(j);
+        last[-1].key = bid(c[j]);
         std::push_heap(bids, last, less);
       }
     }
@@ -450,48 +505,55 @@ class Voter {
 
   // ---- leaves
 
-  /// Candidates from the `n` leaves of parent p: all that may be among its most voted ones. votes(i) may be 0.
-  template <class Votes, class Last>
-  void gather(int64_t p, int64_t n, Votes votes, Last last) noexcept {
-    using Count = decltype(votes(0));
-    Count least = 1;
-    if (s_.parents[p].seats < n)
-      for (int64_t enough = 0;; least *= 2, enough = 0) {
-        for (int64_t i = 0; i < n; ++i) enough += votes(i) >= 2 * least;
-        if (enough < s_.parents[p].seats) break;
-      }
-    int64_t at = candidates_;
-    for (int64_t i = 0; i < n; ++i) {
-      const Count v = votes(i);
-      s_.candidates[at] = {last(i), static_cast<uint32_t>(p)};
-      s_.spare[at] = rank_word(v, at);
-      all_votes_ |= v;
-      at += v >= least;
+  /// At most the votes that a leaf of this parent needs for a seat.
+  template <class Count>
+  int64_t least_votes(const Parent& parent) const noexcept {
+    if (parent.seats >= parent.leaves) return 1;
+    if (parent.seats == 0) return static_cast<int64_t>(kMostVotes >> 1);
+    const Count* const votes = static_cast<const Count*>(s_.votes) + parent.begin;
+    // the seats-th largest is not above the mean of the seats largest
+    for (Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);; least /= 2) {
+      int64_t enough = 0;
+      for (int64_t i = 0; i < parent.leaves; ++i) enough += votes[i] >= least;
+      if (enough >= parent.seats) return least;
     }
-    candidates_ = at;
   }
 
-  /// The candidates, by votes and code, as long as their parents have seats; returns how many.
-  int64_t write(int32_t* codes, int64_t* votes) noexcept {
-    sort_ranks(candidates_, all_votes_, s_.spare, s_.key);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < candidates_; ++i) {
-      const uint64_t word = s_.spare[i];
-      const Candidate& leaf = s_.candidates[place_of(word)];
-      Parent& parent = s_.parents[leaf.parent];
-      if (parent.seats == 0) continue;
-      --parent.seats;
-      votes[kept] = static_cast<int64_t>(kMostVotes - (word >> kPlaceBits));
-      int32_t* const c = codes + kept++ * levels_;
-      c[levels_ - 1] = static_cast<int32_t>(leaf.last);
+  /// The leaves, by votes and code, as long as their parents have seats; returns how many.
+  template <class Count>
+  int64_t write(int32_t* codes, int64_t* out_votes) noexcept {
+    int64_t total = 0;
+    for (int64_t p = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      parent.least = least_votes<Count>(parent);
+      total += std::min(parent.seats, parent.leaves);
+    }
+    const Count* const votes = static_cast<const Count*>(s_.votes);
+    int64_t candidates = 0, all_votes = 0;
+    for (int64_t i = 0; i < leaves_; ++i) {
+      s_.key[candidates] = rank_word(votes[i], i);
+      all_votes |= votes[i];
+      candidates += votes[i] >= s_.parents[s_.owner[i]].least;
+    }
+    sort_ranks(candidates, all_votes, s_.key, s_.spare);
+    const uint64_t* word = s_.key;
+    for (int64_t kept = 0; kept < total; ++word) {
+      const int64_t place = place_of(*word);
+      Parent& parent = s_.parents[s_.owner[place]];
+      int32_t* const c = codes + kept * levels_;
+      out_votes[kept] = static_cast<int64_t>(kMostVotes - (*word >> kPlaceBits));
+      c[levels_ - 1] = static_cast<int32_t>(s_.last_code[place]);
       uint64_t number = parent.number;
       for (int l = levels_ - 2; l > 0; --l) {
         c[l] = static_cast<int32_t>(number % static_cast<uint64_t>(body_.size[l]));
         number /= static_cast<uint64_t>(body_.size[l]);
       }
       if (levels_ > 1) c[0] = static_cast<int32_t>(number);
+      const bool seated = parent.seats > 0;
+      parent.seats -= seated;
+      kept += seated;
     }
-    return kept;
+    return total;
   }
 
   const Codebook::Body& body_;
@@ -500,7 +562,7 @@ class Voter {
   int levels_, leaves_bits_;
   int64_t last_;
   uint64_t reciprocal_;
-  int64_t candidates_ = 0, parents_ = 0, all_votes_ = 0;
+  int64_t leaves_ = 0, parents_ = 0;
 };
 
 Status check_params(const Codebook& book, const VoteParams& params) noexcept {
