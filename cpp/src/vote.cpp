@@ -9,16 +9,12 @@
 //   sorted  everything else: leaf numbers, radix-sorted.
 // Then the leaves of seated parents are radix-sorted by votes, most first, lower codes first among equals, and taken
 // while their parent has a seat: choice and output order in one.
-//
-// Top-down equals the definition's bottom-up orders: the order at a node merges its children's orders, so the first s
-// leaves at a node are, for each child, its first s_c, where the s_c are the D'Hondt seats of the children, capped by
-// how many leaves they have.
 #include "hisac/vote.h"
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
+#include "apportion.h"
 #include "checks.h"
 #include "codebook_body.h"
 #include "parallel.h"
@@ -26,85 +22,14 @@
 namespace hisac {
 namespace {
 
-constexpr int kPlaceBits = 24;  // of a place among a user's rows
-constexpr int64_t kMostVoters = (int64_t{1} << kPlaceBits) - 1;
-constexpr uint64_t kMostVotes = (uint64_t{1} << (64 - kPlaceBits)) - 1;  // 16 * 2^12 a row stay below
-constexpr int64_t kMostParents = 0xffff;                                 // to be counted densely,
-constexpr int64_t kDenseRows = 2048;                                     // with at least so many rows,
-constexpr int64_t kCells = 4;                                            // and at most so many counters a row
-constexpr int64_t kBlock = 256;                                          // rows located at a time
-constexpr int kLanes = 4;                // histograms side by side: equal codes in a row would wait for
-constexpr int64_t kLanesParents = 4096;  // each other's store; up to so many parents
-constexpr int kMostReadings = 3;         // of the rows for their leaves
+constexpr int64_t kMostParents = 0xffff;  // to be counted densely,
+constexpr int64_t kDenseRows = 2048;      // with at least so many rows,
+constexpr int64_t kCells = 4;             // and at most so many counters a row
+constexpr int64_t kBlock = 256;           // rows located at a time
+constexpr int kLanes = 4;                 // histograms side by side: equal codes in a row would wait for
+constexpr int64_t kLanesParents = 4096;   // each other's store; up to so many parents
+constexpr int kMostReadings = 3;          // of the rows for their leaves
 constexpr int64_t kNotCounted = -1;
-constexpr int kMostDigit = 11;
-
-/// A node above the leaves that has votes; its leaves lie in [begin, begin + leaves), or in a block of counters.
-struct Parent {
-  uint64_t number;
-  int64_t begin, votes, leaves, seats, least;  // least: only leaves with so many votes can have a seat
-};
-
-/// A node of the tree: a run of parents, the votes and leaves below it, and the seats it has.
-struct Node {
-  int64_t begin, end, votes, leaves, seats;
-};
-
-/// A child's next seat: n / (seats + 1). More of it, then more votes, then the lower code first; a heap's "less".
-struct Bid {
-  uint64_t key;
-  int64_t child;
-};
-
-/// More votes first, then the lower place, as a number to be sorted upwards.
-uint64_t rank_word(int64_t votes, int64_t place) noexcept {
-  return (kMostVotes - static_cast<uint64_t>(votes)) << kPlaceBits | static_cast<uint64_t>(place);
-}
-int64_t place_of(uint64_t word) noexcept { return static_cast<int64_t>(word & kMostVoters); }
-
-int bits_of(uint64_t n) noexcept { return n ? 64 - __builtin_clzll(n) : 0; }
-
-/// Sorts key[0, n), and `weight` beside it if there is one, by G digits from bit `low` on, stably; swaps with the
-/// spares.
-template <bool weighted, int G>
-void radix_passes(int64_t n, int low, int digit, uint64_t*& key, uint64_t*& spare, uint32_t*& weight,
-                  uint32_t*& spare_weight) noexcept {
-  const uint64_t mask = (uint64_t{1} << digit) - 1;
-  uint32_t at[G][1 << kMostDigit];
-  for (int g = 0; g < G; ++g) std::fill(at[g], at[g] + mask + 1, 0u);
-  for (int64_t i = 0; i < n; ++i)
-    for (int g = 0; g < G; ++g) ++at[g][key[i] >> (low + g * digit) & mask];
-  uint32_t total[G] = {};
-  for (uint64_t d = 0; d <= mask; ++d)
-    for (int g = 0; g < G; ++g) total[g] += std::exchange(at[g][d], total[g]);
-  for (int g = 0; g < G; ++g, low += digit) {
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t to = at[g][key[i] >> low & mask]++;
-      spare[to] = key[i];
-      if (weighted) spare_weight[to] = weight[i];
-    }
-    std::swap(key, spare);
-    if (weighted) std::swap(weight, spare_weight);
-  }
-}
-
-/// The same by bits [low, high).
-template <bool weighted>
-void radix_sort(int64_t n, int low, int high, uint64_t*& key, uint64_t*& spare, uint32_t*& weight,
-                uint32_t*& spare_weight) noexcept {
-  if (n < 2 || high <= low) return;
-  const int most = std::clamp(bits_of(static_cast<uint64_t>(n)), 6, kMostDigit);
-  const int passes = (high - low + most - 1) / most, digit = (high - low + passes - 1) / passes;
-  for (int left = passes; left > 0;) {
-    const int now = std::min(left, 3);
-    const auto step = now == 3   ? radix_passes<weighted, 3>
-                      : now == 2 ? radix_passes<weighted, 2>
-                                 : radix_passes<weighted, 1>;
-    step(n, low, digit, key, spare, weight, spare_weight);
-    left -= now;
-    low += now * digit;
-  }
-}
 
 struct Scratch {
   bool dense = false;
@@ -121,13 +46,11 @@ struct Scratch {
   uint32_t *last_code = nullptr, *owner = nullptr;  // [leaves] last code, place of the parent
   void* votes = nullptr;                            // [leaves] int32_t, or int64_t where weighted
   Parent* parents = nullptr;
-  Bid* bids = nullptr;
-  uint64_t *rank = nullptr, *spare_rank = nullptr;  // [parents]
-  Node *nodes = nullptr, *next = nullptr, *children = nullptr;
+  Apportionment apportionment;
 
   void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
     const Codebook::Body& body = book.body();
-    const int64_t rows = std::min(longest, kMostVoters), m = seats(params, book.levels());
+    const int64_t rows = std::min(longest, kMostVoters);
     last = body.size[book.levels() - 1];
     parents_possible = 1;
     for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
@@ -147,12 +70,7 @@ struct Scratch {
     owner = arena.take<uint32_t>(rows + 1);
     votes = arena.take<int64_t>(rows + 1);
     parents = arena.take<Parent>(most_parents + 1);
-    bids = arena.take<Bid>(most_parents);
-    rank = arena.take<uint64_t>(most_parents);
-    spare_rank = arena.take<uint64_t>(most_parents);
-    children = arena.take<Node>(most_parents);
-    nodes = arena.take<Node>(m);
-    next = arena.take<Node>(m);
+    apportionment.carve(arena, book, params, most_parents);
   }
 
   int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
@@ -167,10 +85,7 @@ class Voter {
  public:
   Voter(const Codebook& book, const VoteParams& params, Scratch& scratch) noexcept
       : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(s_.last) {
-    const uint64_t below = body_.stride[0];
-    leaves_bits_ = body_.size[0] - 1 > static_cast<int64_t>(~uint64_t{0} / below)  // 2^64 leaves
-                       ? 64
-                       : bits_of(below - 1 + below * static_cast<uint64_t>(body_.size[0] - 1));
+    leaves_bits_ = bits_of(body_.stride[0] * static_cast<uint64_t>(body_.size[0]) - 1);  // 2^64 leaves wrap to 64 bits
     reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
   }
 
@@ -200,15 +115,16 @@ class Voter {
     radix_sort<weighted>(n, 0, leaves_bits_, s_.key, s_.spare, s_.weight, s_.spare_weight);
     uint64_t* const key = s_.key;
     key[n] = ~key[n - 1];
-    int64_t sum = 0;
+    int64_t sum = 0, leaves = 0;
     s_.sum[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
       sum += weighted ? s_.weight[i] : 1;
       const uint64_t leaf = key[i];
-      key[leaves_] = leaf;
-      s_.sum[leaves_ + 1] = sum;
-      leaves_ += key[i + 1] != leaf;
+      key[leaves] = leaf;
+      s_.sum[leaves + 1] = sum;
+      leaves += key[i + 1] != leaf;
     }
+    leaves_ = leaves;
     Count* const votes = static_cast<Count*>(s_.votes);
     uint64_t number = parent_of(key[0]);
     for (int64_t i = 0; i < leaves_; ++i) {
@@ -227,7 +143,7 @@ class Voter {
       parent = {parent.number, begin, s_.sum[end] - s_.sum[begin], end - begin, 0, 0};
       begin = end;
     }
-    assign_seats();
+    s_.apportionment.assign(s_.parents, parents_);
   }
 
   /// The numbers of the leaves that have votes, and the votes where weighted, in the order of rows; returns how many.
@@ -283,8 +199,9 @@ class Voter {
     Count* const cells = reinterpret_cast<Count*>(s_.cells);
     const int64_t room = std::min(s_.cells_possible, kCells * rows);
     int64_t used = 0;
+    std::fill(cells + s_.cells_possible, cells + s_.cells_possible + last_, Count{0});
     for (int round = 0; parents_; ++round) {
-      assign_seats();
+      s_.apportionment.assign(s_.parents, parents_);
       const int64_t before = used;
       std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(s_.cells_possible));
       for (int64_t p = 0; p < parents_; ++p) {
@@ -314,16 +231,18 @@ class Voter {
       if (!parent.seats) continue;
       const Count* const cell = cells + parent.begin;
       const int64_t begin = leaves_;
+      int64_t end = begin;
       for (int64_t i = 0; i < last_; ++i) {
-        s_.last_code[leaves_] = static_cast<uint32_t>(i);
-        leaves_ += cell[i] != 0;
+        s_.last_code[end] = static_cast<uint32_t>(i);
+        end += cell[i] != 0;
       }
-      for (int64_t i = begin; i < leaves_; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         votes[i] = cell[s_.last_code[i]];
         s_.owner[i] = static_cast<uint32_t>(p);
       }
       parent.begin = begin;
-      parent.leaves = leaves_ - begin;
+      parent.leaves = end - begin;
+      leaves_ = end;
     }
     return true;
   }
@@ -346,170 +265,13 @@ class Voter {
     }
   }
 
-  // ---- seats
-
-  /// The seats of every parent, by its votes and leaves.
-  void assign_seats() noexcept {
-    Node root{0, parents_, 0, 0, 0};
-    for (int64_t p = 0; p < parents_; ++p) {
-      root.votes += s_.parents[p].votes;
-      root.leaves += s_.parents[p].leaves;
-      s_.parents[p].seats = 0;
-    }
-    root.seats = std::min(params_.budget, root.leaves);
-    s_.nodes[0] = root;
-    int64_t n = 1;
-    for (int l = 0; l + 1 < levels_; ++l) {
-      int64_t m = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t found = children_of(s_.nodes[i], l);
-        m += params_.budget ? give_seats(found, s_.nodes[i], s_.next + m) : keep(found, params_.fanout[l], s_.next + m);
-      }
-      std::swap(s_.nodes, s_.next);
-      n = m;
-    }
-    for (int64_t i = 0; i < n; ++i)
-      s_.parents[s_.nodes[i].begin].seats = params_.budget ? s_.nodes[i].seats : params_.fanout[levels_ - 1];
-  }
-
-  /// The children of a node that lie at `level`, above the leaves, into scratch.children.
-  int64_t children_of(const Node& node, int level) noexcept {
-    const uint64_t below = body_.stride[level] / static_cast<uint64_t>(last_);  // parents below such a child
-    if (below == 1) {
-      for (int64_t i = node.begin; i < node.end; ++i)
-        s_.children[i - node.begin] = {i, i + 1, s_.parents[i].votes, s_.parents[i].leaves, 0};
-      return node.end - node.begin;
-    }
-    int64_t found = 0;
-    for (int64_t i = node.begin; i < node.end;) {
-      Node child{i, i, 0, 0, 0};
-      const uint64_t first = s_.parents[i].number / below * below;
-      for (; i < node.end && s_.parents[i].number - first < below; ++i) {
-        child.votes += s_.parents[i].votes;
-        child.leaves += s_.parents[i].leaves;
-      }
-      child.end = i;
-      s_.children[found++] = child;
-    }
-    return found;
-  }
-
-  /// The k children with most votes, to `out`; returns how many.
-  int64_t keep(int64_t found, int64_t k, Node* out) noexcept {
-    if (k >= found) return std::copy(s_.children, s_.children + found, out) - out;
-    int64_t all = 0;
-    for (int64_t j = 0; j < found; ++j) {
-      s_.rank[j] = rank_word(s_.children[j].votes, j);
-      all |= s_.children[j].votes;
-    }
-    sort_ranks(found, all, s_.rank, s_.spare_rank);
-    for (int64_t j = 0; j < k; ++j) out[j] = s_.children[place_of(s_.rank[j])];
-    return k;
-  }
-
-  static void sort_ranks(int64_t n, int64_t all_votes, uint64_t*& rank, uint64_t*& spare) noexcept {
-    uint32_t* no_weight = nullptr;
-    radix_sort<false>(n, kPlaceBits, kPlaceBits + bits_of(static_cast<uint64_t>(all_votes)), rank, spare, no_weight,
-                      no_weight);
-  }
-
-  /// D'Hondt among scratch.children, each capped by its leaves: those with seats go to `out`, returns how many.
-  int64_t give_seats(int64_t found, const Node& node, Node* out) noexcept {
-    Node* const c = s_.children;
-    if (node.leaves <= node.seats) {
-      for (int64_t j = 0; j < found; ++j) c[j].seats = c[j].leaves;
-    } else {
-      // For any n / d, the keys of n / d and more are a prefix of the order of seats; n = all votes and d = node.seats
-      // give no more than there are. A second guess spends most of what rounding and caps left over, then one by one.
-      const Award first = award(found, node.votes, node.seats);
-      if (first.given < node.seats) {
-        found = hopeful(found, node.seats - first.given);
-        Award now = first;
-        if (first.live) now = award(found, first.votes, node.seats - first.full + first.live * 3 / 8);
-        if (now.given > node.seats) now = award(found, node.votes, node.seats);
-        if (now.given < node.seats) deal(found, node.seats - now.given);
-      }
-    }
-    int64_t some = 0;
-    for (int64_t j = 0; j < found; ++j)
-      if (c[j].seats) out[some++] = c[j];
-    return some;
-  }
-
-  /// Leaves out children without a seat whose bid is below those of `open` others; returns how many remain.
-  int64_t hopeful(int64_t found, int64_t open) noexcept {
-    Node* const c = s_.children;
-    uint64_t least = ~uint64_t{0};
-    int64_t live = 0, some = 0;
-    for (int64_t j = 0; j < found; ++j)
-      if (c[j].seats && c[j].seats < c[j].leaves) {
-        least = std::min(least, bid(c[j]));
-        ++live;
-      }
-    if (live < open) return found;
-    for (int64_t j = 0; j < found; ++j)
-      if (c[j].seats || bid(c[j]) >= least) c[some++] = c[j];
-    return some;
-  }
-
-  static uint64_t bid(const Node& c) noexcept {
-    const uint64_t n = static_cast<uint64_t>(c.votes) << 24;
-    return c.seats ? n / static_cast<uint64_t>(c.seats + 1) : n;
-  }
-
-  /// Seats given; those of full children; children with seats and room for more, and their votes.
-  struct Award {
-    int64_t given, full, live, votes;
-  };
-
-  /// Every child gets as many seats as it has keys of n / d and more.
-  Award award(int64_t found, int64_t n, int64_t d) noexcept {
-    Award a{0, 0, 0, 0};
-    for (int64_t j = 0; j < found; ++j) {
-      Node& c = s_.children[j];
-      c.seats = 0;
-      if (c.votes * d < n) continue;  // most of many children: a division saved
-      c.seats = std::min(c.leaves, static_cast<int64_t>(static_cast<uint64_t>(c.votes * d) / static_cast<uint64_t>(n)));
-      const bool full = c.seats == c.leaves, live = c.seats > 0 && !full;
-      a.given += c.seats;
-      a.full += full ? c.seats : 0;
-      a.live += live;
-      a.votes += live ? c.votes : 0;
-    }
-    return a;
-  }
-
-  /// The next `open` seats, one by one.
-  void deal(int64_t found, int64_t open) noexcept {
-    Node* const c = s_.children;
-    Bid* const bids = s_.bids;
-    Bid* last = bids;
-    const auto less = [c](const Bid& a, const Bid& b) {
-      if (a.key != b.key) return a.key < b.key;
-      return c[a.child].votes != c[b.child].votes ? c[a.child].votes < c[b.child].votes : a.child > b.child;
-    };
-    for (int64_t j = 0; j < found; ++j)
-      if (c[j].seats < c[j].leaves) *last++ = {bid(c[j]), j};
-    std::make_heap(bids, last, less);
-    for (; open > 0 && last > bids; --open) {
-      std::pop_heap(bids, last, less);
-      const int64_t j = last[-1].child;
-      if (++c[j].seats == c[j].leaves) {
-        --last;
-      } else {
-        last[-1].key = bid(c[j]);
-        std::push_heap(bids, last, less);
-      }
-    }
-  }
-
   // ---- leaves
 
   /// At most the votes that a leaf of this parent needs for a seat.
   template <class Count>
   int64_t least_votes(const Parent& parent) const noexcept {
-    if (parent.seats >= parent.leaves) return 1;
     if (parent.seats == 0) return static_cast<int64_t>(kMostVotes >> 1);
+    if (parent.seats >= parent.leaves / 2) return 1;  // little to leave out
     const Count* const votes = static_cast<const Count*>(s_.votes) + parent.begin;
     // the seats-th largest is not above the mean of the seats largest
     for (Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);; least /= 2) {
