@@ -138,9 +138,10 @@ void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64
     sums[i] = k.matmul_pairs ? k.round_pairs(width, s.r + i * width, level.mean, s.pairs + i * pairs)
                              : cpu::Rounded{k.load_row(s.r + i * width, DType::float32, width, s.r + i * width), 0};
   if (k.matmul_pairs)
-    k.matmul_pairs(n, pairs, level.size, s.pairs, pairs, reinterpret_cast<const uint32_t*>(level.packed), s.scores, ld);
+    k.matmul_pairs(n, pairs, level.size, s.pairs, pairs, reinterpret_cast<const uint32_t*>(level.packed), s.scores, ld,
+                   nullptr);
   else
-    k.matmul(n, width, level.size, s.r, width, level.packed, s.scores, ld);
+    k.matmul(n, width, level.size, s.r, width, level.packed, s.scores, ld, nullptr);
   const Bounds bounds(level);
   for (int i = 0; i < n; ++i) {
     cpu::Screen row;

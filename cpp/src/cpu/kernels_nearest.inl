@@ -2,15 +2,15 @@
 // The part of kernels.inl that finds the nearest codeword: rows and centers as bfloat16 pairs, the screen of a row of
 // products, square distances in float64.
 
-HISAC_INLINE float smallest_of(vf x) { return -largest_of(-x); }
+HISAC_INLINE float smallest_of(vf x) { return folded<W / 2>(x, smaller)[0]; }
 
 static int64_t screen(int64_t m, const float* z, Screen& row, int32_t* out) {
   vf low = splat(kInfinity), high = splat(kInfinity);
   for (int64_t j = 0; j < m; j += W) {
     const vf score = load(row.half + j) - load(z + j), error = row.error * load(row.norm + j);
     const vf least = score - error, most = score + error;
-    low = least < low ? least : low;
-    high = most < high ? most : high;
+    low = smaller(least, low);
+    high = smaller(most, high);
   }
   row.low = smallest_of(low);
   const float top = smallest_of(high) + row.slack;
@@ -49,12 +49,6 @@ static double square_distance(int64_t width, const float* a, const float* b) {
 }
 
 #if defined(HISAC_PAIRS)
-HISAC_INLINE vh narrow_flushed(vf x) {
-  vh out;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
-  return out;
-}
-
 static Rounded round_pairs(int64_t width, const float* src, const float* shift, uint32_t* dst) {
   vf squares = {}, errors = {};
   const auto round = [&](vf x) __attribute__((always_inline)) {
@@ -65,25 +59,13 @@ static Rounded round_pairs(int64_t width, const float* src, const float* shift, 
     return rounded;
   };
   int64_t d = 0;
-  for (; d + W <= width; d += W) *reinterpret_cast<vh_loose*>(dst + d / 2) = round(load(src + d) - load(shift + d));
+  for (; d + W <= width; d += W)
+    *reinterpret_cast<vh_loose*>(dst + d / 2) = round(shift ? load(src + d) - load(shift + d) : load(src + d));
   if (d < width) {
     const size_t have = static_cast<size_t>(width - d);
-    const vh rounded = round(load_some(src + d, have) - load_some(shift + d, have));
+    const vh rounded = round(load_some(src + d, have) - (shift ? load_some(shift + d, have) : vf{}));
     __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
   }
   return {sum_of(squares), sum_of(errors)};
-}
-
-static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
-  const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
-    const int64_t left = k - 2 * pair;
-    const float* const p = columns + j * ld + 2 * pair;
-    const vh half[2] = {narrow_flushed(load_some(p, static_cast<size_t>(left))),
-                        narrow_flushed(left > W ? load_some(p + W, static_cast<size_t>(left - W)) : vf{})};
-    vf x;
-    __builtin_memcpy(&x, half, sizeof x);
-    return x;
-  };
-  pack((k + 1) / 2, m, reinterpret_cast<float*>(out), read);
 }
 #endif
