@@ -340,14 +340,14 @@ NB_MODULE(_core, m) {
   m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none(),
         nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
                 "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
-  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a, "budget"_a, "fanout"_a, "weights"_a.none(),
-        "out_codes"_a, "out_votes"_a, "out_count"_a);
-  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(),
+  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a.none(), "budget"_a, "fanout"_a,
+        "weights"_a.none(), "out_codes"_a, "out_votes"_a, "out_count"_a);
+  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(),
         "temperature"_a, "normalize"_a, "bias"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "refine"_a,
         "missing"_a, "precision"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "tokens"_a, "lse"_a,
         "refined"_a.none());
   m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "x"_a.none(), "v"_a,
-        "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
+        "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
         "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "precision"_a, "x_ids"_a.none(), "v_ids"_a.none(),
         "x_scale"_a.none(), "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(), "dx"_a.none(),
         "dprototypes"_a.none());

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import _core
-from .arrays import empty, give, rank, take, take_histories, take_optional, whole
+from .arrays import empty, give, take, take_histories, take_optional, whole
 from .codebook import Codebook, Progress
 from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
 
@@ -59,8 +59,7 @@ def vote(
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
     _check(book, Codebook, "vote: book")
-    codes = take("vote", "codes", codes)
-    rank("vote", "codes", codes, "T L")
+    codes = take("vote", "codes", codes, "T L")
     starts, ends = take_histories("vote", offsets)
     weights = take_optional("vote", "weights", weights)
     children = [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
@@ -73,9 +72,9 @@ def vote(
         raise ValueError(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
-    users = len(starts)
+    users, levels = starts.shape[0] - (ends is None), book.levels
     agents = Agents(
-        empty(codes, (users, seats, book.levels), "int32"),
+        empty(codes, (users, seats, levels), "int32"),
         empty(codes, (users, seats), "int64"),
         empty(codes, (users,), "int32"),
         book.fingerprint,
@@ -218,11 +217,8 @@ def _route_inputs(
     codes: Array, book: Codebook | None, x_ids: Array, v_ids: Array, x_scale: Any,
 ) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:  # fmt: skip
     """What route and its backward share, borrowed."""
-    v, x, prototypes = take(verb, "v", v), take_optional(verb, "x", x), take(verb, "prototypes", prototypes)
-    rank(verb, "v", v, "T V")
-    if x is not None:
-        rank(verb, "x", x, "T D")
-    rank(verb, "prototypes", prototypes, "B M D")
+    v, x = take(verb, "v", v, "T V"), take_optional(verb, "x", x, "T D")
+    prototypes = take(verb, "prototypes", prototypes, "B M D")
     if (codes is None) != (book is None):
         raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
     starts, ends = take_histories(verb, offsets)
@@ -299,10 +295,8 @@ def attend_backward(
 def _attend_inputs(
     verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
 ) -> tuple[Any, ...]:
-    q, keys, values = take(verb, "q", q), take(verb, "keys", keys), take(verb, "values", values)
-    rank(verb, "q", q, "N H d")
-    rank(verb, "keys", keys, "B M H d")
-    rank(verb, "values", values, "B M H V")
+    q, keys = take(verb, "q", q, "N H d"), take(verb, "keys", keys, "B M H d")
+    values = take(verb, "values", values, "B M H V")
     offsets, bias = take(verb, "candidate_offsets", candidate_offsets), take_optional(verb, "bias", bias)
     return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
 
