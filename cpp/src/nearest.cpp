@@ -72,40 +72,43 @@ double square_distance(const float* r, const float* c, int64_t width) noexcept {
   return total;
 }
 
+void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept {
+  double total[4] = {};
+  for (int64_t d = 0; d < width; ++d)
+    for (int i = 0; i < 4; ++i) {
+      const double step = double(r[i][d]) - double(c[i][d]);
+      total[i] += step * step;
+    }
+  std::memcpy(out, total, sizeof total);
+}
+
 void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
-  rows = 16;
   r = arena.take<float>(rows * width);
-  pairs = arena.take<uint32_t>(rows * ((width + 1) / 2));
+  screened = arena.take<uint32_t>(rows * screened_width(width));
   scores = arena.take<float>(rows * cpu::pad(largest_size));
   survivors = arena.take<int32_t>(largest_size);
 }
 
-namespace {
+Bounds::Bounds(const Level& level) noexcept
+    : level_(level),
+      floor_(floor_of(level.width)),
+      tiny_(level.rounding > 0 ? static_cast<double>(level.width) * 0x1p-124 : 0),
+      product_(static_cast<double>(level.width + 12) * kUlp * (1 + level.rounding)),
+      second_(static_cast<double>(level.width + 4) * 0x1p-53) {}
 
-/// What turns a row's sums of squares into its screen.
-struct Bounds {
-  const Level& level;
-  double floor, tiny, product, second;
+bool Bounds::screen(cpu::Rounded sums, cpu::Screen* out) const noexcept {
+  const double c = level_.largest, r = 1.01 * std::sqrt(double(sums.squares)) + floor_;
+  const double e = tiny_ > 0 ? 1.01 * std::sqrt(double(sums.errors) + tiny_) + kUlp * r : 0;
+  const double error = e + (r + e) * (level_.rounding + product_) + 5 * kUlp * (r + c);
+  *out = {level_.half,
+          level_.norm,
+          static_cast<float>(1.02 * error),
+          static_cast<float>(second_ * (r + c) * (r + c)),
+          INFINITY,
+          0};
+  return r * c + c * c < 1e37 && level_.width < (1 << 17);
+}
 
-  explicit Bounds(const Level& l) noexcept
-      : level(l),
-        floor(floor_of(l.width)),
-        tiny(l.rounding > 0 ? static_cast<double>(l.width) * 0x1p-124 : 0),
-        product(static_cast<double>(l.width + 12) * kUlp * (1 + l.rounding)),
-        second(static_cast<double>(l.width + 4) * 0x1p-53) {}
-
-  /// The screen of a row, its threshold still open; false where nothing bounds its products.
-  bool screen(cpu::Rounded sums, cpu::Screen* out) const noexcept {
-    const double c = level.largest, r = 1.01 * std::sqrt(double(sums.squares)) + floor;
-    const double e = tiny > 0 ? 1.01 * std::sqrt(double(sums.errors) + tiny) + kUlp * r : 0;
-    const double error = e + (r + e) * (level.rounding + product) + 5 * kUlp * (r + c);
-    *out = {level.half, level.norm, static_cast<float>(1.02 * error), static_cast<float>(second * (r + c) * (r + c)),
-            INFINITY,   0};
-    return r * c + c * c < 1e37 && level.width < (1 << 17);
-  }
-};
-
-/// The nearest of the candidates as the definition says; float64 sums in any order decide unless they nearly tie.
 int32_t closest(const Level& level, const float* r, const int32_t* candidates, int64_t count) noexcept {
   const cpu::Kernels& k = cpu::kernels();
   const double near = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
@@ -128,20 +131,29 @@ int32_t closest(const Level& level, const float* r, const int32_t* candidates, i
   return best;
 }
 
-}  // namespace
+cpu::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  if (k.matmul_pairs) return k.round_pairs(level.width, r, level.mean, dst);
+  return {k.load_row(r, DType::float32, level.width, reinterpret_cast<float*>(dst)), 0};
+}
+
+void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
+              int64_t ldz) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t width = screened_width(level.width);
+  const float* const packed = level.packed + first * width;
+  if (k.matmul_pairs)
+    k.matmul_pairs(n, width, size, rows, width, reinterpret_cast<const uint32_t*>(packed), z, ldz, nullptr);
+  else
+    k.matmul(n, width, size, reinterpret_cast<const float*>(rows), width, packed, z, ldz, nullptr);
+}
 
 void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64_t stride) noexcept {
   const cpu::Kernels& k = cpu::kernels();
-  const int64_t ld = cpu::pad(level.size), width = level.width, pairs = (width + 1) / 2;
-  cpu::Rounded sums[cpu::kBlock];
-  for (int i = 0; i < n; ++i)
-    sums[i] = k.matmul_pairs ? k.round_pairs(width, s.r + i * width, level.mean, s.pairs + i * pairs)
-                             : cpu::Rounded{k.load_row(s.r + i * width, DType::float32, width, s.r + i * width), 0};
-  if (k.matmul_pairs)
-    k.matmul_pairs(n, pairs, level.size, s.pairs, pairs, reinterpret_cast<const uint32_t*>(level.packed), s.scores, ld,
-                   nullptr);
-  else
-    k.matmul(n, width, level.size, s.r, width, level.packed, s.scores, ld, nullptr);
+  const int64_t ld = cpu::pad(level.size), width = level.width;
+  cpu::Rounded sums[NearestScratch::rows];
+  for (int i = 0; i < n; ++i) sums[i] = screened(level, s.r + i * width, s.screened + i * screened_width(width));
+  products(level, n, s.screened, 0, level.size, s.scores, ld);
   const Bounds bounds(level);
   for (int i = 0; i < n; ++i) {
     cpu::Screen row;

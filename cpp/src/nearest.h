@@ -28,14 +28,40 @@ struct Level {
 
 /// The definition: sum over d in index order of (r_d - c_d)^2 in float64.
 double square_distance(const float* r, const float* c, int64_t width) noexcept;
+/// The same for four pairs at once, which does not wait for one sum's additions.
+void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept;
+
+/// What turns a row's sums of squares into its screen.
+class Bounds {
+ public:
+  explicit Bounds(const Level& level) noexcept;
+  /// The screen of a row, its threshold still open; false where nothing bounds its products.
+  bool screen(cpu::Rounded sums, cpu::Screen* out) const noexcept;
+
+ private:
+  const Level& level_;
+  double floor_, tiny_, product_, second_;
+};
+
+/// The nearest of the candidates, in any order; float64 sums in any order decide unless they nearly tie.
+int32_t closest(const Level& level, const float* r, const int32_t* candidates, int64_t count) noexcept;
+
+/// products [n, ldz] of rows with the codes from column `first` (where a panel starts) on, `size` of them. Rows are as
+/// `screened` makes them: pairs, or floats where the ISA has no pairs.
+void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
+              int64_t ldz) noexcept;
+/// Elements of a row for products.
+inline int64_t screened_width(int64_t width) noexcept { return cpu::kernels().matmul_pairs ? (width + 1) / 2 : width; }
+/// dst = r for products.
+cpu::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept;
 
 /// A worker's scratch for blocks of rows.
 struct NearestScratch {
-  int rows = 0;               // rows of a block
-  float* r = nullptr;         // [rows, width] the residuals
-  uint32_t* pairs = nullptr;  // [rows, (width + 1) / 2] the same, rounded
-  float* scores = nullptr;    // [rows, pad(C)]
-  int32_t* survivors = nullptr;
+  static constexpr int rows = 16;  // of a block: their scores and a panel stay in L1 for codebooks of a usual size
+  float* r = nullptr;              // [rows, width] the residuals
+  uint32_t* screened = nullptr;    // [rows, screened_width] the same for products
+  float* scores = nullptr;         // [rows, pad(C)]
+  int32_t* survivors = nullptr;    // [C]
 
   void carve(Arena& arena, int64_t width, int64_t largest_size) noexcept;
 };
