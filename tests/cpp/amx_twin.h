@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "cpu/amx.h"
-#include "cpu/kernels.h"
 #include "cpu/pack.h"
 
 #include "cpu/amx.inl"

@@ -117,9 +117,9 @@ std::vector<float> matmul(const PairProducts& table, Random random, int64_t n, i
   Guarded<float> z(rows8(n) * ldz);
   if (split)
     table.matmul_split(static_cast<int>(n), k2, m, a_hi.data(), a_lo.data(), lda, b_hi.data(), b_lo.data(), z.data(),
-                       ldz);
+                       ldz, nullptr);
   else
-    table.matmul(static_cast<int>(n), k2, m, a_hi.data(), lda, b_hi.data(), z.data(), ldz);
+    table.matmul(static_cast<int>(n), k2, m, a_hi.data(), lda, b_hi.data(), z.data(), ldz, nullptr);
   CHECK((z.intact() && a_hi.intact() && b_hi.intact()));
   std::vector<float> out;
   for (int64_t i = 0; i < n; ++i)

@@ -9,6 +9,9 @@ namespace hisac {
 enum class Normalize : int32_t { history, agents };
 enum class Method : int32_t { exact, leaf };
 enum class Missing : int32_t { drop, token };
+/// bfloat16: x, prototypes, weights and v may be rounded to bfloat16 for the products, where the processor multiplies
+/// that faster; sums are float32 always.
+enum class Precision : int32_t { float32, bfloat16 };
 
 /// d_ai = |x_i - p_a|^2
 ///   history: u_ai = exp(bias_i - d_ai / tau)
@@ -18,8 +21,9 @@ enum class Missing : int32_t { drop, token };
 /// absent where its codes are out of range, |x|^2 is not below 2^100, or its bias is NaN or infinite.
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;      // leaf: rows of one leaf act as one at their mean, farther by their variance
-  Missing missing = Missing::drop;    // token: one more token, the mean v and log count of the absent behaviours
+  Method method = Method::exact;    // leaf: rows of one leaf act as one at their mean, farther by their variance
+  Missing missing = Missing::drop;  // token: one more token, the mean v and log count of the absent behaviours
+  Precision precision = Precision::float32;
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
 };

@@ -57,6 +57,18 @@ struct Machine {
 };
 
 }  // namespace
+
+const Kernels& amx_kernels() noexcept {
+  static const Kernels table = [] {
+    Kernels k = kAvx512Bf16;
+    k.name = "amx";
+    k.matmul_pairs = kAmx.matmul;
+    k.accumulate_pairs = kAmx.accumulate;
+    return k;
+  }();
+  return table;
+}
+
 }  // namespace hisac::cpu
 #endif
 

@@ -33,17 +33,15 @@
 // are 36 dots (576) and 30 loads (240): 8 loads for 12 dots, and 14 for 12. Each block keeps 4 chains of dots, 64
 // cycles, so latency is covered; loads are when tiles come from L1. 32 rows or fewer leave blocks of 2 chains.
 #pragma once
-#include <cstdint>
+#include "kernels.h"
 
 namespace hisac::cpu {
 
 struct PairProducts {
-  void (*matmul)(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
-                 int64_t ldz);
-  void (*accumulate)(int n2, int64_t w, int64_t m, const uint32_t* v, int64_t ldv, const uint32_t* e, int64_t lde,
-                     float* c, int64_t ldc);
+  decltype(Kernels::matmul_pairs) matmul;
+  decltype(Kernels::accumulate_pairs) accumulate;
   void (*matmul_split)(int n, int64_t k2, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
-                       const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz);
+                       const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz, Ahead* ahead);
   void (*accumulate_split)(int n2, int64_t w, int64_t m, const uint32_t* v_hi, const uint32_t* v_lo, int64_t ldv,
                            const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc);
 };
@@ -63,7 +61,7 @@ bool amx_permitted() {
 bool amx_available() noexcept;
 
 #if defined(__x86_64__)
-/// Leaves the tiles released. Needs AVX-512 too.
+/// Leaves the tiles released. Needs AVX-512.
 extern const PairProducts kAmx;
 #endif
 

@@ -91,7 +91,9 @@ struct Block {
   }
 
   /// `steps` steps of `depth` pairs.
-  static void run(int64_t steps, int depth, int height, Pairs a, Pairs b, float* z, int64_t ldz, Into into) {
+  static void run(int64_t steps, int depth, int height, Pairs a, Pairs b, float* z, int64_t ldz, Into into,
+                  Ahead* ahead) {
+    if (ahead) ahead->fetch(R * height * C * 16);
     open(into, z, ldz, height);
     for (int64_t s = 0; s < steps; ++s, a = a.at(depth), b = b.at(depth * b.ld)) {
       if constexpr (split) {
@@ -117,7 +119,7 @@ struct Block {
 /// Rows [first, first + steps * depth) of B [k2, m]; B in panels, or as one of the row stride b.ld.
 template <class Tiles, bool split>
 static void sweep(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps, int depth, Pairs a, Pairs b,
-                  bool panels, float* z, int64_t ldz, Into into) {
+                  bool panels, float* z, int64_t ldz, Into into, Ahead* ahead) {
   int configured = 0;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int rows = static_cast<int>(n - i < kBlock ? (n - i + kRowStep - 1) / kRowStep * kRowStep : kBlock);
@@ -141,13 +143,17 @@ static void sweep(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps
       for (int64_t at = 0; at < width;) {
         const Pairs right = panel.at(first * panel.ld + at);
         const bool pair = width - at >= 32;
-        if (pair && tiles == 1) Block<Tiles, split, 1, 2>::run(steps, depth, height, left, right, out, ldz, into);
+        if (pair && tiles == 1)
+          Block<Tiles, split, 1, 2>::run(steps, depth, height, left, right, out, ldz, into, ahead);
         for (int r = 0; pair && r + 2 <= tiles; r += 2)
           Block<Tiles, split, 2, 2>::run(steps, depth, height, left.at(r * height * a.ld), right,
-                                         out + r * height * ldz, ldz, into);
-        if (!pair && tiles == 1) Block<Tiles, split, 1, 1>::run(steps, depth, height, left, right, out, ldz, into);
-        if (!pair && tiles == 2) Block<Tiles, split, 2, 1>::run(steps, depth, height, left, right, out, ldz, into);
-        if (!pair && tiles == 4) Block<Tiles, split, 4, 1>::run(steps, depth, height, left, right, out, ldz, into);
+                                         out + r * height * ldz, ldz, into, ahead);
+        if (!pair && tiles == 1)
+          Block<Tiles, split, 1, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+        if (!pair && tiles == 2)
+          Block<Tiles, split, 2, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+        if (!pair && tiles == 4)
+          Block<Tiles, split, 4, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
         at += pair ? 32 : 16;
         out += pair ? 32 : 16;
       }
@@ -158,12 +164,14 @@ static void sweep(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps
 }
 
 template <class Tiles, bool split>
-static void product(int64_t n, int64_t k2, int64_t m, Pairs a, Pairs b, bool panels, float* z, int64_t ldz, Into into) {
+static void product(int64_t n, int64_t k2, int64_t m, Pairs a, Pairs b, bool panels, float* z, int64_t ldz, Into into,
+                    Ahead* ahead) {
   const int64_t least = (k2 + 15) / 16;
   const int depth = k2 % least == 0 ? static_cast<int>(k2 / least) : 16, rest = static_cast<int>(k2 % depth);
-  sweep<Tiles, split>(n, k2, m, 0, k2 / depth, depth, a, b, panels, z, ldz, into);
+  sweep<Tiles, split>(n, k2, m, 0, k2 / depth, depth, a, b, panels, z, ldz, into, ahead);
   if (rest > 0)
-    sweep<Tiles, split>(n, k2, m, k2 - rest, 1, rest, a, b, panels, z, ldz, into == Into::set ? Into::load : into);
+    sweep<Tiles, split>(n, k2, m, k2 - rest, 1, rest, a, b, panels, z, ldz, into == Into::set ? Into::load : into,
+                        nullptr);
 }
 
 template <class Tiles, bool split>
@@ -180,16 +188,17 @@ static void accumulate_any(int64_t n2, int64_t w, int64_t m, Pairs v, Pairs e, f
         __builtin_memset(out + rows * ld, 0, static_cast<size_t>(-rows & (kRowStep - 1)) * static_cast<size_t>(ld) * 4);
       }
       product<Tiles, split>(rows, deep, m, {turned[0], turned[split], ld}, e.at(k * e.ld), false, c + i * ldc, ldc,
-                            split ? Into::add : Into::load);
+                            split ? Into::add : Into::load, nullptr);
     }
   Tiles::release();
 }
 
+/// The four of PairProducts.
 template <class Tiles>
 struct Products {
   static void matmul(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
-                     int64_t ldz) {
-    product<Tiles, false>(n, k2, m, {a, a, lda}, {packed, packed, 0}, true, z, ldz, Into::set);
+                     int64_t ldz, Ahead* ahead) {
+    product<Tiles, false>(n, k2, m, {a, a, lda}, {packed, packed, 0}, true, z, ldz, Into::set, ahead);
     Tiles::release();
   }
   static void accumulate(int n2, int64_t w, int64_t m, const uint32_t* v, int64_t ldv, const uint32_t* e, int64_t lde,
@@ -197,8 +206,8 @@ struct Products {
     accumulate_any<Tiles, false>(n2, w, m, {v, v, ldv}, {e, e, lde}, c, ldc);
   }
   static void matmul_split(int n, int64_t k2, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
-                           const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz) {
-    product<Tiles, true>(n, k2, m, {a_hi, a_lo, lda}, {packed_hi, packed_lo, 0}, true, z, ldz, Into::set);
+                           const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz, Ahead* ahead) {
+    product<Tiles, true>(n, k2, m, {a_hi, a_lo, lda}, {packed_hi, packed_lo, 0}, true, z, ldz, Into::set, ahead);
     Tiles::release();
   }
   static void accumulate_split(int n2, int64_t w, int64_t m, const uint32_t* v_hi, const uint32_t* v_lo, int64_t ldv,
