@@ -57,6 +57,16 @@ def _in_numpy(args: Mapping[str, Any]) -> dict[str, Any]:
     return {name: convert(a) for name, a in args.items()}
 
 
+def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
+    than the definition does."""
+    args = _in_numpy(args)
+    x, v, bias = reference.gather(
+        args["x"], args["v"], args.get("bias"), *(args.pop(name, None) for name in ("x_ids", "v_ids", "x_scale"))
+    )
+    return args | {"x": x, "v": v, "bias": bias}
+
+
 def _steps(n: int) -> float:
     return 64 + 2 * min(n / 64, 32) + float(np.log2(max(n, 1)))
 
@@ -167,7 +177,7 @@ def _users(args: Mapping[str, Any]) -> Any:
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
     """args: the arguments of `route`; dtype: v's type -> the largest |difference| of tokens, lse and prototypes."""
-    args = _in_numpy(args)
+    args = _dense(args)
     p, v, missing = args["prototypes"], args["v"], args.get("missing") == "token"
     m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
     tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
@@ -209,7 +219,7 @@ def unit_bound(expected: Tokens) -> Tokens:
 
 def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
     """args: the arguments of `route_backward` -> the largest |difference| of each gradient that is asked for."""
-    args = _in_numpy(args)
+    args = _dense(args)
     forward, v = args["forward"], args["v"]
     p, normalize = forward.prototypes, args.get("normalize", "history")
     m, width = p.shape[1:]

@@ -99,6 +99,9 @@ def route(
     method: str = "exact",
     refine: int = 0,
     missing: str = "drop",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
     out: Tokens | None = None,
 ) -> Tokens:
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
@@ -114,10 +117,15 @@ def route(
     book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias.
     method="leaf": rows of one leaf act as one at their mean, farther by their variance. refine=n: n rounds of
     p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
-    out: Tokens to write into. -> Tokens. Raises ValueError, TypeError.
+
+    Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
+    bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not
+    counted as missing either. x may be int8 then and otherwise, times x_scale, a number or float32 [1] or [rows of x],
+    rounded to float32. `encode` takes a table as it is, once an item. out: Tokens to write into.
+    -> Tokens. Raises ValueError, TypeError.
     """
-    (x, v, starts, ends, prototypes), rest = _route_inputs(
-        "route", x, v, offsets, prototypes, count, temperature, bias, codes, book
+    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
+        "route", x, v, offsets, prototypes, count, temperature, bias, codes, book, x_ids, v_ids, x_scale
     )
     refine = whole("route", "refine", refine)
     users, m, width = prototypes.shape
@@ -130,7 +138,7 @@ def route(
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
     _core.route(
         x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"], rest["codes"],
-        rest["book"], str(method), refine, str(missing), tokens, lse, refined,
+        rest["book"], str(method), refine, str(missing), *gathered, tokens, lse, refined,
     )  # fmt: skip
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
@@ -151,12 +159,16 @@ def route_backward(
     book: Codebook | None = None,
     method: str = "exact",
     missing: str = "drop",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
     need: Iterable[str] = ("v", "temperature", "bias"),
 ) -> RouteGradients:
     """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
 
     d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
-    (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not wanted.
+    (constant during `refine`). method="leaf" has v and temperature. Those of gathered x and v are of each behaviour's
+    row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)
@@ -165,15 +177,15 @@ def route_backward(
     _check(forward, Tokens, f"{verb}: forward")
     d_tokens, d_lse = take(verb, "d_tokens", d_tokens), take_optional(verb, "d_lse", d_lse)
     tokens, lse = take(verb, "tokens", forward.tokens), take(verb, "lse", forward.lse)
-    (x, v, starts, ends, prototypes), rest = _route_inputs(
-        verb, x, v, offsets, forward.prototypes, count, temperature, bias, codes, book
+    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
+        verb, x, v, offsets, forward.prototypes, count, temperature, bias, codes, book, x_ids, v_ids, x_scale
     )
-    tau = rest["temperature"]
+    tau, behaviours = rest["temperature"], v.shape[0] if v_ids is None else math.prod(gathered[1].shape)
     shapes = {
-        "v": tuple(v.shape),
+        "v": (behaviours, v.shape[1]),
         "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
-        "bias": (v.shape[0],),
-        "x": (v.shape[0], prototypes.shape[2]),
+        "bias": (behaviours,),
+        "x": (behaviours, prototypes.shape[2]),
         "prototypes": tuple(prototypes.shape),
     }
     gradients = RouteGradients(
@@ -181,7 +193,7 @@ def route_backward(
     )
     _core.route_backward(
         d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"],
-        str(normalize), rest["bias"], rest["codes"], rest["book"], str(method), str(missing), *gradients,
+        str(normalize), rest["bias"], rest["codes"], rest["book"], str(method), str(missing), *gathered, *gradients,
     )  # fmt: skip
     return gradients
 
@@ -197,8 +209,8 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
 
 def _route_inputs(
     verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array,
-    codes: Array, book: Codebook | None,
-) -> tuple[tuple[Array, ...], dict[str, Any]]:  # fmt: skip
+    codes: Array, book: Codebook | None, x_ids: Array, v_ids: Array, x_scale: Any,
+) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:  # fmt: skip
     """What route and its backward share, borrowed."""
     v, x, prototypes = take(verb, "v", v), take_optional(verb, "x", x), take(verb, "prototypes", prototypes)
     rank(verb, "v", v, "T V")
@@ -217,7 +229,9 @@ def _route_inputs(
         "codes": take_optional(verb, "codes", codes),
         "book": None if book is None else _check(book, Codebook, f"{verb}: book")._core,
     }
-    return (x, v, starts, ends, prototypes), rest
+    x_scale = np.array([x_scale], np.float32) if isinstance(x_scale, int | float | np.number) else x_scale
+    ids = take_optional(verb, "x_ids", x_ids), take_optional(verb, "v_ids", v_ids)
+    return (x, v, starts, ends, prototypes), rest, (*ids, take_optional(verb, "x_scale", x_scale))
 
 
 def attend(

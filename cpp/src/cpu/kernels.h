@@ -40,7 +40,8 @@ struct Ahead {
   }
   void add(const void* data, int64_t begin, int64_t end) noexcept {  // bytes
     if (!data || begin >= end || spans == kMost) return;
-    span[spans++] = {static_cast<const std::byte*>(data) + begin, static_cast<const std::byte*>(data) + end};
+    const std::byte* const at = static_cast<const std::byte*>(data) + begin;
+    span[spans++] = {at - reinterpret_cast<uintptr_t>(at) % kLine, at + (end - begin)};
     lines += (end - begin) / kLine + 1;
   }
   /// Spreads the lines over products of n rows and m columns in all.
@@ -94,6 +95,8 @@ struct Kernels {
   void (*pack_rows)(int64_t k, int64_t m, const float* rows, int64_t ld, float* out);
   /// dst[0, width) = a row of `type`; returns its sum of squares.
   float (*load_row)(const void* src, DType type, int64_t width, float* dst);
+  /// The same of scale * src.
+  float (*load_int8)(const int8_t* src, float scale, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale);
   /// dst[c, r] = src[r, c] of 16 columns c and w rows r, w rounded up to kLanes.
@@ -139,7 +142,7 @@ struct Kernels {
   /// As route_weights; e [(n + 1) / 2, m] is rounded, and mass its sum; an odd n gets a row of zeros.
   bool (*route_weights_pairs)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
                               int64_t lde);
-  /// dst [width] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
+  /// dst [pad(width)] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
   void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
   /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
   float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
