@@ -22,7 +22,7 @@
 //                        as small
 // where a and b are bfloat16 as given. With halves, a rest is at most 2^-17 |x| and a lo at most 2^-8 |x|, so what is
 // left out, lo lo' + rest p + (x - rest) rest', is at most (2^-16 + 2^-17 + 2^-17) |x p| = 2^-15 |x p| (attained within
-// 3 %, at mantissas just above 1 + 2^-8), and |hi hi'| + |hi lo'| + |lo hi'| <= 1.016 |x p|:
+// 5 %, at mantissas just above 1 + 2^-8), and |hi hi'| + |hi lo'| + |lo hi'| <= 1.016 |x p|:
 //   matmul_split      |dz| <= (2^-15 + 1.016 (d + 3 s - 1) u) sum |x p| + 3 flush
 //   accumulate_split  |dc| <= (2^-15 + 1.016 (d + 3 s) u) sum |x p| + 2 u |c| + 3 flush
 // (accumulate_split, for n2 <= 32: it makes the sum of 32 pairs apart and adds it to c once, twice with a second pass).
