@@ -99,6 +99,7 @@ def route(
     method: str = "exact",
     refine: int = 0,
     missing: str = "drop",
+    precision: str = "float32",
     x_ids: Array = None,
     v_ids: Array = None,
     x_scale: Any = None,
@@ -117,6 +118,8 @@ def route(
     book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias.
     method="leaf": rows of one leaf act as one at their mean, farther by their variance. refine=n: n rounds of
     p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
+    precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
+    faster (AVX512-BF16 on AMD, AMX), and are not elsewhere; sums stay float32. `hisac.bounds` has the error of both.
 
     Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
     bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not
@@ -138,7 +141,7 @@ def route(
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
     _core.route(
         x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"], rest["codes"],
-        rest["book"], str(method), refine, str(missing), *gathered, tokens, lse, refined,
+        rest["book"], str(method), refine, str(missing), str(precision), *gathered, tokens, lse, refined,
     )  # fmt: skip
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
@@ -159,6 +162,7 @@ def route_backward(
     book: Codebook | None = None,
     method: str = "exact",
     missing: str = "drop",
+    precision: str = "float32",
     x_ids: Array = None,
     v_ids: Array = None,
     x_scale: Any = None,
@@ -167,7 +171,8 @@ def route_backward(
     """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
 
     d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
-    (constant during `refine`). method="leaf" has v and temperature. Those of gathered x and v are of each behaviour's
+    (constant during `refine`). method="leaf" has v and temperature. precision as in the forward: x and prototypes are
+    rounded alike, products are float32. Those of gathered x and v are of each behaviour's
     row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
@@ -193,7 +198,8 @@ def route_backward(
     )
     _core.route_backward(
         d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"],
-        str(normalize), rest["bias"], rest["codes"], rest["book"], str(method), str(missing), *gathered, *gradients,
+        str(normalize), rest["bias"], rest["codes"], rest["book"], str(method), str(missing), str(precision), *gathered,
+        *gradients,
     )  # fmt: skip
     return gradients
 

@@ -38,8 +38,8 @@ struct RouteInputs {
   Array<const float, 1> bias;        // [T], null: 0
   Array<const int32_t, 2> codes;     // [T, L], null: every behaviour is present
   const Codebook* book = nullptr;    // goes with codes
-  Ids x_ids, v_ids;                  // [T], null: behaviour t has row t
-  Array<const float, 1> x_scale;     // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
+  Ids x_ids{}, v_ids{};              // [T], null: behaviour t has row t
+  Array<const float, 1> x_scale{};   // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
 
   int64_t behaviours() const noexcept { return v_ids ? v_ids.size : v.rows; }  // T
 };
