@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "amx_table.h"
 #include "cpu/pack.h"
 #include "fuzz.h"
 
@@ -24,7 +25,9 @@ std::vector<const Kernels*> all() {
   if (std::strstr(available_isas(), "avx2")) out.push_back(&cpu::kAvx2);
   if (std::strstr(available_isas(), "avx512")) out.push_back(&cpu::kAvx512);
   if (std::strstr(available_isas(), "avx512bf16")) out.push_back(&cpu::kAvx512Bf16);
+  if (std::strstr(available_isas(), "amx")) out.push_back(&cpu::amx_kernels());
 #endif
+  out.push_back(&test::amx_twin());
   return out;
 }
 

@@ -46,6 +46,14 @@ struct Ahead {
   }
   /// Spreads the lines over products of n rows and m columns in all.
   void spread(int n, int64_t m) noexcept { share = lines * kBlock * kLanes / (n * pad(m)) + 1; }
+  /// What is due after so many elements of a product.
+  __attribute__((always_inline)) void fetch(int64_t elements) noexcept {
+    for (int64_t left = share * elements / (kBlock * kLanes) + 1; left > 0 && next < spans; --left) {
+      __builtin_prefetch(span[next].at, 0, 2);
+      span[next].at += kLine;
+      if (span[next].at >= span[next].end) ++next;
+    }
+  }
 };
 
 /// One block of route's forward: what turns products or logits into weights.
@@ -159,6 +167,8 @@ extern const Kernels kBaseline;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+/// kAvx512Bf16 with the pair products of the AMX unit (amx.h); only where amx_available().
+const Kernels& amx_kernels() noexcept;
 #endif
 
 /// The loops in use, chosen once per process.
