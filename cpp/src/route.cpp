@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "leaf_rows.h"
 #include "parallel.h"
 #include "route_rows.h"
 
@@ -26,7 +27,6 @@ struct State {
 struct Worker {
   AgentPanel panel;
   Block block;
-  Leaves leaves;
   float *z = nullptr, *lse = nullptr, *shift = nullptr, *factor = nullptr;
   State* stack = nullptr;
 };
@@ -39,7 +39,8 @@ class Router {
         params_(params),
         in_(in),
         out_(out),
-        loader_(in),
+        rows_(in),
+        leaves_(in, longest, workers),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -50,13 +51,13 @@ class Router {
 
   void carve(Arena& arena) noexcept {
     units_.carve(arena, in_.histories.users);
+    if (leaf()) leaf_input_.carve(arena, leaves_, in_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take<Worker>(workers_);
     for (int w = 0; w < workers_; ++w) {
       Worker one;
       one.panel.carve(arena, agents_, width_);
       one.block.carve(arena, width_, value_width_);
-      if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
       one.z = arena.take<float>(cpu::kBlock * cpu::pad(agents_));
       one.lse = arena.take<float>(cpu::kBlock);
       one.shift = arena.take<float>(cpu::kBlock);
@@ -68,13 +69,19 @@ class Router {
 
   void run() noexcept {
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    units_.plan(in_.histories, nullptr, in_.histories.users, workers_, params_.method == Method::leaf);
     prototypes_ = in_.prototypes.data;
     if (params_.refine) {
       std::copy_n(prototypes_, in_.histories.users * agents_ * width_, out_->refined.data);
       prototypes_ = out_->refined.data;
     }
-    for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
+    const int64_t users = in_.histories.users;
+    if (!leaf()) return rounds(nullptr, users);
+    for (int64_t first = 0, n; first < users; first += n) {
+      const int64_t* const list = leaf_input_.users + first;
+      n = leaves_.fit(list, users - first);
+      leaf_input_.load(context_, leaves_, list, n, &rows_);
+      rounds(list, n);
+    }
   }
 
  private:
@@ -89,6 +96,19 @@ class Router {
       if (states) states[i] = s;
     }
     return states;
+  }
+
+  bool leaf() const noexcept { return params_.method == Method::leaf; }
+
+  /// The tokens of the listed users; null: of 0 .. n - 1.
+  void rounds(const int64_t* users, int64_t n) noexcept {
+    units_.plan(rows_.histories, users, n, workers_);
+    for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
+    if (!leaf() || params_.missing == Missing::drop) return;
+    parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
+      for (int64_t i = begin; i < end; ++i)
+        finish_absent(users[i], leaves_.absent(i, w, worker_[w].block.v), worker_[w].block.v, 1.f);
+    });
   }
 
   /// One reading of every history; `refining`: the values are x, and the results new prototypes.
@@ -116,8 +136,8 @@ class Router {
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        loader_, params_, in_.histories, unit, w.leaves, w.block, w.stack, [&](State& s) { reset(s); },
-        [](State& s) { return &s.absent; }, [&](State& s) { block(refining, w, s); },
+        RowLoader(rows_), rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
+        [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
         [&](State& into, const State& from) { merge(into, from, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
@@ -135,7 +155,7 @@ class Router {
     if (shares) k_.row_lse(n, m, w.z, ldz, w.lse);
     for (int i = 0; i < n; ++i)
       w.shift[i] = row_shift_of(w.block.bias[i], shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
-    if (shares || in_.bias || params_.method == Method::leaf) k_.row_shift(n, m, w.z, ldz, w.shift);
+    if (shares || rows_.bias) k_.row_shift(n, m, w.z, ldz, w.shift);
     if (k_.column_softmax(n, m, w.z, ldz, state.top, state.mass, w.factor)) {
       for (int64_t a = 0; a < m; ++a)
         if (w.factor[a] != 1.f)
@@ -190,18 +210,24 @@ class Router {
         lse[a] = static_cast<float>((double(s.top[j]) + std::log2(double(s.mass[j]))) * 0.69314718055994531);
       }
     }
-    if (!refining && s.absent.count > 0) {
-      k_.store_row(tokens + agents_ * bytes, in_.v.dtype, value_width_, s.absent.sum,
-                   1.f / static_cast<float>(s.absent.count));
-      lse[agents_] = static_cast<float>(std::log(static_cast<double>(s.absent.count)));
-    }
+    if (!refining && extra) finish_absent(b, s.absent.count, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
+  }
+
+  /// The token of the absent behaviours.
+  void finish_absent(int64_t b, int64_t count, const float* v, float scale) const noexcept {
+    if (count == 0) return;
+    const int64_t row = b * (agents_ + 1) + agents_, bytes = value_width_ * (in_.v.dtype == DType::float32 ? 4 : 2);
+    k_.store_row(static_cast<std::byte*>(out_->tokens.data) + row * bytes, in_.v.dtype, value_width_, v, scale);
+    out_->lse.data[row] = static_cast<float>(std::log(static_cast<double>(count)));
   }
 
   const Context& context_;
   const RouteParams& params_;
   const RouteInputs& in_;
   const Tokens* out_;
-  RowLoader loader_;
+  RouteInputs rows_;  // what is routed: in_, or its leaf sums
+  LeafSummer leaves_;
+  LeafInput leaf_input_;
   const cpu::Kernels& k_;
   int64_t agents_, width_, value_width_, longest_, ld_;
   int workers_;
