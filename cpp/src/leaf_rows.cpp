@@ -22,11 +22,19 @@ int bits_of(uint64_t n) noexcept { return n ? 64 - __builtin_clzll(n) : 0; }
 /// A power of two that keeps a sum of n weights, each at most 1, at most 1, and so a sum of large v finite.
 float scale_of(int64_t n) noexcept { return std::ldexp(1.f, -bits_of(static_cast<uint64_t>(n - 1))); }
 
+/// Once a row is listed, its codes are known to be valid; they are needed where they stand for x.
+RouteInputs without_codes(RouteInputs in) noexcept {
+  if (in.x.data) in.codes = {};
+  return in;
+}
+
 }  // namespace
 
 LeafSummer::LeafSummer(const RouteInputs& in, int64_t longest, int workers) noexcept
     : in_(in),
+      listed_(without_codes(in)),
       loader_(in),
+      present_(listed_),
       k_(cpu::kernels()),
       width_(in.prototypes.shape[2]),
       value_width_(in.v.width),
@@ -50,6 +58,7 @@ void LeafSummer::carve(Arena& arena) noexcept {
   top_ = arena.take<float>(room_);
   mass_ = arena.take<double>(room_);
   weight_ = arena.take<float>(room_);
+  absent_ = arena.take<bool>(room_);
   const int64_t slots = room_ / kPiece + 1;
   slot_ = arena.take<Sum>(slots);
   for (int64_t s = 0; s < slots; ++s) {
@@ -112,8 +121,8 @@ void LeafSummer::list(int64_t i, Worker& w) noexcept {
   const int64_t first = in_.histories.start(users_[i]), room = start_[i], length = start_[i + 1] - room;
   int64_t n = 0;
   for (int64_t row = first; row < first + length; ++row) {
-    weight_[room + row - first] = -1;
-    if (!loader_.may_be_present(row)) continue;
+    absent_[room + row - first] = !loader_.may_be_present(row);
+    if (absent_[room + row - first]) continue;
     entry_[room + n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
   }
   sort(i, n, w.count);
@@ -167,7 +176,6 @@ void LeafSummer::add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
   const int64_t *const first = begin_of(i), pieces = pieces_of(i, g);
   const int64_t begin = first[g] + p * kPiece, end = p + 1 < pieces ? begin + kPiece : first[g + 1];
   const Entry* const entry = entry_ + start_[i];
-  float* const weights = weight_ + start_[i] - in_.histories.start(users_[i]);
   const float top = top_[start_[i] + g], scale = scale_of(first[g + 1] - first[g]);
   Sum& sum = sum_of(i, g, p, w);
   sum.present = 0;
@@ -179,20 +187,23 @@ void LeafSummer::add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
     for (int64_t e = run; e < std::min(run + kRun, end); ++e) {
       const int64_t row = entry[e].row;
       float norm = 0;
-      if (e + kAhead < first[leaves_[i]]) loader_.prefetch(entry[e + kAhead].row);
-      if (!loader_.load_x(row, w.x, &norm)) continue;
-      loader_.load_v(row, w.v);
+      if (e + kAhead < first[leaves_[i]]) present_.prefetch(entry[e + kAhead].row);
+      if (!present_.load_x(row, w.x, &norm)) {
+        absent_[start_[i] + row - in_.histories.start(users_[i])] = true;
+        weight_[start_[i] + e] = -1;
+        continue;
+      }
+      present_.load_v(row, w.v);
       const float weight = in_.bias ? scale * std::exp(loader_.bias_of(row) - top) : scale;
-      weights[row] = weight;
+      weight_[start_[i] + e] = weight;
       sum.mass += double(weight);
       sum.squares += double(weight) * (double(norm) + double(loader_.spread_of(row)));
       if (here++ == 0) {
-        k_.store_row(x, DType::float32, width_, w.x, weight);
-        k_.store_row(v, DType::float32, value_width_, w.v, weight);
-      } else {
-        k_.add_row(width_, w.x, weight, x);
-        k_.add_row(value_width_, w.v, weight, v);
+        std::fill(x, x + width_, 0.f);
+        std::fill(v, v + value_width_, 0.f);
       }
+      k_.add_row(width_, w.x, weight, x);
+      k_.add_row(value_width_, w.v, weight, v);
     }
     sum.present += here;
     if (later && here) join(x, v, sum);
@@ -219,30 +230,35 @@ void LeafSummer::finish(int64_t i, int64_t g, Worker& w) noexcept {
   });
   const double scale = double(scale_of(rows));
   if (sum.present > 0 && sum.mass < scale / 2) {  // the row of the largest bias was absent: once more, below the next
-    const float* const weights = weight_ + start_[i] - in_.histories.start(users_[i]);
     top_[row] = -INFINITY;
-    for (int64_t e = first[g]; e < first[g + 1]; ++e)
-      if (const int64_t r = entry_[start_[i] + e].row; weights[r] >= 0)
-        top_[row] = std::max(top_[row], loader_.bias_of(r));
+    for (int64_t e = start_[i] + first[g]; e < start_[i] + first[g + 1]; ++e)
+      if (weight_[e] >= 0) top_[row] = std::max(top_[row], loader_.bias_of(entry_[e].row));
     for (int64_t p = 0; p < pieces_of(i, g); ++p) add_piece(i, g, p, w);
     return finish(i, g, w);
   }
   mass_[row] = sum.mass;
   float *const x = out_.x + row * width_, *const v = out_.v + row * value_width_;
   double inverse = sum.present ? 1 / sum.mass : 0;
-  k_.store_row(x, DType::float32, width_, sum.x, static_cast<float>(inverse));
+  const auto mean = [&](int64_t width, const float* from, float* to) {
+    std::fill(to, to + width, 0.f);
+    k_.add_row(width, from, static_cast<float>(inverse), to);
+  };
+  mean(value_width_, sum.v, v);
+  mean(width_, sum.x, x);
   float square = k_.load_row(x, DType::float32, width_, w.x);
   if (square > 0x1.fffff0p99f) {  // every row is below 2^100: rounding shall not take their mean there
-    k_.store_row(x, DType::float32, width_, sum.x, static_cast<float>(inverse * (1 - 0x1p-20)));
+    inverse *= 1 - 0x1p-20;
+    mean(width_, sum.x, x);
     square = k_.load_row(x, DType::float32, width_, w.x);
   }
-  k_.store_row(v, DType::float32, value_width_, sum.v, static_cast<float>(inverse));
   out_.bias[row] = sum.present ? static_cast<float>(double(top_[row]) + std::log(sum.mass / scale)) : -INFINITY;
   out_.spread[row] =
       static_cast<float>(std::min(std::max(0.0, sum.squares * inverse - double(square)), double(FLT_MAX)));
-  if (out_.codes) {
-    const int64_t levels = in_.codes.shape[1];
-    std::copy_n(in_.codes.data + entry_[start_[i] + first[g]].row * levels, levels, out_.codes + row * levels);
+  uint64_t leaf = entry_[start_[i] + first[g]].leaf;
+  for (int l = 0, levels = in_.book->levels(); out_.codes && l < levels; ++l) {
+    const uint64_t stride = in_.book->body().stride[l];
+    out_.codes[row * levels + l] = static_cast<int32_t>(leaf / stride);
+    leaf %= stride;
   }
 }
 
@@ -291,13 +307,13 @@ void LeafSummer::give_back(const Context& context, const float* d_leaf, float* o
   parallel_for(context, (start_[n_] + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end, int) {
     each_part(begin * kPiece, end * kPiece, [&](int64_t i, int64_t from, int64_t to) {
       const int64_t* const first = begin_of(i);
-      const float* const weights = weight_ + start_[i] - in_.histories.start(users_[i]);
       int64_t g = std::upper_bound(first, first + leaves_[i], from) - first - 1;
       for (int64_t e = from; e < std::min(to, first[leaves_[i]]); ++e) {
         while (first[g + 1] <= e) ++g;
         const int64_t row = entry_[start_[i] + e].row, leaf = start_[i] + g;
-        if (!(weights[row] >= 0)) continue;
-        const float share = static_cast<float>(double(weights[row]) / mass_[leaf]);
+        const float weight = weight_[start_[i] + e];
+        if (weight < 0) continue;
+        const float share = static_cast<float>(double(weight) / mass_[leaf]);
         k_.add_row(value_width_, d_leaf + leaf * value_width_, share, out + row * value_width_);
       }
     });

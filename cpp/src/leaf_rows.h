@@ -40,7 +40,7 @@ class LeafSummer {
   void each_absent(int64_t i, Visit visit) const noexcept {
     const int64_t first = in_.histories.start(users_[i]);
     for (int64_t at = start_[i]; at < start_[i + 1]; ++at)
-      if (!(weight_[at] >= 0)) visit(first + at - start_[i]);
+      if (absent_[at]) visit(first + at - start_[i]);
   }
 
  private:
@@ -82,7 +82,8 @@ class LeafSummer {
   void finish(int64_t i, int64_t g, Worker& w) noexcept;
 
   const RouteInputs& in_;
-  RowLoader loader_;
+  RouteInputs listed_;
+  RowLoader loader_, present_;
   const cpu::Kernels& k_;
   int64_t width_, value_width_, room_;
   int workers_;
@@ -94,7 +95,8 @@ class LeafSummer {
   int64_t* begin_ = nullptr;                      // [room + B] where a leaf's entries begin, then where all end
   float* top_ = nullptr;                          // [room] a leaf's largest bias
   double* mass_ = nullptr;                        // [room] sum of its weights
-  float* weight_ = nullptr;                       // [room] of a row: scale e^(bias - top); -1: absent
+  float* weight_ = nullptr;                       // [room] of an entry: scale e^(bias - top); -1: absent
+  bool* absent_ = nullptr;                        // [room] of a row
   Sum* slot_ = nullptr;                           // [room / kPiece + 1] pieces of long leaves
   Worker* worker_ = nullptr;
 };

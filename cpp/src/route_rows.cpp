@@ -76,9 +76,12 @@ void RowLoader::prefetch(int64_t row) const noexcept {
   const auto lines = [](const void* rows, int64_t at, int64_t bytes) {
     const std::byte* const p = static_cast<const std::byte*>(rows) + at * bytes;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+    __builtin_prefetch(p + bytes - 1);  // rows need not begin with a cache line
   };
   if (in_.x.data) lines(in_.x.data, row, x_bytes_);
   lines(in_.v.data, row, v_bytes_);
+  if (in_.codes) __builtin_prefetch(in_.codes.data + row * in_.codes.shape[1]);
+  if (in_.bias) __builtin_prefetch(in_.bias.data + row);
 }
 
 void RowLoader::load_v(int64_t row, float* v) const noexcept {
