@@ -33,8 +33,8 @@ RouteInputs without_codes(RouteInputs in) noexcept {
 LeafSummer::LeafSummer(const RouteInputs& in, int64_t longest, int workers) noexcept
     : in_(in),
       listed_(without_codes(in)),
-      loader_(in),
-      present_(listed_),
+      loader_({}, in),
+      present_({}, listed_),
       k_(cpu::kernels()),
       width_(in.prototypes.shape[2]),
       value_width_(in.v.width),

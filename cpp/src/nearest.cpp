@@ -69,7 +69,7 @@ float threshold(const Level& level, float smallest, float squares) noexcept {
 void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64_t stride) noexcept {
   const cpu::Kernels& k = cpu::kernels();
   const int64_t ld = cpu::pad(level.size);
-  k.matmul(n, level.width, level.size, s.r, level.width, level.packed, s.scores, ld);
+  k.matmul(n, level.width, level.size, s.r, level.width, level.packed, s.scores, ld, nullptr);
   k.screen(n, level.size, s.scores, ld, level.half, s.smallest);
   for (int i = 0; i < n; ++i) {
     const int64_t found =

@@ -68,8 +68,8 @@ class Backward {
     const int64_t columns = cpu::pad(agents_), block = cpu::kBlock;
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_);
-      one.block.carve(arena, width_, value_width_);
+      one.panel.carve(arena, agents_, width_, false);
+      one.block.carve(arena, width_, value_width_, RowLoader(params_, in_).rounds());
       one.z = arena.take<float>(block * columns);
       one.g = arena.take<float>(block * columns);
       for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
@@ -94,15 +94,10 @@ class Backward {
     zero(out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.histories);
-    d_rows_ = leaf() ? d_leaf_ : out_.v.data;
     for (int64_t wave = 0; wave < waves_.count(); ++wave) {
-      const int64_t* const list = waves_.users(wave);
-      const int64_t n = waves_.size(wave);
-      if (!leaf()) {
-        pass(list, n);
-        continue;
-      }
-      for (int64_t first = 0, some; first < n; first += some) {
+      const int64_t *const list = waves_.users(wave), n = waves_.size(wave);
+      if (!leaf()) pass(list, n, out_.v.data);
+      for (int64_t first = 0, some; leaf() && first < n; first += some) {
         some = leaves_.fit(list + first, n - first);
         pass_leaves(list + first, some);
       }
@@ -132,8 +127,8 @@ class Backward {
   /// Leaves as rows; then each leaf's dv goes to its behaviours by their shares.
   void pass_leaves(const int64_t* users, int64_t n) noexcept {
     leaf_input_.load(context_, leaves_, users, n, &rows_);
-    zero(d_leaf_, out_.v ? leaves_.start(n) * value_width_ : 0);
-    pass(users, n);
+    zero(d_leaf_, leaves_.start(n) * value_width_);
+    pass(users, n, d_leaf_);
     if (!out_.v) return;
     leaves_.give_back(context_, d_leaf_, out_.v.data);
     if (params_.missing == Missing::token)
@@ -143,7 +138,9 @@ class Backward {
       });
   }
 
-  void pass(const int64_t* users, int64_t n) noexcept {
+  /// dv: of rows_.v
+  void pass(const int64_t* users, int64_t n, float* dv) noexcept {
+    dv_ = dv;
     units_.plan(rows_.histories, users, n, workers_);
     parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), worker_[w]);
@@ -165,7 +162,7 @@ class Backward {
   int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
 
   void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
-    const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+    const int64_t bytes = bytes_of(rows.dtype);
     k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
   }
 
@@ -199,16 +196,14 @@ class Backward {
     const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    const RowLoader loader(rows_);
+    const RowLoader loader(params_, rows_);
     fold_rows(
         loader, rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
         [&](State& into, const State& from) { merge(into, from); });
     if (out_.v && params_.missing == Missing::token && !leaf())
-      for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i) {
-        float norm;
-        if (!loader.load_x(i, w.block.x, &norm)) missing_row(unit.user, i, w);
-      }
+      for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
+        if (float norm; !loader.load_x(i, w.block.x, &norm)) missing_row(unit.user, i, w);
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else if (sums_)
@@ -219,7 +214,11 @@ class Backward {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
+    cpu::Ahead& ahead = w.block.ahead;
+    if (out_.v)
+      ahead.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    ahead.spread(n, 2 * m);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
@@ -227,19 +226,18 @@ class Backward {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &ahead);
     k_.route_gradient(
         n, m, w.z, w.g, ldz,
         {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
     if (out_.v) {
-      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv);
-      for (int i = 0; i < n; ++i)
-        k_.add_row(value_width_, w.out + i * ldv, 1.f, d_rows_ + w.block.row[i] * value_width_);
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
+      for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldv, 1.f, dv_ + w.block.row[i] * value_width_);
     }
     if (out_.bias)
       for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
     if (out_.x) {
-      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx);
+      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
         float* const dx = out_.x.data + w.block.row[i] * width_;
         k_.add_row(width_, w.out + i * ldx, 1.f, dx);
@@ -253,7 +251,7 @@ class Backward {
   void missing_row(int64_t b, int64_t i, Worker& w) noexcept {
     const int64_t row = b * token_rows() + agents_;
     const double count = std::exp(double(forward_->lse.data[row]));
-    if (!(count > 0) || !(count < 1e18) || !RowLoader(in_).has_value(i, w.out)) return;
+    if (!(count > 0) || !(count < 1e18) || !RowLoader(params_, in_).has_value(i, w.out)) return;
     load_token(forward_->d_tokens, row, w.token);
     k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
   }
@@ -299,7 +297,7 @@ class Backward {
   RouteInputs rows_;  // what is routed: in_, or its leaf sums
   LeafSummer leaves_;
   LeafInput leaf_input_;
-  float *d_leaf_ = nullptr, *d_rows_ = nullptr;  // [room, V] of leaves; of rows_.v
+  float *d_leaf_ = nullptr, *dv_ = nullptr;  // [room, V] of leaves; of the rows
   const cpu::Kernels& k_;
   int64_t agents_, width_, value_width_, longest_;
   int workers_;

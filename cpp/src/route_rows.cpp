@@ -11,8 +11,6 @@
 namespace hisac {
 namespace {
 
-int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
-
 bool finite(const float* v, int64_t width) noexcept {
   bool ok = true;
   for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
@@ -29,7 +27,8 @@ bool below_limit(float norm, const float* x, int64_t width) noexcept {
 
 }  // namespace
 
-void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept {
+  if (rounds) pairs = arena.take<uint32_t>(cpu::kBlock * cpu::pad(pairs_of(width)));
   x = arena.take<float>(cpu::kBlock * cpu::pad(width));
   v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
   norm = arena.take<float>(cpu::kBlock);
@@ -40,14 +39,16 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
   std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
   std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
+  if (pairs) std::fill(pairs, pairs + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs) noexcept
+RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept
     : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_bytes_(inputs.x.width * bytes_of(inputs.x.dtype)),
-      v_bytes_(inputs.v.width * bytes_of(inputs.v.dtype)) {}
+      v_bytes_(inputs.v.width * bytes_of(inputs.v.dtype)),
+      rounds_(params.precision == Precision::bfloat16 && k_.matmul_pairs && params.method == Method::exact) {}
 
 bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
   if (in_.codes) {
@@ -93,10 +94,6 @@ bool RowLoader::has_value(int64_t row, float* v) const noexcept {
   return finite(v, in_.v.width);
 }
 
-bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noexcept {
-  return !load_x(row, block.x, block.norm) && has_value(row, v);
-}
-
 void RowLoader::add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
   k_.add_row(in_.v.width, v, 1.f, absent->sum);
@@ -107,7 +104,13 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
   int n = 0;
   for (int64_t row = begin; row < end; ++row) {
-    if (load_x(row, block.x + n * ldx, block.norm + n)) {
+    float* const x = block.x + n * ldx;
+    if (load_x(row, x, block.norm + n)) {
+      if (rounds_) {
+        uint32_t* const pairs = block.pairs + n * cpu::pad(pairs_of(width_));
+        k_.round_pairs(width_, x, pairs);
+        block.norm[n] = k_.load_row(pairs, DType::bfloat16, width_, x);
+      }
       load_v(row, block.v + n * ldv);
       block.norm[n] += spread_of(row);
       block.bias[n] = bias_of(row);
@@ -117,11 +120,21 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     }
   }
   block.n = n;
+  look_ahead(end, std::min(end + cpu::kBlock, in_.v.rows), block.ahead);
 }
 
-void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width) noexcept {
+void RowLoader::look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept {
+  ahead.clear();
+  ahead.add(in_.x.data, begin * x_bytes_, end * x_bytes_);
+  ahead.add(in_.v.data, begin * v_bytes_, end * v_bytes_);
+}
+
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept {
   index = arena.take<int32_t>(agents);
-  packed = arena.take<float>(cpu::packed_size(width, agents));
+  if (rounds)
+    pairs = arena.take<uint32_t>(cpu::packed_size(pairs_of(width), agents));
+  else
+    packed = arena.take<float>(cpu::packed_size(width, agents));
   rows = arena.take<float>(agents * width);
   norm = arena.take<float>(cpu::pad(agents));
   rate = arena.take<float>(cpu::pad(agents));
@@ -135,6 +148,10 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
+    if (pairs) {  // `pairs` is not packed yet: room for a row
+      k.round_pairs(width, rows + m * width, pairs);
+      norm[m] = k.load_row(pairs, DType::bfloat16, width, rows + m * width);
+    }
     rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
     index[m++] = static_cast<int32_t>(a);
   }
@@ -142,7 +159,10 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  k.pack_columns(width, m, rows, width, packed);
+  if (pairs)
+    k.pack_pairs(width, m, rows, width, pairs);
+  else
+    k.pack_columns(width, m, rows, width, packed);
 }
 
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept {

@@ -16,13 +16,16 @@ namespace hisac {
 /// Up to kBlock present rows of one user.
 struct Block {
   int n = 0;
-  float* x = nullptr;      // [kBlock, pad(D)]; padding columns stay zero
-  float* v = nullptr;      // [kBlock, pad(V)]
-  float* norm = nullptr;   // [kBlock] |x|^2 + spread
-  float* bias = nullptr;   // [kBlock] natural logarithm
-  int64_t* row = nullptr;  // [kBlock] the row in x and v
+  float* x = nullptr;         // [kBlock, pad(D)]; padding columns stay zero
+  float* v = nullptr;         // [kBlock, pad(V)]
+  float* norm = nullptr;      // [kBlock] |x|^2 + spread
+  float* bias = nullptr;      // [kBlock] natural logarithm
+  uint32_t* pairs = nullptr;  // [kBlock, pad((D + 1) / 2)] x in bfloat16; then x and its norm are the rounded ones
+  int64_t* row = nullptr;     // [kBlock] the row in x and v
+  cpu::Ahead ahead;           // the rows that follow
+  bool last = false;          // of a unit
 
-  void carve(Arena& arena, int64_t width, int64_t value_width) noexcept;
+  void carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
 };
 
@@ -34,7 +37,10 @@ struct Absent {
 
 class RowLoader {
  public:
-  explicit RowLoader(const RouteInputs& inputs) noexcept;
+  RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept;
+
+  /// Whether x and prototypes are rounded to bfloat16.
+  bool rounds() const noexcept { return rounds_; }
 
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
@@ -42,22 +48,23 @@ class RowLoader {
   bool load_x(int64_t row, float* x, float* norm) const noexcept;
   void load_v(int64_t row, float* v) const noexcept;
   void prefetch(int64_t row) const noexcept;
-  /// Whether a row's v [V], loaded, is finite.
-  bool has_value(int64_t row, float* v) const noexcept;
   /// Whether a row is present as far as its codes, bias and spread tell.
   bool may_be_present(int64_t row) const noexcept;
+  /// Whether a row's v [V], loaded, is finite.
+  bool has_value(int64_t row, float* v) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
   float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
-  /// Whether a row is absent and has a finite v; block.x and v [V] are scratch.
-  bool absent_with_value(int64_t row, Block& block, float* v) const noexcept;
 
  private:
   bool within_limits(int64_t row) const noexcept;
+  /// Names the rows [begin, end) for fetching.
+  void look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept;
   void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
 
   const RouteInputs& in_;
   const cpu::Kernels& k_;
   int64_t width_, x_bytes_, v_bytes_;
+  bool rounds_;
 };
 
 /// Loads a unit's rows block by block and tile by tile: stack[0] = the merge of all tiles' states. reset(state) empties
@@ -72,6 +79,7 @@ void fold_rows(const RowLoader& loader, const Histories& h, const Unit& unit, Bl
     const int64_t last = std::min(start + (t + 1) * kTile, end);
     for (int64_t i = start + t * kTile; i < last; i += cpu::kBlock) {
       loader.load(i, std::min(i + cpu::kBlock, last), block, absent_of(state));
+      block.last = i + cpu::kBlock >= end;
       body(state);
     }
   };
@@ -81,15 +89,19 @@ void fold_rows(const RowLoader& loader, const Histories& h, const Unit& unit, Bl
 /// The present agents of one user, packed for products with x.
 struct AgentPanel {
   int64_t m = 0;
-  int32_t* index = nullptr;  // [M] their places
-  float* packed = nullptr;   // [D, m]
-  float* rows = nullptr;     // [M, D]: the present prototypes, one after another
-  float* norm = nullptr;     // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
-  float* rate = nullptr;     // [pad(M)] log2(e) / tau
+  int32_t* index = nullptr;   // [M] their places
+  float* packed = nullptr;    // [D, m]
+  uint32_t* pairs = nullptr;  // [(D + 1) / 2, m] in place of packed; then rows and norm are the rounded ones
+  float* rows = nullptr;      // [M, D]: the present prototypes, one after another
+  float* norm = nullptr;      // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
+  float* rate = nullptr;      // [pad(M)] log2(e) / tau
 
-  void carve(Arena& arena, int64_t agents, int64_t width) noexcept;
+  void carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept;
   void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;
 };
+
+/// 32-bit elements of a row of bfloat16.
+constexpr int64_t pairs_of(int64_t width) noexcept { return (width + 1) / 2; }
 
 /// present agents of user b by count alone, clamped to [0, M].
 inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {

@@ -23,6 +23,7 @@ std::vector<const Kernels*> all() {
 #if defined(__x86_64__)
   if (std::strstr(available_isas(), "avx2")) out.push_back(&cpu::kAvx2);
   if (std::strstr(available_isas(), "avx512")) out.push_back(&cpu::kAvx512);
+  if (std::strstr(available_isas(), "avx512bf16")) out.push_back(&cpu::kAvx512Bf16);
 #endif
   return out;
 }
@@ -65,7 +66,7 @@ void products(Bytes& in) {
     if (first.empty()) first = packed.values();
     CHECK(packed.values() == first && again.values() == first);
     Guarded<float> z(padded_rows(n) * ldz);
-    kernels->matmul(static_cast<int>(n), k, m, left.data(), k, packed.data(), z.data(), ldz);
+    kernels->matmul(static_cast<int>(n), k, m, left.data(), k, packed.data(), z.data(), ldz, nullptr);
     CHECK(z.intact());
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < m; ++j) {
@@ -80,11 +81,57 @@ void products(Bytes& in) {
   }
 }
 
+/// x to nearest even in bfloat16, a denormal as zero.
+float rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits & 0x7f800000u) == 0 ? bits & 0x80000000u : (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+void pair_products(Bytes& in) {
+  const int64_t n = in.between(1, 64), k = in.between(1, 70), k2 = (k + 1) / 2, m = in.between(1, 200), ldz = pad(m);
+  const auto a = in.values(n * k, false), b = in.values(m * k, false);
+  Guarded<float> rows(a), columns(b);
+  for (const Kernels* kernels : all()) {
+    if (!kernels->matmul_pairs) continue;
+    Guarded<uint32_t> left(padded_rows(n) * k2), packed(cpu::packed_size(k2, m));
+    for (int64_t i = 0; i < n; ++i) {
+      const double squares = double(kernels->round_pairs(k, rows.data() + i * k, left.data() + i * k2));
+      double exact = 0;
+      for (int64_t d = 0; d < k; ++d) {
+        const float x = a[test::size(i * k + d)], y = rounded(x);
+        CHECK(std::memcmp(reinterpret_cast<const std::byte*>(&y) + 2,
+                          reinterpret_cast<const std::byte*>(left.data() + i * k2) + 2 * d, 2) == 0);
+        exact += (double(x) - double(y)) * (double(x) - double(y));
+      }
+      CHECK(k % 2 == 0 || left.data()[(i + 1) * k2 - 1] >> 16 == 0);
+      close(squares, exact, static_cast<double>(k + 2) * kUlp * exact + static_cast<double>(k) * 0x1p-149);
+    }
+    kernels->pack_pairs(k, m, columns.data(), k, packed.data());
+    Guarded<float> z(padded_rows(n) * ldz);
+    kernels->matmul_pairs(static_cast<int>(n), k2, m, left.data(), k2, packed.data(), z.data(), ldz, nullptr);
+    CHECK(left.intact() && packed.intact() && z.intact());
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < ldz; ++j) {
+        double exact = 0, size = 0;
+        for (int64_t d = 0; d < k && j < m; ++d) {
+          const double term = double(rounded(a[test::size(i * k + d)])) * double(rounded(b[test::size(j * k + d)]));
+          exact += term;
+          size += std::fabs(term);
+        }
+        close(double(z.data()[i * ldz + j]), exact,
+              static_cast<double>(k + 2) * kUlp * size + 0x1p-126 * double(2 * k));
+      }
+  }
+}
+
 void accumulations(Bytes& in) {
   const int64_t n = in.between(0, 64), m = in.between(1, 70), w = in.between(1, 100), lda = pad(m), ldb = pad(w);
   const auto a = in.values(n * m, false), b = in.values(n * w, false), c = in.values(m * w, false);
   Guarded<float> left(strided(a, n, m, lda)), right(strided(b, n, w, ldb));
-  const int64_t rows = (m + 3) / 4 * 4;
+  const int64_t rows = padded_rows(m);
   for (const Kernels* kernels : all()) {
     Guarded<float> sums(strided(c, rows, w, ldb));
     kernels->accumulate(static_cast<int>(n), m, w, left.data(), lda, right.data(), ldb, sums.data(), ldb);
@@ -190,35 +237,79 @@ void screens(Bytes& in) {
 }
 
 /// Softmaxes on logits within [-2000, 2000], with -inf where an entry is absent; a row or column may be all absent.
+/// Route's weights against exact ones: e = 2^(logit + shift - top') within the logit's own rounding.
+void route_weights(Bytes& in) {
+  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const bool products = in.byte() % 2;
+  const float steep = static_cast<float>(in.between(1, 60));
+  auto z = in.values(n * m, false), row_norms = in.values(n, false), norms = in.values(m, false);
+  auto rates = in.values(m, false), old = in.values(m, false);
+  for (auto* a : {&row_norms, &norms, &rates})
+    for (float& x : *a) x = std::fabs(x);
+  for (float& x : rates) x *= steep / 16;
+  for (float& x : old) x = in.byte() % 4 ? x * steep : -kInf;
+  if (!products)
+    for (float& x : z) x = in.byte() % 16 ? x * steep : -kInf;
+  const auto shifts = in.values(n, false);
+  Guarded<float> row_norm(row_norms), shift(shifts), norm(strided(norms, 1, m, ldz, kInf)),
+      rate(strided(rates, 1, m, ldz, 1.f));
+  const auto padded = strided(z, n, m, ldz, products ? 0 : -kInf);
+  for (const Kernels* kernels : all()) {
+    std::vector<float> masses(test::size(m));
+    for (size_t j = 0; j < masses.size(); ++j) masses[j] = old[j] > -kInf;
+    Guarded<float> top(strided(old, 1, m, ldz, -kInf)), mass(strided(masses, 1, m, ldz)), factor(ldz), values(padded),
+        e(n * ldz);
+    const bool changed = kernels->route_weights(static_cast<int>(n), m, values.data(), ldz,
+                                                {products ? row_norm.data() : nullptr, shift.data(), norm.data(),
+                                                 rate.data(), top.data(), mass.data(), factor.data()},
+                                                e.data(), ldz);
+    CHECK(top.intact() && mass.intact() && factor.intact() && e.intact() && values.values() == padded);
+    for (int64_t j = 0; j < m; ++j) {
+      const double before = double(old[test::size(j)]), now = double(top.data()[j]);
+      CHECK(now >= before);
+      CHECK((changed || now == before));
+      const double move = before == -HUGE_VAL ? 0 : std::fabs(before - now);
+      double total = before == -HUGE_VAL ? 0 : std::exp2(before - now), largest = 0;
+      if (changed && before > -HUGE_VAL) close(double(factor.data()[j]), total, 1e-6 + 4 * kUlp * move * total);
+      for (int64_t i = 0; i < n; ++i) {
+        double logit = double(z[test::size(i * m + j)]), size = std::fabs(logit);
+        if (products) {
+          const double a = double(row_norms[test::size(i)]), b = double(norms[test::size(j)]),
+                       r = double(rates[test::size(j)]);
+          size = r * (a + b + 2 * std::fabs(logit));
+          logit = -r * std::max(0.0, a + b - 2 * logit);
+        }
+        logit += double(shifts[test::size(i)]);
+        if (logit == -HUGE_VAL) {
+          CHECK(e.data()[i * ldz + j] == 0);
+          continue;
+        }
+        CHECK(logit <= now + 12 + 8 * kUlp * (size + std::fabs(now) + 32));
+        const double exact = std::exp2(logit - now);
+        const double relative = 8 * kUlp * (size + std::fabs(double(shifts[test::size(i)])) + std::fabs(now) + 2);
+        close(double(e.data()[i * ldz + j]), exact, 1.2e-38 + exact * relative);
+        total += double(e.data()[i * ldz + j]);
+        largest = std::max(largest, relative);
+      }
+      close(double(mass.data()[j]), total, 1e-38 + (largest + (static_cast<double>(n) + 4 + move) * 4 * kUlp) * total);
+    }
+  }
+}
+
+/// The softmax over agents: its log-sum-exp, and attend's, whose weights add up to 1 and come again from it.
 void softmaxes(Bytes& in) {
   const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const float steep = static_cast<float>(in.between(1, 255));
   auto z = in.values(n * m, false);
   for (float& x : z) x = in.byte() % 16 ? x * steep : -kInf;
-  const auto shifts = in.values(n, false), old = in.values(m, false);
-  Guarded<float> shift(shifts), bias(strided(old, 1, m, ldz, -kInf));
-  const auto padded = strided(z, n, m, ldz, -kInf);
-  std::vector<double> tolerance(test::size(n * ldz));
-  for (size_t i = 0; i < tolerance.size(); ++i)  // a logit's own rounding, as a relative error of its exponential
-    tolerance[i] = 1e-5 + 4 * kUlp * (std::isinf(padded[i]) ? 0 : 2 * std::fabs(double(padded[i])) + 16);
-  const double most = *std::max_element(tolerance.begin(), tolerance.end());
-  std::vector<float> first_lse, first_z, first_top, first_mass, first_soft, first_soft_lse, first_weights;
+  const auto biases = in.values(m, false);
+  Guarded<float> bias(strided(biases, 1, m, ldz, -kInf));
+  std::vector<float> first_lse, first_soft, first_soft_lse;
   for (const Kernels* kernels : all()) {
-    Guarded<float> values(padded), lse(n);
+    Guarded<float> values(strided(z, n, m, ldz, -kInf)), lse(n);
     kernels->row_lse(static_cast<int>(n), m, values.data(), ldz, lse.data());
-    kernels->row_shift(static_cast<int>(n), m, values.data(), ldz, shift.data());
-    Guarded<float> top(strided(old, 1, m, ldz, -kInf)),
-        mass(strided(std::vector<float>(test::size(m), 1.f), 1, m, ldz)), factor(ldz);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j)
-        CHECK(values.data()[i * ldz + j] == padded[test::size(i * ldz + j)] + shifts[test::size(i)]);
-    const bool changed =
-        kernels->column_softmax(static_cast<int>(n), m, values.data(), ldz, top.data(), mass.data(), factor.data());
-    bool any = false;
-    for (int64_t j = 0; j < m; ++j) any = any || top.data()[j] > old[test::size(j)];
-    CHECK(changed == any);
-    CHECK(values.intact() && lse.intact() && top.intact() && mass.intact() && factor.intact());
     Guarded<float> soft(strided(z, n, m, ldz)), soft_lse(n);
     double steepest = 0;
     for (int64_t i = 0; i < n * ldz; ++i) {
@@ -230,7 +321,7 @@ void softmaxes(Bytes& in) {
     Guarded<float> weights(soft.values());
     kernels->row_softmax(static_cast<int>(n), m, soft.data(), ldz, .5f, bias.data(), soft_lse.data());
     kernels->row_weights(static_cast<int>(n), m, weights.data(), ldz, .5f, bias.data(), soft_lse.data());
-    CHECK(soft.intact() && soft_lse.intact() && weights.intact());
+    CHECK(values.intact() && lse.intact() && soft.intact() && soft_lse.intact() && weights.intact());
     for (int64_t i = 0; i < n; ++i) {
       double sum = 0;
       for (int64_t j = 0; j < m; ++j) {
@@ -241,9 +332,6 @@ void softmaxes(Bytes& in) {
     }
     if (first_lse.empty()) {
       first_lse = lse.values();
-      first_z = values.values();
-      first_top = top.values();
-      first_mass = mass.values();
       first_soft = soft.values();
       first_soft_lse = soft_lse.values();
       continue;
@@ -253,14 +341,8 @@ void softmaxes(Bytes& in) {
             1e-5 * (1 + std::fabs(double(first_lse[test::size(i)]))));
       close(double(soft_lse.data()[i]), double(first_soft_lse[test::size(i)]),
             1e-5 * (1 + std::fabs(double(soft_lse.data()[i]))));
-      for (int64_t j = 0; j < m; ++j) {
-        close(double(values.data()[i * ldz + j]), double(first_z[test::size(i * ldz + j)]), most);
+      for (int64_t j = 0; j < m; ++j)
         close(double(soft.data()[i * ldz + j]), double(first_soft[test::size(i * ldz + j)]), apart);
-      }
-    }
-    for (int64_t j = 0; j < m; ++j) {
-      CHECK(top.data()[j] == first_top[test::size(j)]);
-      close(double(mass.data()[j]), double(first_mass[test::size(j)]), most * (1 + double(first_mass[test::size(j)])));
     }
   }
 }
@@ -341,8 +423,8 @@ void distances(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  constexpr void (*kParts[])(Bytes&) = {products,  accumulations, rows_in_and_out, screens,
-                                        softmaxes, gradients,     distances};
-  kParts[in.byte() % 7](in);
+  constexpr void (*kParts[])(Bytes&) = {products,      accumulations, rows_in_and_out, screens,      softmaxes,
+                                        route_weights, gradients,     distances,       pair_products};
+  kParts[in.byte() % 9](in);
   return 0;
 }

@@ -18,6 +18,10 @@ struct Array {
 
 enum class DType : int32_t { float32, bfloat16, float16, int32, int64 };
 
+constexpr int64_t bytes_of(DType type) noexcept {
+  return type == DType::int64 ? 8 : type == DType::bfloat16 || type == DType::float16 ? 2 : 4;
+}
+
 /// Read-only rows [rows, width] of float32, bfloat16 or float16: the x and v of the verbs.
 struct Rows {
   const void* data = nullptr;

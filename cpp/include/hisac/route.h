@@ -9,6 +9,9 @@ namespace hisac {
 enum class Normalize : int32_t { history, agents };
 enum class Method : int32_t { exact, leaf };
 enum class Missing : int32_t { drop, token };
+/// bfloat16: x, prototypes, weights and v may be rounded to bfloat16 for the products, where the processor multiplies
+/// that faster; sums are float32 always.
+enum class Precision : int32_t { float32, bfloat16 };
 
 /// d_ai = |x_i - p_a|^2 + spread_i
 ///   history: u_ai = exp(bias_i - d_ai / tau)
@@ -19,21 +22,22 @@ enum class Missing : int32_t { drop, token };
 /// in [0, FLT_MAX].
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;      // leaf: over the leaf sums (below) of the behaviours
-  Missing missing = Missing::drop;    // token: one more token, the mean v and log count of the absent behaviours
+  Method method = Method::exact;    // leaf: over the leaf sums (below) of the behaviours
+  Missing missing = Missing::drop;  // token: one more token, the mean v and log count of the absent behaviours
+  Precision precision = Precision::float32;
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
 };
 
 struct RouteInputs {
-  Rows x;                             // [T, D]; data null: the prototypes of `codes`
-  Rows v;                             // [T, V]
-  Histories histories;                // B users
-  Array<const float, 3> prototypes;   // [B, M, D]
-  Array<const int32_t, 1> count;      // [B], null: M each
-  Array<const float, 1> bias;         // [T], null: 0
-  Array<const int32_t, 2> codes;      // [T, L], null: every behaviour is present
-  const Codebook* book = nullptr;     // goes with codes
+  Rows x;                            // [T, D]; data null: the prototypes of `codes`
+  Rows v;                            // [T, V]
+  Histories histories;               // B users
+  Array<const float, 3> prototypes;  // [B, M, D]
+  Array<const int32_t, 1> count;     // [B], null: M each
+  Array<const float, 1> bias;        // [T], null: 0
+  Array<const int32_t, 2> codes;     // [T, L], null: every behaviour is present
+  const Codebook* book = nullptr;    // goes with codes
   Array<const float, 1> spread = {};  // [T], null: 0
 };
 
@@ -52,8 +56,8 @@ size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int
 /// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
 ///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
 ///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
-/// As inputs of `route` they stand for the behaviours, in a hundredth of the time where leaves are long. Sums add up:
-/// those of kept sums and new behaviours, as the rows of one user, are the sums of all.
+/// As inputs of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of kept
+/// sums and new behaviours, as the rows of one user, are the sums of all.
 struct LeafSums {
   Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
   Array<float, 2> v;          // [S, V]
@@ -63,7 +67,7 @@ struct LeafSums {
   Array<int32_t, 2> codes;    // [S, L]
 };
 
-/// inputs: as of `route`, codes needed, without prototypes and count. Reads x and v once.
+/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
 size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers) noexcept;
 

@@ -10,7 +10,7 @@ namespace hisac {
 namespace cpu {
 namespace {
 
-constexpr int kMost = 3;
+constexpr int kMost = 4;
 
 int supported(const Kernels** out) noexcept {
   int n = 0;
@@ -20,8 +20,11 @@ int supported(const Kernels** out) noexcept {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     out[n++] = &kAvx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
       out[n++] = &kAvx512;
+      // Intel has the pair products too, at less than the rate of FMA
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+    }
   }
 #endif
   return n;

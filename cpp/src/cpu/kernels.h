@@ -24,6 +24,40 @@ inline float base2(float x) {
 
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+/// Memory that will be wanted soon: a product fetches it into the cache line by line while it computes.
+struct Ahead {
+  static constexpr int kMost = 2 * kBlock + 3, kLine = 64;
+  struct Span {
+    const std::byte *at, *end;
+  } span[kMost];
+  int spans = 0, next = 0;  // next: the first that is not fetched yet
+  int64_t lines = 0;        // of all spans
+  int64_t share = 0;        // lines to fetch per kBlock * kLanes elements of a product
+
+  void clear() noexcept {
+    spans = next = 0;
+    lines = 0;
+  }
+  void add(const void* data, int64_t begin, int64_t end) noexcept {  // bytes
+    if (!data || begin >= end || spans == kMost) return;
+    span[spans++] = {static_cast<const std::byte*>(data) + begin, static_cast<const std::byte*>(data) + end};
+    lines += (end - begin) / kLine + 1;
+  }
+  /// Spreads the lines over products of n rows and m columns in all.
+  void spread(int n, int64_t m) noexcept { share = lines * kBlock * kLanes / (n * pad(m)) + 1; }
+};
+
+/// One block of route's forward: what turns products or logits into weights.
+struct RouteWeights {
+  const float* row_norm;  // [n] |x|^2; null: z holds logits
+  const float* shift;     // [n] bias, less the row's log-sum-exp in agents mode
+  const float* norm;      // [m] |p|^2; padding +inf
+  const float* rate;      // [m] log2(e) / tau
+  float* top;             // [m] reference of the exponentials; -inf as long as there is no mass
+  float* mass;            // [m]
+  float* factor;          // [m] out: 2^(top - top'), for the sums so far
+};
+
 /// One block of route's backward; see route_gradient in kernels.inl.
 struct RouteGradient {
   const float* shift;    // [n] bias, less the row's log-sum-exp in agents mode
@@ -40,9 +74,10 @@ struct RouteGradient {
 struct Kernels {
   const char* name;
 
-  /// z[n, m] = a[n, k] B, B packed [k, m]. Rows of a and z up to the next kRowStep are touched.
-  void (*matmul)(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz);
-  /// c[m, w] += a[n, m]^T b[n, w]; m and w rounded up to 4 and kLanes.
+  /// z[n, m] = a[n, k] B, B packed [k, m]. Rows of a and z up to the next kRowStep are touched. ahead may be null.
+  void (*matmul)(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
+                 Ahead* ahead);
+  /// c[m, w] += a[n, m]^T b[n, w]; m and w rounded up to kRowStep and kLanes.
   void (*accumulate)(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                      int64_t ldc);
   /// Pack B [k, m] from its transpose: row j of `columns` (stride ld) is column j of B.
@@ -53,6 +88,8 @@ struct Kernels {
   float (*load_row)(const void* src, DType type, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale);
+  /// dst[c, r] = src[r, c] of 16 columns c and w rows r, w rounded up to kLanes.
+  void (*transpose)(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd);
   /// dst += factor * src
   void (*add_row)(int64_t width, const float* src, float factor, float* dst);
 
@@ -61,11 +98,9 @@ struct Kernels {
                           const float* rate);
   /// lse_i = log2 sum_a 2^z; -inf for a row of -inf.
   void (*row_lse)(int n, int64_t m, const float* z, int64_t ldz, float* lse);
-  /// z <- z + shift_i
-  void (*row_shift)(int n, int64_t m, float* z, int64_t ldz, const float* shift);
-  /// One step of the online softmax over rows: top' = max(top, max_i z), factor = 2^(top - top'), z <- 2^(z - top'),
-  /// mass <- factor mass + sum_i z. Returns whether any factor differs from 1.
-  bool (*column_softmax)(int n, int64_t m, float* z, int64_t ldz, float* top, float* mass, float* factor);
+  /// One step of the online softmax over rows: e = 2^(logit + shift_i - top'), mass <- factor mass + sum_i e. top'
+  /// stays top until a logit exceeds it by 12. Returns whether any factor differs from 1; factor is set only then.
+  bool (*route_weights)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e, int64_t lde);
   /// raw <- weights, g <- distance gradients, given g = v . dtoken.
   void (*route_gradient)(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p);
 
@@ -81,12 +116,32 @@ struct Kernels {
   void (*screen)(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest);
   /// Columns of one row with z <= threshold (NaN counts), ascending; returns how many.
   int64_t (*survivors)(int64_t m, const float* z, float threshold, int32_t* out);
+
+  // Products of bfloat16 as pairs of consecutive elements of the contraction, the even one in the low half; null where
+  // the ISA does not run them faster than float32. Denormals count as zero, rounding is to nearest even.
+  /// z[n, m] = a[n, k] B as matmul does, k = 2 k2.
+  void (*matmul_pairs)(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
+                       int64_t ldz, Ahead* ahead);
+  /// Pack B [k, m] as pairs, as pack_columns does; an odd k gets a zero.
+  void (*pack_pairs)(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out);
+  /// c[w, m] += a[n, w]^T e[n, m] as accumulate does, n = 2 n2: an element of a or e holds a column's rows 2 i and 2 i
+  /// + 1.
+  void (*accumulate_pairs)(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e, int64_t lde,
+                           float* c, int64_t ldc);
+  /// As route_weights; e [(n + 1) / 2, m] is rounded, and mass its sum; an odd n gets a row of zeros.
+  bool (*route_weights_pairs)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
+                              int64_t lde);
+  /// dst [width] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
+  void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
+  /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
+  float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
 };
 
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
 /// The loops in use, chosen once per process.
