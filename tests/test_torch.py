@@ -304,22 +304,24 @@ def operator_calls(book):
     p = ops.prototypes(agents[0], name)
     tensors = (x, v, starts, ends, p, tau, agents[2], bias, codes)
     differentiable = (wanted(x), wanted(v), starts, ends, wanted(p), wanted(tau), agents[2], wanted(bias), codes)
-    tokens, lse, _ = ops.route(*tensors, name, "agents", "exact", 0, "token")
+    spread = torch.rand(20)
+    tokens, lse, _ = ops.route(*tensors, name, "agents", "exact", 0, "token", spread)
     q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
     attention, scale = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
     out, out_lse = ops.attend(*attention, scale)
+    leaf, exact = ("agents", "leaf", 0, "drop"), ("history", "exact", 0, "drop")
     some, every = [True, True, False, False, True], [True] * 5
     return {
         "encode": (x, name),
         "vote budget": (codes, starts, ends, name, 4, [], None),
         "vote fanout": (codes, starts.int(), ends.int(), name, 0, [2, 3], torch.rand(20)),
         "prototypes": (agents[0], name),
-        "route": (*differentiable, name, "agents", "exact", 0, "token"),
-        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, "drop"),
-        "route leaf": (x, wanted(v), starts, ends, p, wanted(tau), *tensors[6:], name, "agents", "leaf", 0, "drop"),
-        "route codes": (None, wanted(v), starts, ends, p, tau, None, None, codes, name, "history", "exact", 0, "drop"),
-        "route_backward": (tokens, lse, tokens, lse, every, *tensors, name, "agents", "exact", 0, "token"),
-        "route_backward some": (tokens, None, tokens, lse, some, *tensors, name, "agents", "exact", 0, "token"),
+        "route": (*differentiable, name, "agents", "exact", 0, "token", spread),
+        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, "drop", spread),
+        "route leaf": (x, wanted(v), starts, ends, p, wanted(tau), *tensors[6:], name, *leaf, None),
+        "route codes": (None, wanted(v), starts, ends, p, tau, None, None, codes, name, *exact, None),
+        "route_backward": (tokens, lse, tokens, lse, every, *tensors, name, "agents", "exact", 0, "token", spread),
+        "route_backward some": (tokens, None, tokens, lse, some, *tensors, name, "agents", "exact", 0, "token", spread),
         "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), scale),
         "attend_backward": (out, out_lse, out, out_lse, *attention, scale),
         "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, scale),

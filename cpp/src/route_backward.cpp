@@ -215,8 +215,7 @@ class Backward {
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
     cpu::Ahead& ahead = w.block.ahead;
-    if (out_.v)
-      ahead.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    if (out_.v) ahead.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
     ahead.spread(n, 2 * m);
     k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);

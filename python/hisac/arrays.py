@@ -72,6 +72,11 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Arra
     return np.empty(shape, dtype or like.dtype)
 
 
+def copy_of(a: Array) -> Array:
+    """A copy of its own memory."""
+    return a.clone() if is_torch(a) else a.copy()
+
+
 def give(verb: str, name: str, out: Array, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
     """The caller's `out`, checked, or a fresh result."""
     if out is None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .results import Agents, Array, Attended, AttendGradients, FitReport, RouteGradients, Tokens
+from .reference_sums import float64, leaf_means, log_softmax, logsumexp, square_distances
+from .results import Agents, Array, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
 
 FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
 MAX_SEATS = 4096  # most agents a user
@@ -267,59 +268,37 @@ def vote(
     return Agents(out, count_votes, count, book.fingerprint)
 
 
-def float64(a: Array) -> Array:
-    """Any of the input types as NumPy float64."""
-    return np.asarray(a).astype(np.float64)
-
-
-def logsumexp(z: Array, axis: int) -> Array:
-    """log sum exp along `axis`; -inf for an empty sum."""
-    top = z.max(axis, keepdims=True, initial=-np.inf)
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(z - top).sum(axis)) + top.squeeze(axis)
-
-
-def log_softmax(z: Array, axis: int) -> Array:
-    """z - log sum exp z along `axis`, so that its exp sums to 1 however large z is."""
-    top = z.max(axis, keepdims=True, initial=-np.inf)
-    z = z - np.where(np.isfinite(top), top, 0.0)
-    total = np.expand_dims(logsumexp(z, axis), axis)
-    return z - np.where(np.isfinite(total), total, 0.0)
-
-
-def square_distances(x: Array, p: Array) -> Array:
-    """x [n, D], p [m, D] -> [n, m] float64."""
-    return np.stack([np.square(x - a).sum(1) for a in p], 1) if len(p) else np.zeros((len(x), 0))
-
-
 class History:
-    """One user's rows as `route` sees them: present rows x, v, bias and their spread (0, or a leaf's variance); the
-    agents p and temperatures tau that are present, as indices `agents`; the values of absent rows."""
+    """One user's rows as `route` sees them: present rows x, v, bias and spread, or their leaves'; the agents p and
+    temperatures tau that are present, as indices `agents`; the values of absent rows."""
 
     def __init__(
         self, b: int, rows: slice, x: Array, v: Array, prototypes: Array, count: Array, temperature: Any, bias: Array,
-        codes: Array, book: Any, method: str,
+        spread: Array, codes: Array, book: Any, method: str,
     ) -> None:  # fmt: skip
         m = prototypes.shape[1]
         self.x = float64(book.prototypes(codes[rows]) if x is None else x[rows])
         self.v = float64(v[rows])
-        self.bias = np.zeros(len(self.x)) if bias is None else float64(bias[rows])
+        self.bias, self.spread = (np.zeros(len(self.x)) if a is None else float64(a[rows]) for a in (bias, spread))
         tau = np.broadcast_to(float64(temperature), (m,))
         p = float64(prototypes[b])
         present = m if count is None else min(max(int(count[b]), 0), m)
         with np.errstate(over="ignore", invalid="ignore"):
             ok = (np.square(self.x).sum(1) < ABSENT_NORM) & np.isfinite(self.bias)
             self.agents = np.flatnonzero((np.arange(m) < present) & (np.square(p).sum(1) < ABSENT_NORM) & (tau > 0))
+        ok &= (self.spread >= 0) & (self.spread < np.inf)
         if codes is not None:
             ok &= valid_codes(book, codes[rows])
         self.rows = np.flatnonzero(ok)
         self.absent = np.flatnonzero(~ok & np.isfinite(self.v).all(1))
         self.absent_v = self.v[self.absent]
         self.p, self.tau = p[self.agents], tau[self.agents]
-        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], np.zeros(ok.sum())
-        if method == "leaf":
-            self.merge_leaves(book.leaves(codes[rows])[ok])
+        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], self.spread[ok]
+        if method == "leaf":  # the rows of one leaf become one; a row has a share of its leaf's mass
+            leaf = book.leaves(codes[rows])[ok]
+            self.leaf, self.share, self.x, self.v, self.bias, self.spread = leaf_means(
+                leaf, self.x, self.v, self.bias, self.spread
+            )
 
     def merge_leaves(self, leaf: Array) -> None:
         """Rows of one leaf become one row: W = sum e^bias, its mean x and v, spread = E|x - mean|^2, bias = log W."""
@@ -344,38 +323,58 @@ class History:
 
 
 def histories(
-    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, codes: Array,
-    book: Any, method: str,
+    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, spread: Array,
+    codes: Array, book: Any, method: str,
 ) -> Iterator[tuple[int, slice, History]]:  # fmt: skip
     """The users of a batch as (b, rows, History)."""
     if (method == "leaf" or x is None) and codes is None:
         raise ValueError("route: codes are needed when x is not given, and by method='leaf'")
     for b, rows in enumerate(ranges(offsets)):
-        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, codes, book, method)
+        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, spread, codes, book, method)
+
+
+def leaf_sums(
+    x: Array, v: Array, offsets: Any, codes: Array, book: Any, *, bias: Array = None, spread: Array = None
+) -> LeafSums:
+    """The present behaviours of each user, one row a leaf, sorted by leaf: means, log mass and spread (`leaf_means`).
+
+    Arguments as in `route` -> LeafSums. `route` over them is `route` with method="leaf" over the behaviours. Sums add
+    up: those of kept sums and new behaviours, as rows of one user, are the sums of all.
+    """
+    width, users = book.centers[0].shape[1] if x is None else x.shape[1], len(ranges(offsets))
+    sums = LeafSums(np.zeros((0, width)), np.zeros((0, v.shape[1])), np.zeros(users + 1, np.int64),
+                    np.zeros(0), np.zeros(0), np.zeros((0, len(book.centers)), np.int32))  # fmt: skip
+    agents = np.zeros((users, 0, width))
+    for b, rows, h in histories(x, v, offsets, agents, None, 1, bias, spread, codes, book, "leaf"):
+        sums.offsets[b + 1] = sums.offsets[b] + len(h.x)
+        first = h.rows[np.unique(h.leaf, return_index=True)[1]]
+        found = h.x, h.v, sums.offsets, h.bias, h.spread, np.asarray(codes, np.int32)[rows][first]
+        sums = LeafSums(*(a if a is m else np.concatenate([a, m]) for a, m in zip(sums, found, strict=True)))
+    return sums
 
 
 def route(
     x: Array, v: Array, offsets: Any, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
-    normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None, method: str = "exact",
-    refine: int = 0, missing: str = "drop",
+    normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None, book: Any = None,
+    method: str = "exact", refine: int = 0, missing: str = "drop",
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
-        d_ai = |x_i - p_a|^2
+        d_ai = |x_i - p_a|^2 + spread_i
         history: u_ai = exp(bias_i - d_ai / tau)
         agents:  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] (None: the prototype of `codes`), v [T, V], offsets [B + 1] or (starts, ends), prototypes [B, M, D],
-    count [B], temperature a number or [1] or [M], bias [T], codes [T, L] with their book -> Tokens.
-    method="leaf": the rows of one leaf act as one row at their mean, farther by their variance (spread).
+    count [B], temperature a number or [1] or [M], bias [T], spread [T], codes [T, L] with their book -> Tokens.
+    method="leaf": over the rows' `leaf_sums`: those of one leaf act as one at their mean, farther by their variance.
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
     """
     users, m = len(ranges(offsets)), prototypes.shape[1]
     tokens = np.zeros((users, m + (missing == "token"), v.shape[1]))
     lse = np.full(tokens.shape[:2], -np.inf)
     refined = np.array(prototypes, np.float64)
-    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         for step in range(refine + 1):
             z, _ = h.logits(normalize)
             total = logsumexp(z, 0)
@@ -391,8 +390,8 @@ def route(
 
 def route_backward(
     d_tokens: Array, d_lse: Array, forward: Tokens, x: Array, v: Array, offsets: Any, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None,
-    method: str = "exact", missing: str = "drop", need: Any = ("v", "temperature", "bias"),
+    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None,
+    book: Any = None, method: str = "exact", missing: str = "drop", need: Any = ("v", "temperature", "bias"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
 
@@ -412,7 +411,7 @@ def route_backward(
     m, width = prototypes.shape[1:]
     dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
     dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
-    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         z, s = h.logits(normalize)
         token, total, dt, dl = (
             np.asarray(a)[b, h.agents].astype(np.float64)

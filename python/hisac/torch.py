@@ -117,16 +117,17 @@ def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
 
 _ROUTE_INPUTS = (
     "Tensor? x, Tensor v, Tensor starts, Tensor ends, Tensor prototypes, Tensor temperature, Tensor? count, "
-    "Tensor? bias, Tensor? codes, int? fingerprint, str normalize, str method, int refine, str missing"
+    "Tensor? bias, Tensor? codes, int? fingerprint, str normalize, str method, int refine, str missing, "
+    "Tensor? spread"
 )
 _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
 
 
 def _route_arguments(inputs: Sequence[Any]) -> Any:
-    x, v, starts, ends, prototypes, temperature, count, bias, codes = _dense(*inputs[:9])
+    x, v, starts, ends, prototypes, temperature, count, bias, codes, spread = _dense(*inputs[:9], inputs[14])
     fingerprint, normalize, method = inputs[9:12]
     book = None if fingerprint is None else _book(fingerprint)._core
-    return [x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method]
+    return [x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes, book, method]
 
 
 @_op(f"route({_ROUTE_INPUTS}) -> (Tensor tokens, Tensor lse, Tensor refined)")
@@ -186,20 +187,22 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     _, _, bias, x, prototypes = (ctx.needs_input_grad[i] for i in _ROUTE_WANTED)
     if method == "leaf" and (x or prototypes or bias):
         raise NotImplementedError("route: method='leaf' has gradients for v and temperature only")
+    if ctx.needs_input_grad[14]:
+        raise NotImplementedError("route: spread has no gradient, expected spread.detach()")
     if refine and prototypes:
         raise NotImplementedError("route: refine > 0 has no gradient for prototypes, expected prototypes.detach()")
     ctx.mark_non_differentiable(refined)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:9])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:9], inputs[14])
+    ctx.options = inputs[9:14]
     ctx.book = None if fingerprint is None else _book(fingerprint)  # alive until the backward
 
 
 def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    tokens, lse, *tensors = ctx.saved_tensors
+    tokens, lse, *tensors, spread = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
     d_tokens = torch.zeros_like(tokens) if d_tokens is None else d_tokens
-    grads = torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options)
+    grads = torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options, spread)
     return _gradients_by_input(ctx, _ROUTE_WANTED, grads)
 
 
@@ -223,9 +226,6 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
 for _name, _back, _setup in (("route", _route_back, _route_setup), ("attend", _attend_back, _attend_setup)):
     torch.library.register_autograd(f"hisac::{_name}", _back, setup_context=_setup, lib=_library)
     torch.library.register_autograd(f"hisac::{_name}_backward", _no_double_backward, lib=_library)
-
-
-# ----------------------------------------------------------------------------------------------------------- functions
 
 
 def _jagged(name: str, t: Tensor) -> Any:
@@ -311,16 +311,16 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
 def route(
     x: Tensor | None, v: Tensor, offsets: Offsets, prototypes: Tensor, *, count: Tensor | None = None,
     temperature: float | Tensor = 0.1, normalize: str = "history", bias: Tensor | None = None,
-    codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact", refine: int = 0,
-    missing: str = "drop",
+    spread: Tensor | None = None, codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact",
+    refine: int = 0, missing: str = "drop",
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
 
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] (None: codes and book), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, prototypes
-    [B, M, D], count [B], temperature a number, [1] or [M], bias [T], codes [T, L] -> Tokens. Refined prototypes are
-    constants of the backward; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    [B, M, D], count [B], temperature a number, [1] or [M], bias, spread [T], codes [T, L] -> Tokens. spread and refined
+    prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> out = route(torch.eye(2), v, torch.tensor([0, 2]), torch.eye(2)[None], temperature=0.01)
@@ -329,12 +329,13 @@ def route(
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
     starts, ends = _spans("route", offsets, v)
-    x, v, bias, codes = _rows("route", x, v, bias, codes)
+    x, v, bias, spread, codes = _rows("route", x, v, bias, spread, codes)
     tau = _tau(temperature, v.device)
-    _reverse_mode_only("route", x, v, prototypes, tau, bias)
+    _reverse_mode_only("route", x, v, prototypes, tau, bias, spread)
     tokens, lse, refined = torch.ops.hisac.route(
         x, v, starts, ends, prototypes, tau, count, None if bias is None else bias.float(), codes,
         None if book is None else register(book), normalize, method, refine, missing,
+        None if spread is None else spread.float(),
     )  # fmt: skip
     return Tokens(tokens, lse, refined if refine else prototypes)
 

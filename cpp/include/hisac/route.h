@@ -30,14 +30,14 @@ struct RouteParams {
 };
 
 struct RouteInputs {
-  Rows x;                            // [T, D]; data null: the prototypes of `codes`
-  Rows v;                            // [T, V]
-  Histories histories;               // B users
-  Array<const float, 3> prototypes;  // [B, M, D]
-  Array<const int32_t, 1> count;     // [B], null: M each
-  Array<const float, 1> bias;        // [T], null: 0
-  Array<const int32_t, 2> codes;     // [T, L], null: every behaviour is present
-  const Codebook* book = nullptr;    // goes with codes
+  Rows x;                             // [T, D]; data null: the prototypes of `codes`
+  Rows v;                             // [T, V]
+  Histories histories;                // B users
+  Array<const float, 3> prototypes;   // [B, M, D]
+  Array<const int32_t, 1> count;      // [B], null: M each
+  Array<const float, 1> bias;         // [T], null: 0
+  Array<const int32_t, 2> codes;      // [T, L], null: every behaviour is present
+  const Codebook* book = nullptr;     // goes with codes
   Array<const float, 1> spread = {};  // [T], null: 0
 };
 
