@@ -101,12 +101,10 @@ struct Fit {
 
   /// near = the nearest code of each row.
   void assign(const Level& level) noexcept {
-    const cpu::Kernels& k = cpu::kernels();
     for_chunks([&](int64_t begin, int64_t end, Worker& w) {
       for (int64_t i = begin; i < end; i += w.nearest.rows) {
         const int take = static_cast<int>(std::min<int64_t>(w.nearest.rows, end - i));
-        for (int j = 0; j < take; ++j)
-          w.nearest.squares[j] = k.load_row(r + (i + j) * width, DType::float32, width, w.nearest.r + j * width);
+        std::memcpy(w.nearest.r, r + i * width, sizeof(float) * static_cast<size_t>(take * width));
         nearest(level, take, w.nearest, near + i, 1);
       }
     });

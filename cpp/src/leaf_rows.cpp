@@ -299,6 +299,8 @@ void LeafInput::load(const Context& context, LeafSummer& leaves, const int64_t* 
   rows->bias = {sums.bias, {room}};
   rows->spread = {sums.spread, {room}};
   rows->histories = {starts, ends, DType::int64, rows->histories.users};
+  rows->x_ids = rows->v_ids = {};
+  rows->x_scale = {};
   rows->codes = {};
   rows->book = nullptr;
 }

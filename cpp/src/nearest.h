@@ -1,21 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact nearest codeword of one level: float32 products screen, near-ties are re-scored as the definition says.
+// The exact nearest codeword of one level: products in float32 or bfloat16 screen, what the screen cannot decide is
+// re-scored in float64, and what that cannot decide as the definition says.
 #pragma once
 #include "arena.h"
 #include "cpu/kernels.h"
 
 namespace hisac {
 
-/// One level's codewords, packed for the screen.
+/// One level's codewords, packed for the screen. Where the ISA multiplies bfloat16 pairs the screen works on centers
+/// and rows less the centers' mean, so that an offset common to all does not cost it precision.
 struct Level {
   int64_t size = 0, width = 0;
   const float* centers = nullptr;  // [C, D]
-  const float* packed = nullptr;   // [D, C] in panels
-  const float* half = nullptr;     // [C] |c|^2 / 2, padded with +inf
-  float largest = 0;               // an upper bound of |c|
+  const float* packed = nullptr;   // [D, C] in panels; of pairs, [(D + 1) / 2, C]
+  const float* mean = nullptr;     // [D]; pairs alone
+  const float* half = nullptr;     // [C] |c|^2 / 2; +inf for padding and for a copy of an earlier center
+  const float* norm = nullptr;     // [C] upper bounds of |c|, 0 for padding
+  double largest = 0;              // of the norms
+  double rounding = 0;             // an upper bound of |rounded c - c| / norm
 
   static int64_t floats(int64_t size, int64_t width) noexcept {
-    return size * width + width * cpu::pad(size) + cpu::pad(size);
+    return size * width + (width + 1) * cpu::pad(size) + cpu::pad(width) + 2 * cpu::pad(size);
   }
   /// Fills memory of floats(size, width): the centers (copied unless they are there already), panels, norms.
   static Level make(int64_t size, int64_t width, const float* centers, float* memory) noexcept;
@@ -26,11 +31,10 @@ double square_distance(const float* r, const float* c, int64_t width) noexcept;
 
 /// A worker's scratch for blocks of rows.
 struct NearestScratch {
-  int rows = 0;               // rows of a block: fewer for very large codebooks
+  int rows = 0;               // rows of a block
   float* r = nullptr;         // [rows, width] the residuals
-  float* squares = nullptr;   // [rows] their squared norms
+  uint32_t* pairs = nullptr;  // [rows, (width + 1) / 2] the same, rounded
   float* scores = nullptr;    // [rows, pad(C)]
-  float* smallest = nullptr;  // [rows]
   int32_t* survivors = nullptr;
 
   void carve(Arena& arena, int64_t width, int64_t largest_size) noexcept;

@@ -88,9 +88,9 @@ class Backward {
   void run() noexcept {
     const int64_t users = in_.histories.users;
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    zero(out_.v.data, in_.v.rows * value_width_);
-    zero(out_.x.data, in_.v.rows * width_);
-    zero(out_.bias.data, in_.v.rows);
+    zero(out_.v.data, in_.behaviours() * value_width_);
+    zero(out_.x.data, in_.behaviours() * width_);
+    zero(out_.bias.data, in_.behaviours());
     zero(out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.histories);
@@ -311,7 +311,7 @@ class Backward {
 Status check_gradients(const RouteParams& params, const RouteInputs& in, const RouteForward& f,
                        const RouteGradients& out) noexcept {
   const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
-  const int64_t rows = m + (params.missing == Missing::token), t = in.v.rows, v = in.v.width;
+  const int64_t rows = m + (params.missing == Missing::token), t = in.behaviours(), v = in.v.width;
   if (params.refine != 0)
     return Status::error(Code::invalid_argument,
                          "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading of a user's behaviours and agents for `route`: everything about types, absence, prototypes in place of x
-// and spreads ends here; the kernels see float32 tiles of present rows with a norm and a bias each.
+// A user's behaviours and agents for `route`: everything about absence, prototypes in place of x and spreads ends
+// here (types, scales and ids in rows.h); the kernels see float32 tiles of present rows with a norm and a
+// bias each.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -9,6 +10,7 @@
 #include "codebook_body.h"
 #include "cpu/kernels.h"
 #include "hisac/route.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace hisac {
@@ -46,24 +48,23 @@ class RowLoader {
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
   /// x [D] = a row and its sum of squares; false for an absent one.
   bool load_x(int64_t row, float* x, float* norm) const noexcept;
-  void load_v(int64_t row, float* v) const noexcept;
+  bool load_v(int64_t row, float* v) const noexcept;
   void prefetch(int64_t row) const noexcept;
   /// Whether a row is present as far as its codes, bias and spread tell.
   bool may_be_present(int64_t row) const noexcept;
-  /// Whether a row's v [V], loaded, is finite.
+  /// Whether a row's v [V], loaded, is there and finite.
   bool has_value(int64_t row, float* v) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
   float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
 
  private:
   bool within_limits(int64_t row) const noexcept;
-  /// Names the rows [begin, end) for fetching.
-  void look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept;
   void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
 
   const RouteInputs& in_;
   const cpu::Kernels& k_;
-  int64_t width_, x_bytes_, v_bytes_;
+  int64_t width_;
+  RowSource x_, v_;
   bool rounds_;
 };
 

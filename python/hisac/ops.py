@@ -93,6 +93,9 @@ def leaf_sums(
     *,
     bias: Array = None,
     spread: Array = None,
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
 ) -> LeafSums:
     """The present behaviours of each user, one row a leaf, sorted by code: with weights w_i = e^bias_i,
 
@@ -104,27 +107,26 @@ def leaf_sums(
     sums and new behaviours, as the rows of one user, are the sums of all. -> LeafSums. Raises ValueError, TypeError.
     """
     verb = "leaf_sums"
-    (x, v, starts, ends), rest = _rows(verb, x, v, offsets, bias, spread, codes, book)
-    rank(verb, "codes", take(verb, "codes", codes), "T L")
-    rows = _most_rows(starts, ends, len(v))
-    width = rest["book"].width if x is None else x.shape[1]
+    (x, v, starts, ends), rest, gathered = _rows(
+        verb, x, v, offsets, bias, spread, take(verb, "codes", codes), book, x_ids, v_ids, x_scale
+    )
+    rank(verb, "codes", rest["codes"], "T L")
+    n, m = np.asarray(starts), np.asarray(ends)
+    most = len(rest["codes"])  # the core checks the offsets
+    rows = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
     room = LeafSums(
-        empty(v, (rows, width), "float32"),
+        empty(v, (rows, book.width if x is None else x.shape[1]), "float32"),
         empty(v, (rows, v.shape[1]), "float32"),
         empty(v, (len(starts) + 1,), "int64"),
         empty(v, (rows,), "float32"),
         empty(v, (rows,), "float32"),
         empty(v, (rows, book.levels), "int32"),
     )
-    _core.leaf_sums(x, v, starts, ends, rest["bias"], rest["spread"], rest["codes"], rest["book"], *room)
+    _core.leaf_sums(
+        x, v, starts, ends, rest["bias"], rest["spread"], rest["codes"], rest["book"], *gathered, *room
+    )  # fmt: skip
     used = int(room.offsets[-1])
     return LeafSums(*(a if a is room.offsets else copy_of(a[:used]) for a in room))
-
-
-def _most_rows(starts: Array, ends: Array, rows: int) -> int:
-    """Rows of all histories together, whatever stands in the offsets: the core checks them."""
-    n, m = np.asarray(starts), np.asarray(ends)
-    return int((m - n).clip(0, rows).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
 
 
 def route(
@@ -143,6 +145,10 @@ def route(
     method: str = "exact",
     refine: int = 0,
     missing: str = "drop",
+    precision: str = "float32",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
     out: Tokens | None = None,
 ) -> Tokens:
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
@@ -158,10 +164,17 @@ def route(
     with their book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that
     is NaN, infinite or negative. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of
     p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
-    out: Tokens to write into. -> Tokens. Raises ValueError, TypeError.
+    precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
+    faster (AVX512-BF16 on AMD, AMX), and are not elsewhere; sums stay float32. `hisac.bounds` has the error of both.
+
+    Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
+    bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not
+    counted as missing either. x may be int8 then and otherwise, times x_scale, a number or float32 [1] or [rows of x],
+    rounded to float32. `encode` takes a table as it is, once an item. out: Tokens to write into.
+    -> Tokens. Raises ValueError, TypeError.
     """
-    (x, v, starts, ends, prototypes), rest = _route_inputs(
-        "route", x, v, offsets, prototypes, count, temperature, bias, spread, codes, book
+    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
+        "route", x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, x_ids, v_ids, x_scale
     )
     refine = whole("route", "refine", refine)
     users, m, width = prototypes.shape
@@ -174,7 +187,8 @@ def route(
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
     _core.route(
         x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"],
-        rest["spread"], rest["codes"], rest["book"], str(method), refine, str(missing), tokens, lse, refined,
+        rest["spread"], rest["codes"], rest["book"], str(method), refine, str(missing), str(precision), *gathered,
+        tokens, lse, refined,
     )  # fmt: skip
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
@@ -196,12 +210,18 @@ def route_backward(
     book: Codebook | None = None,
     method: str = "exact",
     missing: str = "drop",
+    precision: str = "float32",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
     need: Iterable[str] = ("v", "temperature", "bias"),
 ) -> RouteGradients:
     """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
 
     d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
-    (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not wanted.
+    (constant during `refine`). method="leaf" has v and temperature. precision as in the forward: x and prototypes are
+    rounded alike, products are float32. Those of gathered x and v are of each behaviour's
+    row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)
@@ -210,15 +230,15 @@ def route_backward(
     _check(forward, Tokens, f"{verb}: forward")
     d_tokens, d_lse = take(verb, "d_tokens", d_tokens), take_optional(verb, "d_lse", d_lse)
     tokens, lse = take(verb, "tokens", forward.tokens), take(verb, "lse", forward.lse)
-    (x, v, starts, ends, prototypes), rest = _route_inputs(
-        verb, x, v, offsets, forward.prototypes, count, temperature, bias, spread, codes, book
+    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
+        verb, x, v, offsets, forward.prototypes, count, temperature, bias, spread, codes, book, x_ids, v_ids, x_scale
     )
-    tau = rest["temperature"]
+    tau, behaviours = rest["temperature"], v.shape[0] if v_ids is None else math.prod(gathered[1].shape)
     shapes = {
-        "v": tuple(v.shape),
+        "v": (behaviours, v.shape[1]),
         "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
-        "bias": (v.shape[0],),
-        "x": (v.shape[0], prototypes.shape[2]),
+        "bias": (behaviours,),
+        "x": (behaviours, prototypes.shape[2]),
         "prototypes": tuple(prototypes.shape),
     }
     gradients = RouteGradients(
@@ -227,7 +247,7 @@ def route_backward(
     _core.route_backward(
         d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"],
         str(normalize), rest["bias"], rest["spread"], rest["codes"], rest["book"], str(method), str(missing),
-        *gradients,
+        str(precision), *gathered, *gradients,
     )  # fmt: skip
     return gradients
 
@@ -242,22 +262,22 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
 
 
 def _route_inputs(
-    verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array,
-    spread: Array, codes: Array, book: Codebook | None,
-) -> tuple[tuple[Array, ...], dict[str, Any]]:  # fmt: skip
+    verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, *others: Any
+) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:
     """What route and its backward share, borrowed."""
-    rows, rest = _rows(verb, x, v, offsets, bias, spread, codes, book)
+    rows, rest, gathered = _rows(verb, x, v, offsets, *others)
     prototypes = take(verb, "prototypes", prototypes)
     rank(verb, "prototypes", prototypes, "B M D")
     rest["count"] = take_optional(verb, "count", count)
     number = isinstance(temperature, int | float | np.number)
     rest["temperature"] = float(temperature) if number else take(verb, "temperature", temperature)
-    return (*rows, prototypes), rest
+    return (*rows, prototypes), rest, gathered
 
 
 def _rows(
-    verb: str, x: Array, v: Array, offsets: Any, bias: Array, spread: Array, codes: Array, book: Codebook | None
-) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    verb: str, x: Array, v: Array, offsets: Any, bias: Array, spread: Array, codes: Array, book: Codebook | None,
+    x_ids: Array, v_ids: Array, x_scale: Any,
+) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:  # fmt: skip
     """Behaviours, borrowed."""
     v, x = take(verb, "v", v), take_optional(verb, "x", x)
     rank(verb, "v", v, "T V")
@@ -265,9 +285,12 @@ def _rows(
         rank(verb, "x", x, "T D")
     if (codes is None) != (book is None):
         raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
+    starts, ends = take_histories(verb, offsets)
     rest = {name: take_optional(verb, name, a) for name, a in (("bias", bias), ("spread", spread), ("codes", codes))}
     rest["book"] = None if book is None else _check(book, Codebook, f"{verb}: book")._core
-    return (x, v, *take_histories(verb, offsets)), rest
+    x_scale = np.array([x_scale], np.float32) if isinstance(x_scale, int | float | np.number) else x_scale
+    ids = take_optional(verb, "x_ids", x_ids), take_optional(verb, "v_ids", v_ids)
+    return (x, v, starts, ends), rest, (*ids, take_optional(verb, "x_scale", x_scale))
 
 
 def attend(

@@ -39,26 +39,25 @@ struct Twin {
   }
 };
 
-/// Floats as rows of a type, by truncation; NaN stays NaN in float32 and float16.
+/// Floats as rows of a type, by truncation; NaN stays NaN in float32 and float16. int8: their bits.
 class Typed {
  public:
   Typed(const std::vector<float>& values, DType dtype, int64_t width)
-      : dtype_(dtype), width_(width), memory_(static_cast<int64_t>(values.size()) * (dtype == DType::float32 ? 4 : 2)) {
+      : dtype_(dtype), width_(width), memory_(static_cast<int64_t>(values.size()) * bytes_of(dtype)) {
     for (size_t i = 0; i < values.size(); ++i) {
       uint32_t bits;
       std::memcpy(&bits, &values[i], 4);
       uint16_t half = static_cast<uint16_t>(bits >> 16);
       if (dtype == DType::float16) half = to_half(values[i]);
-      if (dtype == DType::float32)
+      if (dtype == DType::int8)
+        memory_.data()[i] = static_cast<std::byte>(bits >> 16);
+      else if (dtype == DType::float32)
         std::memcpy(memory_.data() + i * 4, &bits, 4);
       else
         std::memcpy(memory_.data() + i * 2, &half, 2);
     }
   }
-  Rows rows() {
-    const int64_t bytes = width_ * (dtype_ == DType::float32 ? 4 : 2);
-    return {memory_.data(), dtype_, memory_.count() / bytes, width_};
-  }
+  Rows rows() { return {memory_.data(), dtype_, memory_.count() / (width_ * bytes_of(dtype_)), width_}; }
 
  private:
   static uint16_t to_half(float x) {
@@ -188,13 +187,44 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   }
 }
 
+/// Ids [T] into a table, some of them outside, in exact-size memory; and the table, some rows of what was given.
+struct Gathered {
+  std::vector<float> table;
+  Guarded<int32_t> narrow;
+  Guarded<int64_t> wide;
+  bool is_wide;
+
+  Gathered(Bytes& in, const std::vector<float>& rows, int64_t count, int64_t width)
+      : table(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(width * in.between(0, count))),
+        narrow(count),
+        wide(count),
+        is_wide(in.flag()) {
+    const int64_t size = static_cast<int64_t>(table.size()) / width, step = in.between(1, 7), start = in.byte();
+    const int64_t odd[] = {-1, size, INT64_MIN, INT64_MAX, int64_t{1} << 32, -(int64_t{1} << 31)};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t id = i % 16 == start % 16 ? odd[i % 6] : size ? (start + i * step) % size : 0;
+      wide.data()[i] = id;
+      narrow.data()[i] = static_cast<int32_t>(id);
+    }
+  }
+  Ids ids() {
+    if (is_wide) return {wide.data(), DType::int64, wide.count()};
+    return {narrow.data(), DType::int32, narrow.count()};
+  }
+};
+
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const int64_t width = c.book.width(), value_width = in.flag() ? in.between(1, 5) : in.between(1, 40);
   const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
   const DType types[] = {DType::float32, DType::bfloat16, DType::float16};
   const DType type = types[in.byte() % 3];
-  const auto xs = c.x, vs = in.values(c.rows * value_width, hostile);
-  Typed x(xs, type, width), v(vs, type, value_width);
+  const auto vs = in.values(c.rows * value_width, hostile);
+  Gathered some_x(in, c.x, c.rows, width), some_v(in, vs, c.rows, value_width);
+  const uint8_t manner = in.byte();
+  const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
+  Typed x(x_by_id ? some_x.table : c.x, int8 ? DType::int8 : type, width),
+      v(v_by_id ? some_v.table : vs, type, value_width);
+  Guarded<float> scale(in.values(manner & 8 ? 1 : x.rows().rows, hostile));
   Guarded<float> p(in.values(n * agents * width, hostile)), bias(in.values(c.rows, hostile));
   std::vector<float> taus = in.values(in.flag() ? 1 : agents, hostile);
   for (float& t : taus)
@@ -209,7 +239,11 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   params.missing = static_cast<Missing>(in.between(0, 1));
   params.refine = static_cast<int>(in.between(0, 2));
   params.temperature = {temperature.data(), {temperature.count()}};
-  RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr};
+  RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr, {},
+                     {},       {}};
+  if (x_by_id) inputs.x_ids = some_x.ids();
+  if (v_by_id) inputs.v_ids = some_v.ids();
+  if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
@@ -217,7 +251,11 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
     inputs.codes = {codes.data(), {c.rows, c.levels}};
     inputs.book = &c.book;
   }
-  if (without_x) inputs.x = {};
+  if (without_x) {
+    inputs.x = {};
+    inputs.x_ids = {};
+    inputs.x_scale = {};
+  }
   int64_t longest = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
 
@@ -263,6 +301,19 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                                 gradients(r));
         });
   for (Twin<float>* g : {&dv, &dtau, &dbias, &dx, &dp}) g->check(!hostile);
+
+  const int64_t groups = in.between(0, 9);
+  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
+  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
+  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
+  Guarded<float> rows(vs);
+  Twin<float> sums(groups * value_width);
+  twice([](int) { return size_t{0}; },
+        [&](const Context& context, int r) {
+          return sum_rows(context, {rows.data(), {c.rows, value_width}}, {order.data(), {order.count()}},
+                          {begin.data(), {groups + 1}}, {sums[r], {groups, value_width}});
+        });
+  sums.check(!hostile);
 }
 
 void attend_some(Bytes& in, bool hostile) {

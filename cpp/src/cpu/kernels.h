@@ -40,7 +40,8 @@ struct Ahead {
   }
   void add(const void* data, int64_t begin, int64_t end) noexcept {  // bytes
     if (!data || begin >= end || spans == kMost) return;
-    span[spans++] = {static_cast<const std::byte*>(data) + begin, static_cast<const std::byte*>(data) + end};
+    const std::byte* const at = static_cast<const std::byte*>(data) + begin;
+    span[spans++] = {at - reinterpret_cast<uintptr_t>(at) % kLine, at + (end - begin)};
     lines += (end - begin) / kLine + 1;
   }
   /// Spreads the lines over products of n rows and m columns in all.
@@ -71,6 +72,20 @@ struct RouteGradient {
   float* column_sum;     // [m] += sum over rows of the distance gradients
 };
 
+/// Column j's score half_j - z_j errs by at most error norm_j. A column survives if its least possible score is not
+/// above the threshold, which first falls to the smallest of the most possible scores + slack. Infinite half: never.
+struct Screen {
+  const float *half, *norm;  // [m], padded with +inf and 0
+  float error, slack;
+  float threshold;  // in and out
+  float low;        // out: the least possible score of all
+};
+
+/// Sums of squares of what was rounded and of the rounding errors.
+struct Rounded {
+  float squares, errors;
+};
+
 struct Kernels {
   const char* name;
 
@@ -86,6 +101,8 @@ struct Kernels {
   void (*pack_rows)(int64_t k, int64_t m, const float* rows, int64_t ld, float* out);
   /// dst[0, width) = a row of `type`; returns its sum of squares.
   float (*load_row)(const void* src, DType type, int64_t width, float* dst);
+  /// The same of scale * src.
+  float (*load_int8)(const int8_t* src, float scale, int64_t width, float* dst);
   /// row of `type` = scale * src[0, width), rounded to nearest even.
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale);
   /// dst[c, r] = src[r, c] of 16 columns c and w rows r, w rounded up to kLanes.
@@ -112,10 +129,10 @@ struct Kernels {
   void (*attend_gradient)(int n, int64_t m, const float* w, float* g, int64_t ldz, const float* offset,
                           float* column_sum);
 
-  /// z <- half - z (half the square distance, less |r|^2 / 2); returns each row's smallest.
-  void (*screen)(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest);
-  /// Columns of one row with z <= threshold (NaN counts), ascending; returns how many.
-  int64_t (*survivors)(int64_t m, const float* z, float threshold, int32_t* out);
+  /// Columns of one row of products that may be the nearest, in any order; returns how many. See Screen.
+  int64_t (*screen)(int64_t m, const float* z, Screen& row, int32_t* out);
+  /// sum over d of (a_d - b_d)^2 in float64, in any order.
+  double (*square_distance)(int64_t width, const float* a, const float* b);
 
   // Products of bfloat16 as pairs of consecutive elements of the contraction, the even one in the low half; null where
   // the ISA does not run them faster than float32. Denormals count as zero, rounding is to nearest even.
@@ -131,10 +148,10 @@ struct Kernels {
   /// As route_weights; e [(n + 1) / 2, m] is rounded, and mass its sum; an odd n gets a row of zeros.
   bool (*route_weights_pairs)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
                               int64_t lde);
-  /// dst [width] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
+  /// dst [pad(width)] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
   void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
-  /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
-  float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
+  /// dst [(width + 1) / 2] = src [width] - shift, rounded; shift may be null: zeros.
+  Rounded (*round_pairs)(int64_t width, const float* src, const float* shift, uint32_t* dst);
 };
 
 extern const Kernels kBaseline;

@@ -12,9 +12,13 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));
 typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef float vf_half __attribute__((vector_size(W * 2), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef int8_t vb_loose __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
@@ -24,6 +28,7 @@ constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile; co
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
 HISAC_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
+HISAC_INLINE vf_half load_half(const float* p) { return *reinterpret_cast<const vf_half*>(p); }
 HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
 
 /// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
@@ -52,24 +57,27 @@ struct Count<0, I...> {
   using lanes = Lanes<I...>;
 };
 
-template <int step, int... I>
-HISAC_INLINE vf rotated(vf x, Lanes<I...>) {
-  return __builtin_shufflevector(x, x, ((I + step) % W)...);
+/// Lanes i and i ^ step change places.
+template <int step, class V, int... I>
+HISAC_INLINE V crossed(V x, Lanes<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ step)...);
 }
 
-template <int step = W / 2>
-HISAC_INLINE float sum_of(vf x) {
-  x += rotated<step>(x, typename Count<W>::lanes());
-  if constexpr (step > 1) return sum_of<step / 2>(x);
-  return x[0];
+/// op over all lanes, in every lane.
+template <int step, class V, class Op>
+HISAC_INLINE V folded(V x, Op op) {
+  x = op(x, crossed<step>(x, typename Count<static_cast<int>(sizeof(V) / sizeof(x[0]))>::lanes()));
+  if constexpr (step > 1) x = folded<step / 2>(x, op);
+  return x;
 }
 
-template <int step = W / 2>
-HISAC_INLINE float largest_of(vf x) {
-  x = larger(x, rotated<step>(x, typename Count<W>::lanes()));
-  if constexpr (step > 1) return largest_of<step / 2>(x);
-  return x[0];
+template <class V>
+HISAC_INLINE auto sum_of(V x) {
+  return folded<static_cast<int>(sizeof(V) / sizeof(x[0]) / 2)>(
+      x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
 }
+
+HISAC_INLINE float largest_of(vf x) { return folded<W / 2>(x, larger)[0]; }
 
 /// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few dependent steps: the processor
 /// keeps several of these going at once.
@@ -335,20 +343,48 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   return sum_of(squares);
 }
 
-static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t rest = static_cast<size_t>(width - d < W ? width - d : W);
-    vf x = {};
-    __builtin_memcpy(&x, src + d, rest * 4);
-    x *= scale;
-    if (type == DType::float32) {
-      __builtin_memcpy(static_cast<float*>(dst) + d, &x, rest * 4);
-    } else {
-      const vh raw = narrow(x, type);
-      __builtin_memcpy(static_cast<uint16_t*>(dst) + d, &raw, rest * 2);
-    }
+static float load_int8(const int8_t* src, float scale, int64_t width, float* dst) {
+  vf squares = {};
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = scale * __builtin_convertvector(*reinterpret_cast<const vb_loose*>(src + d), vf);
+    store(dst + d, x);
+    squares += x * x;
   }
+  if (d < width) {
+    const size_t rest = static_cast<size_t>(width - d);
+    vb raw = {};
+    __builtin_memcpy(&raw, src + d, rest);
+    const vf x = scale * __builtin_convertvector(raw, vf);
+    __builtin_memcpy(dst + d, &x, rest * 4);
+    squares += x * x;
+  }
+  return sum_of(squares);
 }
+
+static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
+  float* const out = static_cast<float*>(dst);
+  uint16_t* const half = static_cast<uint16_t*>(dst);
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = load(src + d) * scale;
+    if (type == DType::float32)
+      store(out + d, x);
+    else
+      *reinterpret_cast<vh_loose*>(half + d) = narrow(x, type);
+  }
+  if (d == width) return;
+  const size_t rest = static_cast<size_t>(width - d);
+  const vf x = load_some(src + d, rest) * scale;
+  const vh raw = narrow(x, type);
+  if (type == DType::float32)
+    __builtin_memcpy(out + d, &x, rest * 4);
+  else
+    __builtin_memcpy(half + d, &raw, rest * 2);
+}
+
+/// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
+HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (((vu)odd + 0x8000u) & 0xffff0000u); }
 
 #if defined(HISAC_PAIRS)
 HISAC_INLINE vh narrow_flushed(vf x) {
@@ -357,27 +393,9 @@ HISAC_INLINE vh narrow_flushed(vf x) {
   return out;
 }
 
-static float round_pairs(int64_t width, const float* src, uint32_t* dst) {
-  vf squares = {};
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
-    const vf x = load_some(src + d, have);
-    const vh rounded = narrow_flushed(x);
-    __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
-    const vf error = x - widen(rounded, DType::bfloat16);
-    squares += error * error;
-  }
-  return sum_of(squares);
-}
-
 static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
-    const vh low = narrow_flushed(load_some(even + d, have)),
-             high = narrow_flushed(odd ? load_some(odd + d, have) : vf{});
-    const vu pair = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
-    __builtin_memcpy(dst + d, &pair, have * 4);
-  }
+  for (int64_t d = 0; d < width; d += W)
+    *reinterpret_cast<vu_loose*>(dst + d) = pair_of(load(even + d), odd ? load(odd + d) : vf{});
 }
 
 static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
@@ -420,9 +438,6 @@ static void row_lse(int n, int64_t m, const float* z, int64_t ldz, float* lse) {
     lse[i] = t == -kInfinity ? t : safe + __builtin_log2f(sum_of(sum));
   }
 }
-
-/// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
-HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (((vu)odd + 0x8000u) & 0xffff0000u); }
 
 template <bool products>
 HISAC_INLINE vf route_logit(const float* z, const RouteWeights& p, int i, vf norm, vf rate) {
@@ -591,31 +606,7 @@ static void attend_gradient(int n, int64_t m, const float* w, float* g, int64_t 
   }
 }
 
-// ---- encode
-
-static void screen(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest) {
-  for (int i = 0; i < n; ++i) {
-    vf low = splat(kInfinity);
-    for (int64_t j = 0; j < m; j += W) {
-      const vf x = load(half + j) - load(z + i * ldz + j);
-      store(z + i * ldz + j, x);
-      low = smaller(x, low);
-    }
-    smallest[i] = -largest_of(-low);
-  }
-}
-
-static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* out) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < m; j += kLanes) {
-    int any = 0;
-    for (int l = 0; l < kLanes; ++l) any |= !(z[j + l] > threshold);
-    if (!any) continue;
-    for (int64_t l = j; l < j + kLanes && l < m; ++l)
-      if (!(z[l] > threshold)) out[count++] = static_cast<int32_t>(l);
-  }
-  return count;
-}
+#include "kernels_nearest.inl"
 
 #undef HISAC_INLINE
 
@@ -631,9 +622,10 @@ constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
 }  // namespace
 
 const Kernels HISAC_ISA_TABLE = {
-    HISAC_ISA_NAME, matmul,      accumulate,       pack_columns,        pack_rows, load_row,
-    store_row,      transpose,   add_row,          distance_logits,     row_lse,   route_weights,
-    route_gradient, row_softmax, row_weights,      attend_gradient,     screen,    survivors,
-    matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows, round_pairs};
+    HISAC_ISA_NAME,  matmul,         accumulate,  pack_columns,     pack_rows,           load_row,
+    load_int8,       store_row,      transpose,   add_row,          distance_logits,     row_lse,
+    route_weights,   route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
+    square_distance, matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
+    round_pairs};
 
 }  // namespace hisac::cpu
