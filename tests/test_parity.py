@@ -19,7 +19,7 @@ except ImportError:
     torch = None
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
-VERBS = ("fit", "encode", "vote", "route", "route_backward", "attend", "attend_backward")
+VERBS = ("fit", "encode", "vote", "leaf_sums", "route", "route_backward", "attend", "attend_backward")
 
 
 @pytest.fixture(scope="module", autouse=True)
