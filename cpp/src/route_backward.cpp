@@ -128,7 +128,7 @@ class Backward {
   /// Leaves as rows; then each leaf's dv goes to its behaviours by their shares.
   void pass_leaves(const int64_t* users, int64_t n) noexcept {
     leaf_input_.load(context_, leaves_, users, n, &rows_);
-    zero(d_leaf_, leaves_.start(n) * value_width_);
+    zero(d_leaf_, out_.v ? leaves_.start(n) * value_width_ : 0);
     pass(users, n, d_leaf_);
     if (!out_.v) return;
     leaves_.give_back(context_, d_leaf_, out_.v.data);

@@ -62,6 +62,7 @@ bool RowLoader::within_limits(int64_t row) const noexcept {
 }
 
 bool RowLoader::may_be_present(int64_t row) const noexcept {
+  if (!v_.has(row) || (x_ && !x_.has(row))) return false;
   return within_limits(row) && (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
 }
 

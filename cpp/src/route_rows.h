@@ -68,7 +68,7 @@ class RowLoader {
   bool load_x(int64_t row, float* x, float* norm) const noexcept;
   bool load_v(int64_t row, float* v) const noexcept;
   void prefetch(int64_t row) const noexcept;
-  /// Whether a row is present as far as its codes, bias and spread tell.
+  /// Whether a row is present as far as its ids, codes, bias and spread tell.
   bool may_be_present(int64_t row) const noexcept;
   /// Whether a row's v [V], loaded, is there and finite.
   bool has_value(int64_t row, float* v) const noexcept;

@@ -20,8 +20,9 @@ class RowSource {
   /// out [width] = the row of behaviour t and *norm its sum of squares; false where there is none.
   bool load(int64_t t, float* out, float* norm) const noexcept;
 
-  /// Asks for the row of behaviour t ahead of its use.
-  void prefetch(int64_t t) const noexcept {
+  /// Asks for the row of behaviour t ahead of its use. Inlined always: GCC drops a call that has no result and only
+  /// prefetches.
+  __attribute__((always_inline)) void prefetch(int64_t t) const noexcept {
     if (!data_ || !has(t)) return;
     const std::byte* const row = data_ + row_of(t) * bytes_;
     for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i);

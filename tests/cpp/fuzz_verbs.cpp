@@ -2,6 +2,9 @@
 // Small shapes and hostile floats through every verb, in exact-size memory. No crash; encode and vote equal the
 // definition (so, run under each HISAC_ISA, each other); one worker and three give the same bits; and where inputs are
 // tame, nothing is NaN.
+#include <cfloat>
+#include <cmath>
+
 #include "definition.h"
 #include "fuzz.h"
 
@@ -222,6 +225,34 @@ struct Gathered {
   }
 };
 
+void sum_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t longest) {
+  const int64_t n = in.histories.users, width = c.book.width(), value_width = in.v.width;
+  int64_t rows = 0;
+  for (size_t b = 0; b < u.starts.size(); ++b) rows += u.ends[b] - u.starts[b];
+  Twin<float> x(rows * width), v(rows * value_width), bias(rows), spread(rows);
+  Twin<int64_t> offsets(n + 1);
+  Twin<int32_t> codes(rows * c.levels);
+  twice([&](int workers) { return leaf_sums_workspace(in, longest, workers); },
+        [&](const Context& context, int r) {
+          return leaf_sums(context, in,
+                           {{x[r], {rows, width}},
+                            {v[r], {rows, value_width}},
+                            {offsets[r], {n + 1}},
+                            {bias[r], {rows}},
+                            {spread[r], {rows}},
+                            {codes[r], {rows, c.levels}}});
+        });
+  for (Twin<float>* a : {&x, &v, &bias, &spread}) a->check(false);
+  offsets.check(false);
+  codes.check(false);
+  for (int64_t b = 0; b < n; ++b)
+    for (int64_t g = offsets[0][b]; g < offsets[0][b + 1]; ++g) {
+      CHECK(std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX);
+      for (int64_t d = 0; d < width; ++d) CHECK(std::isfinite(x[0][g * width + d]));
+      CHECK(g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels));
+    }
+}
+
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const int64_t width = c.book.width(), value_width = in.flag() ? in.between(1, 5) : in.between(1, 40);
   const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
@@ -235,6 +266,10 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
       v(v_by_id ? some_v.table : vs, type, value_width);
   Guarded<float> scale(in.values(manner & 8 ? 1 : x.rows().rows, hostile));
   Guarded<float> p(in.values(n * agents * width, hostile)), bias(in.values(c.rows, hostile));
+  std::vector<float> spreads = in.values(c.rows, hostile);
+  for (float& t : spreads)
+    if (!hostile) t = std::fabs(t);
+  Guarded<float> spread(spreads);
   std::vector<float> taus = in.values(in.flag() ? 1 : agents, hostile);
   for (float& t : taus)
     if (!hostile) t = std::fabs(t) + 1;
@@ -255,6 +290,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
+  if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
   if (params.method == Method::leaf || without_x || in.flag()) {
     inputs.codes = {codes.data(), {c.rows, c.levels}};
@@ -267,6 +303,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   }
   int64_t longest = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
+  if (inputs.codes) sum_some(inputs, c, u, longest);
 
   const int64_t m = agents + (params.missing == Missing::token), bytes = type == DType::float32 ? 4 : 2;
   Twin<std::byte> tokens(n * m * value_width * bytes);
