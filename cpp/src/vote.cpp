@@ -393,10 +393,11 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
   HISAC_TRY(arena.check("vote"));
+  const size_t each = arena.used() / static_cast<size_t>(workers_of(context));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
-    Arena mine(context.workspace);
+    Arena mine({context.workspace.data + static_cast<size_t>(worker) * each, {static_cast<int64_t>(each)}});
     Scratch scratch;
-    for (int w = 0; w <= worker; ++w) scratch.carve(mine, book, params, longest);
+    scratch.carve(mine, book, params, longest);
     Voter voter(book, params, scratch);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = histories.start(b), rows = histories.end(b) - first;
