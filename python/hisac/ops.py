@@ -72,15 +72,11 @@ def vote(
         raise ValueError(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
-    users, levels = starts.shape[0] - (ends is None), book.levels
-    agents = Agents(
-        empty(codes, (users, seats, levels), "int32"),
-        empty(codes, (users, seats), "int64"),
-        empty(codes, (users,), "int32"),
-        book.fingerprint,
-    )
-    _core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, *agents[:3])
-    return agents
+    users = starts.shape[0] - (ends is None)
+    agents = empty(codes, (users, seats, book.levels), "int32")
+    votes, count = empty(codes, (users, seats), "int64"), empty(codes, (users,), "int32")
+    _core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
+    return Agents(agents, votes, count, book.fingerprint)
 
 
 def leaf_sums(
