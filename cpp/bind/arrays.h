@@ -107,18 +107,24 @@ inline Ids ids(const View& view, const char* verb, const char* name) {
   return {data ? data : &empty, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 
+/// starts and ends [B]; ends None: starts are offsets [B + 1].
 inline Histories histories(const View& starts, const View& ends, const char* verb) {
   constexpr const char* kExpected = "int32 or int64 [B]";
   Histories h;
   h.starts = borrow(starts, verb, "starts", 1, kExpected, false);
-  h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
   const auto type = starts.tensor.dtype;
-  if (type != dtype_of<int32_t>() && type != dtype_of<int64_t>())
-    wrong_type(verb, "offsets", "int32 or int64", describe(starts));
-  if (ends.tensor.dtype != type || ends.tensor.shape[0] != starts.tensor.shape[0])
-    wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
-  h.dtype = type == dtype_of<int64_t>() ? DType::int64 : DType::int32;
+  const bool wide = type == dtype_of<int64_t>();
+  if (!wide && type != dtype_of<int32_t>()) wrong_type(verb, "offsets", "int32 or int64", describe(starts));
+  h.dtype = wide ? DType::int64 : DType::int32;
   h.users = starts.tensor.shape[0];
+  if (ends.none) {
+    if (--h.users < 0) wrong_value(verb, "offsets", "[B + 1]", describe(starts));
+    h.ends = static_cast<const char*>(h.starts) + (wide ? 8 : 4);
+    return h;
+  }
+  h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
+  if (ends.tensor.dtype != type || ends.tensor.shape[0] != h.users)
+    wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
   return h;
 }
 

@@ -171,10 +171,12 @@ struct RouteArguments {
   RouteArguments(const char* verb, const View& x, const View& v, const View& starts, const View& ends,
                  const View& prototypes, const View& count, nb::handle tau, std::string_view normalize,
                  const View& bias, const View& codes, const Codebook* book, std::string_view method, int refine,
-                 std::string_view missing, const View& x_ids, const View& v_ids, const View& x_scale) {
+                 std::string_view missing, std::string_view precision, const View& x_ids, const View& v_ids,
+                 const View& x_scale) {
     params.normalize = static_cast<Normalize>(either(verb, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(verb, "method", method, "exact", "leaf"));
     params.missing = static_cast<Missing>(either(verb, "missing", missing, "drop", "token"));
+    params.precision = static_cast<Precision>(either(verb, "precision", precision, "float32", "bfloat16"));
     params.refine = refine;
     if (!x.none) in.x = rows(x, verb, "x", 2, kRouteX, true);
     in.v = rows(v, verb, "v", 2, kV);
@@ -208,10 +210,10 @@ struct RouteArguments {
 
 void route_tokens(View x, View v, View starts, View ends, View prototypes, View count, nb::handle temperature,
                   const std::string& normalize, View bias, View codes, const Codebook* book, const std::string& method,
-                  int refine, const std::string& missing, View x_ids, View v_ids, View x_scale, View tokens, View lse,
-                  View refined) {
+                  int refine, const std::string& missing, const std::string& precision, View x_ids, View v_ids,
+                  View x_scale, View tokens, View lse, View refined) {
   const RouteArguments a("route", x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book,
-                         method, refine, missing, x_ids, v_ids, x_scale);
+                         method, refine, missing, precision, x_ids, v_ids, x_scale);
   const Tokens out{rows<MutableRows>(tokens, "route", "out tokens", 3, kTokens),
                    array<float, 2>(lse, "route", "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, "route", "out prototypes", "float32 [B, M, D]", true)};
@@ -222,11 +224,11 @@ void route_tokens(View x, View v, View starts, View ends, View prototypes, View 
 void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, View v, View starts, View ends,
                      View prototypes, View count, nb::handle temperature, const std::string& normalize, View bias,
                      View codes, const Codebook* book, const std::string& method, const std::string& missing,
-                     View x_ids, View v_ids, View x_scale, View dv, View dtemperature, View dbias, View dx,
-                     View dprototypes) {
+                     const std::string& precision, View x_ids, View v_ids, View x_scale, View dv, View dtemperature,
+                     View dbias, View dx, View dprototypes) {
   constexpr const char* kVerb = "route_backward";
   const RouteArguments a(kVerb, x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book,
-                         method, 0, missing, x_ids, v_ids, x_scale);
+                         method, 0, missing, precision, x_ids, v_ids, x_scale);
   const RouteForward forward{rows(d_tokens, kVerb, "d_tokens", 3, kTokens),
                              array<const float, 2>(d_lse, kVerb, "d_lse", "float32 [B, M]", true),
                              rows(tokens, kVerb, "tokens", 3, kTokens),
@@ -338,14 +340,15 @@ NB_MODULE(_core, m) {
   m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none(),
         nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
                 "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
-  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a, "budget"_a, "fanout"_a, "weights"_a.none(),
-        "out_codes"_a, "out_votes"_a, "out_count"_a);
-  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(),
+  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a.none(), "budget"_a, "fanout"_a,
+        "weights"_a.none(), "out_codes"_a, "out_votes"_a, "out_count"_a);
+  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(),
         "temperature"_a, "normalize"_a, "bias"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "refine"_a,
-        "missing"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "tokens"_a, "lse"_a, "refined"_a.none());
+        "missing"_a, "precision"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "tokens"_a, "lse"_a,
+        "refined"_a.none());
   m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "x"_a.none(), "v"_a,
-        "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
-        "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "x_ids"_a.none(), "v_ids"_a.none(),
+        "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
+        "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "precision"_a, "x_ids"_a.none(), "v_ids"_a.none(),
         "x_scale"_a.none(), "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(), "dx"_a.none(),
         "dprototypes"_a.none());
   m.def("sum_rows", sum_of_rows, "rows"_a, "order"_a, "begin"_a, "out"_a);

@@ -83,7 +83,7 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     if (load_x(row, x, block.norm + n)) {
       if (rounds_) {
         uint32_t* const pairs = block.pairs + n * cpu::pad(pairs_of(width_));
-        k_.round_pairs(width_, x, pairs);
+        k_.round_pairs(width_, x, nullptr, pairs);
         block.norm[n] = k_.load_row(pairs, DType::bfloat16, width_, x);
       }
       load_v(row, block.v + n * ldv);
@@ -173,7 +173,7 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
     if (pairs) {  // `pairs` is not packed yet: room for a row
-      k.round_pairs(width, rows + m * width, pairs);
+      k.round_pairs(width, rows + m * width, nullptr, pairs);
       norm[m] = k.load_row(pairs, DType::bfloat16, width, rows + m * width);
     }
     rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN

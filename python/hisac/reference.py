@@ -225,7 +225,8 @@ def histories(
 def route(
     x: Array, v: Array, offsets: Any, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
     normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None, method: str = "exact",
-    refine: int = 0, missing: str = "drop", x_ids: Array = None, v_ids: Array = None, x_scale: Any = None,
+    refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Array = None, v_ids: Array = None,
+    x_scale: Any = None,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
@@ -239,6 +240,7 @@ def route(
     method="leaf": the rows of one leaf act as one row at their mean, farther by their variance (spread).
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
     x_ids, v_ids [T]: x, v are tables, behaviour i has row ids_i; x_scale, a number or [1] or [rows]: of x in int8.
+    precision changes no result here: it is how exact an implementation has to be (`hisac.bounds`).
     """
     x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
     users, m = len(ranges(offsets)), prototypes.shape[1]
@@ -262,8 +264,8 @@ def route(
 def route_backward(
     d_tokens: Array, d_lse: Array, forward: Tokens, x: Array, v: Array, offsets: Any, *, count: Array = None,
     temperature: Any = 0.1, normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None,
-    method: str = "exact", missing: str = "drop", x_ids: Array = None, v_ids: Array = None, x_scale: Any = None,
-    need: Any = ("v", "temperature", "bias"),
+    method: str = "exact", missing: str = "drop", precision: str = "float32", x_ids: Array = None,
+    v_ids: Array = None, x_scale: Any = None, need: Any = ("v", "temperature", "bias"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
 

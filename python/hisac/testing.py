@@ -189,6 +189,7 @@ class Problem(_Shown):
     method: str
     refine: int
     missing: str
+    precision: str
     x_ids: Array | None
     v_ids: Array | None
     x_scale: Any
@@ -215,7 +216,7 @@ class Problem(_Shown):
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
         names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "method", "refine")
-        args = {name: getattr(self, name) for name in (*names, "missing")}
+        args = {name: getattr(self, name) for name in (*names, "missing", "precision")}
         args |= {name: a for name in ("x_ids", "v_ids", "x_scale") if (a := getattr(self, name)) is not None}
         return args | ({"codes": self.codes, "book": self.book} if self.routed_codes else {})
 
@@ -320,6 +321,7 @@ def problems(
         method=method,
         refine=draw(st.integers(0, max_refine)),
         missing=draw(st.sampled_from(["drop", "token"])),
+        precision=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
         x_ids=x_ids,
         v_ids=v_ids,
         x_scale=x_scale,

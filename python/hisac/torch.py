@@ -69,18 +69,18 @@ def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
 _ROUTE_INPUTS = (
     "Tensor? x, Tensor v, Tensor starts, Tensor ends, Tensor prototypes, Tensor temperature, Tensor? count, "
     "Tensor? bias, Tensor? codes, Tensor? x_ids, Tensor? v_ids, Tensor? x_scale, int? fingerprint, str normalize, "
-    "str method, int refine, str missing"
+    "str method, int refine, str missing, str precision"
 )
 _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
 
 
 def _route_arguments(inputs: Sequence[Any]) -> Any:
-    """(The arguments up to the method, missing and those of gathered inputs) of the core."""
+    """(The arguments up to the method, those after `refine`) of the core."""
     x, v, starts, ends, prototypes, temperature, count, bias, codes, *gathered = dense(*inputs[:12])
-    fingerprint, normalize, method, _, missing = inputs[12:17]
+    fingerprint, normalize, method, _, missing, precision = inputs[12:18]
     book = None if fingerprint is None else book_of(fingerprint)._core
     first = [x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method]
-    return first, [missing, *gathered]
+    return first, [missing, precision, *gathered]
 
 
 @operator(f"route({_ROUTE_INPUTS}, bool sparse) -> (Tensor tokens, Tensor lse, Tensor refined)")
@@ -149,7 +149,7 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.mark_non_differentiable(refined)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:12])
-    ctx.options, ctx.sparse = inputs[12:17], inputs[17]
+    ctx.options, ctx.sparse = inputs[12:18], inputs[18]
     ctx.book = None if fingerprint is None else book_of(fingerprint)  # alive until the backward
 
 
@@ -269,7 +269,7 @@ def route(
     x: Tensor | None, v: Tensor, offsets: Offsets, prototypes: Tensor, *, count: Tensor | None = None,
     temperature: float | Tensor = 0.1, normalize: str = "history", bias: Tensor | None = None,
     codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact", refine: int = 0,
-    missing: str = "drop", x_ids: Tensor | None = None, v_ids: Tensor | None = None,
+    missing: str = "drop", precision: str = "float32", x_ids: Tensor | None = None, v_ids: Tensor | None = None,
     x_scale: float | Tensor | None = None, sparse: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
@@ -279,6 +279,7 @@ def route(
     x [T, D] (None: codes and book), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, prototypes
     [B, M, D], count [B], temperature a number, [1] or [M], bias [T], codes [T, L] -> Tokens. Refined prototypes are
     constants of the backward; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    precision="bfloat16" lets products round to bfloat16 where that is faster.
 
     x_ids and v_ids [T] (or jagged, then without offsets too) make x and v tables, as the weight of an `nn.Embedding`:
     an id outside is an absent behaviour, x may be int8 with x_scale, a number, [1] or [rows]. A table's gradient is the
@@ -300,7 +301,8 @@ def route(
     _reverse_mode_only("route", x, v, prototypes, tau, bias)
     tokens, lse, refined = torch.ops.hisac.route(
         x, v, starts, ends, prototypes, tau, count, None if bias is None else bias.float(), codes,
-        x_ids, v_ids, x_scale, None if book is None else register(book), normalize, method, refine, missing, sparse,
+        x_ids, v_ids, x_scale, None if book is None else register(book), normalize, method, refine, missing,
+        precision, sparse,
     )  # fmt: skip
     return Tokens(tokens, lse, refined if refine else prototypes)
 
@@ -377,11 +379,12 @@ class Compressor(nn.Module):
     def __init__(
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
         temperature: float = 0.1, learn_temperature: bool = True, normalize: str = "history", method: str = "exact",
-        refine: int = 0, missing: str = "drop", sparse: bool = False,
+        refine: int = 0, missing: str = "drop", precision: str = "float32", sparse: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.book, self.budget, self.fanout = book, budget, fanout
-        self.normalize, self.method, self.refine, self.missing, self.sparse = normalize, method, refine, missing, sparse
+        self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
+        self.precision, self.sparse = precision, sparse
         self.log_tau = nn.Parameter(_tau(temperature).log(), learn_temperature)
         rows = torch.empty(0, book.width, dtype=torch.float32)
         self(rows, rows, torch.zeros(1, dtype=torch.int64))  # checks every option
@@ -405,7 +408,8 @@ class Compressor(nn.Module):
         out = route(
             x, v, spans, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
             normalize=self.normalize, bias=bias, codes=codes, book=self.book, method=self.method, refine=self.refine,
-            missing=self.missing, x_ids=x_ids, v_ids=v_ids, x_scale=x_scale, sparse=self.sparse,
+            missing=self.missing, precision=self.precision, x_ids=x_ids, v_ids=v_ids, x_scale=x_scale,
+            sparse=self.sparse,
         )  # fmt: skip
         return Compressed(*out, agents, codes)
 
@@ -427,7 +431,7 @@ class Compressor(nn.Module):
         register(self.book)
 
     def extra_repr(self) -> str:
-        names = "budget", "fanout", "normalize", "method", "refine", "missing"
+        names = "budget", "fanout", "normalize", "method", "refine", "missing", "precision"
         return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner loops of every instruction set that this processor has, on the same bytes and in exact-size memory: copies,
-// conversions, screens and survivors equal to the bit; sums and exponentials within a bound of the baseline's.
+// conversions equal to the bit; sums, screens and exponentials within a bound of the baseline's or of float64.
 #include "cpu/kernels.h"
 
 #include <algorithm>
 
+#include "amx_table.h"
 #include "cpu/pack.h"
 #include "fuzz.h"
 
@@ -24,7 +25,9 @@ std::vector<const Kernels*> all() {
   if (std::strstr(available_isas(), "avx2")) out.push_back(&cpu::kAvx2);
   if (std::strstr(available_isas(), "avx512")) out.push_back(&cpu::kAvx512);
   if (std::strstr(available_isas(), "avx512bf16")) out.push_back(&cpu::kAvx512Bf16);
+  if (std::strstr(available_isas(), "amx")) out.push_back(&cpu::amx_kernels());
 #endif
+  out.push_back(&test::amx_twin());
   return out;
 }
 
@@ -93,21 +96,24 @@ float rounded(float x) {
 void pair_products(Bytes& in) {
   const int64_t n = in.between(1, 64), k = in.between(1, 70), k2 = (k + 1) / 2, m = in.between(1, 200), ldz = pad(m);
   const auto a = in.values(n * k, false), b = in.values(m * k, false);
-  Guarded<float> rows(a), columns(b);
+  const auto shifts = in.values(k, false);
+  Guarded<float> rows(a), columns(b), shift(shifts);
   for (const Kernels* kernels : all()) {
     if (!kernels->matmul_pairs) continue;
     Guarded<uint32_t> left(padded_rows(n) * k2), packed(cpu::packed_size(k2, m));
     for (int64_t i = 0; i < n; ++i) {
-      const double squares = double(kernels->round_pairs(k, rows.data() + i * k, left.data() + i * k2));
-      double exact = 0;
+      const cpu::Rounded sums = kernels->round_pairs(k, rows.data() + i * k, shift.data(), left.data() + i * k2);
+      double squares = 0, errors = 0;
       for (int64_t d = 0; d < k; ++d) {
-        const float x = a[test::size(i * k + d)], y = rounded(x);
+        const float x = a[test::size(i * k + d)] - shifts[test::size(d)], y = rounded(x);
         CHECK(std::memcmp(reinterpret_cast<const std::byte*>(&y) + 2,
                           reinterpret_cast<const std::byte*>(left.data() + i * k2) + 2 * d, 2) == 0);
-        exact += (double(x) - double(y)) * (double(x) - double(y));
+        squares += double(x) * double(x);
+        errors += (double(x) - double(y)) * (double(x) - double(y));
       }
-      CHECK(k % 2 == 0 || left.data()[(i + 1) * k2 - 1] >> 16 == 0);
-      close(squares, exact, static_cast<double>(k + 2) * kUlp * exact + static_cast<double>(k) * 0x1p-149);
+      CHECK((k % 2 == 0 || left.data()[(i + 1) * k2 - 1] >> 16 == 0));
+      close(double(sums.squares), squares, static_cast<double>(k + 2) * kUlp * squares);
+      close(double(sums.errors), errors, static_cast<double>(k + 2) * kUlp * errors);
     }
     kernels->pack_pairs(k, m, columns.data(), k, packed.data());
     Guarded<float> z(padded_rows(n) * ldz);
@@ -117,7 +123,8 @@ void pair_products(Bytes& in) {
       for (int64_t j = 0; j < ldz; ++j) {
         double exact = 0, size = 0;
         for (int64_t d = 0; d < k && j < m; ++d) {
-          const double term = double(rounded(a[test::size(i * k + d)])) * double(rounded(b[test::size(j * k + d)]));
+          const double term = double(rounded(a[test::size(i * k + d)] - shifts[test::size(d)])) *
+                              double(rounded(b[test::size(j * k + d)]));
           exact += term;
           size += std::fabs(term);
         }
@@ -211,39 +218,60 @@ void rows_in_and_out(Bytes& in) {
   }
 }
 
+/// Every column whose least possible score is below the threshold survives, none that is above does.
 void screens(Bytes& in) {
-  const int64_t n = in.between(1, 16), m = in.between(1, 100), ldz = pad(m);
-  const auto z = in.values(n * m, true), half = in.values(m, true);
-  const float threshold = in.value(true);
-  Guarded<float> norms(strided(half, 1, m, ldz, std::numeric_limits<float>::infinity()));
-  std::vector<float> first, first_smallest;
-  std::vector<std::vector<int32_t>> first_found;
-  for (const Kernels* kernels : all()) {
-    Guarded<float> scores(strided(z, n, m, ldz)), smallest(n);
-    kernels->screen(static_cast<int>(n), m, scores.data(), ldz, norms.data(), smallest.data());
-    CHECK(scores.intact() && smallest.intact());
-    std::vector<std::vector<int32_t>> found;
-    for (int64_t i = 0; i < n; ++i) {
-      Guarded<int32_t> survivors(m);
-      const int64_t count = kernels->survivors(m, scores.data() + i * ldz, threshold, survivors.data());
-      CHECK(survivors.intact());
-      found.push_back({survivors.data(), survivors.data() + count});
-      size_t expected = 0;
-      for (int64_t j = 0; j < m; ++j)
-        if (!(scores.data()[i * ldz + j] > threshold))
-          CHECK(expected < found.back().size() && found.back()[expected++] == j);
-      CHECK(expected == found.back().size());
-    }
-    if (first.empty()) {
-      first = scores.values();
-      first_smallest = smallest.values();
-      first_found = found;
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i) same(first.data() + i * ldz, scores.data() + i * ldz, m);
-    for (int64_t i = 0; i < n; ++i) CHECK(first_smallest[test::size(i)] == smallest.data()[i]);
-    CHECK(first_found == found);
+  const int64_t m = in.between(1, 100), ldz = pad(m);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const auto z = in.values(m, false);
+  auto halves = in.values(m, false), norms = in.values(m, false);
+  for (float& x : halves) x = in.byte() % 32 ? std::fabs(x) : kInf;
+  for (float& x : norms) x = std::fabs(x);
+  const float error = std::fabs(in.value(false)) / 8, slack = std::fabs(in.value(false)) / 64;
+  const float before = in.flag() ? kInf : in.value(false);
+  Guarded<float> products(strided(z, 1, m, ldz)), half(strided(halves, 1, m, ldz, kInf)),
+      norm(strided(norms, 1, m, ldz));
+  double least = double(kInf), threshold = double(before), size = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    const double score = double(halves[test::size(j)]) - double(z[test::size(j)]),
+                 e = double(error) * double(norms[test::size(j)]);
+    least = std::fmin(least, score - e);
+    threshold = std::fmin(threshold, score + e + double(slack));
+    if (std::isfinite(score))
+      size = std::fmax(size, std::fabs(score) + std::fabs(double(z[test::size(j)])) + e + double(slack));
   }
+  const double apart = 4 * kUlp * size;
+  for (const Kernels* kernels : all()) {
+    Guarded<int32_t> out(m);
+    cpu::Screen row{half.data(), norm.data(), error, slack, before, 0};
+    const int64_t count = kernels->screen(m, products.data(), row, out.data());
+    CHECK(out.intact() && count <= m);
+    close(double(row.low), least, apart);
+    close(double(row.threshold), threshold, apart);
+    const std::vector<int32_t> found(out.data(), out.data() + count);
+    for (int64_t j = 0; j < m; ++j) {
+      const double low =
+          double(halves[test::size(j)]) - double(z[test::size(j)]) - double(error) * double(norms[test::size(j)]);
+      const auto times = std::count(found.begin(), found.end(), j);
+      CHECK(times <= 1);
+      if (low < threshold - 2 * apart) CHECK(times == 1);
+      if (low > threshold + 2 * apart) CHECK(times == 0);
+    }
+    if (std::isinf(before) && std::isfinite(least)) CHECK(count > 0);
+  }
+}
+
+void square_distances(Bytes& in) {
+  const int64_t width = in.between(1, 70);
+  const auto a = in.values(width, false), b = in.values(width, false);
+  Guarded<float> left(a), right(b);
+  double exact = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    const double step = double(a[test::size(d)]) - double(b[test::size(d)]);
+    exact += step * step;
+  }
+  for (const Kernels* kernels : all())
+    close(kernels->square_distance(width, left.data(), right.data()), exact,
+          static_cast<double>(2 * width + 4) * 0x1p-53 * exact);
 }
 
 /// Softmaxes on logits within [-2000, 2000], with -inf where an entry is absent; a row or column may be all absent.
@@ -433,8 +461,8 @@ void distances(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  constexpr void (*kParts[])(Bytes&) = {products,      accumulations, rows_in_and_out, screens,      softmaxes,
-                                        route_weights, gradients,     distances,       pair_products};
-  kParts[in.byte() % 9](in);
+  constexpr void (*kParts[])(Bytes&) = {products,      accumulations, rows_in_and_out, screens,       softmaxes,
+                                        route_weights, gradients,     distances,       pair_products, square_distances};
+  kParts[in.byte() % 10](in);
   return 0;
 }

@@ -147,7 +147,7 @@ Users users(Bytes& in, int64_t rows, bool overlap) {
   return out;
 }
 
-void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
+void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   VoteParams params;
   if (in.flag())
     params.budget = in.between(1, 60);
@@ -156,8 +156,17 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   std::vector<int32_t> codes = c.codes;
   for (int64_t n = in.between(0, 5); n > 0 && !codes.empty(); --n)
     codes[test::size(in.byte()) % codes.size()] = static_cast<int32_t>(in.byte()) * 0x00800001 - 3;
+  int64_t rows = c.rows;
+  if (rows > 0 && in.between(0, 15) == 15) {  // one long history, whose leaves are counted and not sorted
+    for (; rows < 2048; rows *= 2) {
+      codes.resize(test::size(2 * rows * c.levels));
+      std::copy_n(codes.begin(), rows * c.levels, codes.begin() + rows * c.levels);
+    }
+    u.starts = {0};
+    u.ends = {rows};
+  }
   const bool weighted = in.flag();
-  Guarded<float> weights(weighted ? in.values(c.rows, hostile) : std::vector<float>{});
+  Guarded<float> weights(weighted ? in.values(rows, hostile) : std::vector<float>{});
   Guarded<int32_t> given(codes);
   const int64_t n = static_cast<int64_t>(u.starts.size()), m = seats(params, static_cast<int>(c.levels));
   int64_t longest = 0;
@@ -166,8 +175,8 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   Twin<int64_t> votes(n * m);
   twice([&](int workers) { return vote_workspace(c.book, params, longest, workers); },
         [&](const Context& context, int r) {
-          return vote(context, c.book, params, {given.data(), {c.rows, c.levels}}, u.histories(),
-                      {weighted ? weights.data() : nullptr, {c.rows}},
+          return vote(context, c.book, params, {given.data(), {rows, c.levels}}, u.histories(),
+                      {weighted ? weights.data() : nullptr, {rows}},
                       {{agents[r], {n, m, c.levels}}, {votes[r], {n, m}}, {count[r], {n}}});
         });
   agents.check(false);

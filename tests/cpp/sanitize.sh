@@ -60,7 +60,8 @@ isas=baseline
 case $(uname -m) in x86_64)
   if grep -qw avx2 /proc/cpuinfo; then isas+=" avx2"; fi
   if grep -qw avx512vl /proc/cpuinfo; then isas+=" avx512"; fi
-  if grep -qw avx512_bf16 /proc/cpuinfo; then isas+=" avx512bf16"; fi ;;
+  if grep -qw avx512_bf16 /proc/cpuinfo; then isas+=" avx512bf16"; fi
+  if grep -qw amx_bf16 /proc/cpuinfo; then isas+=" amx"; fi ;;
 esac
 for isa in $isas; do
   step "verbs with HISAC_ISA=$isa"

@@ -174,7 +174,7 @@ TEST_CASE("out of memory is a Status and loses nothing" * doctest::skip(!countin
     CHECK(status.code() == Code::out_of_memory);
     return std::string(status.what());
   };
-  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 80 floats");
+  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 128 floats");
   CHECK(with_failure([&] { return Codebook::parse(bytes.data(), bytes.size(), &book); }) ==
         "codebook file: out of memory for 48 bytes");
   const std::string all = "codebook file: out of memory for " + std::to_string(bytes.size()) + " bytes";

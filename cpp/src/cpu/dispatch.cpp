@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "amx.h"
 #include "hisac/hisac.h"
 #include "kernels.h"
 
@@ -10,7 +11,7 @@ namespace hisac {
 namespace cpu {
 namespace {
 
-constexpr int kMost = 4;
+constexpr int kMost = 5;
 
 int supported(const Kernels** out) noexcept {
   int n = 0;
@@ -23,7 +24,9 @@ int supported(const Kernels** out) noexcept {
         __builtin_cpu_supports("avx512vl")) {
       out[n++] = &kAvx512;
       // Intel has the pair products too, at less than the rate of FMA
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+      const bool pairs = __builtin_cpu_supports("avx512bf16");
+      if (pairs && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+      if (pairs && amx_available()) out[n++] = &amx_kernels();
     }
   }
 #endif

@@ -46,6 +46,14 @@ struct Ahead {
   }
   /// Spreads the lines over products of n rows and m columns in all.
   void spread(int n, int64_t m) noexcept { share = lines * kBlock * kLanes / (n * pad(m)) + 1; }
+  /// What is due after so many elements of a product.
+  __attribute__((always_inline)) void fetch(int64_t elements) noexcept {
+    for (int64_t left = share * elements / (kBlock * kLanes) + 1; left > 0 && next < spans; --left) {
+      __builtin_prefetch(span[next].at, 0, 2);
+      span[next].at += kLine;
+      if (span[next].at >= span[next].end) ++next;
+    }
+  }
 };
 
 /// One block of route's forward: what turns products or logits into weights.
@@ -70,6 +78,20 @@ struct RouteGradient {
   float* row_sum;        // [n] out: sum over agents of the distance gradients
   float* d_raw;          // [m] += sum over rows of dlogit * raw logit
   float* column_sum;     // [m] += sum over rows of the distance gradients
+};
+
+/// Column j's score half_j - z_j errs by at most error norm_j. A column survives if its least possible score is not
+/// above the threshold, which first falls to the smallest of the most possible scores + slack. Infinite half: never.
+struct Screen {
+  const float *half, *norm;  // [m], padded with +inf and 0
+  float error, slack;
+  float threshold;  // in and out
+  float low;        // out: the least possible score of all
+};
+
+/// Sums of squares of what was rounded and of the rounding errors.
+struct Rounded {
+  float squares, errors;
 };
 
 struct Kernels {
@@ -115,10 +137,10 @@ struct Kernels {
   void (*attend_gradient)(int n, int64_t m, const float* w, float* g, int64_t ldz, const float* offset,
                           float* column_sum);
 
-  /// z <- half - z (half the square distance, less |r|^2 / 2); returns each row's smallest.
-  void (*screen)(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest);
-  /// Columns of one row with z <= threshold (NaN counts), ascending; returns how many.
-  int64_t (*survivors)(int64_t m, const float* z, float threshold, int32_t* out);
+  /// Columns of one row of products that may be the nearest, in any order; returns how many. See Screen.
+  int64_t (*screen)(int64_t m, const float* z, Screen& row, int32_t* out);
+  /// sum over d of (a_d - b_d)^2 in float64, in any order.
+  double (*square_distance)(int64_t width, const float* a, const float* b);
 
   // Products of bfloat16 as pairs of consecutive elements of the contraction, the even one in the low half; null where
   // the ISA does not run them faster than float32. Denormals count as zero, rounding is to nearest even.
@@ -136,8 +158,8 @@ struct Kernels {
                               int64_t lde);
   /// dst [pad(width)] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
   void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
-  /// dst [(width + 1) / 2] = src [width] rounded; returns the sum of squared rounding errors.
-  float (*round_pairs)(int64_t width, const float* src, uint32_t* dst);
+  /// dst [(width + 1) / 2] = src [width] - shift, rounded; shift may be null: zeros.
+  Rounded (*round_pairs)(int64_t width, const float* src, const float* shift, uint32_t* dst);
 };
 
 extern const Kernels kBaseline;
@@ -145,6 +167,8 @@ extern const Kernels kBaseline;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+/// kAvx512Bf16 with the pair products of the AMX unit (amx.h); only where amx_available().
+const Kernels& amx_kernels() noexcept;
 #endif
 
 /// The loops in use, chosen once per process.

@@ -12,8 +12,10 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));
 typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef float vf_half __attribute__((vector_size(W * 2), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
 #define HISAC_INLINE static inline __attribute__((always_inline))
@@ -24,6 +26,7 @@ constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile; co
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
 HISAC_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
+HISAC_INLINE vf_half load_half(const float* p) { return *reinterpret_cast<const vf_half*>(p); }
 HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
 
 /// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
@@ -43,21 +46,36 @@ HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 HISAC_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 #endif
 
-HISAC_INLINE float sum_of(vf x) {
-  float s[W];
-  store(s, x);
-  for (int step = W / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) s[i] += s[i + step];
-  return s[0];
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using lanes = Lanes<I...>;
+};
+
+/// Lanes i and i ^ step change places.
+template <int step, class V, int... I>
+HISAC_INLINE V crossed(V x, Lanes<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ step)...);
 }
 
-HISAC_INLINE float largest_of(vf x) {
-  float s[W];
-  store(s, x);
-  for (int step = W / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) s[i] = s[i] > s[i + step] ? s[i] : s[i + step];
-  return s[0];
+/// op over all lanes, in every lane.
+template <int step, class V, class Op>
+HISAC_INLINE V folded(V x, Op op) {
+  x = op(x, crossed<step>(x, typename Count<static_cast<int>(sizeof(V) / sizeof(x[0]))>::lanes()));
+  if constexpr (step > 1) x = folded<step / 2>(x, op);
+  return x;
 }
+
+template <class V>
+HISAC_INLINE auto sum_of(V x) {
+  return folded<static_cast<int>(sizeof(V) / sizeof(x[0]) / 2)>(
+      x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
+}
+
+HISAC_INLINE float largest_of(vf x) { return folded<W / 2>(x, larger)[0]; }
 
 /// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few dependent steps: the processor
 /// keeps several of these going at once.
@@ -75,8 +93,13 @@ HISAC_INLINE vf exp2v(vf x) {
 
 HISAC_INLINE void multiply_add(vf& acc, float x, vf y) { acc += splat(x) * y; }
 #if defined(HISAC_PAIRS)
-HISAC_INLINE void multiply_add(vf& acc, uint32_t x, vu y) {  // the builtin's types differ between compilers
+HISAC_INLINE void multiply_add(vf& acc, uint32_t x, vu y) {
+#if W == 16  // the builtin's types differ between compilers
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(y), "v"(x - vu{}));
+#else  // in tests, where no processor needs to have it
+  const vu both = x - vu{};
+  acc += (vf)(both << 16) * (vf)(y << 16) + (vf)(both & 0xffff0000u) * (vf)(y & 0xffff0000u);
+#endif
 }
 #endif
 
@@ -98,15 +121,6 @@ HISAC_INLINE void matmul_tile(int64_t k, const T* a, int64_t lda, const T* b, in
     for (int v = 0; v < V; ++v) store(z + r * ldz + v * W, acc[r][v]);
 }
 
-HISAC_INLINE void fetch(Ahead& ahead, int64_t lines) {
-  for (; lines > 0 && ahead.next < ahead.spans; --lines) {
-    Ahead::Span& s = ahead.span[ahead.next];
-    __builtin_prefetch(s.at, 0, 2);
-    s.at += Ahead::kLine;
-    if (s.at >= s.end) ++ahead.next;
-  }
-}
-
 template <class T>
 HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
                           Ahead* ahead) {
@@ -116,9 +130,8 @@ HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, 
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
       const int64_t vectors = (width - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
-      const int64_t lines = ahead ? ahead->share * kRows * take * W / (kBlock * kLanes) + 1 : 0;
       for (int i = 0; i < n; i += kRows) {
-        if (ahead) fetch(*ahead, lines);
+        if (ahead) ahead->fetch(kRows * take * W);
         const T* x = a + i * lda;
         float* out = z + i * ldz + at;
         if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
@@ -190,15 +203,6 @@ static void accumulate_pairs(int n2, int64_t w, int64_t m, const uint32_t* a, in
 #endif
 
 // ---- packing
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using lanes = Lanes<I...>;
-};
 
 /// a0 b0 a1 b1 .. of the lower (from = 0) or upper (from = W / 2) halves.
 template <int from, int... I>
@@ -364,25 +368,13 @@ HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (
 
 #if defined(HISAC_PAIRS)
 HISAC_INLINE vh narrow_flushed(vf x) {
+#if W == 16
   vh out;
   asm("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
   return out;
-}
-
-static float round_pairs(int64_t width, const float* src, uint32_t* dst) {
-  vf squares = {};
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
-    const vf x = load_some(src + d, have);
-    const vh rounded = narrow_flushed(x);
-    if (have == W)
-      *reinterpret_cast<vh_loose*>(dst + d / 2) = rounded;
-    else
-      __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
-    const vf error = x - widen(rounded, DType::bfloat16);
-    squares += error * error;
-  }
-  return sum_of(squares);
+#else  // in tests, as above
+  return narrow((vf)((vu)x & ((vu)(((vu)x & 0x7f800000u) != 0) | 0x80000000u)), DType::bfloat16);
+#endif
 }
 
 static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
@@ -598,31 +590,7 @@ static void attend_gradient(int n, int64_t m, const float* w, float* g, int64_t 
   }
 }
 
-// ---- encode
-
-static void screen(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest) {
-  for (int i = 0; i < n; ++i) {
-    vf low = splat(kInfinity);
-    for (int64_t j = 0; j < m; j += W) {
-      const vf x = load(half + j) - load(z + i * ldz + j);
-      store(z + i * ldz + j, x);
-      low = smaller(x, low);
-    }
-    smallest[i] = -largest_of(-low);
-  }
-}
-
-static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* out) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < m; j += kLanes) {
-    int any = 0;
-    for (int l = 0; l < kLanes; ++l) any |= !(z[j + l] > threshold);
-    if (!any) continue;
-    for (int64_t l = j; l < j + kLanes && l < m; ++l)
-      if (!(z[l] > threshold)) out[count++] = static_cast<int32_t>(l);
-  }
-  return count;
-}
+#include "kernels_nearest.inl"
 
 #undef HISAC_INLINE
 
@@ -638,10 +606,10 @@ constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
 }  // namespace
 
 const Kernels HISAC_ISA_TABLE = {
-    HISAC_ISA_NAME, matmul,         accumulate,  pack_columns,     pack_rows,           load_row,
-    load_int8,      store_row,      transpose,   add_row,          distance_logits,     row_lse,
-    route_weights,  route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
-    survivors,      matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
+    HISAC_ISA_NAME,  matmul,         accumulate,  pack_columns,     pack_rows,           load_row,
+    load_int8,       store_row,      transpose,   add_row,          distance_logits,     row_lse,
+    route_weights,   route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
+    square_distance, matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
     round_pairs};
 
 }  // namespace hisac::cpu
