@@ -312,6 +312,7 @@ def operator_calls(book):
     q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
     attention, scale = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
     out, out_lse = ops.attend(*attention, scale)
+    options = (name, "agents", "exact", 0, "token", "bfloat16")
     some, every = [True, True, False, False, True], [True] * 5
     return {
         "encode": (x, name),
@@ -319,15 +320,15 @@ def operator_calls(book):
         "vote fanout": (codes, starts.int(), ends.int(), name, 0, [2, 3], torch.rand(20)),
         "prototypes": (agents[0], name),
         "route": (*differentiable, name, "agents", "exact", 0, "token", "float32", False),
-        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, "drop", "float32", False),
+        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, *plain[1:]),
         "route leaf": (x, wanted(v), *tensors[2:5], wanted(tau), *tensors[6:], name, "agents", "leaf", *plain),
         "route codes": (None, wanted(v), *tensors[2:6], None, None, *tensors[8:], name, "history", "exact", *plain),
         "route gathered": (*differentiable[:9], *gathered[9:], name, "agents", "exact", 0, "token", "float32", False),
         "route int8": (*int8, "history", "exact", 0, "token", "float32", False),
-        "route_backward": (tokens, lse, tokens, lse, every, *tensors, name, "agents", "exact", 0, "token", "bfloat16"),
-        "route_backward gathered": (tokens, lse, tokens, lse, every, *gathered, name, "agents", "exact", 0, "token", "bfloat16"),
+        "route_backward": (tokens, lse, tokens, lse, every, *tensors, *options),
+        "route_backward gathered": (tokens, lse, tokens, lse, every, *gathered, *options),
         "sum_rows": (v, torch.tensor([3, 1, 19]), torch.tensor([0, 2, 2, 3])),
-        "route_backward some": (tokens, None, tokens, lse, some, *tensors, name, "agents", "exact", 0, "token", "bfloat16"),
+        "route_backward some": (tokens, None, tokens, lse, some, *tensors, *options),
         "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), scale),
         "attend_backward": (out, out_lse, out, out_lse, *attention, scale),
         "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, scale),
