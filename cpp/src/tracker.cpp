@@ -25,7 +25,7 @@ void Tracker::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) 
   screened = arena.take<uint32_t>(kPart * screened_width(width));
   tile = arena.take<uint32_t>(NearestScratch::rows * screened_width(width));
   scores = arena.take<float>(NearestScratch::rows * cpu::pad(largest_size));
-  survivors = arena.take<int32_t>(largest_size + 1);
+  survivors = arena.take<int32_t>(2 * (largest_size + 1));
 }
 
 void Tracker::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
@@ -58,7 +58,8 @@ void Tracker::move(const Level& level, const float* fresh) noexcept {
     group_drift_[g] = 0;
     for (int64_t c = first_[g]; c < first_[g + 1]; ++c) {
       drift_[c] = distance_up(k.square_distance(level.width, level.centers + c * level.width, fresh + c * level.width));
-      group_drift_[g] = std::max(group_drift_[g], drift_[c]);
+      // a copy of another was never looked at
+      group_drift_[g] = std::max(group_drift_[g], std::isinf(level.half[c]) ? INFINITY : drift_[c]);
     }
   }
 }
@@ -160,7 +161,8 @@ void Tracker::look_at_group(const Level& level, const float* r, int g, const int
     int64_t all = found;
     if (row.best >= 0) s.survivors[all++] = row.best;
     const float* const x = r + at[j] * level.width;
-    row.best = closest(level, x, s.survivors, all);
+    std::copy_n(s.survivors, all, s.survivors + all);
+    row.best = closest(level, x, s.survivors + all, all);
     for (int64_t c = 0; c < all; ++c) {
       const int32_t code = s.survivors[c];
       const double d = cpu::kernels().square_distance(level.width, x, level.centers + code * level.width);
