@@ -99,7 +99,7 @@ def route(
         mine = [Variant(variant, lambda: partial(call, precision="float32"), error_lse, bound, "hisac")]
         if bf16:
             rounded = Variant(
-                f"{variant} products", lambda: partial(call, precision="bfloat16"), error, peer_bound, "hisac"
+                f"{variant} products", lambda: partial(call, precision="bfloat16"), error_lse, peer_bound, "hisac"
             )
             mine.insert(0, rounded)
         return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (*mine, *found))
