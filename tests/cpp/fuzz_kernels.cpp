@@ -1,44 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner loops of every instruction set that this processor has, on the same bytes and in exact-size memory: copies,
-// conversions, screens and survivors equal to the bit; sums and exponentials within a bound of the baseline's.
+// conversions, screens and survivors equal to the bit what plain scalar code makes of them; sums and exponentials
+// within a bound that is carried along with their values in double.
 #include "cpu/kernels.h"
 
 #include <algorithm>
 
 #include "cpu/pack.h"
 #include "fuzz.h"
+#include "near.h"
 
 using namespace hisac;
 using cpu::Kernels;
 using cpu::pad;
 using fuzz::Bytes;
+using near::kUlp;
+using near::Near;
 using test::Guarded;
 
 namespace {
 
-constexpr double kUlp = 0x1p-24;
+constexpr float kInf = std::numeric_limits<float>::infinity();
 
 std::vector<const Kernels*> all() {
-  std::vector<const Kernels*> out{&cpu::kBaseline};
-#if defined(__x86_64__)
-  if (std::strstr(available_isas(), "avx2")) out.push_back(&cpu::kAvx2);
-  if (std::strstr(available_isas(), "avx512")) out.push_back(&cpu::kAvx512);
-#endif
-  return out;
+  const Kernels* have[cpu::kMostTables];
+  return {have, have + cpu::supported(have)};
 }
 
 int64_t padded_rows(int64_t n) { return (n + cpu::kRowStep - 1) / cpu::kRowStep * cpu::kRowStep; }
 
-/// b for another set's a: the same bits, but any NaN for a NaN.
-void same(const float* a, const float* b, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) CHECK((std::isnan(a[i]) && std::isnan(b[i])) || std::memcmp(a + i, b + i, 4) == 0);
-}
+/// The same bits, but any NaN for a NaN.
+bool same(float a, float b) { return (std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, 4) == 0; }
 
 void close(double a, double b, double bound) {
   if (a == b) return;
   if (!(std::fabs(a - b) <= bound)) std::fprintf(stderr, "%.9g, %.9g: apart by more than %.3g\n", a, b, bound);
   CHECK(std::fabs(a - b) <= bound);
 }
+
+void close(float got, const Near& expected) { close(double(got), expected.value, expected.wrong); }
 
 /// values [rows, width] as [rows, stride], the rest `fill`.
 std::vector<float> strided(const std::vector<float>& values, int64_t rows, int64_t width, int64_t stride,
@@ -102,6 +102,31 @@ void accumulations(Bytes& in) {
   }
 }
 
+/// `from`, any float or half by its bits, as a float; and a float as the nearest of the type, ties to even.
+float decode(const std::byte* from, DType type) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, from, type == DType::float32 ? 4 : 2);
+  if (type == DType::bfloat16) bits <<= 16;
+  if (type == DType::float16) {
+    const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
+    float x = std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
+    if (exponent == 31) x = mantissa ? std::numeric_limits<float>::quiet_NaN() : kInf;
+    return bits >> 15 ? -x : x;
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+float nearest(float x, DType type) {
+  if (type == DType::float32 || !std::isfinite(x) || x == 0) return x;
+  const int digits = type == DType::float16 ? 11 : 8, lowest = type == DType::float16 ? -14 : -126;
+  const int unit = std::max(std::ilogb(x), lowest) - digits + 1;
+  const double out = std::ldexp(std::nearbyint(std::ldexp(double(x), -unit)), unit);
+  const double most = type == DType::float16 ? 65504 : 0x1.fep127;
+  return std::copysign(std::fabs(out) > most ? kInf : static_cast<float>(std::fabs(out)), x);
+}
+
 void rows_in_and_out(Bytes& in) {
   const int64_t width = in.between(1, 70);
   const DType types[] = {DType::float32, DType::bfloat16, DType::float16};
@@ -112,45 +137,34 @@ void rows_in_and_out(Bytes& in) {
   Guarded<std::byte> source(raw);
   const float scale = in.value(false);
   const auto added = in.values(width, false);
-  std::vector<float> first;
-  std::vector<std::byte> first_stored;
-  float first_squares = 0;
+  std::vector<float> truth(test::size(width));
+  double squares = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    truth[test::size(d)] = decode(raw.data() + d * bytes, type);
+    squares += double(truth[test::size(d)]) * double(truth[test::size(d)]);
+  }
   for (const Kernels* kernels : all()) {
     Guarded<float> row(width);
-    const float squares = kernels->load_row(source.data(), type, width, row.data());
+    const float sum = kernels->load_row(source.data(), type, width, row.data());
     CHECK(row.intact());
-    for (int64_t d = 0; d < width && type == DType::bfloat16; ++d)
-      CHECK(std::memcmp(reinterpret_cast<const std::byte*>(row.data() + d) + 2, source.data() + d * 2, 2) == 0);
+    if (std::isnan(squares)) CHECK(std::isnan(sum));
+    if (squares > 0x1p129) CHECK(sum == kInf);
+    if (squares < 0x1p127) close(double(sum), squares, static_cast<double>(width + 1) * (kUlp * squares + 0x1p-149));
     Guarded<std::byte> stored(width * bytes), back(width * bytes);
     kernels->store_row(stored.data(), type, width, row.data(), scale);
     kernels->store_row(back.data(), type, width, row.data(), 1.f);
     CHECK(stored.intact() && back.intact());
-    for (int64_t d = 0; d < width; ++d)  // what was read is written back
-      if (!std::isnan(row.data()[d]))
-        CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
-    Guarded<float> sum(added);
-    kernels->add_row(width, row.data(), scale, sum.data());
-    CHECK(sum.intact());
+    Guarded<float> sums(added);
+    kernels->add_row(width, row.data(), scale, sums.data());
+    CHECK(sums.intact());
     for (int64_t d = 0; d < width; ++d) {
-      const double term = double(scale) * double(row.data()[d]), start = double(added[test::size(d)]);
-      if (std::fabs(term) < 1e30)
-        close(double(sum.data()[d]), start + term, 2 * kUlp * (std::fabs(term) + std::fabs(start)) + 1e-44);
+      const float x = truth[test::size(d)], start = added[test::size(d)];
+      CHECK(same(row.data()[d], x));
+      CHECK(same(decode(stored.data() + d * bytes, type), nearest(x * scale, type)));
+      if (!std::isnan(x))  // what was read is written back
+        CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
+      if (std::fabs(x) < 0x1p120f) close(sums.data()[d], Near(start) + Near(scale) * Near(x));
     }
-    if (first.empty()) {
-      first = row.values();
-      first_stored = stored.values();
-      first_squares = squares;
-      continue;
-    }
-    same(first.data(), row.data(), width);
-    bool nan = false;
-    for (float f : first) nan = nan || std::isnan(f);
-    if (!nan) CHECK(first_stored == stored.values());
-    if (nan || std::isinf(first_squares))
-      CHECK(std::isnan(squares) || std::isinf(squares));
-    else
-      close(double(squares), double(first_squares),
-            static_cast<double>(width + 1) * kUlp * double(first_squares) + 1e-37);
   }
 }
 
@@ -158,116 +172,140 @@ void screens(Bytes& in) {
   const int64_t n = in.between(1, 16), m = in.between(1, 100), ldz = pad(m);
   const auto z = in.values(n * m, true), half = in.values(m, true);
   const float threshold = in.value(true);
-  Guarded<float> norms(strided(half, 1, m, ldz, std::numeric_limits<float>::infinity()));
-  std::vector<float> first, first_smallest;
-  std::vector<std::vector<int32_t>> first_found;
+  Guarded<float> norms(strided(half, 1, m, ldz, kInf));
   for (const Kernels* kernels : all()) {
     Guarded<float> scores(strided(z, n, m, ldz)), smallest(n);
     kernels->screen(static_cast<int>(n), m, scores.data(), ldz, norms.data(), smallest.data());
     CHECK(scores.intact() && smallest.intact());
-    std::vector<std::vector<int32_t>> found;
     for (int64_t i = 0; i < n; ++i) {
+      const float* const row = scores.data() + i * ldz;
+      float least = kInf;
+      std::vector<int32_t> expected;
+      for (int64_t j = 0; j < m; ++j) {
+        CHECK(same(row[j], half[test::size(j)] - z[test::size(i * m + j)]));
+        if (row[j] < least) least = row[j];
+        if (!(row[j] > threshold)) expected.push_back(static_cast<int32_t>(j));
+      }
+      CHECK(smallest.data()[i] == least);
       Guarded<int32_t> survivors(m);
-      const int64_t count = kernels->survivors(m, scores.data() + i * ldz, threshold, survivors.data());
+      const int64_t count = kernels->survivors(m, row, threshold, survivors.data());
       CHECK(survivors.intact());
-      found.push_back({survivors.data(), survivors.data() + count});
-      size_t expected = 0;
-      for (int64_t j = 0; j < m; ++j)
-        if (!(scores.data()[i * ldz + j] > threshold))
-          CHECK(expected < found.back().size() && found.back()[expected++] == j);
-      CHECK(expected == found.back().size());
+      CHECK(std::vector<int32_t>(survivors.data(), survivors.data() + count) == expected);
     }
-    if (first.empty()) {
-      first = scores.values();
-      first_smallest = smallest.values();
-      first_found = found;
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i) same(first.data() + i * ldz, scores.data() + i * ldz, m);
-    for (int64_t i = 0; i < n; ++i) CHECK(first_smallest[test::size(i)] == smallest.data()[i]);
-    CHECK(first_found == found);
   }
 }
 
-/// Softmaxes on logits within [-2000, 2000], with -inf where an entry is absent; a row or column may be all absent.
-void softmaxes(Bytes& in) {
-  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
-  constexpr float kInf = std::numeric_limits<float>::infinity();
+/// Logits [n, m] within [-2040, 2040], -inf where `absent` and an entry is; a row or a column may be all absent.
+std::vector<float> logits(Bytes& in, int64_t n, int64_t m, bool absent) {
   const float steep = static_cast<float>(in.between(1, 255));
   auto z = in.values(n * m, false);
-  for (float& x : z) x = in.byte() % 16 ? x * steep : -kInf;
-  const auto shifts = in.values(n, false), old = in.values(m, false);
-  Guarded<float> shift(shifts), bias(strided(old, 1, m, ldz, -kInf));
+  for (float& x : z) x = absent && in.byte() % 16 == 0 ? -kInf : x * steep;
+  return z;
+}
+
+/// One value in eight, and sometimes all, is -inf.
+std::vector<float> with_absent(Bytes& in, int64_t n) {
+  auto out = in.values(n, false);
+  const bool none = in.byte() % 16 == 0;
+  for (float& x : out)
+    if (none || in.byte() % 8 == 0) x = -kInf;
+  return out;
+}
+
+/// top + log2 of a sum of 2^(x - top).
+Near log_sum(const Near& sum, double top) {
+  const double value = std::log2(sum.value), most = sum.wrong / (sum.value - sum.wrong) / std::log(2.);
+  return Near(value, most + 4 * kUlp * std::fabs(value)) + Near(top, 0);
+}
+
+void columns(Bytes& in) {
+  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
+  const auto z = logits(in, n, m, true), shifts = in.values(n, false), old = with_absent(in, m);
+  std::vector<float> masses(test::size(m));
+  for (size_t j = 0; j < masses.size(); ++j) masses[j] = std::isinf(old[j]) ? 0.f : 1 + std::fabs(in.value(false));
   const auto padded = strided(z, n, m, ldz, -kInf);
-  std::vector<double> tolerance(test::size(n * ldz));
-  for (size_t i = 0; i < tolerance.size(); ++i)  // a logit's own rounding, as a relative error of its exponential
-    tolerance[i] = 1e-5 + 4 * kUlp * (std::isinf(padded[i]) ? 0 : 2 * std::fabs(double(padded[i])) + 16);
-  const double most = *std::max_element(tolerance.begin(), tolerance.end());
-  std::vector<float> first_lse, first_z, first_top, first_mass, first_soft, first_soft_lse, first_weights;
+  Guarded<float> shift(shifts);
   for (const Kernels* kernels : all()) {
     Guarded<float> values(padded), lse(n);
     kernels->row_lse(static_cast<int>(n), m, values.data(), ldz, lse.data());
     kernels->row_shift(static_cast<int>(n), m, values.data(), ldz, shift.data());
-    Guarded<float> top(strided(old, 1, m, ldz, -kInf)),
-        mass(strided(std::vector<float>(test::size(m), 1.f), 1, m, ldz)), factor(ldz);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j)
-        CHECK(values.data()[i * ldz + j] == padded[test::size(i * ldz + j)] + shifts[test::size(i)]);
+    CHECK(values.intact() && lse.intact());
+    for (int64_t i = 0; i < n; ++i) {
+      const float* const row = z.data() + i * m;
+      const float top = *std::max_element(row, row + m);
+      std::vector<Near> terms;
+      for (int64_t j = 0; j < m; ++j) {
+        CHECK(values.data()[i * ldz + j] == row[j] + shifts[test::size(i)]);
+        if (row[j] > -kInf) terms.push_back(near::exp2(Near(row[j]) - Near(top)));
+      }
+      if (terms.empty())
+        CHECK(lse.data()[i] == -kInf);
+      else
+        close(lse.data()[i], log_sum(near::sum(terms), double(top)));
+    }
+    Guarded<float> top(strided(old, 1, m, ldz, -kInf)), mass(strided(masses, 1, m, ldz)), factor(ldz);
+    const std::vector<float> before = values.values();
     const bool changed =
         kernels->column_softmax(static_cast<int>(n), m, values.data(), ldz, top.data(), mass.data(), factor.data());
-    bool any = false;
-    for (int64_t j = 0; j < m; ++j) any = any || top.data()[j] > old[test::size(j)];
-    CHECK(changed == any);
-    CHECK(values.intact() && lse.intact() && top.intact() && mass.intact() && factor.intact());
-    Guarded<float> soft(strided(z, n, m, ldz)), soft_lse(n);
-    double steepest = 0;
-    for (int64_t i = 0; i < n * ldz; ++i) {
-      if (std::isinf(soft.data()[i])) soft.data()[i] = -1e4f;  // products are finite: absence comes with the bias
-      steepest = std::fmax(steepest, std::fabs(double(soft.data()[i])));
-    }
-    // a logit in base 2, its bias and its row's lse: each rounds as its size, and an exponential multiplies by ln 2
-    const double apart = 1e-5 + 4 * kUlp * (2 * steepest + 16);
-    Guarded<float> weights(soft.values());
-    kernels->row_softmax(static_cast<int>(n), m, soft.data(), ldz, .5f, bias.data(), soft_lse.data());
-    kernels->row_weights(static_cast<int>(n), m, weights.data(), ldz, .5f, bias.data(), soft_lse.data());
-    CHECK(soft.intact() && soft_lse.intact() && weights.intact());
-    for (int64_t i = 0; i < n; ++i) {
-      double sum = 0;
-      for (int64_t j = 0; j < m; ++j) {
-        sum += double(soft.data()[i * ldz + j]);
-        close(double(weights.data()[i * ldz + j]), double(soft.data()[i * ldz + j]), 4 * apart);
-      }
-      close(sum, 1, 1e-5);
-    }
-    if (first_lse.empty()) {
-      first_lse = lse.values();
-      first_z = values.values();
-      first_top = top.values();
-      first_mass = mass.values();
-      first_soft = soft.values();
-      first_soft_lse = soft_lse.values();
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      close(double(lse.data()[i]), double(first_lse[test::size(i)]),
-            1e-5 * (1 + std::fabs(double(first_lse[test::size(i)]))));
-      close(double(soft_lse.data()[i]), double(first_soft_lse[test::size(i)]),
-            1e-5 * (1 + std::fabs(double(soft_lse.data()[i]))));
-      for (int64_t j = 0; j < m; ++j) {
-        close(double(values.data()[i * ldz + j]), double(first_z[test::size(i * ldz + j)]), most);
-        close(double(soft.data()[i * ldz + j]), double(first_soft[test::size(i * ldz + j)]), apart);
-      }
-    }
+    CHECK(values.intact() && top.intact() && mass.intact() && factor.intact());
+    bool rises = false;
     for (int64_t j = 0; j < m; ++j) {
-      CHECK(top.data()[j] == first_top[test::size(j)]);
-      close(double(mass.data()[j]), double(first_mass[test::size(j)]), most * (1 + double(first_mass[test::size(j)])));
+      float peak = old[test::size(j)];
+      for (int64_t i = 0; i < n; ++i) peak = std::max(peak, before[test::size(i * ldz + j)]);
+      rises = rises || peak > old[test::size(j)];
+      CHECK(top.data()[j] == peak);
+      const auto weight = [&](float x) { return x > -kInf ? near::exp2(Near(x) - Near(peak)) : Near(0.f); };
+      const Near kept = weight(old[test::size(j)]);
+      close(factor.data()[j], kept);
+      std::vector<Near> terms{kept * Near(masses[test::size(j)])};
+      for (int64_t i = 0; i < n; ++i) {
+        terms.push_back(weight(before[test::size(i * ldz + j)]));
+        close(values.data()[i * ldz + j], terms.back());
+      }
+      close(mass.data()[j], near::sum(terms));
+    }
+    CHECK(changed == rises);
+  }
+}
+
+void rows(Bytes& in) {
+  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
+  const auto z = logits(in, n, m, false), biases = with_absent(in, m);  // products are finite: absence is the bias's
+  const float scale = in.value(false) / 8;
+  Guarded<float> bias(strided(biases, 1, m, ldz, -kInf));
+  for (const Kernels* kernels : all()) {
+    Guarded<float> soft(strided(z, n, m, ldz)), weights(strided(z, n, m, ldz)), lse(n);
+    kernels->row_softmax(static_cast<int>(n), m, soft.data(), ldz, scale, bias.data(), lse.data());
+    kernels->row_weights(static_cast<int>(n), m, weights.data(), ldz, scale, bias.data(), lse.data());
+    CHECK(soft.intact() && lse.intact() && weights.intact());
+    for (int64_t i = 0; i < n; ++i) {
+      const float* const row = soft.data() + i * ldz;
+      double top = -double(kInf), total = 0;
+      std::vector<Near> x, terms;
+      for (int64_t j = 0; j < m; ++j) {
+        x.push_back(Near(scale) * Near(z[test::size(i * m + j)]) + Near(biases[test::size(j)]));
+        top = std::fmax(top, x.back().value);
+        total += double(row[j]);
+      }
+      if (std::isinf(top)) {
+        CHECK(lse.data()[i] == -kInf);
+        for (int64_t j = 0; j < m; ++j) CHECK(row[j] == 0 && weights.data()[i * ldz + j] == 0);
+        continue;
+      }
+      close(total, 1, static_cast<double>(m + 4) * kUlp);
+      for (const Near& t : x) terms.push_back(near::exp2(t - Near(top, 0)));  // an error of top would cancel
+      const Near sum = near::sum(terms);
+      close(lse.data()[i], log_sum(sum, top));
+      for (int64_t j = 0; j < m; ++j) {
+        close(row[j], terms[test::size(j)] / sum);
+        close(weights.data()[i * ldz + j], near::exp2(x[test::size(j)] - Near(lse.data()[i])));
+      }
     }
   }
 }
 
 void gradients(Bytes& in) {
   const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
-  constexpr float kInf = std::numeric_limits<float>::infinity();
   auto raw = in.values(n * m, false);
   for (float& x : raw) x = -std::fabs(x);
   const auto g = in.values(n * m, false), shifts = in.values(n, false), offsets = in.values(m, false);
@@ -277,7 +315,6 @@ void gradients(Bytes& in) {
   Guarded<float> shift(shifts), row_lse(row_lses), lse(strided(lses, 1, m, ldz, kInf)),
       offset(strided(offsets, 1, m, ldz)), rate(strided(rates, 1, m, ldz));
   const bool shares = in.flag();
-  std::vector<std::vector<float>> first;
   for (const Kernels* kernels : all()) {
     Guarded<float> weights(strided(raw, n, m, ldz, -kInf)), slopes(strided(g, n, m, ldz)), d_bias(n), row_sum(n),
         d_raw(std::vector<float>(test::size(ldz))), column_sum(std::vector<float>(test::size(ldz)));
@@ -286,35 +323,42 @@ void gradients(Bytes& in) {
                              d_bias.data(), row_sum.data(), d_raw.data(), column_sum.data()});
     Guarded<float> products(strided(g, n, m, ldz)), sums(std::vector<float>(test::size(ldz)));
     kernels->attend_gradient(static_cast<int>(n), m, weights.data(), products.data(), ldz, shift.data(), sums.data());
-    std::vector<std::vector<float>> got;
-    for (Guarded<float>* a : {&weights, &slopes, &d_bias, &row_sum, &d_raw, &column_sum, &products, &sums}) {
+    for (Guarded<float>* a : {&weights, &slopes, &d_bias, &row_sum, &d_raw, &column_sum, &products, &sums})
       CHECK(a->intact());
-      got.push_back(a->values());
-    }
-    if (first.empty()) {
-      first = got;
-      continue;
-    }
-    for (size_t a = 0; a < got.size(); ++a) {
-      const bool columns = a == 4 || a == 5 || a == 7, matrix = a < 2 || a == 6;
-      double size = 0;
-      for (size_t i = 0; i < got[a].size(); ++i)
-        if (std::isfinite(first[a][i])) size = std::max(size, std::fabs(double(first[a][i])));
-      double terms = 0;  // what cancels: the largest weight and its factors, once for each row and column
-      for (float w : first[0])
-        if (std::isfinite(w)) terms = std::max(terms, double(w));
-      for (size_t i = 0; i < got[a].size(); ++i) {
-        if ((columns && static_cast<int64_t>(i) >= m) || (matrix && static_cast<int64_t>(i) % ldz >= m)) continue;
-        close(double(got[a][i]), double(first[a][i]),
-              1e-5 * size + 1e-5 * terms * 8 * 16 * 8 * static_cast<double>(n + m));
+    std::vector<std::vector<Near>> by_logit(test::size(m)), by_distance(by_logit), by_weight(by_logit);
+    for (int64_t i = 0; i < n; ++i) {
+      const Near s(shifts[test::size(i)]);
+      std::vector<Near> dz, distances;
+      for (int64_t j = 0; j < m; ++j) {
+        const size_t a = test::size(j), at = test::size(i * m + j);
+        const Near w = near::exp2(Near(raw[at]) + s - Near(lses[a]));
+        close(weights.data()[i * ldz + j], w);
+        dz.push_back(w * (Near(g[at]) + Near(offsets[a])));
+        by_weight[a].push_back(Near(weights.data()[i * ldz + j]) * (Near(g[at]) + s));
+        close(products.data()[i * ldz + j], by_weight[a].back());
       }
+      const Near bias = near::sum(dz);
+      close(d_bias.data()[i], bias);
+      for (int64_t j = 0; j < m; ++j) {
+        const size_t a = test::size(j), at = test::size(i * m + j);
+        if (shares) dz[a] = dz[a] - near::exp2(Near(raw[at]) - Near(row_lses[test::size(i)])) * bias;
+        by_logit[a].push_back(dz[a] * Near(raw[at]));
+        distances.push_back(dz[a] * Near(rates[a]));
+        by_distance[a].push_back(distances.back());
+        close(slopes.data()[i * ldz + j], distances.back());
+      }
+      close(row_sum.data()[i], near::sum(distances));
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      close(d_raw.data()[j], near::sum(by_logit[test::size(j)]));
+      close(column_sum.data()[j], near::sum(by_distance[test::size(j)]));
+      close(sums.data()[j], near::sum(by_weight[test::size(j)]));
     }
   }
 }
 
 void distances(Bytes& in) {
   const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
-  constexpr float kInf = std::numeric_limits<float>::infinity();
   const auto z = in.values(n * m, false);
   auto row_norms = in.values(n, false), norms = in.values(m, false), rates = in.values(m, false);
   for (auto* a : {&row_norms, &norms, &rates})
@@ -324,16 +368,15 @@ void distances(Bytes& in) {
     Guarded<float> logits(strided(z, n, m, ldz));
     kernels->distance_logits(static_cast<int>(n), m, logits.data(), ldz, row_norm.data(), norm.data(), rate.data());
     CHECK(logits.intact());
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < m; ++j) {
-        const double a = double(row_norms[test::size(i)]), b = double(norms[test::size(j)]),
-                     product = double(z[test::size(i * m + j)]), r = double(rates[test::size(j)]);
-        close(double(logits.data()[i * ldz + j]), -r * std::max(0.0, a + b - 2 * product),
-              6 * kUlp * r * (a + b + 2 * std::fabs(product)));
+        Near d =
+            Near(row_norms[test::size(i)]) + Near(norms[test::size(j)]) - Near(2.f) * Near(z[test::size(i * m + j)]);
+        d.value = std::max(0.0, d.value);
+        close(logits.data()[i * ldz + j], Near(-rates[test::size(j)]) * d);
       }
-    const int64_t reach = (m + 3) / 4 * 4;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = m; j < reach; ++j) CHECK(logits.data()[i * ldz + j] == -kInf);  // padding takes no part
+      for (int64_t j = m; j < (m + 3) / 4 * 4; ++j) CHECK(logits.data()[i * ldz + j] == -kInf);  // padding: no part
+    }
   }
 }
 
@@ -341,8 +384,8 @@ void distances(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  constexpr void (*kParts[])(Bytes&) = {products,  accumulations, rows_in_and_out, screens,
-                                        softmaxes, gradients,     distances};
-  kParts[in.byte() % 7](in);
+  constexpr void (*kParts[])(Bytes&) = {products, accumulations, rows_in_and_out, screens,
+                                        columns,  rows,          gradients,       distances};
+  kParts[in.byte() % 8](in);
   return 0;
 }

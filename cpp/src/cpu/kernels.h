@@ -83,13 +83,24 @@ struct Kernels {
   int64_t (*survivors)(int64_t m, const float* z, float threshold, int32_t* out);
 };
 
+#if defined(__aarch64__)
+extern const Kernels kNeon;
+#else
 extern const Kernels kBaseline;
+#endif
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
+/// The tables that this processor can run, the best last; returns how many.
+constexpr int kMostTables = 3;
+int supported(const Kernels** out) noexcept;
+
 /// The loops in use, chosen once per process.
 const Kernels& kernels() noexcept;
+
+/// Another choice, for tests that compare tables in one process; no verb may be running.
+void choose(const Kernels& table) noexcept;
 
 }  // namespace hisac::cpu

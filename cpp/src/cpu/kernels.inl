@@ -19,7 +19,13 @@ typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_ali
 
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile
-constexpr int kWide = W == 16 ? 4 : 3;  // vectors of an accumulation's register tile
+#if defined(__aarch64__)
+constexpr int kAcross = 4;  // vectors of a product's register tile: of 32 registers GCC spills 8 x 3 and 4 x 6
+constexpr int kWide = 4;    // vectors of an accumulation's register tile
+#else
+constexpr int kAcross = 3;
+constexpr int kWide = W == 16 ? 4 : 3;
+#endif
 
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
@@ -88,10 +94,11 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
     left -= group;
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
-      const int64_t vectors = (width - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
+      const int64_t vectors = (width - at) / W, take = vectors == kAcross + 1 ? 2 : vectors > kAcross ? kAcross : vectors;
       for (int i = 0; i < n; i += kRows) {
         const float* x = a + i * lda;
         float* out = z + i * ldz + at;
+        if (kAcross == 4 && take == 4) matmul_tile<kRows, 4>(k, x, lda, packed + at, width, out, ldz);
         if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
         if (take == 2) matmul_tile<kRows, 2>(k, x, lda, packed + at, width, out, ldz);
         if (take == 1) matmul_tile<kRows, 1>(k, x, lda, packed + at, width, out, ldz);
