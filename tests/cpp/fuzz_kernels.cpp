@@ -14,6 +14,7 @@ using namespace hisac;
 using cpu::Kernels;
 using cpu::pad;
 using fuzz::Bytes;
+using fuzz::decode;
 using near::kUlp;
 using near::Near;
 using test::Guarded;
@@ -102,22 +103,7 @@ void accumulations(Bytes& in) {
   }
 }
 
-/// `from`, any float or half by its bits, as a float; and a float as the nearest of the type, ties to even.
-float decode(const std::byte* from, DType type) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, from, type == DType::float32 ? 4 : 2);
-  if (type == DType::bfloat16) bits <<= 16;
-  if (type == DType::float16) {
-    const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
-    float x = std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
-    if (exponent == 31) x = mantissa ? std::numeric_limits<float>::quiet_NaN() : kInf;
-    return bits >> 15 ? -x : x;
-  }
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
+/// A float as the nearest of the type, ties to even.
 float nearest(float x, DType type) {
   if (type == DType::float32 || !std::isfinite(x) || x == 0) return x;
   const int digits = type == DType::float16 ? 11 : 8, lowest = type == DType::float16 ? -14 : -126;
