@@ -94,7 +94,9 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
     left -= group;
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
-      const int64_t vectors = (width - at) / W, take = vectors == kAcross + 1 ? 2 : vectors > kAcross ? kAcross : vectors;
+      const int64_t vectors = (width - at) / W, take = vectors == kAcross + 1 ? 2
+                                                       : vectors > kAcross    ? kAcross
+                                                                              : vectors;
       for (int i = 0; i < n; i += kRows) {
         const float* x = a + i * lda;
         float* out = z + i * ldz + at;
