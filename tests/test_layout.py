@@ -253,7 +253,8 @@ def test_no_avx_in_weak_symbols():
         pytest.skip("weak AVX symbols: a matter of x86-64")
     if not (shutil.which("nm") and shutil.which("objdump")):
         pytest.skip("weak AVX symbols: nm and objdump (binutils) are not installed")
-    archives = sorted(ROOT.glob("build/*/libhisac.a"), key=lambda path: path.stat().st_mtime)
+    built = sorted(ROOT.glob("build/*/libhisac.a"), key=lambda path: path.stat().st_mtime)
+    archives = [path for path in built if b"5kAvx2E" in path.read_bytes()]  # a cross build for NEON has no such table
     if not archives:
         pytest.skip("weak AVX symbols: no build/*/libhisac.a, whose objects still have their symbols")
     symbols = subprocess.run(["nm", archives[-1]], capture_output=True, text=True, check=True).stdout

@@ -94,9 +94,8 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
     left -= group;
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
-      const int64_t vectors = (width - at) / W, take = vectors == kAcross + 1 ? 2
-                                                       : vectors > kAcross    ? kAcross
-                                                                              : vectors;
+      int64_t take = (width - at) / W;
+      if (take > kAcross) take = take == kAcross + 1 ? 2 : kAcross;  // none left alone
       for (int i = 0; i < n; i += kRows) {
         const float* x = a + i * lda;
         float* out = z + i * ldz + at;
