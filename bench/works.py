@@ -92,12 +92,17 @@ def route(
             lse = np.where(there, truth.dense(result.lse), 0.0)
             return max(error(result.tokens, i), truth.relative(lse, np.where(there, expected.lse, 0.0)))
 
-        def call(i: int) -> Any:
-            return ops.route(ax, av, at, ap, count=ac, temperature=TAU)
+        def call(i: int, precision: str) -> Any:
+            return ops.route(ax, av, at, ap, count=ac, temperature=TAU, precision=precision)
 
         found = by_role(peers.route(ax, av, at, ap, ac, TAU, bf16), error, peer_bound)
-        mine = Variant(variant, lambda: call, error_lse, bound, "hisac")
-        return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (mine, *found))
+        mine = [Variant(variant, lambda: partial(call, precision="float32"), error_lse, bound, "hisac")]
+        if bf16:
+            rounded = Variant(
+                f"{variant} products", lambda: partial(call, precision="bfloat16"), error, peer_bound, "hisac"
+            )
+            mine.insert(0, rounded)
+        return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (*mine, *found))
 
     yield case("fp32", "float32", (x, v, offsets, p, count), FLOAT32, FLOAT32, False)
     if has_torch():

@@ -101,7 +101,7 @@ def test_references_are_given_back(verb):
     for wrong in arrays:
         for _ in range(5):
             assert refused(function, {**arrays, wrong: arrays[wrong][..., None]})
-            assert refused(function, {**arrays, wrong: arrays[wrong].astype(np.int8)})
+            assert refused(function, {**arrays, wrong: arrays[wrong].astype(np.int16)})
     assert counts() == before
 
 

@@ -47,7 +47,7 @@ class Backward {
         in_(in),
         forward_(forward),
         out_(out),
-        loader_(in),
+        loader_(params, in),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -65,8 +65,8 @@ class Backward {
     const int64_t columns = cpu::pad(agents_), block = cpu::kBlock;
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_);
-      one.block.carve(arena, width_, value_width_);
+      one.panel.carve(arena, agents_, width_, false);
+      one.block.carve(arena, width_, value_width_, loader_.rounds());
       if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
       one.z = arena.take<float>(block * columns);
       one.g = arena.take<float>(block * columns);
@@ -86,9 +86,9 @@ class Backward {
   void run() noexcept {
     const int64_t users = in_.histories.users;
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    zero(out_.v.data, in_.v.rows * value_width_);
-    zero(out_.x.data, in_.v.rows * width_);
-    zero(out_.bias.data, in_.v.rows);
+    zero(out_.v.data, in_.behaviours() * value_width_);
+    zero(out_.x.data, in_.behaviours() * width_);
+    zero(out_.bias.data, in_.behaviours());
     zero(out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.histories);
@@ -135,7 +135,7 @@ class Backward {
   int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
 
   void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
-    const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+    const int64_t bytes = bytes_of(rows.dtype);
     k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
   }
 
@@ -185,7 +185,11 @@ class Backward {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
+    cpu::Ahead& ahead = w.block.ahead;
+    if (out_.v && params_.method == Method::exact)
+      ahead.add(out_.v.data, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    ahead.spread(n, 2 * m);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
@@ -193,19 +197,19 @@ class Backward {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &ahead);
     k_.route_gradient(
         n, m, w.z, w.g, ldz,
         {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
     if (out_.v) {
-      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv);
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
       for (int i = 0; i < n; ++i) add_v(w, i);
     }
     if (params_.method == Method::leaf) return;
     if (out_.bias)
       for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
     if (out_.x) {
-      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx);
+      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
         float* const dx = out_.x.data + w.block.row[i] * width_;
         k_.add_row(width_, w.out + i * ldx, 1.f, dx);
@@ -289,7 +293,7 @@ class Backward {
 Status check_gradients(const RouteParams& params, const RouteInputs& in, const RouteForward& f,
                        const RouteGradients& out) noexcept {
   const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
-  const int64_t rows = m + (params.missing == Missing::token), t = in.v.rows, v = in.v.width;
+  const int64_t rows = m + (params.missing == Missing::token), t = in.behaviours(), v = in.v.width;
   if (params.refine != 0)
     return Status::error(Code::invalid_argument,
                          "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);

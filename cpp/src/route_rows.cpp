@@ -4,32 +4,15 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdio>
 
 #include "checks.h"
 #include "cpu/pack.h"
 
 namespace hisac {
-namespace {
 
-int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
-
-bool finite(const float* v, int64_t width) noexcept {
-  bool ok = true;
-  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
-  return ok;
-}
-
-/// |x|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
-bool below_limit(float norm, const float* x, int64_t width) noexcept {
-  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
-  double squares = 0;
-  for (int64_t d = 0; d < width; ++d) squares += double(x[d]) * x[d];
-  return squares < 0x1p100;
-}
-
-}  // namespace
-
-void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept {
+  if (rounds) pairs = arena.take<uint32_t>(cpu::kBlock * cpu::pad(pairs_of(width)));
   x = arena.take<float>(cpu::kBlock * cpu::pad(width));
   v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
   norm = arena.take<float>(cpu::kBlock);
@@ -40,6 +23,7 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
   std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
   std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
+  if (pairs) std::fill(pairs, pairs + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
 }
 
 void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept {
@@ -52,35 +36,34 @@ void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_w
   part_v = arena.take<float>(value_width);
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs) noexcept
+RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept
     : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
-      x_bytes_(inputs.x.width * bytes_of(inputs.x.dtype)),
-      v_bytes_(inputs.v.width * bytes_of(inputs.v.dtype)) {}
+      x_(inputs.x, inputs.x_ids, inputs.x_scale),
+      v_(inputs.v, inputs.v_ids),
+      rounds_(params.precision == Precision::bfloat16 && k_.matmul_pairs && params.method == Method::exact) {}
 
 bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
+  if (!v_.has(row)) return false;
   if (in_.codes) {
     const int32_t* const codes = in_.codes.data + row * in_.codes.shape[1];
     if (!in_.book->valid(codes)) return false;
-    if (!in_.x.data) {
+    if (!x_) {
       in_.book->prototype(codes, x);
       *norm = k_.load_row(x, DType::float32, width_, x);
     }
   }
-  if (in_.x.data)
-    *norm = k_.load_row(static_cast<const std::byte*>(in_.x.data) + row * x_bytes_, in_.x.dtype, width_, x);
+  if (x_ && !x_.load(row, x, norm)) return false;
   return below_limit(*norm, x, width_) && std::fabs(bias_of(row)) <= FLT_MAX;  // false for NaN
 }
 
-void RowLoader::load_v(int64_t row, float* v) const noexcept {
-  k_.load_row(static_cast<const std::byte*>(in_.v.data) + row * v_bytes_, in_.v.dtype, in_.v.width, v);
+bool RowLoader::load_v(int64_t row, float* v) const noexcept {
+  float norm;
+  return v_.load(row, v, &norm);
 }
 
-bool RowLoader::has_value(int64_t row, float* v) const noexcept {
-  load_v(row, v);
-  return finite(v, in_.v.width);
-}
+bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
 
 bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noexcept {
   return !load_x(row, block.x, block.norm) && has_value(row, v);
@@ -96,7 +79,13 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
   int n = 0;
   for (int64_t row = begin; row < end; ++row) {
-    if (load_x(row, block.x + n * ldx, block.norm + n)) {
+    float* const x = block.x + n * ldx;
+    if (load_x(row, x, block.norm + n)) {
+      if (rounds_) {
+        uint32_t* const pairs = block.pairs + n * cpu::pad(pairs_of(width_));
+        k_.round_pairs(width_, x, nullptr, pairs);
+        block.norm[n] = k_.load_row(pairs, DType::bfloat16, width_, x);
+      }
       load_v(row, block.v + n * ldv);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
@@ -105,6 +94,9 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     }
   }
   block.n = n;
+  block.ahead.clear();
+  for (const RowSource* rows : {&x_, &v_})
+    rows->look_ahead(end, std::min(end + cpu::kBlock, in_.behaviours()), block.ahead);
 }
 
 void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {
@@ -161,9 +153,12 @@ void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& b
   }
 }
 
-void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width) noexcept {
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept {
   index = arena.take<int32_t>(agents);
-  packed = arena.take<float>(cpu::packed_size(width, agents));
+  if (rounds)
+    pairs = arena.take<uint32_t>(cpu::packed_size(pairs_of(width), agents));
+  else
+    packed = arena.take<float>(cpu::packed_size(width, agents));
   rows = arena.take<float>(agents * width);
   norm = arena.take<float>(cpu::pad(agents));
   rate = arena.take<float>(cpu::pad(agents));
@@ -177,6 +172,10 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
+    if (pairs) {  // `pairs` is not packed yet: room for a row
+      k.round_pairs(width, rows + m * width, nullptr, pairs);
+      norm[m] = k.load_row(pairs, DType::bfloat16, width, rows + m * width);
+    }
     rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
     index[m++] = static_cast<int32_t>(a);
   }
@@ -184,19 +183,53 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  k.pack_columns(width, m, rows, width, packed);
+  if (pairs)
+    k.pack_pairs(width, m, rows, width, pairs);
+  else
+    k.pack_columns(width, m, rows, width, packed);
 }
+
+namespace {
+
+/// "x is [300, 48]", or "x_ids is [300]" where rows are gathered.
+struct Extent {
+  char text[80];
+  Extent(const char* name, const Rows& rows, const Ids& ids) noexcept {
+    if (ids)
+      std::snprintf(text, sizeof text, "%s_ids is [%" PRId64 "]", name, ids.size);
+    else
+      std::snprintf(text, sizeof text, "%s is [%" PRId64 ", %" PRId64 "]", name, rows.rows, rows.width);
+  }
+};
+
+/// Types of x, v, their ids and scale, and that all name as many behaviours.
+Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
+  const bool int8 = in.x.data && in.x.dtype == DType::int8;
+  if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
+  HISAC_TRY(check_float(verb, "v", in.v.dtype));
+  for (const Ids* ids : {&in.x_ids, &in.v_ids})
+    if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
+      return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb,
+                           ids == &in.x_ids ? "x_ids" : "v_ids");
+  if (in.x_ids && !in.x.data) return Status::error(Code::invalid_argument, "%s: x_ids expected with x, got none", verb);
+  if (in.x_scale && !int8)
+    return Status::error(Code::invalid_argument, "%s: x_scale expected with x of int8, got another", verb);
+  if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
+    return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
+                         in.x.rows, in.x_scale.shape[0]);
+  const int64_t of_x = in.x_ids ? in.x_ids.size : in.x.rows, of_v = in.behaviours();
+  if (in.x.data && of_x != of_v)
+    return Status::error(Code::invalid_argument, "%s: %s, %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
+                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, of_x, of_v);
+  return {};
+}
+
+}  // namespace
 
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept {
   const int64_t* const p = in.prototypes.shape;
-  if (in.x.data) HISAC_TRY(check_float(verb, "x", in.x.dtype));
-  HISAC_TRY(check_float(verb, "v", in.v.dtype));
-  const int64_t rows = in.v.rows;
-  if (in.x.data && in.x.rows != rows)
-    return Status::error(Code::invalid_argument,
-                         "%s: x is [%" PRId64 ", %" PRId64 "], v is [%" PRId64 ", %" PRId64 "]: T differs (%" PRId64
-                         ", %" PRId64 ")",
-                         verb, in.x.rows, in.x.width, rows, in.v.width, in.x.rows, rows);
+  const int64_t rows = in.behaviours();
+  HISAC_TRY(check_gathered(verb, in));
   if (in.x.data && in.x.width != p[2])
     return Status::error(Code::invalid_argument,
                          "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], x is [%" PRId64 ", %" PRId64

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading of a user's behaviours and agents for `route`: everything about types, absence, prototypes in place of x
-// and leaves in place of rows ends here; the kernels see float32 tiles of present rows with a norm and a bias each.
+// A user's behaviours and agents for `route`: everything about absence, prototypes in place of x and leaves in place of
+// rows ends here (types, scales and ids in rows.h); the kernels see float32 tiles of present rows with a norm and a
+// bias each.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -9,6 +10,7 @@
 #include "codebook_body.h"
 #include "cpu/kernels.h"
 #include "hisac/route.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace hisac {
@@ -16,13 +18,16 @@ namespace hisac {
 /// Up to kBlock present rows (or leaves) of one user.
 struct Block {
   int n = 0;
-  float* x = nullptr;      // [kBlock, pad(D)]; padding columns stay zero
-  float* v = nullptr;      // [kBlock, pad(V)]
-  float* norm = nullptr;   // [kBlock] |x|^2, or a leaf's mean of it
-  float* bias = nullptr;   // [kBlock] natural logarithm
-  int64_t* row = nullptr;  // [kBlock] the row in x and v; for leaves their number in the user
+  float* x = nullptr;         // [kBlock, pad(D)]; padding columns stay zero
+  float* v = nullptr;         // [kBlock, pad(V)]
+  float* norm = nullptr;      // [kBlock] |x|^2, or a leaf's mean of it
+  float* bias = nullptr;      // [kBlock] natural logarithm
+  uint32_t* pairs = nullptr;  // [kBlock, pad((D + 1) / 2)] x in bfloat16; then x and its norm are the rounded ones
+  int64_t* row = nullptr;     // [kBlock] the row in x and v; for leaves their number in the user
+  cpu::Ahead ahead;           // the rows that follow
+  bool last = false;          // of a unit
 
-  void carve(Arena& arena, int64_t width, int64_t value_width) noexcept;
+  void carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
 };
 
@@ -50,7 +55,10 @@ struct Leaves {
 
 class RowLoader {
  public:
-  explicit RowLoader(const RouteInputs& inputs) noexcept;
+  RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept;
+
+  /// Whether x and prototypes are rounded to bfloat16.
+  bool rounds() const noexcept { return rounds_; }
 
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
@@ -66,14 +74,16 @@ class RowLoader {
 
  private:
   bool load_x(int64_t row, float* x, float* norm) const noexcept;
-  void load_v(int64_t row, float* v) const noexcept;
+  bool load_v(int64_t row, float* v) const noexcept;
   bool has_value(int64_t row, float* v) const noexcept;
   void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
 
   const RouteInputs& in_;
   const cpu::Kernels& k_;
-  int64_t width_, x_bytes_, v_bytes_;
+  int64_t width_;
+  RowSource x_, v_;
+  bool rounds_;
 };
 
 /// Loads a unit's rows (or, by Method::leaf, its user's leaves) block by block and tile by tile: stack[0] = the merge
@@ -95,6 +105,7 @@ void fold_rows(const RowLoader& loader, const RouteParams& params, const Histori
         loader.load_leaves(i, std::min(i + cpu::kBlock, last), leaves, block);
       else
         loader.load(start + i, start + std::min(i + cpu::kBlock, last), block, absent_of(state));
+      block.last = i + cpu::kBlock >= items;
       body(state);
     }
   };
@@ -105,15 +116,19 @@ void fold_rows(const RowLoader& loader, const RouteParams& params, const Histori
 /// The present agents of one user, packed for products with x.
 struct AgentPanel {
   int64_t m = 0;
-  int32_t* index = nullptr;  // [M] their places
-  float* packed = nullptr;   // [D, m]
-  float* rows = nullptr;     // [M, D]: the present prototypes, one after another
-  float* norm = nullptr;     // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
-  float* rate = nullptr;     // [pad(M)] log2(e) / tau
+  int32_t* index = nullptr;   // [M] their places
+  float* packed = nullptr;    // [D, m]
+  uint32_t* pairs = nullptr;  // [(D + 1) / 2, m] in place of packed; then rows and norm are the rounded ones
+  float* rows = nullptr;      // [M, D]: the present prototypes, one after another
+  float* norm = nullptr;      // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
+  float* rate = nullptr;      // [pad(M)] log2(e) / tau
 
-  void carve(Arena& arena, int64_t agents, int64_t width) noexcept;
+  void carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept;
   void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;
 };
+
+/// 32-bit elements of a row of bfloat16.
+constexpr int64_t pairs_of(int64_t width) noexcept { return (width + 1) / 2; }
 
 /// present agents of user b by count alone, clamped to [0, M].
 inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {

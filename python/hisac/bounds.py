@@ -13,6 +13,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   Where f is near 1 or beyond, one law is left: a token lies between the least and the largest v of its rows.
 - Accumulation adds (2 c(T) + 8) u times the mean of |v|, and the result is rounded to v's type.
 - lse moves by -log(1 - f), and never by more than the largest e; its own sum and rounding add (c(T) + 8 + 2 |lse|) u.
+- precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
+  drifted; the relative error of every weight grows by U16, and that of v is U16.
 - `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
   4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli.
@@ -32,6 +34,7 @@ from .results import Array, Attended, AttendGradients, RouteGradients, Tokens
 reference: Any = _reference
 
 U = 2.0**-24
+U16 = 2.0**-8
 HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
@@ -55,6 +58,16 @@ def _in_numpy(args: Mapping[str, Any]) -> dict[str, Any]:
         return as_numpy(a) if hasattr(a, "shape") else a
 
     return {name: convert(a) for name, a in args.items()}
+
+
+def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
+    than the definition does."""
+    args = _in_numpy(args)
+    x, v, bias = reference.gather(
+        args["x"], args["v"], args.get("bias"), *(args.pop(name, None) for name in ("x_ids", "v_ids", "x_scale"))
+    )
+    return args | {"x": x, "v": v, "bias": bias}
 
 
 def _steps(n: int) -> float:
@@ -127,7 +140,7 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
 class _Logits:
     """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
 
-    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array) -> None:
+    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounds: bool) -> None:
         self.skew = np.zeros(len(h.x))  # relative error of a leaf's sums
         reach = np.sqrt(np.square(raw.x).sum(1))
         if h is not raw:
@@ -139,7 +152,10 @@ class _Logits:
             reach = longest
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
-        far = np.square(reach[:, None] + np.sqrt(np.square(h.p).sum(1)) + drift)
+        far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
+        if rounds:
+            drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
+        far = np.square(far + drift)
         e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
         self.wrong = e  # of d
         self.reach = reach
@@ -153,6 +169,7 @@ class _Logits:
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
             e = e + off[:, None] + 2 * U * np.abs(t)
         self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
+        self.rounding = U16 if rounds else 0.0  # of a weight, and of v
 
 
 def _users(args: Mapping[str, Any]) -> Any:
@@ -167,26 +184,28 @@ def _users(args: Mapping[str, Any]) -> Any:
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
     """args: the arguments of `route`; dtype: v's type -> the largest |difference| of tokens, lse and prototypes."""
-    args = _in_numpy(args)
+    args = _dense(args)
     p, v, missing = args["prototypes"], args["v"], args.get("missing") == "token"
     m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
+    rounds = args.get("precision") == "bfloat16"
     tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
     moved = np.where(np.isnan(p), np.nan, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         for b, _, h, raw in _users(args):
             drift = np.zeros(len(h.agents))
             for step in range(refine + 1):
-                logits = _Logits(h, raw, normalize, drift)
-                extra = 2 * float(logits.skew.max(initial=0.0))
+                logits = _Logits(h, raw, normalize, drift, rounds)
+                e = logits.e + 2 * logits.rounding
+                extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
                 if step == refine:
                     break
                 mass = np.isfinite(reference.logsumexp(logits.z, 0))
-                mean, bound, _ = _sums(logits.z, logits.e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
+                mean, bound, _ = _sums(logits.z, e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
                 bound = _in_type(mean, bound, "float32")
                 h.p = np.where(mass[:, None], mean, h.p)
                 drift = np.where(mass, np.sqrt(np.square(bound).sum(1)), drift)
                 moved[b, h.agents] = np.where(mass[:, None], bound, moved[b, h.agents])
-            mean, bound, off = _sums(logits.z, logits.e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
+            mean, bound, off = _sums(logits.z, e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
             some = np.isfinite(reference.logsumexp(logits.z, 0))[:, None]
             tokens[b, h.agents], lse[b, h.agents] = np.where(some, _in_type(mean, bound, dtype), 0.0), off
             if missing and len(h.absent):
@@ -209,15 +228,15 @@ def unit_bound(expected: Tokens) -> Tokens:
 
 def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
     """args: the arguments of `route_backward` -> the largest |difference| of each gradient that is asked for."""
-    args = _in_numpy(args)
+    args = _dense(args)
     forward, v = args["forward"], args["v"]
     p, normalize = forward.prototypes, args.get("normalize", "history")
-    m, width = p.shape[1:]
+    rounds, (m, width) = args.get("precision") == "bfloat16", p.shape[1:]
     dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
-            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)))
+            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounds)
             token, total, dt, dl = (
                 np.asarray(a)[b, h.agents].astype(np.float64)
                 for a in (forward.tokens, forward.lse, args["d_tokens"], d_lse)
@@ -252,7 +271,7 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
             off = dz_wrong * (d + d_wrong) + dz * d_wrong + accumulate * dz * d
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
             if h is raw:
-                g, g_wrong = 2 * dz / h.tau, 2 * (dz_wrong + (many + accumulate) * dz) / h.tau
+                g, g_wrong = 2 * dz / h.tau, 2 * (dz_wrong + (many + accumulate + logits.rounding) * dz) / h.tau
                 x, a = np.abs(h.x), np.abs(h.p)
                 np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x + TINY)
                 dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + TINY

@@ -83,28 +83,25 @@ inline float decode(const std::byte* from, hisac::DType type) {
   return x;
 }
 
-/// Floats as rows of a type, by truncation; NaN stays NaN in float32 and float16.
+/// Floats as rows of a type, by truncation; NaN stays NaN in float32 and float16. int8: their bits.
 class Typed {
  public:
   Typed(const std::vector<float>& values, hisac::DType dtype, int64_t width)
-      : dtype_(dtype),
-        width_(width),
-        memory_(static_cast<int64_t>(values.size()) * (dtype == hisac::DType::float32 ? 4 : 2)) {
+      : dtype_(dtype), width_(width), memory_(static_cast<int64_t>(values.size()) * bytes_of(dtype)) {
     for (size_t i = 0; i < values.size(); ++i) {
       uint32_t bits;
       std::memcpy(&bits, &values[i], 4);
       uint16_t half = static_cast<uint16_t>(bits >> 16);
       if (dtype == hisac::DType::float16) half = to_half(values[i]);
-      if (dtype == hisac::DType::float32)
+      if (dtype == hisac::DType::int8)
+        memory_.data()[i] = static_cast<std::byte>(bits >> 16);
+      else if (dtype == hisac::DType::float32)
         std::memcpy(memory_.data() + i * 4, &bits, 4);
       else
         std::memcpy(memory_.data() + i * 2, &half, 2);
     }
   }
-  hisac::Rows rows() {
-    const int64_t bytes = width_ * (dtype_ == hisac::DType::float32 ? 4 : 2);
-    return {memory_.data(), dtype_, memory_.count() / bytes, width_};
-  }
+  hisac::Rows rows() { return {memory_.data(), dtype_, memory_.count() / (width_ * bytes_of(dtype_)), width_}; }
 
  private:
   static uint16_t to_half(float x) {

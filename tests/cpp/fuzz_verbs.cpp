@@ -164,7 +164,7 @@ Users users(Bytes& in, int64_t rows, bool overlap) {
   return out;
 }
 
-void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
+void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   VoteParams params;
   if (in.flag())
     params.budget = in.between(1, 60);
@@ -173,8 +173,17 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   std::vector<int32_t> codes = c.codes;
   for (int64_t n = in.between(0, 5); n > 0 && !codes.empty(); --n)
     codes[test::size(in.byte()) % codes.size()] = static_cast<int32_t>(in.byte()) * 0x00800001 - 3;
+  int64_t rows = c.rows;
+  if (rows > 0 && in.between(0, 15) == 15) {  // one long history, whose leaves are counted and not sorted
+    for (; rows < 2048; rows *= 2) {
+      codes.resize(test::size(2 * rows * c.levels));
+      std::copy_n(codes.begin(), rows * c.levels, codes.begin() + rows * c.levels);
+    }
+    u.starts = {0};
+    u.ends = {rows};
+  }
   const bool weighted = in.flag();
-  Guarded<float> weights(weighted ? in.values(c.rows, hostile) : std::vector<float>{});
+  Guarded<float> weights(weighted ? in.values(rows, hostile) : std::vector<float>{});
   Guarded<int32_t> given(codes);
   const int64_t n = static_cast<int64_t>(u.starts.size()), m = seats(params, static_cast<int>(c.levels));
   int64_t longest = 0;
@@ -183,8 +192,8 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   Output<int64_t> votes(n * m);
   each_crew([&](int workers) { return vote_workspace(c.book, params, longest, workers); },
             [&](const Context& context, int crew) {
-              return vote(context, c.book, params, {given.data(), {c.rows, c.levels}}, u.histories(),
-                          {weighted ? weights.data() : nullptr, {c.rows}},
+              return vote(context, c.book, params, {given.data(), {rows, c.levels}}, u.histories(),
+                          {weighted ? weights.data() : nullptr, {rows}},
                           {{agents[crew], {n, m, c.levels}}, {votes[crew], {n, m}}, {count[crew], {n}}});
             });
   agents.equal();
@@ -204,12 +213,44 @@ void vote_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   }
 }
 
+/// Ids [T] into a table, some of them outside, in exact-size memory; and the table, some rows of what was given.
+struct Gathered {
+  std::vector<float> table;
+  Guarded<int32_t> narrow;
+  Guarded<int64_t> wide;
+  bool is_wide;
+
+  Gathered(Bytes& in, const std::vector<float>& rows, int64_t count, int64_t width)
+      : table(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(width * in.between(0, count))),
+        narrow(count),
+        wide(count),
+        is_wide(in.flag()) {
+    const int64_t size = static_cast<int64_t>(table.size()) / width, step = in.between(1, 7), start = in.byte();
+    const int64_t odd[] = {-1, size, INT64_MIN, INT64_MAX, int64_t{1} << 32, -(int64_t{1} << 31)};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t id = i % 16 == start % 16 ? odd[i % 6] : size ? (start + i * step) % size : 0;
+      wide.data()[i] = id;
+      narrow.data()[i] = static_cast<int32_t>(id);
+    }
+  }
+  Ids ids() {
+    if (is_wide) return {wide.data(), DType::int64, wide.count()};
+    return {narrow.data(), DType::int32, narrow.count()};
+  }
+};
+
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const int64_t width = c.book.width(), value_width = in.flag() ? in.between(1, 5) : in.between(1, 40);
   const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
   const DType type = kTypes[in.byte() % 3];
   const auto vs = in.values(c.rows * value_width, hostile), ps = in.values(n * agents * width, hostile);
-  Typed x(c.x, type, width), v(vs, type, value_width);
+  Gathered some_x(in, c.x, c.rows, width), some_v(in, vs, c.rows, value_width);
+  const uint8_t manner = in.byte();
+  const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
+  Typed x(x_by_id ? some_x.table : c.x, int8 ? DType::int8 : type, width),
+      v(v_by_id ? some_v.table : vs, type, value_width);
+  const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
+  Guarded<float> scale(scales);
   Guarded<float> p(ps), bias(in.values(c.rows, hostile));
   std::vector<float> taus = in.values(in.flag() ? 1 : agents, hostile);
   for (float& t : taus)
@@ -224,7 +265,11 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   params.missing = static_cast<Missing>(in.between(0, 1));
   params.refine = static_cast<int>(in.between(0, 2));
   params.temperature = {temperature.data(), {temperature.count()}};
-  RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr};
+  RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr, {},
+                     {},       {}};
+  if (x_by_id) inputs.x_ids = some_x.ids();
+  if (v_by_id) inputs.v_ids = some_v.ids();
+  if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
@@ -232,7 +277,11 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
     inputs.codes = {codes.data(), {c.rows, c.levels}};
     inputs.book = &c.book;
   }
-  if (without_x) inputs.x = {};
+  if (without_x) {
+    inputs.x = {};
+    inputs.x_ids = {};
+    inputs.x_scale = {};
+  }
   int64_t longest = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
 
@@ -255,6 +304,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          type};
   double path = 0;  // of a code, no prototype is longer
   for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
+  if (int8) bound.x = 127 * std::sqrt(double(width)) * (inputs.x_scale ? largest(scales) : 1);
   if (without_x) bound.x = path;
   Output<std::byte> tokens(n * m * value_width * bytes, type);
   Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
@@ -300,6 +350,19 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   dbias.agree(!hostile, bound.d_bias());
   dx.agree(!hostile, bound.d_x());
   dp.agree(!hostile, bound.d_prototypes());
+
+  const int64_t groups = in.between(0, 9);
+  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
+  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
+  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
+  Guarded<float> rows(vs);
+  Output<float> sums(groups * value_width);
+  each_crew([](int) { return size_t{0}; },
+            [&](const Context& context, int crew) {
+              return sum_rows(context, {rows.data(), {c.rows, value_width}}, {order.data(), {order.count()}},
+                              {begin.data(), {groups + 1}}, {sums[crew], {groups, value_width}});
+            });
+  sums.agree(!hostile, 2 * 44 * 44 * largest(vs) * tolerance::kUlp);  // sums of at most 44 rows
 }
 
 void attend_some(Bytes& in, bool hostile) {

@@ -89,7 +89,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
     });
     for (Method method : {Method::exact, Method::leaf})
       for (Normalize normalize : {Normalize::history, Normalize::agents}) {
-        RouteParams params{normalize, method, Missing::token, 1, {temperature.data(), {1}}};
+        RouteParams params{normalize, method, Missing::token, Precision::float32, 1, {temperature.data(), {1}}};
         const RouteInputs in{xs,
                              vs,
                              histories,
@@ -174,7 +174,7 @@ TEST_CASE("out of memory is a Status and loses nothing" * doctest::skip(!countin
     CHECK(status.code() == Code::out_of_memory);
     return std::string(status.what());
   };
-  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 80 floats");
+  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 128 floats");
   CHECK(with_failure([&] { return Codebook::parse(bytes.data(), bytes.size(), &book); }) ==
         "codebook file: out of memory for 48 bytes");
   const std::string all = "codebook file: out of memory for " + std::to_string(bytes.size()) + " bytes";

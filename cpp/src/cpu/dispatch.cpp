@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "amx.h"
 #include "hisac/hisac.h"
 #include "kernels.h"
 
@@ -21,8 +22,13 @@ int supported(const Kernels** out) noexcept {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     out[n++] = &kAvx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
       out[n++] = &kAvx512;
+      // Intel has the pair products too, at less than the rate of FMA
+      const bool pairs = __builtin_cpu_supports("avx512bf16");
+      if (pairs && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+      if (pairs && amx_available()) out[n++] = &amx_kernels();
+    }
   }
 #endif
   return n;

@@ -12,74 +12,118 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));
+typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef float vf_half __attribute__((vector_size(W * 2), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef int8_t vb_loose __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile
+constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile, and its columns in vectors
 #if defined(__aarch64__)
-constexpr int kAcross = 4;  // vectors of a product's register tile: of 32 registers GCC spills 8 x 3 and 4 x 6
-constexpr int kWide = 4;    // vectors of an accumulation's register tile
+constexpr int kAcross = 4;  // of 32 registers GCC spills with tiles of 8 x 3 and 4 x 6
 #else
 constexpr int kAcross = 3;
-constexpr int kWide = W == 16 ? 4 : 3;
 #endif
 
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
+HISAC_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
+HISAC_INLINE vf_half load_half(const float* p) { return *reinterpret_cast<const vf_half*>(p); }
 HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
-HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }  // b where a is NaN
 
-HISAC_INLINE float sum_of(vf x) {
-  float s[W];
-  store(s, x);
-  for (int step = W / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) s[i] += s[i + step];
-  return s[0];
+/// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
+#if defined(__x86_64__) && W > 4
+HISAC_INLINE vf larger(vf a, vf b) {
+  vf out;
+  __asm__("vmaxps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  return out;
+}
+HISAC_INLINE vf smaller(vf a, vf b) {
+  vf out;
+  __asm__("vminps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  return out;
+}
+#else
+HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+HISAC_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+#endif
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using lanes = Lanes<I...>;
+};
+
+/// Lanes i and i ^ step change places.
+template <int step, class V, int... I>
+HISAC_INLINE V crossed(V x, Lanes<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ step)...);
 }
 
-HISAC_INLINE float largest_of(vf x) {
-  float s[W];
-  store(s, x);
-  for (int step = W / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) s[i] = s[i] > s[i + step] ? s[i] : s[i + step];
-  return s[0];
+/// op over all lanes, in every lane.
+template <int step, class V, class Op>
+HISAC_INLINE V folded(V x, Op op) {
+  x = op(x, crossed<step>(x, typename Count<static_cast<int>(sizeof(V) / sizeof(x[0]))>::lanes()));
+  if constexpr (step > 1) x = folded<step / 2>(x, op);
+  return x;
 }
 
-/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above.
+template <class V>
+HISAC_INLINE auto sum_of(V x) {
+  return folded<static_cast<int>(sizeof(V) / sizeof(x[0]) / 2)>(
+      x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
+}
+
+HISAC_INLINE float largest_of(vf x) { return folded<W / 2>(x, larger)[0]; }
+
+/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few dependent steps: the processor
+/// keeps several of these going at once.
 HISAC_INLINE vf exp2v(vf x) {
-  x = larger(x, splat(-127.f));
-  x = x < 127.f ? x : splat(127.f);
-  const vf n = (x + 12582912.f) - 12582912.f;
-  const vf r = x - n;
-  vf p = splat(1.535336188e-4f);
-  p = p * r + 1.339887440e-3f;
-  p = p * r + 9.618437357e-3f;
-  p = p * r + 5.550332548e-2f;
-  p = p * r + 2.402264791e-1f;
-  p = p * r + 6.931472028e-1f;
-  p = p * r + 1.f;
-  return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+  x = smaller(larger(x, splat(-127.f)), splat(127.f));
+  constexpr float kRound = 12582912.f + 127.f;  // leaves 127 + round(x), a float's exponent, in the lowest bits
+  const vf n = x + kRound;
+  const vf r = x - (n - kRound), r2 = r * r;
+  const vf low = r * 6.931472028e-1f + 1.f, middle = r * 5.550332548e-2f + 2.402264791e-1f;
+  const vf high = r * 1.339887440e-3f + 9.618437357e-3f + r2 * 1.535336188e-4f;
+  return ((high * r2 + middle) * r2 + low) * (vf)((vi)n << 23);
 }
 
-// ---- products
+// ---- products; the elements are floats, or pairs of bfloat16 where the ISA multiplies those
 
-template <int R, int V>
-HISAC_INLINE void matmul_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* z,
-                              int64_t ldz) {
+/// Vectors of the next tile where `left` remain: not one left alone.
+constexpr int64_t tile_vectors(int64_t left) { return left <= kAcross ? left : left == kAcross + 1 ? 2 : kAcross; }
+
+HISAC_INLINE void multiply_add(vf& acc, float x, vf y) { acc += splat(x) * y; }
+#if defined(HISAC_PAIRS)
+HISAC_INLINE void multiply_add(vf& acc, uint32_t x, vu y) {
+#if W == 16  // the builtin's types differ between compilers
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(y), "v"(x - vu{}));
+#else  // in tests, where no processor needs to have it
+  const vu both = x - vu{};
+  acc += (vf)(both << 16) * (vf)(y << 16) + (vf)(both & 0xffff0000u) * (vf)(y & 0xffff0000u);
+#endif
+}
+#endif
+
+template <int R, int V, class T>
+HISAC_INLINE void matmul_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* z, int64_t ldz) {
   vf acc[R][V] = {};
   for (int64_t d = 0; d < k; ++d) {
-    vf column[V];
+    decltype(load(b)) column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) column[v] = load(b + d * ldb + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vf x = splat(a[r * lda + d]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += x * column[v];
-    }
+      for (int v = 0; v < V; ++v) multiply_add(acc[r][v], a[r * lda + d], column[v]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -87,17 +131,18 @@ HISAC_INLINE void matmul_tile(int64_t k, const float* a, int64_t lda, const floa
     for (int v = 0; v < V; ++v) store(z + r * ldz + v * W, acc[r][v]);
 }
 
-static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z,
-                   int64_t ldz) {
+template <class T>
+HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
+                          Ahead* ahead) {
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left);
     left -= group;
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
-      int64_t take = (width - at) / W;
-      if (take > kAcross) take = take == kAcross + 1 ? 2 : kAcross;  // none left alone
+      const int64_t take = tile_vectors((width - at) / W);
       for (int i = 0; i < n; i += kRows) {
-        const float* x = a + i * lda;
+        if (ahead) ahead->fetch(kRows * take * W);
+        const T* x = a + i * lda;
         float* out = z + i * ldz + at;
         if (kAcross == 4 && take == 4) matmul_tile<kRows, 4>(k, x, lda, packed + at, width, out, ldz);
         if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
@@ -111,52 +156,65 @@ static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, con
   }
 }
 
+static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
+                   Ahead* ahead) {
+  product(n, k, m, a, lda, packed, z, ldz, ahead);
+}
+
+#if defined(HISAC_PAIRS)
+static void matmul_pairs(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
+                         int64_t ldz, Ahead* ahead) {
+  product(n, k2, m, a, lda, packed, z, ldz, ahead);
+}
+#endif
+
 /// The block's sum is made apart and added once, so that a tile of equal rows does not lose its last digits one by one.
-template <int V>
-HISAC_INLINE void accumulate_tile(int n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                                  int64_t ldc) {
-  vf acc[4][V] = {};
+template <int R, int V, class T>
+HISAC_INLINE void accumulate_tile(int n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc) {
+  vf acc[R][V] = {};
   for (int i = 0; i < n; ++i) {
-    vf row[V];
+    decltype(load(b)) row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = load(b + i * ldb + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const vf x = splat(a[i * lda + r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
-    }
+      for (int v = 0; v < V; ++v) multiply_add(acc[r][v], a[i * lda + r], row[v]);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, load(c + r * ldc + v * W) + acc[r][v]);
 }
 
-static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                       int64_t ldc) {
+template <class T>
+HISAC_INLINE void transposed_product(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                     float* c, int64_t ldc) {
   for (int64_t at = 0; at < pad(w);) {
-    const int64_t vectors = (pad(w) - at) / W, take = vectors < kWide ? vectors : kWide;
-    for (int64_t r = 0; r < m; r += 4) {
-      if (take == 4) accumulate_tile<4>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 3) accumulate_tile<3>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 2) accumulate_tile<2>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 1) accumulate_tile<1>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+    const int64_t take = tile_vectors((pad(w) - at) / W);
+    for (int64_t r = 0; r < m; r += kRows) {
+      if (kAcross == 4 && take == 4) accumulate_tile<kRows, 4>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+      if (take == 3) accumulate_tile<kRows, 3>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+      if (take == 2) accumulate_tile<kRows, 2>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+      if (take == 1) accumulate_tile<kRows, 1>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
     }
     at += take * W;
   }
 }
 
-// ---- packing
+static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                       int64_t ldc) {
+  transposed_product(n, m, w, a, lda, b, ldb, c, ldc);
+}
 
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using lanes = Lanes<I...>;
-};
+#if defined(HISAC_PAIRS)
+static void accumulate_pairs(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e,
+                             int64_t lde, float* c, int64_t ldc) {
+  transposed_product(n2, w, m, a, lda, e, lde, c, ldc);
+}
+#endif
+
+// ---- packing
 
 /// a0 b0 a1 b1 .. of the lower (from = 0) or upper (from = W / 2) halves.
 template <int from, int... I>
@@ -179,7 +237,19 @@ HISAC_INLINE void transpose(vf* x) {
   }
 }
 
-static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+static void transpose(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd) {
+  for (int64_t r = 0; r < w; r += W)
+    for (int64_t c = 0; c < kLanes; c += W) {
+      vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = load(src + (r + i) * ld + c);
+      transpose(x);
+      for (int i = 0; i < W; ++i) store(dst + (c + i) * ldd + r, x[i]);
+    }
+}
+
+/// Panels from read(j, d, have): up to W elements of column j from row d on, the rest 0.
+template <class Read>
+HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
   int64_t j0 = 0;
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left), width = group * kLanes;
@@ -188,18 +258,26 @@ static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld,
       for (int64_t d = 0; d < k; d += W) {
         vf x[W] = {};
         const size_t have = static_cast<size_t>(k - d < W ? k - d : W);
-        for (int i = 0; i < W && j + i < m; ++i) {
-          if (have == W)
-            x[i] = load(columns + (j + i) * ld + d);
-          else
-            __builtin_memcpy(&x[i], columns + (j + i) * ld + d, have * 4);
-        }
+        for (int i = 0; i < W && j + i < m; ++i) x[i] = read(j + i, d, have);
         transpose(x);
         for (size_t i = 0; i < have; ++i) store(out + (d + static_cast<int64_t>(i)) * width + (j - j0), x[i]);
       }
     out += k * width;
     j0 += width;
   }
+}
+
+HISAC_INLINE vf load_some(const float* p, size_t have) {
+  if (have >= W) return load(p);
+  vf x = {};
+  __builtin_memcpy(&x, p, have * 4);
+  return x;
+}
+
+static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+  pack(k, m, out, [=](int64_t j, int64_t d, size_t have) __attribute__((always_inline)) {
+    return load_some(columns + j * ld + d, have);
+  });
 }
 
 static void pack_rows(int64_t k, int64_t m, const float* rows, int64_t ld, float* out) {
@@ -270,20 +348,78 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   return sum_of(squares);
 }
 
-static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t rest = static_cast<size_t>(width - d < W ? width - d : W);
-    vf x = {};
-    __builtin_memcpy(&x, src + d, rest * 4);
-    x *= scale;
-    if (type == DType::float32) {
-      __builtin_memcpy(static_cast<float*>(dst) + d, &x, rest * 4);
-    } else {
-      const vh raw = narrow(x, type);
-      __builtin_memcpy(static_cast<uint16_t*>(dst) + d, &raw, rest * 2);
-    }
+static float load_int8(const int8_t* src, float scale, int64_t width, float* dst) {
+  vf squares = {};
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = scale * __builtin_convertvector(*reinterpret_cast<const vb_loose*>(src + d), vf);
+    store(dst + d, x);
+    squares += x * x;
   }
+  if (d < width) {
+    const size_t rest = static_cast<size_t>(width - d);
+    vb raw = {};
+    __builtin_memcpy(&raw, src + d, rest);
+    const vf x = scale * __builtin_convertvector(raw, vf);
+    __builtin_memcpy(dst + d, &x, rest * 4);
+    squares += x * x;
+  }
+  return sum_of(squares);
 }
+
+static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
+  float* const out = static_cast<float*>(dst);
+  uint16_t* const half = static_cast<uint16_t*>(dst);
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = load(src + d) * scale;
+    if (type == DType::float32)
+      store(out + d, x);
+    else
+      *reinterpret_cast<vh_loose*>(half + d) = narrow(x, type);
+  }
+  if (d == width) return;
+  const size_t rest = static_cast<size_t>(width - d);
+  const vf x = load_some(src + d, rest) * scale;
+  const vh raw = narrow(x, type);
+  if (type == DType::float32)
+    __builtin_memcpy(out + d, &x, rest * 4);
+  else
+    __builtin_memcpy(half + d, &raw, rest * 2);
+}
+
+/// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
+HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (((vu)odd + 0x8000u) & 0xffff0000u); }
+
+#if defined(HISAC_PAIRS)
+HISAC_INLINE vh narrow_flushed(vf x) {
+#if W == 16
+  vh out;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
+  return out;
+#else  // in tests, as above
+  return narrow((vf)((vu)x & ((vu)(((vu)x & 0x7f800000u) != 0) | 0x80000000u)), DType::bfloat16);
+#endif
+}
+
+static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
+  for (int64_t d = 0; d < width; d += W)
+    *reinterpret_cast<vu_loose*>(dst + d) = pair_of(load(even + d), odd ? load(odd + d) : vf{});
+}
+
+static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
+  const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
+    const int64_t left = k - 2 * pair;
+    const float* const p = columns + j * ld + 2 * pair;
+    const vh half[2] = {narrow_flushed(load_some(p, static_cast<size_t>(left))),
+                        narrow_flushed(left > W ? load_some(p + W, static_cast<size_t>(left - W)) : vf{})};
+    vf x;
+    __builtin_memcpy(&x, half, sizeof x);
+    return x;
+  };
+  pack((k + 1) / 2, m, reinterpret_cast<float*>(out), read);
+}
+#endif
 
 static void add_row(int64_t width, const float* src, float factor, float* dst) {
   for (int64_t d = 0; d < width; ++d) dst[d] += factor * src[d];
@@ -312,69 +448,128 @@ static void row_lse(int n, int64_t m, const float* z, int64_t ldz, float* lse) {
   }
 }
 
-static void row_shift(int n, int64_t m, float* z, int64_t ldz, const float* shift) {
-  for (int i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += W) store(z + i * ldz + j, load(z + i * ldz + j) + shift[i]);
+template <bool products>
+HISAC_INLINE vf route_logit(const float* z, const RouteWeights& p, int i, vf norm, vf rate) {
+  if (!products) return load(z) + p.shift[i];
+  return p.shift[i] - rate * larger(p.row_norm[i] + norm - 2.f * load(z), vf{});
 }
 
-static bool column_softmax(int n, int64_t m, float* z, int64_t ldz, float* top, float* mass, float* factor) {
-  vi changed = {};
-  for (int64_t j = 0; j < m; j += W) {
-    const vf old = load(top + j);
-    vf peak = old, sum = {};
-    for (int i = 0; i < n; ++i) peak = larger(load(z + i * ldz + j), peak);
-    const vf safe = peak == -kInfinity ? vf{} : peak;  // nothing yet: -inf - -inf would be NaN
-    for (int i = 0; i < n; ++i) {
-      const vf e = exp2v(load(z + i * ldz + j) - safe);
-      store(z + i * ldz + j, e);
-      sum += e;
-    }
-    const vf f = exp2v(old - safe);
-    changed |= peak > old;
-    store(top + j, peak);
-    store(factor + j, f);
-    store(mass + j, load(mass + j) * f + sum);
+/// Weights of one vector of agents, their sum, and the largest logit.
+template <bool products>
+HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top, float* e,
+                        int64_t lde, vf& peak, vf& sum) {
+  peak = splat(-kInfinity);
+  sum = vf{};
+  for (int i = 0; i < n; ++i) {
+    const vf logit = route_logit<products>(z + i * ldz, p, i, norm, rate), w = exp2v(logit - top);
+    peak = larger(logit, peak);
+    store(e + i * lde, w);
+    sum += w;
   }
-  int any = 0;
-  for (int l = 0; l < W; ++l) any |= changed[l];
-  return any != 0;
 }
+
+template <bool products>
+HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top,
+                        uint32_t* e, int64_t lde, vf& peak, vf& sum) {
+  peak = splat(-kInfinity);
+  sum = vf{};
+  for (int i = 0; i < n; i += 2) {
+    const vf even = route_logit<products>(z + i * ldz, p, i, norm, rate);
+    const vf odd = i + 1 < n ? route_logit<products>(z + (i + 1) * ldz, p, i + 1, norm, rate) : splat(-kInfinity);
+    peak = larger(larger(even, odd), peak);
+    const vu w = pair_of(exp2v(even - top), exp2v(odd - top));
+    *reinterpret_cast<vu_loose*>(e + i / 2 * lde) = w;
+    sum += (vf)(w << 16) + (vf)(w & 0xffff0000u);
+  }
+}
+
+template <bool products, class T>
+HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, T* e,
+                                   int64_t lde) {
+  constexpr float kRise = 12;
+  bool changed = false;
+  for (int64_t j = 0; j < m; j += W) {
+    const vf norm = load(p.norm + j), rate = load(p.rate + j), old = load(p.top + j);
+    const vf top = old == -kInfinity ? vf{} : old;
+    vf peak, sum, factor = splat(1.f);
+    weigh<products>(n, z + j, ldz, p, norm, rate, top, e + j, lde, peak, sum);
+    const vi rises = (peak > top + kRise) | ((old == -kInfinity) & (peak > -kInfinity));
+    int any = 0;
+    for (int l = 0; l < W; ++l) any |= rises[l];
+    if (any) {
+      const vf next = larger(peak, old);
+      const vf safe = next == -kInfinity ? vf{} : next;  // no mass yet: -inf - -inf would be NaN
+      weigh<products>(n, z + j, ldz, p, norm, rate, safe, e + j, lde, peak, sum);
+      factor = exp2v(old - safe);
+      store(p.top + j, next);
+      if (!changed)
+        for (int64_t c = 0; c < j; c += W) store(p.factor + c, splat(1.f));
+      changed = true;
+    }
+    if (changed) store(p.factor + j, factor);
+    store(p.mass + j, load(p.mass + j) * factor + sum);
+  }
+  return changed;
+}
+
+static bool route_weights(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e, int64_t lde) {
+  return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
+                    : route_weights_of<false>(n, m, z, ldz, p, e, lde);
+}
+
+#if defined(HISAC_PAIRS)
+static bool route_weights_pairs(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
+                                int64_t lde) {
+  return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
+                    : route_weights_of<false>(n, m, z, ldz, p, e, lde);
+}
+#endif
 
 /// raw <- weights w = 2^(raw + shift_i - lse_a); dz = w (g + offset_a); d_bias_i = sum_a dz; in agents mode
 /// dz -= 2^(raw - row_lse_i) d_bias_i; g <- rate_a dz.
-static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
+template <bool shares>
+HISAC_INLINE void route_gradient_of(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
   for (int i = 0; i < n; ++i) {
     float *r = raw + i * ldz, *q = g + i * ldz;
     vf bias_sum = {}, distance_sum = {};
-    for (int64_t j = 0; j < m; j += W) {
-      const vf w = exp2v(load(r + j) + p.shift[i] - load(p.lse + j));
-      const vf dz = w * (load(q + j) + load(p.offset + j));
-      bias_sum += dz;
-      store(q + j, dz);
-    }
-    const float d_bias = p.d_bias[i] = sum_of(bias_sum);
-    for (int64_t j = 0; j < m; j += W) {
+    const auto take = [&](int64_t j, vf w, vf dz) __attribute__((always_inline)) {
       const vf logit = larger(load(r + j), splat(-3e38f));  // 0 * -inf would be NaN
-      vf dz = load(q + j);
-      if (p.row_lse) dz -= exp2v(logit - p.row_lse[i]) * d_bias;
-      store(r + j, exp2v(load(r + j) + p.shift[i] - load(p.lse + j)));
+      if (shares) dz -= exp2v(logit - p.row_lse[i]) * p.d_bias[i];
+      store(r + j, w);
       store(p.d_raw + j, load(p.d_raw + j) + dz * logit);
       const vf distance = dz * load(p.rate + j);
       store(q + j, distance);
       store(p.column_sum + j, load(p.column_sum + j) + distance);
       distance_sum += distance;
+    };
+    const auto weight = [&](int64_t j) __attribute__((always_inline)) {
+      return exp2v(load(r + j) + p.shift[i] - load(p.lse + j));
+    };
+    for (int64_t j = 0; j < m; j += W) {
+      const vf w = weight(j), dz = w * (load(q + j) + load(p.offset + j));
+      bias_sum += dz;
+      if (shares)
+        store(q + j, dz);
+      else
+        take(j, w, dz);
     }
+    p.d_bias[i] = sum_of(bias_sum);
+    for (int64_t j = 0; shares && j < m; j += W) take(j, weight(j), load(q + j));
     p.row_sum[i] = sum_of(distance_sum);
   }
+}
+
+static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
+  if (p.row_lse)
+    route_gradient_of<true>(n, m, raw, g, ldz, p);
+  else
+    route_gradient_of<false>(n, m, raw, g, ldz, p);
 }
 
 // ---- attend
 
 /// A logit that two of its kind, added, keep finite; NaN loses.
-HISAC_INLINE vf bounded(vf x) {
-  x = larger(x, splat(-1.7e38f));
-  return x < 1.7e38f ? x : splat(1.7e38f);
-}
+HISAC_INLINE vf bounded(vf x) { return smaller(larger(x, splat(-1.7e38f)), splat(1.7e38f)); }
 
 static void row_softmax(int n, int64_t m, float* z, int64_t ldz, float scale, const float* bias, float* lse) {
   for (int i = 0; i < n; ++i) {
@@ -420,39 +615,26 @@ static void attend_gradient(int n, int64_t m, const float* w, float* g, int64_t 
   }
 }
 
-// ---- encode
-
-static void screen(int n, int64_t m, float* z, int64_t ldz, const float* half, float* smallest) {
-  for (int i = 0; i < n; ++i) {
-    vf low = splat(kInfinity);
-    for (int64_t j = 0; j < m; j += W) {
-      const vf x = load(half + j) - load(z + i * ldz + j);
-      store(z + i * ldz + j, x);
-      low = x < low ? x : low;
-    }
-    smallest[i] = -largest_of(-low);
-  }
-}
-
-static int64_t survivors(int64_t m, const float* z, float threshold, int32_t* out) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < m; j += kLanes) {
-    int any = 0;
-    for (int l = 0; l < kLanes; ++l) any |= !(z[j + l] > threshold);
-    if (!any) continue;
-    for (int64_t l = j; l < j + kLanes && l < m; ++l)
-      if (!(z[l] > threshold)) out[count++] = static_cast<int32_t>(l);
-  }
-  return count;
-}
+#include "kernels_nearest.inl"
 
 #undef HISAC_INLINE
 
+#if !defined(HISAC_PAIRS)
+constexpr decltype(Kernels::matmul_pairs) matmul_pairs = nullptr;
+constexpr decltype(Kernels::pack_pairs) pack_pairs = nullptr;
+constexpr decltype(Kernels::accumulate_pairs) accumulate_pairs = nullptr;
+constexpr decltype(Kernels::route_weights_pairs) route_weights_pairs = nullptr;
+constexpr decltype(Kernels::pair_rows) pair_rows = nullptr;
+constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
+#endif
+
 }  // namespace
 
-const Kernels HISAC_ISA_TABLE = {HISAC_ISA_NAME,  matmul,         accumulate,     pack_columns,    pack_rows,
-                                 load_row,        store_row,      add_row,        distance_logits, row_lse,
-                                 row_shift,       column_softmax, route_gradient, row_softmax,     row_weights,
-                                 attend_gradient, screen,         survivors};
+const Kernels HISAC_ISA_TABLE = {
+    HISAC_ISA_NAME,  matmul,         accumulate,  pack_columns,     pack_rows,           load_row,
+    load_int8,       store_row,      transpose,   add_row,          distance_logits,     row_lse,
+    route_weights,   route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
+    square_distance, matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
+    round_pairs};
 
 }  // namespace hisac::cpu
