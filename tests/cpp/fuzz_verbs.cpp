@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small shapes and hostile floats through every verb, in exact-size memory, under every instruction set that this
-// processor has. No crash; encode and vote equal the definition; one worker, two and seven give the same bits; integers
-// and codebooks are the same for all sets; and where inputs are tame, nothing is NaN and the sets agree (tolerance.h).
+// processor has and on the AMX unit's twin. No crash; encode and vote equal the definition; one worker, two and seven
+// give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is NaN and
+// the sets agree (tolerance.h).
+#include "amx_table.h"
 #include "cpu/kernels.h"
 #include "definition.h"
 #include "fuzz.h"
@@ -239,6 +241,22 @@ struct Gathered {
   }
 };
 
+void sum_some(Bytes& in, const std::vector<float>& values, int64_t count, int64_t width, bool hostile) {
+  const int64_t groups = in.between(0, 9);
+  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
+  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (count + 1) : INT64_MIN;
+  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
+  Guarded<float> rows(values);
+  Output<float> sums(groups * width);
+  each_crew([](int) { return size_t{0}; },
+            [&](const Context& context, int crew) {
+              return sum_rows(context, {rows.data(), {count, width}}, {order.data(), {order.count()}},
+                              {begin.data(), {groups + 1}}, {sums[crew], {groups, width}});
+            });
+  sums.equal();
+  sums.agree(!hostile, 0);
+}
+
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const int64_t width = c.book.width(), value_width = in.flag() ? in.between(1, 5) : in.between(1, 40);
   const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
@@ -249,8 +267,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
   Typed x(x_by_id ? some_x.table : c.x, int8 ? DType::int8 : type, width),
       v(v_by_id ? some_v.table : vs, type, value_width);
-  const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
-  Guarded<float> scale(scales);
+  Guarded<float> scale(in.values(manner & 8 ? 1 : x.rows().rows, hostile));
   Guarded<float> p(ps), bias(in.values(c.rows, hostile));
   std::vector<float> taus = in.values(in.flag() ? 1 : agents, hostile);
   for (float& t : taus)
@@ -264,12 +281,14 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   params.method = static_cast<Method>(in.between(0, 1));
   params.missing = static_cast<Missing>(in.between(0, 1));
   params.refine = static_cast<int>(in.between(0, 2));
+  params.precision = static_cast<Precision>(in.between(0, 1));
   params.temperature = {temperature.data(), {temperature.count()}};
   RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr, {},
                      {},       {}};
   if (x_by_id) inputs.x_ids = some_x.ids();
   if (v_by_id) inputs.v_ids = some_v.ids();
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
+
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
@@ -287,12 +306,15 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
 
   const int64_t m = agents + (params.missing == Missing::token), bytes = type == DType::float32 ? 4 : 2;
   const auto d = in.values(n * m * value_width, hostile), dl = in.values(n * m, hostile);
+  auto xs = x.values();
+  for (size_t i = 0; inputs.x_scale && i < xs.size(); ++i)
+    xs[i] *= scale.data()[manner & 8 ? 0 : i / test::size(width)];
   tolerance::Route bound{double(longest),
                          double(n),
                          double(agents),
                          double(width),
                          double(value_width),
-                         longest_of(c.x.data(), c.rows, width),
+                         longest_of(xs.data(), x.rows().rows, width),
                          longest_of(ps.data(), n * agents, width),
                          largest(vs),
                          8,
@@ -301,10 +323,13 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          double(*std::min_element(taus.begin(), taus.end())),
                          params.normalize == Normalize::agents,
                          params.method == Method::leaf,
+                         params.method == Method::leaf             ? 0
+                         : params.precision == Precision::bfloat16 ? tolerance::kRounded
+                         : cpu::kernels().matmul_split             ? tolerance::kSplit
+                                                                   : 0,
                          type};
   double path = 0;  // of a code, no prototype is longer
   for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
-  if (int8) bound.x = 127 * std::sqrt(double(width)) * (inputs.x_scale ? largest(scales) : 1);
   if (without_x) bound.x = path;
   Output<std::byte> tokens(n * m * value_width * bytes, type);
   Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
@@ -350,19 +375,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   dbias.agree(!hostile, bound.d_bias());
   dx.agree(!hostile, bound.d_x());
   dp.agree(!hostile, bound.d_prototypes());
-
-  const int64_t groups = in.between(0, 9);
-  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
-  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
-  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
-  Guarded<float> rows(vs);
-  Output<float> sums(groups * value_width);
-  each_crew([](int) { return size_t{0}; },
-            [&](const Context& context, int crew) {
-              return sum_rows(context, {rows.data(), {c.rows, value_width}}, {order.data(), {order.count()}},
-                              {begin.data(), {groups + 1}}, {sums[crew], {groups, value_width}});
-            });
-  sums.agree(!hostile, 2 * 44 * 44 * largest(vs) * tolerance::kUlp);  // sums of at most 44 rows
+  sum_some(in, vs, c.rows, value_width, hostile);
 }
 
 void attend_some(Bytes& in, bool hostile) {
@@ -478,8 +491,9 @@ void run(Bytes in) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  const cpu::Kernels* have[cpu::kMostTables];
-  const int tables = cpu::supported(have);
+  const cpu::Kernels* have[cpu::kMostTables + 1];
+  int tables = cpu::supported(have);
+  have[tables++] = &test::amx_twin();
   for (int i = 0; i < tables; ++i) {
     cpu::choose(*have[i]);
     ledger.turn(i == 0);
