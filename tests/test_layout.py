@@ -260,7 +260,8 @@ def built_archive():
         pytest.skip("instructions of the archive: a matter of x86-64")
     if not (shutil.which("nm") and shutil.which("objdump")):
         pytest.skip("instructions of the archive: nm and objdump (binutils) are not installed")
-    archives = sorted(ROOT.glob("build/*/libhisac.a"), key=lambda path: path.stat().st_mtime)
+    built = sorted(ROOT.glob("build/*/libhisac.a"), key=lambda path: path.stat().st_mtime)
+    archives = [path for path in built if b"5kAvx2E" in path.read_bytes()]  # a cross build for NEON has no such table
     if not archives:
         pytest.skip("instructions of the archive: no build/*/libhisac.a, whose objects still have their symbols")
     commands = (["nm"], ["objdump", "-d", "--no-show-raw-insn"])

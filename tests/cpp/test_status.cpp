@@ -453,6 +453,10 @@ TEST_CASE("attend and attend_backward") {
 
 TEST_CASE("instruction sets have names") {
   const std::string all = hisac::available_isas(), one = hisac::active_isa();
+#if defined(__aarch64__)
+  CHECK(all == "neon");
+#else
   CHECK(all.rfind("baseline", 0) == 0);
+#endif
   CHECK(all.find(one) != std::string::npos);
 }

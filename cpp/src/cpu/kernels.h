@@ -174,7 +174,11 @@ struct Kernels {
                               uint32_t* e_lo, int64_t lde);
 };
 
+#if defined(__aarch64__)
+extern const Kernels kNeon;
+#else
 extern const Kernels kBaseline;
+#endif
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
@@ -183,7 +187,14 @@ extern const Kernels kAvx512Bf16;
 const Kernels& amx_kernels() noexcept;
 #endif
 
+/// The tables that this processor can run, the best last; returns how many.
+constexpr int kMostTables = 5;
+int supported(const Kernels** out) noexcept;
+
 /// The loops in use, chosen once per process.
 const Kernels& kernels() noexcept;
+
+/// Another choice, for tests that compare tables in one process; no verb may be running.
+void choose(const Kernels& table) noexcept;
 
 }  // namespace hisac::cpu

@@ -21,7 +21,12 @@ typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_ali
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile; columns: three vectors
+constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile, and its columns in vectors
+#if defined(__aarch64__)
+constexpr int kAcross = 4;  // of 32 registers GCC spills with tiles of 8 x 3 and 4 x 6
+#else
+constexpr int kAcross = 3;
+#endif
 
 HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
 HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
@@ -91,6 +96,9 @@ HISAC_INLINE vf exp2v(vf x) {
 
 // ---- products; the elements are floats, or pairs of bfloat16 where the ISA multiplies those
 
+/// Vectors of the next tile where `left` remain: not one left alone.
+constexpr int64_t tile_vectors(int64_t left) { return left <= kAcross ? left : left == kAcross + 1 ? 2 : kAcross; }
+
 HISAC_INLINE void multiply_add(vf& acc, float x, vf y) { acc += splat(x) * y; }
 #if defined(HISAC_PAIRS)
 HISAC_INLINE void multiply_add(vf& acc, uint32_t x, vu y) {
@@ -129,11 +137,12 @@ HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, 
     left -= group;
     const int64_t width = group * kLanes;
     for (int64_t at = 0; at < width;) {
-      const int64_t vectors = (width - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
+      const int64_t take = tile_vectors((width - at) / W);
       for (int i = 0; i < n; i += kRows) {
         if (ahead) ahead->fetch(kRows * take * W);
         const T* x = a + i * lda;
         float* out = z + i * ldz + at;
+        if (kAcross == 4 && take == 4) matmul_tile<kRows, 4>(k, x, lda, packed + at, width, out, ldz);
         if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
         if (take == 2) matmul_tile<kRows, 2>(k, x, lda, packed + at, width, out, ldz);
         if (take == 1) matmul_tile<kRows, 1>(k, x, lda, packed + at, width, out, ldz);
@@ -180,8 +189,9 @@ template <class T>
 HISAC_INLINE void transposed_product(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb,
                                      float* c, int64_t ldc) {
   for (int64_t at = 0; at < pad(w);) {
-    const int64_t vectors = (pad(w) - at) / W, take = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors;
+    const int64_t take = tile_vectors((pad(w) - at) / W);
     for (int64_t r = 0; r < m; r += kRows) {
+      if (kAcross == 4 && take == 4) accumulate_tile<kRows, 4>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
       if (take == 3) accumulate_tile<kRows, 3>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
       if (take == 2) accumulate_tile<kRows, 2>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
       if (take == 1) accumulate_tile<kRows, 1>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
