@@ -32,7 +32,7 @@ TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
 # by builds and the demo, never committed; so are *.egg-info and what begins with a dot
 MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
-MOST_LINES, MOST_CODE = 500, 7_500  # of a file; of cpp and python together, blank lines and comments left out
+MOST_LINES, MOST_CODE = 500, 9_000  # of a file; of cpp and python together, blank lines and comments left out
 
 
 def sources(root, *folders):
@@ -93,7 +93,7 @@ def later_stages(root):
 
 
 def long_files(root):
-    """No file of code over 500 lines; cpp and python together at most some 7,000 lines of code."""
+    """No file of code over 500 lines; cpp and python together at most MOST_CODE."""
     total = 0
     for path, text in sources(root, "cpp", "python", "tests", "bench"):
         lines = text.splitlines()

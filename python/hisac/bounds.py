@@ -14,7 +14,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 - Accumulation adds (2 c(T) + 8) u times the mean of |v|, and the result is rounded to v's type.
 - lse moves by -log(1 - f), and never by more than the largest e; its own sum and rounding add (c(T) + 8 + 2 |lse|) u.
 - precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
-  drifted; the relative error of every weight grows by U16, and that of v is U16.
+  drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX, float32 multiplies two halves
+  of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
 - `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
   4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k. Leaf sums themselves alike.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli.
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from . import reference as _reference
 from .results import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
@@ -35,6 +37,7 @@ reference: Any = _reference
 
 U = 2.0**-24
 U16 = 2.0**-8
+HALVES = 2.0**-15
 HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
@@ -157,15 +160,17 @@ def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
 class _Logits:
     """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
 
-    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounds: bool) -> None:
+    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float) -> None:
         self.skew, reach = _leaf_errors(h, raw)
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
         far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
-        if rounds:
+        if rounding == U16:
             drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
         far = np.square(far + drift)
         e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        if rounding == HALVES:
+            e = e + HALVES * far  # 2 sum |x p| <= far / 2
         self.wrong = e  # of d
         self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
@@ -178,7 +183,14 @@ class _Logits:
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
             e = e + off[:, None] + 2 * U * np.abs(t)
         self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
-        self.rounding = U16 if rounds else 0.0  # of a weight, and of v
+        self.rounding = rounding  # of a weight, and of v
+
+
+def _rounding(args: Mapping[str, Any]) -> float:
+    """The relative error of what products multiply."""
+    if args.get("precision") == "bfloat16":
+        return U16
+    return HALVES if _core.active_isa() == "amx" else 0.0
 
 
 def _users(args: Mapping[str, Any]) -> Any:
@@ -194,14 +206,14 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
     args = _dense(args)
     p, v, missing = args["prototypes"], args["v"], args.get("missing") == "token"
     m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
-    rounds = args.get("precision") == "bfloat16"
+    rounding = _rounding(args)
     tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
     moved = np.where(np.isnan(p), np.nan, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         for b, _, h, raw in _users(args):
             drift = np.zeros(len(h.agents))
             for step in range(refine + 1):
-                logits = _Logits(h, raw, normalize, drift, rounds)
+                logits = _Logits(h, raw, normalize, drift, rounding)
                 e = logits.e + 2 * logits.rounding
                 extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
                 if step == refine:
@@ -255,12 +267,12 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
     args = _dense(args)
     forward, v = args["forward"], args["v"]
     p, normalize = forward.prototypes, args.get("normalize", "history")
-    rounds, (m, width) = args.get("precision") == "bfloat16", p.shape[1:]
+    rounding, (m, width) = _rounding(args), p.shape[1:]
     dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
-            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounds)
+            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding)
             token, total, dt, dl = (
                 np.asarray(a)[b, h.agents].astype(np.float64)
                 for a in (forward.tokens, forward.lse, args["d_tokens"], d_lse)

@@ -131,8 +131,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   });
   r.keep("prototypes", prototypes);
 
-  RouteParams routing{
-      o.normalize, o.method, o.missing, hisac::Precision::float32, o.refine, {p.temperature.data(), {1}}};
+  RouteParams routing{o.normalize, o.method, o.missing, o.refine, {p.temperature.data(), {1}}};
   RouteInputs in{x,
                  v,
                  histories,

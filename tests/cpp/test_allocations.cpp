@@ -89,7 +89,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
     });
     for (Method method : {Method::exact, Method::leaf})
       for (Normalize normalize : {Normalize::history, Normalize::agents}) {
-        RouteParams params{normalize, method, Missing::token, Precision::float32, 1, {temperature.data(), {1}}};
+        RouteParams params{normalize, method, Missing::token, 1, {temperature.data(), {1}}};
         const RouteInputs in{xs,
                              vs,
                              histories,

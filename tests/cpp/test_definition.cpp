@@ -186,8 +186,7 @@ TEST_CASE("route: tokens and lse are the definition's") {
           CAPTURE(static_cast<int>(method));
           CAPTURE(refine);
           const int64_t m = kAgents + (missing == Missing::token);
-          const RouteParams params{normalize,          method, missing,
-                                   Precision::float32, refine, {temperature.data(), {kAgents}}};
+          const RouteParams params{normalize, method, missing, refine, {temperature.data(), {kAgents}}};
           const RouteInputs in{test::rows(x, kWidth),      test::rows(v, kValues),
                                test::histories(offsets),   {p.data(), {kUsers, kAgents, kWidth}},
                                {count.data(), {kUsers}},   {bias.data(), {kRows}},
@@ -315,8 +314,7 @@ TEST_CASE("values are never errors: a finite bias of any size gives a finite tok
         CAPTURE(large);
         CAPTURE(far);
         const std::vector<float> bias{large, 0}, x(4, far ? 1e4f : 0.f), temperature{far ? 1e-30f : 1.f};
-        const RouteParams params{
-            normalize, Method::exact, Missing::drop, Precision::float32, 0, {temperature.data(), {1}}};
+        const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
         const RouteInputs in{test::rows(x, 2),
                              test::rows(v, 2),
                              test::histories(offsets),

@@ -60,8 +60,7 @@ TEST_CASE("route_backward: v, temperature, bias, x and prototypes") {
       const std::vector<float> temperature =
           each ? std::vector<float>{.5f, .6f, .7f, .8f, .9f} : std::vector<float>{.6f};
       const int64_t taus = static_cast<int64_t>(temperature.size());
-      const RouteParams params{
-          normalize, Method::exact, Missing::drop, Precision::float32, 0, {temperature.data(), {taus}}};
+      const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {taus}}};
       const RouteInputs in{test::rows(x, kWidth),
                            test::rows(v, kValues),
                            test::histories(offsets),

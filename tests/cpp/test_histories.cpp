@@ -30,8 +30,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
   for (Missing missing : {Missing::drop, Missing::token})
     for (int refine : {0, 1}) {
       const int64_t m = agents + (missing == Missing::token);
-      RouteParams params{Normalize::agents,  Method::exact, missing,
-                         Precision::float32, refine,        {temperature.data(), {1}}};
+      RouteParams params{Normalize::agents, Method::exact, missing, refine, {temperature.data(), {1}}};
       const RouteInputs in{test::rows(x, kWidth),
                            test::rows(x, kWidth),
                            histories,
@@ -187,8 +186,7 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
   const auto x = uniform(random, kRows * kWidth), p = uniform(random, kUsers * kAgents * kWidth),
              d_tokens = uniform(random, kUsers * kAgents * kWidth);
   const std::vector<float> temperature{1};
-  const RouteParams params{Normalize::history,       Method::exact, Missing::drop, Precision::float32, 0,
-                           {temperature.data(), {1}}};
+  const RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
   struct Out {
     std::vector<float> tokens, lse, dv, dx, dbias;
   };

@@ -32,7 +32,7 @@ struct Right {
   Agents seats{{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}};
   Array<const int32_t, 2> given{codes.data(), {6, 2}};
 
-  RouteParams params{Normalize::history, Method::exact, Missing::drop, Precision::float32, 0, {one.data(), {1}}};
+  RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {one.data(), {1}}};
   RouteInputs in{test::rows(x, 3), test::rows(v, 2), test::histories(offsets), {p.data(), {2, 4, 3}}, {}, {}, {},
                  nullptr};
   Tokens out{{tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}, {}};

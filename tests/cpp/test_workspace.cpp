@@ -114,8 +114,8 @@ class Verbs {
     p.budget = kSeats;
     return p;
   }();
-  RouteParams route_{Normalize::agents, Method::exact, Missing::drop, Precision::float32, 1, {tau_.data(), {1}}},
-      plain_{Normalize::agents, Method::exact, Missing::drop, Precision::float32, 0, {tau_.data(), {1}}};
+  RouteParams route_{Normalize::agents, Method::exact, Missing::drop, 1, {tau_.data(), {1}}},
+      plain_{Normalize::agents, Method::exact, Missing::drop, 0, {tau_.data(), {1}}};
   RouteInputs inputs_{x_, x_,     histories_, {prototypes_.data(), {2, kSeats, kWidth}}, {}, {bias_.data(), {kRows}},
                       {}, nullptr};
   AttendInputs attention_{

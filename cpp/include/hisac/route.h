@@ -25,9 +25,9 @@ struct RouteParams {
   Normalize normalize = Normalize::history;
   Method method = Method::exact;    // leaf: over the behaviours' leaf sums (below)
   Missing missing = Missing::drop;  // token: one more token, the mean v and log count of the absent behaviours
-  Precision precision = Precision::float32;
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
+  Precision precision = Precision::float32;
 };
 
 struct RouteInputs {
