@@ -34,7 +34,9 @@ struct Worker {
   float *lse = nullptr, *shift = nullptr;  // [kBlock]
   float* factor = nullptr;                 // [48]
   float* rows = nullptr;                   // [kLanes, sums]
-  uint32_t* values = nullptr;              // [kBlock / 2, sums] v or x in pairs of rows
+  Halves values;                           // [kBlock / 2, sums] v or x in pairs of rows
+  Halves weights;                          // [kBlock / 2, kPanel] in place of e
+  float* rests = nullptr;                  // [2, sums]
   State* stack = nullptr;
 };
 
@@ -46,7 +48,7 @@ class Router {
         params_(params),
         in_(in),
         out_(out),
-        loader_(params, in),
+        loader_(params, in, true),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -61,8 +63,8 @@ class Router {
     worker_ = arena.take<Worker>(workers_);
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_, loader_.rounds());
-      one.block.carve(arena, width_, value_width_, loader_.rounds());
+      one.panel.carve(arena, agents_, width_, loader_.operands(), loader_.rounds());
+      one.block.carve(arena, width_, value_width_, loader_.operands());
       if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
       one.z = arena.take<float>(cpu::kBlock * std::max(cpu::pad(agents_), cpu::kPanel));
       one.e = arena.take<float>(cpu::kBlock * cpu::kPanel);
@@ -70,7 +72,9 @@ class Router {
       one.shift = arena.take<float>(cpu::kBlock);
       one.factor = arena.take<float>(cpu::kPanel);
       one.rows = arena.take<float>(cpu::kLanes * sums_);
-      if (loader_.rounds()) one.values = arena.take<uint32_t>(cpu::kBlock / 2 * sums_);
+      one.values.carve(arena, cpu::kBlock / 2 * sums_, loader_.operands());
+      one.weights.carve(arena, cpu::kBlock / 2 * cpu::kPanel, loader_.operands());
+      if (loader_.operands() == Operands::split) one.rests = arena.take<float>(2 * sums_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
       if (worker_) worker_[w] = one;
     }
@@ -151,8 +155,8 @@ class Router {
       w.shift[i] = row_shift_of(w.block.bias[i], shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     const int64_t value_width = refining ? width_ : value_width_, ldv = cpu::pad(value_width);
     const float* const values = refining ? w.block.x : w.block.v;
-    for (int i = 0; loader_.rounds() && i < n; i += 2)
-      k_.pair_rows(ldv, values + i * ldv, i + 1 < n ? values + (i + 1) * ldv : nullptr, w.values + i / 2 * ldv);
+    const Operands operands = loader_.operands();
+    if (operands != Operands::floats) pair_values(w, values, ldv);
     cpu::for_panels(m, [&](int64_t at, int64_t width) {
       if (!shares) products(w, at, width, width);
       const float* const z = shares ? w.z + at : w.z;
@@ -165,13 +169,28 @@ class Router {
                                 state.mass + at,
                                 w.factor};
       float* const sum = state.sum + at;
-      if (loader_.rounds()) {
-        uint32_t* const e = reinterpret_cast<uint32_t*>(w.e);
-        if (k_.route_weights_pairs(n, width, z, ldz, p, e, width)) scale(sum, value_width, width, w.factor);
-        k_.accumulate_pairs((n + 1) / 2, value_width, width, w.values, ldv, e, width, sum, ld);
-      } else {
-        if (k_.route_weights(n, width, z, ldz, p, w.e, width)) scale(sum, value_width, width, w.factor);
-        k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
+      bool changed = false;
+      switch (operands) {
+        case Operands::floats:
+          changed = k_.route_weights(n, width, z, ldz, p, w.e, width);
+          break;
+        case Operands::rounded:
+          changed = k_.route_weights_pairs(n, width, z, ldz, p, w.weights.hi, width);
+          break;
+        case Operands::split:
+          changed = k_.route_weights_split(n, width, z, ldz, p, w.weights.hi, w.weights.lo, width);
+      }
+      if (changed) scale(sum, value_width, width, w.factor);
+      switch (operands) {
+        case Operands::floats:
+          k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
+          break;
+        case Operands::rounded:
+          k_.accumulate_pairs((n + 1) / 2, value_width, width, w.values.hi, ldv, w.weights.hi, width, sum, ld);
+          break;
+        case Operands::split:
+          k_.accumulate_split((n + 1) / 2, value_width, width, w.values.hi, w.values.lo, ldv, w.weights.hi,
+                              w.weights.lo, width, sum, ld);
       }
     });
   }
@@ -184,14 +203,33 @@ class Router {
     if (w.user + 1 < users) w.block.ahead.add(prototypes_, (w.user + 1) * p, (w.user + 2) * p);
   }
 
+  /// The block's values in pairs of rows.
+  void pair_values(Worker& w, const float* values, int64_t ldv) const noexcept {
+    for (int i = 0; i < w.block.n; i += 2) {
+      const bool alone = i + 1 == w.block.n;
+      const float *const even = values + i * ldv, *const odd = even + ldv;
+      k_.pair_rows(ldv, even, alone ? nullptr : odd, w.values.hi + i / 2 * ldv);
+      if (!w.rests) continue;
+      k_.remainder(ldv, even, w.rests);
+      if (!alone) k_.remainder(ldv, odd, w.rests + ldv);
+      k_.pair_rows(ldv, w.rests, alone ? nullptr : w.rests + ldv, w.values.lo + i / 2 * ldv);
+    }
+  }
+
   /// z [n, ldz] = x . p for the agents [at, at + m).
   void products(Worker& w, int64_t at, int64_t m, int64_t ldz) const noexcept {
-    const int64_t k2 = pairs_of(width_);
-    if (loader_.rounds())
-      k_.matmul_pairs(w.block.n, k2, m, w.block.pairs, cpu::pad(k2), w.panel.pairs + k2 * at, w.z, ldz, &w.block.ahead);
-    else
-      k_.matmul(w.block.n, width_, m, w.block.x, cpu::pad(width_), w.panel.packed + width_ * at, w.z, ldz,
-                &w.block.ahead);
+    const int64_t k2 = pairs_of(width_), ld2 = cpu::pad(k2);
+    const Block& b = w.block;
+    const AgentPanel& p = w.panel;
+    switch (loader_.operands()) {
+      case Operands::floats:
+        return k_.matmul(b.n, width_, m, b.x, cpu::pad(width_), p.packed + width_ * at, w.z, ldz, &w.block.ahead);
+      case Operands::rounded:
+        return k_.matmul_pairs(b.n, k2, m, b.pairs.hi, ld2, p.pairs.hi + k2 * at, w.z, ldz, &w.block.ahead);
+      case Operands::split:
+        return k_.matmul_split(b.n, k2, m, b.pairs.hi, b.pairs.lo, ld2, p.pairs.hi + k2 * at, p.pairs.lo + k2 * at, w.z,
+                               ldz, &w.block.ahead);
+    }
   }
 
   void scale(float* sum, int64_t rows, int64_t columns, const float* factor) const noexcept {

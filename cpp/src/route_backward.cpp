@@ -47,7 +47,7 @@ class Backward {
         in_(in),
         forward_(forward),
         out_(out),
-        loader_(params, in),
+        loader_(params, in, false),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -65,8 +65,8 @@ class Backward {
     const int64_t columns = cpu::pad(agents_), block = cpu::kBlock;
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_, false);
-      one.block.carve(arena, width_, value_width_, loader_.rounds());
+      one.panel.carve(arena, agents_, width_, Operands::floats, loader_.rounds());
+      one.block.carve(arena, width_, value_width_, loader_.operands());
       if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
       one.z = arena.take<float>(block * columns);
       one.g = arena.take<float>(block * columns);

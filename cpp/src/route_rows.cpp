@@ -11,8 +11,9 @@
 
 namespace hisac {
 
-void Block::carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept {
-  if (rounds) pairs = arena.take<uint32_t>(cpu::kBlock * cpu::pad(pairs_of(width)));
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept {
+  pairs.carve(arena, cpu::kBlock * cpu::pad(pairs_of(width)), operands);
+  if (operands == Operands::split) rest = arena.take<float>(cpu::pad(std::max(width, value_width)));
   x = arena.take<float>(cpu::kBlock * cpu::pad(width));
   v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
   norm = arena.take<float>(cpu::kBlock);
@@ -23,7 +24,8 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width, bool rounds)
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
   std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
   std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
-  if (pairs) std::fill(pairs, pairs + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
+  for (uint32_t* half : {pairs.hi, pairs.lo})
+    if (half) std::fill(half, half + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
 }
 
 void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept {
@@ -36,13 +38,16 @@ void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_w
   part_v = arena.take<float>(value_width);
 }
 
-RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept
+RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs, bool splits) noexcept
     : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_(inputs.x, inputs.x_ids, inputs.x_scale),
       v_(inputs.v, inputs.v_ids),
-      rounds_(params.precision == Precision::bfloat16 && k_.matmul_pairs && params.method == Method::exact) {}
+      operands_(params.method == Method::leaf ? Operands::floats
+                : params.precision == Precision::bfloat16
+                    ? (k_.matmul_pairs ? Operands::rounded : Operands::floats)
+                    : (splits && k_.matmul_split ? Operands::split : Operands::floats)) {}
 
 bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
   if (!v_.has(row)) return false;
@@ -81,10 +86,12 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   for (int64_t row = begin; row < end; ++row) {
     float* const x = block.x + n * ldx;
     if (load_x(row, x, block.norm + n)) {
-      if (rounds_) {
-        uint32_t* const pairs = block.pairs + n * cpu::pad(pairs_of(width_));
-        k_.round_pairs(width_, x, nullptr, pairs);
-        block.norm[n] = k_.load_row(pairs, DType::bfloat16, width_, x);
+      const int64_t at = n * cpu::pad(pairs_of(width_));
+      if (operands_ != Operands::floats) k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
+      if (operands_ == Operands::rounded) block.norm[n] = k_.load_row(block.pairs.hi + at, DType::bfloat16, width_, x);
+      if (operands_ == Operands::split) {
+        k_.remainder(width_, x, block.rest);
+        k_.round_pairs(width_, block.rest, nullptr, block.pairs.lo + at);
       }
       load_v(row, block.v + n * ldv);
       block.bias[n] = bias_of(row);
@@ -153,12 +160,12 @@ void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& b
   }
 }
 
-void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept {
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool rounds) noexcept {
   index = arena.take<int32_t>(agents);
-  if (rounds)
-    pairs = arena.take<uint32_t>(cpu::packed_size(pairs_of(width), agents));
-  else
-    packed = arena.take<float>(cpu::packed_size(width, agents));
+  pairs.carve(arena, cpu::packed_size(pairs_of(width), agents), operands);
+  if (operands == Operands::floats) packed = arena.take<float>(cpu::packed_size(width, agents));
+  if (operands == Operands::split) rests = arena.take<float>(agents * width);
+  if (rounds) room = arena.take<uint32_t>(pairs_of(width));
   rows = arena.take<float>(agents * width);
   norm = arena.take<float>(cpu::pad(agents));
   rate = arena.take<float>(cpu::pad(agents));
@@ -172,9 +179,10 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
-    if (pairs) {  // `pairs` is not packed yet: room for a row
-      k.round_pairs(width, rows + m * width, nullptr, pairs);
-      norm[m] = k.load_row(pairs, DType::bfloat16, width, rows + m * width);
+    if (rests) k.remainder(width, rows + m * width, rests + m * width);
+    if (room) {
+      k.round_pairs(width, rows + m * width, nullptr, room);
+      norm[m] = k.load_row(room, DType::bfloat16, width, rows + m * width);
     }
     rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
     index[m++] = static_cast<int32_t>(a);
@@ -183,10 +191,9 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  if (pairs)
-    k.pack_pairs(width, m, rows, width, pairs);
-  else
-    k.pack_columns(width, m, rows, width, packed);
+  if (pairs.hi) k.pack_pairs(width, m, rows, width, pairs.hi);
+  if (pairs.lo) k.pack_pairs(width, m, rests, width, pairs.lo);
+  if (packed) k.pack_columns(width, m, rows, width, packed);
 }
 
 namespace {

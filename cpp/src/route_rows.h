@@ -15,19 +15,37 @@
 
 namespace hisac {
 
+/// What products multiply: floats; bfloat16, and then x, its norm, the prototypes and theirs are the rounded ones; or
+/// two halves of bfloat16.
+enum class Operands { floats, rounded, split };
+
+/// 32-bit elements of a row of bfloat16.
+constexpr int64_t pairs_of(int64_t width) noexcept { return (width + 1) / 2; }
+
+/// Elements of bfloat16 and, of split operands, what their rounding left.
+struct Halves {
+  uint32_t *hi = nullptr, *lo = nullptr;
+
+  void carve(Arena& arena, int64_t size, Operands operands) noexcept {
+    if (operands != Operands::floats) hi = arena.take<uint32_t>(size);
+    if (operands == Operands::split) lo = arena.take<uint32_t>(size);
+  }
+};
+
 /// Up to kBlock present rows (or leaves) of one user.
 struct Block {
   int n = 0;
-  float* x = nullptr;         // [kBlock, pad(D)]; padding columns stay zero
-  float* v = nullptr;         // [kBlock, pad(V)]
-  float* norm = nullptr;      // [kBlock] |x|^2, or a leaf's mean of it
-  float* bias = nullptr;      // [kBlock] natural logarithm
-  uint32_t* pairs = nullptr;  // [kBlock, pad((D + 1) / 2)] x in bfloat16; then x and its norm are the rounded ones
-  int64_t* row = nullptr;     // [kBlock] the row in x and v; for leaves their number in the user
-  cpu::Ahead ahead;           // the rows that follow
-  bool last = false;          // of a unit
+  float* x = nullptr;      // [kBlock, pad(D)]; padding columns stay zero
+  float* v = nullptr;      // [kBlock, pad(V)]
+  float* norm = nullptr;   // [kBlock] |x|^2, or a leaf's mean of it
+  float* bias = nullptr;   // [kBlock] natural logarithm
+  Halves pairs;            // [kBlock, pad((D + 1) / 2)] x in bfloat16
+  float* rest = nullptr;   // [pad(max(D, V))] room for what rounding leaves of a row
+  int64_t* row = nullptr;  // [kBlock] the row in x and v; for leaves their number in the user
+  cpu::Ahead ahead;        // the rows that follow
+  bool last = false;       // of a unit
 
-  void carve(Arena& arena, int64_t width, int64_t value_width, bool rounds) noexcept;
+  void carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
 };
 
@@ -55,10 +73,11 @@ struct Leaves {
 
 class RowLoader {
  public:
-  RowLoader(const RouteParams& params, const RouteInputs& inputs) noexcept;
+  /// splits: whether products take split operands, where the ISA has them.
+  RowLoader(const RouteParams& params, const RouteInputs& inputs, bool splits) noexcept;
 
-  /// Whether x and prototypes are rounded to bfloat16.
-  bool rounds() const noexcept { return rounds_; }
+  Operands operands() const noexcept { return operands_; }
+  bool rounds() const noexcept { return operands_ == Operands::rounded; }
 
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
@@ -83,7 +102,7 @@ class RowLoader {
   const cpu::Kernels& k_;
   int64_t width_;
   RowSource x_, v_;
-  bool rounds_;
+  Operands operands_;
 };
 
 /// Loads a unit's rows (or, by Method::leaf, its user's leaves) block by block and tile by tile: stack[0] = the merge
@@ -116,19 +135,18 @@ void fold_rows(const RowLoader& loader, const RouteParams& params, const Histori
 /// The present agents of one user, packed for products with x.
 struct AgentPanel {
   int64_t m = 0;
-  int32_t* index = nullptr;   // [M] their places
-  float* packed = nullptr;    // [D, m]
-  uint32_t* pairs = nullptr;  // [(D + 1) / 2, m] in place of packed; then rows and norm are the rounded ones
-  float* rows = nullptr;      // [M, D]: the present prototypes, one after another
-  float* norm = nullptr;      // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
-  float* rate = nullptr;      // [pad(M)] log2(e) / tau
+  int32_t* index = nullptr;  // [M] their places
+  float* packed = nullptr;   // [D, m]
+  Halves pairs;              // [(D + 1) / 2, m] in place of packed
+  uint32_t* room = nullptr;  // [(D + 1) / 2]: prototypes are rounded
+  float* rests = nullptr;    // [M, D] of split operands: what rounding leaves of rows
+  float* rows = nullptr;     // [M, D]: the present prototypes, one after another
+  float* norm = nullptr;     // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
+  float* rate = nullptr;     // [pad(M)] log2(e) / tau
 
-  void carve(Arena& arena, int64_t agents, int64_t width, bool rounds) noexcept;
+  void carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool rounds) noexcept;
   void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;
 };
-
-/// 32-bit elements of a row of bfloat16.
-constexpr int64_t pairs_of(int64_t width) noexcept { return (width + 1) / 2; }
 
 /// present agents of user b by count alone, clamped to [0, M].
 inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {

@@ -20,6 +20,8 @@ const hisac::cpu::Kernels& amx_twin() noexcept {
     hisac::cpu::Kernels k = hisac::cpu::kTwinLoops;
     k.matmul_pairs = Products<Twin>::matmul;
     k.accumulate_pairs = Products<Twin>::accumulate;
+    k.matmul_split = Products<Twin>::matmul_split;
+    k.accumulate_split = Products<Twin>::accumulate_split;
     return k;
   }();
   return table;

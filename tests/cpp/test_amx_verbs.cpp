@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whole verbs on the AMX unit's twin (amx_dispatch.cpp): route's tokens are those of the rounded inputs' definition to
-// bfloat16's precision, with the same bits for every executor.
+// bfloat16's precision, or in two halves those of the inputs' to nearly float32's; the same bits for every executor.
 #include <doctest/doctest.h>
 
 #include <string>
@@ -27,7 +27,7 @@ std::vector<float> rounded(std::vector<float> values) {
 
 }  // namespace
 
-TEST_CASE("route in bfloat16 on the twin") {
+TEST_CASE("route on the twin, in bfloat16 and in two halves of it") {
   REQUIRE(std::string(active_isa()) == "amx-twin");
   Random random(6);
   constexpr int64_t kRows = 2300, kWidth = 70, kValues = 9, kAgents = 61, kUsers = 4;
@@ -35,11 +35,17 @@ TEST_CASE("route in bfloat16 on the twin") {
   const auto p = uniform(random, kUsers * kAgents * kWidth);
   const std::vector<int64_t> offsets{0, 2100, 2100, 2101, 2300};
   const std::vector<float> temperature{3};
-  const auto near_x = rounded(x), near_p = rounded(p);
-  for (Normalize normalize : {Normalize::history, Normalize::agents}) {
+  const auto rounded_x = rounded(x), rounded_p = rounded(p);
+  for (int manner_of = 0; manner_of < 4; ++manner_of) {
+    const Normalize normalize = manner_of % 2 ? Normalize::agents : Normalize::history;
+    const bool halves = manner_of >= 2;
+    const auto &near_x = halves ? x : rounded_x, &near_p = halves ? p : rounded_p;
+    // of halves: twice a product's 2^-15 of at most D, over tau; the weights' and v's own 2^-15
+    const double e = halves ? 2 * 0x1.1p-15 * kWidth / 3 + 0x1p-14 : 0;
+    double squares = 0, errors = 0;
     RouteParams params;
     params.normalize = normalize;
-    params.precision = Precision::bfloat16;
+    params.precision = halves ? Precision::float32 : Precision::bfloat16;
     params.temperature = {temperature.data(), {1}};
     RouteInputs in;
     in.x = test::rows(x, kWidth);
@@ -82,11 +88,16 @@ TEST_CASE("route in bfloat16 on the twin") {
         if (user.x.empty())
           CHECK(std::isinf(sum));
         else
-          CHECK(std::fabs(sum - exact) <= 0x1.04p-8);  // each weight is rounded: 2^-8 of itself
-        for (int64_t d = 0; d < kValues; ++d)          // |v| <= 1, apart by at most 2
-          CHECK(std::fabs(double(tokens.data()[(b * kAgents + a) * kValues + d]) -
-                          expected.tokens[test::size(a)][test::size(d)]) <= 0x1p-7 + 0x1p-9);
+          CHECK(std::fabs(sum - exact) <= (halves ? 2 * e : 0x1.04p-8));  // each weight is rounded: 2^-8 of itself
+        for (int64_t d = 0; d < kValues; ++d) {                           // |v| <= 1, apart by at most 2
+          const double token = expected.tokens[test::size(a)][test::size(d)];
+          const double apart = double(tokens.data()[(b * kAgents + a) * kValues + d]) - token;
+          CHECK(std::fabs(apart) <= (halves ? 4 * e : 0x1p-7 + 0x1p-9));
+          squares += token * token;
+          errors += apart * apart;
+        }
       }
     }
+    CHECK(std::sqrt(errors / squares) <= (halves ? 2e-5 : 1e-2));
   }
 }

@@ -64,6 +64,8 @@ const Kernels& amx_kernels() noexcept {
     k.name = "amx";
     k.matmul_pairs = kAmx.matmul;
     k.accumulate_pairs = kAmx.accumulate;
+    k.matmul_split = kAmx.matmul_split;
+    k.accumulate_split = kAmx.accumulate_split;
     return k;
   }();
   return table;

@@ -158,8 +158,20 @@ struct Kernels {
                               int64_t lde);
   /// dst [pad(width)] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
   void (*pair_rows)(int64_t width, const float* even, const float* odd, uint32_t* dst);
+  /// dst [width] = src - bf16(src), rounded as round_pairs rounds: what a second half holds.
+  void (*remainder)(int64_t width, const float* src, float* dst);
   /// dst [(width + 1) / 2] = src [width] - shift, rounded; shift may be null: zeros.
   Rounded (*round_pairs)(int64_t width, const float* src, const float* shift, uint32_t* dst);
+
+  // The same of operands in two halves of bfloat16, hi + lo, for nearly float32 results (the bound: amx.h); null where
+  // the ISA does not run three such products faster than one of float32.
+  void (*matmul_split)(int n, int64_t k2, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
+                       const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz, Ahead* ahead);
+  void (*accumulate_split)(int n2, int64_t w, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
+                           const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc);
+  /// As route_weights; mass is the sum of what both halves hold.
+  bool (*route_weights_split)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
+                              uint32_t* e_lo, int64_t lde);
 };
 
 #if defined(__aarch64__)

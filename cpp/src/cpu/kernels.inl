@@ -402,9 +402,27 @@ HISAC_INLINE vh narrow_flushed(vf x) {
 #endif
 }
 
+/// Finite stays finite: the largest floats would round to infinity, and 0 times that is NaN.
+HISAC_INLINE vf within_bfloat16(vf x) {
+  constexpr float kMost = 0x1.fep127f;
+  return smaller(splat(kMost), larger(splat(-kMost), x));
+}
+
 static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
-  for (int64_t d = 0; d < width; d += W)
-    *reinterpret_cast<vu_loose*>(dst + d) = pair_of(load(even + d), odd ? load(odd + d) : vf{});
+  for (int64_t d = 0; d < width; d += W) {
+    const vh low = narrow_flushed(within_bfloat16(load(even + d)));
+    const vh high = narrow_flushed(within_bfloat16(odd ? load(odd + d) : vf{}));
+    *reinterpret_cast<vu_loose*>(dst + d) = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+  }
+}
+
+static void remainder(int64_t width, const float* src, float* dst) {
+  for (int64_t d = 0; d < width; d += W) {
+    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
+    const vf x = within_bfloat16(load_some(src + d, have));
+    const vf rest = x - widen(narrow_flushed(x), DType::bfloat16);
+    __builtin_memcpy(dst + d, &rest, have * 4);
+  }
 }
 
 static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
@@ -454,6 +472,12 @@ HISAC_INLINE vf route_logit(const float* z, const RouteWeights& p, int i, vf nor
   return p.shift[i] - rate * larger(p.row_norm[i] + norm - 2.f * load(z), vf{});
 }
 
+/// Where weights go in pairs of rows; lo null: one half.
+struct PairTarget {
+  uint32_t *hi, *lo;
+  PairTarget operator+(int64_t j) const { return {hi + j, lo ? lo + j : lo}; }
+};
+
 /// Weights of one vector of agents, their sum, and the largest logit.
 template <bool products>
 HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top, float* e,
@@ -468,23 +492,37 @@ HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& 
   }
 }
 
+/// The same in pairs of rows; lo, if wanted, is what rounding left.
 template <bool products>
 HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top,
-                        uint32_t* e, int64_t lde, vf& peak, vf& sum) {
+                        PairTarget e, int64_t lde, vf& peak, vf& sum) {
+  const auto halves = [](vu pair, vf& even, vf& odd) __attribute__((always_inline)) {
+    even = (vf)(pair << 16);
+    odd = (vf)(pair & 0xffff0000u);
+  };
   peak = splat(-kInfinity);
   sum = vf{};
   for (int i = 0; i < n; i += 2) {
-    const vf even = route_logit<products>(z + i * ldz, p, i, norm, rate);
-    const vf odd = i + 1 < n ? route_logit<products>(z + (i + 1) * ldz, p, i + 1, norm, rate) : splat(-kInfinity);
+    vf even = route_logit<products>(z + i * ldz, p, i, norm, rate);
+    vf odd = i + 1 < n ? route_logit<products>(z + (i + 1) * ldz, p, i + 1, norm, rate) : splat(-kInfinity);
     peak = larger(larger(even, odd), peak);
-    const vu w = pair_of(exp2v(even - top), exp2v(odd - top));
-    *reinterpret_cast<vu_loose*>(e + i / 2 * lde) = w;
-    sum += (vf)(w << 16) + (vf)(w & 0xffff0000u);
+    even = exp2v(even - top);
+    odd = exp2v(odd - top);
+    const vu hi = pair_of(even, odd);
+    *reinterpret_cast<vu_loose*>(e.hi + i / 2 * lde) = hi;
+    vf high_even, high_odd;
+    halves(hi, high_even, high_odd);
+    sum += high_even + high_odd;
+    if (!e.lo) continue;
+    const vu lo = pair_of(even - high_even, odd - high_odd);
+    *reinterpret_cast<vu_loose*>(e.lo + i / 2 * lde) = lo;
+    halves(lo, even, odd);
+    sum += even + odd;
   }
 }
 
 template <bool products, class T>
-HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, T* e,
+HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, T e,
                                    int64_t lde) {
   constexpr float kRise = 12;
   bool changed = false;
@@ -518,10 +556,16 @@ static bool route_weights(int n, int64_t m, const float* z, int64_t ldz, const R
 }
 
 #if defined(HISAC_PAIRS)
-static bool route_weights_pairs(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
-                                int64_t lde) {
+static bool route_weights_split(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
+                                uint32_t* e_lo, int64_t lde) {
+  const PairTarget e{e_hi, e_lo};
   return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
                     : route_weights_of<false>(n, m, z, ldz, p, e, lde);
+}
+
+static bool route_weights_pairs(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
+                                int64_t lde) {
+  return route_weights_split(n, m, z, ldz, p, e, nullptr, lde);
 }
 #endif
 
@@ -625,6 +669,8 @@ constexpr decltype(Kernels::pack_pairs) pack_pairs = nullptr;
 constexpr decltype(Kernels::accumulate_pairs) accumulate_pairs = nullptr;
 constexpr decltype(Kernels::route_weights_pairs) route_weights_pairs = nullptr;
 constexpr decltype(Kernels::pair_rows) pair_rows = nullptr;
+constexpr decltype(Kernels::remainder) remainder = nullptr;
+constexpr decltype(Kernels::route_weights_split) route_weights_split = nullptr;
 constexpr decltype(Kernels::round_pairs) round_pairs = nullptr;
 #endif
 
@@ -635,6 +681,6 @@ const Kernels HISAC_ISA_TABLE = {
     load_int8,       store_row,      transpose,   add_row,          distance_logits,     row_lse,
     route_weights,   route_gradient, row_softmax, row_weights,      attend_gradient,     screen,
     square_distance, matmul_pairs,   pack_pairs,  accumulate_pairs, route_weights_pairs, pair_rows,
-    round_pairs};
+    remainder,       round_pairs,    nullptr,     nullptr,          route_weights_split};
 
 }  // namespace hisac::cpu
