@@ -2,90 +2,26 @@
 // Small shapes and hostile floats through every verb, in exact-size memory, under every instruction set that this
 // processor has. No crash; encode and vote equal the definition; one worker, two and seven give the same bits; integers
 // and codebooks are the same for all sets; and where inputs are tame, nothing is NaN and the sets agree (tolerance.h).
+#include <cfloat>
+#include <cmath>
+
 #include "cpu/kernels.h"
 #include "definition.h"
 #include "fuzz.h"
+#include "fuzz_outputs.h"
 #include "tolerance.h"
 
 using namespace hisac;
 using fuzz::Bytes;
+using fuzz::each_crew;
+using fuzz::ledger;
+using fuzz::Output;
 using fuzz::Typed;
 using test::Guarded;
 
 namespace {
 
-constexpr int kCrews[] = {1, 2, 7};
 constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
-
-/// Runs a verb with every crew, each in a workspace of exactly its size.
-template <class Size, class Verb>
-void each_crew(Size size, Verb verb) {
-  for (int crew = 0; crew < 3; ++crew) {
-    test::Backwards manner{kCrews[crew], 1};
-    const Executor executor = manner.executor();
-    test::Workspace workspace(size(kCrews[crew]));
-    const Status status = verb(Context{workspace.array(), crew ? &executor : nullptr}, crew);
-    if (!status.ok()) std::fprintf(stderr, "%s\n", status.what());
-    CHECK(status.ok());
-    CHECK(workspace.intact());
-  }
-}
-
-/// What the first instruction set made of this input, in order; each later one is held against it.
-class Ledger {
- public:
-  void turn(bool first) {
-    first_ = first;
-    at_ = 0;
-  }
-  bool first() const { return first_; }
-  const std::byte* enter(const void* data, size_t bytes) {
-    const std::byte* const p = static_cast<const std::byte*>(data);
-    if (first_) kept_.emplace_back(p, p + bytes).push_back({});  // never empty: memcmp takes no null
-    CHECK(at_ < kept_.size() && kept_[at_].size() == bytes + 1);
-    return kept_[at_++].data();
-  }
-
- private:
-  bool first_ = true;
-  size_t at_ = 0;
-  std::vector<std::vector<std::byte>> kept_;
-} ledger;
-
-/// An output of every crew.
-template <class T>
-struct Output {
-  explicit Output(int64_t n, DType t = DType::float32) : type(t), crew{Guarded<T>(n), Guarded<T>(n), Guarded<T>(n)} {}
-  T* operator[](int i) { return crew[i].data(); }
-
-  /// The first instruction set's, once every crew's is known to be the same.
-  T* settled() {
-    const size_t bytes = test::size(crew[0].count()) * sizeof(T);
-    for (Guarded<T>& c : crew) CHECK(c.intact() && std::memcmp(c.data(), crew[0].data(), bytes) == 0);
-    if (!first) first = const_cast<std::byte*>(ledger.enter(crew[0].data(), bytes));
-    return reinterpret_cast<T*>(first);
-  }
-  void equal() { CHECK(std::memcmp(settled(), crew[0].data(), test::size(crew[0].count()) * sizeof(T)) == 0); }
-  void agree(bool tame, double tolerance) {
-    settled();
-    const size_t width = type == DType::float32 ? 4 : 2, n = test::size(crew[0].count()) * sizeof(T) / width;
-    for (size_t i = 0; tame && i < n; ++i) {
-      const float a = fuzz::decode(first + i * width, type);
-      const float b = fuzz::decode(reinterpret_cast<const std::byte*>(crew[0].data()) + i * width, type);
-      CHECK(!std::isnan(b));
-      if (a == b || !(tolerance < 1e30)) continue;
-      const double apart = std::fabs(double(a) - double(b));
-      if (!(apart <= tolerance))
-        std::fprintf(stderr, "%s: %.9g, %.9g: apart by more than %.3g\n", active_isa(), double(a), double(b),
-                     tolerance);
-      CHECK(apart <= tolerance);
-    }
-  }
-
-  DType type;
-  Guarded<T> crew[3];
-  std::byte* first = nullptr;
-};
 
 double largest(const std::vector<float>& values) {
   double out = 0;
@@ -239,6 +175,34 @@ struct Gathered {
   }
 };
 
+void sum_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t longest) {
+  const int64_t n = in.histories.users, width = c.book.width(), value_width = in.v.width;
+  int64_t rows = 0;
+  for (size_t b = 0; b < u.starts.size(); ++b) rows += u.ends[b] - u.starts[b];
+  Output<float> x(rows * width), v(rows * value_width), bias(rows), spread(rows);
+  Output<int64_t> offsets(n + 1);
+  Output<int32_t> codes(rows * c.levels);
+  each_crew([&](int workers) { return leaf_sums_workspace(in, longest, workers); },
+            [&](const Context& context, int crew) {
+              return leaf_sums(context, in,
+                               {{x[crew], {rows, width}},
+                                {v[crew], {rows, value_width}},
+                                {offsets[crew], {n + 1}},
+                                {bias[crew], {rows}},
+                                {spread[crew], {rows}},
+                                {codes[crew], {rows, c.levels}}});
+            });
+  for (Output<float>* a : {&x, &v, &bias, &spread}) a->settled();
+  offsets.equal();
+  codes.equal();
+  for (int64_t b = 0; b < n; ++b)
+    for (int64_t g = offsets[0][b]; g < offsets[0][b + 1]; ++g) {
+      CHECK(std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX);
+      for (int64_t d = 0; d < width; ++d) CHECK(std::isfinite(x[0][g * width + d]));
+      CHECK(g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels));
+    }
+}
+
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const int64_t width = c.book.width(), value_width = in.flag() ? in.between(1, 5) : in.between(1, 40);
   const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
@@ -252,6 +216,10 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
   Guarded<float> scale(scales);
   Guarded<float> p(ps), bias(in.values(c.rows, hostile));
+  std::vector<float> spreads = in.values(c.rows, hostile);
+  for (float& t : spreads)
+    if (!hostile) t = std::fabs(t);
+  Guarded<float> spread(spreads);
   std::vector<float> taus = in.values(in.flag() ? 1 : agents, hostile);
   for (float& t : taus)
     if (!hostile) t = std::fabs(t) + 1;
@@ -272,6 +240,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
+  if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
   if (params.method == Method::leaf || without_x || in.flag()) {
     inputs.codes = {codes.data(), {c.rows, c.levels}};
@@ -284,6 +253,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   }
   int64_t longest = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
+  if (inputs.codes) sum_some(inputs, c, u, longest);
 
   const int64_t m = agents + (params.missing == Missing::token), bytes = type == DType::float32 ? 4 : 2;
   const auto d = in.values(n * m * value_width, hostile), dl = in.values(n * m, hostile);
@@ -296,6 +266,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          longest_of(ps.data(), n * agents, width),
                          largest(vs),
                          8,
+                         0,
                          largest(d),
                          largest(dl),
                          double(*std::min_element(taus.begin(), taus.end())),
@@ -306,6 +277,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
   if (int8) bound.x = 127 * std::sqrt(double(width)) * (inputs.x_scale ? largest(scales) : 1);
   if (without_x) bound.x = path;
+  if (inputs.spread) bound.spread = largest(spreads);
   Output<std::byte> tokens(n * m * value_width * bytes, type);
   Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
   each_crew([&](int workers) { return route_workspace(params, inputs, longest, workers); },
