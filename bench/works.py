@@ -21,7 +21,7 @@ from truth import reference
 
 Array = Any
 TAU = 0.1
-NO_OPERATION = ("state/append10", "the variant fp32-grade", "leaf/100k from kept leaf sums")
+NO_OPERATION = ("state/append10", "the variant fp32-grade")
 """Named for later suites; nothing to run yet."""
 
 FLOAT32 = 2e-5  # |out - truth|_F / |truth|_F that counts as float32-grade
@@ -99,7 +99,7 @@ def route(
         mine = [Variant(variant, lambda: partial(call, precision="float32"), error_lse, bound, "hisac")]
         if bf16:
             rounded = Variant(
-                f"{variant} products", lambda: partial(call, precision="bfloat16"), error, peer_bound, "hisac"
+                f"{variant} products", lambda: partial(call, precision="bfloat16"), error_lse, peer_bound, "hisac"
             )
             mine.insert(0, rounded)
         return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (*mine, *found))
@@ -146,7 +146,8 @@ def leaf(
     work: str, ops: ModuleType, threads: int, *, rows: int, agents: int, width: int, sizes: tuple[int, int],
     value: int = 64,
 ) -> Iterator[Case]:  # fmt: skip
-    """method="leaf" from the rows. Peers: the same approximation, and the exact forms it stands in for."""
+    """method="leaf" from the rows, the sums alone, and from kept sums. Peers: the same approximation from rows and from
+    kept means, and the exact forms it stands in for."""
     rng = np.random.default_rng(0)
     centers, codes, x = structured(rng, rows, sizes, width)
     v = rng.standard_normal((rows, value), dtype=np.float32)
@@ -157,7 +158,7 @@ def leaf(
     p = (centers[0][top // sizes[1]] + centers[1][top % sizes[1]])[None].astype(np.float32)
     expected = truth.leaf64(x, v, number, p[0], TAU)
     exact = truth.route64(x, v, offsets, p, TAU, None)
-    flops = 2.0 * rows * (width + value) + 2.0 * len(found) * p.shape[1] * (width + value)
+    adding, routing = 2.0 * rows * (width + value), 2.0 * len(found) * p.shape[1] * (width + value)
 
     def error(result: Array, i: int) -> float:
         return truth.relative(result, expected.tokens)
@@ -169,7 +170,21 @@ def leaf(
         "leaf", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac",
         extra={"error_to_exact": truth.relative(expected.tokens, exact.tokens)},
     )  # fmt: skip
+    sums = ops.leaf_sums(x, v, offsets, codes, book)
+    mean = np.add.reduceat(x[np.argsort(number, kind="stable")].astype(np.float64), np.cumsum(n) - n) / n[:, None]
+
+    def add(i: int) -> Any:
+        return ops.leaf_sums(x, v, offsets, codes, book)
+
+    def kept(i: int) -> Any:
+        return ops.route(*sums[:3], p, temperature=TAU, bias=sums.bias, spread=sums.spread)
+
+    more = (
+        Variant("sums", lambda: add, lambda r, i: truth.relative(r.x, mean), FLOAT32, "hisac", flops=adding),
+        Variant("kept", lambda: kept, lambda r, i: error(r.tokens, i), FLOAT32, "hisac", flops=routing),
+    )
     same = by_role(peers.leaf(x, v, codes, sizes, p, TAU), error, FLOAT32)
+    from_kept = by_role(peers.kept_leaf(x, v, codes, sizes, p, TAU), error, FLOAT32, routing)
     stood_for = by_role(
         peers.route(x, v, offsets, p, None, TAU, False),
         lambda r, i: truth.relative(r, exact.tokens),
@@ -177,7 +192,8 @@ def leaf(
         2.0 * rows * p.shape[1] * (width + value),
     )
     size = f"1 user, T {rows} in {len(found)} leaves, M {p.shape[1]}, D {width}, V {value}"
-    yield Case(work, "float32", size, rows, flops, truth.EXPANDED, (mine, *same, *stood_for))
+    variants = (mine, *more, *same, *from_kept, *stood_for)
+    yield Case(work, "float32", size, rows, adding + routing, truth.EXPANDED, variants)
 
 
 def vote(

@@ -170,13 +170,14 @@ def test_a_scale_that_is_not_finite_or_absurd_makes_absent(scale):
     assert np.isfinite(zeros.lse).any() == np.isfinite(scale)  # 0 times infinity is no row
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 64, 130])
-def test_every_width_of_int8(width):
+def test_every_width_of_int8(width, precision):
     rng = np.random.default_rng(width)
     x, scale = rng.integers(-128, 128, (50, width)).astype(np.int8), rng.uniform(0, 0.02, 50).astype(np.float32)
     ids, v = rng.integers(0, 50, 300), rng.normal(size=(300, 3)).astype(np.float32)
     p = rng.normal(size=(2, 5, width)).astype(np.float32)
-    args = {"offsets": np.array([0, 100, 300]), "prototypes": p, "temperature": 5.0}
+    args = {"offsets": np.array([0, 100, 300]), "prototypes": p, "temperature": 5.0, "precision": precision}
     gathered, dense = (x, v), (x.astype(np.float32)[ids] * scale[ids, None], v)
     assert bits(hisac.route(*gathered, x_ids=ids, x_scale=scale, **args)) == bits(hisac.route(*dense, **args))
 

@@ -19,7 +19,7 @@ except ImportError:
     torch = None
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
-VERBS = ("fit", "encode", "vote", "route", "route_backward", "attend", "attend_backward")
+VERBS = ("fit", "encode", "vote", "leaf_sums", "route", "route_backward", "attend", "attend_backward")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +110,23 @@ def test_encode_scales(scale):
     testing.assert_codes_equal(hisac.Codebook(centers).encode(x), reference.encode(reference.Codebook(centers), x))
 
 
+@pytest.mark.parametrize("width", [9, 128])
+def test_encode_what_a_rough_screen_cannot_tell(width):
+    """A part common to all rows and codewords, one codeword far off, copies in a row, rows of zeros."""
+    rng = np.random.default_rng(width)
+    near = rng.normal(size=(70, width)).astype(np.float32)
+    unit = near / np.linalg.norm(near, axis=1, keepdims=True)
+    x = rng.normal(size=(60, width)).astype(np.float32)
+    for c, rows in (
+        (near + 100, x + 100),
+        (np.concatenate([near, 1e4 * near[:1]]), x),
+        (np.concatenate([near[:5], np.repeat(near[:1], 60, 0), near]), np.concatenate([x, near])),
+        (np.concatenate([unit, np.sign(near)]), np.concatenate([np.zeros((3, width), np.float32), x])),
+        (np.sign(near), np.zeros((3, width), np.float32)),
+    ):
+        testing.assert_codes_equal(hisac.Codebook([c]).encode(rows), reference.encode(reference.Codebook([c]), rows))
+
+
 def test_encode_many_codes():
     rng = np.random.default_rng(2)
     centers = [rng.normal(size=(3000, 5)).astype(np.float32), rng.normal(size=(513, 5)).astype(np.float32)]
@@ -158,6 +175,14 @@ def test_fit_with_dead_codes():
     for seed in range(40):
         x = np.exp(3 * np.random.default_rng(seed).normal(size=(40, 2))).astype(np.float32)
         check_fit(x, (14, 4), iterations=5, seed=seed)
+
+
+@pytest.mark.parametrize(("codes", "scatter"), [((200,), 0.05), ((900,), 0.3), ((120, 60), 1.0)])
+def test_fit_many_rounds(codes, scatter):
+    """Enough codes for several groups of bounds, and enough rounds for the bounds to rule most of them out."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(90, 6))[rng.integers(0, 90, 1500)] + scatter * rng.normal(size=(1500, 6))
+    check_fit(x.astype(np.float32), codes, iterations=15, seed=1)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES)

@@ -61,7 +61,10 @@ def test_versions_agree():
     assert hisac.__version__ == cmake == citation == changes
 
 
-@pytest.mark.parametrize("name", ["codebook", "ops", "torch", "torch_library", "testing", "reference", "bounds", "files"])
+MODULES = ["codebook", "ops", "torch", "torch_library", "testing", "reference", "bounds", "files"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
     failed, _ = doctest.testmod(importlib.import_module(f"hisac.{name}"), optionflags=doctest.ELLIPSIS)
     assert failed == 0

@@ -8,6 +8,7 @@
 // All but the last are at most `error` n_c below. Where a product might overflow, every code survives.
 #include "nearest.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -48,7 +49,9 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
       squares += x * x;
     }
     const double bound = c < size ? std::sqrt(squares) * 1.0001 + floor_of(width) : 0;
-    half[c] = c < size ? static_cast<float>(squares / 2) : INFINITY;
+    const bool copy_of_last =
+        c > 0 && c < size && std::equal(copy + c * width, copy + (c + 1) * width, copy + (c - 1) * width);
+    half[c] = c < size && !copy_of_last ? static_cast<float>(squares / 2) : INFINITY;
     norm[c] = static_cast<float>(bound);
     if (bound > out.largest) out.largest = bound;
     if (k.matmul_pairs && c < size) {
@@ -61,15 +64,6 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
   else
     k.pack_columns(width, size, copy, width, packed);
   return out;
-}
-
-double square_distance(const float* r, const float* c, int64_t width) noexcept {
-  double total = 0;
-  for (int64_t d = 0; d < width; ++d) {
-    const double step = double(r[d]) - double(c[d]);
-    total += step * step;
-  }
-  return total;
 }
 
 void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept {
@@ -109,24 +103,29 @@ bool Bounds::screen(cpu::Rounded sums, cpu::Screen* out) const noexcept {
   return r * c + c * c < 1e37 && level_.width < (1 << 17);
 }
 
-int32_t closest(const Level& level, const float* r, const int32_t* candidates, int64_t count) noexcept {
+int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept {
   const cpu::Kernels& k = cpu::kernels();
   const double near = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
-  int32_t best = candidates[0];
-  double least = k.square_distance(level.width, r, level.centers + best * level.width), exact = -1;
-  for (int64_t j = 1; j < count; ++j) {
-    const float* const c = level.centers + candidates[j] * level.width;
-    const double d = k.square_distance(level.width, r, c);
+  double least = INFINITY;
+  int64_t kept = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const double d = k.square_distance(level.width, r, level.centers + candidates[j] * level.width);
     if (d > least * near) continue;
-    double other = -1;
-    if (d * near >= least) {
-      if (exact < 0) exact = square_distance(r, level.centers + best * level.width, level.width);
-      other = square_distance(r, c, level.width);
-      if (other > exact || (other == exact && candidates[j] > best)) continue;
-    }
-    best = candidates[j];
-    least = d;
-    exact = other;
+    if (d * near < least) kept = 0;
+    if (d < least) least = d;
+    candidates[kept++] = candidates[j];
+  }
+  int32_t best = candidates[0];
+  for (int64_t j = 0; j < kept && kept > 1; j += 4) {
+    const float *const row[4] = {r, r, r, r}, *center[4];
+    double exact[4];
+    for (int64_t i = 0; i < 4; ++i) center[i] = level.centers + candidates[j + i < kept ? j + i : j] * level.width;
+    square_distances(row, center, level.width, exact);
+    for (int64_t i = 0; i < 4 && j + i < kept; ++i)
+      if (j + i == 0 || exact[i] < least || (exact[i] == least && candidates[j + i] < best)) {
+        least = exact[i];
+        best = candidates[j + i];
+      }
   }
   return best;
 }

@@ -14,7 +14,7 @@ struct Level {
   const float* centers = nullptr;  // [C, D]
   const float* packed = nullptr;   // [D, C] in panels; of pairs, [(D + 1) / 2, C]
   const float* mean = nullptr;     // [D]; pairs alone
-  const float* half = nullptr;     // [C] |c|^2 / 2; +inf for padding and for a copy of an earlier center
+  const float* half = nullptr;     // [C] |c|^2 / 2; +inf for padding and for a copy of the center before
   const float* norm = nullptr;     // [C] upper bounds of |c|, 0 for padding
   double largest = 0;              // of the norms
   double rounding = 0;             // an upper bound of |rounded c - c| / norm
@@ -26,9 +26,8 @@ struct Level {
   static Level make(int64_t size, int64_t width, const float* centers, float* memory) noexcept;
 };
 
-/// The definition: sum over d in index order of (r_d - c_d)^2 in float64.
-double square_distance(const float* r, const float* c, int64_t width) noexcept;
-/// The same for four pairs at once, which does not wait for one sum's additions.
+/// The definition: sum over d in index order of (r_d - c_d)^2 in float64; four at once, so that none waits for the
+/// additions of another.
 void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept;
 
 /// What turns a row's sums of squares into its screen.
@@ -43,8 +42,8 @@ class Bounds {
   double floor_, tiny_, product_, second_;
 };
 
-/// The nearest of the candidates, in any order; float64 sums in any order decide unless they nearly tie.
-int32_t closest(const Level& level, const float* r, const int32_t* candidates, int64_t count) noexcept;
+/// The nearest of the candidates, which it overwrites; float64 sums in any order decide unless they nearly tie.
+int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept;
 
 /// products [n, ldz] of rows with the codes from column `first` (where a panel starts) on, `size` of them. Rows are as
 /// `screened` makes them: pairs, or floats where the ISA has no pairs.

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/pack.h"
+#include "leaf_rows.h"
 #include "parallel.h"
 #include "route_rows.h"
 
@@ -28,7 +29,6 @@ struct Worker {
   int64_t user = 0;
   AgentPanel panel;
   Block block;
-  Leaves leaves;
   float* z = nullptr;                      // [kBlock, 48], in agents mode [kBlock, pad(M)]
   float* e = nullptr;                      // [kBlock, 48]
   float *lse = nullptr, *shift = nullptr;  // [kBlock]
@@ -48,7 +48,9 @@ class Router {
         params_(params),
         in_(in),
         out_(out),
-        loader_(params, in, true),
+        rows_(in),
+        leaves_(in, longest, workers),
+        operands_(operands_of(params, true)),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -59,22 +61,22 @@ class Router {
 
   void carve(Arena& arena) noexcept {
     units_.carve(arena, in_.histories.users);
+    if (leaf()) leaf_input_.carve(arena, leaves_, in_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take<Worker>(workers_);
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_, loader_.operands(), loader_.rounds());
-      one.block.carve(arena, width_, value_width_, loader_.operands());
-      if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
+      one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::rounded);
+      one.block.carve(arena, width_, value_width_, operands_);
       one.z = arena.take<float>(cpu::kBlock * std::max(cpu::pad(agents_), cpu::kPanel));
       one.e = arena.take<float>(cpu::kBlock * cpu::kPanel);
       one.lse = arena.take<float>(cpu::kBlock);
       one.shift = arena.take<float>(cpu::kBlock);
       one.factor = arena.take<float>(cpu::kPanel);
       one.rows = arena.take<float>(cpu::kLanes * sums_);
-      one.values.carve(arena, cpu::kBlock / 2 * sums_, loader_.operands());
-      one.weights.carve(arena, cpu::kBlock / 2 * cpu::kPanel, loader_.operands());
-      if (loader_.operands() == Operands::split) one.rests = arena.take<float>(2 * sums_);
+      one.values.carve(arena, cpu::kBlock / 2 * sums_, operands_);
+      one.weights.carve(arena, cpu::kBlock / 2 * cpu::kPanel, operands_);
+      if (operands_ == Operands::split) one.rests = arena.take<float>(2 * sums_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
       if (worker_) worker_[w] = one;
     }
@@ -82,13 +84,19 @@ class Router {
 
   void run() noexcept {
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    units_.plan(in_.histories, nullptr, in_.histories.users, workers_, params_.method == Method::leaf);
     prototypes_ = in_.prototypes.data;
     if (params_.refine) {
       std::copy_n(prototypes_, in_.histories.users * agents_ * width_, out_->refined.data);
       prototypes_ = out_->refined.data;
     }
-    for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
+    const int64_t users = in_.histories.users;
+    if (!leaf()) return rounds(nullptr, users);
+    for (int64_t first = 0, n; first < users; first += n) {
+      const int64_t* const list = leaf_input_.users + first;
+      n = leaves_.fit(list, users - first);
+      leaf_input_.load(context_, leaves_, list, n, &rows_);
+      rounds(list, n);
+    }
   }
 
  private:
@@ -103,6 +111,19 @@ class Router {
       if (states) states[i] = s;
     }
     return states;
+  }
+
+  bool leaf() const noexcept { return params_.method == Method::leaf; }
+
+  /// The tokens of the listed users; null: of 0 .. n - 1.
+  void rounds(const int64_t* users, int64_t n) noexcept {
+    units_.plan(rows_.histories, users, n, workers_);
+    for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
+    if (!leaf() || params_.missing == Missing::drop) return;
+    parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
+      float* const v = worker_[w].block.v;
+      for (int64_t i = begin; i < end; ++i) finish_absent(users[i], leaves_.absent(i, w, v), v, 1.f);
+    });
   }
 
   /// One reading of every history; `refining`: the values are x, and the results new prototypes.
@@ -130,8 +151,8 @@ class Router {
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        loader_, params_, in_.histories, unit, w.leaves, w.block, w.stack, [&](State& s) { reset(s); },
-        [](State& s) { return &s.absent; }, [&](State& s) { block(refining, w, s); },
+        RowLoader(rows_, operands_), rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
+        [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
         [&](State& into, State& from) { merge(into, from, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
@@ -155,8 +176,7 @@ class Router {
       w.shift[i] = row_shift_of(w.block.bias[i], shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     const int64_t value_width = refining ? width_ : value_width_, ldv = cpu::pad(value_width);
     const float* const values = refining ? w.block.x : w.block.v;
-    const Operands operands = loader_.operands();
-    if (operands != Operands::floats) pair_values(w, values, ldv);
+    if (operands_ != Operands::floats) pair_values(w, values, ldv);
     cpu::for_panels(m, [&](int64_t at, int64_t width) {
       if (!shares) products(w, at, width, width);
       const float* const z = shares ? w.z + at : w.z;
@@ -170,7 +190,7 @@ class Router {
                                 w.factor};
       float* const sum = state.sum + at;
       bool changed = false;
-      switch (operands) {
+      switch (operands_) {
         case Operands::floats:
           changed = k_.route_weights(n, width, z, ldz, p, w.e, width);
           break;
@@ -181,7 +201,7 @@ class Router {
           changed = k_.route_weights_split(n, width, z, ldz, p, w.weights.hi, w.weights.lo, width);
       }
       if (changed) scale(sum, value_width, width, w.factor);
-      switch (operands) {
+      switch (operands_) {
         case Operands::floats:
           k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
           break;
@@ -221,7 +241,7 @@ class Router {
     const int64_t k2 = pairs_of(width_), ld2 = cpu::pad(k2);
     const Block& b = w.block;
     const AgentPanel& p = w.panel;
-    switch (loader_.operands()) {
+    switch (operands_) {
       case Operands::floats:
         return k_.matmul(b.n, width_, m, b.x, cpu::pad(width_), p.packed + width_ * at, w.z, ldz, &w.block.ahead);
       case Operands::rounded:
@@ -286,18 +306,25 @@ class Router {
         lse[a] = static_cast<float>((double(s.top[j]) + std::log2(double(s.mass[j]))) * 0.69314718055994531);
       }
     }
-    if (!refining && s.absent.count > 0) {
-      k_.store_row(tokens + agents_ * bytes, in_.v.dtype, value_width_, s.absent.sum,
-                   1.f / static_cast<float>(s.absent.count));
-      lse[agents_] = static_cast<float>(std::log(static_cast<double>(s.absent.count)));
-    }
+    if (!refining && extra) finish_absent(b, s.absent.count, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
+  }
+
+  /// The token of the absent behaviours: scale times v.
+  void finish_absent(int64_t b, int64_t count, const float* v, float scale) const noexcept {
+    if (count == 0) return;
+    const int64_t row = b * (agents_ + 1) + agents_, bytes = value_width_ * bytes_of(in_.v.dtype);
+    k_.store_row(static_cast<std::byte*>(out_->tokens.data) + row * bytes, in_.v.dtype, value_width_, v, scale);
+    out_->lse.data[row] = static_cast<float>(std::log(static_cast<double>(count)));
   }
 
   const Context& context_;
   const RouteParams& params_;
   const RouteInputs& in_;
   const Tokens* out_;
-  RowLoader loader_;
+  RouteInputs rows_;  // what is routed: in_, or its leaf sums
+  LeafSummer leaves_;
+  LeafInput leaf_input_;
+  Operands operands_;
   const cpu::Kernels& k_;
   int64_t agents_, width_, value_width_, longest_, sums_;
   int workers_;

@@ -28,26 +28,19 @@ void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
     if (half) std::fill(half, half + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
 }
 
-void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept {
-  entry = arena.take<Entry>(longest);
-  begin = arena.take<int64_t>(longest + 1);
-  share = arena.take<float>(longest);
-  x = arena.take<float>(width);
-  v = arena.take<float>(value_width);
-  part_x = arena.take<float>(width);
-  part_v = arena.take<float>(value_width);
+Operands operands_of(const RouteParams& params, bool splits) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  if (params.precision == Precision::bfloat16) return k.matmul_pairs ? Operands::rounded : Operands::floats;
+  return splits && k.matmul_split ? Operands::split : Operands::floats;
 }
 
-RowLoader::RowLoader(const RouteParams& params, const RouteInputs& inputs, bool splits) noexcept
+RowLoader::RowLoader(const RouteInputs& inputs, Operands operands) noexcept
     : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_(inputs.x, inputs.x_ids, inputs.x_scale),
       v_(inputs.v, inputs.v_ids),
-      operands_(params.method == Method::leaf ? Operands::floats
-                : params.precision == Precision::bfloat16
-                    ? (k_.matmul_pairs ? Operands::rounded : Operands::floats)
-                    : (splits && k_.matmul_split ? Operands::split : Operands::floats)) {}
+      operands_(operands) {}
 
 bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
   if (!v_.has(row)) return false;
@@ -60,7 +53,24 @@ bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
     }
   }
   if (x_ && !x_.load(row, x, norm)) return false;
-  return below_limit(*norm, x, width_) && std::fabs(bias_of(row)) <= FLT_MAX;  // false for NaN
+  return below_limit(*norm, x, width_) && within_limits(row);
+}
+
+bool RowLoader::within_limits(int64_t row) const noexcept {
+  const float spread = spread_of(row);
+  return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX;  // false for NaN
+}
+
+bool RowLoader::may_be_present(int64_t row) const noexcept {
+  if (!v_.has(row) || (x_ && !x_.has(row))) return false;
+  return within_limits(row) && (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
+}
+
+void RowLoader::prefetch(int64_t row) const noexcept {
+  x_.prefetch(row);
+  v_.prefetch(row);
+  if (in_.codes) __builtin_prefetch(in_.codes.data + row * in_.codes.shape[1]);
+  if (in_.bias) __builtin_prefetch(in_.bias.data + row);
 }
 
 bool RowLoader::load_v(int64_t row, float* v) const noexcept {
@@ -69,10 +79,6 @@ bool RowLoader::load_v(int64_t row, float* v) const noexcept {
 }
 
 bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
-
-bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noexcept {
-  return !load_x(row, block.x, block.norm) && has_value(row, v);
-}
 
 void RowLoader::add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
@@ -94,6 +100,7 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
         k_.round_pairs(width_, block.rest, nullptr, block.pairs.lo + at);
       }
       load_v(row, block.v + n * ldv);
+      block.norm[n] += spread_of(row);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
     } else {
@@ -104,60 +111,6 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   block.ahead.clear();
   for (const RowSource* rows : {&x_, &v_})
     rows->look_ahead(end, std::min(end + cpu::kBlock, in_.behaviours()), block.ahead);
-}
-
-void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {
-  for (int64_t row = begin; absent && absent->sum && row < end; ++row)
-    if (!load_x(row, block.x, block.norm)) add_if_wanted(row, v, absent);
-}
-
-void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves) const noexcept {
-  int64_t n = 0;
-  float norm = 0;
-  for (int64_t row = begin; row < end; ++row)
-    if (load_x(row, leaves.x, &norm))
-      leaves.entry[n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
-  std::sort(leaves.entry, leaves.entry + n);
-  leaves.count = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (i == 0 || leaves.entry[i].leaf != leaves.entry[i - 1].leaf) leaves.begin[leaves.count++] = i;
-  leaves.begin[leaves.count] = n;
-}
-
-/// W = sum e^bias, mean x and v under e^bias / W, norm = mean |x|^2 = |mean x|^2 + spread, bias = log W. Sums of 128
-/// rows join a total, so that a leaf of many rows loses no digits.
-void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& block) const noexcept {
-  constexpr int64_t kPart = 128;
-  const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
-  block.n = static_cast<int>(end - begin);
-  for (int64_t g = begin; g < end; ++g) {
-    const int64_t first = leaves.begin[g], last = leaves.begin[g + 1], i = g - begin;
-    float *const x = block.x + i * ldx, *const v = block.v + i * ldv;
-    float top = -INFINITY;
-    double mass = 0, norms = 0;
-    for (int64_t e = first; e < last; ++e) top = std::max(top, bias_of(leaves.entry[e].row));
-    for (int64_t e = first; e < last; ++e) mass += leaves.share[e] = std::exp(bias_of(leaves.entry[e].row) - top);
-    for (int64_t e = first; e < last; ++e) leaves.share[e] = static_cast<float>(leaves.share[e] / mass);
-    std::fill(x, x + width_, 0.f);
-    std::fill(v, v + in_.v.width, 0.f);
-    for (int64_t e = first; e < last; e += kPart) {
-      std::fill(leaves.part_x, leaves.part_x + width_, 0.f);
-      std::fill(leaves.part_v, leaves.part_v + in_.v.width, 0.f);
-      for (int64_t j = e; j < std::min(e + kPart, last); ++j) {
-        float norm = 0;
-        load_x(leaves.entry[j].row, leaves.x, &norm);
-        load_v(leaves.entry[j].row, leaves.v);
-        norms += double(leaves.share[j]) * norm;
-        k_.add_row(width_, leaves.x, leaves.share[j], leaves.part_x);
-        k_.add_row(in_.v.width, leaves.v, leaves.share[j], leaves.part_v);
-      }
-      k_.add_row(width_, leaves.part_x, 1.f, x);
-      k_.add_row(in_.v.width, leaves.part_v, 1.f, v);
-    }
-    block.norm[i] = static_cast<float>(norms);
-    block.bias[i] = static_cast<float>(top + std::log(mass));
-    block.row[i] = g;
-  }
 }
 
 void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool rounds) noexcept {
@@ -258,6 +211,7 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
     return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
                          verb, p[1], params.temperature ? temperatures : 0);
   if (in.count) HISAC_TRY(check_length(verb, "count", p[0], in.count.shape[0]));
+  if (in.spread) HISAC_TRY(check_length(verb, "spread", rows, in.spread.shape[0]));
   if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);

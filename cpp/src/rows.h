@@ -20,6 +20,15 @@ class RowSource {
   /// out [width] = the row of behaviour t and *norm its sum of squares; false where there is none.
   bool load(int64_t t, float* out, float* norm) const noexcept;
 
+  /// Asks for the row of behaviour t ahead of its use. Inlined always: GCC drops a call that has no result and only
+  /// prefetches.
+  __attribute__((always_inline)) void prefetch(int64_t t) const noexcept {
+    if (!data_ || !has(t)) return;
+    const std::byte* const row = data_ + row_of(t) * bytes_;
+    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i);
+    __builtin_prefetch(row + bytes_ - 1);  // rows need not begin with a cache line
+  }
+
   /// Adds the rows of behaviours [begin, end) to what is to be fetched; at most a span each.
   void look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept;
 

@@ -25,7 +25,7 @@ void Tracker::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) 
   screened = arena.take<uint32_t>(kPart * screened_width(width));
   tile = arena.take<uint32_t>(NearestScratch::rows * screened_width(width));
   scores = arena.take<float>(NearestScratch::rows * cpu::pad(largest_size));
-  survivors = arena.take<int32_t>(largest_size + 1);
+  survivors = arena.take<int32_t>(2 * (largest_size + 1));
 }
 
 void Tracker::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
@@ -58,7 +58,8 @@ void Tracker::move(const Level& level, const float* fresh) noexcept {
     group_drift_[g] = 0;
     for (int64_t c = first_[g]; c < first_[g + 1]; ++c) {
       drift_[c] = distance_up(k.square_distance(level.width, level.centers + c * level.width, fresh + c * level.width));
-      group_drift_[g] = std::max(group_drift_[g], drift_[c]);
+      // a copy of another was never looked at
+      group_drift_[g] = std::max(group_drift_[g], std::isinf(level.half[c]) ? INFINITY : drift_[c]);
     }
   }
 }
@@ -74,30 +75,35 @@ void Tracker::look(const Level& level, const float* r, int64_t begin, int64_t en
   const int64_t width = level.width, row_width = screened_width(width);
   const Bounds bounds(level);
   const double some = 1 - static_cast<double>(width + 8) * 0x1p-24, tiny = static_cast<double>(width) * 0x1p-120;
+  int open[kPart], rows = 0;  // rows with a group that their bounds do not rule out
   for (int64_t i = begin; i < end; ++i) {
     Row& row = s.row[i - begin];
     float* const lower = lower_ + i * kGroups;
-    const float* const x = r + i * width;
     row.best = near[i];
-    row.groups = 0;
-    if (row.best >= 0) {
-      float upper = (upper_[i] + drift_[row.best]) * kUp;
-      for (int g = 0; g < groups_; ++g) {
-        lower[g] = (lower[g] - group_drift_[g]) * kDown;
-        row.groups |= static_cast<uint32_t>(!(lower[g] > upper)) << g;
-      }
-      if (row.groups) {
-        row.distance = k.square_distance(width, x, level.centers + row.best * width);
-        upper = distance_up(row.distance);
-        for (int g = 0; g < groups_; ++g)
-          if (lower[g] > upper) row.groups &= ~(1u << g);
-      }
-      upper_[i] = upper;
-    } else {
-      row.groups = (1u << groups_) - 1;
+    row.groups = row.best < 0 ? (1u << groups_) - 1 : 0;
+    if (row.best >= 0) upper_[i] = (upper_[i] + drift_[row.best]) * kUp;
+    for (int g = 0; g < groups_ && row.best >= 0; ++g) {
+      lower[g] = (lower[g] - group_drift_[g]) * kDown;
+      row.groups |= static_cast<uint32_t>(!(lower[g] > upper_[i])) << g;
     }
-    if (row.groups == 0) continue;
-    const cpu::Rounded sums = screened(level, x, s.screened + (i - begin) * row_width);
+    open[rows] = static_cast<int>(i - begin);
+    rows += row.groups != 0;
+  }
+  for (int at = 0; at < rows; ++at) {
+    const int64_t i = begin + open[at];
+    Row& row = s.row[open[at]];
+    float* const lower = lower_ + i * kGroups;
+    const float* const x = r + i * width;
+    if (at + 4 < rows)
+      for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(r + (begin + open[at + 4]) * width + d);
+    if (row.best >= 0) {
+      row.distance = k.square_distance(width, x, level.centers + row.best * width);
+      upper_[i] = distance_up(row.distance);
+      for (int g = 0; g < groups_; ++g)
+        if (lower[g] > upper_[i]) row.groups &= ~(1u << g);
+      if (row.groups == 0) continue;
+    }
+    const cpu::Rounded sums = screened(level, x, s.screened + open[at] * row_width);
     row.squares = double(sums.squares) * some - tiny;
     if (bounds.screen(sums, &row.screen)) continue;
     for (int64_t c = 0; c < level.size; ++c) s.survivors[c] = static_cast<int32_t>(c);
@@ -109,19 +115,19 @@ void Tracker::look(const Level& level, const float* r, int64_t begin, int64_t en
   for (int g = 0; g < groups_; ++g) {
     int64_t at[NearestScratch::rows];
     int n = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (s.row[i - begin].groups >> g & 1) {
-        std::copy_n(s.screened + (i - begin) * row_width, row_width, s.tile + n * row_width);
-        at[n++] = i;
+    for (int j = 0; j < rows; ++j) {
+      if (s.row[open[j]].groups >> g & 1) {
+        std::copy_n(s.screened + open[j] * row_width, row_width, s.tile + n * row_width);
+        at[n++] = begin + open[j];
       }
-      if (n == NearestScratch::rows || (n > 0 && i + 1 == end)) {
+      if (n == NearestScratch::rows || (n > 0 && j + 1 == rows)) {
         look_at_group(level, r, g, at, n, begin, s);
         n = 0;
       }
     }
   }
-  for (int64_t i = begin; i < end; ++i)
-    if (s.row[i - begin].groups) upper_[i] = distance_up(s.row[i - begin].distance);
+  for (int j = 0; j < rows; ++j)
+    if (s.row[open[j]].groups) upper_[begin + open[j]] = distance_up(s.row[open[j]].distance);
 }
 
 void Tracker::look_at_group(const Level& level, const float* r, int g, const int64_t* at, int n, int64_t begin,
@@ -155,7 +161,8 @@ void Tracker::look_at_group(const Level& level, const float* r, int g, const int
     int64_t all = found;
     if (row.best >= 0) s.survivors[all++] = row.best;
     const float* const x = r + at[j] * level.width;
-    row.best = closest(level, x, s.survivors, all);
+    std::copy_n(s.survivors, all, s.survivors + all);
+    row.best = closest(level, x, s.survivors + all, all);
     for (int64_t c = 0; c < all; ++c) {
       const int32_t code = s.survivors[c];
       const double d = cpu::kernels().square_distance(level.width, x, level.centers + code * level.width);

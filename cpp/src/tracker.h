@@ -25,7 +25,7 @@ class Tracker {
     uint32_t* screened = nullptr;  // [kPart, screened_width]
     uint32_t* tile = nullptr;      // [rows, screened_width]
     float* scores = nullptr;       // [rows, pad(C)]
-    int32_t* survivors = nullptr;  // [C + 1]
+    int32_t* survivors = nullptr;  // [2 (C + 1)]
     void carve(Arena& arena, int64_t width, int64_t largest_size) noexcept;
   };
 

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kMostParents = 0xffff;  // to be counted densely,
 constexpr int64_t kDenseRows = 2048;      // with at least so many rows,
-constexpr int64_t kCells = 4;             // and at most so many counters a row
+constexpr int64_t kCells = 4;             // and at most so many 32-bit counters a row
 constexpr int64_t kBlock = 256;           // rows located at a time
 constexpr int kLanes = 4;                 // histograms side by side: equal codes in a row would wait for
 constexpr int64_t kLanesParents = 4096;   // each other's store; up to so many parents
@@ -33,18 +33,17 @@ constexpr int64_t kNotCounted = -1;
 
 struct Scratch {
   bool dense = false;
-  int64_t parents_possible = 0, last = 0, cells_possible = 0;
+  int64_t parents_possible = 0, last = 0;
   // dense
   uint64_t* histogram = nullptr;  // [kLanes][parents + 1], the last one for rows that do not vote
   uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
-  uint64_t* cells = nullptr;      // [cells + C_L], the last C_L for parents that are not counted
-  // sorted
-  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
   // both
-  uint64_t *key = nullptr, *spare = nullptr;        // [rows + 1] leaf numbers, then leaves' ranks
-  int64_t* sum = nullptr;                           // [rows + 1] votes before a leaf
-  uint32_t *last_code = nullptr, *owner = nullptr;  // [leaves] last code, place of the parent
-  void* votes = nullptr;                            // [leaves] int32_t, or int64_t where weighted
+  uint64_t* key = nullptr;   // [rows + 1] located rows; sorted: leaf numbers; then leaves' ranks
+  uint64_t* area = nullptr;  // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
+                             // a spare of `key`, and sorted: votes before a leaf
+  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
+  uint32_t *last_code = nullptr, *owner = nullptr;      // [leaves] last code, place of the parent
+  void* votes = nullptr;                                // [leaves] int32_t, or int64_t where weighted
   Parent* parents = nullptr;
   Apportionment apportionment;
 
@@ -57,15 +56,12 @@ struct Scratch {
     dense = parents_possible <= std::min(kMostParents, rows) && rows >= kDenseRows &&
             last <= std::min(kMostParents, kCells * rows);
     const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
-    cells_possible = std::min(kCells * rows, most_parents * last);
     histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
     block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
-    cells = arena.take<uint64_t>(dense ? cells_possible + last : 0);
     key = arena.take<uint64_t>(rows + 1);
-    spare = arena.take<uint64_t>(rows + 1);
+    area = arena.take<uint64_t>(2 * (rows + 1) + (dense ? last : 0));
     weight = arena.take<uint32_t>(rows);
     spare_weight = arena.take<uint32_t>(rows);
-    sum = arena.take<int64_t>(rows + 1);
     last_code = arena.take<uint32_t>(rows + 1);
     owner = arena.take<uint32_t>(rows + 1);
     votes = arena.take<int64_t>(rows + 1);
@@ -94,6 +90,8 @@ class Voter {
               int64_t* out_votes) noexcept {
     rows = std::min(rows, kMostVoters);
     leaves_ = parents_ = 0;
+    key_ = s_.key;
+    spare_ = s_.area;
     const bool dense = s_.dense && rows >= kDenseRows && s_.parents_possible <= rows && last_ <= kCells * rows;
     if (weights) {
       if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
@@ -112,23 +110,24 @@ class Voter {
     const int64_t n =
         levels_ == 2 ? find_leaves<2, weighted>(codes, weights, rows) : find_leaves<0, weighted>(codes, weights, rows);
     if (n == 0) return;
-    radix_sort<weighted>(n, 0, leaves_bits_, s_.key, s_.spare, s_.weight, s_.spare_weight);
-    uint64_t* const key = s_.key;
+    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, s_.weight, s_.spare_weight);
+    uint64_t* const key = key_;
     key[n] = ~key[n - 1];
+    int64_t* const votes_before = reinterpret_cast<int64_t*>(s_.area + n + 1);
     int64_t sum = 0, leaves = 0;
-    s_.sum[0] = 0;
+    votes_before[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
       sum += weighted ? s_.weight[i] : 1;
       const uint64_t leaf = key[i];
       key[leaves] = leaf;
-      s_.sum[leaves + 1] = sum;
+      votes_before[leaves + 1] = sum;
       leaves += key[i + 1] != leaf;
     }
     leaves_ = leaves;
     Count* const votes = static_cast<Count*>(s_.votes);
     uint64_t number = parent_of(key[0]);
     for (int64_t i = 0; i < leaves_; ++i) {
-      votes[i] = static_cast<Count>(s_.sum[i + 1] - s_.sum[i]);
+      votes[i] = static_cast<Count>(votes_before[i + 1] - votes_before[i]);
       s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
       s_.owner[i] = static_cast<uint32_t>(parents_);
       s_.parents[parents_].number = number;
@@ -140,7 +139,7 @@ class Voter {
     for (int64_t p = 0, begin = 0; p < parents_; ++p) {
       Parent& parent = s_.parents[p];
       const int64_t end = parent.begin;
-      parent = {parent.number, begin, s_.sum[end] - s_.sum[begin], end - begin, 0, 0};
+      parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0, 0};
       begin = end;
     }
     s_.apportionment.assign(s_.parents, parents_);
@@ -150,7 +149,7 @@ class Voter {
   template <int L, bool weighted>
   int64_t find_leaves(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     const int levels = L ? L : levels_;
-    uint64_t* const key = s_.key;
+    uint64_t* const key = key_;
     int64_t n = 0;
     for (int64_t i = 0; i < rows; ++i, codes += levels) {
       bool ok = true;
@@ -176,7 +175,7 @@ class Voter {
   bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
     const int64_t none = s_.parents_possible, lanes = s_.lanes(), stride = lanes > 1 ? none + 1 : 0;
-    uint32_t* const row = reinterpret_cast<uint32_t*>(s_.key);  // its parent << 16 | its last code
+    uint32_t* const row = reinterpret_cast<uint32_t*>(key_);  // its parent << 16 | its last code
     const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(s_.weight[i]) : 1; };
     Count* const lane = reinterpret_cast<Count*>(s_.histogram);
     std::fill(lane, lane + (none + 1) * lanes, Count{0});
@@ -196,14 +195,14 @@ class Voter {
           static_cast<uint64_t>(p), kNotCounted, votes, weighted ? last_ : std::min(votes, last_), 0, 0};
       parents_ += votes != 0;
     }
-    Count* const cells = reinterpret_cast<Count*>(s_.cells);
-    const int64_t room = std::min(s_.cells_possible, kCells * rows);
+    Count* const cells = reinterpret_cast<Count*>(s_.area);
+    const int64_t room = kCells * rows * 4 / static_cast<int64_t>(sizeof(Count));
     int64_t used = 0;
-    std::fill(cells + s_.cells_possible, cells + s_.cells_possible + last_, Count{0});
+    std::fill(cells + room, cells + room + last_, Count{0});
     for (int round = 0; parents_; ++round) {
       s_.apportionment.assign(s_.parents, parents_);
       const int64_t before = used;
-      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(s_.cells_possible));
+      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(room));
       for (int64_t p = 0; p < parents_; ++p) {
         Parent& parent = s_.parents[p];
         if (!parent.seats || parent.begin != kNotCounted) continue;
@@ -293,12 +292,12 @@ class Voter {
     const Count* const votes = static_cast<const Count*>(s_.votes);
     int64_t candidates = 0, all_votes = 0;
     for (int64_t i = 0; i < leaves_; ++i) {
-      s_.key[candidates] = rank_word(votes[i], i);
+      key_[candidates] = rank_word(votes[i], i);
       all_votes |= votes[i];
       candidates += votes[i] >= s_.parents[s_.owner[i]].least;
     }
-    sort_ranks(candidates, all_votes, s_.key, s_.spare);
-    const uint64_t* word = s_.key;
+    sort_ranks(candidates, all_votes, key_, spare_);
+    const uint64_t* word = key_;
     for (int64_t kept = 0; kept < total; ++word) {
       const int64_t place = place_of(*word);
       Parent& parent = s_.parents[s_.owner[place]];
@@ -325,6 +324,7 @@ class Voter {
   int64_t last_;
   uint64_t reciprocal_;
   int64_t leaves_ = 0, parents_ = 0;
+  uint64_t *key_ = nullptr, *spare_ = nullptr;
 };
 
 Status check_params(const Codebook& book, const VoteParams& params) noexcept {
@@ -393,10 +393,11 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
   HISAC_TRY(arena.check("vote"));
+  const size_t each = arena.used() / static_cast<size_t>(workers_of(context));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
-    Arena mine(context.workspace);
+    Arena mine({context.workspace.data + static_cast<size_t>(worker) * each, {static_cast<int64_t>(each)}});
     Scratch scratch;
-    for (int w = 0; w <= worker; ++w) scratch.carve(mine, book, params, longest);
+    scratch.carve(mine, book, params, longest);
     Voter voter(book, params, scratch);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = histories.start(b), rows = histories.end(b) - first;

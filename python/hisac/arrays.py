@@ -82,6 +82,11 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Arra
     return sys.modules["torch"].from_numpy(np.empty(shape, dtype))  # 0.7 us; new_empty takes 1.2
 
 
+def copy_of(a: Array) -> Array:
+    """A copy of its own memory."""
+    return a.clone() if is_torch(a) else a.copy()
+
+
 def give(verb: str, name: str, out: Array, like: Array, shape: tuple[int, ...], dtype: str | None = None) -> Array:
     """The caller's `out`, checked, or a fresh result."""
     if out is None:

@@ -16,7 +16,7 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 - precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
   drifted; the relative error of every weight grows by U16, and that of v is U16.
 - `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
-  4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k.
+  4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k. Leaf sums themselves alike.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli.
 
 A bound is infinite where float32 overflows (anything but NaN will do), NaN where a NaN or infinite value went in or
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from . import reference as _reference
-from .results import Array, Attended, AttendGradients, RouteGradients, Tokens
+from .results import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 reference: Any = _reference
 
@@ -38,7 +38,7 @@ U16 = 2.0**-8
 HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
-HISTORY = ("x", "v", "offsets", "prototypes", "count", "temperature", "bias", "codes", "book", "method")
+HISTORY = ("x", "v", "offsets", "prototypes", "count", "temperature", "bias", "spread", "codes", "book", "method")
 
 
 def as_numpy(a: Array) -> Array:
@@ -137,19 +137,28 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
     return mean, np.where(mass[:, None] & bad, np.nan, bound), lse
 
 
+def _largest(h: Any, rows: Array) -> Array:
+    """The largest of each leaf's rows [n] or [n, V], moduli."""
+    most = np.zeros((len(h.x), *rows.shape[1:]))
+    np.maximum.at(most, h.leaf, rows)
+    return most
+
+
+def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
+    """The relative error of each leaf's sums, and how far its rows reach; of single rows: none, and |x|."""
+    skew, reach = np.zeros(len(h.x)), np.sqrt(np.square(raw.x).sum(1) + raw.spread)
+    if h is raw:
+        return skew, reach
+    rounding = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + 4 * U
+    np.add.at(skew, h.leaf, h.share * np.expm1(np.minimum(rounding, 1.0)))
+    return skew + (_steps(len(raw.x)) + 8) * U, _largest(h, reach)
+
+
 class _Logits:
     """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
 
     def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounds: bool) -> None:
-        self.skew = np.zeros(len(h.x))  # relative error of a leaf's sums
-        reach = np.sqrt(np.square(raw.x).sum(1))
-        if h is not raw:
-            rounding = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + 4 * U
-            np.add.at(self.skew, h.leaf, h.share * np.expm1(np.minimum(rounding, 1.0)))
-            self.skew += (_steps(len(raw.x)) + 8) * U
-            longest = np.zeros(len(h.x))
-            np.maximum.at(longest, h.leaf, reach)
-            reach = longest
+        self.skew, reach = _leaf_errors(h, raw)
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
         far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
@@ -174,9 +183,7 @@ class _Logits:
 
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History, History of its single rows)."""
-    full = {"count": None, "temperature": 0.1, "bias": None, "codes": None, "book": None, "method": "exact"} | dict(
-        args
-    )
+    full = dict.fromkeys(HISTORY) | {"temperature": 0.1, "method": "exact"} | dict(args)
     for b, rows, h in reference.histories(*(full[name] for name in HISTORY)):
         plain = [full[name] for name in HISTORY if name not in ("offsets", "method")]
         yield b, rows, h, h if full["method"] == "exact" else reference.History(b, rows, *plain, "exact")
@@ -213,6 +220,23 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
                 bound = _in_type(h.absent_v.mean(0), (_steps(n) + 2) * U * size, dtype)
                 tokens[b, m], lse[b, m] = np.where(n * size > HUGE, np.inf, bound), 4 * U * np.log(n)
     return Tokens(tokens, lse, moved)
+
+
+def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
+    """args: the arguments of `leaf_sums` -> the largest |difference| of x, v, bias and spread; codes are exact."""
+    args = _dense(args)
+    users, book = len(reference.ranges(args["offsets"])), args["book"]
+    width = book.centers[0].shape[1] if args["x"] is None else args["x"].shape[1]
+    empty = np.zeros((0, width)), np.zeros((0, args["v"].shape[1])), np.zeros(0), np.zeros(0)
+    parts = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for *_, h, raw in _users(args | {"prototypes": np.zeros((users, 0, width)), "method": "leaf"}):
+            skew, reach = _leaf_errors(h, raw)
+            x, v = (2 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
+            rest = skew + 4 * U * np.abs(h.bias) + 4 * U, 4 * skew * np.square(reach) + U * h.spread + TINY
+            parts.append((_in_float32(h.x, x), _in_float32(h.v, v), *rest))
+    x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
+    return LeafSums(x, v, np.zeros(users + 1), bias, spread, np.zeros((len(bias), len(book.centers))))
 
 
 def unit_bound(expected: Tokens) -> Tokens:

@@ -24,7 +24,7 @@ from .reference_codebook import first_distinct as first_distinct
 from .reference_codebook import fit as fit
 from .reference_codebook import priorities as priorities
 from .reference_codebook import valid_codes as valid_codes
-from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
+from .results import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 MAX_SEATS = 4096  # most agents a user
 MAX_VOTERS = 2**24 - 1  # a user's later rows do not vote
@@ -162,43 +162,45 @@ def gather(x: Array, v: Array, bias: Array, x_ids: Array, v_ids: Array, x_scale:
 
 
 class History:
-    """One user's rows as `route` sees them: present rows x, v, bias and their spread (0, or a leaf's variance); the
-    agents p and temperatures tau that are present, as indices `agents`; the values of absent rows."""
+    """One user's rows as `route` sees them: present rows x, v, bias and spread, or their leaves'; the agents p and
+    temperatures tau that are present, as indices `agents`; the values of absent rows."""
 
     def __init__(
         self, b: int, rows: slice, x: Array, v: Array, prototypes: Array, count: Array, temperature: Any, bias: Array,
-        codes: Array, book: Any, method: str,
+        spread: Array, codes: Array, book: Any, method: str,
     ) -> None:  # fmt: skip
         m = prototypes.shape[1]
         self.x = float64(book.prototypes(codes[rows]) if x is None else x[rows])
         self.v = float64(v[rows])
-        self.bias = np.zeros(len(self.x)) if bias is None else float64(bias[rows])
+        self.bias, self.spread = (np.zeros(len(self.x)) if a is None else float64(a[rows]) for a in (bias, spread))
         tau = np.broadcast_to(float64(temperature), (m,))
         p = float64(prototypes[b])
         present = m if count is None else min(max(int(count[b]), 0), m)
         with np.errstate(over="ignore", invalid="ignore"):
             ok = (np.square(self.x).sum(1) < ABSENT_NORM) & np.isfinite(self.bias)
             self.agents = np.flatnonzero((np.arange(m) < present) & (np.square(p).sum(1) < ABSENT_NORM) & (tau > 0))
+        ok &= (self.spread >= 0) & (self.spread < np.inf)
         if codes is not None:
             ok &= valid_codes(book, codes[rows])
         self.rows = np.flatnonzero(ok)
         self.absent = np.flatnonzero(~ok & np.isfinite(self.v).all(1))
         self.absent_v = self.v[self.absent]
         self.p, self.tau = p[self.agents], tau[self.agents]
-        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], np.zeros(ok.sum())
+        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], self.spread[ok]
         if method == "leaf":
             self.merge_leaves(book.leaves(codes[rows])[ok])
 
     def merge_leaves(self, leaf: Array) -> None:
-        """Rows of one leaf become one row: W = sum e^bias, its mean x and v, spread = E|x - mean|^2, bias = log W."""
+        """Rows of one leaf become one row: with w = e^bias / W, W their sum, x and v are the means weighted by w,
+        spread = sum w (spread + |x - mean|^2), bias = log W."""
         _, self.leaf = np.unique(leaf, return_inverse=True)
         number = np.arange(self.leaf.max(initial=-1) + 1)
         alone = np.where(number[:, None] == self.leaf, self.bias, -np.inf)
         total, weight = logsumexp(alone, 1), np.exp(log_softmax(alone, 1))
         self.share = weight.sum(0)  # a row's part of its leaf's mass
         mean = weight @ self.x
-        self.spread = np.array([w @ np.square(self.x - mu).sum(1) for w, mu in zip(weight, mean, strict=True)])
-        self.x, self.v, self.bias = mean, weight @ self.v, total
+        far = [w @ (self.spread + np.square(self.x - mu).sum(1)) for w, mu in zip(weight, mean, strict=True)]
+        self.x, self.v, self.bias, self.spread = mean, weight @ self.v, total, np.array(far)
 
     def logits(self, normalize: str) -> tuple[Array, Array]:
         """The logits z [n, m] whose softmax over the n rows gives each agent its weights; and, for the backward, the
@@ -212,32 +214,57 @@ class History:
 
 
 def histories(
-    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, codes: Array,
-    book: Any, method: str,
+    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, spread: Array,
+    codes: Array, book: Any, method: str,
 ) -> Iterator[tuple[int, slice, History]]:  # fmt: skip
     """The users of a batch as (b, rows, History)."""
     if (method == "leaf" or x is None) and codes is None:
         raise ValueError("route: codes are needed when x is not given, and by method='leaf'")
     for b, rows in enumerate(ranges(offsets)):
-        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, codes, book, method)
+        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, spread, codes, book, method)
+
+
+def leaf_sums(
+    x: Array, v: Array, offsets: Any, codes: Array, book: Any, *, bias: Array = None, spread: Array = None,
+    x_ids: Array = None, v_ids: Array = None, x_scale: Any = None,
+) -> LeafSums:  # fmt: skip
+    """The present behaviours of each user, one row a leaf, sorted by leaf: with weights w_i = e^bias_i,
+
+        W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
+        spread = sum w_i (spread_i + |x_i - x|^2) / W
+
+    Arguments as in `route` -> LeafSums. `route` over them is `route` with method="leaf" over the behaviours. Sums add
+    up: those of kept sums and new behaviours, as rows of one user, are the sums of all.
+    """
+    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
+    width, users = book.centers[0].shape[1] if x is None else x.shape[1], len(ranges(offsets))
+    sums = LeafSums(np.zeros((0, width)), np.zeros((0, v.shape[1])), np.zeros(users + 1, np.int64),
+                    np.zeros(0), np.zeros(0), np.zeros((0, len(book.centers)), np.int32))  # fmt: skip
+    agents = np.zeros((users, 0, width))
+    for b, rows, h in histories(x, v, offsets, agents, None, 1, bias, spread, codes, book, "leaf"):
+        sums.offsets[b + 1] = sums.offsets[b] + len(h.x)
+        first = h.rows[np.unique(h.leaf, return_index=True)[1]]
+        found = h.x, h.v, sums.offsets, h.bias, h.spread, np.asarray(codes, np.int32)[rows][first]
+        sums = LeafSums(*(a if a is m else np.concatenate([a, m]) for a, m in zip(sums, found, strict=True)))
+    return sums
 
 
 def route(
     x: Array, v: Array, offsets: Any, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
-    normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None, method: str = "exact",
-    refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Array = None, v_ids: Array = None,
-    x_scale: Any = None,
+    normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None, book: Any = None,
+    method: str = "exact", refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Array = None,
+    v_ids: Array = None, x_scale: Any = None,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
-        d_ai = |x_i - p_a|^2
+        d_ai = |x_i - p_a|^2 + spread_i
         history: u_ai = exp(bias_i - d_ai / tau)
         agents:  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] (None: the prototype of `codes`), v [T, V], offsets [B + 1] or (starts, ends), prototypes [B, M, D],
-    count [B], temperature a number or [1] or [M], bias [T], codes [T, L] with their book -> Tokens.
-    method="leaf": the rows of one leaf act as one row at their mean, farther by their variance (spread).
+    count [B], temperature a number or [1] or [M], bias and spread [T], codes [T, L] with their book -> Tokens.
+    method="leaf": over `leaf_sums`: the rows of one leaf act as one row at their mean, farther by their variance.
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
     x_ids, v_ids [T]: x, v are tables, behaviour i has row ids_i; x_scale, a number or [1] or [rows]: of x in int8.
     precision changes no result here: it is how exact an implementation has to be (`hisac.bounds`).
@@ -247,7 +274,7 @@ def route(
     tokens = np.zeros((users, m + (missing == "token"), v.shape[1]))
     lse = np.full(tokens.shape[:2], -np.inf)
     refined = np.array(prototypes, np.float64)
-    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         for step in range(refine + 1):
             z, _ = h.logits(normalize)
             total = logsumexp(z, 0)
@@ -263,8 +290,8 @@ def route(
 
 def route_backward(
     d_tokens: Array, d_lse: Array, forward: Tokens, x: Array, v: Array, offsets: Any, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None,
-    method: str = "exact", missing: str = "drop", precision: str = "float32", x_ids: Array = None,
+    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None,
+    book: Any = None, method: str = "exact", missing: str = "drop", precision: str = "float32", x_ids: Array = None,
     v_ids: Array = None, x_scale: Any = None, need: Any = ("v", "temperature", "bias"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
@@ -286,7 +313,7 @@ def route_backward(
     m, width = prototypes.shape[1:]
     dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
     dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
-    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         z, s = h.logits(normalize)
         token, total, dt, dl = (
             np.asarray(a)[b, h.agents].astype(np.float64)

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 from . import Codebook, bounds
 from . import reference as _reference
-from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
+from .results import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 reference: Any = _reference
 
@@ -182,6 +182,7 @@ class Problem(_Shown):
     codes: Array
     routed_codes: bool
     bias: Array | None
+    spread: Array | None
     weights: Array | None
     count: Array | None
     temperature: Any
@@ -215,10 +216,15 @@ class Problem(_Shown):
 
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
-        names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "method", "refine")
-        args = {name: getattr(self, name) for name in (*names, "missing", "precision")}
+        names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "spread")
+        args = {name: getattr(self, name) for name in (*names, "method", "refine", "missing", "precision")}
         args |= {name: a for name in ("x_ids", "v_ids", "x_scale") if (a := getattr(self, name)) is not None}
         return args | ({"codes": self.codes, "book": self.book} if self.routed_codes else {})
+
+    def leaf_args(self) -> dict[str, Any]:
+        """The arguments of `leaf_sums`, in NumPy."""
+        names = ("x", "v", "offsets", "codes", "book", "bias", "spread", "x_ids", "v_ids", "x_scale")
+        return {name: getattr(self, name) for name in names}
 
     def backward_args(self, forward: Tokens) -> dict[str, Any]:
         """The arguments of `route_backward`: random gradients of what `route` returned; every one the method has."""
@@ -281,6 +287,9 @@ def problems(
     leaves = rng.integers(0, np.array(book.sizes), (users, agents, book.levels))
     prototypes = scale * (np.asarray(book.prototypes(leaves.astype(np.int32))) + 0.1 * noise(users, agents, book.width))
     bias = None if draw(st.booleans()) else sprinkle(rng, 3 * noise(rows), 0.1, SPECIAL[:3])
+    spread = None
+    if draw(st.integers(0, 3)) == 0:
+        spread = sprinkle(rng, scale * np.abs(noise(rows)), 0.1, np.array([-1, np.nan, np.inf, 0]))
     weights = (
         None if draw(st.booleans()) else sprinkle(rng, rng.exponential(size=rows), 0.1, np.array([0, -1, 99, np.nan]))
     )
@@ -314,6 +323,7 @@ def problems(
         codes=leaf,
         routed_codes=routed_codes,
         bias=None if bias is None else sprinkle(rng, bias, share),
+        spread=spread,
         weights=None if weights is None else sprinkle(rng, weights.astype(np.float32), share),
         count=count,
         temperature=tau,
@@ -449,6 +459,13 @@ def assert_tokens_close(mine: Tokens, expected: Tokens, within: Problem | Tokens
     if within is None:
         within = bounds.unit_bound(expected)
     _assert_fields(mine, expected, within.bound() if isinstance(within, Problem) else within)
+
+
+def assert_leaf_sums_close(mine: LeafSums, expected: LeafSums, bound: LeafSums) -> None:
+    """Offsets and codes equal, sums within the bound from `bounds.leaf_sums_bound`."""
+    assert_codes_equal(mine.offsets, expected.offsets, "offsets")
+    assert_codes_equal(mine.codes, expected.codes, "codes")
+    _assert_fields(mine, expected, bound)
 
 
 def assert_attended_close(mine: Attended, expected: Attended, within: Attention | Attended) -> None:

@@ -69,7 +69,7 @@ def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
 _ROUTE_INPUTS = (
     "Tensor? x, Tensor v, Tensor starts, Tensor ends, Tensor prototypes, Tensor temperature, Tensor? count, "
     "Tensor? bias, Tensor? codes, Tensor? x_ids, Tensor? v_ids, Tensor? x_scale, int? fingerprint, str normalize, "
-    "str method, int refine, str missing, str precision"
+    "str method, int refine, str missing, str precision, Tensor? spread"
 )
 _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
 
@@ -78,8 +78,9 @@ def _route_arguments(inputs: Sequence[Any]) -> Any:
     """(The arguments up to the method, those after `refine`) of the core."""
     x, v, starts, ends, prototypes, temperature, count, bias, codes, *gathered = dense(*inputs[:12])
     fingerprint, normalize, method, _, missing, precision = inputs[12:18]
+    (spread,) = dense(inputs[18])
     book = None if fingerprint is None else book_of(fingerprint)._core
-    first = [x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method]
+    first = [x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes, book, method]
     return first, [missing, precision, *gathered]
 
 
@@ -144,20 +145,21 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
         raise NotImplementedError("route: method='leaf' has gradients for v and temperature only")
     if refine and prototypes:
         raise NotImplementedError("route: refine > 0 has no gradient for prototypes, expected prototypes.detach()")
-    if ctx.needs_input_grad[11]:
-        raise NotImplementedError("route: x_scale has no gradient, expected x_scale.detach()")
+    for name, at in (("x_scale", 11), ("spread", 18)):
+        if ctx.needs_input_grad[at]:
+            raise NotImplementedError(f"route: {name} has no gradient, expected {name}.detach()")
     ctx.mark_non_differentiable(refined)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:12])
-    ctx.options, ctx.sparse = inputs[12:18], inputs[18]
+    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:12], inputs[18])
+    ctx.options, ctx.sparse = inputs[12:18], inputs[19]
     ctx.book = None if fingerprint is None else book_of(fingerprint)  # alive until the backward
 
 
 def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    tokens, lse, *tensors = ctx.saved_tensors
+    tokens, lse, *tensors, spread = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
     d_tokens = torch.zeros_like(tokens) if d_tokens is None else d_tokens
-    grads = list(torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options))
+    grads = list(torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options, spread))
     for at, table, ids in ((0, tensors[1], tensors[10]), (3, tensors[0], tensors[9])):
         if need[at] and ids is not None:
             grads[at] = table_gradient(grads[at], ids, table.shape[0], ctx.sparse)
@@ -268,17 +270,17 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
 def route(
     x: Tensor | None, v: Tensor, offsets: Offsets, prototypes: Tensor, *, count: Tensor | None = None,
     temperature: float | Tensor = 0.1, normalize: str = "history", bias: Tensor | None = None,
-    codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact", refine: int = 0,
-    missing: str = "drop", precision: str = "float32", x_ids: Tensor | None = None, v_ids: Tensor | None = None,
-    x_scale: float | Tensor | None = None, sparse: bool = False,
+    spread: Tensor | None = None, codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact",
+    refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Tensor | None = None,
+    v_ids: Tensor | None = None, x_scale: float | Tensor | None = None, sparse: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
 
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] (None: codes and book), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, prototypes
-    [B, M, D], count [B], temperature a number, [1] or [M], bias [T], codes [T, L] -> Tokens. Refined prototypes are
-    constants of the backward; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    [B, M, D], count [B], temperature a number, [1] or [M], bias, spread [T], codes [T, L] -> Tokens. spread and refined
+    prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
     precision="bfloat16" lets products round to bfloat16 where that is faster.
 
     x_ids and v_ids [T] (or jagged, then without offsets too) make x and v tables, as the weight of an `nn.Embedding`:
@@ -292,17 +294,17 @@ def route(
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
     starts, ends = _spans("route", offsets, v if v_ids is None else v_ids)
-    x, v, bias, codes, x_ids, v_ids = _rows("route", x, v, bias, codes, x_ids, v_ids)
+    x, v, bias, spread, codes, x_ids, v_ids = _rows("route", x, v, bias, spread, codes, x_ids, v_ids)
     tau = _tau(temperature, v.device)
     if x_scale is not None:
         x_scale = x_scale.float() if isinstance(x_scale, Tensor) else tau.new_full((1,), x_scale)
     if sparse and torch.compiler.is_compiling():
         raise NotImplementedError("route: sparse gradients are not for torch.compile, expected sparse=False")
-    _reverse_mode_only("route", x, v, prototypes, tau, bias)
+    _reverse_mode_only("route", x, v, prototypes, tau, bias, spread)
     tokens, lse, refined = torch.ops.hisac.route(
         x, v, starts, ends, prototypes, tau, count, None if bias is None else bias.float(), codes,
         x_ids, v_ids, x_scale, None if book is None else register(book), normalize, method, refine, missing,
-        precision, sparse,
+        precision, None if spread is None else spread.float(), sparse,
     )  # fmt: skip
     return Tokens(tokens, lse, refined if refine else prototypes)
 

@@ -35,7 +35,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
   const auto x = uniform(random, kRows * kWidth), v = uniform(random, kRows * kWidth), bias = uniform(random, kRows);
   const std::vector<int64_t> offsets{0, 4600, kRows};
   const std::vector<float> temperature{1};
-  std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers);
+  std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers), sum_codes(kRows * 2);
   std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows);
   std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * (kSeats + 1) * kWidth),
       lse(kUsers * (kSeats + 1)), refined(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth),
@@ -105,6 +105,16 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                              {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
                               {lse.data(), {kUsers, kTokens}},
                               {refined.data(), {kUsers, kSeats, kWidth}}});
+              });
+        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(in, kRows, workers); }),
+              [&](const Context& c) {
+                return leaf_sums(c, in,
+                                 {{dx.data(), {kRows, kWidth}},
+                                  {dv.data(), {kRows, kWidth}},
+                                  {leaf.data(), {kUsers + 1}},
+                                  {dbias.data(), {kRows}},
+                                  {out_lse.data(), {kRows}},
+                                  {sum_codes.data(), {kRows, 2}}});
               });
         params.refine = 0;
         RouteGradients gradients{{dv.data(), {kRows, kWidth}}, {dtau.data(), {1}}, {}, {}, {}};

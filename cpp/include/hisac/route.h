@@ -13,16 +13,17 @@ enum class Missing : int32_t { drop, token };
 /// that faster; sums are float32 always.
 enum class Precision : int32_t { float32, bfloat16 };
 
-/// d_ai = |x_i - p_a|^2
+/// d_ai = |x_i - p_a|^2 + spread_i
 ///   history: u_ai = exp(bias_i - d_ai / tau)
 ///   agents:  u_ai = exp(bias_i) softmax over present agents a of (-d_ai / tau)
 ///   token_a = sum_i u_ai v_i / sum_i u_ai,   lse_a = log sum_i u_ai;   an empty sum: a zero token, lse -inf
 /// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is
-/// absent where its codes are out of range, |x|^2 is not below 2^100, its bias is NaN or infinite, or an id of its x or
-/// v is outside the table; without a row of v it is not counted by Missing::token either.
+/// absent where its codes are out of range, |x|^2 is not below 2^100, its bias is NaN or infinite, its spread is not in
+/// [0, FLT_MAX], or an id of its x or v is outside the table; without a row of v it is not counted by Missing::token
+/// either.
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;    // leaf: rows of one leaf act as one at their mean, farther by their variance
+  Method method = Method::exact;    // leaf: over the behaviours' leaf sums (below)
   Missing missing = Missing::drop;  // token: one more token, the mean v and log count of the absent behaviours
   Precision precision = Precision::float32;
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
@@ -40,6 +41,7 @@ struct RouteInputs {
   const Codebook* book = nullptr;    // goes with codes
   Ids x_ids{}, v_ids{};              // [T], null: behaviour t has row t
   Array<const float, 1> x_scale{};   // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
+  Array<const float, 1> spread{};    // [T], null: 0
 
   int64_t behaviours() const noexcept { return v_ids ? v_ids.size : v.rows; }  // T
 };
@@ -55,6 +57,24 @@ struct Tokens {
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 /// longest: the longest history of the batch (T will do).
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers) noexcept;
+
+/// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
+///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
+///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
+/// As inputs of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of kept
+/// sums and new behaviours, as the rows of one user, are the sums of all.
+struct LeafSums {
+  Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
+  Array<float, 2> v;          // [S, V]
+  Array<int64_t, 1> offsets;  // [B + 1]
+  Array<float, 1> bias;       // [S]
+  Array<float, 1> spread;     // [S]
+  Array<int32_t, 2> codes;    // [S, L]
+};
+
+/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
+Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
+size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers) noexcept;
 
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
 /// refine), held constant.

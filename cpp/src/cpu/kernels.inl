@@ -17,8 +17,6 @@ typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_ali
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef float vf_half __attribute__((vector_size(W * 2), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
-typedef int8_t vb __attribute__((vector_size(W)));
-typedef int8_t vb_loose __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define HISAC_INLINE static inline __attribute__((always_inline))
 
@@ -348,23 +346,10 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   return sum_of(squares);
 }
 
-static float load_int8(const int8_t* src, float scale, int64_t width, float* dst) {
-  vf squares = {};
-  int64_t d = 0;
-  for (; d + W <= width; d += W) {
-    const vf x = scale * __builtin_convertvector(*reinterpret_cast<const vb_loose*>(src + d), vf);
-    store(dst + d, x);
-    squares += x * x;
-  }
-  if (d < width) {
-    const size_t rest = static_cast<size_t>(width - d);
-    vb raw = {};
-    __builtin_memcpy(&raw, src + d, rest);
-    const vf x = scale * __builtin_convertvector(raw, vf);
-    __builtin_memcpy(dst + d, &x, rest * 4);
-    squares += x * x;
-  }
-  return sum_of(squares);
+/// A plain loop: vectors of int8 GCC widens lane by lane.
+static float load_int8(const int8_t* __restrict src, float scale, int64_t width, float* __restrict dst) {
+  for (int64_t d = 0; d < width; ++d) dst[d] = scale * static_cast<float>(src[d]);
+  return load_row(dst, DType::float32, width, dst);
 }
 
 static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
