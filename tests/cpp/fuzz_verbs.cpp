@@ -10,87 +10,20 @@
 #include "cpu/kernels.h"
 #include "definition.h"
 #include "fuzz.h"
+#include "fuzz_outputs.h"
 #include "tolerance.h"
 
 using namespace hisac;
 using fuzz::Bytes;
+using fuzz::each_crew;
+using fuzz::ledger;
+using fuzz::Output;
 using fuzz::Typed;
 using test::Guarded;
 
 namespace {
 
-constexpr int kCrews[] = {1, 2, 7};
 constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
-
-/// Runs a verb with every crew, each in a workspace of exactly its size.
-template <class Size, class Verb>
-void each_crew(Size size, Verb verb) {
-  for (int crew = 0; crew < 3; ++crew) {
-    test::Backwards manner{kCrews[crew], 1};
-    const Executor executor = manner.executor();
-    test::Workspace workspace(size(kCrews[crew]));
-    const Status status = verb(Context{workspace.array(), crew ? &executor : nullptr}, crew);
-    if (!status.ok()) std::fprintf(stderr, "%s\n", status.what());
-    CHECK(status.ok());
-    CHECK(workspace.intact());
-  }
-}
-
-/// What the first instruction set made of this input, in order; each later one is held against it.
-class Ledger {
- public:
-  void turn(bool first) {
-    first_ = first;
-    at_ = 0;
-  }
-  bool first() const { return first_; }
-  const std::byte* enter(const void* data, size_t bytes) {
-    const std::byte* const p = static_cast<const std::byte*>(data);
-    if (first_) kept_.emplace_back(p, p + bytes).push_back({});  // never empty: memcmp takes no null
-    CHECK(at_ < kept_.size() && kept_[at_].size() == bytes + 1);
-    return kept_[at_++].data();
-  }
-
- private:
-  bool first_ = true;
-  size_t at_ = 0;
-  std::vector<std::vector<std::byte>> kept_;
-} ledger;
-
-/// An output of every crew.
-template <class T>
-struct Output {
-  explicit Output(int64_t n, DType t = DType::float32) : type(t), crew{Guarded<T>(n), Guarded<T>(n), Guarded<T>(n)} {}
-  T* operator[](int i) { return crew[i].data(); }
-
-  /// The first instruction set's, once every crew's is known to be the same.
-  T* settled() {
-    const size_t bytes = test::size(crew[0].count()) * sizeof(T);
-    for (Guarded<T>& c : crew) CHECK(c.intact() && std::memcmp(c.data(), crew[0].data(), bytes) == 0);
-    if (!first) first = const_cast<std::byte*>(ledger.enter(crew[0].data(), bytes));
-    return reinterpret_cast<T*>(first);
-  }
-  void equal() { CHECK(std::memcmp(settled(), crew[0].data(), test::size(crew[0].count()) * sizeof(T)) == 0); }
-  void agree(bool tame, double tolerance) {
-    settled();
-    const size_t width = type == DType::float32 ? 4 : 2, n = test::size(crew[0].count()) * sizeof(T) / width;
-    for (size_t i = 0; tame && i < n; ++i) {
-      const float a = fuzz::decode(first + i * width, type);
-      const float b = fuzz::decode(reinterpret_cast<const std::byte*>(crew[0].data()) + i * width, type);
-      CHECK(!std::isnan(b));
-      if (a == b || !(tolerance < 1e30)) continue;
-      const double apart = std::fabs(double(a) - double(b));
-      if (!(apart <= tolerance))
-        std::fprintf(stderr, "%s: %.9g, %.9g: apart by more than %.3g\n", active_isa(), double(a), double(b),
-                     tolerance);
-      CHECK(apart <= tolerance);
-    }
-  }
-
-  DType type;
-  Guarded<T> crew[3];
-  std::byte* first = nullptr;
-};
 
 double largest(const std::vector<float>& values) {
   double out = 0;
@@ -252,40 +185,24 @@ void leaf_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t lo
   Output<int64_t> offsets(n + 1);
   Output<int32_t> codes(rows * c.levels);
   each_crew([&](int workers) { return leaf_sums_workspace(in, longest, workers); },
-            [&](const Context& context, int r) {
+            [&](const Context& context, int crew) {
               return leaf_sums(context, in,
-                               {{x[r], {rows, width}},
-                                {v[r], {rows, value_width}},
-                                {offsets[r], {n + 1}},
-                                {bias[r], {rows}},
-                                {spread[r], {rows}},
-                                {codes[r], {rows, c.levels}}});
+                               {{x[crew], {rows, width}},
+                                {v[crew], {rows, value_width}},
+                                {offsets[crew], {n + 1}},
+                                {bias[crew], {rows}},
+                                {spread[crew], {rows}},
+                                {codes[crew], {rows, c.levels}}});
             });
   for (Output<float>* a : {&x, &v, &bias, &spread}) a->settled();
   offsets.equal();
   codes.equal();
   for (int64_t b = 0; b < n; ++b)
     for (int64_t g = offsets[0][b]; g < offsets[0][b + 1]; ++g) {
-      CHECK((std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX));
+      CHECK(std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX);
       for (int64_t d = 0; d < width; ++d) CHECK(std::isfinite(x[0][g * width + d]));
-      CHECK((g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels)));
+      CHECK(g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels));
     }
-}
-
-void sum_some(Bytes& in, const std::vector<float>& values, int64_t count, int64_t width, bool hostile) {
-  const int64_t groups = in.between(0, 9);
-  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
-  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (count + 1) : INT64_MIN;
-  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
-  Guarded<float> rows(values);
-  Output<float> sums(groups * width);
-  each_crew([](int) { return size_t{0}; },
-            [&](const Context& context, int crew) {
-              return sum_rows(context, {rows.data(), {count, width}}, {order.data(), {order.count()}},
-                              {begin.data(), {groups + 1}}, {sums[crew], {groups, width}});
-            });
-  sums.equal();
-  sums.agree(!hostile, 0);
 }
 
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
@@ -298,7 +215,8 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
   Typed x(x_by_id ? some_x.table : c.x, int8 ? DType::int8 : type, width),
       v(v_by_id ? some_v.table : vs, type, value_width);
-  Guarded<float> scale(in.values(manner & 8 ? 1 : x.rows().rows, hostile));
+  const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
+  Guarded<float> scale(scales);
   Guarded<float> p(ps), bias(in.values(c.rows, hostile));
   std::vector<float> spreads = in.values(c.rows, hostile);
   for (float& t : spreads)
@@ -323,7 +241,6 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (x_by_id) inputs.x_ids = some_x.ids();
   if (v_by_id) inputs.v_ids = some_v.ids();
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
-
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
@@ -343,18 +260,16 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
 
   const int64_t m = agents + (params.missing == Missing::token), bytes = type == DType::float32 ? 4 : 2;
   const auto d = in.values(n * m * value_width, hostile), dl = in.values(n * m, hostile);
-  auto xs = x.values();
-  for (size_t i = 0; inputs.x_scale && i < xs.size(); ++i)
-    xs[i] *= scale.data()[manner & 8 ? 0 : i / test::size(width)];
   tolerance::Route bound{double(longest),
                          double(n),
                          double(agents),
                          double(width),
                          double(value_width),
-                         longest_of(xs.data(), x.rows().rows, width),
+                         longest_of(c.x.data(), c.rows, width),
                          longest_of(ps.data(), n * agents, width),
                          largest(vs),
                          8,
+                         0,
                          largest(d),
                          largest(dl),
                          double(*std::min_element(taus.begin(), taus.end())),
@@ -366,8 +281,9 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          type};
   double path = 0;  // of a code, no prototype is longer
   for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
+  if (int8) bound.x = 127 * std::sqrt(double(width)) * (inputs.x_scale ? largest(scales) : 1);
   if (without_x) bound.x = path;
-  if (inputs.spread) bound.x = std::hypot(bound.x, std::sqrt(largest(spreads)));  // it adds to |x|^2
+  if (inputs.spread) bound.spread = largest(spreads);
   Output<std::byte> tokens(n * m * value_width * bytes, type);
   Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
   each_crew([&](int workers) { return route_workspace(params, inputs, longest, workers); },
@@ -412,7 +328,19 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   dbias.agree(!hostile, bound.d_bias());
   dx.agree(!hostile, bound.d_x());
   dp.agree(!hostile, bound.d_prototypes());
-  sum_some(in, vs, c.rows, value_width, hostile);
+
+  const int64_t groups = in.between(0, 9);
+  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
+  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
+  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
+  Guarded<float> rows(vs);
+  Output<float> sums(groups * value_width);
+  each_crew([](int) { return size_t{0}; },
+            [&](const Context& context, int crew) {
+              return sum_rows(context, {rows.data(), {c.rows, value_width}}, {order.data(), {order.count()}},
+                              {begin.data(), {groups + 1}}, {sums[crew], {groups, value_width}});
+            });
+  sums.agree(!hostile, 2 * 44 * 44 * largest(vs) * tolerance::kUlp);  // sums of at most 44 rows
 }
 
 void attend_some(Bytes& in, bool hostile) {

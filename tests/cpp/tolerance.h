@@ -27,18 +27,19 @@ inline double rounding(DType type, double size) {
 struct Route {
   double rows, users, agents, width, value_width;  // sizes; rows: the longest history
   double x, p;                                     // the longest row and prototype
-  double v, bias, d_tokens, d_lse;                 // the largest moduli
+  double v, bias, spread, d_tokens, d_lse;         // the largest moduli
   double tau;                                      // the smallest
   bool shares, leaf;                               // Normalize::agents, Method::leaf
   double coarse;                                   // kRounded, kSplit or 0: of x, prototypes, weights and v
   DType type;
 
   double far() const { return x + std::max(x, p); }
+  double square() const { return far() * far() + spread; }
   double skew() const { return leaf ? (steps(rows) + 16 + 4 * bias + 2 * std::log(rows + 1)) * kUlp : 0; }
   /// Of a weight, as an error of its logit, with prototypes off by `drift`.
   double logit(double drift) const {
     if (coarse > 0) drift += coarse * far() + 2 * std::sqrt(width) * 0x1p-126;
-    const double r = far() * far() / tau;
+    const double r = square() / tau;
     double e = ((width + 14) * kUlp + 4 * skew()) * r + (2 * far() * drift + drift * drift) / tau + skew();
     if (shares) e = 2 * e + (agents + 8 + 6 * r + 4 * std::log(agents + 1)) * kUlp;
     return e + (4 * r + 8 * bias + 2 * std::log(rows + 1) + 16) * kUlp + 2 * coarse;
@@ -56,7 +57,7 @@ struct Route {
     return 2 * (one + rounding(type, v + one));
   }
   double lse(int refine) const {
-    const double e = logit(drift(refine)), size = far() * far() / tau + bias + std::log(rows + 1);
+    const double e = logit(drift(refine)), size = square() / tau + bias + std::log(rows + 1);
     return 2 * (log_sum(std::expm1(e), e) + (steps(rows) + 8 + 2 * size) * kUlp);
   }
 
@@ -73,7 +74,7 @@ struct Route {
   }
   double d_v() const { return 4 * users * (agents + 1) * mass() * d_tokens * f() + 0x1p-100; }
   double d_bias() const { return users * agents * dz(); }
-  double d_temperature() const { return users * agents * dz() * far() * far() / (tau * tau); }
+  double d_temperature() const { return users * agents * dz() * square() / (tau * tau); }
   double d_x() const { return 4 * users * agents * dz() * far() / tau; }
   double d_prototypes() const { return 4 * dz() * far() / tau; }
 };
