@@ -67,9 +67,10 @@ class Bytes {
   const uint8_t *data_, *end_;
 };
 
-/// Any float or half, by its bits.
+/// Any float or half, by its bits; or an int8.
 inline float decode(const std::byte* from, hisac::DType type) {
   uint32_t bits = 0;
+  if (type == hisac::DType::int8) return static_cast<float>(static_cast<int8_t>(*from));
   std::memcpy(&bits, from, type == hisac::DType::float32 ? 4 : 2);
   if (type == hisac::DType::bfloat16) bits <<= 16;
   if (type == hisac::DType::float16) {
@@ -87,7 +88,7 @@ inline float decode(const std::byte* from, hisac::DType type) {
 class Typed {
  public:
   Typed(const std::vector<float>& values, hisac::DType dtype, int64_t width)
-      : dtype_(dtype), width_(width), memory_(static_cast<int64_t>(values.size()) * bytes_of(dtype)) {
+      : dtype_(dtype), width_(width), memory_(static_cast<int64_t>(values.size()) * hisac::bytes_of(dtype)) {
     for (size_t i = 0; i < values.size(); ++i) {
       uint32_t bits;
       std::memcpy(&bits, &values[i], 4);
@@ -101,7 +102,14 @@ class Typed {
         std::memcpy(memory_.data() + i * 2, &half, 2);
     }
   }
-  hisac::Rows rows() { return {memory_.data(), dtype_, memory_.count() / (width_ * bytes_of(dtype_)), width_}; }
+  hisac::Rows rows() { return {memory_.data(), dtype_, memory_.count() / (width_ * hisac::bytes_of(dtype_)), width_}; }
+  /// What the rows stand for, as floats.
+  std::vector<float> values() {
+    std::vector<float> out;
+    for (const std::byte* at = memory_.data(); at < memory_.data() + memory_.count(); at += hisac::bytes_of(dtype_))
+      out.push_back(decode(at, dtype_));
+    return out;
+  }
 
  private:
   static uint16_t to_half(float x) {

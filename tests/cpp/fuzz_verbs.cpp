@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small shapes and hostile floats through every verb, in exact-size memory, under every instruction set that this
-// processor has. No crash; encode and vote equal the definition; one worker, two and seven give the same bits; integers
-// and codebooks are the same for all sets; and where inputs are tame, nothing is NaN and the sets agree (tolerance.h).
+// processor has and on the AMX unit's twin. No crash; encode and vote equal the definition; one worker, two and seven
+// give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is NaN and
+// the sets agree (tolerance.h).
 #include <cfloat>
 #include <cmath>
 
+#include "amx_table.h"
 #include "cpu/kernels.h"
 #include "definition.h"
 #include "fuzz.h"
@@ -175,7 +177,7 @@ struct Gathered {
   }
 };
 
-void sum_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t longest) {
+void leaf_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t longest) {
   const int64_t n = in.histories.users, width = c.book.width(), value_width = in.v.width;
   int64_t rows = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) rows += u.ends[b] - u.starts[b];
@@ -183,24 +185,40 @@ void sum_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t lon
   Output<int64_t> offsets(n + 1);
   Output<int32_t> codes(rows * c.levels);
   each_crew([&](int workers) { return leaf_sums_workspace(in, longest, workers); },
-            [&](const Context& context, int crew) {
+            [&](const Context& context, int r) {
               return leaf_sums(context, in,
-                               {{x[crew], {rows, width}},
-                                {v[crew], {rows, value_width}},
-                                {offsets[crew], {n + 1}},
-                                {bias[crew], {rows}},
-                                {spread[crew], {rows}},
-                                {codes[crew], {rows, c.levels}}});
+                               {{x[r], {rows, width}},
+                                {v[r], {rows, value_width}},
+                                {offsets[r], {n + 1}},
+                                {bias[r], {rows}},
+                                {spread[r], {rows}},
+                                {codes[r], {rows, c.levels}}});
             });
   for (Output<float>* a : {&x, &v, &bias, &spread}) a->settled();
   offsets.equal();
   codes.equal();
   for (int64_t b = 0; b < n; ++b)
     for (int64_t g = offsets[0][b]; g < offsets[0][b + 1]; ++g) {
-      CHECK(std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX);
+      CHECK((std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX));
       for (int64_t d = 0; d < width; ++d) CHECK(std::isfinite(x[0][g * width + d]));
-      CHECK(g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels));
+      CHECK((g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels)));
     }
+}
+
+void sum_some(Bytes& in, const std::vector<float>& values, int64_t count, int64_t width, bool hostile) {
+  const int64_t groups = in.between(0, 9);
+  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
+  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (count + 1) : INT64_MIN;
+  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
+  Guarded<float> rows(values);
+  Output<float> sums(groups * width);
+  each_crew([](int) { return size_t{0}; },
+            [&](const Context& context, int crew) {
+              return sum_rows(context, {rows.data(), {count, width}}, {order.data(), {order.count()}},
+                              {begin.data(), {groups + 1}}, {sums[crew], {groups, width}});
+            });
+  sums.equal();
+  sums.agree(!hostile, 0);
 }
 
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
@@ -213,8 +231,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
   Typed x(x_by_id ? some_x.table : c.x, int8 ? DType::int8 : type, width),
       v(v_by_id ? some_v.table : vs, type, value_width);
-  const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
-  Guarded<float> scale(scales);
+  Guarded<float> scale(in.values(manner & 8 ? 1 : x.rows().rows, hostile));
   Guarded<float> p(ps), bias(in.values(c.rows, hostile));
   std::vector<float> spreads = in.values(c.rows, hostile);
   for (float& t : spreads)
@@ -232,12 +249,14 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   params.method = static_cast<Method>(in.between(0, 1));
   params.missing = static_cast<Missing>(in.between(0, 1));
   params.refine = static_cast<int>(in.between(0, 2));
+  params.precision = static_cast<Precision>(in.between(0, 1));
   params.temperature = {temperature.data(), {temperature.count()}};
   RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr, {},
                      {},       {}};
   if (x_by_id) inputs.x_ids = some_x.ids();
   if (v_by_id) inputs.v_ids = some_v.ids();
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
+
   if (in.flag()) inputs.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
@@ -253,31 +272,35 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   }
   int64_t longest = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
-  if (inputs.codes) sum_some(inputs, c, u, longest);
+  if (inputs.codes) leaf_some(inputs, c, u, longest);
 
   const int64_t m = agents + (params.missing == Missing::token), bytes = type == DType::float32 ? 4 : 2;
   const auto d = in.values(n * m * value_width, hostile), dl = in.values(n * m, hostile);
+  auto xs = x.values();
+  for (size_t i = 0; inputs.x_scale && i < xs.size(); ++i)
+    xs[i] *= scale.data()[manner & 8 ? 0 : i / test::size(width)];
   tolerance::Route bound{double(longest),
                          double(n),
                          double(agents),
                          double(width),
                          double(value_width),
-                         longest_of(c.x.data(), c.rows, width),
+                         longest_of(xs.data(), x.rows().rows, width),
                          longest_of(ps.data(), n * agents, width),
                          largest(vs),
                          8,
-                         0,
                          largest(d),
                          largest(dl),
                          double(*std::min_element(taus.begin(), taus.end())),
                          params.normalize == Normalize::agents,
                          params.method == Method::leaf,
+                         params.precision == Precision::bfloat16 ? tolerance::kRounded
+                         : cpu::kernels().matmul_split           ? tolerance::kSplit
+                                                                 : 0,
                          type};
   double path = 0;  // of a code, no prototype is longer
   for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
-  if (int8) bound.x = 127 * std::sqrt(double(width)) * (inputs.x_scale ? largest(scales) : 1);
   if (without_x) bound.x = path;
-  if (inputs.spread) bound.spread = largest(spreads);
+  if (inputs.spread) bound.x = std::hypot(bound.x, std::sqrt(largest(spreads)));  // it adds to |x|^2
   Output<std::byte> tokens(n * m * value_width * bytes, type);
   Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
   each_crew([&](int workers) { return route_workspace(params, inputs, longest, workers); },
@@ -322,19 +345,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   dbias.agree(!hostile, bound.d_bias());
   dx.agree(!hostile, bound.d_x());
   dp.agree(!hostile, bound.d_prototypes());
-
-  const int64_t groups = in.between(0, 9);
-  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
-  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
-  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
-  Guarded<float> rows(vs);
-  Output<float> sums(groups * value_width);
-  each_crew([](int) { return size_t{0}; },
-            [&](const Context& context, int crew) {
-              return sum_rows(context, {rows.data(), {c.rows, value_width}}, {order.data(), {order.count()}},
-                              {begin.data(), {groups + 1}}, {sums[crew], {groups, value_width}});
-            });
-  sums.agree(!hostile, 2 * 44 * 44 * largest(vs) * tolerance::kUlp);  // sums of at most 44 rows
+  sum_some(in, vs, c.rows, value_width, hostile);
 }
 
 void attend_some(Bytes& in, bool hostile) {
@@ -450,8 +461,9 @@ void run(Bytes in) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  const cpu::Kernels* have[cpu::kMostTables];
-  const int tables = cpu::supported(have);
+  const cpu::Kernels* have[cpu::kMostTables + 1];
+  int tables = cpu::supported(have);
+  have[tables++] = &test::amx_twin();
   for (int i = 0; i < tables; ++i) {
     cpu::choose(*have[i]);
     ledger.turn(i == 0);

@@ -45,4 +45,15 @@ inline Near sum(const std::vector<Near>& terms) {
   return {value, wrong + static_cast<double>(terms.size()) * kUlp * size};
 }
 
+/// The least of terms; infinities are exact.
+inline Near least(const std::vector<Near>& terms) {
+  double low = HUGE_VAL, value = HUGE_VAL, high = HUGE_VAL;
+  for (const Near& t : terms) {
+    low = std::fmin(low, t.value - t.wrong);
+    value = std::fmin(value, t.value);
+    high = std::fmin(high, t.value + t.wrong);
+  }
+  return {value, std::isinf(value) ? 0 : std::fmax(value - low, high - value)};
+}
+
 }  // namespace near

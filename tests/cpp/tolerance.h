@@ -11,6 +11,7 @@ namespace tolerance {
 
 using hisac::DType;
 constexpr double kUlp = 0x1p-24;
+constexpr double kRounded = 0x1p-8, kSplit = 0x1p-15;  // of an operand in bfloat16, or in two halves of it (amx.h)
 
 /// Roundings on a term's way into a sum of n.
 inline double steps(double n) { return 64 + 2 * std::min(n / 64, 32.) + std::log2(std::max(n, 1.)); }
@@ -26,22 +27,23 @@ inline double rounding(DType type, double size) {
 struct Route {
   double rows, users, agents, width, value_width;  // sizes; rows: the longest history
   double x, p;                                     // the longest row and prototype
-  double v, bias, spread, d_tokens, d_lse;         // the largest moduli
+  double v, bias, d_tokens, d_lse;                 // the largest moduli
   double tau;                                      // the smallest
   bool shares, leaf;                               // Normalize::agents, Method::leaf
+  double coarse;                                   // kRounded, kSplit or 0: of x, prototypes, weights and v
   DType type;
 
   double far() const { return x + std::max(x, p); }
-  double square() const { return far() * far() + spread; }
   double skew() const { return leaf ? (steps(rows) + 16 + 4 * bias + 2 * std::log(rows + 1)) * kUlp : 0; }
   /// Of a weight, as an error of its logit, with prototypes off by `drift`.
   double logit(double drift) const {
-    const double r = square() / tau;
+    if (coarse > 0) drift += coarse * far() + 2 * std::sqrt(width) * 0x1p-126;
+    const double r = far() * far() / tau;
     double e = ((width + 14) * kUlp + 4 * skew()) * r + (2 * far() * drift + drift * drift) / tau + skew();
     if (shares) e = 2 * e + (agents + 8 + 6 * r + 4 * std::log(agents + 1)) * kUlp;
-    return e + (4 * r + 8 * bias + 2 * std::log(rows + 1) + 16) * kUlp;
+    return e + (4 * r + 8 * bias + 2 * std::log(rows + 1) + 16) * kUlp + 2 * coarse;
   }
-  double sums() const { return (2 * steps(rows) + 8) * kUlp + 2 * skew() + rows * 0x1p-124; }
+  double sums() const { return (2 * steps(rows) + 8) * kUlp + 2 * skew() + coarse + rows * 0x1p-124; }
   double moved(double drift) const { return mean(std::expm1(logit(drift)), x) + (sums() + kUlp) * x; }
   double drift(int refine) const {
     double d = 0;
@@ -54,14 +56,15 @@ struct Route {
     return 2 * (one + rounding(type, v + one));
   }
   double lse(int refine) const {
-    const double e = logit(drift(refine)), size = square() / tau + bias + std::log(rows + 1);
+    const double e = logit(drift(refine)), size = far() * far() / tau + bias + std::log(rows + 1);
     return 2 * (log_sum(std::expm1(e), e) + (steps(rows) + 8 + 2 * size) * kUlp);
   }
 
   /// Backward, from given tokens, lse and prototypes. A column of weights sums to (1 + f)^2 at most, a row of them to
   /// as much for each agent; `slope` bounds what multiplies a weight in dz.
   double f() const {
-    return std::expm1(logit(0)) + 8 * skew() + (value_width + width + 2 * steps(rows) + agents + 64) * kUlp;
+    return std::expm1(logit(0)) + 8 * skew() + 2 * coarse +
+           (value_width + width + 2 * steps(rows) + agents + 64) * kUlp;
   }
   double mass() const { return (1 + f()) * (1 + f()); }
   double dz() const {
@@ -70,7 +73,7 @@ struct Route {
   }
   double d_v() const { return 4 * users * (agents + 1) * mass() * d_tokens * f() + 0x1p-100; }
   double d_bias() const { return users * agents * dz(); }
-  double d_temperature() const { return users * agents * dz() * square() / (tau * tau); }
+  double d_temperature() const { return users * agents * dz() * far() * far() / (tau * tau); }
   double d_x() const { return 4 * users * agents * dz() * far() / tau; }
   double d_prototypes() const { return 4 * dz() * far() / tau; }
 };
