@@ -94,10 +94,12 @@ HISAC_INLINE vf exp2v(vf x) {
   return ((high * r2 + middle) * r2 + low) * (vf)((vi)n << 23);
 }
 
+// clang-format off: each builds on those before it
 #include "kernels_product.inl"
 #include "kernels_rows.inl"
 #include "kernels_softmax.inl"
 #include "kernels_nearest.inl"
+// clang-format on
 
 #undef HISAC_INLINE
 
