@@ -32,7 +32,7 @@ TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
 # by builds and the demo, never committed; so are *.egg-info and what begins with a dot
 MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
-MOST_LINES, MOST_CODE = 500, 9_000  # of a file; of cpp and python together, blank lines and comments left out
+MOST_LINES, MOST_CODE = 500, 9_600  # of a file; of cpp and python together, blank lines and comments left out
 
 
 def sources(root, *folders):
@@ -215,9 +215,9 @@ def test_a_rule_sees_what_breaks_it(house, rule, name, text):
 
 
 def test_all_code_together_is_counted(house):
-    for i in range(20):
+    for i in range(25):
         (house / f"python/hisac/part{i}.py").write_text(SPDX_PY + "pass\n" * 400, encoding="utf-8")
-    assert list(long_files(house)) == ["cpp and python have 8002 lines of code"]
+    assert list(long_files(house)) == ["cpp and python have 10002 lines of code"]
 
 
 # ------------------------------------------------------------------------------------------------- the built package

@@ -314,7 +314,6 @@ def operator_calls(book):
     q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
     attention, scale = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
     out, out_lse = ops.attend(*attention, scale)
-    options = (name, "agents", "exact", 0, "token", "bfloat16")
     some, every = [True, True, False, False, True], [True] * 5
     return {
         "encode": (x, name),

@@ -297,7 +297,9 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   lse.agree(!hostile, bound.lse(params.refine));
   refined.agree(!hostile, bound.refined(params.refine));
 
-  if (params.refine) inputs.prototypes.data = refined.settled();  // every set goes back from the same place
+  // Every set goes back from the same place, but where that is too far from its own: coarse weights would overflow.
+  const bool own = bound.logit(0) > 60;
+  if (params.refine) inputs.prototypes.data = own ? refined[0] : refined.settled();
   params.refine = 0;
   const bool exact = params.method == Method::exact, want_x = exact && !without_x;
   Typed d_tokens(d, type, value_width);
@@ -319,8 +321,8 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
               return route_backward(context, params, inputs,
                                     {{d_tokens.rows().data, type, n * m, value_width},
                                      {d_lse.data(), {n, m}},
-                                     {tokens.settled(), type, n * m, value_width},
-                                     {lse.settled(), {n, m}}},
+                                     {own ? tokens[0] : tokens.settled(), type, n * m, value_width},
+                                     {own ? lse[0] : lse.settled(), {n, m}}},
                                     gradients(crew));
             });
   dv.agree(!hostile, bound.d_v());

@@ -23,8 +23,8 @@ enum class Precision : int32_t { float32, bfloat16 };
 /// either.
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;    // leaf: over the behaviours' leaf sums (below)
-  Missing missing = Missing::drop;  // token: one more token, the mean v and log count of the absent behaviours
+  Method method = Method::exact;      // leaf: over the behaviours' leaf sums (below)
+  Missing missing = Missing::drop;    // token: one more token, the mean v and log count of the absent behaviours
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
   Precision precision = Precision::float32;
