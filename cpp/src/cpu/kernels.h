@@ -124,7 +124,8 @@ struct Kernels {
   /// lse_i = log2 sum_a 2^z; -inf for a row of -inf.
   void (*row_lse)(int n, int64_t m, const float* z, int64_t ldz, float* lse);
   /// One step of the online softmax over rows: e = 2^(logit + shift_i - top'), mass <- factor mass + sum_i e. top'
-  /// stays top until a logit exceeds it by 12. Returns whether any factor differs from 1; factor is set only then.
+  /// stays top until a logit of its vector exceeds it by 12. Returns whether any factor differs from 1; factor is set
+  /// only then.
   bool (*route_weights)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, float* e, int64_t lde);
   /// raw <- weights, g <- distance gradients, given g = v . dtoken.
   void (*route_gradient)(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p);
@@ -143,7 +144,8 @@ struct Kernels {
   double (*square_distance)(int64_t width, const float* a, const float* b);
 
   // Products of bfloat16 as pairs of consecutive elements of the contraction, the even one in the low half; null where
-  // the ISA does not run them faster than float32. Denormals count as zero, rounding is to nearest even.
+  // the ISA does not run them faster than float32. Denormals count as zero; rounding is to nearest, of weights with
+  // ties away from zero, else to even.
   /// z[n, m] = a[n, k] B as matmul does, k = 2 k2.
   void (*matmul_pairs)(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
                        int64_t ldz, Ahead* ahead);
