@@ -22,8 +22,8 @@
 
 namespace hisac {
 
-/// The instruction sets compiled in that this processor has, best last, separated by spaces ("baseline avx2 avx512";
-/// "neon" on AArch64, where it is the baseline).
+/// The instruction sets compiled in that this processor has, best last, separated by spaces: of "baseline", "avx2",
+/// "avx512", "avx512bf16" (AMD), "amx" (asks the system's permission); on AArch64 "neon", where it is the baseline.
 const char* available_isas() noexcept;
 /// The one in use: the best, or what the environment variable HISAC_ISA named when the first verb ran.
 const char* active_isa() noexcept;
