@@ -485,3 +485,9 @@ def test_attended_may_be_given(p):
 def filled(result):
     """Arrays like these, full of sevens."""
     return type(result)(*map(filled, result)) if isinstance(result, tuple) else np.full_like(result, 7)
+
+
+def test_bfloat16_may_take_subnormals_for_zero():
+    x, v, p = np.float32([[0.07]]), np.float32([[1, -9.9e-39]]), np.float32([[[0.3]]])
+    args = {"x": x, "v": v, "offsets": np.array([0, 1]), "prototypes": p, "precision": "bfloat16"}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))

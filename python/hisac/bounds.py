@@ -184,6 +184,7 @@ class _Logits:
             e = e + off[:, None] + 2 * U * np.abs(t)
         self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
         self.rounding = rounding  # of a weight, and of v
+        self.flushed = TINY if rounding else 0.0  # a subnormal v counts as 0
 
 
 def _rounding(args: Mapping[str, Any]) -> float:
@@ -220,12 +221,12 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
                     break
                 mass = np.isfinite(reference.logsumexp(logits.z, 0))
                 mean, bound, _ = _sums(logits.z, e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
-                bound = _in_type(mean, bound, "float32")
+                bound = _in_type(mean, bound + logits.flushed, "float32")
                 h.p = np.where(mass[:, None], mean, h.p)
                 drift = np.where(mass, np.sqrt(np.square(bound).sum(1)), drift)
                 moved[b, h.agents] = np.where(mass[:, None], bound, moved[b, h.agents])
             mean, bound, off = _sums(logits.z, e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
-            some = np.isfinite(reference.logsumexp(logits.z, 0))[:, None]
+            some, bound = np.isfinite(reference.logsumexp(logits.z, 0))[:, None], bound + logits.flushed
             tokens[b, h.agents], lse[b, h.agents] = np.where(some, _in_type(mean, bound, dtype), 0.0), off
             if missing and len(h.absent):
                 n, size = len(h.absent), np.abs(h.absent_v).max(0)
@@ -308,7 +309,7 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
             if h is raw:
                 g, g_wrong = 2 * dz / h.tau, 2 * (dz_wrong + (many + accumulate + logits.rounding) * dz) / h.tau
-                x, a = np.abs(h.x), np.abs(h.p)
+                x, a = (np.abs(rows) + logits.flushed / U16 for rows in (h.x, h.p))
                 np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x + TINY)
                 dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + TINY
             if args.get("missing") == "token" and len(h.absent):
