@@ -146,8 +146,8 @@ def leaf(
     work: str, ops: ModuleType, threads: int, *, rows: int, agents: int, width: int, sizes: tuple[int, int],
     value: int = 64,
 ) -> Iterator[Case]:  # fmt: skip
-    """method="leaf" from the rows, the sums alone, and from kept sums. Peers: the same approximation from rows and from
-    kept means, and the exact forms it stands in for."""
+    """Three cases: method="leaf" from the rows, with peers of the same approximation and of the exact form it stands in
+    for; the sums alone; and `route` from kept sums, with peers from kept means."""
     rng = np.random.default_rng(0)
     centers, codes, x = structured(rng, rows, sizes, width)
     v = rng.standard_normal((rows, value), dtype=np.float32)
@@ -179,12 +179,10 @@ def leaf(
     def kept(i: int) -> Any:
         return ops.route(*sums[:3], p, temperature=TAU, bias=sums.bias, spread=sums.spread)
 
-    more = (
-        Variant("sums", lambda: add, lambda r, i: truth.relative(r.x, mean), FLOAT32, "hisac", flops=adding),
-        Variant("kept", lambda: kept, lambda r, i: error(r.tokens, i), FLOAT32, "hisac", flops=routing),
-    )
+    alone = Variant("sums", lambda: add, lambda r, i: truth.relative(r.x, mean), FLOAT32, "hisac")
+    from_kept = Variant("kept", lambda: kept, lambda r, i: error(r.tokens, i), FLOAT32, "hisac")
     same = by_role(peers.leaf(x, v, codes, sizes, p, TAU), error, FLOAT32)
-    from_kept = by_role(peers.kept_leaf(x, v, codes, sizes, p, TAU), error, FLOAT32, routing)
+    same_kept = by_role(peers.kept_leaf(x, v, codes, sizes, p, TAU), error, FLOAT32)
     stood_for = by_role(
         peers.route(x, v, offsets, p, None, TAU, False),
         lambda r, i: truth.relative(r, exact.tokens),
@@ -192,8 +190,12 @@ def leaf(
         2.0 * rows * p.shape[1] * (width + value),
     )
     size = f"1 user, T {rows} in {len(found)} leaves, M {p.shape[1]}, D {width}, V {value}"
-    variants = (mine, *more, *same, *from_kept, *stood_for)
-    yield Case(work, "float32", size, rows, adding + routing, truth.EXPANDED, variants)
+    for part, flops, variants in (
+        (work, adding + routing, (mine, *same, *stood_for)),
+        (f"{work}/sums", adding, (alone,)),
+        (f"{work}/kept", routing, (from_kept, *same_kept)),
+    ):
+        yield Case(part, "float32", size, rows, flops, truth.EXPANDED, variants)
 
 
 def vote(
