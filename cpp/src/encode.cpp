@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of 64 rows go through all levels while their residuals stay in cache: x is read once, codes are written once.
+// Small blocks of rows go through all levels while their residuals stay in cache: x is read once, codes are written once.
 #include "hisac/encode.h"
 
 #include <cmath>
@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "codebook_body.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace hisac {
 namespace {
@@ -24,15 +25,9 @@ NearestScratch worker_scratch(Array<std::byte, 1> workspace, const Codebook& boo
   return scratch;
 }
 
-bool finite_row(const float* x, int64_t width) noexcept {
-  for (int64_t d = 0; d < width; ++d)
-    if (!std::isfinite(x[d])) return false;
-  return true;
-}
-
 void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScratch& s, int32_t* codes) noexcept {
   const cpu::Kernels& k = cpu::kernels();
-  const int64_t width = book.width(), bytes = x.dtype == DType::float32 ? 4 : 2;
+  const int64_t width = book.width(), bytes = bytes_of(x.dtype);
   const int levels = book.levels();
   const std::byte* const rows = static_cast<const std::byte*>(x.data) + begin * width * bytes;
   const int64_t last = (begin + 2 * n < x.rows ? 2 * n : x.rows - begin) * width * bytes;
@@ -40,7 +35,7 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
     const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
-    ok[i] = std::isfinite(squares) || finite_row(r, width);  // a finite row's squares may overflow
+    ok[i] = std::isfinite(squares) || finite(r, width);  // a finite row's squares may overflow
     if (!ok[i])
       for (int64_t d = 0; d < width; ++d) r[d] = 0;
   }

@@ -90,7 +90,7 @@ struct Fit {
 
   void gather(Rows x) noexcept {
     const cpu::Kernels& k = cpu::kernels();
-    const int64_t bytes = x.dtype == DType::float32 ? 4 : 2;
+    const int64_t bytes = bytes_of(x.dtype);
     n = rows;
     for_chunks([&](int64_t begin, int64_t end, Worker&) {
       for (int64_t i = begin; i < end; ++i) {

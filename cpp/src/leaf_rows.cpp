@@ -5,10 +5,10 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <utility>
 
 #include "checks.h"
 #include "parallel.h"
+#include "ranks.h"
 
 namespace hisac {
 namespace {
@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t kRoom = 16384;  // rows of short histories summed together: enough for all workers, little memory
 constexpr int64_t kRun = 64;      // rows added one by one
 constexpr int64_t kAhead = 12;    // rows asked for before their turn
-
-int bits_of(uint64_t n) noexcept { return n ? 64 - __builtin_clzll(n) : 0; }
 
 /// A power of two that keeps a sum of n weights, each at most 1, at most 1, and so a sum of large v finite.
 float scale_of(int64_t n) noexcept { return std::ldexp(1.f, -bits_of(static_cast<uint64_t>(n - 1))); }
@@ -52,8 +50,8 @@ void LeafSummer::carve(Arena& arena) noexcept {
   const int64_t users = in_.histories.users;
   start_ = arena.take<int64_t>(users + 1);
   leaves_ = arena.take<int64_t>(users);
-  entry_ = arena.take<Entry>(room_);
-  spare_ = arena.take<Entry>(room_);
+  for (uint64_t** a : {&leaf_, &spare_leaf_}) *a = arena.take<uint64_t>(room_);
+  for (int64_t** a : {&row_, &spare_row_}) *a = arena.take<int64_t>(room_);
   begin_ = arena.take<int64_t>(room_ + users);
   top_ = arena.take<float>(room_);
   mass_ = arena.take<double>(room_);
@@ -72,7 +70,6 @@ void LeafSummer::carve(Arena& arena) noexcept {
     one.absent = arena.take<double>(value_width_);
     for (float** a : {&one.x, &one.run_x}) *a = arena.take<float>(width_);
     for (float** a : {&one.v, &one.run_v}) *a = arena.take<float>(value_width_);
-    one.count = arena.take<int64_t>(int64_t{1} << kDigitBits);
     if (worker_) worker_[w] = one;
   }
 }
@@ -93,8 +90,8 @@ void LeafSummer::sum(const Context& context, const int64_t* users, int64_t n, co
   start_[0] = 0;
   for (int64_t i = 0; i < n; ++i)
     start_[i + 1] = start_[i] + in_.histories.end(users[i]) - in_.histories.start(users[i]);
-  parallel_for(context, n, [&](int64_t begin, int64_t end, int w) {
-    for (int64_t i = begin; i < end; ++i) list(i, worker_[w]);
+  parallel_for(context, n, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) list(i);
   });
   parallel_for(context, (start_[n] + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end, int w) {
     each_part(begin * kPiece, end * kPiece,
@@ -117,46 +114,41 @@ void LeafSummer::each_part(int64_t begin, int64_t end, Part part) const noexcept
   }
 }
 
-void LeafSummer::list(int64_t i, Worker& w) noexcept {
+void LeafSummer::list(int64_t i) noexcept {
   const int64_t first = in_.histories.start(users_[i]), room = start_[i], length = start_[i + 1] - room;
   int64_t n = 0;
   for (int64_t row = first; row < first + length; ++row) {
     absent_[room + row - first] = !loader_.may_be_present(row);
     if (absent_[room + row - first]) continue;
-    entry_[room + n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
+    leaf_[room + n] = in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]);
+    row_[room + n++] = row;
   }
-  sort(i, n, w.count);
+  sort(i, n);
   int64_t* const begin = begin_of(i);
   int64_t leaves = 0;
   for (int64_t e = 0; e < n; ++e) {
-    if (e == 0 || entry_[room + e].leaf != entry_[room + e - 1].leaf) {
+    if (e == 0 || leaf_[room + e] != leaf_[room + e - 1]) {
       top_[room + leaves] = -INFINITY;
       begin[leaves++] = e;
     }
     float& top = top_[room + leaves - 1];
-    top = std::max(top, loader_.bias_of(entry_[room + e].row));
+    top = std::max(top, loader_.bias_of(row_[room + e]));
   }
   begin[leaves] = n;
   leaves_[i] = leaves;
 }
 
-/// By digits from the last, each pass stable: equal leaves keep the order of their rows.
-void LeafSummer::sort(int64_t i, int64_t n, int64_t* count) noexcept {
+/// Stable: equal leaves keep the order of their rows.
+void LeafSummer::sort(int64_t i, int64_t n) noexcept {
   int32_t last[kMaxLevels];
   for (int l = 0; l < in_.book->levels(); ++l) last[l] = static_cast<int32_t>(in_.book->size(l) - 1);
-  const int bits = bits_of(in_.book->leaf(last)), most = std::min(bits_of(static_cast<uint64_t>(n)) + 1, kDigitBits);
-  const int passes = (bits + most - 1) / most, digit = passes ? (bits + passes - 1) / passes : 0;
-  const uint64_t mask = (uint64_t{1} << digit) - 1;
-  Entry *from = entry_ + start_[i], *to = spare_ + start_[i];
-  for (int shift = 0; shift < bits; shift += digit) {
-    std::fill(count, count + mask + 1, int64_t{0});
-    for (int64_t e = 0; e < n; ++e) ++count[from[e].leaf >> shift & mask];
-    int64_t sum = 0;
-    for (uint64_t d = 0; d <= mask; ++d) sum += std::exchange(count[d], sum);
-    for (int64_t e = 0; e < n; ++e) to[count[from[e].leaf >> shift & mask]++] = from[e];
-    std::swap(from, to);
-  }
-  if (from != entry_ + start_[i]) std::copy_n(from, n, to);
+  const int64_t room = start_[i];
+  uint64_t *leaf = leaf_ + room, *spare_leaf = spare_leaf_ + room;
+  int64_t *row = row_ + room, *spare_row = spare_row_ + room;
+  radix_sort<true>(n, 0, bits_of(in_.book->leaf(last)), leaf, spare_leaf, row, spare_row);
+  if (leaf == leaf_ + room) return;
+  std::copy_n(leaf, n, spare_leaf);
+  std::copy_n(row, n, spare_row);
 }
 
 /// Those pieces of a user's leaves that begin at its entries [begin, end). All pieces of a leaf but the last have
@@ -175,7 +167,7 @@ void LeafSummer::add_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) no
 void LeafSummer::add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept {
   const int64_t *const first = begin_of(i), pieces = pieces_of(i, g);
   const int64_t begin = first[g] + p * kPiece, end = p + 1 < pieces ? begin + kPiece : first[g + 1];
-  const Entry* const entry = entry_ + start_[i];
+  const int64_t* const rows = row_ + start_[i];
   const float top = top_[start_[i] + g], scale = scale_of(first[g + 1] - first[g]);
   Sum& sum = sum_of(i, g, p, w);
   sum.present = 0;
@@ -185,9 +177,9 @@ void LeafSummer::add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
     float *const x = later ? w.run_x : sum.x, *const v = later ? w.run_v : sum.v;
     int64_t here = 0;
     for (int64_t e = run; e < std::min(run + kRun, end); ++e) {
-      const int64_t row = entry[e].row;
+      const int64_t row = rows[e];
       float norm = 0;
-      if (e + kAhead < first[leaves_[i]]) present_.prefetch(entry[e + kAhead].row);
+      if (e + kAhead < first[leaves_[i]]) present_.prefetch(rows[e + kAhead]);
       if (!present_.load_x(row, w.x, &norm)) {
         absent_[start_[i] + row - in_.histories.start(users_[i])] = true;
         weight_[start_[i] + e] = -1;
@@ -232,7 +224,7 @@ void LeafSummer::finish(int64_t i, int64_t g, Worker& w) noexcept {
   if (sum.present > 0 && sum.mass < scale / 2) {  // the row of the largest bias was absent: once more, below the next
     top_[row] = -INFINITY;
     for (int64_t e = start_[i] + first[g]; e < start_[i] + first[g + 1]; ++e)
-      if (weight_[e] >= 0) top_[row] = std::max(top_[row], loader_.bias_of(entry_[e].row));
+      if (weight_[e] >= 0) top_[row] = std::max(top_[row], loader_.bias_of(row_[e]));
     for (int64_t p = 0; p < pieces_of(i, g); ++p) add_piece(i, g, p, w);
     return finish(i, g, w);
   }
@@ -254,7 +246,7 @@ void LeafSummer::finish(int64_t i, int64_t g, Worker& w) noexcept {
   out_.bias[row] = sum.present ? static_cast<float>(double(top_[row]) + std::log(sum.mass / scale)) : -INFINITY;
   out_.spread[row] =
       static_cast<float>(std::min(std::max(0.0, sum.squares * inverse - double(square)), double(FLT_MAX)));
-  uint64_t leaf = entry_[start_[i] + first[g]].leaf;
+  uint64_t leaf = leaf_[start_[i] + first[g]];
   for (int l = 0, levels = in_.book->levels(); out_.codes && l < levels; ++l) {
     const uint64_t stride = in_.book->body().stride[l];
     out_.codes[row * levels + l] = static_cast<int32_t>(leaf / stride);
@@ -312,7 +304,7 @@ void LeafSummer::give_back(const Context& context, const float* d_leaf, float* o
       int64_t g = std::upper_bound(first, first + leaves_[i], from) - first - 1;
       for (int64_t e = from; e < std::min(to, first[leaves_[i]]); ++e) {
         while (first[g + 1] <= e) ++g;
-        const int64_t row = entry_[start_[i] + e].row, leaf = start_[i] + g;
+        const int64_t row = row_[start_[i] + e], leaf = start_[i] + g;
         const float weight = weight_[start_[i] + e];
         if (weight < 0) continue;
         const float share = static_cast<float>(double(weight) / mass_[leaf]);

@@ -45,10 +45,6 @@ class LeafSummer {
 
  private:
   static constexpr int64_t kPiece = 1024;  // rows of a leaf summed at a time; runs of 64 join its sum
-  struct Entry {
-    uint64_t leaf;
-    int64_t row;
-  };
   struct Sum {
     int64_t present = 0;
     double mass = 0, squares = 0;      // of weights; of weighted |x|^2 and spreads
@@ -58,9 +54,7 @@ class LeafSummer {
     Sum sum;
     double* absent = nullptr;  // [V]
     float *x = nullptr, *v = nullptr, *run_x = nullptr, *run_v = nullptr;
-    int64_t* count = nullptr;  // [kDigits]
   };
-  static constexpr int kDigitBits = 11;
 
   int64_t* begin_of(int64_t i) const noexcept { return begin_ + start_[i] + i; }
   int64_t pieces_of(int64_t i, int64_t g) const noexcept {
@@ -72,8 +66,8 @@ class LeafSummer {
   }
 
   Sum carve_sum(Arena& arena) const noexcept;
-  void list(int64_t i, Worker& w) noexcept;
-  void sort(int64_t i, int64_t n, int64_t* count) noexcept;
+  void list(int64_t i) noexcept;
+  void sort(int64_t i, int64_t n) noexcept;
   template <class Part>
   void each_part(int64_t begin, int64_t end, Part part) const noexcept;
   void add_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) noexcept;
@@ -90,14 +84,15 @@ class LeafSummer {
   const int64_t* users_ = nullptr;
   int64_t n_ = 0;
   LeafRows out_;
-  int64_t *start_ = nullptr, *leaves_ = nullptr;  // [B + 1], [B]
-  Entry *entry_ = nullptr, *spare_ = nullptr;     // [room] rows that may be present, by leaf
-  int64_t* begin_ = nullptr;                      // [room + B] where a leaf's entries begin, then where all end
-  float* top_ = nullptr;                          // [room] a leaf's largest bias
-  double* mass_ = nullptr;                        // [room] sum of its weights
-  float* weight_ = nullptr;                       // [room] of an entry: scale e^(bias - top); -1: absent
-  bool* absent_ = nullptr;                        // [room] of a row
-  Sum* slot_ = nullptr;                           // [room / kPiece + 1] pieces of long leaves
+  int64_t *start_ = nullptr, *leaves_ = nullptr;      // [B + 1], [B]
+  uint64_t *leaf_ = nullptr, *spare_leaf_ = nullptr;  // [room] of an entry: a row that may be present, by leaf
+  int64_t *row_ = nullptr, *spare_row_ = nullptr;     // [room] that row
+  int64_t* begin_ = nullptr;                          // [room + B] where a leaf's entries begin, then where all end
+  float* top_ = nullptr;                              // [room] a leaf's largest bias
+  double* mass_ = nullptr;                            // [room] sum of its weights
+  float* weight_ = nullptr;                           // [room] of an entry: scale e^(bias - top); -1: absent
+  bool* absent_ = nullptr;                            // [room] of a row
+  Sum* slot_ = nullptr;                               // [room / kPiece + 1] pieces of long leaves
   Worker* worker_ = nullptr;
 };
 

@@ -30,7 +30,7 @@ double rounding_of(cpu::Rounded sums, double norm, int64_t width) noexcept {
 
 Level Level::make(int64_t size, int64_t width, const float* centers, float* memory) noexcept {
   const cpu::Kernels& k = cpu::kernels();
-  const int64_t padded = cpu::pad(size), pairs = (width + 1) / 2;
+  const int64_t padded = cpu::pad(size), pairs = cpu::pairs_of(width);
   float* const copy = memory;
   float* const packed = copy + size * width;
   float* const mean = packed + (width + 1) * padded;

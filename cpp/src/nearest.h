@@ -50,7 +50,9 @@ int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t
 void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
               int64_t ldz) noexcept;
 /// Elements of a row for products.
-inline int64_t screened_width(int64_t width) noexcept { return cpu::kernels().matmul_pairs ? (width + 1) / 2 : width; }
+inline int64_t screened_width(int64_t width) noexcept {
+  return cpu::kernels().matmul_pairs ? cpu::pairs_of(width) : width;
+}
 /// dst = r for products.
 cpu::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept;
 

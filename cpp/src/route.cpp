@@ -206,10 +206,10 @@ class Router {
           k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
           break;
         case Operands::rounded:
-          k_.accumulate_pairs((n + 1) / 2, value_width, width, w.values.hi, ldv, w.weights.hi, width, sum, ld);
+          k_.accumulate_pairs(cpu::pairs_of(n), value_width, width, w.values.hi, ldv, w.weights.hi, width, sum, ld);
           break;
         case Operands::split:
-          k_.accumulate_split((n + 1) / 2, value_width, width, w.values.hi, w.values.lo, ldv, w.weights.hi,
+          k_.accumulate_split(cpu::pairs_of(n), value_width, width, w.values.hi, w.values.lo, ldv, w.weights.hi,
                               w.weights.lo, width, sum, ld);
       }
     });
@@ -238,7 +238,7 @@ class Router {
 
   /// z [n, ldz] = x . p for the agents [at, at + m).
   void products(Worker& w, int64_t at, int64_t m, int64_t ldz) const noexcept {
-    const int64_t k2 = pairs_of(width_), ld2 = cpu::pad(k2);
+    const int64_t k2 = cpu::pairs_of(width_), ld2 = cpu::pad(k2);
     const Block& b = w.block;
     const AgentPanel& p = w.panel;
     switch (operands_) {

@@ -12,8 +12,8 @@
 namespace hisac {
 
 void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept {
-  pairs.carve(arena, cpu::kBlock * cpu::pad(pairs_of(width)), operands);
-  if (operands == Operands::split) rest = arena.take<float>(cpu::pad(std::max(width, value_width)));
+  pairs.carve(arena, cpu::kBlock * cpu::pad(cpu::pairs_of(width)), operands);
+  if (operands == Operands::split) rest = arena.take<float>(width);
   x = arena.take<float>(cpu::kBlock * cpu::pad(width));
   v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
   norm = arena.take<float>(cpu::kBlock);
@@ -25,7 +25,7 @@ void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
   std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
   std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
   for (uint32_t* half : {pairs.hi, pairs.lo})
-    if (half) std::fill(half, half + cpu::kBlock * cpu::pad(pairs_of(width)), 0u);
+    if (half) std::fill(half, half + cpu::kBlock * cpu::pad(cpu::pairs_of(width)), 0u);
 }
 
 Operands operands_of(const RouteParams& params, bool splits) noexcept {
@@ -92,7 +92,7 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   for (int64_t row = begin; row < end; ++row) {
     float* const x = block.x + n * ldx;
     if (load_x(row, x, block.norm + n)) {
-      const int64_t at = n * cpu::pad(pairs_of(width_));
+      const int64_t at = n * cpu::pad(cpu::pairs_of(width_));
       if (operands_ != Operands::floats) k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
       if (operands_ == Operands::rounded) block.norm[n] = k_.load_row(block.pairs.hi + at, DType::bfloat16, width_, x);
       if (operands_ == Operands::split) {
@@ -115,10 +115,10 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
 
 void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool rounds) noexcept {
   index = arena.take<int32_t>(agents);
-  pairs.carve(arena, cpu::packed_size(pairs_of(width), agents), operands);
+  pairs.carve(arena, cpu::packed_size(cpu::pairs_of(width), agents), operands);
   if (operands == Operands::floats) packed = arena.take<float>(cpu::packed_size(width, agents));
   if (operands == Operands::split) rests = arena.take<float>(agents * width);
-  if (rounds) room = arena.take<uint32_t>(pairs_of(width));
+  if (rounds) room = arena.take<uint32_t>(cpu::pairs_of(width));
   rows = arena.take<float>(agents * width);
   norm = arena.take<float>(cpu::pad(agents));
   rate = arena.take<float>(cpu::pad(agents));

@@ -19,9 +19,6 @@ namespace hisac {
 /// two halves of bfloat16.
 enum class Operands { floats, rounded, split };
 
-/// 32-bit elements of a row of bfloat16.
-constexpr int64_t pairs_of(int64_t width) noexcept { return (width + 1) / 2; }
-
 /// Elements of bfloat16 and, of split operands, what their rounding left.
 struct Halves {
   uint32_t *hi = nullptr, *lo = nullptr;
@@ -43,7 +40,7 @@ struct Block {
   float* norm = nullptr;   // [kBlock] |x|^2 + spread
   float* bias = nullptr;   // [kBlock] natural logarithm
   Halves pairs;            // [kBlock, pad((D + 1) / 2)] x in bfloat16
-  float* rest = nullptr;   // [pad(max(D, V))] room for what rounding leaves of a row
+  float* rest = nullptr;   // [D] room for what rounding leaves of a row
   int64_t* row = nullptr;  // [kBlock] the row in x and v
   cpu::Ahead ahead;        // the rows that follow
   bool last = false;       // of a unit

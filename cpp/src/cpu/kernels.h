@@ -22,6 +22,9 @@ inline float base2(float x) {
   return x < -1.7e38f ? -1.7e38f : x > 1.7e38f ? 1.7e38f : x;
 }
 
+/// 32-bit elements that hold n of bfloat16.
+constexpr int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
+
 constexpr int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 /// Memory that will be wanted soon: a product fetches it into the cache line by line while it computes.

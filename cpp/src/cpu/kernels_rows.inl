@@ -207,7 +207,7 @@ static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, u
     __builtin_memcpy(&x, half, sizeof x);
     return x;
   };
-  pack((k + 1) / 2, m, reinterpret_cast<float*>(out), read);
+  pack(pairs_of(k), m, reinterpret_cast<float*>(out), read);
 }
 #endif
 
