@@ -9,11 +9,7 @@ from hypothesis import strategies as st
 import hisac
 from hisac import bounds, reference, testing
 from hisac.results import RouteGradients
-
-try:
-    import torch
-except ImportError:
-    torch = None
+from ways import kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 GATHERED = ("x_ids", "v_ids", "x_scale")
@@ -22,35 +18,10 @@ MANY = 3 * settings().max_examples  # of the profile: so many options meet
 SEARCH = settings(max_examples=3000, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def restore_threads():
-    threads = hisac.get_num_threads()
-    yield
-    hisac.set_num_threads(threads)
-
-
-def kinds(p):
-    """(convert, dtype): NumPy where it has the type, and torch."""
-    if p.dtype != "bfloat16":
-        yield lambda args: args, p.dtype
-    if torch is not None:
-        yield lambda args: testing.to_torch(args, p.dtype), p.dtype
-
-
 def bits(result):
     """Raw bytes, with one kind of NaN."""
     arrays = [bounds.as_numpy(a) for a in result if a is not None]
     return [np.where(np.isnan(a), a.dtype.type("nan"), a).tobytes() for a in arrays]
-
-
-def with_threads(call):
-    """call() with 1 and 3 threads: the same bits."""
-    results = []
-    for threads in (1, 3):
-        hisac.set_num_threads(threads)
-        results.append(call())
-    assert bits(results[0]) == bits(results[1])
-    return results[0]
 
 
 def copied(args):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import hisac
 from hisac import bounds, reference, testing
 from hisac.results import RouteGradients
+from ways import flat, kinds, with_threads
 
 try:
     import torch
@@ -20,39 +21,6 @@ except ImportError:
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 VERBS = ("fit", "encode", "vote", "leaf_sums", "route", "route_backward", "attend", "attend_backward")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restore_threads():
-    threads = hisac.get_num_threads()
-    yield
-    hisac.set_num_threads(threads)
-
-
-def kinds(p):
-    """The ways into the core that hold the problem's values: (convert, dtype of its results)."""
-    if p.dtype != "bfloat16":
-        yield lambda args: args, p.dtype
-    if torch is not None:
-        yield lambda args: testing.to_torch(args, p.dtype), p.dtype
-
-
-def flat(result):
-    """The arrays of a result as raw bytes."""
-    if isinstance(result, tuple):
-        return [b for a in result for b in flat(a)]
-    return [b"" if result is None else np.ascontiguousarray(bounds.as_numpy(result)).tobytes()]
-
-
-def with_threads(call):
-    """call() with 1, 2 and 7 threads, and once more: the same bits; returns the result."""
-    results = []
-    for threads in (1, 2, 7, 1):
-        hisac.set_num_threads(threads)
-        results.append(call())
-    hisac.set_num_threads(1)
-    assert all(flat(r) == flat(results[0]) for r in results[1:])
-    return results[0]
 
 
 @pytest.mark.parametrize("verb", VERBS)

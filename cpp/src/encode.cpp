@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small blocks of rows go through all levels while their residuals stay in cache: x is read once, codes are written once.
+// Small blocks of rows go through all levels while their residuals stay in cache: x is read once, codes written once.
 #include "hisac/encode.h"
 
 #include <cmath>
