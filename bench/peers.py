@@ -326,19 +326,24 @@ def backward(x: Array, v: Array, p: Array, tau: float, d_tokens: Array, tokens: 
 # --------------------------------------------------------------------------------------------------------------- leaf
 
 
-def torch_leaf(p: Array, x: Array, v: Array, leaf: Array, tau: float) -> Array:
-    """Leaf means by index_add, then the expanded form over leaves with log count and minus variance / tau."""
+def torch_means(x: Array, v: Array, leaf: Array) -> tuple[Array, ...]:
+    """Leaf means by index_add."""
     torch = package("torch")
     found, group, n = torch.unique(leaf, return_inverse=True, return_counts=True)
     count = n.float()[:, None]
     mu = torch.zeros(len(found), x.shape[1]).index_add_(0, group, x) / count
     mean_v = torch.zeros(len(found), v.shape[1]).index_add_(0, group, v) / count
     square = torch.zeros(len(found)).index_add_(0, group, (x * x).sum(1)) / count[:, 0]  # |mu|^2 + variance
-    z = torch.addmm((count[:, 0].log() - square / tau)[None], p, mu.T, alpha=2 / tau)
-    return torch.softmax(z, 1) @ mean_v
+    return mu, mean_v, count[:, 0].log(), square
 
 
-def numpy_leaf(p: Array, x: Array, v: Array, leaf: Array, tau: float) -> Array:
+def torch_leaf(p: Array, mu: Array, mean_v: Array, log_count: Array, square: Array, tau: float) -> Array:
+    """The expanded form over leaves with log count and minus variance / tau."""
+    torch = package("torch")
+    return torch.softmax(torch.addmm((log_count - square / tau)[None], p, mu.T, alpha=2 / tau), 1) @ mean_v
+
+
+def numpy_means(x: Array, v: Array, leaf: Array) -> tuple[Array, ...]:
     """The same by sorting and reduceat."""
     order = np.argsort(leaf, kind="stable")
     ordered = leaf[order]
@@ -346,7 +351,12 @@ def numpy_leaf(p: Array, x: Array, v: Array, leaf: Array, tau: float) -> Array:
     n = np.diff(starts, append=len(leaf)).astype(np.float32)[:, None]
     mu, mean_v = (np.add.reduceat(a[order], starts) / n for a in (x, v))
     square = np.add.reduceat(np.einsum("ij,ij->i", x, x)[order], starts) / n[:, 0]
-    z = (2 / tau) * (p @ mu.T) + (np.log(n[:, 0]) - square / tau)
+    return mu, mean_v, np.log(n[:, 0]), square
+
+
+def numpy_leaf(p: Array, mu: Array, mean_v: Array, log_count: Array, square: Array, tau: float) -> Array:
+    """As torch_leaf."""
+    z = (2 / tau) * (p @ mu.T) + (log_count - square / tau)
     z -= z.max(1, keepdims=True)
     np.exp(z, out=z)
     return (z @ mean_v) / z.sum(1, keepdims=True)
@@ -358,12 +368,31 @@ def leaf(x: Array, v: Array, codes: Array, sizes: tuple[int, ...], p: Array, tau
     def in_torch() -> Call:
         torch = package("torch")
         tx, tv, tc, tp = (torch.as_tensor(a) for a in (x, v, codes, p[0]))
-        return lambda i: torch_leaf(tp, tx, tv, tc[:, 0].long() * sizes[1] + tc[:, 1], tau)[None]
+        return lambda i: torch_leaf(tp, *torch_means(tx, tv, tc[:, 0].long() * sizes[1] + tc[:, 1]), tau)[None]
 
     def in_numpy() -> Call:
-        return lambda i: numpy_leaf(p[0], x, v, codes[:, 0].astype(np.int64) * sizes[1] + codes[:, 1], tau)[None]
+        def call(i: int) -> Array:
+            return numpy_leaf(p[0], *numpy_means(x, v, codes[:, 0].astype(np.int64) * sizes[1] + codes[:, 1]), tau)[
+                None
+            ]
+
+        return call
 
     return [("torch leaf", "peer", ("torch",), in_torch), ("NumPy leaf", "peer", (), in_numpy)]
+
+
+def kept_leaf(x: Array, v: Array, codes: Array, sizes: tuple[int, ...], p: Array, tau: float) -> list[Peer]:
+    """Peers of route from kept leaf sums."""
+    means = numpy_means(x, v, codes[:, 0].astype(np.int64) * sizes[1] + codes[:, 1])
+
+    def in_torch() -> Call:
+        kept = tuple(package("torch").as_tensor(np.ascontiguousarray(a)) for a in (p[0], *means))
+        return lambda i: torch_leaf(*kept, tau)[None]
+
+    def in_numpy() -> Call:
+        return lambda i: numpy_leaf(p[0], *means, tau)[None]
+
+    return [("torch kept", "peer", ("torch",), in_torch), ("NumPy kept", "peer", (), in_numpy)]
 
 
 # ------------------------------------------------------------------------------------------------------------- attend

@@ -15,13 +15,14 @@ import numpy as np
 import peers
 import peers_codes
 import truth
-from data import history, items, lengths, offsets_of, structured, unit
 from harness import Case, Variant
 from truth import reference
 
+from data import history, items, lengths, offsets_of, structured, unit
+
 Array = Any
 TAU = 0.1
-NO_OPERATION = ("state/append10", "the variant fp32-grade", "leaf/100k from kept leaf sums")
+NO_OPERATION = ("state/append10", "the variant fp32-grade")
 """Named for later suites; nothing to run yet."""
 
 FLOAT32 = 2e-5  # |out - truth|_F / |truth|_F that counts as float32-grade
@@ -92,12 +93,17 @@ def route(
             lse = np.where(there, truth.dense(result.lse), 0.0)
             return max(error(result.tokens, i), truth.relative(lse, np.where(there, expected.lse, 0.0)))
 
-        def call(i: int) -> Any:
-            return ops.route(ax, av, at, ap, count=ac, temperature=TAU)
+        def call(i: int, precision: str) -> Any:
+            return ops.route(ax, av, at, ap, count=ac, temperature=TAU, precision=precision)
 
         found = by_role(peers.route(ax, av, at, ap, ac, TAU, bf16), error, peer_bound)
-        mine = Variant(variant, lambda: call, error_lse, bound, "hisac")
-        return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (mine, *found))
+        mine = [Variant(variant, lambda: partial(call, precision="float32"), error_lse, bound, "hisac")]
+        if bf16:
+            rounded = Variant(
+                f"{variant} products", lambda: partial(call, precision="bfloat16"), error_lse, peer_bound, "hisac"
+            )
+            mine.insert(0, rounded)
+        return Case(work, dtype, size, int(offsets[-1]), 2 * pairs * (width + value), name, (*mine, *found))
 
     yield case("fp32", "float32", (x, v, offsets, p, count), FLOAT32, FLOAT32, False)
     if has_torch():
@@ -141,7 +147,8 @@ def leaf(
     work: str, ops: ModuleType, threads: int, *, rows: int, agents: int, width: int, sizes: tuple[int, int],
     value: int = 64,
 ) -> Iterator[Case]:  # fmt: skip
-    """method="leaf" from the rows. Peers: the same approximation, and the exact forms it stands in for."""
+    """Three cases: method="leaf" from the rows, with peers of the same approximation and of the exact form it stands in
+    for; the sums alone; and `route` from kept sums, with peers from kept means."""
     rng = np.random.default_rng(0)
     centers, codes, x = structured(rng, rows, sizes, width)
     v = rng.standard_normal((rows, value), dtype=np.float32)
@@ -152,7 +159,7 @@ def leaf(
     p = (centers[0][top // sizes[1]] + centers[1][top % sizes[1]])[None].astype(np.float32)
     expected = truth.leaf64(x, v, number, p[0], TAU)
     exact = truth.route64(x, v, offsets, p, TAU, None)
-    flops = 2.0 * rows * (width + value) + 2.0 * len(found) * p.shape[1] * (width + value)
+    adding, routing = 2.0 * rows * (width + value), 2.0 * len(found) * p.shape[1] * (width + value)
 
     def error(result: Array, i: int) -> float:
         return truth.relative(result, expected.tokens)
@@ -164,7 +171,19 @@ def leaf(
         "leaf", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac",
         extra={"error_to_exact": truth.relative(expected.tokens, exact.tokens)},
     )  # fmt: skip
+    sums = ops.leaf_sums(x, v, offsets, codes, book)
+    mean = np.add.reduceat(x[np.argsort(number, kind="stable")].astype(np.float64), np.cumsum(n) - n) / n[:, None]
+
+    def add(i: int) -> Any:
+        return ops.leaf_sums(x, v, offsets, codes, book)
+
+    def kept(i: int) -> Any:
+        return ops.route(*sums[:3], p, temperature=TAU, bias=sums.bias, spread=sums.spread)
+
+    alone = Variant("sums", lambda: add, lambda r, i: truth.relative(r.x, mean), FLOAT32, "hisac")
+    from_kept = Variant("kept", lambda: kept, lambda r, i: error(r.tokens, i), FLOAT32, "hisac")
     same = by_role(peers.leaf(x, v, codes, sizes, p, TAU), error, FLOAT32)
+    same_kept = by_role(peers.kept_leaf(x, v, codes, sizes, p, TAU), error, FLOAT32)
     stood_for = by_role(
         peers.route(x, v, offsets, p, None, TAU, False),
         lambda r, i: truth.relative(r, exact.tokens),
@@ -172,7 +191,12 @@ def leaf(
         2.0 * rows * p.shape[1] * (width + value),
     )
     size = f"1 user, T {rows} in {len(found)} leaves, M {p.shape[1]}, D {width}, V {value}"
-    yield Case(work, "float32", size, rows, flops, truth.EXPANDED, (mine, *same, *stood_for))
+    for part, flops, variants in (
+        (work, adding + routing, (mine, *same, *stood_for)),
+        (f"{work}/sums", adding, (alone,)),
+        (f"{work}/kept", routing, (from_kept, *same_kept)),
+    ):
+        yield Case(part, "float32", size, rows, flops, truth.EXPANDED, variants)
 
 
 def vote(

@@ -18,7 +18,6 @@ from hisac import reference
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-import data  # noqa: E402
 import harness  # noqa: E402
 import peak  # noqa: E402
 import peers  # noqa: E402
@@ -27,6 +26,8 @@ import run  # noqa: E402
 import table  # noqa: E402
 import truth  # noqa: E402
 import works  # noqa: E402
+
+import data  # noqa: E402
 
 ONCE = harness.Effort(share=0.0, least=1, most=1, pause=0.0, sample=0.0)
 NAMES = [

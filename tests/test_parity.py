@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import hisac
 from hisac import bounds, reference, testing
 from hisac.results import RouteGradients
+from ways import flat, kinds, with_threads
 
 try:
     import torch
@@ -19,40 +20,7 @@ except ImportError:
     torch = None
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
-VERBS = ("fit", "encode", "vote", "route", "route_backward", "attend", "attend_backward")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restore_threads():
-    threads = hisac.get_num_threads()
-    yield
-    hisac.set_num_threads(threads)
-
-
-def kinds(p):
-    """The ways into the core that hold the problem's values: (convert, dtype of its results)."""
-    if p.dtype != "bfloat16":
-        yield lambda args: args, p.dtype
-    if torch is not None:
-        yield lambda args: testing.to_torch(args, p.dtype), p.dtype
-
-
-def flat(result):
-    """The arrays of a result as raw bytes."""
-    if isinstance(result, tuple):
-        return [b for a in result for b in flat(a)]
-    return [b"" if result is None else np.ascontiguousarray(bounds.as_numpy(result)).tobytes()]
-
-
-def with_threads(call):
-    """call() with 1, 2 and 7 threads, and once more: the same bits; returns the result."""
-    results = []
-    for threads in (1, 2, 7, 1):
-        hisac.set_num_threads(threads)
-        results.append(call())
-    hisac.set_num_threads(1)
-    assert all(flat(r) == flat(results[0]) for r in results[1:])
-    return results[0]
+VERBS = ("fit", "encode", "vote", "leaf_sums", "route", "route_backward", "attend", "attend_backward")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -110,6 +78,23 @@ def test_encode_scales(scale):
     testing.assert_codes_equal(hisac.Codebook(centers).encode(x), reference.encode(reference.Codebook(centers), x))
 
 
+@pytest.mark.parametrize("width", [9, 128])
+def test_encode_what_a_rough_screen_cannot_tell(width):
+    """A part common to all rows and codewords, one codeword far off, copies in a row, rows of zeros."""
+    rng = np.random.default_rng(width)
+    near = rng.normal(size=(70, width)).astype(np.float32)
+    unit = near / np.linalg.norm(near, axis=1, keepdims=True)
+    x = rng.normal(size=(60, width)).astype(np.float32)
+    for c, rows in (
+        (near + 100, x + 100),
+        (np.concatenate([near, 1e4 * near[:1]]), x),
+        (np.concatenate([near[:5], np.repeat(near[:1], 60, 0), near]), np.concatenate([x, near])),
+        (np.concatenate([unit, np.sign(near)]), np.concatenate([np.zeros((3, width), np.float32), x])),
+        (np.sign(near), np.zeros((3, width), np.float32)),
+    ):
+        testing.assert_codes_equal(hisac.Codebook([c]).encode(rows), reference.encode(reference.Codebook([c]), rows))
+
+
 def test_encode_many_codes():
     rng = np.random.default_rng(2)
     centers = [rng.normal(size=(3000, 5)).astype(np.float32), rng.normal(size=(513, 5)).astype(np.float32)]
@@ -158,6 +143,14 @@ def test_fit_with_dead_codes():
     for seed in range(40):
         x = np.exp(3 * np.random.default_rng(seed).normal(size=(40, 2))).astype(np.float32)
         check_fit(x, (14, 4), iterations=5, seed=seed)
+
+
+@pytest.mark.parametrize(("codes", "scatter"), [((200,), 0.05), ((900,), 0.3), ((120, 60), 1.0)])
+def test_fit_many_rounds(codes, scatter):
+    """Enough codes for several groups of bounds, and enough rounds for the bounds to rule most of them out."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(90, 6))[rng.integers(0, 90, 1500)] + scatter * rng.normal(size=(1500, 6))
+    check_fit(x.astype(np.float32), codes, iterations=15, seed=1)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES)
@@ -460,3 +453,9 @@ def test_attended_may_be_given(p):
 def filled(result):
     """Arrays like these, full of sevens."""
     return type(result)(*map(filled, result)) if isinstance(result, tuple) else np.full_like(result, 7)
+
+
+def test_bfloat16_may_take_subnormals_for_zero():
+    x, v, p = np.float32([[0.07]]), np.float32([[1, -9.9e-39]]), np.float32([[[0.3]]])
+    args = {"x": x, "v": v, "offsets": np.array([0, 1]), "prototypes": p, "precision": "bfloat16"}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))

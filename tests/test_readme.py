@@ -24,6 +24,8 @@ def test_python_blocks_run_in_order():
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["tokens"].shape == (2, 100, 16)
+    assert namespace["embedding"].weight.grad.any()
+    assert np.abs(namespace["close"].tokens - namespace["tokens"]).max() < 0.2
     assert namespace["value"].grad is not None and namespace["compress"].log_tau.grad is not None
     namespace["test_mine"]()
 
@@ -59,7 +61,10 @@ def test_versions_agree():
     assert hisac.__version__ == cmake == citation == changes
 
 
-@pytest.mark.parametrize("name", ["codebook", "ops", "torch", "testing", "reference", "bounds", "files"])
+MODULES = ["codebook", "ops", "torch", "torch_library", "testing", "reference", "bounds", "files"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
     failed, _ = doctest.testmod(importlib.import_module(f"hisac.{name}"), optionflags=doctest.ELLIPSIS)
     assert failed == 0

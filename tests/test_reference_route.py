@@ -55,22 +55,22 @@ def history_args(args):
     return [args.get(name, default) for name, default in full.items()]
 
 
-@given(problem, st.sampled_from(["codes", "x", "bias"]), st.integers(0, 2**32 - 1))
+@given(problem, st.sampled_from(["codes", "x", "bias", "spread"]), st.integers(0, 2**32 - 1))
 def test_absent_rows_change_nothing(p, how, seed):
     args = args_of(p, missing="drop")
     assume(p.x is not None and not isinstance(p.offsets, tuple) and (how != "codes" or p.routed_codes))
     rng = np.random.default_rng(seed)
     at = np.sort(rng.integers(p.offsets[0], p.offsets[-1] + 1, 5))
-    bias = np.zeros(len(p.v), np.float32) if p.bias is None else p.bias
+    zero = np.zeros(len(p.v), np.float32)
+    args |= {name: zero for name in ("bias", "spread") if args[name] is None}
     junk = {
         "x": np.full((5, p.x.shape[1]), np.nan if how == "x" else 0.0),
         "v": np.full((5, p.v.shape[1]), np.nan),
         "codes": np.full((5, p.codes.shape[1]), -1 if how == "codes" else 0),
         "bias": np.full(5, -np.inf if how == "bias" else 0.0),
+        "spread": np.full(5, -1 if how == "spread" else 0.0),
     }
-    padded = {
-        name: np.insert(args[name] if name != "bias" else bias, at, junk[name], 0) for name in junk if name in args
-    }
+    padded = {name: np.insert(args[name], at, junk[name], 0) for name in junk if name in args}
     offsets = p.offsets + np.searchsorted(at, p.offsets, "left")
     offsets[-1] = p.offsets[-1] + 5
     same(reference.route(**args), reference.route(**args | padded | {"offsets": offsets}))
@@ -112,7 +112,7 @@ def test_users_do_not_meet(p):
     """A batch is its users one by one; ragged, overlapping or empty."""
     args, out = args_of(p), reference.route(**args_of(p))
     for b, rows in enumerate(users_of(p.offsets)):
-        one = {name: None if args.get(name) is None else args[name][rows] for name in ("x", "v", "bias")}
+        one = {name: None if args.get(name) is None else args[name][rows] for name in ("x", "v", "bias", "spread")}
         one |= {"codes": args["codes"][rows]} if p.routed_codes else {}
         one |= {"prototypes": p.prototypes[b : b + 1], "count": None if p.count is None else p.count[b : b + 1]}
         alone = reference.route(**args | one | {"offsets": np.array([0, len(rows)])})
@@ -149,7 +149,7 @@ def test_limits_of_temperature(p):
     fair = reference.route(**args | {"temperature": 1e12, "normalize": "agents"})
     for b, _, h in reference.histories(*history_args(args)):
         if len(h.x):
-            d = reference.square_distances(h.x, h.p)
+            d = reference.square_distances(h.x, h.p) + h.spread[:, None]
             nearest, second = (np.sort(d, 0)[i] if len(d) > i else np.full(d.shape[1], np.inf) for i in (0, 1))
             clear = second - nearest > 1e-6
             np.testing.assert_allclose(cold.tokens[b, h.agents][clear], h.v[d.argmin(0)][clear], atol=1e-9)
@@ -192,7 +192,7 @@ def test_refinement_has_fixed_points():
 
 @given(problem)
 def test_leaf_is_exact_when_a_leafs_rows_coincide(p):
-    args = args_of(p, x=None, codes=p.codes, book=p.by_reference(p.vote_args())["book"])
+    args = args_of(p, x=None, spread=None, codes=p.codes, book=p.by_reference(p.vote_args())["book"])
     exact, leaf = (reference.route(**args | {"method": method}) for method in ("exact", "leaf"))
     same(exact, leaf, 1e-7)
 

@@ -101,7 +101,7 @@ def test_references_are_given_back(verb):
     for wrong in arrays:
         for _ in range(5):
             assert refused(function, {**arrays, wrong: arrays[wrong][..., None]})
-            assert refused(function, {**arrays, wrong: arrays[wrong].astype(np.int8)})
+            assert refused(function, {**arrays, wrong: arrays[wrong].astype(np.int16)})
     assert counts() == before
 
 
@@ -329,7 +329,7 @@ print(hisac.get_num_threads(), hisac.backends()["cpu"], book.fingerprint, codes.
 print(" ".join(f"{n:.4f}" for n in t.tokens.ravel()[:64]))
 """
     isas = hisac.backends()["available"]
-    assert isas[0] == "baseline" and hisac.backends()["cpu"] in isas
+    assert isas[0] in ("baseline", "neon") and hisac.backends()["cpu"] in isas
     said = [python(code, HISAC_ISA=isa, HISAC_NUM_THREADS=str(n)).splitlines() for n, isa in enumerate(isas, 1)]
     assert [line.split(" ", 2)[:2] for line, _ in said] == [[str(n), isa] for n, isa in enumerate(isas, 1)]
     assert len({line.split(" ", 2)[2] for line, _ in said}) == 1

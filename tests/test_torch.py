@@ -265,7 +265,7 @@ def test_vote_refuses(book, options, message):
 
 
 @pytest.mark.parametrize("options, kind, message", [
-    ({"x": torch.zeros(8)}, ValueError, "route: x expected float32, bfloat16 or float16 [T, D], got float32 [8]"),
+    ({"x": torch.zeros(8)}, ValueError, "route: x expected float32, bfloat16, float16 or int8 [T, D], got float32 [8]"),
     ({"v": torch.zeros(20)}, ValueError, "route: v expected float32, bfloat16 or float16 [T, V], got float32 [20]"),
     ({"v": torch.zeros(7, 5)}, ValueError, "route: x is [20, 8], v is [7, 5]: T differs (20, 7)"),
     ({"v": torch.zeros(20, 5).double()}, TypeError,
@@ -302,9 +302,15 @@ def operator_calls(book):
     starts, ends, bias, tau = OFFSETS[:-1], OFFSETS[1:], torch.linspace(-1, 1, 20), torch.tensor([0.7])
     agents = ops.vote(codes, starts, ends, name, 4, [], None)
     p = ops.prototypes(agents[0], name)
-    tensors = (x, v, starts, ends, p, tau, agents[2], bias, codes)
-    differentiable = (wanted(x), wanted(v), starts, ends, wanted(p), wanted(tau), agents[2], wanted(bias), codes)
-    tokens, lse, _ = ops.route(*tensors, name, "agents", "exact", 0, "token")
+    tensors = (x, v, starts, ends, p, tau, agents[2], bias, codes, None, None, None)
+    differentiable = (wanted(x), wanted(v), starts, ends, wanted(p), wanted(tau), agents[2], wanted(bias), *tensors[8:])
+    spread = torch.rand(20)
+    last, back = ("token", "float32", spread, False), (name, "agents", "exact", 0, "token", "bfloat16", spread)
+    tokens, lse, _ = ops.route(*tensors, name, "agents", "exact", 0, *last)
+    ids, scale = torch.arange(20) % 9 - 1, torch.tensor([0.1])
+    gathered = (*tensors[:9], ids, ids.int(), None)
+    plain = (0, "drop", "bfloat16", None, False)
+    int8 = (x.to(torch.int8), wanted(v), *tensors[2:10], ids, scale, name)
     q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
     attention, scale = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
     out, out_lse = ops.attend(*attention, scale)
@@ -314,12 +320,16 @@ def operator_calls(book):
         "vote budget": (codes, starts, ends, name, 4, [], None),
         "vote fanout": (codes, starts.int(), ends.int(), name, 0, [2, 3], torch.rand(20)),
         "prototypes": (agents[0], name),
-        "route": (*differentiable, name, "agents", "exact", 0, "token"),
-        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, "drop"),
-        "route leaf": (x, wanted(v), starts, ends, p, wanted(tau), *tensors[6:], name, "agents", "leaf", 0, "drop"),
-        "route codes": (None, wanted(v), starts, ends, p, tau, None, None, codes, name, "history", "exact", 0, "drop"),
-        "route_backward": (tokens, lse, tokens, lse, every, *tensors, name, "agents", "exact", 0, "token"),
-        "route_backward some": (tokens, None, tokens, lse, some, *tensors, name, "agents", "exact", 0, "token"),
+        "route": (*differentiable, name, "agents", "exact", 0, *last),
+        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, *last),
+        "route leaf": (x, wanted(v), *tensors[2:5], wanted(tau), *tensors[6:], name, "agents", "leaf", *plain),
+        "route codes": (None, wanted(v), *tensors[2:6], None, None, *tensors[8:], name, "history", "exact", *plain),
+        "route gathered": (*differentiable[:9], *gathered[9:], name, "agents", "exact", 0, *last),
+        "route int8": (*int8, "history", "exact", 0, *last),
+        "route_backward": (tokens, lse, tokens, lse, every, *tensors, *back),
+        "route_backward gathered": (tokens, lse, tokens, lse, every, *gathered, *back),
+        "sum_rows": (v, torch.tensor([3, 1, 19]), torch.tensor([0, 2, 2, 3])),
+        "route_backward some": (tokens, None, tokens, lse, some, *tensors, *back),
         "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), scale),
         "attend_backward": (out, out_lse, out, out_lse, *attention, scale),
         "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, scale),

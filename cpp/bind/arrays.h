@@ -36,6 +36,7 @@ constexpr nb::dlpack::dtype dtype_of() {
   if constexpr (std::is_same_v<T, float>) return {2, 32, 1};
   if constexpr (std::is_same_v<T, int32_t>) return {0, 32, 1};
   if constexpr (std::is_same_v<T, int64_t>) return {0, 64, 1};
+  if constexpr (std::is_same_v<T, int8_t>) return {0, 8, 1};
 }
 
 /// Checks place, rank and layout; returns the address of the first element. `expected` is the contract in words.
@@ -80,32 +81,50 @@ inline DType float_type(const View& view, const char* verb, const char* name, co
   wrong_type(verb, name, expected, describe(view));
 }
 
-/// An array of `ndim` dimensions as rows of its last one.
+/// An array of `ndim` dimensions as rows of its last one; `int8`: that type too.
 template <class R = Rows>
-R rows(const View& view, const char* verb, const char* name, int ndim, const char* expected) {
+R rows(const View& view, const char* verb, const char* name, int ndim, const char* expected, bool int8 = false) {
   R out;
   void* const data = borrow(view, verb, name, ndim, expected, std::is_same_v<R, MutableRows>);
   static char empty;
   out.data = data ? data : &empty;
-  out.dtype = float_type(view, verb, name, expected);
+  const bool is_int8 = int8 && view.tensor.dtype == dtype_of<int8_t>();
+  out.dtype = is_int8 ? DType::int8 : float_type(view, verb, name, expected);
   out.rows = 1;
   for (int i = 0; i + 1 < ndim; ++i) out.rows *= view.tensor.shape[i];
   out.width = view.tensor.shape[ndim - 1];
   return out;
 }
 
+/// None gives null ids.
+inline Ids ids(const View& view, const char* verb, const char* name) {
+  constexpr const char* kExpected = "int32 or int64 [T]";
+  if (view.none) return {};
+  static char empty;
+  void* const data = borrow(view, verb, name, 1, kExpected, false);
+  const bool wide = view.tensor.dtype == dtype_of<int64_t>();
+  if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(verb, name, kExpected, describe(view));
+  return {data ? data : &empty, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
+}
+
+/// starts and ends [B]; ends None: starts are offsets [B + 1].
 inline Histories histories(const View& starts, const View& ends, const char* verb) {
   constexpr const char* kExpected = "int32 or int64 [B]";
   Histories h;
   h.starts = borrow(starts, verb, "starts", 1, kExpected, false);
-  h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
   const auto type = starts.tensor.dtype;
-  if (type != dtype_of<int32_t>() && type != dtype_of<int64_t>())
-    wrong_type(verb, "offsets", "int32 or int64", describe(starts));
-  if (ends.tensor.dtype != type || ends.tensor.shape[0] != starts.tensor.shape[0])
-    wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
-  h.dtype = type == dtype_of<int64_t>() ? DType::int64 : DType::int32;
+  const bool wide = type == dtype_of<int64_t>();
+  if (!wide && type != dtype_of<int32_t>()) wrong_type(verb, "offsets", "int32 or int64", describe(starts));
+  h.dtype = wide ? DType::int64 : DType::int32;
   h.users = starts.tensor.shape[0];
+  if (ends.none) {
+    if (--h.users < 0) wrong_value(verb, "offsets", "[B + 1]", describe(starts));
+    h.ends = static_cast<const char*>(h.starts) + (wide ? 8 : 4);
+    return h;
+  }
+  h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
+  if (ends.tensor.dtype != type || ends.tensor.shape[0] != h.users)
+    wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
   return h;
 }
 

@@ -16,6 +16,7 @@ namespace {
 using nb::literals::operator""_a;
 
 constexpr const char* kX = "float32, bfloat16 or float16 [T, D]";
+constexpr const char* kRouteX = "float32, bfloat16, float16 or int8 [T, D]";
 constexpr const char* kV = "float32, bfloat16 or float16 [T, V]";
 constexpr const char* kTokens = "float32, bfloat16 or float16 [B, M, V]";
 constexpr const char* kCodes = "int32 [T, L]";
@@ -169,20 +170,17 @@ struct RouteArguments {
 
   RouteArguments(const char* verb, const View& x, const View& v, const View& starts, const View& ends,
                  const View& prototypes, const View& count, nb::handle tau, std::string_view normalize,
-                 const View& bias, const View& codes, const Codebook* book, std::string_view method, int refine,
-                 std::string_view missing) {
+                 const View& bias, const View& spread, const View& codes, const Codebook* book, std::string_view method,
+                 int refine, std::string_view missing, std::string_view precision, const View& x_ids, const View& v_ids,
+                 const View& x_scale)
+      : RouteArguments(verb, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale) {
     params.normalize = static_cast<Normalize>(either(verb, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(verb, "method", method, "exact", "leaf"));
     params.missing = static_cast<Missing>(either(verb, "missing", missing, "drop", "token"));
+    params.precision = static_cast<Precision>(either(verb, "precision", precision, "float32", "bfloat16"));
     params.refine = refine;
-    if (!x.none) in.x = rows(x, verb, "x", 2, kX);
-    in.v = rows(v, verb, "v", 2, kV);
-    in.histories = histories(starts, ends, verb);
     in.prototypes = array<const float, 3>(prototypes, verb, "prototypes", "float32 [B, M, D]");
     in.count = array<const int32_t, 1>(count, verb, "count", "int32 [B]", true);
-    in.bias = array<const float, 1>(bias, verb, "bias", "float32 [T]", true);
-    in.codes = array<const int32_t, 2>(codes, verb, "codes", kCodes, true);
-    in.book = book;
     if (PyFloat_Check(tau.ptr()) || PyLong_Check(tau.ptr())) {
       temperature = static_cast<float>(nb::cast<double>(tau));
       if (!(temperature > 0) || !(temperature <= 3.4028234e38f))
@@ -195,7 +193,23 @@ struct RouteArguments {
       params.temperature = array<const float, 1>(view, verb, "temperature", "a number, or float32 [1] or [M]");
       hold = view;
     }
-    most = longest(in.histories, in.v.rows);
+  }
+
+  /// Those of leaf_sums.
+  RouteArguments(const char* verb, const View& x, const View& v, const View& starts, const View& ends, const View& bias,
+                 const View& spread, const View& codes, const Codebook* book, const View& x_ids, const View& v_ids,
+                 const View& x_scale) {
+    if (!x.none) in.x = rows(x, verb, "x", 2, kRouteX, true);
+    in.v = rows(v, verb, "v", 2, kV);
+    in.histories = histories(starts, ends, verb);
+    in.bias = array<const float, 1>(bias, verb, "bias", "float32 [T]", true);
+    in.spread = array<const float, 1>(spread, verb, "spread", "float32 [T]", true);
+    in.codes = array<const int32_t, 2>(codes, verb, "codes", kCodes, true);
+    in.book = book;
+    in.x_ids = ids(x_ids, verb, "x_ids");
+    in.v_ids = ids(v_ids, verb, "v_ids");
+    in.x_scale = array<const float, 1>(x_scale, verb, "x_scale", "float32 [1] or [rows of x]", true);
+    most = longest(in.histories, in.behaviours());
   }
   RouteArguments(const RouteArguments&) = delete;
 
@@ -203,10 +217,11 @@ struct RouteArguments {
 };
 
 void route_tokens(View x, View v, View starts, View ends, View prototypes, View count, nb::handle temperature,
-                  const std::string& normalize, View bias, View codes, const Codebook* book, const std::string& method,
-                  int refine, const std::string& missing, View tokens, View lse, View refined) {
-  const RouteArguments a("route", x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book,
-                         method, refine, missing);
+                  const std::string& normalize, View bias, View spread, View codes, const Codebook* book,
+                  const std::string& method, int refine, const std::string& missing, const std::string& precision,
+                  View x_ids, View v_ids, View x_scale, View tokens, View lse, View refined) {
+  const RouteArguments a("route", x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes,
+                         book, method, refine, missing, precision, x_ids, v_ids, x_scale);
   const Tokens out{rows<MutableRows>(tokens, "route", "out tokens", 3, kTokens),
                    array<float, 2>(lse, "route", "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, "route", "out prototypes", "float32 [B, M, D]", true)};
@@ -216,11 +231,12 @@ void route_tokens(View x, View v, View starts, View ends, View prototypes, View 
 
 void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, View v, View starts, View ends,
                      View prototypes, View count, nb::handle temperature, const std::string& normalize, View bias,
-                     View codes, const Codebook* book, const std::string& method, const std::string& missing, View dv,
-                     View dtemperature, View dbias, View dx, View dprototypes) {
+                     View spread, View codes, const Codebook* book, const std::string& method,
+                     const std::string& missing, const std::string& precision, View x_ids, View v_ids, View x_scale,
+                     View dv, View dtemperature, View dbias, View dx, View dprototypes) {
   constexpr const char* kVerb = "route_backward";
-  const RouteArguments a(kVerb, x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book,
-                         method, 0, missing);
+  const RouteArguments a(kVerb, x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes,
+                         book, method, 0, missing, precision, x_ids, v_ids, x_scale);
   const RouteForward forward{rows(d_tokens, kVerb, "d_tokens", 3, kTokens),
                              array<const float, 2>(d_lse, kVerb, "d_lse", "float32 [B, M]", true),
                              rows(tokens, kVerb, "tokens", 3, kTokens),
@@ -232,6 +248,31 @@ void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, V
                            array<float, 3>(dprototypes, kVerb, "dprototypes", "float32 [B, M, D]", true)};
   run([&](int workers) { return route_backward_workspace(a.params, a.in, out, a.most, workers); },
       [&](const Context& context) { return route_backward(context, a.params, a.in, forward, out); });
+}
+
+void sum_leaves(View x, View v, View starts, View ends, View bias, View spread, View codes, const Codebook& book,
+                View x_ids, View v_ids, View x_scale, View out_x, View out_v, View out_offsets, View out_bias,
+                View out_spread, View out_codes) {
+  constexpr const char* kVerb = "leaf_sums";
+  const RouteArguments a(kVerb, x, v, starts, ends, bias, spread, codes, &book, x_ids, v_ids, x_scale);
+  const LeafSums out{array<float, 2>(out_x, kVerb, "out x", "float32 [S, D]"),
+                     array<float, 2>(out_v, kVerb, "out v", "float32 [S, V]"),
+                     array<int64_t, 1>(out_offsets, kVerb, "out offsets", "int64 [B + 1]"),
+                     array<float, 1>(out_bias, kVerb, "out bias", "float32 [S]"),
+                     array<float, 1>(out_spread, kVerb, "out spread", "float32 [S]"),
+                     array<int32_t, 2>(out_codes, kVerb, "out codes", "int32 [S, L]")};
+  run([&](int workers) { return leaf_sums_workspace(a.in, a.most, workers); },
+      [&](const Context& context) { return leaf_sums(context, a.in, out); });
+}
+
+void sum_of_rows(View rows, View order, View begin, View out) {
+  constexpr const char* kVerb = "sum_rows";
+  const auto from = array<const float, 2>(rows, kVerb, "rows", "float32 [T, V]");
+  const auto sorted = array<const int64_t, 1>(order, kVerb, "order", "int64 [N]");
+  const auto groups = array<const int64_t, 1>(begin, kVerb, "begin", "int64 [G + 1]");
+  const auto sums = array<float, 2>(out, kVerb, "sums", "float32 [G, V]");
+  run([](int) { return size_t{0}; },
+      [&](const Context& context) { return sum_rows(context, from, sorted, groups, sums); });
 }
 
 // ---- attend
@@ -322,15 +363,21 @@ NB_MODULE(_core, m) {
   m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none(),
         nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
                 "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
-  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a, "budget"_a, "fanout"_a, "weights"_a.none(),
-        "out_codes"_a, "out_votes"_a, "out_count"_a);
-  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(),
-        "temperature"_a, "normalize"_a, "bias"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "refine"_a,
-        "missing"_a, "tokens"_a, "lse"_a, "refined"_a.none());
+  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a.none(), "budget"_a, "fanout"_a,
+        "weights"_a.none(), "out_codes"_a, "out_votes"_a, "out_count"_a);
+  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(),
+        "temperature"_a, "normalize"_a, "bias"_a.none(), "spread"_a.none(), "codes"_a.none(), "book"_a.none(),
+        "method"_a, "refine"_a, "missing"_a, "precision"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(),
+        "tokens"_a, "lse"_a, "refined"_a.none());
   m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "x"_a.none(), "v"_a,
-        "starts"_a, "ends"_a, "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
-        "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "dv"_a.none(), "dtemperature"_a.none(),
-        "dbias"_a.none(), "dx"_a.none(), "dprototypes"_a.none());
+        "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
+        "spread"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "precision"_a, "x_ids"_a.none(),
+        "v_ids"_a.none(), "x_scale"_a.none(), "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(), "dx"_a.none(),
+        "dprototypes"_a.none());
+  m.def("leaf_sums", sum_leaves, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(),
+        "codes"_a, "book"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "out_x"_a, "out_v"_a,
+        "out_offsets"_a, "out_bias"_a, "out_spread"_a, "out_codes"_a);
+  m.def("sum_rows", sum_of_rows, "rows"_a, "order"_a, "begin"_a, "out"_a);
   m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a,
         "out"_a, "lse"_a);
   m.def("attend_backward", attend_gradients, "d_out"_a, "d_lse"_a.none(), "out"_a, "lse"_a, "q"_a, "keys"_a, "values"_a,

@@ -104,7 +104,7 @@ class Scratch {
     }
     return {data_, {static_cast<int64_t>(size_)}};
   }
-  bool worth_keeping() const noexcept { return size_ <= size_t{64} << 20; }
+  bool worth_keeping() const noexcept { return size_ <= size_t{128} << 20; }
 
  private:
   std::byte* data_ = nullptr;

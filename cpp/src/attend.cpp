@@ -16,8 +16,6 @@ namespace {
 
 constexpr int64_t kSpan = 512;  // candidates of one unit of the forward
 
-int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
-
 struct Shape {
   int64_t users, tokens, heads, width, value_width;
   explicit Shape(const AttendInputs& in) noexcept
@@ -112,9 +110,9 @@ void attend_span(const AttendInputs& in, const Shape& s, const Attended& out, in
   for (int64_t i = first; i < last; i += cpu::kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(cpu::kBlock, last - i));
     load_candidates(in.q, s, i, n, h, w.q, w.squares);
-    k.matmul(n, s.width, s.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
+    k.matmul(n, s.width, s.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz, nullptr);
     k.row_softmax(n, s.tokens, w.z, ldz, in.scale * cpu::kLog2e, w.head.bias, w.lse);
-    k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv);
+    k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv, nullptr);
     for (int j = 0; j < n; ++j) {
       const int64_t row = (i + j) * s.heads + h;
       if (w.squares[j] != w.squares[j]) {  // a NaN in q is the candidate's own
@@ -232,11 +230,11 @@ class Backward {
                         ? 0.f
                         : static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
     }
-    k_.matmul(n, s_.width, s_.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz);
+    k_.matmul(n, s_.width, s_.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz, nullptr);
     k_.row_weights(n, s_.tokens, w.z, ldz, in_.scale * cpu::kLog2e, w.head.bias, w.lse);
-    k_.matmul(n, s_.value_width, s_.tokens, w.d_out, ldv, w.packed_columns, w.g, ldz);
+    k_.matmul(n, s_.value_width, s_.tokens, w.d_out, ldv, w.packed_columns, w.g, ldz, nullptr);
     k_.attend_gradient(n, s_.tokens, w.z, w.g, ldz, w.offset, state.bias);
-    k_.matmul(n, s_.tokens, s_.width, w.g, ldz, w.packed_rows, w.dq, ldq);
+    k_.matmul(n, s_.tokens, s_.width, w.g, ldz, w.packed_rows, w.dq, ldq, nullptr);
     for (int i = 0; i < n; ++i)
       k_.store_row(out_->q.data + ((first + i) * s_.heads + h) * s_.width, DType::float32, s_.width, w.dq + i * ldq,
                    in_.scale);

@@ -31,9 +31,9 @@ inline Status check_histories(const char* verb, const Histories& h, int64_t rows
   return {};
 }
 
-inline Status check_float(const char* verb, const char* name, DType type) noexcept {
+inline Status check_float(const char* verb, const char* name, DType type, const char* others = " or float16") noexcept {
   if (type == DType::float32 || type == DType::bfloat16 || type == DType::float16) return {};
-  return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16 or float16", verb, name);
+  return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16%s", verb, name, others);
 }
 
 inline Status check_book(const char* verb, const Codebook* book) noexcept {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of 64 rows go through all levels while their residuals stay in cache: x is read once, codes are written once.
+// Small blocks of rows go through all levels while their residuals stay in cache: x is read once, codes written once.
 #include "hisac/encode.h"
 
 #include <cmath>
@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "codebook_body.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace hisac {
 namespace {
@@ -24,34 +25,26 @@ NearestScratch worker_scratch(Array<std::byte, 1> workspace, const Codebook& boo
   return scratch;
 }
 
-bool finite_row(const float* x, int64_t width) noexcept {
-  for (int64_t d = 0; d < width; ++d)
-    if (!std::isfinite(x[d])) return false;
-  return true;
-}
-
 void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScratch& s, int32_t* codes) noexcept {
   const cpu::Kernels& k = cpu::kernels();
-  const int64_t width = book.width(), bytes = x.dtype == DType::float32 ? 4 : 2;
+  const int64_t width = book.width(), bytes = bytes_of(x.dtype);
   const int levels = book.levels();
+  const std::byte* const rows = static_cast<const std::byte*>(x.data) + begin * width * bytes;
+  const int64_t last = (begin + 2 * n < x.rows ? 2 * n : x.rows - begin) * width * bytes;
   bool ok[cpu::kBlock];
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
-    s.squares[i] = k.load_row(static_cast<const std::byte*>(x.data) + (begin + i) * width * bytes, x.dtype, width, r);
-    ok[i] = std::isfinite(s.squares[i]) || finite_row(r, width);  // a finite row's squares may overflow
+    const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
+    ok[i] = std::isfinite(squares) || finite(r, width);  // a finite row's squares may overflow
     if (!ok[i])
       for (int64_t d = 0; d < width; ++d) r[d] = 0;
   }
+  for (int64_t at = n * width * bytes; at < last; at += 64) __builtin_prefetch(rows + at);  // the next block's
   for (int l = 0; l < levels; ++l) {
     const Level& level = book.body().level[l];
     nearest(level, n, s, codes + l, levels);
     if (l + 1 == levels) break;
-    for (int i = 0; i < n; ++i) {
-      float* const r = s.r + i * width;
-      const float* const c = level.centers + codes[i * levels + l] * width;
-      for (int64_t d = 0; d < width; ++d) r[d] -= c[d];
-      s.squares[i] = k.load_row(r, DType::float32, width, r);
-    }
+    for (int i = 0; i < n; ++i) k.add_row(width, level.centers + codes[i * levels + l] * width, -1.f, s.r + i * width);
   }
   for (int i = 0; i < n; ++i)
     for (int l = 0; l < levels && !ok[i]; ++l) codes[i * levels + l] = -1;

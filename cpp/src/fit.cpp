@@ -9,8 +9,8 @@
 
 #include "checks.h"
 #include "cpu/pack.h"
-#include "nearest.h"
 #include "parallel.h"
+#include "tracker.h"
 
 namespace hisac {
 namespace {
@@ -31,7 +31,8 @@ struct Ranked {
 };
 
 struct Worker {
-  NearestScratch nearest;
+  Tracker::Scratch scratch;
+  int32_t biggest = 0;       // the bits of the largest |r|
   int64_t* sums = nullptr;   // [C, D]
   int64_t* count = nullptr;  // [C]
 };
@@ -41,10 +42,10 @@ struct Fit {
   const FitParams& params;
   int64_t rows, width, largest = 0;
   int workers;
-  int64_t n = 0;               // rows that take part
-  float* r = nullptr;          // [rows, D] their residuals
-  int64_t* origin = nullptr;   // [rows] their numbers in x
-  int32_t* near = nullptr;     // [rows]
+  int64_t n = 0;              // rows that take part
+  float* r = nullptr;         // [rows, D] their residuals
+  int64_t* origin = nullptr;  // [rows] their numbers in x
+  Tracker tracker;
   double* distance = nullptr;  // [rows]
   Ranked* ranked = nullptr;    // [rows]
   int64_t* picked = nullptr;   // [C]
@@ -63,7 +64,7 @@ struct Fit {
   void carve(Arena& arena) noexcept {
     r = arena.take<float>(rows * width);
     origin = arena.take<int64_t>(rows);
-    near = arena.take<int32_t>(rows);
+    tracker.carve(arena, rows, largest);
     distance = arena.take<double>(rows);
     ranked = arena.take<Ranked>(rows);
     picked = arena.take<int64_t>(largest);
@@ -73,7 +74,7 @@ struct Fit {
     worker = arena.take<Worker>(workers);
     for (int w = 0; w < workers; ++w) {
       Worker one;
-      one.nearest.carve(arena, width, largest);
+      one.scratch.carve(arena, width, largest);
       one.sums = arena.take<int64_t>(largest * width);
       one.count = arena.take<int64_t>(largest);
       if (worker) worker[w] = one;
@@ -89,59 +90,74 @@ struct Fit {
 
   void gather(Rows x) noexcept {
     const cpu::Kernels& k = cpu::kernels();
-    const int64_t bytes = x.dtype == DType::float32 ? 4 : 2;
+    const int64_t bytes = bytes_of(x.dtype);
+    n = rows;
+    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* const row = r + i * width;
+        k.load_row(static_cast<const std::byte*>(x.data) + i * width * bytes, x.dtype, width, row);
+        bool ok = true;
+        for (int64_t d = 0; d < width; ++d) ok &= std::fabs(row[d]) < kFitLimit;
+        origin[i] = ok ? i : -1;
+      }
+    });
+    n = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      float* const row = r + n * width;
-      k.load_row(static_cast<const std::byte*>(x.data) + i * width * bytes, x.dtype, width, row);
-      bool ok = true;
-      for (int64_t d = 0; d < width; ++d) ok &= std::fabs(row[d]) < kFitLimit;
-      if (ok) origin[n++] = i;
+      if (origin[i] < 0) continue;
+      if (n < i) std::memcpy(r + n * width, r + i * width, sizeof(float) * static_cast<size_t>(width));
+      origin[n++] = i;
     }
   }
 
-  /// near = the nearest code of each row.
-  void assign(const Level& level) noexcept {
-    const cpu::Kernels& k = cpu::kernels();
+  /// Nearest codes; sums of rint(r 2^bits) and counts follow the rows that change theirs, in the first worker's arrays.
+  void assign(const Level& level, int bits) noexcept {
+    const double unit = std::ldexp(1.0, bits);
     for_chunks([&](int64_t begin, int64_t end, Worker& w) {
-      for (int64_t i = begin; i < end; i += w.nearest.rows) {
-        const int take = static_cast<int>(std::min<int64_t>(w.nearest.rows, end - i));
-        for (int j = 0; j < take; ++j)
-          w.nearest.squares[j] = k.load_row(r + (i + j) * width, DType::float32, width, w.nearest.r + j * width);
-        nearest(level, take, w.nearest, near + i, 1);
-      }
+      for (int64_t at = begin; at < end; at += Tracker::kPart)
+        tracker.assign(level, r, at, std::min(end, at + Tracker::kPart), w.scratch,
+                       [&](int64_t i, int32_t from, int32_t to) {
+                         const float* const row = r + i * width;
+                         int64_t* const into = w.sums + to * width;
+                         int64_t* const out = from < 0 ? nullptr : w.sums + from * width;
+                         ++w.count[to];
+                         if (out) --w.count[from];
+                         for (int64_t d = 0; d < width; ++d) {
+                           const int64_t x = std::llrint(double(row[d]) * unit);
+                           into[d] += x;
+                           if (out) out[d] -= x;
+                         }
+                       });
     });
+    for (int w = 1; w < workers; ++w) {
+      for (int64_t i = 0; i < level.size * width; ++i) worker[0].sums[i] += worker[w].sums[i];
+      for (int64_t c = 0; c < level.size; ++c) worker[0].count[c] += worker[w].count[c];
+      clear(worker[w], level.size);
+    }
+  }
+
+  void clear(Worker& w, int64_t size) noexcept {
+    std::memset(w.sums, 0, sizeof(int64_t) * static_cast<size_t>(size * width));
+    std::memset(w.count, 0, sizeof(int64_t) * static_cast<size_t>(size));
   }
 
   /// distance = from each row to its code; returns the mean, added in row order.
   double measure(const Level& level) noexcept {
     for_chunks([&](int64_t begin, int64_t end, Worker&) {
-      for (int64_t i = begin; i < end; ++i)
-        distance[i] = square_distance(r + i * width, level.centers + near[i] * width, width);
+      for (int64_t i = begin; i < end; i += 4) {
+        const float *row[4], *center[4];
+        double square[4];
+        for (int64_t j = 0; j < 4; ++j) {
+          const int64_t at = std::min(i + j, end - 1);
+          row[j] = r + at * width;
+          center[j] = level.centers + tracker.near[at] * width;
+        }
+        square_distances(row, center, width, square);
+        std::copy_n(square, std::min<int64_t>(4, end - i), distance + i);
+      }
     });
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += distance[i];
     return total / static_cast<double>(n);
-  }
-
-  /// Sums of rint(r 2^bits) and counts of each code, into the first worker's arrays.
-  void sum(int64_t size, int bits) noexcept {
-    const double unit = std::ldexp(1.0, bits);
-    for (int w = 0; w < workers; ++w) {
-      std::memset(worker[w].sums, 0, sizeof(int64_t) * static_cast<size_t>(size * width));
-      std::memset(worker[w].count, 0, sizeof(int64_t) * static_cast<size_t>(size));
-    }
-    for_chunks([&](int64_t begin, int64_t end, Worker& w) {
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t* const into = w.sums + near[i] * width;
-        const float* const row = r + i * width;
-        for (int64_t d = 0; d < width; ++d) into[d] += std::llrint(double(row[d]) * unit);
-        ++w.count[near[i]];
-      }
-    });
-    for (int w = 1; w < workers; ++w) {
-      for (int64_t i = 0; i < size * width; ++i) worker[0].sums[i] += worker[w].sums[i];
-      for (int64_t c = 0; c < size; ++c) worker[0].count[c] += worker[w].count[c];
-    }
   }
 
   /// The first `most` rows of ranked[0, count) that differ in value from those before; into picked.
@@ -172,8 +188,15 @@ struct Fit {
     constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
     const uint64_t key = mix64(params.seed + static_cast<uint64_t>(l + 1) * kGolden);
     for (int64_t i = 0; i < n; ++i) ranked[i] = {mix64(key + (static_cast<uint64_t>(origin[i]) + 1) * kGolden), i};
-    std::sort(ranked, ranked + n);
-    const int64_t found = first_distinct(n, params.sizes[l]);
+    // as few as are likely to be needed come in order first
+    const int64_t few = std::min(n, 2 * params.sizes[l]);
+    std::nth_element(ranked, ranked + few - 1, ranked + n);
+    std::sort(ranked, ranked + few);
+    int64_t found = first_distinct(few, params.sizes[l]);
+    if (found < params.sizes[l] && few < n) {
+      std::sort(ranked + few, ranked + n);
+      found = first_distinct(n, params.sizes[l]);
+    }
     for (int64_t c = 0; c < params.sizes[l]; ++c)
       std::memcpy(centers + c * width, r + picked[c < found ? c : 0] * width,
                   sizeof(float) * static_cast<size_t>(width));
@@ -205,9 +228,21 @@ struct Fit {
   }
 
   /// |r| < 2^e and n rows: units of 2^-bits keep every sum below 2^62.
-  int fixed_point_bits() const noexcept {
-    float biggest = 0;
-    for (int64_t i = 0; i < n * width; ++i) biggest = std::max(biggest, std::fabs(r[i]));
+  int fixed_point_bits() noexcept {
+    for (int w = 0; w < workers; ++w) worker[w].biggest = 0;
+    for_chunks([&](int64_t begin, int64_t end, Worker& w) {
+      int32_t most = 0;  // positive floats are ordered as their bits
+      for (int64_t i = begin * width; i < end * width; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, r + i, 4);
+        most = std::max(most, bits & 0x7fffffff);
+      }
+      w.biggest = std::max(w.biggest, most);
+    });
+    int32_t bits = 0;
+    for (int w = 0; w < workers; ++w) bits = std::max(bits, worker[w].biggest);
+    float biggest;
+    std::memcpy(&biggest, &bits, 4);
     int exponent = 0, length = 0;
     std::frexp(biggest, &exponent);
     for (int64_t rest = n; rest; rest /= 2) ++length;
@@ -220,9 +255,11 @@ struct Fit {
     const double unit = std::ldexp(1.0, -bits);
     start(l, centers);
     Level level = Level::make(size, width, centers, level_memory);
+    tracker.start(level, n);
+    for (int w = 0; w < workers; ++w) clear(worker[w], size);
+    bool settled = false;
     for (int round = 1; round <= params.iterations; ++round) {
-      assign(level);
-      sum(size, bits);
+      assign(level, bits);
       for (int64_t c = 0; c < size; ++c)
         for (int64_t d = 0; d < width && worker[0].count[c]; ++d)
           fresh[c * width + d] = static_cast<float>(static_cast<double>(worker[0].sums[c * width + d]) * unit /
@@ -232,18 +269,17 @@ struct Fit {
       if ((params.progress && !params.progress(params.ctx, l, round, measure(level))) ||
           (params.keep_going && !params.keep_going(params.ctx)))
         return Status::error(Code::cancelled, "fit: cancelled at level %d, round %d", l, round);
-      if (std::equal(fresh, fresh + size * width, level.centers)) break;
+      settled = std::equal(fresh, fresh + size * width, level.centers);
+      if (settled) break;
+      tracker.move(level, fresh);
       level = Level::make(size, width, fresh, level_memory);
     }
-    assign(level);
+    if (!settled) assign(level, bits);
     report->error[l] = measure(level);
-    std::memset(worker[0].count, 0, sizeof(int64_t) * static_cast<size_t>(size));
-    for (int64_t i = 0; i < n; ++i) {
-      ++worker[0].count[near[i]];
-      float* const row = r + i * width;
-      const float* const c = level.centers + near[i] * width;
-      for (int64_t d = 0; d < width; ++d) row[d] -= c[d];
-    }
+    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+      for (int64_t i = begin; i < end && l + 1 < params.levels; ++i)
+        cpu::kernels().add_row(width, level.centers + tracker.near[i] * width, -1.f, r + i * width);
+    });
     report->unused[l] = std::count(worker[0].count, worker[0].count + size, int64_t{0});
     std::memcpy(centers, level.centers, sizeof(float) * static_cast<size_t>(size * width));
     return {};

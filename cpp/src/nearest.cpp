@@ -1,92 +1,167 @@
 // SPDX-License-Identifier: Apache-2.0
-// Why the screen is safe. With s_c = |c|^2 / 2 - r . c (half the square distance, less a constant of the row) and u =
-// 2^-24:
-//   - the stored half norm errs by u |c|^2 / 2; the product of D terms, fused or not, by (D + 1) u |r| |c|;
-//   - the subtraction by u (|c|^2 / 2 + |r| |c|), products that underflow by D 2^-149 in all;
-//   - the definition's own float64 sum by (D + 2) 2^-53 (|r| + |c|)^2 / 2.
-// So a computed score errs by at most E below, and the code that the definition chooses scores within 2 E of the
-// smallest. Where a bound is not finite, every code survives.
+// Why the screen is safe. With s_c = |c|^2 / 2 - r . c (half the square distance, less a constant of the row), u =
+// 2^-24, n_c the norm bound of c, R of r, and r + e, c + f what is multiplied in place of r and c:
+//   - the product errs by |e| n_c + (R + |e|) |f| before rounding and by (D + 2) u (R + |e|) (n_c + |f|) through it;
+//   - the stored half norm errs by u n_c^2, the steps from product to bounds by 5 u (n_c^2 / 2 + R n_c);
+//   - what underflows, D 2^-125 at most, and what squares lose by it, is below the floors of R and n_c;
+//   - the definition's own float64 sums err by (D + 2) 2^-53 (R + n_c)^2 / 2 each.
+// All but the last are at most `error` n_c below. Where a product might overflow, every code survives.
 #include "nearest.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "cpu/pack.h"
 
 namespace hisac {
-
-Level Level::make(int64_t size, int64_t width, const float* centers, float* memory) noexcept {
-  float* const copy = memory;
-  float* const packed = copy + size * width;
-  float* const half = packed + cpu::packed_size(width, size);
-  if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
-  cpu::kernels().pack_columns(width, size, copy, width, packed);
-  double largest = 0;
-  for (int64_t c = 0; c < cpu::pad(size); ++c) {
-    double squares = 0;
-    for (int64_t d = 0; c < size && d < width; ++d) squares += double(copy[c * width + d]) * copy[c * width + d];
-    half[c] = c < size ? static_cast<float>(squares / 2) : INFINITY;
-    if (squares > largest) largest = squares;
-  }
-  return {size, width, copy, packed, half, static_cast<float>(std::sqrt(largest) * 1.0001)};
-}
-
-double square_distance(const float* r, const float* c, int64_t width) noexcept {
-  double total = 0;
-  for (int64_t d = 0; d < width; ++d) {
-    const double step = double(r[d]) - double(c[d]);
-    total += step * step;
-  }
-  return total;
-}
-
-void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
-  const int64_t fit = (int64_t{1} << 18) / cpu::pad(largest_size) / cpu::kRowStep * cpu::kRowStep;
-  rows = static_cast<int>(fit < cpu::kRowStep ? cpu::kRowStep : fit > cpu::kBlock ? cpu::kBlock : fit);
-  r = arena.take<float>(rows * width);
-  squares = arena.take<float>(rows);
-  scores = arena.take<float>(rows * cpu::pad(largest_size));
-  smallest = arena.take<float>(rows);
-  survivors = arena.take<int32_t>(largest_size);
-}
-
 namespace {
 
-/// smallest + 2 E, rounded up.
-float threshold(const Level& level, float smallest, float squares) noexcept {
-  constexpr double kUlp = 0x1p-24;
-  const double width = static_cast<double>(level.width), c = level.largest;
-  const double r = std::sqrt(1.01 * squares + width * 0x1p-125);  // the float32 sum of squares may have lost this much
-  const double screen = (width + 8) * kUlp * (r * c + c * c / 2) + width * 0x1p-149;
-  const double definition = (width + 4) * 0x1p-53 * (r + c) * (r + c) / 2;
-  const double bound = smallest + 2 * 1.01 * (screen + definition);
-  if (!(r * c + c * c < 1e37) || width * kUlp > 0.01 || !(bound < 1e37)) return INFINITY;
-  return std::nextafterf(static_cast<float>(bound), INFINITY);
+constexpr double kUlp = 0x1p-24;
+
+double floor_of(int64_t width) noexcept { return std::sqrt(static_cast<double>(width)) * 0x1p-50; }
+
+/// |e| of a row or center with squares and squared rounding errors as given; a float32 difference errs too.
+double rounding_of(cpu::Rounded sums, double norm, int64_t width) noexcept {
+  return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUlp * norm;
 }
 
 }  // namespace
 
+Level Level::make(int64_t size, int64_t width, const float* centers, float* memory) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t padded = cpu::pad(size), pairs = cpu::pairs_of(width);
+  float* const copy = memory;
+  float* const packed = copy + size * width;
+  float* const mean = packed + (width + 1) * padded;
+  float* const half = mean + cpu::pad(width);
+  float* const norm = half + padded;
+  if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
+  Level out{size, width, copy, packed, mean, half, norm};
+  for (int64_t d = 0; d < width; ++d) mean[d] = 0;
+  if (k.matmul_pairs)
+    for (int64_t c = 0; c < size; ++c) k.add_row(width, copy + c * width, 1.f / static_cast<float>(size), mean);
+  uint32_t* const rounded = reinterpret_cast<uint32_t*>(packed + pairs * padded);
+  for (int64_t c = 0; c < padded; ++c) {
+    double squares = 0;
+    for (int64_t d = 0; c < size && d < width; ++d) {
+      const double x = double(copy[c * width + d] - mean[d]);
+      squares += x * x;
+    }
+    const double bound = c < size ? std::sqrt(squares) * 1.0001 + floor_of(width) : 0;
+    const bool copy_of_last =
+        c > 0 && c < size && std::equal(copy + c * width, copy + (c + 1) * width, copy + (c - 1) * width);
+    half[c] = c < size && !copy_of_last ? static_cast<float>(squares / 2) : INFINITY;
+    norm[c] = static_cast<float>(bound);
+    if (bound > out.largest) out.largest = bound;
+    if (k.matmul_pairs && c < size) {
+      const double error = rounding_of(k.round_pairs(width, copy + c * width, mean, rounded + c * pairs), bound, width);
+      if (error / bound > out.rounding) out.rounding = error / bound;
+    }
+  }
+  if (k.matmul_pairs)
+    k.pack_columns(pairs, size, reinterpret_cast<const float*>(rounded), pairs, packed);
+  else
+    k.pack_columns(width, size, copy, width, packed);
+  return out;
+}
+
+void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept {
+  double total[4] = {};
+  for (int64_t d = 0; d < width; ++d)
+    for (int i = 0; i < 4; ++i) {
+      const double step = double(r[i][d]) - double(c[i][d]);
+      total[i] += step * step;
+    }
+  std::memcpy(out, total, sizeof total);
+}
+
+void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
+  r = arena.take<float>(rows * width);
+  screened = arena.take<uint32_t>(rows * screened_width(width));
+  scores = arena.take<float>(rows * cpu::pad(largest_size));
+  survivors = arena.take<int32_t>(largest_size);
+}
+
+Bounds::Bounds(const Level& level) noexcept
+    : level_(level),
+      floor_(floor_of(level.width)),
+      tiny_(level.rounding > 0 ? static_cast<double>(level.width) * 0x1p-124 : 0),
+      product_(static_cast<double>(level.width + 12) * kUlp * (1 + level.rounding)),
+      second_(static_cast<double>(level.width + 4) * 0x1p-53) {}
+
+bool Bounds::screen(cpu::Rounded sums, cpu::Screen* out) const noexcept {
+  const double c = level_.largest, r = 1.01 * std::sqrt(double(sums.squares)) + floor_;
+  const double e = tiny_ > 0 ? 1.01 * std::sqrt(double(sums.errors) + tiny_) + kUlp * r : 0;
+  const double error = e + (r + e) * (level_.rounding + product_) + 5 * kUlp * (r + c);
+  *out = {level_.half,
+          level_.norm,
+          static_cast<float>(1.02 * error),
+          static_cast<float>(second_ * (r + c) * (r + c)),
+          INFINITY,
+          0};
+  return r * c + c * c < 1e37 && level_.width < (1 << 17);
+}
+
+int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  const double near = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
+  double least = INFINITY;
+  int64_t kept = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const double d = k.square_distance(level.width, r, level.centers + candidates[j] * level.width);
+    if (d > least * near) continue;
+    if (d * near < least) kept = 0;
+    if (d < least) least = d;
+    candidates[kept++] = candidates[j];
+  }
+  int32_t best = candidates[0];
+  for (int64_t j = 0; j < kept && kept > 1; j += 4) {
+    const float *const row[4] = {r, r, r, r}, *center[4];
+    double exact[4];
+    for (int64_t i = 0; i < 4; ++i) center[i] = level.centers + candidates[j + i < kept ? j + i : j] * level.width;
+    square_distances(row, center, level.width, exact);
+    for (int64_t i = 0; i < 4 && j + i < kept; ++i)
+      if (j + i == 0 || exact[i] < least || (exact[i] == least && candidates[j + i] < best)) {
+        least = exact[i];
+        best = candidates[j + i];
+      }
+  }
+  return best;
+}
+
+cpu::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  if (k.matmul_pairs) return k.round_pairs(level.width, r, level.mean, dst);
+  return {k.load_row(r, DType::float32, level.width, reinterpret_cast<float*>(dst)), 0};
+}
+
+void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
+              int64_t ldz) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  const int64_t width = screened_width(level.width);
+  const float* const packed = level.packed + first * width;
+  if (k.matmul_pairs)
+    k.matmul_pairs(n, width, size, rows, width, reinterpret_cast<const uint32_t*>(packed), z, ldz, nullptr);
+  else
+    k.matmul(n, width, size, reinterpret_cast<const float*>(rows), width, packed, z, ldz, nullptr);
+}
+
 void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64_t stride) noexcept {
   const cpu::Kernels& k = cpu::kernels();
-  const int64_t ld = cpu::pad(level.size);
-  k.matmul(n, level.width, level.size, s.r, level.width, level.packed, s.scores, ld);
-  k.screen(n, level.size, s.scores, ld, level.half, s.smallest);
+  const int64_t ld = cpu::pad(level.size), width = level.width;
+  cpu::Rounded sums[NearestScratch::rows];
+  for (int i = 0; i < n; ++i) sums[i] = screened(level, s.r + i * width, s.screened + i * screened_width(width));
+  products(level, n, s.screened, 0, level.size, s.scores, ld);
+  const Bounds bounds(level);
   for (int i = 0; i < n; ++i) {
-    const int64_t found =
-        k.survivors(level.size, s.scores + i * ld, threshold(level, s.smallest[i], s.squares[i]), s.survivors);
-    int32_t best = s.survivors[0];
-    if (found > 1) {
-      const float* const r = s.r + i * level.width;
-      double least = square_distance(r, level.centers + best * level.width, level.width);
-      for (int64_t j = 1; j < found; ++j) {
-        const double d = square_distance(r, level.centers + s.survivors[j] * level.width, level.width);
-        if (d < least) {
-          least = d;
-          best = s.survivors[j];
-        }
-      }
-    }
-    codes[i * stride] = best;
+    cpu::Screen row;
+    int64_t found = level.size;
+    if (bounds.screen(sums[i], &row))
+      found = k.screen(level.size, s.scores + i * ld, row, s.survivors);
+    else
+      for (int64_t c = 0; c < found; ++c) s.survivors[c] = static_cast<int32_t>(c);
+    codes[i * stride] = found == 1 ? s.survivors[0] : closest(level, s.r + i * width, s.survivors, found);
   }
 }
 

@@ -1,37 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact nearest codeword of one level: float32 products screen, near-ties are re-scored as the definition says.
+// The exact nearest codeword of one level: products in float32 or bfloat16 screen, what the screen cannot decide is
+// re-scored in float64, and what that cannot decide as the definition says.
 #pragma once
 #include "arena.h"
 #include "cpu/kernels.h"
 
 namespace hisac {
 
-/// One level's codewords, packed for the screen.
+/// One level's codewords, packed for the screen. Where the ISA multiplies bfloat16 pairs the screen works on centers
+/// and rows less the centers' mean, so that an offset common to all does not cost it precision.
 struct Level {
   int64_t size = 0, width = 0;
   const float* centers = nullptr;  // [C, D]
-  const float* packed = nullptr;   // [D, C] in panels
-  const float* half = nullptr;     // [C] |c|^2 / 2, padded with +inf
-  float largest = 0;               // an upper bound of |c|
+  const float* packed = nullptr;   // [D, C] in panels; of pairs, [(D + 1) / 2, C]
+  const float* mean = nullptr;     // [D]; pairs alone
+  const float* half = nullptr;     // [C] |c|^2 / 2; +inf for padding and for a copy of the center before
+  const float* norm = nullptr;     // [C] upper bounds of |c|, 0 for padding
+  double largest = 0;              // of the norms
+  double rounding = 0;             // an upper bound of |rounded c - c| / norm
 
   static int64_t floats(int64_t size, int64_t width) noexcept {
-    return size * width + width * cpu::pad(size) + cpu::pad(size);
+    return size * width + (width + 1) * cpu::pad(size) + cpu::pad(width) + 2 * cpu::pad(size);
   }
   /// Fills memory of floats(size, width): the centers (copied unless they are there already), panels, norms.
   static Level make(int64_t size, int64_t width, const float* centers, float* memory) noexcept;
 };
 
-/// The definition: sum over d in index order of (r_d - c_d)^2 in float64.
-double square_distance(const float* r, const float* c, int64_t width) noexcept;
+/// The definition: sum over d in index order of (r_d - c_d)^2 in float64; four at once, so that none waits for the
+/// additions of another.
+void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept;
+
+/// What turns a row's sums of squares into its screen.
+class Bounds {
+ public:
+  explicit Bounds(const Level& level) noexcept;
+  /// The screen of a row, its threshold still open; false where nothing bounds its products.
+  bool screen(cpu::Rounded sums, cpu::Screen* out) const noexcept;
+
+ private:
+  const Level& level_;
+  double floor_, tiny_, product_, second_;
+};
+
+/// The nearest of the candidates, which it overwrites; float64 sums in any order decide unless they nearly tie.
+int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept;
+
+/// products [n, ldz] of rows with the codes from column `first` (where a panel starts) on, `size` of them. Rows are as
+/// `screened` makes them: pairs, or floats where the ISA has no pairs.
+void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
+              int64_t ldz) noexcept;
+/// Elements of a row for products.
+inline int64_t screened_width(int64_t width) noexcept {
+  return cpu::kernels().matmul_pairs ? cpu::pairs_of(width) : width;
+}
+/// dst = r for products.
+cpu::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept;
 
 /// A worker's scratch for blocks of rows.
 struct NearestScratch {
-  int rows = 0;               // rows of a block: fewer for very large codebooks
-  float* r = nullptr;         // [rows, width] the residuals
-  float* squares = nullptr;   // [rows] their squared norms
-  float* scores = nullptr;    // [rows, pad(C)]
-  float* smallest = nullptr;  // [rows]
-  int32_t* survivors = nullptr;
+  static constexpr int rows = 16;  // of a block: their scores and a panel stay in L1 for codebooks of a usual size
+  float* r = nullptr;              // [rows, width] the residuals
+  uint32_t* screened = nullptr;    // [rows, screened_width] the same for products
+  float* scores = nullptr;         // [rows, pad(C)]
+  int32_t* survivors = nullptr;    // [C]
 
   void carve(Arena& arena, int64_t width, int64_t largest_size) noexcept;
 };

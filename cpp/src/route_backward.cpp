@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "cpu/pack.h"
 #include "hisac/route.h"
+#include "leaf_rows.h"
 #include "parallel.h"
 #include "route_rows.h"
 
@@ -27,7 +28,6 @@ struct State {
 struct Worker {
   AgentPanel panel;
   Block block;
-  Leaves leaves;
   float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
   float *lse = nullptr, *offset = nullptr, *rate = nullptr;  // [pad(M)]
   float *d_tokens = nullptr, *token = nullptr;               // [M, V], [V]
@@ -47,7 +47,9 @@ class Backward {
         in_(in),
         forward_(forward),
         out_(out),
-        loader_(in),
+        rows_(in),
+        leaves_(in, longest, workers),
+        operands_(operands_of(params, false)),
         k_(cpu::kernels()),
         agents_(in.prototypes.shape[1]),
         width_(in.prototypes.shape[2]),
@@ -59,15 +61,16 @@ class Backward {
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.histories.users);
     units_.carve(arena, in_.histories.users);
+    if (leaf()) leaf_input_.carve(arena, leaves_, in_);
+    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.room() * value_width_ : 0);
     user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users * agents_ : 0);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take<Worker>(workers_);
     const int64_t columns = cpu::pad(agents_), block = cpu::kBlock;
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_);
-      one.block.carve(arena, width_, value_width_);
-      if (params_.method == Method::leaf) one.leaves.carve(arena, longest_, width_, value_width_);
+      one.panel.carve(arena, agents_, width_, Operands::floats, operands_ == Operands::rounded);
+      one.block.carve(arena, width_, value_width_, operands_);
       one.z = arena.take<float>(block * columns);
       one.g = arena.take<float>(block * columns);
       for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
@@ -86,13 +89,20 @@ class Backward {
   void run() noexcept {
     const int64_t users = in_.histories.users;
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    zero(out_.v.data, in_.v.rows * value_width_);
-    zero(out_.x.data, in_.v.rows * width_);
-    zero(out_.bias.data, in_.v.rows);
+    zero(out_.v.data, in_.behaviours() * value_width_);
+    zero(out_.x.data, in_.behaviours() * width_);
+    zero(out_.bias.data, in_.behaviours());
     zero(out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.histories);
-    for (int64_t wave = 0; wave < waves_.count(); ++wave) pass(wave);
+    for (int64_t wave = 0; wave < waves_.count(); ++wave) {
+      const int64_t *const list = waves_.users(wave), n = waves_.size(wave);
+      if (!leaf()) pass(list, n, out_.v.data);
+      for (int64_t first = 0, some; leaf() && first < n; first += some) {
+        some = leaves_.fit(list + first, n - first);
+        pass_leaves(list + first, some);
+      }
+    }
     if (out_.temperature) reduce_temperature();
   }
 
@@ -113,8 +123,26 @@ class Backward {
     return states;
   }
 
-  void pass(int64_t wave) noexcept {
-    units_.plan(in_.histories, waves_.users(wave), waves_.size(wave), workers_, params_.method == Method::leaf);
+  bool leaf() const noexcept { return params_.method == Method::leaf; }
+
+  /// Leaves as rows; then each leaf's dv goes to its behaviours by their shares.
+  void pass_leaves(const int64_t* users, int64_t n) noexcept {
+    leaf_input_.load(context_, leaves_, users, n, &rows_);
+    zero(d_leaf_, out_.v ? leaves_.start(n) * value_width_ : 0);
+    pass(users, n, d_leaf_);
+    if (!out_.v) return;
+    leaves_.give_back(context_, d_leaf_, out_.v.data);
+    if (params_.missing == Missing::token)
+      parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
+        for (int64_t i = begin; i < end; ++i)
+          leaves_.each_absent(i, [&](int64_t row) { missing_row(users[i], row, worker_[w]); });
+      });
+  }
+
+  /// dv: of rows_.v
+  void pass(const int64_t* users, int64_t n, float* dv) noexcept {
+    dv_ = dv;
+    units_.plan(rows_.histories, users, n, workers_);
     parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), worker_[w]);
     });
@@ -135,7 +163,7 @@ class Backward {
   int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
 
   void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
-    const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+    const int64_t bytes = bytes_of(rows.dtype);
     k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
   }
 
@@ -169,12 +197,14 @@ class Backward {
     const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
+    const RowLoader loader(rows_, operands_);
     fold_rows(
-        loader_, params_, in_.histories, unit, w.leaves, w.block, w.stack, [&](State& s) { reset(s); },
+        loader, rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
         [&](State& into, const State& from) { merge(into, from); });
-    if (out_.v && params_.missing == Missing::token)
-      missing_rows(unit.user, start + unit.first * kTile, std::min(end, start + unit.last * kTile), w);
+    if (out_.v && params_.missing == Missing::token && !leaf())
+      for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
+        if (float norm; !loader.load_x(i, w.block.x, &norm)) missing_row(unit.user, i, w);
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else if (sums_)
@@ -185,7 +215,10 @@ class Backward {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = cpu::pad(agents_), ldx = cpu::pad(width_), ldv = cpu::pad(value_width_);
     if (n == 0 || m == 0) return;
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz);
+    cpu::Ahead& ahead = w.block.ahead;
+    if (out_.v) ahead.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    ahead.spread(n, 2 * m);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
     const bool shares = params_.normalize == Normalize::agents;
     if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
@@ -193,19 +226,18 @@ class Backward {
       if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz);
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &ahead);
     k_.route_gradient(
         n, m, w.z, w.g, ldz,
         {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
     if (out_.v) {
-      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv);
-      for (int i = 0; i < n; ++i) add_v(w, i);
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
+      for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldv, 1.f, dv_ + w.block.row[i] * value_width_);
     }
-    if (params_.method == Method::leaf) return;
     if (out_.bias)
       for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
     if (out_.x) {
-      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx);
+      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
         float* const dx = out_.x.data + w.block.row[i] * width_;
         k_.add_row(width_, w.out + i * ldx, 1.f, dx);
@@ -215,25 +247,13 @@ class Backward {
     if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, state.sum, ldx);
   }
 
-  /// dv of row i of the block, or of the rows of its leaf by their shares.
-  void add_v(Worker& w, int i) noexcept {
-    const float* const dv = w.out + i * cpu::pad(value_width_);
-    if (params_.method == Method::exact)
-      return k_.add_row(value_width_, dv, 1.f, out_.v.data + w.block.row[i] * value_width_);
-    const int64_t g = w.block.row[i];
-    for (int64_t e = w.leaves.begin[g]; e < w.leaves.begin[g + 1]; ++e)
-      k_.add_row(value_width_, dv, w.leaves.share[e], out_.v.data + w.leaves.entry[e].row * value_width_);
-  }
-
-  /// Absent rows share the gradient of their token.
-  void missing_rows(int64_t b, int64_t begin, int64_t end, Worker& w) noexcept {
+  /// An absent row shares the gradient of its user's token of them.
+  void missing_row(int64_t b, int64_t i, Worker& w) noexcept {
     const int64_t row = b * token_rows() + agents_;
     const double count = std::exp(double(forward_->lse.data[row]));
-    if (!(count > 0) || !(count < 1e18)) return;
+    if (!(count > 0) || !(count < 1e18) || !RowLoader(in_, operands_).has_value(i, w.out)) return;
     load_token(forward_->d_tokens, row, w.token);
-    for (int64_t i = begin; i < end; ++i)
-      if (loader_.absent_with_value(i, w.block, w.out))
-        k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
+    k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
   }
 
   void reset(State& s) const noexcept {
@@ -274,7 +294,11 @@ class Backward {
   const RouteInputs& in_;
   const RouteForward* forward_;
   const RouteGradients& out_;
-  RowLoader loader_;
+  RouteInputs rows_;  // what is routed: in_, or its leaf sums
+  LeafSummer leaves_;
+  Operands operands_;
+  LeafInput leaf_input_;
+  float *d_leaf_ = nullptr, *dv_ = nullptr;  // [room, V] of leaves; of the rows
   const cpu::Kernels& k_;
   int64_t agents_, width_, value_width_, longest_;
   int workers_;
@@ -289,7 +313,7 @@ class Backward {
 Status check_gradients(const RouteParams& params, const RouteInputs& in, const RouteForward& f,
                        const RouteGradients& out) noexcept {
   const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
-  const int64_t rows = m + (params.missing == Missing::token), t = in.v.rows, v = in.v.width;
+  const int64_t rows = m + (params.missing == Missing::token), t = in.behaviours(), v = in.v.width;
   if (params.refine != 0)
     return Status::error(Code::invalid_argument,
                          "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);

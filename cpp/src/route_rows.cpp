@@ -4,32 +4,16 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdio>
 
 #include "checks.h"
 #include "cpu/pack.h"
 
 namespace hisac {
-namespace {
 
-int64_t bytes_of(DType type) noexcept { return type == DType::float32 ? 4 : 2; }
-
-bool finite(const float* v, int64_t width) noexcept {
-  bool ok = true;
-  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
-  return ok;
-}
-
-/// |x|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
-bool below_limit(float norm, const float* x, int64_t width) noexcept {
-  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
-  double squares = 0;
-  for (int64_t d = 0; d < width; ++d) squares += double(x[d]) * x[d];
-  return squares < 0x1p100;
-}
-
-}  // namespace
-
-void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept {
+  pairs.carve(arena, cpu::kBlock * cpu::pad(cpu::pairs_of(width)), operands);
+  if (operands == Operands::split) rest = arena.take<float>(width);
   x = arena.take<float>(cpu::kBlock * cpu::pad(width));
   v = arena.take<float>(cpu::kBlock * cpu::pad(value_width));
   norm = arena.take<float>(cpu::kBlock);
@@ -40,51 +24,61 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width) noexcept {
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
   std::fill(x, x + cpu::kBlock * cpu::pad(width), 0.f);
   std::fill(v, v + cpu::kBlock * cpu::pad(value_width), 0.f);
+  for (uint32_t* half : {pairs.hi, pairs.lo})
+    if (half) std::fill(half, half + cpu::kBlock * cpu::pad(cpu::pairs_of(width)), 0u);
 }
 
-void Leaves::carve(Arena& arena, int64_t longest, int64_t width, int64_t value_width) noexcept {
-  entry = arena.take<Entry>(longest);
-  begin = arena.take<int64_t>(longest + 1);
-  share = arena.take<float>(longest);
-  x = arena.take<float>(width);
-  v = arena.take<float>(value_width);
-  part_x = arena.take<float>(width);
-  part_v = arena.take<float>(value_width);
+Operands operands_of(const RouteParams& params, bool splits) noexcept {
+  const cpu::Kernels& k = cpu::kernels();
+  if (params.precision == Precision::bfloat16) return k.matmul_pairs ? Operands::rounded : Operands::floats;
+  return splits && k.matmul_split ? Operands::split : Operands::floats;
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs) noexcept
+RowLoader::RowLoader(const RouteInputs& inputs, Operands operands) noexcept
     : in_(inputs),
       k_(cpu::kernels()),
       width_(inputs.prototypes.shape[2]),
-      x_bytes_(inputs.x.width * bytes_of(inputs.x.dtype)),
-      v_bytes_(inputs.v.width * bytes_of(inputs.v.dtype)) {}
+      x_(inputs.x, inputs.x_ids, inputs.x_scale),
+      v_(inputs.v, inputs.v_ids),
+      operands_(operands) {}
 
 bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
+  if (!v_.has(row)) return false;
   if (in_.codes) {
     const int32_t* const codes = in_.codes.data + row * in_.codes.shape[1];
     if (!in_.book->valid(codes)) return false;
-    if (!in_.x.data) {
+    if (!x_) {
       in_.book->prototype(codes, x);
       *norm = k_.load_row(x, DType::float32, width_, x);
     }
   }
-  if (in_.x.data)
-    *norm = k_.load_row(static_cast<const std::byte*>(in_.x.data) + row * x_bytes_, in_.x.dtype, width_, x);
-  return below_limit(*norm, x, width_) && std::fabs(bias_of(row)) <= FLT_MAX;  // false for NaN
+  if (x_ && !x_.load(row, x, norm)) return false;
+  return below_limit(*norm, x, width_) && within_limits(row);
 }
 
-void RowLoader::load_v(int64_t row, float* v) const noexcept {
-  k_.load_row(static_cast<const std::byte*>(in_.v.data) + row * v_bytes_, in_.v.dtype, in_.v.width, v);
+bool RowLoader::within_limits(int64_t row) const noexcept {
+  const float spread = spread_of(row);
+  return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX;  // false for NaN
 }
 
-bool RowLoader::has_value(int64_t row, float* v) const noexcept {
-  load_v(row, v);
-  return finite(v, in_.v.width);
+bool RowLoader::may_be_present(int64_t row) const noexcept {
+  if (!v_.has(row) || (x_ && !x_.has(row))) return false;
+  return within_limits(row) && (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
 }
 
-bool RowLoader::absent_with_value(int64_t row, Block& block, float* v) const noexcept {
-  return !load_x(row, block.x, block.norm) && has_value(row, v);
+void RowLoader::prefetch(int64_t row) const noexcept {
+  x_.prefetch(row);
+  v_.prefetch(row);
+  if (in_.codes) __builtin_prefetch(in_.codes.data + row * in_.codes.shape[1]);
+  if (in_.bias) __builtin_prefetch(in_.bias.data + row);
 }
+
+bool RowLoader::load_v(int64_t row, float* v) const noexcept {
+  float norm;
+  return v_.load(row, v, &norm);
+}
+
+bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
 
 void RowLoader::add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
@@ -96,8 +90,17 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
   int n = 0;
   for (int64_t row = begin; row < end; ++row) {
-    if (load_x(row, block.x + n * ldx, block.norm + n)) {
+    float* const x = block.x + n * ldx;
+    if (load_x(row, x, block.norm + n)) {
+      const int64_t at = n * cpu::pad(cpu::pairs_of(width_));
+      if (operands_ != Operands::floats) k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
+      if (operands_ == Operands::rounded) block.norm[n] = k_.load_row(block.pairs.hi + at, DType::bfloat16, width_, x);
+      if (operands_ == Operands::split) {
+        k_.remainder(width_, x, block.rest);
+        k_.round_pairs(width_, block.rest, nullptr, block.pairs.lo + at);
+      }
       load_v(row, block.v + n * ldv);
+      block.norm[n] += spread_of(row);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
     } else {
@@ -105,65 +108,17 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     }
   }
   block.n = n;
+  block.ahead.clear();
+  for (const RowSource* rows : {&x_, &v_})
+    rows->look_ahead(end, std::min(end + cpu::kBlock, in_.behaviours()), block.ahead);
 }
 
-void RowLoader::add_absent(int64_t begin, int64_t end, Block& block, float* v, Absent* absent) const noexcept {
-  for (int64_t row = begin; absent && absent->sum && row < end; ++row)
-    if (!load_x(row, block.x, block.norm)) add_if_wanted(row, v, absent);
-}
-
-void RowLoader::find_leaves(int64_t begin, int64_t end, Leaves& leaves) const noexcept {
-  int64_t n = 0;
-  float norm = 0;
-  for (int64_t row = begin; row < end; ++row)
-    if (load_x(row, leaves.x, &norm))
-      leaves.entry[n++] = {in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]), row};
-  std::sort(leaves.entry, leaves.entry + n);
-  leaves.count = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (i == 0 || leaves.entry[i].leaf != leaves.entry[i - 1].leaf) leaves.begin[leaves.count++] = i;
-  leaves.begin[leaves.count] = n;
-}
-
-/// W = sum e^bias, mean x and v under e^bias / W, norm = mean |x|^2 = |mean x|^2 + spread, bias = log W. Sums of 128
-/// rows join a total, so that a leaf of many rows loses no digits.
-void RowLoader::load_leaves(int64_t begin, int64_t end, Leaves& leaves, Block& block) const noexcept {
-  constexpr int64_t kPart = 128;
-  const int64_t ldx = cpu::pad(width_), ldv = cpu::pad(in_.v.width);
-  block.n = static_cast<int>(end - begin);
-  for (int64_t g = begin; g < end; ++g) {
-    const int64_t first = leaves.begin[g], last = leaves.begin[g + 1], i = g - begin;
-    float *const x = block.x + i * ldx, *const v = block.v + i * ldv;
-    float top = -INFINITY;
-    double mass = 0, norms = 0;
-    for (int64_t e = first; e < last; ++e) top = std::max(top, bias_of(leaves.entry[e].row));
-    for (int64_t e = first; e < last; ++e) mass += leaves.share[e] = std::exp(bias_of(leaves.entry[e].row) - top);
-    for (int64_t e = first; e < last; ++e) leaves.share[e] = static_cast<float>(leaves.share[e] / mass);
-    std::fill(x, x + width_, 0.f);
-    std::fill(v, v + in_.v.width, 0.f);
-    for (int64_t e = first; e < last; e += kPart) {
-      std::fill(leaves.part_x, leaves.part_x + width_, 0.f);
-      std::fill(leaves.part_v, leaves.part_v + in_.v.width, 0.f);
-      for (int64_t j = e; j < std::min(e + kPart, last); ++j) {
-        float norm = 0;
-        load_x(leaves.entry[j].row, leaves.x, &norm);
-        load_v(leaves.entry[j].row, leaves.v);
-        norms += double(leaves.share[j]) * norm;
-        k_.add_row(width_, leaves.x, leaves.share[j], leaves.part_x);
-        k_.add_row(in_.v.width, leaves.v, leaves.share[j], leaves.part_v);
-      }
-      k_.add_row(width_, leaves.part_x, 1.f, x);
-      k_.add_row(in_.v.width, leaves.part_v, 1.f, v);
-    }
-    block.norm[i] = static_cast<float>(norms);
-    block.bias[i] = static_cast<float>(top + std::log(mass));
-    block.row[i] = g;
-  }
-}
-
-void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width) noexcept {
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool rounds) noexcept {
   index = arena.take<int32_t>(agents);
-  packed = arena.take<float>(cpu::packed_size(width, agents));
+  pairs.carve(arena, cpu::packed_size(cpu::pairs_of(width), agents), operands);
+  if (operands == Operands::floats) packed = arena.take<float>(cpu::packed_size(width, agents));
+  if (operands == Operands::split) rests = arena.take<float>(agents * width);
+  if (rounds) room = arena.take<uint32_t>(cpu::pairs_of(width));
   rows = arena.take<float>(agents * width);
   norm = arena.take<float>(cpu::pad(agents));
   rate = arena.take<float>(cpu::pad(agents));
@@ -177,6 +132,11 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
+    if (rests) k.remainder(width, rows + m * width, rests + m * width);
+    if (room) {
+      k.round_pairs(width, rows + m * width, nullptr, room);
+      norm[m] = k.load_row(room, DType::bfloat16, width, rows + m * width);
+    }
     rate[m] = std::min(cpu::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
     index[m++] = static_cast<int32_t>(a);
   }
@@ -184,19 +144,52 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  k.pack_columns(width, m, rows, width, packed);
+  if (pairs.hi) k.pack_pairs(width, m, rows, width, pairs.hi);
+  if (pairs.lo) k.pack_pairs(width, m, rests, width, pairs.lo);
+  if (packed) k.pack_columns(width, m, rows, width, packed);
 }
+
+namespace {
+
+/// "x is [300, 48]", or "x_ids is [300]" where rows are gathered.
+struct Extent {
+  char text[80];
+  Extent(const char* name, const Rows& rows, const Ids& ids) noexcept {
+    if (ids)
+      std::snprintf(text, sizeof text, "%s_ids is [%" PRId64 "]", name, ids.size);
+    else
+      std::snprintf(text, sizeof text, "%s is [%" PRId64 ", %" PRId64 "]", name, rows.rows, rows.width);
+  }
+};
+
+/// Types of x, v, their ids and scale, and that all name as many behaviours.
+Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
+  const bool int8 = in.x.data && in.x.dtype == DType::int8;
+  if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
+  HISAC_TRY(check_float(verb, "v", in.v.dtype));
+  for (const Ids* ids : {&in.x_ids, &in.v_ids})
+    if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
+      return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb,
+                           ids == &in.x_ids ? "x_ids" : "v_ids");
+  if (in.x_ids && !in.x.data) return Status::error(Code::invalid_argument, "%s: x_ids expected with x, got none", verb);
+  if (in.x_scale && !int8)
+    return Status::error(Code::invalid_argument, "%s: x_scale expected with x of int8, got another", verb);
+  if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
+    return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
+                         in.x.rows, in.x_scale.shape[0]);
+  const int64_t of_x = in.x_ids ? in.x_ids.size : in.x.rows, of_v = in.behaviours();
+  if (in.x.data && of_x != of_v)
+    return Status::error(Code::invalid_argument, "%s: %s, %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
+                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, of_x, of_v);
+  return {};
+}
+
+}  // namespace
 
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept {
   const int64_t* const p = in.prototypes.shape;
-  if (in.x.data) HISAC_TRY(check_float(verb, "x", in.x.dtype));
-  HISAC_TRY(check_float(verb, "v", in.v.dtype));
-  const int64_t rows = in.v.rows;
-  if (in.x.data && in.x.rows != rows)
-    return Status::error(Code::invalid_argument,
-                         "%s: x is [%" PRId64 ", %" PRId64 "], v is [%" PRId64 ", %" PRId64 "]: T differs (%" PRId64
-                         ", %" PRId64 ")",
-                         verb, in.x.rows, in.x.width, rows, in.v.width, in.x.rows, rows);
+  const int64_t rows = in.behaviours();
+  HISAC_TRY(check_gathered(verb, in));
   if (in.x.data && in.x.width != p[2])
     return Status::error(Code::invalid_argument,
                          "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], x is [%" PRId64 ", %" PRId64
@@ -218,6 +211,7 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
     return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
                          verb, p[1], params.temperature ? temperatures : 0);
   if (in.count) HISAC_TRY(check_length(verb, "count", p[0], in.count.shape[0]));
+  if (in.spread) HISAC_TRY(check_length(verb, "spread", rows, in.spread.shape[0]));
   if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);

@@ -60,15 +60,15 @@ class Units {
     slot_ = arena.take<int64_t>(users + 1);
   }
 
-  /// order: the users, or null for 0 .. n - 1. whole: never cut.
-  void plan(const Histories& h, const int64_t* order, int64_t n, int workers, bool whole) noexcept {
+  /// order: the users, or null for 0 .. n - 1.
+  void plan(const Histories& h, const int64_t* order, int64_t n, int workers) noexcept {
     h_ = &h;
     order_ = order;
     n_ = n;
     int64_t total = 0;
     for (int64_t i = 0; i < n; ++i) total += tiles(i);
     chunk_ = 1;
-    while (chunk_ < (workers > 1 && !whole ? (total + 4 * workers - 1) / (4 * workers) : total)) chunk_ *= 2;
+    while (chunk_ < (workers > 1 ? (total + 4 * workers - 1) / (4 * workers) : total)) chunk_ *= 2;
     unit_[0] = slot_[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t chunks = std::max<int64_t>(1, (tiles(i) + chunk_ - 1) / chunk_);

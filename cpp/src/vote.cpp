@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// One user at a time: count the votes of leaves, grouped by their parents; then walk the tree from the root down over
-// the sorted parents. Where parents are few, rows are first dealt into a bucket for each parent, so that a bucket's
-// counters stay in L1; otherwise leaves are hashed, then sorted by parent.
-//
-// Top-down equals the definition's bottom-up orders: the order at a node merges its children's orders, so the first s
-// leaves at a node are, for each child, its first s_c, where the s_c are the D'Hondt seats of the children, capped by
-// how many leaves they have. Leaves of one parent stay unsorted: every choice compares votes, then codes.
+// One user at a time, in three steps: votes of parents (the nodes above the leaves), seats of parents, leaves of the
+// seated ones. Two ways to count, both without a branch that depends on a row:
+//   dense   long histories in trees of few parents: a histogram of parents (a first reading of the rows), seats by it,
+//           then counters only for leaves of parents that may be seated (a second reading). What caps a parent, how
+//           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound;
+//           should the true caps seat others, they are counted in their turn. Once every seated parent is counted, the
+//           seats are those of the true caps: keys of leaves that do not exist were never among the chosen.
+//   sorted  everything else: leaf numbers, radix-sorted.
+// Then the leaves of seated parents are radix-sorted by votes, most first, lower codes first among equals, and taken
+// while their parent has a seat: choice and output order in one.
 #include "hisac/vote.h"
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
+#include "apportion.h"
 #include "checks.h"
 #include "codebook_body.h"
 #include "parallel.h"
@@ -19,95 +22,54 @@
 namespace hisac {
 namespace {
 
-constexpr int64_t kMostVoters = (int64_t{1} << 24) - 1;
-constexpr int64_t kMostBuckets = int64_t{1} << 16;  // parents, and codes of the last level, to be counted in buckets,
-constexpr int64_t kBucketRatio = 8;                 // and parents per row, since every user's buckets are cleared
-
-struct Leaf {
-  uint64_t key;
-  int64_t votes;
-};
-
-/// More votes, then the lower code: the order of the agents, and of leaves under one parent.
-bool before(const Leaf& a, const Leaf& b) noexcept { return a.votes != b.votes ? a.votes > b.votes : a.key < b.key; }
-
-/// A node above the leaves that has votes: its leaves are [begin, end).
-struct Parent {
-  uint64_t number;
-  int64_t begin, end, votes;
-};
-
-/// A node of the tree: a run of parents, the votes and leaves below it, and the seats it has.
-struct Node {
-  int64_t begin, end, votes, leaves, seats;
-};
-
-/// More of the key n / (seats + 1), then more votes, then the lower code first.
-struct NextSeat {
-  static uint64_t key(const Node& n) noexcept {
-    return (static_cast<uint64_t>(n.votes) << 24) / static_cast<uint64_t>(n.seats + 1);
-  }
-  bool operator()(const Node& a, const Node& b) const noexcept {  // a heap's "less"
-    const uint64_t ka = key(a), kb = key(b);
-    if (ka != kb) return ka < kb;
-    if (a.votes != b.votes) return a.votes < b.votes;
-    return a.begin > b.begin;
-  }
-};
-
-bool more_votes(const Node& a, const Node& b) noexcept {
-  return a.votes != b.votes ? a.votes > b.votes : a.begin < b.begin;
-}
+constexpr int64_t kMostParents = 0xffff;  // to be counted densely,
+constexpr int64_t kDenseRows = 2048;      // with at least so many rows,
+constexpr int64_t kCells = 4;             // and at most so many 32-bit counters a row
+constexpr int64_t kBlock = 256;           // rows located at a time
+constexpr int kLanes = 4;                 // histograms side by side: equal codes in a row would wait for
+constexpr int64_t kLanesParents = 4096;   // each other's store; up to so many parents
+constexpr int kMostReadings = 3;          // of the rows for their leaves
+constexpr int64_t kNotCounted = -1;
 
 struct Scratch {
-  bool buckets = false;
-  int64_t parents_possible = 0, last = 0, slots = 0;
-  // in buckets
-  uint32_t* fill = nullptr;     // [parents] rows of a bucket, then where it ends
-  uint32_t* bucket = nullptr;   // [rows] last codes, by bucket
-  uint32_t* weight = nullptr;   // [rows]
-  int64_t* counter = nullptr;   // [C_L]; all zero between buckets
-  uint32_t* touched = nullptr;  // [C_L]
-  // hashed
-  uint32_t* table = nullptr;  // [slots] 1 + the leaf's place; all zero between users
-  uint32_t* slot = nullptr;   // [leaves] where it stands in the table
-  Leaf* spare = nullptr;      // [leaves] for the sort
+  bool dense = false;
+  int64_t parents_possible = 0, last = 0;
+  // dense
+  uint64_t* histogram = nullptr;  // [kLanes][parents + 1], the last one for rows that do not vote
+  uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
   // both
-  Leaf *leaves = nullptr, *kept = nullptr;
+  uint64_t* key = nullptr;   // [rows + 1] located rows; sorted: leaf numbers; then leaves' ranks
+  uint64_t* area = nullptr;  // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
+                             // a spare of `key`, and sorted: votes before a leaf
+  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
+  uint32_t *last_code = nullptr, *owner = nullptr;      // [leaves] last code, place of the parent
+  void* votes = nullptr;                                // [leaves] int32_t, or int64_t where weighted
   Parent* parents = nullptr;
-  Node *nodes = nullptr, *next = nullptr, *children = nullptr;
+  Apportionment apportionment;
 
   void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
     const Codebook::Body& body = book.body();
-    const int64_t rows = std::min(longest, kMostVoters), m = seats(params, book.levels());
+    const int64_t rows = std::min(longest, kMostVoters);
     last = body.size[book.levels() - 1];
     parents_possible = 1;
-    for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostBuckets; ++l) parents_possible *= body.size[l];
-    buckets = parents_possible <= std::min(kMostBuckets, kBucketRatio * rows + 1) && last <= kMostBuckets;
-    const int64_t most_parents = buckets ? std::min(parents_possible, rows) : rows;
-    for (slots = 16; slots < 2 * rows;) slots *= 2;
-    fill = arena.take<uint32_t>(buckets ? parents_possible : 0);
-    bucket = arena.take<uint32_t>(buckets ? rows : 0);
-    weight = arena.take<uint32_t>(buckets ? rows : 0);
-    counter = arena.take<int64_t>(buckets ? last : 0);
-    touched = arena.take<uint32_t>(buckets ? last : 0);
-    table = arena.take<uint32_t>(buckets ? 0 : slots);
-    slot = arena.take<uint32_t>(buckets ? 0 : rows);
-    spare = arena.take<Leaf>(buckets ? 0 : rows);
-    leaves = arena.take<Leaf>(rows);
-    parents = arena.take<Parent>(most_parents);
-    children = arena.take<Node>(most_parents);
-    nodes = arena.take<Node>(m);
-    next = arena.take<Node>(m);
-    kept = arena.take<Leaf>(m);
+    for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
+    dense = parents_possible <= std::min(kMostParents, rows) && rows >= kDenseRows &&
+            last <= std::min(kMostParents, kCells * rows);
+    const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
+    histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
+    block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
+    key = arena.take<uint64_t>(rows + 1);
+    area = arena.take<uint64_t>(2 * (rows + 1) + (dense ? last : 0));
+    weight = arena.take<uint32_t>(rows);
+    spare_weight = arena.take<uint32_t>(rows);
+    last_code = arena.take<uint32_t>(rows + 1);
+    owner = arena.take<uint32_t>(rows + 1);
+    votes = arena.take<int64_t>(rows + 1);
+    parents = arena.take<Parent>(most_parents + 1);
+    apportionment.carve(arena, book, params, most_parents);
   }
 
-  void clear() noexcept {
-    if (buckets)
-      std::fill(counter, counter + last, int64_t{0});
-    else
-      std::fill(table, table + slots, 0u);
-  }
+  int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
 };
 
 uint32_t quantise(float w) noexcept {
@@ -118,229 +80,251 @@ uint32_t quantise(float w) noexcept {
 class Voter {
  public:
   Voter(const Codebook& book, const VoteParams& params, Scratch& scratch) noexcept
-      : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(body_.size[levels_ - 1]) {}
-
-  /// One user: the kept leaves, sorted by votes and code; returns how many.
-  int64_t run(const int32_t* codes, const float* weights, int64_t rows) noexcept {
-    rows = std::min(rows, kMostVoters);
-    leaves_ = parents_ = 0;
-    if (!s_.buckets)
-      count_hashed(codes, weights, rows);
-    else if (levels_ == 2)
-      weights ? count_buckets<2, true>(codes, weights, rows) : count_buckets<2, false>(codes, weights, rows);
-    else
-      weights ? count_buckets<0, true>(codes, weights, rows) : count_buckets<0, false>(codes, weights, rows);
-    kept_ = 0;
-    if (parents_) select();
-    std::sort(s_.kept, s_.kept + kept_, before);
-    return kept_;
+      : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(s_.last) {
+    leaves_bits_ = bits_of(body_.stride[0] * static_cast<uint64_t>(body_.size[0]) - 1);  // 2^64 leaves wrap to 64 bits
+    reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
   }
 
-  void write(int64_t place, int32_t* codes, int64_t* votes) const noexcept {
-    uint64_t key = s_.kept[place].key;
-    *votes = s_.kept[place].votes;
-    for (int l = 0; l < levels_; ++l) {
-      codes[l] = static_cast<int32_t>(key / body_.stride[l]);
-      key %= body_.stride[l];
+  /// One user: writes the kept leaves, by votes and code; returns how many.
+  int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
+              int64_t* out_votes) noexcept {
+    rows = std::min(rows, kMostVoters);
+    leaves_ = parents_ = 0;
+    key_ = s_.key;
+    spare_ = s_.area;
+    const bool dense = s_.dense && rows >= kDenseRows && s_.parents_possible <= rows && last_ <= kCells * rows;
+    if (weights) {
+      if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
+      return write<int64_t>(out_codes, out_votes);
     }
+    if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
+    return write<int32_t>(out_codes, out_votes);
   }
 
  private:
-  /// A row's parent and last code; false where a code is out of range. L: the levels, 0: any.
-  template <int L>
-  bool locate(const int32_t* codes, uint64_t* parent, uint32_t* last) const noexcept {
-    const int levels = L ? L : levels_;
-    bool ok = true;
-    uint64_t number = 0;
-    for (int l = 0; l < levels; ++l) {
-      ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
-      if (l + 1 < levels) number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
+  // ---- counting
+
+  template <class Count>
+  void count_sorted(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    constexpr bool weighted = sizeof(Count) == 8;
+    const int64_t n =
+        levels_ == 2 ? find_leaves<2, weighted>(codes, weights, rows) : find_leaves<0, weighted>(codes, weights, rows);
+    if (n == 0) return;
+    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, s_.weight, s_.spare_weight);
+    uint64_t* const key = key_;
+    key[n] = ~key[n - 1];
+    int64_t* const votes_before = reinterpret_cast<int64_t*>(s_.area + n + 1);
+    int64_t sum = 0, leaves = 0;
+    votes_before[0] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      sum += weighted ? s_.weight[i] : 1;
+      const uint64_t leaf = key[i];
+      key[leaves] = leaf;
+      votes_before[leaves + 1] = sum;
+      leaves += key[i + 1] != leaf;
     }
-    *parent = number;
-    *last = static_cast<uint32_t>(codes[levels - 1]);
-    return ok;
+    leaves_ = leaves;
+    Count* const votes = static_cast<Count*>(s_.votes);
+    uint64_t number = parent_of(key[0]);
+    for (int64_t i = 0; i < leaves_; ++i) {
+      votes[i] = static_cast<Count>(votes_before[i + 1] - votes_before[i]);
+      s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
+      s_.owner[i] = static_cast<uint32_t>(parents_);
+      s_.parents[parents_].number = number;
+      s_.parents[parents_].begin = i + 1;  // its end, so far
+      const uint64_t following = i + 1 < leaves_ ? parent_of(key[i + 1]) : ~number;
+      parents_ += following != number;
+      number = following;
+    }
+    for (int64_t p = 0, begin = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      const int64_t end = parent.begin;
+      parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0, 0};
+      begin = end;
+    }
+    s_.apportionment.assign(s_.parents, parents_);
   }
 
+  /// The numbers of the leaves that have votes, and the votes where weighted, in the order of rows; returns how many.
   template <int L, bool weighted>
-  void count_buckets(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+  int64_t find_leaves(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     const int levels = L ? L : levels_;
-    std::fill(s_.fill, s_.fill + s_.parents_possible, 0u);
-    uint64_t parent;
-    uint32_t last;
-    for (int64_t i = 0; i < rows; ++i)
-      if (locate<L>(codes + i * levels, &parent, &last)) ++s_.fill[parent];
-    uint32_t total = 0;
-    for (int64_t p = 0; p < s_.parents_possible; ++p) total += std::exchange(s_.fill[p], total);
-    for (int64_t i = 0; i < rows; ++i)
-      if (locate<L>(codes + i * levels, &parent, &last)) {
-        const uint32_t at = s_.fill[parent]++;
-        s_.bucket[at] = last;
-        if (weighted) s_.weight[at] = quantise(weights[i]);
+    uint64_t* const key = key_;
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i, codes += levels) {
+      bool ok = true;
+      uint64_t number = 0;
+      for (int l = 0; l < levels; ++l) {
+        ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
       }
-    for (int64_t p = 0, at = 0; p < s_.parents_possible; ++p) {
-      const int64_t end = s_.fill[p];
-      if (end > at) count_bucket<weighted>(static_cast<uint64_t>(p), at, end);
-      at = end;
+      key[n] = number;
+      if (weighted) ok &= (s_.weight[n] = quantise(weights[i])) != 0;
+      n += ok;
     }
+    return n;
   }
 
-  template <bool weighted>
-  void count_bucket(uint64_t number, int64_t at, int64_t end) noexcept {
-    int64_t found = 0;
-    for (; at < end; ++at) {
-      const uint32_t c = s_.bucket[at];
-      const int64_t votes = weighted ? s_.weight[at] : 1;
-      s_.touched[found] = c;
-      found += votes != 0 && s_.counter[c] == 0;
-      s_.counter[c] += votes;
-      if (found == last_) break;  // all are touched, and `touched` is full
-    }
-    for (++at; at < end; ++at) s_.counter[s_.bucket[at]] += weighted ? s_.weight[at] : 1;
-    if (found == 0) return;
-    Parent parent{number, leaves_, leaves_ + found, 0};
-    for (int64_t j = 0; j < found; ++j) {
-      const uint32_t c = s_.touched[j];
-      parent.votes += s_.counter[c];
-      s_.leaves[leaves_++] = {number * static_cast<uint64_t>(last_) + c, std::exchange(s_.counter[c], 0)};
-    }
-    s_.parents[parents_++] = parent;
+  uint64_t parent_of(uint64_t leaf) const noexcept {
+    if (reciprocal_) return static_cast<uint64_t>(static_cast<unsigned __int128>(reciprocal_) * leaf >> 64);
+    return leaf / static_cast<uint64_t>(last_);
   }
 
-  void count_hashed(const int32_t* codes, const float* weights, int64_t rows) noexcept {
-    const uint64_t mask = static_cast<uint64_t>(s_.slots - 1);
-    for (int64_t i = 0; i < rows; ++i, codes += levels_) {
-      uint64_t parent;
-      uint32_t last;
-      const int64_t votes = weights ? quantise(weights[i]) : 1;
-      if (!votes || !locate<0>(codes, &parent, &last)) continue;
-      const uint64_t key = parent * static_cast<uint64_t>(last_) + last;
-      uint64_t at = (key * 0x9e3779b97f4a7c15u) >> 20 & mask;
-      while (s_.table[at] && s_.leaves[s_.table[at] - 1].key != key) at = (at + 1) & mask;
-      if (s_.table[at]) {
-        s_.leaves[s_.table[at] - 1].votes += votes;
-      } else {
-        s_.slot[leaves_] = static_cast<uint32_t>(at);
-        s_.leaves[leaves_] = {key, votes};
-        s_.table[at] = static_cast<uint32_t>(++leaves_);
+  /// False, with nothing done, where too many parents would have to be counted.
+  template <class Count>
+  bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    constexpr bool weighted = sizeof(Count) == 8;
+    const int64_t none = s_.parents_possible, lanes = s_.lanes(), stride = lanes > 1 ? none + 1 : 0;
+    uint32_t* const row = reinterpret_cast<uint32_t*>(key_);  // its parent << 16 | its last code
+    const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(s_.weight[i]) : 1; };
+    Count* const lane = reinterpret_cast<Count*>(s_.histogram);
+    std::fill(lane, lane + (none + 1) * lanes, Count{0});
+    for (int64_t at = 0; at < rows; at += kBlock) {
+      const int64_t end = std::min(at + kBlock, rows);
+      levels_ == 2 ? locate<2>(codes, at, end, row) : locate<0>(codes, at, end, row);
+      for (int64_t i = at; weighted && i < end; ++i) s_.weight[i] = quantise(weights[i]);
+      int64_t i = at;
+      for (; i + kLanes <= end; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
+      for (; i < end; ++i) lane[row[i] >> 16] += votes_of(i);
+    }
+    for (int64_t p = 0; p < none; ++p) {
+      int64_t votes = lane[p];
+      for (int64_t j = 1; j < lanes; ++j) votes += lane[j * stride + p];
+      s_.parents[parents_] = {
+          static_cast<uint64_t>(p), kNotCounted, votes, weighted ? last_ : std::min(votes, last_), 0, 0};
+      parents_ += votes != 0;
+    }
+    Count* const cells = reinterpret_cast<Count*>(s_.area);
+    const int64_t room = kCells * rows * 4 / static_cast<int64_t>(sizeof(Count));
+    int64_t used = 0;
+    std::fill(cells + room, cells + room + last_, Count{0});
+    for (int round = 0; parents_; ++round) {
+      s_.apportionment.assign(s_.parents, parents_);
+      const int64_t before = used;
+      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(room));
+      for (int64_t p = 0; p < parents_; ++p) {
+        Parent& parent = s_.parents[p];
+        if (!parent.seats || parent.begin != kNotCounted) continue;
+        if (used + last_ > room || round == kMostReadings) return (parents_ = 0);
+        s_.block[parent.number] = static_cast<uint32_t>(parent.begin = used);
+        used += last_;
       }
-    }
-    for (int64_t j = 0; j < leaves_; ++j) s_.table[s_.slot[j]] = 0;
-    sort_leaves();
-    for (int64_t i = 0; i < leaves_;) {
-      Parent parent{s_.leaves[i].key / static_cast<uint64_t>(last_), i, i, 0};
-      for (; i < leaves_ &&
-             s_.leaves[i].key - parent.number * static_cast<uint64_t>(last_) < static_cast<uint64_t>(last_);
-           ++i)
-        parent.votes += s_.leaves[i].votes;
-      parent.end = i;
-      s_.parents[parents_++] = parent;
-    }
-  }
-
-  /// Radix sort by key, a byte a pass, only the bytes in which keys differ.
-  void sort_leaves() noexcept {
-    uint64_t differ = 0;
-    for (int64_t j = 0; j < leaves_; ++j) differ |= s_.leaves[j].key ^ s_.leaves[0].key;
-    for (int shift = 0; shift < 64; shift += 8) {
-      if ((differ >> shift & 255) == 0) continue;
-      int64_t at[256] = {};
-      for (int64_t j = 0; j < leaves_; ++j) ++at[s_.leaves[j].key >> shift & 255];
-      int64_t total = 0;
-      for (int64_t& a : at) total += std::exchange(a, total);
-      for (int64_t j = 0; j < leaves_; ++j) s_.spare[at[s_.leaves[j].key >> shift & 255]++] = s_.leaves[j];
-      std::swap(s_.leaves, s_.spare);
-    }
-  }
-
-  void select() noexcept {
-    int64_t n = 1;
-    s_.nodes[0] = {0, parents_, 0, leaves_, std::min(params_.budget, leaves_)};
-    for (int l = 0; l + 1 < levels_; ++l) {
-      int64_t m = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const Node node = s_.nodes[i];
-        if (params_.budget && node.leaves <= node.seats) {
-          keep_all(node);
-          continue;
-        }
-        const int64_t found = children_of(node, l);
-        const int64_t take = params_.budget ? give_seats(found, node.seats) : most_voted(found, params_.fanout[l]);
-        std::copy(s_.children, s_.children + take, s_.next + m);
-        m += take;
+      if (used == before) break;
+      std::fill(cells + before, cells + used, Count{0});
+      const uint32_t* const block = s_.block;
+      for (int64_t i = 0; i < rows; ++i) cells[block[row[i] >> 16] + (row[i] & 0xffff)] += votes_of(i);
+      bool settled = true;
+      for (int64_t p = 0; p < parents_ && params_.budget; ++p) {
+        Parent& parent = s_.parents[p];
+        if (!parent.seats) continue;
+        const Count* const cell = cells + parent.begin;
+        if (parent.begin >= before) parent.leaves = last_ - std::count(cell, cell + last_, Count{0});
+        settled &= parent.seats <= parent.leaves;
       }
-      std::swap(s_.nodes, s_.next);
-      n = m;
+      if (settled) break;
     }
-    for (int64_t i = 0; i < n; ++i) keep_leaves(s_.parents[s_.nodes[i].begin], s_.nodes[i].seats);
-  }
-
-  /// The children of a node that lie at `level`, above the leaves, into scratch.children.
-  int64_t children_of(const Node& node, int level) noexcept {
-    const uint64_t below = body_.stride[level] / static_cast<uint64_t>(last_);  // parents below such a child
-    int64_t found = 0;
-    for (int64_t i = node.begin; i < node.end;) {
-      Node child{i, i, 0, 0, 0};
-      const uint64_t first = s_.parents[i].number / below * below;
-      for (; i < node.end && s_.parents[i].number - first < below; ++i) {
-        child.votes += s_.parents[i].votes;
-        child.leaves += s_.parents[i].end - s_.parents[i].begin;
+    Count* const votes = static_cast<Count*>(s_.votes);
+    for (int64_t p = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      if (!parent.seats) continue;
+      const Count* const cell = cells + parent.begin;
+      const int64_t begin = leaves_;
+      int64_t end = begin;
+      for (int64_t i = 0; i < last_; ++i) {
+        s_.last_code[end] = static_cast<uint32_t>(i);
+        end += cell[i] != 0;
       }
-      child.end = i;
-      s_.children[found++] = child;
+      for (int64_t i = begin; i < end; ++i) {
+        votes[i] = cell[s_.last_code[i]];
+        s_.owner[i] = static_cast<uint32_t>(p);
+      }
+      parent.begin = begin;
+      parent.leaves = end - begin;
+      leaves_ = end;
     }
-    return found;
+    return true;
   }
 
-  int64_t most_voted(int64_t found, int64_t k) noexcept {
-    if (k >= found) return found;
-    std::nth_element(s_.children, s_.children + k, s_.children + found, more_votes);
-    return k;
-  }
-
-  /// D'Hondt among scratch.children, each capped by its leaves; those with seats come first, returns how many. A child
-  /// is owed floor(seats n_c / n) at least (keys of n / seats and more number at most `seats`), so only the rest is
-  /// dealt out one by one.
-  int64_t give_seats(int64_t found, int64_t seats) noexcept {
-    Node* const c = s_.children;
-    int64_t votes = 0, open = seats;
-    for (int64_t j = 0; j < found; ++j) votes += c[j].votes;
-    for (int64_t j = 0; j < found; ++j) {
-      c[j].seats = std::min(c[j].leaves, c[j].votes * seats / votes);  // the product is below 2^53
-      open -= c[j].seats;
+  /// row[i] of rows [at, end): parent << 16 | last code; the parent `parents_possible` where a code is out of range.
+  template <int L>
+  void locate(const int32_t* codes, int64_t at, int64_t end, uint32_t* row) const noexcept {
+    const int levels = L ? L : levels_;
+    const uint32_t none = static_cast<uint32_t>(s_.parents_possible) << 16;
+    for (int64_t i = at; i < end; ++i) {
+      const int32_t* const c = codes + i * levels;
+      const uint32_t last = static_cast<uint32_t>(c[levels - 1]);
+      bool ok = last < static_cast<uint32_t>(last_);
+      uint32_t number = 0;
+      for (int l = 0; l + 1 < levels; ++l) {
+        ok &= static_cast<uint32_t>(c[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint32_t>(body_.size[l]) + static_cast<uint32_t>(c[l]);
+      }
+      row[i] = ok ? number << 16 | last : none;
     }
-    Node* last = std::partition(c, c + found, [](const Node& n) { return n.seats < n.leaves; });
-    std::make_heap(c, last, NextSeat{});
-    for (; open > 0 && last > c; --open) {
-      std::pop_heap(c, last, NextSeat{});
-      if (++last[-1].seats < last[-1].leaves)
-        std::push_heap(c, last, NextSeat{});
-      else
-        --last;
+  }
+
+  // ---- leaves
+
+  /// At most the votes that a leaf of this parent needs for a seat.
+  template <class Count>
+  int64_t least_votes(const Parent& parent) const noexcept {
+    if (parent.seats == 0) return static_cast<int64_t>(kMostVotes >> 1);
+    if (parent.seats >= parent.leaves / 2) return 1;  // little to leave out
+    const Count* const votes = static_cast<const Count*>(s_.votes) + parent.begin;
+    // the seats-th largest is not above the mean of the seats largest
+    for (Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);; least /= 2) {
+      int64_t enough = 0;
+      for (int64_t i = 0; i < parent.leaves; ++i) enough += votes[i] >= least;
+      if (enough >= parent.seats) return least;
     }
-    return std::partition(c, c + found, [](const Node& n) { return n.seats > 0; }) - c;
   }
 
-  void keep_all(const Node& node) noexcept {
-    const int64_t begin = s_.parents[node.begin].begin;
-    std::copy(s_.leaves + begin, s_.leaves + begin + node.leaves, s_.kept + kept_);
-    kept_ += node.leaves;
-  }
-
-  void keep_leaves(const Parent& parent, int64_t seats) noexcept {
-    const int64_t found = parent.end - parent.begin;
-    const int64_t take = std::min(found, params_.budget ? seats : params_.fanout[levels_ - 1]);
-    Leaf* const leaf = s_.leaves + parent.begin;
-    if (take < found) std::nth_element(leaf, leaf + take, leaf + found, before);
-    std::copy(leaf, leaf + take, s_.kept + kept_);
-    kept_ += take;
+  /// The leaves, by votes and code, as long as their parents have seats; returns how many.
+  template <class Count>
+  int64_t write(int32_t* codes, int64_t* out_votes) noexcept {
+    int64_t total = 0;
+    for (int64_t p = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      parent.least = least_votes<Count>(parent);
+      total += std::min(parent.seats, parent.leaves);
+    }
+    const Count* const votes = static_cast<const Count*>(s_.votes);
+    int64_t candidates = 0, all_votes = 0;
+    for (int64_t i = 0; i < leaves_; ++i) {
+      key_[candidates] = rank_word(votes[i], i);
+      all_votes |= votes[i];
+      candidates += votes[i] >= s_.parents[s_.owner[i]].least;
+    }
+    sort_ranks(candidates, all_votes, key_, spare_);
+    const uint64_t* word = key_;
+    for (int64_t kept = 0; kept < total; ++word) {
+      const int64_t place = place_of(*word);
+      Parent& parent = s_.parents[s_.owner[place]];
+      int32_t* const c = codes + kept * levels_;
+      out_votes[kept] = static_cast<int64_t>(kMostVotes - (*word >> kPlaceBits));
+      c[levels_ - 1] = static_cast<int32_t>(s_.last_code[place]);
+      uint64_t number = parent.number;
+      for (int l = levels_ - 2; l > 0; --l) {
+        c[l] = static_cast<int32_t>(number % static_cast<uint64_t>(body_.size[l]));
+        number /= static_cast<uint64_t>(body_.size[l]);
+      }
+      if (levels_ > 1) c[0] = static_cast<int32_t>(number);
+      const bool seated = parent.seats > 0;
+      parent.seats -= seated;
+      kept += seated;
+    }
+    return total;
   }
 
   const Codebook::Body& body_;
   const VoteParams& params_;
   Scratch& s_;
-  int levels_;
+  int levels_, leaves_bits_;
   int64_t last_;
-  int64_t leaves_ = 0, parents_ = 0, kept_ = 0;
+  uint64_t reciprocal_;
+  int64_t leaves_ = 0, parents_ = 0;
+  uint64_t *key_ = nullptr, *spare_ = nullptr;
 };
 
 Status check_params(const Codebook& book, const VoteParams& params) noexcept {
@@ -407,23 +391,19 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
   const int64_t longest = longest_of(histories);
   Arena arena(context.workspace);
-  for (int w = 0; w < workers_of(context); ++w) {
-    Scratch scratch;
-    scratch.carve(arena, book, params, longest);
-    if (scratch.kept) scratch.clear();
-  }
+  for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
   HISAC_TRY(arena.check("vote"));
+  const size_t each = arena.used() / static_cast<size_t>(workers_of(context));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
-    Arena mine(context.workspace);
+    Arena mine({context.workspace.data + static_cast<size_t>(worker) * each, {static_cast<int64_t>(each)}});
     Scratch scratch;
-    for (int w = 0; w <= worker; ++w) scratch.carve(mine, book, params, longest);
+    scratch.carve(mine, book, params, longest);
     Voter voter(book, params, scratch);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = histories.start(b), rows = histories.end(b) - first;
-      const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows);
+      const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows,
+                                     out.codes.data + b * m * levels, out.votes.data + b * m);
       out.count.data[b] = static_cast<int32_t>(kept);
-      for (int64_t a = 0; a < kept; ++a)
-        voter.write(a, out.codes.data + (b * m + a) * levels, out.votes.data + b * m + a);
       std::fill(out.codes.data + (b * m + kept) * levels, out.codes.data + (b + 1) * m * levels, -1);
       std::fill(out.votes.data + b * m + kept, out.votes.data + (b + 1) * m, int64_t{0});
     }

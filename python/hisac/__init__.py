@@ -21,12 +21,13 @@ from .ops import (
     encode,
     fit,
     get_num_threads,
+    leaf_sums,
     route,
     route_backward,
     set_num_threads,
     vote,
 )
-from .results import Agents, Attended, AttendGradients, FitReport, RouteGradients, Tokens
+from .results import Agents, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
 
 __version__ = version("hisac")
 CorruptFileError.__module__ = "hisac"
@@ -37,6 +38,7 @@ __all__ = [
     "Codebook",
     "CorruptFileError",
     "FitReport",
+    "LeafSums",
     "RouteGradients",
     "Tokens",
     "attend",
@@ -45,6 +47,7 @@ __all__ = [
     "encode",
     "fit",
     "get_num_threads",
+    "leaf_sums",
     "route",
     "route_backward",
     "set_num_threads",

@@ -13,8 +13,11 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   Where f is near 1 or beyond, one law is left: a token lies between the least and the largest v of its rows.
 - Accumulation adds (2 c(T) + 8) u times the mean of |v|, and the result is rounded to v's type.
 - lse moves by -log(1 - f), and never by more than the largest e; its own sum and rounding add (c(T) + 8 + 2 |lse|) u.
+- precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
+  drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX, float32 multiplies two halves
+  of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
 - `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
-  4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k.
+  4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k. Leaf sums themselves alike.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli.
 
 A bound is infinite where float32 overflows (anything but NaN will do), NaN where a NaN or infinite value went in or
@@ -26,16 +29,19 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from . import reference as _reference
-from .results import Array, Attended, AttendGradients, RouteGradients, Tokens
+from .results import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 reference: Any = _reference
 
 U = 2.0**-24
+U16 = 2.0**-8
+HALVES = 2.0**-15
 HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
-HISTORY = ("x", "v", "offsets", "prototypes", "count", "temperature", "bias", "codes", "book", "method")
+HISTORY = ("x", "v", "offsets", "prototypes", "count", "temperature", "bias", "spread", "codes", "book", "method")
 
 
 def as_numpy(a: Array) -> Array:
@@ -55,6 +61,16 @@ def _in_numpy(args: Mapping[str, Any]) -> dict[str, Any]:
         return as_numpy(a) if hasattr(a, "shape") else a
 
     return {name: convert(a) for name, a in args.items()}
+
+
+def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
+    than the definition does."""
+    args = _in_numpy(args)
+    x, v, bias = reference.gather(
+        args["x"], args["v"], args.get("bias"), *(args.pop(name, None) for name in ("x_ids", "v_ids", "x_scale"))
+    )
+    return args | {"x": x, "v": v, "bias": bias}
 
 
 def _steps(n: int) -> float:
@@ -124,23 +140,37 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
     return mean, np.where(mass[:, None] & bad, np.nan, bound), lse
 
 
+def _largest(h: Any, rows: Array) -> Array:
+    """The largest of each leaf's rows [n] or [n, V], moduli."""
+    most = np.zeros((len(h.x), *rows.shape[1:]))
+    np.maximum.at(most, h.leaf, rows)
+    return most
+
+
+def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
+    """The relative error of each leaf's sums, and how far its rows reach; of single rows: none, and |x|."""
+    skew, reach = np.zeros(len(h.x)), np.sqrt(np.square(raw.x).sum(1) + raw.spread)
+    if h is raw:
+        return skew, reach
+    rounding = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + 4 * U
+    np.add.at(skew, h.leaf, h.share * np.expm1(np.minimum(rounding, 1.0)))
+    return skew + (_steps(len(raw.x)) + 8) * U, _largest(h, reach)
+
+
 class _Logits:
     """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
 
-    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array) -> None:
-        self.skew = np.zeros(len(h.x))  # relative error of a leaf's sums
-        reach = np.sqrt(np.square(raw.x).sum(1))
-        if h is not raw:
-            rounding = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + 4 * U
-            np.add.at(self.skew, h.leaf, h.share * np.expm1(np.minimum(rounding, 1.0)))
-            self.skew += (_steps(len(raw.x)) + 8) * U
-            longest = np.zeros(len(h.x))
-            np.maximum.at(longest, h.leaf, reach)
-            reach = longest
+    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float) -> None:
+        self.skew, reach = _leaf_errors(h, raw)
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
-        far = np.square(reach[:, None] + np.sqrt(np.square(h.p).sum(1)) + drift)
+        far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
+        if rounding == U16:
+            drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
+        far = np.square(far + drift)
         e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        if rounding == HALVES:
+            e = e + HALVES * far  # 2 sum |x p| <= far / 2
         self.wrong = e  # of d
         self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
@@ -153,13 +183,20 @@ class _Logits:
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
             e = e + off[:, None] + 2 * U * np.abs(t)
         self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
+        self.rounding = rounding  # of a weight, and of v
+        self.flushed = TINY if rounding else 0.0  # a subnormal v counts as 0
+
+
+def _rounding(args: Mapping[str, Any]) -> float:
+    """The relative error of what products multiply."""
+    if args.get("precision") == "bfloat16":
+        return U16
+    return HALVES if _core.active_isa() == "amx" else 0.0
 
 
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History, History of its single rows)."""
-    full = {"count": None, "temperature": 0.1, "bias": None, "codes": None, "book": None, "method": "exact"} | dict(
-        args
-    )
+    full = dict.fromkeys(HISTORY) | {"temperature": 0.1, "method": "exact"} | dict(args)
     for b, rows, h in reference.histories(*(full[name] for name in HISTORY)):
         plain = [full[name] for name in HISTORY if name not in ("offsets", "method")]
         yield b, rows, h, h if full["method"] == "exact" else reference.History(b, rows, *plain, "exact")
@@ -167,33 +204,52 @@ def _users(args: Mapping[str, Any]) -> Any:
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
     """args: the arguments of `route`; dtype: v's type -> the largest |difference| of tokens, lse and prototypes."""
-    args = _in_numpy(args)
+    args = _dense(args)
     p, v, missing = args["prototypes"], args["v"], args.get("missing") == "token"
     m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
+    rounding = _rounding(args)
     tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
     moved = np.where(np.isnan(p), np.nan, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         for b, _, h, raw in _users(args):
             drift = np.zeros(len(h.agents))
             for step in range(refine + 1):
-                logits = _Logits(h, raw, normalize, drift)
-                extra = 2 * float(logits.skew.max(initial=0.0))
+                logits = _Logits(h, raw, normalize, drift, rounding)
+                e = logits.e + 2 * logits.rounding
+                extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
                 if step == refine:
                     break
                 mass = np.isfinite(reference.logsumexp(logits.z, 0))
-                mean, bound, _ = _sums(logits.z, logits.e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
-                bound = _in_type(mean, bound, "float32")
+                mean, bound, _ = _sums(logits.z, e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
+                bound = _in_type(mean, bound + logits.flushed, "float32")
                 h.p = np.where(mass[:, None], mean, h.p)
                 drift = np.where(mass, np.sqrt(np.square(bound).sum(1)), drift)
                 moved[b, h.agents] = np.where(mass[:, None], bound, moved[b, h.agents])
-            mean, bound, off = _sums(logits.z, logits.e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
-            some = np.isfinite(reference.logsumexp(logits.z, 0))[:, None]
+            mean, bound, off = _sums(logits.z, e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
+            some, bound = np.isfinite(reference.logsumexp(logits.z, 0))[:, None], bound + logits.flushed
             tokens[b, h.agents], lse[b, h.agents] = np.where(some, _in_type(mean, bound, dtype), 0.0), off
             if missing and len(h.absent):
                 n, size = len(h.absent), np.abs(h.absent_v).max(0)
                 bound = _in_type(h.absent_v.mean(0), (_steps(n) + 2) * U * size, dtype)
                 tokens[b, m], lse[b, m] = np.where(n * size > HUGE, np.inf, bound), 4 * U * np.log(n)
     return Tokens(tokens, lse, moved)
+
+
+def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
+    """args: the arguments of `leaf_sums` -> the largest |difference| of x, v, bias and spread; codes are exact."""
+    args = _dense(args)
+    users, book = len(reference.ranges(args["offsets"])), args["book"]
+    width = book.centers[0].shape[1] if args["x"] is None else args["x"].shape[1]
+    empty = np.zeros((0, width)), np.zeros((0, args["v"].shape[1])), np.zeros(0), np.zeros(0)
+    parts = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for *_, h, raw in _users(args | {"prototypes": np.zeros((users, 0, width)), "method": "leaf"}):
+            skew, reach = _leaf_errors(h, raw)
+            x, v = (2 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
+            rest = skew + 4 * U * np.abs(h.bias) + 4 * U, 4 * skew * np.square(reach) + U * h.spread + TINY
+            parts.append((_in_float32(h.x, x), _in_float32(h.v, v), *rest))
+    x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
+    return LeafSums(x, v, np.zeros(users + 1), bias, spread, np.zeros((len(bias), len(book.centers))))
 
 
 def unit_bound(expected: Tokens) -> Tokens:
@@ -209,15 +265,15 @@ def unit_bound(expected: Tokens) -> Tokens:
 
 def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
     """args: the arguments of `route_backward` -> the largest |difference| of each gradient that is asked for."""
-    args = _in_numpy(args)
+    args = _dense(args)
     forward, v = args["forward"], args["v"]
     p, normalize = forward.prototypes, args.get("normalize", "history")
-    m, width = p.shape[1:]
+    rounding, (m, width) = _rounding(args), p.shape[1:]
     dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
-            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)))
+            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding)
             token, total, dt, dl = (
                 np.asarray(a)[b, h.agents].astype(np.float64)
                 for a in (forward.tokens, forward.lse, args["d_tokens"], d_lse)
@@ -252,8 +308,8 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
             off = dz_wrong * (d + d_wrong) + dz * d_wrong + accumulate * dz * d
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
             if h is raw:
-                g, g_wrong = 2 * dz / h.tau, 2 * (dz_wrong + (many + accumulate) * dz) / h.tau
-                x, a = np.abs(h.x), np.abs(h.p)
+                g, g_wrong = 2 * dz / h.tau, 2 * (dz_wrong + (many + accumulate + logits.rounding) * dz) / h.tau
+                x, a = (np.abs(rows) + logits.flushed / U16 for rows in (h.x, h.p))
                 np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x + TINY)
                 dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + TINY
             if args.get("missing") == "token" and len(h.absent):

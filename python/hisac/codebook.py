@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .arrays import empty, give, is_torch, rank, take, whole
+from .arrays import empty, give, is_torch, take, whole
 from .results import Agents, Array, FitReport
 
 Progress = Callable[[int, int, float], Any]
@@ -39,6 +39,7 @@ class Codebook:
 
     def _wrap(self, core: _core.Codebook) -> None:
         self._core = core
+        self._levels = len(core.sizes)
         self.report = None
 
     @classmethod
@@ -65,8 +66,7 @@ class Codebook:
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
         are left out and counted in `report`. progress(level, round, mean squared distance) is called after a round.
         """
-        x = take("fit", "x", x)
-        rank("fit", "x", x, "T D")
+        x = take("fit", "x", x, "T D")
         sizes = [whole("fit", "codes", c) for c in codes]
         for level, size in enumerate(sizes):
             if not 1 <= size <= 2**20:
@@ -147,7 +147,7 @@ class Codebook:
     @property
     def levels(self) -> int:
         """L."""
-        return len(self._core.sizes)
+        return self._levels
 
     @property
     def width(self) -> int:
@@ -182,8 +182,7 @@ class Codebook:
 
     def encode(self, x: Array, *, out: Array = None) -> Array:
         """x [T, D] -> codes [T, L] int32; see `hisac.encode`."""
-        x = take("encode", "x", x)
-        rank("encode", "x", x, "T D")
+        x = take("encode", "x", x, "T D")
         codes = give("encode", "out", out, x, (x.shape[0], self.levels), "int32")
         _core.encode(self._core, x, codes)
         return codes
@@ -223,7 +222,7 @@ def _take_rows(verb: str, codes: Array) -> tuple[Array, int]:
     """codes [..., L], and how many they are."""
     codes = take(verb, "codes", codes)
     if not codes.shape:
-        rank(verb, "codes", codes, "... L")
+        take(verb, "codes", codes, "... L")
     return codes, math.prod(codes.shape[:-1])
 
 

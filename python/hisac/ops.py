@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import _core
-from .arrays import empty, give, rank, take, take_histories, take_optional, whole
+from .arrays import copy_of, empty, give, take, take_histories, take_optional, whole
 from .codebook import Codebook, Progress
-from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
+from .results import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 
 def fit(
@@ -59,8 +59,7 @@ def vote(
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
     _check(book, Codebook, "vote: book")
-    codes = take("vote", "codes", codes)
-    rank("vote", "codes", codes, "T L")
+    codes = take("vote", "codes", codes, "T L")
     starts, ends = take_histories("vote", offsets)
     weights = take_optional("vote", "weights", weights)
     children = [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
@@ -73,15 +72,55 @@ def vote(
         raise ValueError(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
-    users = len(starts)
-    agents = Agents(
-        empty(codes, (users, seats, book.levels), "int32"),
-        empty(codes, (users, seats), "int64"),
-        empty(codes, (users,), "int32"),
-        book.fingerprint,
+    users = starts.shape[0] - (ends is None)
+    agents = empty(codes, (users, seats, book.levels), "int32")
+    votes, count = empty(codes, (users, seats), "int64"), empty(codes, (users,), "int32")
+    _core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
+    return Agents(agents, votes, count, book.fingerprint)
+
+
+def leaf_sums(
+    x: Array,
+    v: Array,
+    offsets: Any,
+    codes: Array,
+    book: Codebook,
+    *,
+    bias: Array = None,
+    spread: Array = None,
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
+) -> LeafSums:
+    """The present behaviours of each user, one row a leaf, sorted by code: with weights w_i = e^bias_i,
+
+        W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
+        spread = sum w_i (spread_i + |x_i - x|^2) / W
+
+    Arguments as in `route`, which gives from sums, `route(*sums[:3], prototypes, bias=sums.bias, spread=sums.spread)`,
+    what it gives by method="leaf" from the behaviours. Sums may be kept between requests. They add up: those of kept
+    sums and new behaviours, as the rows of one user, are the sums of all. -> LeafSums. Raises ValueError, TypeError.
+    """
+    verb = "leaf_sums"
+    (x, v, starts, ends), rest, gathered = _rows(
+        verb, x, v, offsets, bias, spread, take(verb, "codes", codes, "T L"), book, x_ids, v_ids, x_scale
     )
-    _core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, *agents[:3])
-    return agents
+    n, m = (np.asarray(starts)[:-1], np.asarray(starts)[1:]) if ends is None else (np.asarray(starts), np.asarray(ends))
+    most = len(rest["codes"])  # the core checks the offsets
+    rows = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
+    room = LeafSums(
+        empty(v, (rows, book.width if x is None else x.shape[1]), "float32"),
+        empty(v, (rows, v.shape[1]), "float32"),
+        empty(v, (len(n) + 1,), "int64"),
+        empty(v, (rows,), "float32"),
+        empty(v, (rows,), "float32"),
+        empty(v, (rows, book.levels), "int32"),
+    )
+    _core.leaf_sums(
+        x, v, starts, ends, rest["bias"], rest["spread"], rest["codes"], rest["book"], *gathered, *room
+    )  # fmt: skip
+    used = int(room.offsets[-1])
+    return LeafSums(*(a if a is room.offsets else copy_of(a[:used]) for a in room))
 
 
 def route(
@@ -94,30 +133,42 @@ def route(
     temperature: Any = 0.1,
     normalize: str = "history",
     bias: Array = None,
+    spread: Array = None,
     codes: Array = None,
     book: Codebook | None = None,
     method: str = "exact",
     refine: int = 0,
     missing: str = "drop",
+    precision: str = "float32",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
     out: Tokens | None = None,
 ) -> Tokens:
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
 
-        d_ai = |x_i - p_a|^2
+        d_ai = |x_i - p_a|^2 + spread_i
         normalize="history": u_ai = exp(bias_i - d_ai / tau)
         normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] and v [T, V] float32, bfloat16 or float16 (x None: the prototypes of `codes`); offsets [B + 1] or (starts,
     ends) [B]; prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or
-    [M] float32, where an entry that is not positive empties its tokens; bias [T] float32; codes [T, L] int32 with their
-    book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias.
-    method="leaf": rows of one leaf act as one at their mean, farther by their variance. refine=n: n rounds of
+    [M] float32, where an entry that is not positive empties its tokens; bias and spread [T] float32; codes [T, L] int32
+    with their book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that
+    is NaN, infinite or negative. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of
     p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
-    out: Tokens to write into. -> Tokens. Raises ValueError, TypeError.
+    precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
+    faster (AVX512-BF16 on AMD, AMX), and are not elsewhere; sums stay float32. `hisac.bounds` has the error of both.
+
+    Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
+    bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not
+    counted as missing either. x may be int8 then and otherwise, times x_scale, a number or float32 [1] or [rows of x],
+    rounded to float32. `encode` takes a table as it is, once an item. out: Tokens to write into.
+    -> Tokens. Raises ValueError, TypeError.
     """
-    (x, v, starts, ends, prototypes), rest = _route_inputs(
-        "route", x, v, offsets, prototypes, count, temperature, bias, codes, book
+    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
+        "route", x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, x_ids, v_ids, x_scale
     )
     refine = whole("route", "refine", refine)
     users, m, width = prototypes.shape
@@ -129,8 +180,9 @@ def route(
     lse = give("route", "out lse", given.lse, v, (users, rows), "float32")
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
     _core.route(
-        x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"], rest["codes"],
-        rest["book"], str(method), refine, str(missing), tokens, lse, refined,
+        x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"],
+        rest["spread"], rest["codes"], rest["book"], str(method), refine, str(missing), str(precision), *gathered,
+        tokens, lse, refined,
     )  # fmt: skip
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
@@ -147,16 +199,23 @@ def route_backward(
     temperature: Any = 0.1,
     normalize: str = "history",
     bias: Array = None,
+    spread: Array = None,
     codes: Array = None,
     book: Codebook | None = None,
     method: str = "exact",
     missing: str = "drop",
+    precision: str = "float32",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
     need: Iterable[str] = ("v", "temperature", "bias"),
 ) -> RouteGradients:
     """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
 
     d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
-    (constant during `refine`). method="leaf" has v and temperature. -> RouteGradients, float32, None where not wanted.
+    (constant during `refine`). method="leaf" has v and temperature. precision as in the forward: x and prototypes are
+    rounded alike, products are float32. Those of gathered x and v are of each behaviour's
+    row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)
@@ -165,15 +224,15 @@ def route_backward(
     _check(forward, Tokens, f"{verb}: forward")
     d_tokens, d_lse = take(verb, "d_tokens", d_tokens), take_optional(verb, "d_lse", d_lse)
     tokens, lse = take(verb, "tokens", forward.tokens), take(verb, "lse", forward.lse)
-    (x, v, starts, ends, prototypes), rest = _route_inputs(
-        verb, x, v, offsets, forward.prototypes, count, temperature, bias, codes, book
+    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
+        verb, x, v, offsets, forward.prototypes, count, temperature, bias, spread, codes, book, x_ids, v_ids, x_scale
     )
-    tau = rest["temperature"]
+    tau, behaviours = rest["temperature"], v.shape[0] if v_ids is None else math.prod(gathered[1].shape)
     shapes = {
-        "v": tuple(v.shape),
+        "v": (behaviours, v.shape[1]),
         "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
-        "bias": (v.shape[0],),
-        "x": (v.shape[0], prototypes.shape[2]),
+        "bias": (behaviours,),
+        "x": (behaviours, prototypes.shape[2]),
         "prototypes": tuple(prototypes.shape),
     }
     gradients = RouteGradients(
@@ -181,7 +240,8 @@ def route_backward(
     )
     _core.route_backward(
         d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"],
-        str(normalize), rest["bias"], rest["codes"], rest["book"], str(method), str(missing), *gradients,
+        str(normalize), rest["bias"], rest["spread"], rest["codes"], rest["book"], str(method), str(missing),
+        str(precision), *gathered, *gradients,
     )  # fmt: skip
     return gradients
 
@@ -196,28 +256,31 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
 
 
 def _route_inputs(
-    verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array,
-    codes: Array, book: Codebook | None,
-) -> tuple[tuple[Array, ...], dict[str, Any]]:  # fmt: skip
+    verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, *others: Any
+) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:
     """What route and its backward share, borrowed."""
-    v, x, prototypes = take(verb, "v", v), take_optional(verb, "x", x), take(verb, "prototypes", prototypes)
-    rank(verb, "v", v, "T V")
-    if x is not None:
-        rank(verb, "x", x, "T D")
-    rank(verb, "prototypes", prototypes, "B M D")
+    rows, rest, gathered = _rows(verb, x, v, offsets, *others)
+    prototypes = take(verb, "prototypes", prototypes, "B M D")
+    rest["count"] = take_optional(verb, "count", count)
+    number = isinstance(temperature, int | float | np.number)
+    rest["temperature"] = float(temperature) if number else take(verb, "temperature", temperature)
+    return (*rows, prototypes), rest, gathered
+
+
+def _rows(
+    verb: str, x: Array, v: Array, offsets: Any, bias: Array, spread: Array, codes: Array, book: Codebook | None,
+    x_ids: Array, v_ids: Array, x_scale: Any,
+) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:  # fmt: skip
+    """Behaviours, borrowed."""
+    v, x = take(verb, "v", v, "T V"), take_optional(verb, "x", x, "T D")
     if (codes is None) != (book is None):
         raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
     starts, ends = take_histories(verb, offsets)
-    rest = {
-        "count": take_optional(verb, "count", count),
-        "temperature": float(temperature)
-        if isinstance(temperature, int | float | np.number)
-        else take(verb, "temperature", temperature),
-        "bias": take_optional(verb, "bias", bias),
-        "codes": take_optional(verb, "codes", codes),
-        "book": None if book is None else _check(book, Codebook, f"{verb}: book")._core,
-    }
-    return (x, v, starts, ends, prototypes), rest
+    rest = {name: take_optional(verb, name, a) for name, a in (("bias", bias), ("spread", spread), ("codes", codes))}
+    rest["book"] = None if book is None else _check(book, Codebook, f"{verb}: book")._core
+    x_scale = np.array([x_scale], np.float32) if isinstance(x_scale, int | float | np.number) else x_scale
+    ids = take_optional(verb, "x_ids", x_ids), take_optional(verb, "v_ids", v_ids)
+    return (x, v, starts, ends), rest, (*ids, take_optional(verb, "x_scale", x_scale))
 
 
 def attend(
@@ -279,10 +342,8 @@ def attend_backward(
 def _attend_inputs(
     verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
 ) -> tuple[Any, ...]:
-    q, keys, values = take(verb, "q", q), take(verb, "keys", keys), take(verb, "values", values)
-    rank(verb, "q", q, "N H d")
-    rank(verb, "keys", keys, "B M H d")
-    rank(verb, "values", values, "B M H V")
+    q, keys = take(verb, "q", q, "N H d"), take(verb, "keys", keys, "B M H d")
+    values = take(verb, "values", values, "B M H V")
     offsets, bias = take(verb, "candidate_offsets", candidate_offsets), take_optional(verb, "bias", bias)
     return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
 

@@ -4,22 +4,28 @@
 Whatever a kernel does, it must agree with this page: codes, votes and agents exactly, floats within a bound derived
 from sizes and rounding. Arrays follow one naming: B users, T behaviours, D semantic width, V value width, L levels,
 M agents a user, N candidates, H heads. Values never raise: invalid codes mean absent, NaN loses, an empty sum is a zero
-token with lse -inf. The state kept between requests is in `reference_state`.
+token with lse -inf. Codebook, `encode` and `fit` stand in `reference_codebook`, the state kept between requests in
+`reference_state`.
 
 Source: HiSAC, arXiv 2602.21009. Semantic IDs and the code tree: its hierarchical codebook; `vote`: hierarchical
 voting (`fanout`) and our apportionment (`budget`); `route`: soft-routing attention; `attend`: target attention.
 """
 
 import math
-import struct
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from .results import Agents, Array, Attended, AttendGradients, FitReport, RouteGradients, Tokens
+from .reference_codebook import FIT_LIMIT as FIT_LIMIT
+from .reference_codebook import Codebook as Codebook
+from .reference_codebook import encode as encode
+from .reference_codebook import first_distinct as first_distinct
+from .reference_codebook import fit as fit
+from .reference_codebook import priorities as priorities
+from .reference_codebook import valid_codes as valid_codes
+from .results import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
-FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
 MAX_SEATS = 4096  # most agents a user
 MAX_VOTERS = 2**24 - 1  # a user's later rows do not vote
 ABSENT_NORM = 2.0**100  # a row whose |x|^2 is not below is absent
@@ -30,169 +36,10 @@ Node = tuple[int, ...]  # a code prefix; a whole code is a leaf
 Votes = dict[Node, int]
 
 
-class Codebook:
-    """L arrays of centers [C_l, D] float32. A leaf is a full code; its prototype is the sum of its codewords."""
-
-    def __init__(self, centers: Any) -> None:
-        self.centers = tuple(np.array(c, dtype=np.float32) for c in centers)
-        self.sizes = tuple(len(c) for c in self.centers)
-        self.report: FitReport | None = None
-
-    @property
-    def fingerprint(self) -> int:
-        """FNV-1a, 64 bits, over D, then for each level C_l and its float32 values; little-endian, integers 64 bits."""
-        data = struct.pack("<q", self.centers[0].shape[1])
-        for c in self.centers:
-            data += struct.pack("<q", len(c)) + c.astype("<f4").tobytes()
-        h = 0xCBF29CE484222325
-        for byte in data:
-            h = (h ^ byte) * 0x100000001B3 % 2**64
-        return h
-
-    def leaves(self, codes: Array) -> Array:
-        """codes [..., L] -> [...] int64: mixed-radix number of the leaf, -1 for an invalid code. A parent's number is
-        its child's, divided by the child level's size and rounded down."""
-        codes = np.asarray(codes, np.int64)
-        leaf = np.zeros(codes.shape[:-1], np.int64)
-        for level, size in enumerate(self.sizes):
-            leaf = leaf * size + codes[..., level]
-        return np.where(valid_codes(self, codes), leaf, -1)
-
-    def prototypes(self, codes: Array) -> Array:
-        """codes [..., L] (or Agents) -> [..., D] float32: the codewords on the path, added from the root down."""
-        codes = np.asarray(codes.codes if isinstance(codes, Agents) else codes, np.int64)
-        ok = valid_codes(self, codes)
-        total = np.zeros((*codes.shape[:-1], self.centers[0].shape[1]), np.float32)
-        for level, c in enumerate(self.centers):
-            total = total + c[np.where(ok, codes[..., level], 0)]
-        return np.where(ok[..., None], total, np.float32(0))
-
-
-def valid_codes(book: Any, codes: Array) -> Array:
-    """codes [..., L] -> [...] bool: every level in range."""
-    codes = np.asarray(codes)
-    return ((codes >= 0) & (codes < np.asarray(book.sizes))).all(-1)
-
-
 def ranges(offsets: Any) -> list[slice]:
     """offsets [B + 1], or (starts [B], ends [B]) -> the rows of each user as slices."""
     starts, ends = offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
     return [slice(int(s), int(e)) for s, e in zip(starts, ends, strict=True)]
-
-
-def distances(r: Array, c: Array) -> Array:
-    """r [T, D], c [C, D] float32 -> [T, C] float64: sum over d, in index order, of (r_d - c_d)^2. The order is part of
-    the definition (no pairwise sums, no contraction), so that codes are integers everyone agrees on."""
-    total = np.zeros((len(r), len(c)))
-    for d in range(r.shape[1]):
-        step = np.subtract.outer(r[:, d].astype(np.float64), c[:, d].astype(np.float64))
-        total = total + step * step
-    return total
-
-
-def encode(book: Any, x: Array) -> Array:
-    """Greedy residual quantisation: at level l the code c minimising |r - c|^2, then r <- r - c in float32.
-
-    x [T, D] -> codes [T, L] int32. The lower code wins a tie; a row with a NaN or an infinity is -1 at every level.
-    """
-    r = np.asarray(x).astype(np.float32)
-    ok: Array = np.isfinite(r).all(1)
-    r = np.where(ok[:, None], r, np.float32(0))
-    codes = np.empty((len(r), len(book.centers)), np.int32)
-    for level, c in enumerate(book.centers):
-        codes[:, level] = distances(r, c).argmin(1)
-        with np.errstate(over="ignore"):
-            r = r - c[codes[:, level]]
-    codes[~ok] = -1
-    return codes
-
-
-def mix64(z: Any) -> Any:
-    """The splitmix64 finaliser on uint64: the counter-based random numbers of `fit`."""
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def priorities(seed: int, level: int, rows: Array) -> Array:
-    """uint64 per global row: mix(mix(seed + (level + 1) g) + (row + 1) g), g the golden ratio's 64 bits."""
-    g = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        key = mix64(np.uint64(seed % 2**64) + np.uint64(level + 1) * g)
-        return mix64(key + (rows.astype(np.uint64) + np.uint64(1)) * g)
-
-
-def first_distinct(r: Array, order: Array, n: int) -> list[int]:
-    """The first n rows of r, in `order`, that differ from those before; -0 equals 0."""
-    seen: set[bytes] = set()
-    picked: list[int] = []
-    for i in order:
-        key = (r[i] + np.float32(0)).tobytes()
-        if len(picked) < n and key not in seen:
-            seen.add(key)
-            picked.append(i)
-    return picked
-
-
-def fixed_point_bits(biggest: float, rows: int) -> int:
-    """k such that the sum of `rows` values, each at most `biggest`, stays below 2^62 in units of 2^-k."""
-    return 61 - math.frexp(biggest)[1] - int(rows).bit_length()
-
-
-def fit(x: Array, codes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
-    """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
-
-    Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
-    centers = sum of rint(r 2^k) in int64 / count. A code without rows takes the worst-quantised row not yet taken
-    (distance down, row up); if every row is met exactly, it copies the lowest used code and so is never chosen.
-    Stops early when no center changes. x [T, D] -> Codebook with a FitReport.
-    """
-    x = np.asarray(x).astype(np.float32)
-    rows = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
-    r, centers = x[rows], []
-    rounds: list[int] = []
-    error: list[float] = []
-    unused: list[int] = []
-    if len(rows) == 0:
-        raise ValueError(f"fit: x is {list(x.shape)} without a usable row, expected at least one")
-    for level, size in enumerate(codes):
-        order = np.lexsort((rows, priorities(seed, level, rows)))
-        start = r[first_distinct(r, order, size)]
-        c = np.concatenate([start, np.repeat(start[:1], size - len(start), 0)])
-        k = fixed_point_bits(float(np.abs(r).max()), len(r))
-        fixed = np.rint(np.ldexp(r.astype(np.float64), k)).astype(np.int64)
-        rounds.append(0)
-        for _ in range(iterations):
-            d = distances(r, c)
-            near = d.argmin(1)
-            count = np.bincount(near, minlength=size)
-            total = np.zeros((size, r.shape[1]), np.int64)
-            np.add.at(total, near, fixed)
-            used = count > 0
-            new = c.copy()
-            new[used] = np.ldexp(total[used].astype(np.float64), -k) / count[used, None]
-            dead = np.flatnonzero(~used)
-            worst = d[np.arange(len(r)), near]
-            far = np.flatnonzero(worst > 0)
-            seeds = first_distinct(r, far[np.lexsort((far, -worst[far]))], len(dead))
-            new[dead] = new[used.argmax()]
-            new[dead[: len(seeds)]] = r[seeds]
-            rounds[-1] += 1
-            if progress:
-                progress(level, rounds[-1], float(worst.mean()))
-            if (new == c).all():
-                break
-            c = new
-        d = distances(r, c)
-        near = d.argmin(1)
-        error.append(float(d.min(1).mean()))
-        unused.append(int(size - len(np.unique(near))))
-        r = r - c[near]
-        centers.append(c)
-    book = Codebook(centers)
-    book.report = FitReport(len(rows), len(x) - len(rows), tuple(rounds), tuple(error), tuple(unused))
-    return book
 
 
 def quantise_weights(weights: Array) -> Array:
@@ -293,44 +140,67 @@ def square_distances(x: Array, p: Array) -> Array:
     return np.stack([np.square(x - a).sum(1) for a in p], 1) if len(p) else np.zeros((len(x), 0))
 
 
+def gather(x: Array, v: Array, bias: Array, x_ids: Array, v_ids: Array, x_scale: Any) -> tuple[Array, Array, Array]:
+    """Gathered inputs as dense ones: x [T, D], v [T, V], bias [T].
+
+    int8 rows times their scale are rounded to float32. A behaviour whose id is outside its table gets a bias of NaN,
+    so it is absent; and a row of NaN, so without one of v it is not counted as missing.
+    """
+    if x is not None and x.dtype == np.int8:
+        scale = np.reshape(np.float32(1.0 if x_scale is None else x_scale), (-1, 1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = x.astype(np.float32) * scale
+    dense = []
+    for table, ids in ((x, x_ids), (v, v_ids)):
+        if ids is not None:
+            inside = (ids >= 0) & (ids < len(table))
+            rows = np.full((len(ids), table.shape[1]), np.nan)
+            rows[inside] = table[ids[inside]]
+            table, bias = rows, np.where(inside, 0.0 if bias is None else bias, np.nan)
+        dense.append(table)
+    return dense[0], dense[1], bias
+
+
 class History:
-    """One user's rows as `route` sees them: present rows x, v, bias and their spread (0, or a leaf's variance); the
-    agents p and temperatures tau that are present, as indices `agents`; the values of absent rows."""
+    """One user's rows as `route` sees them: present rows x, v, bias and spread, or their leaves'; the agents p and
+    temperatures tau that are present, as indices `agents`; the values of absent rows."""
 
     def __init__(
         self, b: int, rows: slice, x: Array, v: Array, prototypes: Array, count: Array, temperature: Any, bias: Array,
-        codes: Array, book: Any, method: str,
+        spread: Array, codes: Array, book: Any, method: str,
     ) -> None:  # fmt: skip
         m = prototypes.shape[1]
         self.x = float64(book.prototypes(codes[rows]) if x is None else x[rows])
         self.v = float64(v[rows])
-        self.bias = np.zeros(len(self.x)) if bias is None else float64(bias[rows])
+        self.bias, self.spread = (np.zeros(len(self.x)) if a is None else float64(a[rows]) for a in (bias, spread))
         tau = np.broadcast_to(float64(temperature), (m,))
         p = float64(prototypes[b])
         present = m if count is None else min(max(int(count[b]), 0), m)
         with np.errstate(over="ignore", invalid="ignore"):
             ok = (np.square(self.x).sum(1) < ABSENT_NORM) & np.isfinite(self.bias)
             self.agents = np.flatnonzero((np.arange(m) < present) & (np.square(p).sum(1) < ABSENT_NORM) & (tau > 0))
+        ok &= (self.spread >= 0) & (self.spread < np.inf)
         if codes is not None:
             ok &= valid_codes(book, codes[rows])
         self.rows = np.flatnonzero(ok)
         self.absent = np.flatnonzero(~ok & np.isfinite(self.v).all(1))
         self.absent_v = self.v[self.absent]
         self.p, self.tau = p[self.agents], tau[self.agents]
-        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], np.zeros(ok.sum())
+        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], self.spread[ok]
         if method == "leaf":
             self.merge_leaves(book.leaves(codes[rows])[ok])
 
     def merge_leaves(self, leaf: Array) -> None:
-        """Rows of one leaf become one row: W = sum e^bias, its mean x and v, spread = E|x - mean|^2, bias = log W."""
+        """Rows of one leaf become one row: with w = e^bias / W, W their sum, x and v are the means weighted by w,
+        spread = sum w (spread + |x - mean|^2), bias = log W."""
         _, self.leaf = np.unique(leaf, return_inverse=True)
         number = np.arange(self.leaf.max(initial=-1) + 1)
         alone = np.where(number[:, None] == self.leaf, self.bias, -np.inf)
         total, weight = logsumexp(alone, 1), np.exp(log_softmax(alone, 1))
         self.share = weight.sum(0)  # a row's part of its leaf's mass
         mean = weight @ self.x
-        self.spread = np.array([w @ np.square(self.x - mu).sum(1) for w, mu in zip(weight, mean, strict=True)])
-        self.x, self.v, self.bias = mean, weight @ self.v, total
+        far = [w @ (self.spread + np.square(self.x - mu).sum(1)) for w, mu in zip(weight, mean, strict=True)]
+        self.x, self.v, self.bias, self.spread = mean, weight @ self.v, total, np.array(far)
 
     def logits(self, normalize: str) -> tuple[Array, Array]:
         """The logits z [n, m] whose softmax over the n rows gives each agent its weights; and, for the backward, the
@@ -344,38 +214,67 @@ class History:
 
 
 def histories(
-    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, codes: Array,
-    book: Any, method: str,
+    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, spread: Array,
+    codes: Array, book: Any, method: str,
 ) -> Iterator[tuple[int, slice, History]]:  # fmt: skip
     """The users of a batch as (b, rows, History)."""
     if (method == "leaf" or x is None) and codes is None:
         raise ValueError("route: codes are needed when x is not given, and by method='leaf'")
     for b, rows in enumerate(ranges(offsets)):
-        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, codes, book, method)
+        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, spread, codes, book, method)
+
+
+def leaf_sums(
+    x: Array, v: Array, offsets: Any, codes: Array, book: Any, *, bias: Array = None, spread: Array = None,
+    x_ids: Array = None, v_ids: Array = None, x_scale: Any = None,
+) -> LeafSums:  # fmt: skip
+    """The present behaviours of each user, one row a leaf, sorted by leaf: with weights w_i = e^bias_i,
+
+        W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
+        spread = sum w_i (spread_i + |x_i - x|^2) / W
+
+    Arguments as in `route` -> LeafSums. `route` over them is `route` with method="leaf" over the behaviours. Sums add
+    up: those of kept sums and new behaviours, as rows of one user, are the sums of all.
+    """
+    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
+    width, users = book.centers[0].shape[1] if x is None else x.shape[1], len(ranges(offsets))
+    sums = LeafSums(np.zeros((0, width)), np.zeros((0, v.shape[1])), np.zeros(users + 1, np.int64),
+                    np.zeros(0), np.zeros(0), np.zeros((0, len(book.centers)), np.int32))  # fmt: skip
+    agents = np.zeros((users, 0, width))
+    for b, rows, h in histories(x, v, offsets, agents, None, 1, bias, spread, codes, book, "leaf"):
+        sums.offsets[b + 1] = sums.offsets[b] + len(h.x)
+        first = h.rows[np.unique(h.leaf, return_index=True)[1]]
+        found = h.x, h.v, sums.offsets, h.bias, h.spread, np.asarray(codes, np.int32)[rows][first]
+        sums = LeafSums(*(a if a is m else np.concatenate([a, m]) for a, m in zip(sums, found, strict=True)))
+    return sums
 
 
 def route(
     x: Array, v: Array, offsets: Any, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
-    normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None, method: str = "exact",
-    refine: int = 0, missing: str = "drop",
+    normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None, book: Any = None,
+    method: str = "exact", refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Array = None,
+    v_ids: Array = None, x_scale: Any = None,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
-        d_ai = |x_i - p_a|^2
+        d_ai = |x_i - p_a|^2 + spread_i
         history: u_ai = exp(bias_i - d_ai / tau)
         agents:  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] (None: the prototype of `codes`), v [T, V], offsets [B + 1] or (starts, ends), prototypes [B, M, D],
-    count [B], temperature a number or [1] or [M], bias [T], codes [T, L] with their book -> Tokens.
-    method="leaf": the rows of one leaf act as one row at their mean, farther by their variance (spread).
+    count [B], temperature a number or [1] or [M], bias and spread [T], codes [T, L] with their book -> Tokens.
+    method="leaf": over `leaf_sums`: the rows of one leaf act as one row at their mean, farther by their variance.
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
+    x_ids, v_ids [T]: x, v are tables, behaviour i has row ids_i; x_scale, a number or [1] or [rows]: of x in int8.
+    precision changes no result here: it is how exact an implementation has to be (`hisac.bounds`).
     """
+    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
     users, m = len(ranges(offsets)), prototypes.shape[1]
     tokens = np.zeros((users, m + (missing == "token"), v.shape[1]))
     lse = np.full(tokens.shape[:2], -np.inf)
     refined = np.array(prototypes, np.float64)
-    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         for step in range(refine + 1):
             z, _ = h.logits(normalize)
             total = logsumexp(z, 0)
@@ -391,8 +290,9 @@ def route(
 
 def route_backward(
     d_tokens: Array, d_lse: Array, forward: Tokens, x: Array, v: Array, offsets: Any, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, codes: Array = None, book: Any = None,
-    method: str = "exact", missing: str = "drop", need: Any = ("v", "temperature", "bias"),
+    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None,
+    book: Any = None, method: str = "exact", missing: str = "drop", precision: str = "float32", x_ids: Array = None,
+    v_ids: Array = None, x_scale: Any = None, need: Any = ("v", "temperature", "bias"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
 
@@ -402,17 +302,18 @@ def route_backward(
         dtau_a = sum_i dz_ai d_ai / tau_a^2            dx_i = sum_a -2 dz_ai (x_i - p_a) / tau_a = -dp_a's terms
 
     d_tokens [B, M (+ 1), V], d_lse [B, M (+ 1)] or None; `need` names the gradients wanted -> RouteGradients.
-    method="leaf" has those of v and temperature only.
+    method="leaf" has those of v and temperature only. Those of gathered x and v are of each behaviour's row [T, ..].
     """
     if method == "leaf" and not set(need) <= {"v", "temperature"}:
         raise NotImplementedError("route_backward: method='leaf' has gradients for v and temperature only")
     if x is None and "x" in need:
         raise ValueError("route_backward: a gradient of x expected x, got none")
+    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
     prototypes = forward.prototypes
     m, width = prototypes.shape[1:]
     dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
     dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
-    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, codes, book, method):
+    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         z, s = h.logits(normalize)
         token, total, dt, dl = (
             np.asarray(a)[b, h.agents].astype(np.float64)

@@ -46,6 +46,23 @@ class Attended(NamedTuple):
     """[N, H] float32: log-sum-exp of the logits, that is how well the best tokens match; -inf without tokens."""
 
 
+class LeafSums(NamedTuple):
+    """A user's behaviours summed by leaf: rows for `route` that may be kept between requests."""
+
+    x: Array
+    """[G, D] float32: mean x of a leaf's behaviours, weighted by e^bias."""
+    v: Array
+    """[G, V] float32: mean v."""
+    offsets: Array
+    """[B + 1] int64: user b's leaves are the rows offsets[b] .. offsets[b + 1], sorted by code."""
+    bias: Array
+    """[G] float32: log of the sum of e^bias."""
+    spread: Array
+    """[G] float32: mean square distance of x from its mean."""
+    codes: Array
+    """[G, L] int32: the leaf."""
+
+
 class RouteGradients(NamedTuple):
     """Gradients of `route`; None where not asked for."""
 

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 from . import Codebook, bounds
 from . import reference as _reference
-from .results import Agents, Array, Attended, AttendGradients, RouteGradients, Tokens
+from .results import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 reference: Any = _reference
 
@@ -61,6 +61,13 @@ def sprinkle(rng: np.random.Generator, a: Array, share: float, values: Array = S
     return a
 
 
+def shuffled(rng: np.random.Generator, rows: Array) -> tuple[Array, Array]:
+    """Some of the rows as a table in another order, and ids into it, a few of them outside: (table, ids [T])."""
+    table = rows[rng.permutation(len(rows))[: rng.integers(0, len(rows) + 1)]]
+    ids = rng.integers(0, max(len(table), 1), len(rows)).astype(rng.choice(["i4", "i8"]))
+    return table, sprinkle(rng, ids, 0.1, np.array([-1, len(table), -(2**31), 2**31 - 1]))
+
+
 def to_torch(args: Any, dtype: str = "float32") -> Any:
     """Arguments, results or arrays as torch tensors; rows (x, v, q, keys, values and their like) get `dtype`."""
     torch = importlib.import_module("hisac.torch").torch  # the one module that imports torch
@@ -72,7 +79,7 @@ def to_torch(args: Any, dtype: str = "float32") -> Any:
             return tuple(convert(name, value) for value in a)
         if isinstance(a, np.ndarray):
             tensor = torch.from_numpy(np.array(a))
-            return tensor.to(getattr(torch, dtype)) if name in TORCH_ROWS else tensor
+            return tensor.to(getattr(torch, dtype)) if name in TORCH_ROWS and a.dtype.kind == "f" else tensor
         return a
 
     return {name: convert(name, a) for name, a in args.items()} if isinstance(args, Mapping) else convert("x", args)
@@ -165,7 +172,7 @@ class _Shown:
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem(_Shown):
     """A batch and the options of every verb on it; arrays are named as in `hisac`. `dtype` is the type of x and v,
-    whose values NumPy holds as float32 when it is bfloat16."""
+    whose values NumPy holds as float32 when it is bfloat16; x may be int8."""
 
     book: Codebook
     x: Array | None
@@ -175,6 +182,7 @@ class Problem(_Shown):
     codes: Array
     routed_codes: bool
     bias: Array | None
+    spread: Array | None
     weights: Array | None
     count: Array | None
     temperature: Any
@@ -182,6 +190,10 @@ class Problem(_Shown):
     method: str
     refine: int
     missing: str
+    precision: str
+    x_ids: Array | None
+    v_ids: Array | None
+    x_scale: Any
     budget: int | None
     fanout: tuple[int, ...] | None
     dtype: str
@@ -192,9 +204,10 @@ class Problem(_Shown):
         return reference.Codebook(self.book.centers)
 
     def encode_args(self) -> dict[str, Any]:
-        """The arguments of `encode`, in NumPy; a problem without x encodes its prototypes."""
+        """The arguments of `encode`, in NumPy; a problem without float x encodes its prototypes."""
         rows = self.prototypes.reshape(-1, self.prototypes.shape[2])
-        return {"book": self.book, "x": rounded(rows, self.dtype) if self.x is None else self.x}
+        given = self.x is not None and self.x.dtype != np.int8
+        return {"book": self.book, "x": self.x if given else rounded(rows, self.dtype)}
 
     def vote_args(self) -> dict[str, Any]:
         """The arguments of `vote`."""
@@ -203,9 +216,15 @@ class Problem(_Shown):
 
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
-        names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "method", "refine")
-        args = {name: getattr(self, name) for name in (*names, "missing")}
+        names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "spread")
+        args = {name: getattr(self, name) for name in (*names, "method", "refine", "missing", "precision")}
+        args |= {name: a for name in ("x_ids", "v_ids", "x_scale") if (a := getattr(self, name)) is not None}
         return args | ({"codes": self.codes, "book": self.book} if self.routed_codes else {})
+
+    def leaf_args(self) -> dict[str, Any]:
+        """The arguments of `leaf_sums`, in NumPy."""
+        names = ("x", "v", "offsets", "codes", "book", "bias", "spread", "x_ids", "v_ids", "x_scale")
+        return {name: getattr(self, name) for name in names}
 
     def backward_args(self, forward: Tokens) -> dict[str, Any]:
         """The arguments of `route_backward`: random gradients of what `route` returned; every one the method has."""
@@ -245,9 +264,11 @@ def problems(
     methods: Sequence[str] = ("exact", "leaf"),
     max_refine: int = 2,
     hostile: bool = False,
+    gathered: bool = False,
 ) -> Problem:
     """Whole problems: ragged or overlapping histories, absent rows and agents, every option. `hostile` puts NaN,
-    infinities, subnormals and huge values into every array, and temperatures and counts that make no sense."""
+    infinities, subnormals and huge values into every array, and temperatures and counts that make no sense. `gathered`
+    makes x and v tables with ids, some of them outside, and x int8 with a scale, now and then each."""
     book = draw(codebooks(max_levels=max_levels, max_codes=max_codes, max_width=max_width))
     rows, ragged = draw(histories(max_users=max_users, max_history=max_history))
     users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
@@ -266,6 +287,9 @@ def problems(
     leaves = rng.integers(0, np.array(book.sizes), (users, agents, book.levels))
     prototypes = scale * (np.asarray(book.prototypes(leaves.astype(np.int32))) + 0.1 * noise(users, agents, book.width))
     bias = None if draw(st.booleans()) else sprinkle(rng, 3 * noise(rows), 0.1, SPECIAL[:3])
+    spread = None
+    if draw(st.integers(0, 3)) == 0:
+        spread = sprinkle(rng, scale * np.abs(noise(rows)), 0.1, np.array([-1, np.nan, np.inf, 0]))
     weights = (
         None if draw(st.booleans()) else sprinkle(rng, rng.exponential(size=rows), 0.1, np.array([0, -1, 99, np.nan]))
     )
@@ -276,16 +300,30 @@ def problems(
         tau = sprinkle(rng, tau, 0.2, np.array([0, -1, np.nan, np.inf, 1e-42, 1e-30, 1e30])) if hostile else tau
     elif hostile:
         tau = draw(st.sampled_from([0.1, 1e-30, 1e-42, 1e30]))
+    v, x_ids, v_ids, x_scale = noise(rows, wide), None, None, None
+    x = None if routed_codes and draw(st.booleans()) else rounded(sprinkle(rng, x, share), dtype)
+    v = rounded(sprinkle(rng, v, share), dtype)
+    if gathered:
+        if draw(st.booleans()):
+            v, v_ids = shuffled(rng, v)
+        if x is not None and draw(st.booleans()):
+            x, x_ids = shuffled(rng, x)
+        if x is not None and draw(st.booleans()):
+            x_scale = np.float32(draw(st.sampled_from([1.0, 0.1, 30.0]))) / 100 * rng.uniform(0.5, 2, len(x) or 1)
+            x = np.clip(np.nan_to_num(x.astype(np.float64)) / x_scale[:, None][: len(x)], -128, 127).astype(np.int8)
+            x_scale = sprinkle(rng, x_scale.astype(np.float32), share)
+            x_scale = x_scale[:1] if draw(st.booleans()) else x_scale
     fanout = draw(st.lists(st.integers(1, 3), min_size=book.levels, max_size=book.levels).map(tuple) | st.none())
     return Problem(
         book=book,
-        x=None if routed_codes and draw(st.booleans()) else rounded(sprinkle(rng, x, share), dtype),
-        v=rounded(sprinkle(rng, noise(rows, wide), share), dtype),
+        x=x,
+        v=v,
         offsets=ragged,
         prototypes=sprinkle(rng, prototypes, share),
         codes=leaf,
         routed_codes=routed_codes,
         bias=None if bias is None else sprinkle(rng, bias, share),
+        spread=spread,
         weights=None if weights is None else sprinkle(rng, weights.astype(np.float32), share),
         count=count,
         temperature=tau,
@@ -293,6 +331,10 @@ def problems(
         method=method,
         refine=draw(st.integers(0, max_refine)),
         missing=draw(st.sampled_from(["drop", "token"])),
+        precision=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
+        x_ids=x_ids,
+        v_ids=v_ids,
+        x_scale=x_scale,
         budget=draw(st.integers(1, max_agents)) if fanout is None else None,
         fanout=fanout,
         dtype=dtype,
@@ -417,6 +459,13 @@ def assert_tokens_close(mine: Tokens, expected: Tokens, within: Problem | Tokens
     if within is None:
         within = bounds.unit_bound(expected)
     _assert_fields(mine, expected, within.bound() if isinstance(within, Problem) else within)
+
+
+def assert_leaf_sums_close(mine: LeafSums, expected: LeafSums, bound: LeafSums) -> None:
+    """Offsets and codes equal, sums within the bound from `bounds.leaf_sums_bound`."""
+    assert_codes_equal(mine.offsets, expected.offsets, "offsets")
+    assert_codes_equal(mine.codes, expected.codes, "codes")
+    _assert_fields(mine, expected, bound)
 
 
 def assert_attended_close(mine: Attended, expected: Attended, within: Attention | Attended) -> None:

@@ -8,108 +8,59 @@ backward and forward mode raise. All results are deterministic. Letters are the 
 """
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import Codebook, _core
+from . import Codebook
 from .reference import MAX_SEATS
 from .results import Agents, Attended, Tokens
+from .torch_library import UnknownCodebookError as UnknownCodebookError
+from .torch_library import book_of, core, dense, library, no_double_backward, operator, register, table_gradient
 
 Offsets = Tensor | tuple[Tensor, Tensor] | None
-core: Any = _core  # starred arguments do not go with its signatures
-
-
-class UnknownCodebookError(LookupError):
-    """A program names a codebook that this process has not registered."""
-
-
-_books: dict[int, "weakref.WeakValueDictionary[int, Codebook]"] = {}  # every copy: one may die before another
-
-
-def register(book: Codebook) -> int:
-    """Make `book` known to this process while the caller keeps it; returns its fingerprint as an int64.
-
-    Modules and functions do it by themselves; who only runs an exported program has to.
-
-    >>> book = Codebook([torch.eye(2)])
-    >>> register(book) % 2**64 == book.fingerprint
-    True
-    """
-    fingerprint: int = book.fingerprint - (book.fingerprint >> 63 << 64)
-    _books.setdefault(fingerprint, weakref.WeakValueDictionary())[id(book)] = book
-    return fingerprint
-
-
-vars(register)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, less its second of imports
-
-
-def _book(fingerprint: int) -> Codebook:
-    for reference in _books[fingerprint].valuerefs() if fingerprint in _books else ():
-        if book := reference():
-            return book
-    known = [f"{name % 2**64:016x}" for name, copies in list(_books.items()) if len(copies)]
-    got = f"codebook {fingerprint % 2**64:016x} is not registered"
-    raise UnknownCodebookError(f"{got}, expected one of {known}: call hisac.torch.register(book) and keep the book")
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
 
-_library = cast(Any, torch.library.Library)("hisac", "DEF")
 
-
-def _op(schema: str) -> Callable[[Callable[..., Iterator[Any]]], None]:
-    """Define an operator by a generator that first yields the results, allocated, and then fills them: its first half
-    serves as the fake implementation, so the two cannot disagree."""
-
-    def define(steps: Callable[..., Iterator[Any]]) -> None:
-        name = schema.partition("(")[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, lambda *inputs: list(steps(*inputs)).pop(), "CPU")
-        torch.library.register_fake(f"hisac::{name}", lambda *inputs: next(steps(*inputs)), lib=_library)
-
-    return define
-
-
-def _dense(*tensors: Tensor | None) -> Any:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _gradients(inputs: Sequence[Any], need: Sequence[bool]) -> tuple[Tensor, ...]:
-    """float32, empty where not needed: an operator cannot return None."""
-    shapes = (t.shape if needed and t is not None else (0,) for t, needed in zip(inputs, need, strict=True))
+def _gradients(inputs: Sequence[Any], need: Sequence[bool], ids: Sequence[Any] = ()) -> tuple[Tensor, ...]:
+    """float32, a row for each id where there are ids; empty where not needed: an operator cannot return None."""
+    shapes = [t.shape if needed and t is not None else (0,) for t, needed in zip(inputs, need, strict=True)]
+    for at, i in ids:
+        if i is not None and need[at]:
+            shapes[at] = (*i.shape[:1], *shapes[at][1:])
     return tuple(inputs[0].new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@_op("encode(Tensor x, int fingerprint) -> Tensor")
+@operator("encode(Tensor x, int fingerprint) -> Tensor")
 def _encode(x: Tensor, fingerprint: int) -> Iterator[Tensor]:
-    book = _book(fingerprint)
+    book = book_of(fingerprint)
     codes = x.new_empty((*x.shape[:1], book.levels), dtype=torch.int32)
     yield codes
     core.encode(book._core, x.contiguous(), codes)
 
 
-@_op(
+@operator(
     "vote(Tensor codes, Tensor starts, Tensor ends, int fingerprint, int budget, int[] fanout, Tensor? weights)"
     " -> (Tensor, Tensor, Tensor)"
 )
 def _vote(codes: Tensor, starts: Tensor, ends: Tensor, fingerprint: int, budget: int, fanout: Any, weights: Any) -> Any:
     fanout = tuple(fanout or ())  # AOTInductor passes an empty list as None
-    book, seats = _book(fingerprint), math.prod(fanout) if fanout else budget
+    book, seats = book_of(fingerprint), math.prod(fanout) if fanout else budget
     size = starts.shape[0], min(max(seats, 0), MAX_SEATS)  # the core refuses what is outside
     agents = codes.new_empty((*size, book.levels), dtype=torch.int32)
     results = agents, codes.new_empty(size, dtype=torch.int64), codes.new_empty(size[:1], dtype=torch.int32)
     yield results
-    core.vote(book._core, *_dense(codes, starts, ends), budget, fanout, *_dense(weights), *results)
+    core.vote(book._core, *dense(codes, starts, ends), budget, fanout, *dense(weights), *results)
 
 
-@_op("prototypes(Tensor codes, int fingerprint) -> Tensor")
+@operator("prototypes(Tensor codes, int fingerprint) -> Tensor")
 def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
-    book = _book(fingerprint)
+    book = book_of(fingerprint)
     found = codes.new_empty((*codes.shape[:-1], book.width), dtype=torch.float32)
     yield found
     core.prototypes(book._core, codes.contiguous().view(-1, codes.shape[-1]), found.view(-1, book.width))
@@ -117,52 +68,58 @@ def _prototypes(codes: Tensor, fingerprint: int) -> Iterator[Tensor]:
 
 _ROUTE_INPUTS = (
     "Tensor? x, Tensor v, Tensor starts, Tensor ends, Tensor prototypes, Tensor temperature, Tensor? count, "
-    "Tensor? bias, Tensor? codes, int? fingerprint, str normalize, str method, int refine, str missing"
+    "Tensor? bias, Tensor? codes, Tensor? x_ids, Tensor? v_ids, Tensor? x_scale, int? fingerprint, str normalize, "
+    "str method, int refine, str missing, str precision, Tensor? spread"
 )
 _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
 
 
 def _route_arguments(inputs: Sequence[Any]) -> Any:
-    x, v, starts, ends, prototypes, temperature, count, bias, codes = _dense(*inputs[:9])
-    fingerprint, normalize, method = inputs[9:12]
-    book = None if fingerprint is None else _book(fingerprint)._core
-    return [x, v, starts, ends, prototypes, count, temperature, normalize, bias, codes, book, method]
+    """(The arguments up to the method, those after `refine`) of the core."""
+    x, v, starts, ends, prototypes, temperature, count, bias, codes, *gathered = dense(*inputs[:12])
+    fingerprint, normalize, method, _, missing, precision = inputs[12:18]
+    (spread,) = dense(inputs[18])
+    book = None if fingerprint is None else book_of(fingerprint)._core
+    first = [x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes, book, method]
+    return first, [missing, precision, *gathered]
 
 
-@_op(f"route({_ROUTE_INPUTS}) -> (Tensor tokens, Tensor lse, Tensor refined)")
+@operator(f"route({_ROUTE_INPUTS}, bool sparse) -> (Tensor tokens, Tensor lse, Tensor refined)")
 def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    v, starts, prototypes, refine, missing = (inputs[i] for i in (1, 2, 4, 12, 13))
+    v, starts, prototypes, refine, missing = (inputs[i] for i in (1, 2, 4, 15, 16))
     size = (starts.shape[0], math.prod(prototypes.shape[-2:-1]) + (missing == "token"))
     tokens, lse = v.new_empty((*size, *v.shape[-1:])), v.new_empty(size, dtype=torch.float32)
     refined = prototypes.new_empty(prototypes.shape if refine else (0,))  # empty: an operator cannot return its input
     yield tokens, lse, refined
-    core.route(*_route_arguments(inputs), refine, missing, tokens, lse, refined if refine else None)
+    first, rest = _route_arguments(inputs)
+    core.route(*first, refine, *rest, tokens, lse, refined if refine else None)
 
 
-@_op(
+@operator(
     "route_backward(Tensor d_tokens, Tensor? d_lse, Tensor tokens, Tensor lse, bool[] need, "
     f"{_ROUTE_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _route_backward(
     d_tokens: Tensor, d_lse: Tensor | None, tokens: Tensor, lse: Tensor, need: Sequence[bool], *inputs: Any
 ) -> Iterator[tuple[Tensor, ...]]:
-    results = _gradients([inputs[i] for i in _ROUTE_WANTED], need)
+    results = _gradients([inputs[i] for i in _ROUTE_WANTED], need, ((0, inputs[10]), (3, inputs[9])))
     yield results
     wanted = [r if needed else None for r, needed in zip(results, need, strict=True)]
-    core.route_backward(*_dense(d_tokens, d_lse, tokens, lse), *_route_arguments(inputs), inputs[13], *wanted)
+    first, rest = _route_arguments(inputs)
+    core.route_backward(*dense(d_tokens, d_lse, tokens, lse), *first, *rest, *wanted)
 
 
 _ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, float scale"
 
 
-@_op(f"attend({_ATTEND_INPUTS}) -> (Tensor out, Tensor lse)")
+@operator(f"attend({_ATTEND_INPUTS}) -> (Tensor out, Tensor lse)")
 def _attend(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Iterator[tuple[Tensor, Tensor]]:
     results = q.new_empty((*q.shape[:2], *values.shape[-1:])), q.new_empty(q.shape[:2], dtype=torch.float32)
     yield results
-    core.attend(*_dense(q, keys, values, *others[:-1]), others[-1], *results)
+    core.attend(*dense(q, keys, values, *others[:-1]), others[-1], *results)
 
 
-@_op(
+@operator(
     f"attend_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_ATTEND_INPUTS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -171,7 +128,7 @@ def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     bias = tensors[8] is not None
     results = _gradients([tensors[i] for i in (4, 5, 6, 8)], (True, True, True, bias))
     yield results
-    core.attend_backward(*_dense(*tensors), scale, *results[:3], results[3] if bias else None)
+    core.attend_backward(*dense(*tensors), scale, *results[:3], results[3] if bias else None)
 
 
 def _gradients_by_input(ctx: Any, at: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -182,24 +139,30 @@ def _gradients_by_input(ctx: Any, at: Sequence[int], grads: Sequence[Tensor]) ->
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tokens, lse, refined = output
-    fingerprint, method, refine = inputs[9], inputs[11], inputs[12]
+    fingerprint, method, refine = inputs[12], inputs[14], inputs[15]
     _, _, bias, x, prototypes = (ctx.needs_input_grad[i] for i in _ROUTE_WANTED)
     if method == "leaf" and (x or prototypes or bias):
         raise NotImplementedError("route: method='leaf' has gradients for v and temperature only")
     if refine and prototypes:
         raise NotImplementedError("route: refine > 0 has no gradient for prototypes, expected prototypes.detach()")
+    for name, at in (("x_scale", 11), ("spread", 18)):
+        if ctx.needs_input_grad[at]:
+            raise NotImplementedError(f"route: {name} has no gradient, expected {name}.detach()")
     ctx.mark_non_differentiable(refined)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:9])
-    ctx.options = inputs[9:]
-    ctx.book = None if fingerprint is None else _book(fingerprint)  # alive until the backward
+    ctx.save_for_backward(tokens, lse, *inputs[:4], refined if refine else inputs[4], *inputs[5:12], inputs[18])
+    ctx.options, ctx.sparse = inputs[12:18], inputs[19]
+    ctx.book = None if fingerprint is None else book_of(fingerprint)  # alive until the backward
 
 
 def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    tokens, lse, *tensors = ctx.saved_tensors
+    tokens, lse, *tensors, spread = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
     d_tokens = torch.zeros_like(tokens) if d_tokens is None else d_tokens
-    grads = torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options)
+    grads = list(torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *tensors, *ctx.options, spread))
+    for at, table, ids in ((0, tensors[1], tensors[10]), (3, tensors[0], tensors[9])):
+        if need[at] and ids is not None:
+            grads[at] = table_gradient(grads[at], ids, table.shape[0], ctx.sparse)
     return _gradients_by_input(ctx, _ROUTE_WANTED, grads)
 
 
@@ -216,13 +179,9 @@ def _attend_back(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[
     return _gradients_by_input(ctx, (0, 1, 2, 4), grads)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("hisac has first derivatives only: double backward is not supported")
-
-
 for _name, _back, _setup in (("route", _route_back, _route_setup), ("attend", _attend_back, _attend_setup)):
-    torch.library.register_autograd(f"hisac::{_name}", _back, setup_context=_setup, lib=_library)
-    torch.library.register_autograd(f"hisac::{_name}_backward", _no_double_backward, lib=_library)
+    torch.library.register_autograd(f"hisac::{_name}", _back, setup_context=_setup, lib=library)
+    torch.library.register_autograd(f"hisac::{_name}_backward", no_double_backward, lib=library)
 
 
 # ----------------------------------------------------------------------------------------------------------- functions
@@ -311,16 +270,22 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
 def route(
     x: Tensor | None, v: Tensor, offsets: Offsets, prototypes: Tensor, *, count: Tensor | None = None,
     temperature: float | Tensor = 0.1, normalize: str = "history", bias: Tensor | None = None,
-    codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact", refine: int = 0,
-    missing: str = "drop",
+    spread: Tensor | None = None, codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact",
+    refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Tensor | None = None,
+    v_ids: Tensor | None = None, x_scale: float | Tensor | None = None, sparse: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
 
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     x [T, D] (None: codes and book), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, prototypes
-    [B, M, D], count [B], temperature a number, [1] or [M], bias [T], codes [T, L] -> Tokens. Refined prototypes are
-    constants of the backward; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    [B, M, D], count [B], temperature a number, [1] or [M], bias, spread [T], codes [T, L] -> Tokens. spread and refined
+    prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    precision="bfloat16" lets products round to bfloat16 where that is faster.
+
+    x_ids and v_ids [T] (or jagged, then without offsets too) make x and v tables, as the weight of an `nn.Embedding`:
+    an id outside is an absent behaviour, x may be int8 with x_scale, a number, [1] or [rows]. A table's gradient is the
+    sum over the behaviours of each row, in their order and in float64: dense, or `sparse` COO (not in torch.compile).
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> out = route(torch.eye(2), v, torch.tensor([0, 2]), torch.eye(2)[None], temperature=0.01)
@@ -328,13 +293,18 @@ def route(
     >>> out.tokens.tolist(), v.grad.tolist()
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
-    starts, ends = _spans("route", offsets, v)
-    x, v, bias, codes = _rows("route", x, v, bias, codes)
+    starts, ends = _spans("route", offsets, v if v_ids is None else v_ids)
+    x, v, bias, spread, codes, x_ids, v_ids = _rows("route", x, v, bias, spread, codes, x_ids, v_ids)
     tau = _tau(temperature, v.device)
-    _reverse_mode_only("route", x, v, prototypes, tau, bias)
+    if x_scale is not None:
+        x_scale = x_scale.float() if isinstance(x_scale, Tensor) else tau.new_full((1,), x_scale)
+    if sparse and torch.compiler.is_compiling():
+        raise NotImplementedError("route: sparse gradients are not for torch.compile, expected sparse=False")
+    _reverse_mode_only("route", x, v, prototypes, tau, bias, spread)
     tokens, lse, refined = torch.ops.hisac.route(
         x, v, starts, ends, prototypes, tau, count, None if bias is None else bias.float(), codes,
-        None if book is None else register(book), normalize, method, refine, missing,
+        x_ids, v_ids, x_scale, None if book is None else register(book), normalize, method, refine, missing,
+        precision, None if spread is None else spread.float(), sparse,
     )  # fmt: skip
     return Tokens(tokens, lse, refined if refine else prototypes)
 
@@ -411,31 +381,37 @@ class Compressor(nn.Module):
     def __init__(
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
         temperature: float = 0.1, learn_temperature: bool = True, normalize: str = "history", method: str = "exact",
-        refine: int = 0, missing: str = "drop",
+        refine: int = 0, missing: str = "drop", precision: str = "float32", sparse: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.book, self.budget, self.fanout = book, budget, fanout
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
+        self.precision, self.sparse = precision, sparse
         self.log_tau = nn.Parameter(_tau(temperature).log(), learn_temperature)
         rows = torch.empty(0, book.width, dtype=torch.float32)
         self(rows, rows, torch.zeros(1, dtype=torch.int64))  # checks every option
 
     def forward(
         self, x: Tensor | None, v: Tensor, offsets: Offsets, *, codes: Tensor | None = None,
-        weights: Tensor | None = None, bias: Tensor | None = None,
+        weights: Tensor | None = None, bias: Tensor | None = None, x_ids: Tensor | None = None,
+        v_ids: Tensor | None = None, x_scale: float | Tensor | None = None,
     ) -> Compressed:  # fmt: skip
         """x [T, D] (None: codes), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, codes [T, L] of an
-        earlier call, weights [T] of the votes, bias [T] of the routing (log weight, time decay) -> Compressed."""
+        earlier call, weights [T] of the votes, bias [T] of the routing (log weight, time decay); x_ids, v_ids, x_scale
+        of gathered x and v as in `route`: with x_ids, codes are those of a table encoded once -> Compressed."""
         if codes is None:
             if x is None:
                 raise ValueError("Compressor: neither x nor codes given, expected one of them")
+            if x_ids is not None:
+                raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once, index it")
             codes = encode(self.book, x)
-        (codes,), spans = _rows("Compressor", codes), _spans("Compressor", offsets, v)
+        (codes,), spans = _rows("Compressor", codes), _spans("Compressor", offsets, v if v_ids is None else v_ids)
         agents = vote(self.book, codes, spans, budget=self.budget, fanout=self.fanout, weights=weights)
         out = route(
             x, v, spans, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
             normalize=self.normalize, bias=bias, codes=codes, book=self.book, method=self.method, refine=self.refine,
-            missing=self.missing,
+            missing=self.missing, precision=self.precision, x_ids=x_ids, v_ids=v_ids, x_scale=x_scale,
+            sparse=self.sparse,
         )  # fmt: skip
         return Compressed(*out, agents, codes)
 
@@ -457,7 +433,7 @@ class Compressor(nn.Module):
         register(self.book)
 
     def extra_repr(self) -> str:
-        names = "budget", "fanout", "normalize", "method", "refine", "missing"
+        names = "budget", "fanout", "normalize", "method", "refine", "missing", "precision"
         return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 

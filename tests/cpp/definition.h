@@ -199,9 +199,11 @@ inline User by_leaf(const User& u, const std::vector<uint64_t>& leaf) {
       for (size_t d = 0; d < x.size(); ++d) x[d] += share * u.x[i][d];
       for (size_t d = 0; d < v.size(); ++d) v[d] += share * u.v[i][d];
     }
-    for (size_t i : members)
-      for (size_t d = 0; d < x.size(); ++d)
-        spread += std::exp(u.bias[i]) / weight * (u.x[i][d] - x[d]) * (u.x[i][d] - x[d]);
+    for (size_t i : members) {
+      double square = u.spread[i];
+      for (size_t d = 0; d < x.size(); ++d) square += (u.x[i][d] - x[d]) * (u.x[i][d] - x[d]);
+      spread += std::exp(u.bias[i]) / weight * square;
+    }
     out.x.push_back(x);
     out.v.push_back(v);
     out.bias.push_back(std::log(weight));

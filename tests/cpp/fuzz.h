@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fuzz targets share: a check that ends the program, and bytes read as shapes and hostile floats.
+// What the fuzz targets share: a check that ends the program, and bytes read as shapes and hostile floats, of any type.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -65,6 +65,66 @@ class Bytes {
 
  private:
   const uint8_t *data_, *end_;
+};
+
+/// Any float or half, by its bits; or an int8.
+inline float decode(const std::byte* from, hisac::DType type) {
+  uint32_t bits = 0;
+  if (type == hisac::DType::int8) return static_cast<float>(static_cast<int8_t>(*from));
+  std::memcpy(&bits, from, type == hisac::DType::float32 ? 4 : 2);
+  if (type == hisac::DType::bfloat16) bits <<= 16;
+  if (type == hisac::DType::float16) {
+    const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
+    float x = std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
+    if (exponent == 31) x = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+    return bits >> 15 ? -x : x;
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+/// Floats as rows of a type, by truncation; NaN stays NaN in float32 and float16. int8: their bits.
+class Typed {
+ public:
+  Typed(const std::vector<float>& values, hisac::DType dtype, int64_t width)
+      : dtype_(dtype), width_(width), memory_(static_cast<int64_t>(values.size()) * hisac::bytes_of(dtype)) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &values[i], 4);
+      uint16_t half = static_cast<uint16_t>(bits >> 16);
+      if (dtype == hisac::DType::float16) half = to_half(values[i]);
+      if (dtype == hisac::DType::int8)
+        memory_.data()[i] = static_cast<std::byte>(bits >> 16);
+      else if (dtype == hisac::DType::float32)
+        std::memcpy(memory_.data() + i * 4, &bits, 4);
+      else
+        std::memcpy(memory_.data() + i * 2, &half, 2);
+    }
+  }
+  hisac::Rows rows() { return {memory_.data(), dtype_, memory_.count() / (width_ * hisac::bytes_of(dtype_)), width_}; }
+  /// What the rows stand for, as floats.
+  std::vector<float> values() {
+    std::vector<float> out;
+    for (const std::byte* at = memory_.data(); at < memory_.data() + memory_.count(); at += hisac::bytes_of(dtype_))
+      out.push_back(decode(at, dtype_));
+    return out;
+  }
+
+ private:
+  static uint16_t to_half(float x) {
+    if (std::isnan(x)) return 0x7e00;
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const float magnitude = std::fabs(x);
+    if (magnitude >= 65504.f) return static_cast<uint16_t>(sign | (std::isinf(x) ? 0x7c00 : 0x7bff));
+    int exponent;
+    const float mantissa = std::frexp(magnitude, &exponent);
+    if (exponent < -13) return static_cast<uint16_t>(sign | static_cast<int>(std::ldexp(magnitude, 24)));
+    return static_cast<uint16_t>(sign | (exponent + 14) << 10 | (static_cast<int>(std::ldexp(mantissa, 11)) & 0x3ff));
+  }
+  hisac::DType dtype_;
+  int64_t width_;
+  test::Guarded<std::byte> memory_;
 };
 
 }  // namespace fuzz

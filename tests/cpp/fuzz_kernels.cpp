@@ -1,53 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops of every instruction set that this processor has, on the same bytes and in exact-size memory: copies,
-// conversions, screens and survivors equal to the bit; sums and exponentials within a bound of the baseline's.
-#include "cpu/kernels.h"
+// The inner loops of every instruction set that this processor has, and of the AMX unit's twin, on the same bytes and
+// in exact-size memory: copies and conversions equal to the bit what plain scalar code makes of them; sums, screens and
+// exponentials within a bound that is carried along with their values in double.
+#include "fuzz_kernels.h"
 
-#include <algorithm>
-
-#include "cpu/pack.h"
-#include "fuzz.h"
-
-using namespace hisac;
-using cpu::Kernels;
-using cpu::pad;
-using fuzz::Bytes;
-using test::Guarded;
+using namespace kernel_fuzz;
 
 namespace {
-
-constexpr double kUlp = 0x1p-24;
-
-std::vector<const Kernels*> all() {
-  std::vector<const Kernels*> out{&cpu::kBaseline};
-#if defined(__x86_64__)
-  if (std::strstr(available_isas(), "avx2")) out.push_back(&cpu::kAvx2);
-  if (std::strstr(available_isas(), "avx512")) out.push_back(&cpu::kAvx512);
-#endif
-  return out;
-}
-
-int64_t padded_rows(int64_t n) { return (n + cpu::kRowStep - 1) / cpu::kRowStep * cpu::kRowStep; }
-
-/// b for another set's a: the same bits, but any NaN for a NaN.
-void same(const float* a, const float* b, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) CHECK((std::isnan(a[i]) && std::isnan(b[i])) || std::memcmp(a + i, b + i, 4) == 0);
-}
-
-void close(double a, double b, double bound) {
-  if (a == b) return;
-  if (!(std::fabs(a - b) <= bound)) std::fprintf(stderr, "%.9g, %.9g: apart by more than %.3g\n", a, b, bound);
-  CHECK(std::fabs(a - b) <= bound);
-}
-
-/// values [rows, width] as [rows, stride], the rest `fill`.
-std::vector<float> strided(const std::vector<float>& values, int64_t rows, int64_t width, int64_t stride,
-                           float fill = 0) {
-  std::vector<float> out(test::size(rows * stride), fill);
-  for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i)
-    out[test::size(i / width * stride + i % width)] = values[test::size(i)];
-  return out;
-}
 
 void products(Bytes& in) {
   const int64_t n = in.between(1, 64), k = in.between(1, 40), m = in.between(1, 200), ldz = pad(m);
@@ -65,7 +24,7 @@ void products(Bytes& in) {
     if (first.empty()) first = packed.values();
     CHECK(packed.values() == first && again.values() == first);
     Guarded<float> z(padded_rows(n) * ldz);
-    kernels->matmul(static_cast<int>(n), k, m, left.data(), k, packed.data(), z.data(), ldz);
+    kernels->matmul(static_cast<int>(n), k, m, left.data(), k, packed.data(), z.data(), ldz, nullptr);
     CHECK(z.intact());
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < m; ++j) {
@@ -80,11 +39,112 @@ void products(Bytes& in) {
   }
 }
 
+/// A float as the nearest of the type, ties to even.
+float nearest(float x, DType type) {
+  if (type == DType::float32 || !std::isfinite(x) || x == 0) return x;
+  const int digits = type == DType::float16 ? 11 : 8, lowest = type == DType::float16 ? -14 : -126;
+  const int unit = std::max(std::ilogb(x), lowest) - digits + 1;
+  const double out = std::ldexp(std::nearbyint(std::ldexp(double(x), -unit)), unit);
+  const double most = type == DType::float16 ? 65504 : 0x1.fep127;
+  return std::copysign(std::fabs(out) > most ? kInf : static_cast<float>(std::fabs(out)), x);
+}
+
+/// The pairs' rounding: to nearest even in bfloat16, a denormal as zero.
+float rounded(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : nearest(x, DType::bfloat16); }
+
+void pair_products(Bytes& in) {
+  const int64_t n = in.between(1, 64), k = in.between(1, 70), k2 = (k + 1) / 2, m = in.between(1, 200), ldz = pad(m);
+  const auto a = in.values(n * k, false), shifts = in.values(k, false);
+  auto b = in.values(m * k, false);
+  for (float& x : b) x *= 1.01f;  // needs rounding
+  Guarded<float> rows(a), columns(b), shift(shifts);
+  for (const Kernels* kernels : all()) {
+    if (!kernels->matmul_pairs) continue;
+    Guarded<uint32_t> left(padded_rows(n) * k2), packed(cpu::packed_size(k2, m));
+    for (int64_t i = 0; i < n; ++i) {
+      const cpu::Rounded sums = kernels->round_pairs(k, rows.data() + i * k, shift.data(), left.data() + i * k2);
+      std::vector<Near> squares, errors;
+      for (int64_t d = 0; d < k; ++d) {
+        const float x = a[test::size(i * k + d)] - shifts[test::size(d)], y = rounded(x);
+        CHECK(same(half_of(left.data() + i * k2, d), y));
+        squares.push_back(Near(x) * Near(x));
+        errors.push_back(Near(x - y) * Near(x - y));
+      }
+      CHECK((k % 2 == 0 || left.data()[(i + 1) * k2 - 1] >> 16 == 0));
+      close(sums.squares, near::sum(squares));
+      close(sums.errors, near::sum(errors));
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      const float* const column = columns.data() + j * k;
+      Guarded<float> rest(k);
+      kernels->remainder(k, column, rest.data());
+      CHECK(rest.intact());
+      for (int64_t d = 0; d < k; ++d) CHECK(rest.data()[d] == column[d] - rounded(column[d]));
+    }
+    kernels->pack_pairs(k, m, columns.data(), k, packed.data());
+    Guarded<float> z(padded_rows(n) * ldz);
+    kernels->matmul_pairs(static_cast<int>(n), k2, m, left.data(), k2, packed.data(), z.data(), ldz, nullptr);
+    CHECK(left.intact() && packed.intact() && z.intact());
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < ldz; ++j) {
+        double exact = 0, size = 0;
+        for (int64_t d = 0; d < k && j < m; ++d) {
+          const double term = double(half_of(left.data() + i * k2, d)) * double(rounded(b[test::size(j * k + d)]));
+          exact += term;
+          size += std::fabs(term);
+        }
+        close(double(z.data()[i * ldz + j]), exact,
+              static_cast<double>(k + 2) * kUlp * size + 0x1p-126 * static_cast<double>(2 * k));
+      }
+  }
+}
+
+/// Sums over pairs of rows, an odd last one with zeros.
+void pair_accumulations(Bytes& in) {
+  const int64_t n = in.between(1, 64), n2 = (n + 1) / 2, w = in.between(1, 70), m = in.between(1, 100);
+  const int64_t lda = pad(w), lde = pad(m), rows = padded_rows(w);
+  auto a = in.values(n * w, false), e = in.values(n * m, false);
+  for (auto* values : {&a, &e})
+    for (float& x : *values) x *= 1.01f;  // needs rounding
+  const auto c = in.values(w * m, false);
+  Guarded<float> left(strided(a, n, w, lda)), right(strided(e, n, m, lde));
+  for (const Kernels* kernels : all()) {
+    if (!kernels->accumulate_pairs) continue;
+    Guarded<uint32_t> v(n2 * lda), u(n2 * lde);
+    const auto pairs = [&](Guarded<float>& from, int64_t width, int64_t ld, Guarded<uint32_t>& to) {
+      for (int64_t i = 0; i < n; i += 2)
+        kernels->pair_rows(width, from.data() + i * ld, i + 1 < n ? from.data() + (i + 1) * ld : nullptr,
+                           to.data() + i / 2 * ld);
+      for (int64_t i = 0; i < 2 * n2; ++i)
+        for (int64_t d = 0; d < width; ++d) {
+          const float x = i < n ? from.data()[i * ld + d] : 0.f;
+          CHECK(std::fabs(half_of(to.data() + i / 2 * ld + d, i % 2) - x) <= 0x1p-8f * std::fabs(x));
+        }
+    };
+    pairs(left, w, lda, v);
+    pairs(right, m, lde, u);
+    Guarded<float> sums(strided(c, rows, m, lde));
+    kernels->accumulate_pairs(static_cast<int>(n2), w, m, v.data(), lda, u.data(), lde, sums.data(), lde);
+    CHECK(v.intact() && u.intact() && sums.intact());
+    for (int64_t j = 0; j < w; ++j)
+      for (int64_t d = 0; d < m; ++d) {
+        double exact = double(c[test::size(j * m + d)]), size = std::fabs(exact);
+        for (int64_t i = 0; i < n; ++i) {
+          const double term =
+              double(half_of(v.data() + i / 2 * lda + j, i % 2)) * double(half_of(u.data() + i / 2 * lde + d, i % 2));
+          exact += term;
+          size += std::fabs(term);
+        }
+        close(double(sums.data()[j * lde + d]), exact, static_cast<double>(n + 4) * kUlp * size);
+      }
+  }
+}
+
 void accumulations(Bytes& in) {
   const int64_t n = in.between(0, 64), m = in.between(1, 70), w = in.between(1, 100), lda = pad(m), ldb = pad(w);
   const auto a = in.values(n * m, false), b = in.values(n * w, false), c = in.values(m * w, false);
   Guarded<float> left(strided(a, n, m, lda)), right(strided(b, n, w, ldb));
-  const int64_t rows = (m + 3) / 4 * 4;
+  const int64_t rows = padded_rows(m);
   for (const Kernels* kernels : all()) {
     Guarded<float> sums(strided(c, rows, w, ldb));
     kernels->accumulate(static_cast<int>(n), m, w, left.data(), lda, right.data(), ldb, sums.data(), ldb);
@@ -109,240 +169,127 @@ void rows_in_and_out(Bytes& in) {
   const int64_t bytes = type == DType::float32 ? 4 : 2;
   std::vector<std::byte> raw(test::size(width * bytes));
   for (std::byte& b : raw) b = static_cast<std::byte>(in.byte());
-  Guarded<std::byte> source(raw);
+  Guarded<std::byte> source(raw), narrow(std::vector<std::byte>(raw.begin(), raw.begin() + width));
   const float scale = in.value(false);
   const auto added = in.values(width, false);
-  std::vector<float> first;
-  std::vector<std::byte> first_stored;
-  float first_squares = 0;
+  std::vector<float> truth(test::size(width));
+  double squares = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    truth[test::size(d)] = decode(raw.data() + d * bytes, type);
+    squares += double(truth[test::size(d)]) * double(truth[test::size(d)]);
+  }
   for (const Kernels* kernels : all()) {
     Guarded<float> row(width);
-    const float squares = kernels->load_row(source.data(), type, width, row.data());
+    std::vector<Near> terms;
+    const int8_t* const int8 = reinterpret_cast<const int8_t*>(narrow.data());
+    const float int8_sum = kernels->load_int8(int8, scale, width, row.data());
     CHECK(row.intact());
-    for (int64_t d = 0; d < width && type == DType::bfloat16; ++d)
-      CHECK(std::memcmp(reinterpret_cast<const std::byte*>(row.data() + d) + 2, source.data() + d * 2, 2) == 0);
+    for (int64_t d = 0; d < width; ++d) {
+      const float x = static_cast<float>(int8[d]) * scale;
+      CHECK(row.data()[d] == x);
+      terms.push_back(Near(x) * Near(x));
+    }
+    close(int8_sum, near::sum(terms));
+    const float sum = kernels->load_row(source.data(), type, width, row.data());
+    CHECK(row.intact());
+    if (std::isnan(squares)) CHECK(std::isnan(sum));
+    if (squares > 0x1p129) CHECK(sum == kInf);
+    if (squares < 0x1p127) close(double(sum), squares, static_cast<double>(width + 1) * (kUlp * squares + 0x1p-149));
     Guarded<std::byte> stored(width * bytes), back(width * bytes);
     kernels->store_row(stored.data(), type, width, row.data(), scale);
     kernels->store_row(back.data(), type, width, row.data(), 1.f);
     CHECK(stored.intact() && back.intact());
-    for (int64_t d = 0; d < width; ++d)  // what was read is written back
-      if (!std::isnan(row.data()[d]))
-        CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
-    Guarded<float> sum(added);
-    kernels->add_row(width, row.data(), scale, sum.data());
-    CHECK(sum.intact());
+    Guarded<float> sums(added);
+    kernels->add_row(width, row.data(), scale, sums.data());
+    CHECK(sums.intact());
     for (int64_t d = 0; d < width; ++d) {
-      const double term = double(scale) * double(row.data()[d]), start = double(added[test::size(d)]);
-      if (std::fabs(term) < 1e30)
-        close(double(sum.data()[d]), start + term, 2 * kUlp * (std::fabs(term) + std::fabs(start)) + 1e-44);
+      const float x = truth[test::size(d)], start = added[test::size(d)];
+      CHECK(same(row.data()[d], x));
+      CHECK(same(decode(stored.data() + d * bytes, type), nearest(x * scale, type)));
+      if (!std::isnan(x))  // what was read is written back
+        CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
+      if (std::fabs(x) < 0x1p120f) close(sums.data()[d], Near(start) + Near(scale) * Near(x));
     }
-    if (first.empty()) {
-      first = row.values();
-      first_stored = stored.values();
-      first_squares = squares;
-      continue;
-    }
-    same(first.data(), row.data(), width);
-    bool nan = false;
-    for (float f : first) nan = nan || std::isnan(f);
-    if (!nan) CHECK(first_stored == stored.values());
-    if (nan || std::isinf(first_squares))
-      CHECK(std::isnan(squares) || std::isinf(squares));
-    else
-      close(double(squares), double(first_squares),
-            static_cast<double>(width + 1) * kUlp * double(first_squares) + 1e-37);
   }
 }
 
+void transposes(Bytes& in) {
+  const int64_t w = pad(in.between(1, 70)), ld = cpu::kLanes + in.between(0, 20), ldd = w + in.between(0, 20);
+  const auto x = in.values((w - 1) * ld + cpu::kLanes, true);
+  Guarded<float> source(x);
+  for (const Kernels* kernels : all()) {
+    Guarded<float> out((cpu::kLanes - 1) * ldd + w);
+    kernels->transpose(w, source.data(), ld, out.data(), ldd);
+    CHECK(out.intact());
+    for (int64_t r = 0; r < w; ++r)
+      for (int64_t c = 0; c < cpu::kLanes; ++c)
+        CHECK(std::memcmp(out.data() + c * ldd + r, source.data() + r * ld + c, 4) == 0);
+  }
+}
+
+/// Every column whose least possible score is below the threshold survives, none that is above does.
 void screens(Bytes& in) {
-  const int64_t n = in.between(1, 16), m = in.between(1, 100), ldz = pad(m);
-  const auto z = in.values(n * m, true), half = in.values(m, true);
-  const float threshold = in.value(true);
-  Guarded<float> norms(strided(half, 1, m, ldz, std::numeric_limits<float>::infinity()));
-  std::vector<float> first, first_smallest;
-  std::vector<std::vector<int32_t>> first_found;
+  const int64_t m = in.between(1, 100), ldz = pad(m);
+  const bool hostile = in.byte() % 4 == 0;  // then only memory and what is in the list are looked at
+  const auto z = in.values(m, hostile);
+  auto halves = in.values(m, hostile), norms = in.values(m, hostile);
+  for (float& x : halves) x = in.byte() % 32 ? std::fabs(x) : kInf;
+  for (float& x : norms) x = std::fabs(x);
+  const float error = std::fabs(in.value(hostile)) / 8, slack = std::fabs(in.value(hostile)) / 64;
+  const float before = in.flag() ? kInf : in.value(hostile);
+  Guarded<float> products(strided(z, 1, m, ldz)), half(strided(halves, 1, m, ldz, kInf)),
+      norm(strided(norms, 1, m, ldz));
+  std::vector<Near> low, high{Near(before)};
+  for (int64_t j = 0; j < m; ++j) {
+    const size_t at = test::size(j);
+    const Near score = Near(halves[at]) - Near(z[at]), wrong = Near(error) * Near(norms[at]);
+    low.push_back(score - wrong);
+    high.push_back(score + wrong + Near(slack));
+  }
+  const Near least = near::least(low), threshold = near::least(high);
   for (const Kernels* kernels : all()) {
-    Guarded<float> scores(strided(z, n, m, ldz)), smallest(n);
-    kernels->screen(static_cast<int>(n), m, scores.data(), ldz, norms.data(), smallest.data());
-    CHECK(scores.intact() && smallest.intact());
-    std::vector<std::vector<int32_t>> found;
-    for (int64_t i = 0; i < n; ++i) {
-      Guarded<int32_t> survivors(m);
-      const int64_t count = kernels->survivors(m, scores.data() + i * ldz, threshold, survivors.data());
-      CHECK(survivors.intact());
-      found.push_back({survivors.data(), survivors.data() + count});
-      size_t expected = 0;
-      for (int64_t j = 0; j < m; ++j)
-        if (!(scores.data()[i * ldz + j] > threshold))
-          CHECK(expected < found.back().size() && found.back()[expected++] == j);
-      CHECK(expected == found.back().size());
+    Guarded<int32_t> out(m);
+    cpu::Screen row{half.data(), norm.data(), error, slack, before, 0};
+    const int64_t count = kernels->screen(m, products.data(), row, out.data());
+    CHECK(out.intact() && count >= 0 && count <= m);
+    std::vector<int> times(test::size(m));
+    for (int64_t i = 0; i < count; ++i) {
+      CHECK(out.data()[i] >= 0 && out.data()[i] < m);
+      CHECK(++times[test::size(out.data()[i])] == 1);
     }
-    if (first.empty()) {
-      first = scores.values();
-      first_smallest = smallest.values();
-      first_found = found;
-      continue;
+    if (hostile) continue;
+    close(row.low, least);
+    close(row.threshold, threshold);
+    for (size_t j = 0; j < low.size(); ++j) {
+      if (low[j].value + low[j].wrong < double(row.threshold)) CHECK(times[j] == 1);
+      if (low[j].value - low[j].wrong > double(row.threshold)) CHECK(times[j] == 0);
     }
-    for (int64_t i = 0; i < n; ++i) same(first.data() + i * ldz, scores.data() + i * ldz, m);
-    for (int64_t i = 0; i < n; ++i) CHECK(first_smallest[test::size(i)] == smallest.data()[i]);
-    CHECK(first_found == found);
+    if (std::isinf(before) && std::isfinite(least.value)) CHECK(count > 0);
   }
 }
 
-/// Softmaxes on logits within [-2000, 2000], with -inf where an entry is absent; a row or column may be all absent.
-void softmaxes(Bytes& in) {
-  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  const float steep = static_cast<float>(in.between(1, 255));
-  auto z = in.values(n * m, false);
-  for (float& x : z) x = in.byte() % 16 ? x * steep : -kInf;
-  const auto shifts = in.values(n, false), old = in.values(m, false);
-  Guarded<float> shift(shifts), bias(strided(old, 1, m, ldz, -kInf));
-  const auto padded = strided(z, n, m, ldz, -kInf);
-  std::vector<double> tolerance(test::size(n * ldz));
-  for (size_t i = 0; i < tolerance.size(); ++i)  // a logit's own rounding, as a relative error of its exponential
-    tolerance[i] = 1e-5 + 4 * kUlp * (std::isinf(padded[i]) ? 0 : 2 * std::fabs(double(padded[i])) + 16);
-  const double most = *std::max_element(tolerance.begin(), tolerance.end());
-  std::vector<float> first_lse, first_z, first_top, first_mass, first_soft, first_soft_lse, first_weights;
-  for (const Kernels* kernels : all()) {
-    Guarded<float> values(padded), lse(n);
-    kernels->row_lse(static_cast<int>(n), m, values.data(), ldz, lse.data());
-    kernels->row_shift(static_cast<int>(n), m, values.data(), ldz, shift.data());
-    Guarded<float> top(strided(old, 1, m, ldz, -kInf)),
-        mass(strided(std::vector<float>(test::size(m), 1.f), 1, m, ldz)), factor(ldz);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j)
-        CHECK(values.data()[i * ldz + j] == padded[test::size(i * ldz + j)] + shifts[test::size(i)]);
-    const bool changed =
-        kernels->column_softmax(static_cast<int>(n), m, values.data(), ldz, top.data(), mass.data(), factor.data());
-    bool any = false;
-    for (int64_t j = 0; j < m; ++j) any = any || top.data()[j] > old[test::size(j)];
-    CHECK(changed == any);
-    CHECK(values.intact() && lse.intact() && top.intact() && mass.intact() && factor.intact());
-    Guarded<float> soft(strided(z, n, m, ldz)), soft_lse(n);
-    double steepest = 0;
-    for (int64_t i = 0; i < n * ldz; ++i) {
-      if (std::isinf(soft.data()[i])) soft.data()[i] = -1e4f;  // products are finite: absence comes with the bias
-      steepest = std::fmax(steepest, std::fabs(double(soft.data()[i])));
-    }
-    // a logit in base 2, its bias and its row's lse: each rounds as its size, and an exponential multiplies by ln 2
-    const double apart = 1e-5 + 4 * kUlp * (2 * steepest + 16);
-    Guarded<float> weights(soft.values());
-    kernels->row_softmax(static_cast<int>(n), m, soft.data(), ldz, .5f, bias.data(), soft_lse.data());
-    kernels->row_weights(static_cast<int>(n), m, weights.data(), ldz, .5f, bias.data(), soft_lse.data());
-    CHECK(soft.intact() && soft_lse.intact() && weights.intact());
-    for (int64_t i = 0; i < n; ++i) {
-      double sum = 0;
-      for (int64_t j = 0; j < m; ++j) {
-        sum += double(soft.data()[i * ldz + j]);
-        close(double(weights.data()[i * ldz + j]), double(soft.data()[i * ldz + j]), 4 * apart);
-      }
-      close(sum, 1, 1e-5);
-    }
-    if (first_lse.empty()) {
-      first_lse = lse.values();
-      first_z = values.values();
-      first_top = top.values();
-      first_mass = mass.values();
-      first_soft = soft.values();
-      first_soft_lse = soft_lse.values();
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      close(double(lse.data()[i]), double(first_lse[test::size(i)]),
-            1e-5 * (1 + std::fabs(double(first_lse[test::size(i)]))));
-      close(double(soft_lse.data()[i]), double(first_soft_lse[test::size(i)]),
-            1e-5 * (1 + std::fabs(double(soft_lse.data()[i]))));
-      for (int64_t j = 0; j < m; ++j) {
-        close(double(values.data()[i * ldz + j]), double(first_z[test::size(i * ldz + j)]), most);
-        close(double(soft.data()[i * ldz + j]), double(first_soft[test::size(i * ldz + j)]), apart);
-      }
-    }
-    for (int64_t j = 0; j < m; ++j) {
-      CHECK(top.data()[j] == first_top[test::size(j)]);
-      close(double(mass.data()[j]), double(first_mass[test::size(j)]), most * (1 + double(first_mass[test::size(j)])));
-    }
+void square_distances(Bytes& in) {
+  const int64_t width = in.between(1, 70);
+  const auto a = in.values(width, false), b = in.values(width, false);
+  Guarded<float> left(a), right(b);
+  double exact = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    const double step = double(a[test::size(d)]) - double(b[test::size(d)]);
+    exact += step * step;
   }
-}
-
-void gradients(Bytes& in) {
-  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  auto raw = in.values(n * m, false);
-  for (float& x : raw) x = -std::fabs(x);
-  const auto g = in.values(n * m, false), shifts = in.values(n, false), offsets = in.values(m, false);
-  auto row_lses = in.values(n, false), lses = in.values(m, false), rates = in.values(m, false);
-  for (float& r : rates) r = std::fabs(r);
-  for (float& l : row_lses) l = std::fabs(l);  // weights of at most 1
-  Guarded<float> shift(shifts), row_lse(row_lses), lse(strided(lses, 1, m, ldz, kInf)),
-      offset(strided(offsets, 1, m, ldz)), rate(strided(rates, 1, m, ldz));
-  const bool shares = in.flag();
-  std::vector<std::vector<float>> first;
-  for (const Kernels* kernels : all()) {
-    Guarded<float> weights(strided(raw, n, m, ldz, -kInf)), slopes(strided(g, n, m, ldz)), d_bias(n), row_sum(n),
-        d_raw(std::vector<float>(test::size(ldz))), column_sum(std::vector<float>(test::size(ldz)));
-    kernels->route_gradient(static_cast<int>(n), m, weights.data(), slopes.data(), ldz,
-                            {shift.data(), shares ? row_lse.data() : nullptr, lse.data(), offset.data(), rate.data(),
-                             d_bias.data(), row_sum.data(), d_raw.data(), column_sum.data()});
-    Guarded<float> products(strided(g, n, m, ldz)), sums(std::vector<float>(test::size(ldz)));
-    kernels->attend_gradient(static_cast<int>(n), m, weights.data(), products.data(), ldz, shift.data(), sums.data());
-    std::vector<std::vector<float>> got;
-    for (Guarded<float>* a : {&weights, &slopes, &d_bias, &row_sum, &d_raw, &column_sum, &products, &sums}) {
-      CHECK(a->intact());
-      got.push_back(a->values());
-    }
-    if (first.empty()) {
-      first = got;
-      continue;
-    }
-    for (size_t a = 0; a < got.size(); ++a) {
-      const bool columns = a == 4 || a == 5 || a == 7, matrix = a < 2 || a == 6;
-      double size = 0;
-      for (size_t i = 0; i < got[a].size(); ++i)
-        if (std::isfinite(first[a][i])) size = std::max(size, std::fabs(double(first[a][i])));
-      double terms = 0;  // what cancels: the largest weight and its factors, once for each row and column
-      for (float w : first[0])
-        if (std::isfinite(w)) terms = std::max(terms, double(w));
-      for (size_t i = 0; i < got[a].size(); ++i) {
-        if ((columns && static_cast<int64_t>(i) >= m) || (matrix && static_cast<int64_t>(i) % ldz >= m)) continue;
-        close(double(got[a][i]), double(first[a][i]),
-              1e-5 * size + 1e-5 * terms * 8 * 16 * 8 * static_cast<double>(n + m));
-      }
-    }
-  }
-}
-
-void distances(Bytes& in) {
-  const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  const auto z = in.values(n * m, false);
-  auto row_norms = in.values(n, false), norms = in.values(m, false), rates = in.values(m, false);
-  for (auto* a : {&row_norms, &norms, &rates})
-    for (float& x : *a) x = std::fabs(x);
-  Guarded<float> row_norm(row_norms), norm(strided(norms, 1, m, ldz, kInf)), rate(strided(rates, 1, m, ldz, 1.f));
-  for (const Kernels* kernels : all()) {
-    Guarded<float> logits(strided(z, n, m, ldz));
-    kernels->distance_logits(static_cast<int>(n), m, logits.data(), ldz, row_norm.data(), norm.data(), rate.data());
-    CHECK(logits.intact());
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j) {
-        const double a = double(row_norms[test::size(i)]), b = double(norms[test::size(j)]),
-                     product = double(z[test::size(i * m + j)]), r = double(rates[test::size(j)]);
-        close(double(logits.data()[i * ldz + j]), -r * std::max(0.0, a + b - 2 * product),
-              6 * kUlp * r * (a + b + 2 * std::fabs(product)));
-      }
-    const int64_t reach = (m + 3) / 4 * 4;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = m; j < reach; ++j) CHECK(logits.data()[i * ldz + j] == -kInf);  // padding takes no part
-  }
+  for (const Kernels* kernels : all())
+    close(kernels->square_distance(width, left.data(), right.data()), exact,
+          static_cast<double>(2 * width + 4) * 0x1p-53 * exact);
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  constexpr void (*kParts[])(Bytes&) = {products,  accumulations, rows_in_and_out, screens,
-                                        softmaxes, gradients,     distances};
-  kParts[in.byte() % 7](in);
+  constexpr void (*kParts[])(Bytes&) = {products,        accumulations, pair_products, pair_accumulations,
+                                        rows_in_and_out, transposes,    screens,       square_distances,
+                                        row_sums,        route_weights, rows,          gradients,
+                                        distances};
+  kParts[in.byte() % 13](in);
   return 0;
 }

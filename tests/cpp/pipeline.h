@@ -18,8 +18,6 @@ struct Options {
   bool fanout = false, without_x = false;
 };
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 /// Random numbers of a type, within [-1, 1).
 inline std::vector<std::byte> values(Random& random, DType dtype, int64_t n) {
   std::vector<std::byte> out(size(n * bytes_of(dtype)));

@@ -21,7 +21,7 @@ int main(int argc, char** argv) {
       for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.below(256));
       LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
     }
-    std::printf("%ld inputs\n", inputs);
+    std::printf("%ld inputs under %s\n", inputs, hisac::available_isas());
     return 0;
   }
   for (int i = 1; i < argc; ++i) {

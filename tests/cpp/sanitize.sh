@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The C++ tests as built for release, under ASan + UBSan and under TSan (GCC), then every fuzz target under clang's
-# libFuzzer with ASan + UBSan for SECONDS each, the verbs once for every instruction set that the processor has.
-# usage: tests/cpp/sanitize.sh [SECONDS]        needs g++, clang++ with its sanitizer runtime, doctest, CMake
+# The C++ checks, all or those named:
+#   gcc clang        the tests as built for release
+#   neon             the same for AArch64, under emulation
+#   address thread   the tests under ASan + UBSan and under TSan (GCC)
+#   fuzz             every fuzz target under clang's libFuzzer with ASan + UBSan, HISAC_FUZZ_SECONDS (300) in all, as
+#                    many at a time as there are processors; each runs every instruction set on the same bytes
+# usage: tests/cpp/sanitize.sh [CHECK..]    needs g++, clang++ with its sanitizer runtime, doctest, CMake, and for neon
+# aarch64-linux-gnu-g++ and qemu-aarch64-static
 set -euo pipefail
-seconds=${1:-60}
+seconds=${HISAC_FUZZ_SECONDS:-300}
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$(mktemp -d /tmp/hisac-sanitize.XXXXXX)
-trap 'rm -rf "$build"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$build"' EXIT
 jobs=$(nproc)
 # without detect_stack_use_after_return: GCC's fake stack misaligns 64-byte vectors (GCC bug 110027)
 export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=0
@@ -28,41 +33,65 @@ check() {
   ctest --test-dir "$build/$1" -j "$jobs" --output-on-failure --no-tests=error --timeout 900
 }
 
-step "g++: release"
-compile release g++
-check release
+gcc() {
+  step "g++: release"
+  compile gcc g++
+  check gcc
+  "$build/gcc/tests/cpp/fuzz_kernels" 1
+}
 
-step "clang++: release"
-compile clang clang++
-check clang
+clang() {
+  step "clang++: release"
+  compile clang clang++
+  check clang
+}
 
-step "g++: AddressSanitizer and UndefinedBehaviorSanitizer"
-compile address g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=address,undefined
-check address
+neon() {
+  step "aarch64-linux-gnu-g++: release, emulated"
+  local emulator=(qemu-aarch64-static -L /usr/aarch64-linux-gnu)
+  compile neon aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+    -DCMAKE_CROSSCOMPILING_EMULATOR="$(IFS=';' && echo "${emulator[*]}")"
+  check neon
+  "${emulator[@]}" "$build/neon/tests/cpp/fuzz_kernels" 1
+}
 
-step "g++: ThreadSanitizer"
-compile thread g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=thread
-check thread
+address() {
+  step "g++: AddressSanitizer and UndefinedBehaviorSanitizer"
+  compile address g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=address,undefined
+  check address
+}
 
-step "clang++: fuzzers, $seconds s each"
-compile fuzz clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=address,undefined -DHISAC_FUZZ=ON
-# fuzz TARGET SECONDS LONGEST_INPUT
-fuzz() {
+thread() {
+  step "g++: ThreadSanitizer"
+  compile thread g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=thread
+  check thread
+}
+
+# target TARGET SECONDS LONGEST_INPUT
+target() {
   mkdir -p "$build/corpus/$1"
   "$build/fuzz/tests/cpp/fuzz_$1" -max_total_time="$2" -max_len="$3" -timeout=20 -rss_limit_mb=3000 -seed=1 \
     -print_final_stats=1 -verbosity=0 -artifact_prefix="${HISAC_ARTIFACTS:-$build/}" "$build/corpus/$1" \
-    >"$build/fuzz.log" 2>&1 || { tail -80 "$build/fuzz.log"; return 1; }
-  echo "fuzz_$1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$build/fuzz.log") inputs, no finding"
+    >"$build/fuzz_$1.log" 2>&1 || { tail -80 "$build/fuzz_$1.log"; return 1; }
+  echo "fuzz_$1: $(sed -n 's/^stat::number_of_executed_units: *//p' "$build/fuzz_$1.log") inputs in $2 s, no finding"
 }
-fuzz codebook "$seconds" 600
-fuzz kernels "$seconds" 2000
-isas=baseline
-case $(uname -m) in x86_64)
-  if grep -qw avx2 /proc/cpuinfo; then isas+=" avx2"; fi
-  if grep -qw avx512vl /proc/cpuinfo; then isas+=" avx512"; fi ;;
-esac
-for isa in $isas; do
-  step "verbs with HISAC_ISA=$isa"
-  HISAC_ISA=$isa fuzz verbs "$seconds" 1000
+
+fuzz() {
+  step "clang++: fuzzers, $seconds s in all"
+  compile fuzz clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=address,undefined -DHISAC_FUZZ=ON
+  target verbs $((seconds / 2)) 1000 &
+  local verbs=$!
+  if [ "$jobs" = 1 ]; then wait "$verbs"; fi
+  target kernels $((seconds * 2 / 5)) 2000
+  target codebook $((seconds / 10)) 600
+  if [ "$jobs" != 1 ]; then wait "$verbs"; fi
+}
+
+if [ $# = 0 ]; then set -- gcc clang neon address thread fuzz; fi
+for name; do
+  case $name in
+    gcc | clang | neon | address | thread | fuzz) "$name" ;;
+    *) echo "no check $name" >&2 && exit 2 ;;
+  esac
 done
 step "no finding"

@@ -35,7 +35,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
   const auto x = uniform(random, kRows * kWidth), v = uniform(random, kRows * kWidth), bias = uniform(random, kRows);
   const std::vector<int64_t> offsets{0, 4600, kRows};
   const std::vector<float> temperature{1};
-  std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers);
+  std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers), sum_codes(kRows * 2);
   std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows);
   std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * (kSeats + 1) * kWidth),
       lse(kUsers * (kSeats + 1)), refined(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth),
@@ -106,6 +106,16 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                               {lse.data(), {kUsers, kTokens}},
                               {refined.data(), {kUsers, kSeats, kWidth}}});
               });
+        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(in, kRows, workers); }),
+              [&](const Context& c) {
+                return leaf_sums(c, in,
+                                 {{dx.data(), {kRows, kWidth}},
+                                  {dv.data(), {kRows, kWidth}},
+                                  {leaf.data(), {kUsers + 1}},
+                                  {dbias.data(), {kRows}},
+                                  {out_lse.data(), {kRows}},
+                                  {sum_codes.data(), {kRows, 2}}});
+              });
         params.refine = 0;
         RouteGradients gradients{{dv.data(), {kRows, kWidth}}, {dtau.data(), {1}}, {}, {}, {}};
         if (method == Method::exact) {
@@ -174,7 +184,7 @@ TEST_CASE("out of memory is a Status and loses nothing" * doctest::skip(!countin
     CHECK(status.code() == Code::out_of_memory);
     return std::string(status.what());
   };
-  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 80 floats");
+  CHECK(with_failure([&] { return Codebook::build(arrays, 1, &book); }) == "Codebook: out of memory for 128 floats");
   CHECK(with_failure([&] { return Codebook::parse(bytes.data(), bytes.size(), &book); }) ==
         "codebook file: out of memory for 48 bytes");
   const std::string all = "codebook file: out of memory for " + std::to_string(bytes.size()) + " bytes";

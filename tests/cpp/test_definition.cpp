@@ -111,6 +111,45 @@ TEST_CASE("vote: agents, votes and order are the definition's") {
   }
 }
 
+TEST_CASE("vote: long histories, where leaves are counted and not sorted") {
+  Random random(6);
+  const std::vector<int64_t> offsets{0, 2100, 4147, 4147, 9000};  // the second one is too short
+  const int64_t t = offsets.back();
+  auto weights = uniform(random, t, 20);
+  for (int64_t i = 0; i < t; i += 1 + random.below(9)) weights[test::size(i)] = 0;
+  weights[7] = std::numeric_limits<float>::quiet_NaN();
+  for (const auto& sizes : std::vector<std::vector<int64_t>>{{90}, {30, 20}, {5, 6, 30}, {1500, 3}, {3, 9000}}) {
+    const Codebook book = test::codebook(random, sizes, 1);
+    const int64_t levels = book.levels();
+    for (int kind = 0; kind < 4; ++kind) {
+      std::vector<int32_t> codes;
+      for (int64_t i = 0; i < t; ++i) {
+        int64_t first = 0;  // halved votes from child to child; of the heavy ones all in one leaf, so others get seats
+        while (first + 1 < sizes[0] && random.below(2)) ++first;
+        if (kind == 1) first = random.below(1 + random.below(sizes[0]));
+        if (kind == 2) first = sizes[0] - 1;
+        codes.push_back(static_cast<int32_t>(random.below(500) ? first : random.below(2) ? -1 : 1 << 20));
+        for (int64_t l = 1; l < levels; ++l) {
+          const int64_t c = sizes[test::size(l)];
+          const bool one = kind == 2 || (kind == 3 && first < 6);
+          codes.push_back(static_cast<int32_t>(!random.below(500) ? c
+                                               : one              ? c / 2
+                                                                  : random.below(1 + random.below(c))));
+        }
+      }
+      VoteParams by_budget, by_fanout;
+      for (int64_t l = 0; l < levels; ++l) by_fanout.fanout[l] = 6 - 2 * l;
+      for (const float* w : {static_cast<const float*>(nullptr), static_cast<const float*>(weights.data())}) {
+        check_vote(book, by_fanout, codes, offsets, w);
+        for (int64_t budget : {1, 5, 24, 60, 700, 4096}) {
+          by_budget.budget = budget;
+          check_vote(book, by_budget, codes, offsets, w);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("vote: codebooks of 2^63 leaves and more") {
   Random random(4);
   for (const auto& sizes : std::vector<std::vector<int64_t>>{

@@ -8,7 +8,7 @@
 
 #include "../cpp/support.h"
 #include "emulator.h"
-#include "hisac/cuda.h"
+#include "cuda/verbs.h"
 
 namespace test {
 

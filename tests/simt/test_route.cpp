@@ -12,7 +12,6 @@ struct Problem {
   std::vector<int64_t> starts, ends;
   int64_t rows = 0, agents = 0, width = 0, values = 0;
   DType x_type = DType::float32, v_type = DType::float32;
-  cuda::Precision precision = cuda::Precision::float32;
   RouteParams params;
   std::vector<float> x, v, prototypes, bias, temperature;
   std::vector<int32_t> count, codes;
@@ -59,7 +58,7 @@ Problem random_problem(uint64_t seed) {
   const DType types[] = {DType::float32, DType::bfloat16, DType::float16};
   p.x_type = types[r.below(3)];
   p.v_type = r.below(2) ? p.x_type : types[r.below(3)];
-  p.precision = r.below(4) == 0 ? cuda::Precision::bfloat16 : cuda::Precision::float32;
+  if (r.below(4) == 0) p.params.precision = Precision::bfloat16;
   p.params.normalize = r.below(2) ? Normalize::agents : Normalize::history;
   p.params.missing = r.below(3) == 0 ? Missing::token : Missing::drop;
   p.params.refine = r.below(4) == 0 ? 1 + static_cast<int>(r.below(2)) : 0;
@@ -169,8 +168,8 @@ Result on_cpu(const Problem& p) {
 
 Result on_cuda(const Problem& p) {
   return run(p, false, [&](const RouteParams& params, const RouteInputs& in, const Tokens& out) {
-    test::Workspace workspace(cuda::route_workspace(params, in, in.v.rows, p.precision));
-    const Status status = cuda::route({workspace.array(), nullptr}, params, in, out, p.precision);
+    test::Workspace workspace(cuda::route_workspace(params, in, in.v.rows));
+    const Status status = cuda::route({workspace.array()}, params, in, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
   });
@@ -178,7 +177,7 @@ Result on_cuda(const Problem& p) {
 
 void compare(const Problem& p, const Result& cpu, const Result& cuda) {
   // of a logit: split products, the norms' rounding, exp2; and of a sum: split weights and values, float32 sums
-  const float part = p.precision == cuda::Precision::bfloat16 ? 0x1p-8f : 0x1p-16f;
+  const float part = p.params.precision == Precision::bfloat16 ? 0x1p-8f : 0x1p-16f;
   const float e =
       p.reach * (2 * part + static_cast<float>(p.width) * 0x1p-22f) * static_cast<float>(1 + p.params.refine) +
       3 * 0x1p-20f;

@@ -16,13 +16,29 @@ struct Array {
   explicit operator bool() const noexcept { return data != nullptr; }
 };
 
-enum class DType : int32_t { float32, bfloat16, float16, int32, int64 };
+enum class DType : int32_t { float32, bfloat16, float16, int32, int64, int8 };
+
+constexpr int64_t bytes_of(DType type) noexcept {
+  return type == DType::int8 ? 1 : type == DType::bfloat16 || type == DType::float16 ? 2 : type == DType::int64 ? 8 : 4;
+}
 
 /// Read-only rows [rows, width] of float32, bfloat16 or float16: the x and v of the verbs.
 struct Rows {
   const void* data = nullptr;
   DType dtype = DType::float32;
   int64_t rows = 0, width = 0;
+};
+
+/// The row of a table for each behaviour, [size] int32 or int64; an id outside the table names none. Null: row t for t.
+struct Ids {
+  const void* data = nullptr;
+  DType dtype = DType::int64;
+  int64_t size = 0;
+
+  explicit operator bool() const noexcept { return data != nullptr; }
+  int64_t operator[](int64_t t) const noexcept {
+    return dtype == DType::int64 ? static_cast<const int64_t*>(data)[t] : static_cast<const int32_t*>(data)[t];
+  }
 };
 
 /// Rows to write, [rows, width]; tokens have the type of v.

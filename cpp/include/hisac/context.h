@@ -15,10 +15,16 @@ struct Executor {
                        void* arg) = nullptr;
 };
 
+/// Where a verb's arrays lie, the workspace among them.
+enum class Device : int32_t { cpu, cuda };
+
 /// `workspace` is scratch of at least the bytes that <verb>_workspace names, aligned to 64; null executor: serial.
 struct Context {
-  Array<std::byte, 1> workspace;
+  Array<std::byte, 1> workspace{};
   const Executor* executor = nullptr;
+  Device device = Device::cpu;              // cuda: the current one; cuda.h
+  void* stream = nullptr;                   // a cudaStream_t
+  Array<const std::byte, 1> codebook_image{};  // on the device: codebook_image of the verb's codebook
 };
 
 /// The workers of a context, as the workspace functions take them.

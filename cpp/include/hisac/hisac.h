@@ -7,7 +7,7 @@
 // Every verb takes a Context (your workspace, your threads) and borrowed arrays, returns a Status, never throws, never
 // allocates. Array values are never errors (an invalid code means absent, NaN loses, an empty history gives zero
 // tokens); shapes, types, order and parameters are. `<verb>_workspace` names the bytes of scratch. The definition of
-// every verb is python/hisac/reference.py.
+// every verb is in python/hisac/reference.py.
 #pragma once
 #include "array.h"
 #include "attend.h"
@@ -22,7 +22,8 @@
 
 namespace hisac {
 
-/// The instruction sets compiled in that this processor has, best last, separated by spaces ("baseline avx2 avx512").
+/// The instruction sets compiled in that this processor has, best last, separated by spaces: of "baseline", "avx2",
+/// "avx512", "avx512bf16" (AMD), "amx" (asks the system's permission); on AArch64 "neon", where it is the baseline.
 const char* available_isas() noexcept;
 /// The one in use: the best, or what the environment variable HISAC_ISA named when the first verb ran.
 const char* active_isa() noexcept;

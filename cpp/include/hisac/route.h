@@ -9,30 +9,41 @@ namespace hisac {
 enum class Normalize : int32_t { history, agents };
 enum class Method : int32_t { exact, leaf };
 enum class Missing : int32_t { drop, token };
+/// bfloat16: x, prototypes, weights and v may be rounded to bfloat16 for the products, where the processor multiplies
+/// that faster; sums are float32 always.
+enum class Precision : int32_t { float32, bfloat16 };
 
-/// d_ai = |x_i - p_a|^2
+/// d_ai = |x_i - p_a|^2 + spread_i
 ///   history: u_ai = exp(bias_i - d_ai / tau)
 ///   agents:  u_ai = exp(bias_i) softmax over present agents a of (-d_ai / tau)
 ///   token_a = sum_i u_ai v_i / sum_i u_ai,   lse_a = log sum_i u_ai;   an empty sum: a zero token, lse -inf
 /// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is
-/// absent where its codes are out of range, |x|^2 is not below 2^100, or its bias is NaN or infinite.
+/// absent where its codes are out of range, |x|^2 is not below 2^100, its bias is NaN or infinite, its spread is not in
+/// [0, FLT_MAX], or an id of its x or v is outside the table; without a row of v it is not counted by Missing::token
+/// either.
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;      // leaf: rows of one leaf act as one at their mean, farther by their variance
+  Method method = Method::exact;      // leaf: over the behaviours' leaf sums (below)
   Missing missing = Missing::drop;    // token: one more token, the mean v and log count of the absent behaviours
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
+  Precision precision = Precision::float32;
 };
 
 struct RouteInputs {
-  Rows x;                            // [T, D]; data null: the prototypes of `codes`
-  Rows v;                            // [T, V]
+  Rows x;                            // [T, D], or [rows, D] with x_ids; data null: the prototypes of `codes`
+  Rows v;                            // [T, V], or [rows, V] with v_ids
   Histories histories;               // B users
   Array<const float, 3> prototypes;  // [B, M, D]
   Array<const int32_t, 1> count;     // [B], null: M each
   Array<const float, 1> bias;        // [T], null: 0
   Array<const int32_t, 2> codes;     // [T, L], null: every behaviour is present
   const Codebook* book = nullptr;    // goes with codes
+  Ids x_ids{}, v_ids{};              // [T], null: behaviour t has row t
+  Array<const float, 1> x_scale{};   // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
+  Array<const float, 1> spread{};    // [T], null: 0
+
+  int64_t behaviours() const noexcept { return v_ids ? v_ids.size : v.rows; }  // T
 };
 
 struct Tokens {
@@ -47,6 +58,24 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
 /// longest: the longest history of the batch (T will do).
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers) noexcept;
 
+/// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
+///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
+///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
+/// As inputs of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of kept
+/// sums and new behaviours, as the rows of one user, are the sums of all.
+struct LeafSums {
+  Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
+  Array<float, 2> v;          // [S, V]
+  Array<int64_t, 1> offsets;  // [B + 1]
+  Array<float, 1> bias;       // [S]
+  Array<float, 1> spread;     // [S]
+  Array<int32_t, 2> codes;    // [S, L]
+};
+
+/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
+Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
+size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers) noexcept;
+
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
 /// refine), held constant.
 struct RouteForward {
@@ -56,7 +85,8 @@ struct RouteForward {
   Array<const float, 2> lse;    // [B, M']
 };
 
-/// Null arrays are not computed. Method::leaf has v and temperature only.
+/// Null arrays are not computed. Method::leaf has v and temperature only. Those of gathered x and v are of each
+/// behaviour's row, as loaded; sum_rows makes gradients of tables of them.
 struct RouteGradients {
   Array<float, 2> v;            // [T, V]
   Array<float, 1> temperature;  // [1] or [M], as the temperature
@@ -71,5 +101,11 @@ Status route_backward(const Context& context, const RouteParams& params, const R
                       const RouteForward& forward, const RouteGradients& out) noexcept;
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
                                 int64_t longest, int workers) noexcept;
+
+/// sums[g] = sum of rows[order[i]] over i in [begin[g], begin[g + 1]), each in float64 and in this order, rounded once:
+/// with behaviours in the order of their ids, the gradient of each row of a table that has any. An order outside
+/// [0, T) adds nothing. rows [T, V], order [any], begin [G + 1], sums [G, V]; needs no workspace.
+Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
+                Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept;
 
 }  // namespace hisac

@@ -3,32 +3,41 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "amx.h"
 #include "hisac/hisac.h"
 #include "kernels.h"
 
 namespace hisac {
 namespace cpu {
-namespace {
-
-constexpr int kMost = 3;
 
 int supported(const Kernels** out) noexcept {
   int n = 0;
+#if defined(__aarch64__)
+  out[n++] = &kNeon;
+#else
   out[n++] = &kBaseline;
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     out[n++] = &kAvx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
       out[n++] = &kAvx512;
+      // Intel has the pair products too, at less than the rate of FMA
+      const bool pairs = __builtin_cpu_supports("avx512bf16");
+      if (pairs && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+      if (pairs && amx_available()) out[n++] = &amx_kernels();
+    }
   }
 #endif
   return n;
 }
 
-const Kernels* choose() noexcept {
-  const Kernels* have[kMost];
+namespace {
+
+const Kernels* best() noexcept {
+  const Kernels* have[kMostTables];
   const int n = supported(have);
   if (const char* wanted = std::getenv("HISAC_ISA"))
     for (int i = 0; i < n; ++i)
@@ -36,12 +45,16 @@ const Kernels* choose() noexcept {
   return have[n - 1];
 }
 
+const Kernels*& chosen() noexcept {
+  static const Kernels* table = best();
+  return table;
+}
+
 }  // namespace
 
-const Kernels& kernels() noexcept {
-  static const Kernels* const chosen = choose();
-  return *chosen;
-}
+const Kernels& kernels() noexcept { return *chosen(); }
+
+void choose(const Kernels& table) noexcept { chosen() = &table; }
 
 }  // namespace cpu
 
@@ -51,7 +64,7 @@ const char* available_isas() noexcept {
   static const struct Names {
     char text[64];
     Names() noexcept {
-      const cpu::Kernels* have[cpu::kMost];
+      const cpu::Kernels* have[cpu::kMostTables];
       text[0] = 0;
       for (int i = 0, n = cpu::supported(have); i < n; ++i) {
         if (i) std::strcat(text, " ");

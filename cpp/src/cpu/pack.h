@@ -9,6 +9,20 @@ namespace hisac::cpu {
 /// Sixteens of the next panel when `left` sixteens remain: threes, but no one left alone.
 constexpr int64_t panel_group(int64_t left) { return left == 2 || left == 4 ? 2 : left == 1 ? 1 : 3; }
 
+constexpr int64_t kPanel = 48;  // columns of the widest panel
+
+/// body(first column, width) for each panel of m columns; a packed [k, m] has its panel at k * first.
+template <class Body>
+void for_panels(int64_t m, Body body) {
+  int64_t at = 0;
+  for (int64_t left = pad(m) / kLanes; left > 0;) {
+    const int64_t group = panel_group(left);
+    left -= group;
+    body(at, group * kLanes);
+    at += group * kLanes;
+  }
+}
+
 /// Floats of a packed [k, m].
 constexpr int64_t packed_size(int64_t k, int64_t m) { return k * pad(m); }
 

@@ -4,8 +4,8 @@
 
 #include "../arena.h"
 #include "../checks.h"
-#include "hisac/cuda.h"
 #include "route_tile.h"
+#include "verbs.h"
 
 namespace hisac::cuda {
 namespace {
@@ -167,8 +167,6 @@ struct Machine : simt::Machine {
   }
 };
 
-int64_t bytes(DType type) { return type == DType::float32 ? 4 : 2; }
-
 /// Offsets in shared memory and its size for `warps` warps.
 void lay_out(Task& t, int warps) {
   Geometry& g = t.g;
@@ -181,7 +179,7 @@ void lay_out(Task& t, int warps) {
     used += (n + 15) / 16 * 16;
     return static_cast<int>(std::min<int64_t>(at, 1 << 30));
   };
-  const int64_t pitch = g.pitch(), x = bytes(t.x.dtype), v = std::max(bytes(t.v.dtype), t.refined ? x : 0), n = g.rows;
+  const int64_t pitch = g.pitch(), x = bytes_of(t.x.dtype), v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0), n = g.rows;
   g.at.prototypes = take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
   g.at.x = take(2 * g.stored * n * pitch * 2);
   g.at.v = take(2 * g.stored * n * kValuePitch * 2);
@@ -255,7 +253,7 @@ void carve(Task& t, Arena& arena) {
 }
 
 bool aligned(const Rows& m) {
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes(m.dtype) % 16 == 0;
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;
 }
 
 Task describe(const RouteParams& params, const RouteInputs& in) {
@@ -268,7 +266,7 @@ Task describe(const RouteParams& params, const RouteInputs& in) {
   t.starts = in.histories.starts;
   t.ends = in.histories.ends;
   t.wide = in.histories.dtype == DType::int64;
-  t.rows = in.v.rows;
+  t.rows = in.behaviours();
   t.users = in.histories.users;
   t.agents = in.prototypes.shape[1];
   t.bias = in.bias.data;
@@ -289,61 +287,35 @@ Task describe(const RouteParams& params, const RouteInputs& in) {
   return t;
 }
 
-Status check(const RouteParams& params, const RouteInputs& in, const Tokens& out) {
+/// What the public verb allows and this one does not.
+Status check_limits(const RouteParams& params, const RouteInputs& in) {
   const int64_t* const p = in.prototypes.shape;
-  const int64_t users = in.histories.users, rows = in.v.rows, m = p[1] + (params.missing == Missing::token);
-  if (!in.x.data || params.method == Method::leaf)
-    return Status::error(Code::not_implemented, "route: expected x and the exact method on CUDA");
-  HISAC_TRY(check_float("route", "x", in.x.dtype));
-  HISAC_TRY(check_float("route", "v", in.v.dtype));
-  if (in.x.rows != rows || in.x.width != p[2] || p[0] != users || p[2] < 1 || p[2] > 4096 || in.v.width < 1 ||
-      p[1] > 1 << 24 || users > 1 << 30 || rows >= int64_t{1} << 31)
-    return Status::error(
-        Code::invalid_argument,
-        "route: expected x [T, D], v [T, V], prototypes [B, M, D], D up to 4096, T below 2^31, got [%" PRId64
-        ", %" PRId64 "], [%" PRId64 ", %" PRId64 "], [%" PRId64 ", %" PRId64 ", %" PRId64 "] and %" PRId64 " users",
-        in.x.rows, in.x.width, rows, in.v.width, p[0], p[1], p[2], users);
-  if (in.histories.dtype != DType::int32 && in.histories.dtype != DType::int64)
-    return Status::error(Code::wrong_type, "route: offsets expected int32 or int64");
-  const int64_t temperatures = params.temperature ? params.temperature.shape[0] : 0;
-  if (temperatures != 1 && temperatures != p[1])
-    return Status::error(Code::invalid_argument, "route: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
-                         p[1], temperatures);
-  if (in.count) HISAC_TRY(check_length("route", "count", users, in.count.shape[0]));
-  if (in.bias) HISAC_TRY(check_length("route", "bias", rows, in.bias.shape[0]));
-  if (in.codes) {
-    HISAC_TRY(check_book("route", in.book));
-    HISAC_TRY(check_codes("route", *in.book, in.codes.shape, rows));
-  }
-  const int64_t* const r = out.refined.shape;
-  if (params.refine < 0 || (params.refine && (!out.refined || r[0] != users || r[1] != p[1] || r[2] != p[2])))
-    return Status::error(Code::invalid_argument, "route: refine expected 0 or more, with refined [B, M, D]");
-  if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
-      out.lse.shape[0] != users || out.lse.shape[1] != m)
-    return Status::error(Code::invalid_argument,
-                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64
-                         "] of v's type and lse [%" PRId64 ", %" PRId64 "]",
-                         users, m, in.v.width, users, m);
+  if (!in.x.data || params.method == Method::leaf || in.x_ids || in.v_ids || in.x.dtype == DType::int8 || in.spread)
+    return Status::error(Code::not_implemented,
+                         "route: expected x of floats, without ids or spread, and the exact method on CUDA");
+  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
+    return Status::error(Code::not_implemented,
+                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
+                         ", %" PRId64 " and %" PRId64,
+                         p[2], in.histories.users, in.behaviours());
   return {};
 }
 
 }  // namespace
 
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest,
-                       Precision precision) noexcept {
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
   Task t = describe(params, inputs);
-  if (!plan_geometry(t, precision, longest, Machine()).ok()) return 0;
+  if (!plan_geometry(t, params.precision, longest, Machine()).ok()) return 0;
   Arena arena;
   carve(t, arena);
   return arena.used();
 }
 
-Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out,
-             Precision precision) noexcept {
-  HISAC_TRY(check(params, inputs, out));
+Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
+  HISAC_TRY(check_limits(params, inputs));
   Task t = describe(params, inputs);
   const Machine machine;
-  HISAC_TRY(plan_geometry(t, precision, t.rows, machine));
+  HISAC_TRY(plan_geometry(t, params.precision, t.rows, machine));
   Arena arena(context.workspace);
   carve(t, arena);
   HISAC_TRY(arena.check("route"));

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of kernels.inl that finds the nearest codeword: rows and centers as bfloat16 pairs, the screen of a row of
+// products, square distances in float64.
+
+HISAC_INLINE float smallest_of(vf x) { return folded<W / 2>(x, smaller)[0]; }
+
+static int64_t screen(int64_t m, const float* z, Screen& row, int32_t* out) {
+  vf low = splat(kInfinity), high = splat(kInfinity);
+  for (int64_t j = 0; j < m; j += W) {
+    const vf score = load(row.half + j) - load(z + j), error = row.error * load(row.norm + j);
+    const vf least = score - error, most = score + error;
+    low = smaller(least, low);
+    high = smaller(most, high);
+  }
+  row.low = smallest_of(low);
+  const float top = smallest_of(high) + row.slack;
+  if (top < row.threshold) row.threshold = top;
+  if (row.low > row.threshold) return 0;
+  const float threshold = row.threshold, error = row.error;
+  const float *half = row.half, *norm = row.norm;
+  vu bit;
+  for (int l = 0; l < W; ++l) bit[l] = 1u << l;
+  uint32_t lanes =
+      folded<W / 2>((vu)(low <= threshold) & bit, [](vu a, vu b) __attribute__((always_inline)) { return a | b; })[0];
+  int64_t count = 0;
+  for (; lanes; lanes &= lanes - 1)
+    for (int64_t j = __builtin_ctz(lanes); j < m; j += W) {
+      out[count] = static_cast<int32_t>(j);
+      count += half[j] - z[j] - error * norm[j] <= threshold;
+    }
+  return count;
+}
+
+static double square_distance(int64_t width, const float* a, const float* b) {
+  vd sum[2] = {};
+  int64_t d = 0;
+  for (; d + W <= width; d += W)
+    for (int h = 0; h < 2; ++h) {
+      const vd step = __builtin_convertvector(load_half(a + d + h * (W / 2)), vd) -
+                      __builtin_convertvector(load_half(b + d + h * (W / 2)), vd);
+      sum[h] += step * step;
+    }
+  double total = 0;
+  for (; d < width; ++d) {
+    const double step = double(a[d]) - double(b[d]);
+    total += step * step;
+  }
+  return sum_of(sum[0] + sum[1]) + total;
+}
+
+#if defined(HISAC_PAIRS)
+static Rounded round_pairs(int64_t width, const float* src, const float* shift, uint32_t* dst) {
+  vf squares = {}, errors = {};
+  const auto round = [&](vf x) __attribute__((always_inline)) {
+    const vh rounded = narrow_flushed(x);
+    const vf error = x - widen(rounded, DType::bfloat16);
+    squares += x * x;
+    errors += error * error;
+    return rounded;
+  };
+  int64_t d = 0;
+  for (; d + W <= width; d += W)
+    *reinterpret_cast<vh_loose*>(dst + d / 2) = round(shift ? load(src + d) - load(shift + d) : load(src + d));
+  if (d < width) {
+    const size_t have = static_cast<size_t>(width - d);
+    const vh rounded = round(load_some(src + d, have) - (shift ? load_some(shift + d, have) : vf{}));
+    __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
+  }
+  return {sum_of(squares), sum_of(errors)};
+}
+#endif

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of kernels.inl that moves data: packing and transposing, rows of every type in and out, bfloat16 in pairs.
+
+/// a0 b0 a1 b1 .. of the lower (from = 0) or upper (from = W / 2) halves.
+template <int from, int... I>
+HISAC_INLINE vf interleave(vf a, vf b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * W)...);
+}
+
+/// W vectors of W: log2(W) rounds of interleaving the first half with the second.
+HISAC_INLINE void transpose(vf* x) {
+  vf y[W];
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = interleave<0>(x[i], x[i + W / 2], typename Count<W>::lanes());
+      y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2], typename Count<W>::lanes());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
+}
+
+static void transpose(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd) {
+  for (int64_t r = 0; r < w; r += W)
+    for (int64_t c = 0; c < kLanes; c += W) {
+      vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = load(src + (r + i) * ld + c);
+      transpose(x);
+      for (int i = 0; i < W; ++i) store(dst + (c + i) * ldd + r, x[i]);
+    }
+}
+
+/// Panels from read(j, d, have): up to W elements of column j from row d on, the rest 0.
+template <class Read>
+HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
+  int64_t j0 = 0;
+  for (int64_t left = pad(m) / kLanes; left > 0;) {
+    const int64_t group = panel_group(left), width = group * kLanes;
+    left -= group;
+    for (int64_t j = j0; j < j0 + width; j += W)
+      for (int64_t d = 0; d < k; d += W) {
+        vf x[W] = {};
+        const size_t have = static_cast<size_t>(k - d < W ? k - d : W);
+        for (int i = 0; i < W && j + i < m; ++i) x[i] = read(j + i, d, have);
+        transpose(x);
+        for (size_t i = 0; i < have; ++i) store(out + (d + static_cast<int64_t>(i)) * width + (j - j0), x[i]);
+      }
+    out += k * width;
+    j0 += width;
+  }
+}
+
+HISAC_INLINE vf load_some(const float* p, size_t have) {
+  if (have >= W) return load(p);
+  vf x = {};
+  __builtin_memcpy(&x, p, have * 4);
+  return x;
+}
+
+static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+  pack(k, m, out, [=](int64_t j, int64_t d, size_t have) __attribute__((always_inline)) {
+    return load_some(columns + j * ld + d, have);
+  });
+}
+
+static void pack_rows(int64_t k, int64_t m, const float* rows, int64_t ld, float* out) {
+  int64_t j0 = 0;
+  for (int64_t left = pad(m) / kLanes; left > 0;) {
+    const int64_t group = panel_group(left), width = group * kLanes;
+    left -= group;
+    const size_t have = static_cast<size_t>(m - j0 < width ? m - j0 : width);
+    for (int64_t d = 0; d < k; ++d, out += width) {
+      __builtin_memcpy(out, rows + d * ld + j0, have * 4);
+      __builtin_memset(out + have, 0, (static_cast<size_t>(width) - have) * 4);
+    }
+    j0 += width;
+  }
+}
+
+// ---- rows in and out
+
+HISAC_INLINE vf widen(vh raw, DType type) {
+  const vu bits = __builtin_convertvector(raw, vu);
+  if (type == DType::bfloat16) return (vf)(bits << 16);
+  // half: move exponent and mantissa into place, mend the exponent's bias by a product; infinities and NaN by hand
+  const vf magnitude = (vf)((bits & 0x7fffu) << 13) * 0x1p112f;
+  const vu special = (vu)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (vf)((vu)magnitude | special | ((bits & 0x8000u) << 16));
+}
+
+HISAC_INLINE vh narrow(vf x, DType type) {
+  const vu bits = (vu)x, sign = bits & 0x80000000u, magnitude = bits & 0x7fffffffu;
+  const vu is_nan = (vu)(magnitude > 0x7f800000u);
+  if (type == DType::bfloat16) {
+    const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), vh);
+  }
+  const vu normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const vf tiny = (vf)magnitude + 0.5f;  // aligns the mantissa of a subnormal half and rounds to nearest even
+  const vu subnormal = (vu)tiny - 0x3f000000u;
+  const vu is_small = (vu)(magnitude < 0x38800000u), is_large = (vu)(magnitude >= 0x477ff000u);
+  vu half = (is_small & subnormal) | (~is_small & normal);
+  half = (is_large & 0x7c00u) | (~is_large & half);
+  half = (is_nan & 0x7e00u) | (~is_nan & half);
+  return __builtin_convertvector(half | (sign >> 16), vh);
+}
+
+static float load_row(const void* src, DType type, int64_t width, float* dst) {
+  vf squares = {};
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = type == DType::float32
+                     ? load(static_cast<const float*>(src) + d)
+                     : widen(*reinterpret_cast<const vh_loose*>(static_cast<const uint16_t*>(src) + d), type);
+    store(dst + d, x);
+    squares += x * x;
+  }
+  if (d < width) {
+    const size_t rest = static_cast<size_t>(width - d);
+    vf x = {};
+    if (type == DType::float32) {
+      __builtin_memcpy(&x, static_cast<const float*>(src) + d, rest * 4);
+    } else {
+      vh raw = {};
+      __builtin_memcpy(&raw, static_cast<const uint16_t*>(src) + d, rest * 2);
+      x = widen(raw, type);
+    }
+    __builtin_memcpy(dst + d, &x, rest * 4);
+    squares += x * x;
+  }
+  return sum_of(squares);
+}
+
+/// A plain loop: vectors of int8 GCC widens lane by lane.
+static float load_int8(const int8_t* __restrict src, float scale, int64_t width, float* __restrict dst) {
+  for (int64_t d = 0; d < width; ++d) dst[d] = scale * static_cast<float>(src[d]);
+  return load_row(dst, DType::float32, width, dst);
+}
+
+static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
+  float* const out = static_cast<float*>(dst);
+  uint16_t* const half = static_cast<uint16_t*>(dst);
+  int64_t d = 0;
+  for (; d + W <= width; d += W) {
+    const vf x = load(src + d) * scale;
+    if (type == DType::float32)
+      store(out + d, x);
+    else
+      *reinterpret_cast<vh_loose*>(half + d) = narrow(x, type);
+  }
+  if (d == width) return;
+  const size_t rest = static_cast<size_t>(width - d);
+  const vf x = load_some(src + d, rest) * scale;
+  const vh raw = narrow(x, type);
+  if (type == DType::float32)
+    __builtin_memcpy(out + d, &x, rest * 4);
+  else
+    __builtin_memcpy(half + d, &raw, rest * 2);
+}
+
+/// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
+HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (((vu)odd + 0x8000u) & 0xffff0000u); }
+
+#if defined(HISAC_PAIRS)
+HISAC_INLINE vh narrow_flushed(vf x) {
+#if W == 16
+  vh out;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
+  return out;
+#else  // in tests, as above
+  return narrow((vf)((vu)x & ((vu)(((vu)x & 0x7f800000u) != 0) | 0x80000000u)), DType::bfloat16);
+#endif
+}
+
+/// Finite stays finite: the largest floats would round to infinity, and 0 times that is NaN.
+HISAC_INLINE vf within_bfloat16(vf x) {
+  constexpr float kMost = 0x1.fep127f;
+  return smaller(splat(kMost), larger(splat(-kMost), x));
+}
+
+static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
+  for (int64_t d = 0; d < width; d += W) {
+    const vh low = narrow_flushed(within_bfloat16(load(even + d)));
+    const vh high = narrow_flushed(within_bfloat16(odd ? load(odd + d) : vf{}));
+    *reinterpret_cast<vu_loose*>(dst + d) = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+  }
+}
+
+static void remainder(int64_t width, const float* src, float* dst) {
+  for (int64_t d = 0; d < width; d += W) {
+    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
+    const vf x = within_bfloat16(load_some(src + d, have));
+    const vf rest = x - widen(narrow_flushed(x), DType::bfloat16);
+    __builtin_memcpy(dst + d, &rest, have * 4);
+  }
+}
+
+static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
+  const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
+    const int64_t left = k - 2 * pair;
+    const float* const p = columns + j * ld + 2 * pair;
+    const vh half[2] = {narrow_flushed(load_some(p, static_cast<size_t>(left))),
+                        narrow_flushed(left > W ? load_some(p + W, static_cast<size_t>(left - W)) : vf{})};
+    vf x;
+    __builtin_memcpy(&x, half, sizeof x);
+    return x;
+  };
+  pack(pairs_of(k), m, reinterpret_cast<float*>(out), read);
+}
+#endif
+
+static void add_row(int64_t width, const float* src, float factor, float* dst) {
+  for (int64_t d = 0; d < width; ++d) dst[d] += factor * src[d];
+}
