@@ -74,7 +74,7 @@ def foreign_headers(root):
     for path, text in sources(root, "cpp"):
         for name in includes(text):
             binding = re.match(r"nanobind/|Python\.h|pybind11/", name) and "bind" not in path.parts
-            cuda = re.match(r"cuda|cub/|cublas|thrust/", name) and "cuda" not in path.parts
+            cuda = re.match(r"cuda(?!/verbs\.h)|cub/|cublas|thrust/", name) and "cuda" not in path.parts
             if binding or cuda or re.match(r"torch/|ATen/|c10/", name):
                 yield f"{path} includes {name}"
 

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "../cpp/support.h"
-#include "emulator.h"
 #include "cuda/verbs.h"
+#include "emulator.h"
 
 namespace test {
 
