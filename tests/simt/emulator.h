@@ -178,6 +178,7 @@ inline int machine(Machine* out) {
   *out = options.machine;
   return 0;
 }
+inline int use_device(int) noexcept { return 0; }
 void run(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* argument);
 template <class Kernel, class... Arguments>
 int launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream, Arguments... arguments) {

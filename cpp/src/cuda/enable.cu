@@ -6,7 +6,7 @@
 namespace hisac {
 namespace {
 
-const cuda::Verbs verbs = {cuda::sum_rows, cuda::route, cuda::route_workspace};
+const cuda::Verbs verbs = {simt::use_device, cuda::sum_rows, cuda::route, cuda::route_workspace};
 
 }  // namespace
 

@@ -140,6 +140,12 @@ inline cudaError_t machine(Machine* out) {
   out->shared = static_cast<size_t>(shared_bytes);
   return e;
 }
+/// Makes a device the current one; returns the one before.
+inline int use_device(int device) noexcept {
+  int before = 0;
+  if (cudaGetDevice(&before) == cudaSuccess && before != device) cudaSetDevice(device);
+  return before;
+}
 template <class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream stream, Arguments... arguments) {
   if (blocks <= 0) return cudaSuccess;

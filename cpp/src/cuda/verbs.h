@@ -21,6 +21,7 @@ Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const 
 
 /// All of them, for ../on_cuda.h.
 struct Verbs {
+  int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before
   decltype(&cuda::sum_rows) sum_rows = nullptr;
   decltype(&cuda::route) route = nullptr;
   decltype(&cuda::route_workspace) route_workspace = nullptr;
