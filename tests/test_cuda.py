@@ -225,7 +225,7 @@ def given(problem):
 @on_gpu
 def test_arrays_in_two_places_are_refused(given):
     x, v, offsets, prototypes = given
-    with pytest.raises(TypeError, match="offsets|starts"):
+    with pytest.raises(TypeError, match=r"offsets|starts"):
         hisac.route(x, v, offsets.cpu(), prototypes)
     with pytest.raises(TypeError, match="prototypes"):
         hisac.route(x, v, offsets, prototypes.cpu())

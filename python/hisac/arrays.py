@@ -2,8 +2,8 @@
 """Arrays in, arrays out: what kinds the verbs take, and results of the same kind in the same place.
 
 NumPy arrays and torch tensors come as they are, the latter from a GPU too; anything else with DLPack on the CPU is seen
-as NumPy. A non-contiguous input is copied once; dtypes are never converted, devices never changed. torch is not imported
-here: a tensor brings its own module.
+as NumPy. A non-contiguous input is copied once; dtypes are never converted, devices never changed. torch is not
+imported here: a tensor brings its own module.
 """
 
 import functools
@@ -62,7 +62,7 @@ def cuda_missing() -> str:
 
 
 def lend(size: int, index: int, book: _core.Codebook | None) -> tuple[Array, Array, int]:
-    """For the core, on GPU `index`: scratch of so many bytes, the book's image (copied there once), the current stream."""
+    """For the core, on GPU `index`: scratch of so many bytes, the book's image (copied once), the current stream."""
     torch = sys.modules["torch"]
     device = torch.device("cuda", index)
     image = None

@@ -378,7 +378,7 @@ def get_num_threads() -> int:
 
 
 def backends() -> dict[str, Any]:
-    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one); "cuda" is True,
-    or why there is none."""
+    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one); under "cuda"
+    True, or why there is none."""
     isas = tuple(_core.available_isas().split())
     return {"cpu": _core.active_isa(), "available": isas, "cuda": cuda_missing() or True}
