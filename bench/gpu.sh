@@ -20,7 +20,7 @@ failed=()
 part_build() {
   cmake -S . -B build/gpu -G Ninja -DHISAC_PYTHON=ON -DHISAC_SIMT=ON -DHISAC_CUDA=ON -DPython_EXECUTABLE="$(command -v "$python")" \
     -DCMAKE_CUDA_ARCHITECTURES="${HISAC_ARCHITECTURES:-native}" &&
-    cmake --build build/gpu && mkdir -p "$site" && rm -rf "$site/hisac" && cp -r python/hisac "$site/hisac" &&
+    cmake --build build/gpu && cmake --build build/gpu --target conform_gpu && mkdir -p "$site" && rm -rf "$site/hisac" && cp -r python/hisac "$site/hisac" &&
     cmake --install build/gpu --prefix "$site/hisac" >/dev/null &&
     (cd "$out" && "$python" -c 'import hisac, torch; print(hisac.__file__, hisac.backends(), torch.__version__)
 assert hisac.backends()["cuda"] is True')
