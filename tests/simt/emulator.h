@@ -126,6 +126,8 @@ void wait() {
 void load_matrices(uint32_t (&r)[4], const void* row, SIMT_HERE);
 void load_matrices_transposed(uint32_t (&r)[4], const void* row, SIMT_HERE);
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE);
+/// As coarse as tensor cores may be: subnormal factors are zero, each k16 is cut to 24 bits below its largest term.
+void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE);
 
 inline uint32_t bits_of(float x) {
   uint32_t u;
@@ -161,6 +163,7 @@ inline uint16_t to_half(float x) {
   const int steps = static_cast<int>(std::nearbyint(std::ldexp(a, -unit)));  // nearest even
   return static_cast<uint16_t>(sign | ((unit + 24) * 1024 + steps));
 }
+inline uint32_t pack_half(float low, float high) { return to_half(low) | static_cast<uint32_t>(to_half(high)) << 16; }
 inline float exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.f : y;
@@ -169,6 +172,7 @@ inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float smaller(float a, float b) { return std::fmin(a, b); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float log2(float x) { return std::log2(x); }
+inline float root(float x) { return std::sqrt(x); }
 inline double plain_sum(double a, double b) { return a + b; }
 inline double plain_product(double a, double b) { return a * b; }
 
