@@ -51,7 +51,7 @@ void fill(const Codebook& book, int l, const CodebookImage& image, std::byte* ou
   for (int64_t c = 0; c < at.tiles * CodebookImage::kCodes; ++c) {
     float* const head = heads + c / CodebookImage::kCodes * CodebookImage::kHead;
     float &half = head[c % CodebookImage::kCodes], *const bounds = head + CodebookImage::kCodes;
-    half = c >= at.size || (c > 0 && std::equal(center(c), center(c) + width, center(c - 1))) ? kInfinity : 0.f;
+    half = c >= at.size || (c > 0 && std::equal(center(c), center(c) + width, center(c - 1))) ? -kInfinity : 0.f;
     if (c >= at.size || !usable) continue;
     double squares = 0, errors = 0;
     for (int64_t first = 0; first < width; first += kPart) {
@@ -68,7 +68,7 @@ void fill(const Codebook& book, int l, const CodebookImage& image, std::byte* ou
     }
     // b itself is rounded, by 2^-24 |b|
     const double norm = 1.0001 * std::sqrt(squares) + t, error = 1.0001 * std::sqrt(errors) + 0x1p-22 * norm + t;
-    if (half == 0) half = static_cast<float>(squares / 2);
+    if (half == 0) half = static_cast<float>(-squares / 2);
     bounds[0] = std::max(bounds[0], static_cast<float>(norm * 1.0001));
     bounds[1] = std::max(bounds[1], static_cast<float>(error * 1.0001));
     screen->largest = std::max(screen->largest, bounds[0]);

@@ -11,7 +11,7 @@ namespace hisac {
 
 struct CodebookImage {
   static constexpr int kCodes = 32;         // of a tile, what a kernel looks at together
-  static constexpr int kHead = kCodes + 4;  // floats: |b|^2 / 2 of each code, bounds of |b| and of |B - b|
+  static constexpr int kHead = kCodes + 4;  // floats: -|b|^2 / 2 of each code, bounds of |b| and of |B - b|
   struct Screen {
     float scale;    // b = scale (center - mean), B = b in float16
     float largest;  // of the bounds of |b|; +inf where nothing bounds the screen's error
@@ -21,7 +21,7 @@ struct CodebookImage {
     int64_t size, tiles;
     int64_t centers;  // float32 [C, pitch]
     int64_t screen;   // a Screen, then the mean, float32 [depth]
-    int64_t heads;    // float32 [tiles, kHead]; +inf for padding and for a copy of the center before
+    int64_t heads;    // float32 [tiles, kHead]; -inf for padding and for a copy of the center before
     int64_t panels;   // float16 [tiles * kCodes, depth]: B
   };
 

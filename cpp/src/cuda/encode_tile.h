@@ -22,6 +22,8 @@
 
 namespace hisac::cuda {
 
+constexpr int kChunk = 128;  // columns of x at a time, as operands
+
 struct EncodeTask {
   explicit EncodeTask(const Codebook& codebook) : book(codebook) {}
 
@@ -37,7 +39,7 @@ struct EncodeTask {
     int residuals, panels, heads, kept;
   } at = {};
 
-  SIMT_BOTH int chunk() const { return book.depth < 128 ? book.depth : 128; }
+  SIMT_BOTH int chunk() const { return book.depth < kChunk ? book.depth : kChunk; }
   SIMT_BOTH int chunks() const { return (book.depth + chunk() - 1) / chunk(); }
   SIMT_BOTH int held() const { return on_chip ? book.depth : chunk(); }  // columns of residuals
   SIMT_BOTH int row_pitch() const { return held() + 8; }  // floats; in banks 8 or 24 more than a multiple of 32
@@ -48,11 +50,11 @@ struct EncodeTask {
 template <bool kOnChip>
 class EncodeTile {
   static constexpr int kRows = 32, kCodes = CodebookImage::kCodes, kHead = CodebookImage::kHead;
-  static constexpr int kKept = 4;   // survivors of a row that a lane keeps
+  static constexpr uint32_t kKept = 4;  // survivors of a row that a lane keeps
   static constexpr int kBatch = 8;  // rows whose loads are under way together
 
  public:
-  static constexpr int kKeptBytes = kRows * 4 * kKept * 4;  // of a warp
+  static constexpr int kKeptBytes = kRows * 4 * int{kKept} * 4;  // of a warp
 
   SIMT_DEVICE explicit EncodeTile(const EncodeTask& task) : t(task) {}
 
@@ -117,6 +119,7 @@ class EncodeTile {
     return *part<CodebookImage::Screen>(t.book.level[level].screen);
   }
   SIMT_DEVICE int columns(int chunk) const { return least(t.book.depth - chunk * t.chunk(), t.chunk()); }
+  static SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (~bits + 1)) - 1); }
   SIMT_DEVICE bool alive(int row) const { return alive_ >> row & 1; }
 
   // ---- tiles of codes, and rows
@@ -220,8 +223,8 @@ class EncodeTile {
     SIMT_EACH (i, 4) {
       squares_[i] = errors_[i] = 0;
       least_[i] = top_[i] = -kInfinity;
-      count_[i] = 0;
     }
+    counts_ = every_ = 0;
     SIMT_ROLLED for (int n = tiles * t.chunks(); n > 0; --n) {
       SIMT_UNLESS_PLANTED(22, simt::template wait<0>());
       SIMT_UNLESS_PLANTED(23, simt::sync());
@@ -229,7 +232,10 @@ class EncodeTile {
       if (n > 1 || level + 1 < t.book.levels || more_) fetch(next);
       if (!kOnChip || t.chunks() > 1 || s.tile == 0) {
         if (!kOnChip) fill(level, s.chunk);
-        make(s, s.tile == 0);
+        if (s.tile == 0)
+          make<true>(s);
+        else
+          make<false>(s);
       }
       if (s.tile == 0 && s.chunk + 1 == t.chunks()) bound(level);
       multiply(s);
@@ -239,26 +245,33 @@ class EncodeTile {
     return s;
   }
 
-  /// A chunk of the rows as operands; `measure`: what they are and what they lose.
-  SIMT_DEVICE void make(Step s, bool measure) {
-    const int q = simt::lane() & 3, g = simt::lane() >> 2, begin = s.chunk * t.chunk();
+  /// A chunk of the rows as operands; measured: what they are and what they lose.
+  template <bool kMeasured>
+  SIMT_DEVICE void make(Step s) {
+    const int q = simt::lane() & 3, begin = s.chunk * t.chunk(), pitch = 8 * t.row_pitch();
     const CodebookImage::Screen& screen = screen_of(s.level);
-    const float scale = screen.scale, *const mean = reinterpret_cast<const float*>(&screen + 1);
-    SIMT_EACH (k, 8) {
-      SIMT_EACH (h, 2)
-        SIMT_EACH (i, 4) {
-          a_[k][h][i] = 0;  // a register that is not written would have to be kept
+    const float scale = screen.scale, *const mean = reinterpret_cast<const float*>(&screen + 1) + begin + 2 * q;
+    const float* const r = residuals(simt::lane() >> 2) + (kOnChip ? begin : 0) + 2 * q;
+    SIMT_EACH (k, kChunk / 16) {
+      Few<2> f[2][4], m[2];
+      if (k * 16 < columns(s.chunk)) {
+        SIMT_EACH (i, 2) {
+          m[i] = *reinterpret_cast<const Few<2>*>(mean + k * 16 + i * 8);
+          SIMT_EACH (slot, 4) f[i][slot] = *reinterpret_cast<const Few<2>*>(r + slot * pitch + k * 16 + i * 8);
+        }
+      }
+      SIMT_EACH (i, 2)
+        SIMT_EACH (slot, 4) {
+          uint32_t& pair = a_[k][slot / 2][2 * i + slot % 2];
+          pair = 0;  // a register that is not written would have to be kept
           if (k * 16 >= columns(s.chunk)) continue;
-          const int slot = 2 * h + i % 2, column = k * 16 + i / 2 * 8 + 2 * q;
-          Few<2> f = *reinterpret_cast<const Few<2>*>(residuals(slot * 8 + g) + (kOnChip ? begin : 0) + column);
-          const Few<2> m = *reinterpret_cast<const Few<2>*>(mean + begin + column);
-          SIMT_EACH (j, 2) f.at[j] = (f.at[j] - m.at[j]) * scale;
-          const uint32_t pair = simt::pack_half(f.at[0], f.at[1]);
-          a_[k][h][i] = pair;
-          if (!measure) continue;
+          float y[2];
+          SIMT_EACH (j, 2) y[j] = (f[i][slot].at[j] - m[i].at[j]) * scale;
+          pair = simt::pack_half(y[0], y[1]);
           SIMT_EACH (j, 2) {
-            const float lost = f.at[j] - simt::from_half(static_cast<uint16_t>(pair >> (16 * j)));
-            squares_[slot] = simt::fused(f.at[j], f.at[j], squares_[slot]);
+            if (!kMeasured) continue;
+            const float lost = y[j] - simt::from_half(static_cast<uint16_t>(pair >> (16 * j)));
+            squares_[slot] = simt::fused(y[j], y[j], squares_[slot]);
             errors_[slot] = simt::fused(lost, lost, errors_[slot]);
           }
         }
@@ -279,58 +292,70 @@ class EncodeTile {
       by_norm_[i] = error + g * (both + most);
       by_error_[i] = both * (1 + g);
       slack_[i] = (width + 8) * 0x1p-52f * (norm + most) * (norm + most);
-      if (!(squares_[i] < 0x1p30f && most < 0x1p8f)) count_[i] = kEvery;
+      every_ |= static_cast<uint32_t>(!(squares_[i] < 0x1p30f && most < 0x1p8f)) << i;
     }
   }
 
   SIMT_DEVICE void multiply(Step s) {
     const int q = simt::lane() & 3;
     if (s.chunk == 0)
-      SIMT_EACH (n, kCodes / 8)
-        SIMT_EACH (i, 2) {
-          const float half = -head(s.head)[n * 8 + 2 * q + i];
-          SIMT_EACH (h, 2) z_[h][n][i] = z_[h][n][2 + i] = half;
-        }
-    const uint16_t* const b = panel(s.panel) + (simt::lane() & 15) * t.panel_pitch() + (simt::lane() >> 4) * 8;
-    SIMT_EACH (k, 8) {
-      if (k * 16 >= columns(s.chunk)) continue;
-      SIMT_EACH (n, kCodes / 16) {
-        uint32_t c[4];
-        simt::load_matrices(c, b + n * 16 * t.panel_pitch() + k * 16);
-        SIMT_EACH (h, 2) {
-          simt::multiply_add_half(z_[h][2 * n], a_[k][h], c[0], c[2]);
-          simt::multiply_add_half(z_[h][2 * n + 1], a_[k][h], c[1], c[3]);
-        }
+      SIMT_EACH (n, kCodes / 8) {
+        const Few<2> half = *reinterpret_cast<const Few<2>*>(head(s.head) + n * 8 + 2 * q);
+        SIMT_EACH (h, 2)
+          SIMT_EACH (i, 4) z_[h][n][i] = half.at[i & 1];
       }
+    const int code = (simt::lane() & 7) + (simt::lane() >> 4) * 8;  // so that each factor's registers are neighbours
+    const uint16_t* const b = panel(s.panel) + code * t.panel_pitch() + (simt::lane() & 8);
+    uint32_t c[2][kCodes / 16][4];  // loaded a step ahead
+    SIMT_EACH (n, kCodes / 16) simt::load_matrices(c[0][n], b + n * 16 * t.panel_pitch());
+    SIMT_EACH (k, kChunk / 16) {
+      if (k * 16 >= columns(s.chunk)) continue;
+      if (k * 16 + 16 < columns(s.chunk))
+        SIMT_EACH (n, kCodes / 16) simt::load_matrices(c[(k + 1) & 1][n], b + n * 16 * t.panel_pitch() + k * 16 + 16);
+      SIMT_EACH (n, kCodes / 16)
+        SIMT_EACH (h, 2) {
+          simt::multiply_add_half(z_[h][2 * n], a_[k][h], c[k & 1][n][0], c[k & 1][n][1]);
+          simt::multiply_add_half(z_[h][2 * n + 1], a_[k][h], c[k & 1][n][2], c[k & 1][n][3]);
+        }
     }
   }
 
   /// Survivors so far. A lane's are void once the least score that the nearest can have is above all that they reach.
   SIMT_DEVICE void screen(Step s) {
-    const int q = simt::lane() & 3, g = simt::lane() >> 2;
     const float* const bounds = head(s.head) + kCodes;
-    SIMT_EACH (h, 2)
-      SIMT_EACH (r, 2) {
-        const int slot = 2 * h + r;
-        float reach = 0;
-        SIMT_UNLESS_PLANTED(24, reach = simt::fused(bounds[0], by_norm_[slot],
-                                                    simt::fused(bounds[1], by_error_[slot], slack_[slot])));
-        float mine = -kInfinity;
-        SIMT_EACH (n, kCodes / 8) mine = larger(mine, larger(z_[h][n][2 * r], z_[h][n][2 * r + 1]));
-        float best = larger(mine, simt::shuffle_xor(mine, 1));
-        best = larger(best, simt::shuffle_xor(best, 2));
-        least_[slot] = larger(least_[slot], best - reach);
-        if (least_[slot] > top_[slot] && count_[slot] < kEvery) count_[slot] = 0;
-        top_[slot] = larger(top_[slot], best + reach);
-        const float from = least_[slot] - reach;
-        if (!(mine >= from)) continue;
+    float mine[4], best[4], from[4];
+    bool some = false;
+    SIMT_EACH (i, 4) {
+      float(&z)[kCodes / 8][4] = z_[i / 2];
+      mine[i] = larger(z[0][i % 2 * 2], z[0][i % 2 * 2 + 1]);
+      SIMT_EACH (n, kCodes / 8) mine[i] = larger(mine[i], larger(z[n][i % 2 * 2], z[n][i % 2 * 2 + 1]));
+      best[i] = mine[i];
+    }
+    for (int m = 1; m < 4; m *= 2)
+      SIMT_EACH (i, 4) best[i] = larger(best[i], simt::shuffle_xor(best[i], m));
+    SIMT_EACH (i, 4) {
+      float reach = 0;
+      SIMT_UNLESS_PLANTED(
+          24, reach = simt::fused(bounds[0], by_norm_[i], simt::fused(bounds[1], by_error_[i], slack_[i])));
+      least_[i] = larger(least_[i], best[i] - reach);
+      if (least_[i] > top_[i]) counts_ &= ~(255u << (8 * i));
+      top_[i] = larger(top_[i], best[i] + reach);
+      from[i] = least_[i] - reach;
+      some = some || mine[i] >= from[i];
+    }
+    uint32_t passed = 0;
+    if (some)
+      SIMT_EACH (i, 4)
         SIMT_EACH (n, kCodes / 8)
-          SIMT_EACH (i, 2) {
-            if (!(z_[h][n][2 * r + i] >= from)) continue;
-            if (count_[slot] < kKept) kept(slot * 8 + g, q)[count_[slot]] = s.tile * kCodes + n * 8 + 2 * q + i;
-            ++count_[slot];
-          }
-      }
+          SIMT_EACH (j, 2) passed |= static_cast<uint32_t>(z_[i / 2][n][i % 2 * 2 + j] >= from[i]) << (8 * i + 2 * n + j);
+    SIMT_ROLLED for (; passed; passed &= passed - 1) {
+      const int bit = lowest(passed), slot = bit / 8;
+      const uint32_t n = counts_ >> (8 * slot) & 255;
+      if (n < kKept)
+        kept(slot * 8 + (simt::lane() >> 2), simt::lane() & 3)[n] =
+            s.tile * kCodes + bit % 8 / 2 * 8 + (simt::lane() & 3) * 2 + bit % 2;
+      if (n <= kKept) counts_ += 1u << (8 * slot);
+    }
   }
 
   // ---- survivors; lane i has row i
@@ -385,25 +410,25 @@ class EncodeTile {
     SIMT_UNLESS_PLANTED(29, simt::sync_warp());
     uint32_t counts = 0;
     SIMT_EACH (slot, 4) {
-      uint32_t bytes = static_cast<uint32_t>(count_[slot] > kKept ? kKept + 1 : count_[slot]) << (8 * (lane & 3));
+      uint32_t bytes = (every_ >> slot & 1 ? kKept + 1 : counts_ >> (8 * slot) & 255) << (8 * (lane & 3));
       bytes |= simt::shuffle_xor(bytes, 1);
       bytes |= simt::shuffle_xor(bytes, 2);
       bytes = simt::shuffle(bytes, (lane & 7) * 4);
       if (lane >> 3 == slot) counts = bytes;
     }
-    int n = 0;
+    uint32_t n = 0;
     bool every = false;
     SIMT_EACH (i, 4) {
-      const int c = static_cast<int>(counts >> (8 * i) & 255);
+      const uint32_t c = counts >> (8 * i) & 255;
       n += c;
       every = every || c > kKept;
     }
-    const int pairs = alive(lane) && !every && n > 1 ? n : 0;
+    const int pairs = alive(lane) && !every && n > 1 ? static_cast<int>(n) : 0;
     Found found;
     if (alive(lane) && !every && n == 1) found.code = survivor(lane, counts, 0);
     rescore(level, counts, pairs, found);
     for (uint32_t left = simt::ballot(every && alive(lane)); left; left &= left - 1) {
-      const int row = simt::count_bits((left & (~left + 1)) - 1);
+      const int row = lowest(left);
       Found nearest;
       SIMT_UNLESS_PLANTED(26, nearest = among_all(level, row));
       if (lane == row) found = nearest;
@@ -450,7 +475,7 @@ class EncodeTile {
     const CodebookImage::Level& book = t.book.level[level];
     Found found;
     SIMT_ROLLED for (int tile = 0; tile < book.tiles; ++tile) {
-      const bool real = part<float>(book.heads)[int64_t{tile} * kHead + simt::lane()] < kInfinity;
+      const bool real = part<float>(book.heads)[int64_t{tile} * kHead + simt::lane()] > -kInfinity;
       if (!simt::ballot(real)) continue;
       const int code = real ? tile * kCodes + simt::lane() : 0;
       found.take(distance(level, row, code), code);
@@ -463,17 +488,15 @@ class EncodeTile {
     return found;
   }
 
-  static constexpr int kEvery = 1 << 24;  // as a count: all codes survive
-
   const EncodeTask& t;
   int64_t row_ = 0;     // the warp's first
   uint32_t alive_ = 0;  // a bit a row
   bool more_ = false;   // the block has rows after these
   int code_ = 0;
-  uint32_t a_[8][2][4];
+  uint32_t a_[kChunk / 16][2][4];
   float z_[2][kCodes / 8][4];
   float squares_[4], errors_[4], by_norm_[4], by_error_[4], slack_[4], least_[4], top_[4];
-  int count_[4];
+  uint32_t counts_, every_;  // of survivors, a byte a slot, up to kKept + 1; a bit a slot: all codes survive
 };
 
 }  // namespace hisac::cuda
