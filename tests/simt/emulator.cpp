@@ -8,6 +8,8 @@
 
 #include <cstdio>
 #include <memory>
+#include <utility>
+#include <vector>
 
 extern "C" {  // there where the program is linked with ThreadSanitizer or AddressSanitizer
 __attribute__((weak)) void* __tsan_create_fiber(unsigned);
@@ -39,7 +41,8 @@ struct Fiber : Thread {
   void *memory = nullptr, *tsan = nullptr, *asan = nullptr;
   State state;
   const char* file;
-  int line, barriers, meetings;
+  int line, barriers, meetings, group;
+  std::vector<std::pair<int, Copy>> copies;  // and their groups, those under way
 };
 
 struct Warp {
@@ -156,7 +159,6 @@ void prepare(Fiber& f, int thread, int threads, int block, int blocks, std::byte
   f.blocks = blocks;
   f.shared = memory;
   f.copies.clear();
-  f.copies.reserve(256);
   f.group = f.barriers = f.meetings = 0;
   f.state = State::ready;
   f.tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
@@ -203,6 +205,21 @@ void sync_warp(const char* file, int line) {
   release(order);
   meet(0, 0, 0, file, line);
   acquire(order);
+}
+
+void commit() { ++static_cast<Fiber*>(current)->group; }
+
+void issue(const Copy& copy) {
+  Fiber* const f = static_cast<Fiber*>(current);
+  f->copies.emplace_back(f->group, copy);
+}
+
+bool landed(int open, Copy* copy) {
+  Fiber* const f = static_cast<Fiber*>(current);
+  if (f->copies.empty() || f->copies[0].first + open >= f->group) return false;
+  *copy = f->copies[0].second;
+  f->copies.erase(f->copies.begin());
+  return true;
 }
 
 void stop(const char* what, const char* file, int line) {

@@ -12,7 +12,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 #define SIMT_DEVICE inline
 #define SIMT_BOTH inline
@@ -57,15 +56,12 @@ struct Copy {
   const void* from;
   int bytes;  // 4 or 16
   bool valid;
-  int group;
 };
 
 /// What a kernel can see of itself.
 struct Thread {
   int thread, threads, lane, warp, block, blocks;
   std::byte* shared;
-  std::vector<Copy> copies;
-  int group;
 };
 extern Thread* current;
 
@@ -117,8 +113,10 @@ T atomic_add(T* p, T value) {
 
 void copy16(void* to, const void* from, bool valid);
 void copy4(void* to, const void* from, bool valid);
-inline void commit() { ++current->group; }
+void commit();
 void land(int open);
+void issue(const Copy& copy);
+bool landed(int open, Copy* copy);  // takes one that is not in the last groups, if there is one
 template <int kOpen>
 void wait() {
   land(kOpen);
