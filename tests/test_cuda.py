@@ -33,12 +33,16 @@ def emulated_verbs():
 
 def lend_on_cpu(size, index, book):
     """`arrays.lend` for the emulated kernels."""
-    scratch = torch.empty(size + 64, dtype=torch.uint8)
+
+    def aligned(n):
+        memory = torch.empty(n + 64, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % 64 :][:n]
+
     image = None
     if book is not None:
-        image = torch.empty(_core.image_size(book), dtype=torch.uint8)
+        image = aligned(_core.image_size(book))
         _core.copy_image(book, image.numpy())
-    return scratch[-scratch.data_ptr() % 64 :][:size], image, 0
+    return aligned(size), image, 0
 
 
 class Place:

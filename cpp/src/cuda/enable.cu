@@ -6,7 +6,16 @@
 namespace hisac {
 namespace {
 
-const cuda::Verbs verbs = {simt::use_device, cuda::sum_rows, cuda::route, cuda::route_workspace};
+constexpr cuda::Verbs verbs = [] {
+  cuda::Verbs v;
+  v.use_device = simt::use_device;
+  v.encode = cuda::encode;
+  v.code_prototypes = cuda::code_prototypes;
+  v.route = cuda::route;
+  v.route_workspace = cuda::route_workspace;
+  v.sum_rows = cuda::sum_rows;
+  return v;
+}();
 
 }  // namespace
 

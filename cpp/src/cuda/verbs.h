@@ -16,6 +16,12 @@ namespace hisac::cuda {
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
 
+/// Both read context.codebook_image and need no workspace. Residuals of a D beyond what shared memory holds (some 700
+/// on an H100) are made anew from x each time they are read, which is slower.
+Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept;
+Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
+                       Array<float, 2> out) noexcept;
+
 Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
                 Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept;
 
@@ -23,6 +29,8 @@ Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const 
 struct Verbs {
   int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before
   decltype(&cuda::sum_rows) sum_rows = nullptr;
+  decltype(&cuda::encode) encode = nullptr;
+  decltype(&cuda::code_prototypes) code_prototypes = nullptr;
   decltype(&cuda::route) route = nullptr;
   decltype(&cuda::route_workspace) route_workspace = nullptr;
   Status (*route_backward)(const Context&, const RouteParams&, const RouteInputs&, const RouteForward&,
@@ -39,10 +47,6 @@ struct Verbs {
   Status (*attend_backward)(const Context&, const AttendInputs&, const AttendForward&,
                             const AttendGradients&) noexcept = nullptr;
   size_t (*attend_backward_workspace)(const AttendInputs&) noexcept = nullptr;
-  Status (*encode)(const Context&, const Codebook&, Rows, Array<int32_t, 2>) noexcept = nullptr;
-  size_t (*encode_workspace)(const Codebook&) noexcept = nullptr;
-  Status (*code_prototypes)(const Context&, const Codebook&, Array<const int32_t, 2>,
-                            Array<float, 2>) noexcept = nullptr;
 };
 
 }  // namespace hisac::cuda
