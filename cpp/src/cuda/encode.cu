@@ -128,8 +128,8 @@ Status code_prototypes(const Context& context, const Codebook& book, Array<const
   simt::Machine machine;
   HISAC_TRY(check_cuda("prototypes", simt::machine(&machine)));
   const int blocks = least((t.rows + kThreads / 32 - 1) / (kThreads / 32), machine.processors * 8);
-  return check_cuda("prototypes", simt::launch(sum_codewords, blocks, kThreads, 0,
-                                               static_cast<simt::Stream>(context.stream), t));
+  return check_cuda("prototypes",
+                    simt::launch(sum_codewords, blocks, kThreads, 0, static_cast<simt::Stream>(context.stream), t));
 }
 
 }  // namespace hisac::cuda
