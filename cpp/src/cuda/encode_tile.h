@@ -30,7 +30,7 @@ class EncodeTile : EncodeRows<kOnChip> {
   using Few = typename Base::template Few<n>;
 
   static constexpr int kCodes = CodebookImage::kCodes, kHead = CodebookImage::kHead;
-  static constexpr uint32_t kKept = 4;  // survivors of a row that a lane keeps
+  static constexpr uint32_t kKept = 8;  // survivors of a row that a lane keeps
 
  public:
   static constexpr int kKeptBytes = kRows * 4 * int{kKept} * 4;  // of a warp
@@ -77,17 +77,16 @@ class EncodeTile : EncodeRows<kOnChip> {
   }
   SIMT_DEVICE int columns(int chunk) const { return least(t.book.depth - chunk * t.chunk(), t.chunk()); }
   static SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (~bits + 1)) - 1); }
-  // ---- tiles of codes, and rows
 
   SIMT_DEVICE void fetch(Step s) const {
     const CodebookImage::Level& level = t.book.level[s.level];
     const uint16_t* const from =
         Base::template part<uint16_t>(level.panels) + int64_t{s.tile} * kCodes * t.book.depth + s.chunk * t.chunk();
     const int lane = simt::thread() & 15;
-    SIMT_ROLLED for (int c = simt::thread() / 16; c < kCodes;
-                     c += simt::threads() / 16) if (lane * 8 < columns(s.chunk))
-        simt::copy16(panel(s.panel) + c * t.panel_pitch() + lane * 8, from + int64_t{c} * t.book.depth + lane * 8,
-                     true);
+    SIMT_ROLLED for (int c = simt::thread() / 16; c < kCodes; c += simt::threads() / 16) {
+      if (lane * 8 >= columns(s.chunk)) continue;
+      simt::copy16(panel(s.panel) + c * t.panel_pitch() + lane * 8, from + int64_t{c} * t.book.depth + lane * 8, true);
+    }
     const int piece = simt::thread() * 4;
     if (s.chunk == 0 && piece < kHead)
       simt::copy16(head(s.head) + piece, Base::template part<float>(level.heads) + int64_t{s.tile} * kHead + piece,
