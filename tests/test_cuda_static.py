@@ -18,11 +18,17 @@ VALUES = 64  # columns of a block
 KERNEL = r"route_tilesILi(\d)ELi(\d)ELi(\d)ELb(\d)E"  # tiles of 16 agents a warp, parts of an agent, of a row, mode
 
 
-def nvcc(*arguments):
+ENCODE = r"encode_rowsILb[01]E"  # residuals on the chip or not
+KERNELS = [("route", KERNEL, 6), ("encode", ENCODE, 2)]  # file, name, how many
+
+
+def nvcc(source, *arguments):
     if NVCC is None:
         pytest.skip("CUDA kernels: nvcc is not installed")
     command = [NVCC, "-std=c++17", "-fmad=false", f"-I{ROOT / 'cpp/include'}", f"-I{ROOT / 'cpp/src'}", *arguments]
-    done = subprocess.run([*command, str(ROOT / "cpp/src/cuda/route.cu")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(ROOT / f"cpp/src/cuda/{source}.cu")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -33,11 +39,18 @@ def spills(report):
     return {name: int(stores) + int(loads) for name, stores, loads in found}
 
 
+def bodies(source, tmp_path):
+    path = tmp_path / "kernels.ptx"
+    nvcc(source, "-arch=compute_80", "-ptx", "-o", str(path))
+    return re.split(r"\.entry ", path.read_text())[1:]
+
+
+@pytest.mark.parametrize(("source", "kernel", "count"), KERNELS)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_no_kernel_spills(architecture, tmp_path):
-    report = nvcc(f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "route.cubin"))
+def test_no_kernel_spills(architecture, source, kernel, count, tmp_path):
+    report = nvcc(source, f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "kernels.cubin"))
     found = spills(report)
-    assert sum(bool(re.search(KERNEL, name)) for name in found) == 6
+    assert sum(bool(re.search(kernel, name)) for name in found) == count
     assert {name: n for name, n in found.items() if n} == {}
 
 
@@ -50,11 +63,8 @@ def test_a_spill_is_seen():
 def test_tensor_instructions_as_the_shapes_ask(tmp_path):
     """A step of 16 columns of x multiplies 16 agents by every 8 rows once for each pair of parts that counts (high x
     high, low x high, high x low); the values' step likewise, for all rows of a step at once."""
-    path = tmp_path / "route.ptx"
-    nvcc("-arch=compute_80", "-ptx", "-o", str(path))
-    bodies = re.split(r"\.entry ", path.read_text())[1:]
     seen = 0
-    for body in bodies:
+    for body in bodies("route", tmp_path):
         match = re.match(r"\S*?" + KERNEL, body)
         if not match:
             continue
@@ -65,3 +75,11 @@ def test_tensor_instructions_as_the_shapes_ask(tmp_path):
         assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16", body)) == logits + values, match.group()
         seen += 1
     assert seen == 6
+
+
+def test_one_product_screens_in_encode(tmp_path):
+    """Eight steps of 16 columns multiply a warp's 32 rows by a tile of 32 codes once, in float16."""
+    found = [body for body in bodies("encode", tmp_path) if re.match(r"\S*?" + ENCODE, body)]
+    assert len(found) == 2
+    for body in found:
+        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*f16\.f16\.f32", body)) == 8 * 2 * 32 // 8

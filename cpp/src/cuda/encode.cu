@@ -83,7 +83,7 @@ size_t lay_out(EncodeTask& t, bool on_chip, int warps) {
 }
 
 /// Most warps a processor, in several blocks where that costs none: one computes while another waits. Returns the
-/// blocks a processor, 0 if not even two warps fit.
+/// blocks a processor, 0 if nothing fits, or on the chip a single warp.
 int choose(EncodeTask& t, bool on_chip, const simt::Machine& machine) {
   int chosen = 0, best = 0, blocks = 0;
   for (int warps = kMostWarps; warps > 0; --warps) {
@@ -114,6 +114,7 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
   if (blocks == 0)
     return Status::error(Code::not_implemented, "encode: expected a device with more shared memory than %zu bytes",
                          machine.shared);
+  while (t.warps > 1 && x.rows <= int64_t{16} * t.warps * machine.processors) t.warps = (t.warps + 1) / 2;  // few rows
   const size_t bytes = lay_out(t, t.on_chip, t.warps);
   t.tiles = (x.rows + 32 * t.warps - 1) / (32 * t.warps);
   return check_cuda("encode", simt::launch(t.on_chip ? encode_rows<true> : encode_rows<false>,
@@ -128,8 +129,8 @@ Status code_prototypes(const Context& context, const Codebook& book, Array<const
   simt::Machine machine;
   HISAC_TRY(check_cuda("prototypes", simt::machine(&machine)));
   const int blocks = least((t.rows + kThreads / 32 - 1) / (kThreads / 32), machine.processors * 8);
-  return check_cuda("prototypes", simt::launch(sum_codewords, blocks, kThreads, 0,
-                                               static_cast<simt::Stream>(context.stream), t));
+  return check_cuda("prototypes",
+                    simt::launch(sum_codewords, blocks, kThreads, 0, static_cast<simt::Stream>(context.stream), t));
 }
 
 }  // namespace hisac::cuda

@@ -4,12 +4,12 @@
 // re-scored in float64 as the definition says.
 //
 // Why the screen is safe. With a and b_c the residual and a center less the mean, times the level's scale (see
-// ../codebook_image.h), s_c = |b_c|^2 / 2 - a . b_c is half the scaled square distance, less a constant of the row.
+// codebook_image.h), s_c = |b_c|^2 / 2 - a . b_c is half the scaled square distance, less a constant of the row.
 // Multiplied are A and B_c, the same in float16. Let R, E, N_c, F_c bound |a|, |A - a|, |b_c|, |B_c - b_c|, where
 // subnormal float16 counts as lost, that is sqrt(D) 2^-14 of each; N the largest N_c; u = 2^-24; P = R + E.
 //   - |A . B_c - a . b_c| <= E N_c + P F_c;
-//   - a tensor core may cut each of the 17 terms of a step, and their sum, by 2^-23 of the largest: D / 16 steps lose at
-//     most D 2^-22 of |b_c|^2 / 2 + P (N_c + F_c);
+//   - a tensor core may cut each of the 17 terms of a step, and their sum, by 2^-23 of the largest: D / 16 steps lose
+//     at most D 2^-22 of |b_c|^2 / 2 + P (N_c + F_c);
 //   - rounding the stored half norm, the bounds and the thresholds loses at most 64 2^-22 of (P + N) N_c;
 // so with g = (D + 64) 2^-22 the score z_c = -s_c of the tensor cores errs by at most
 //     N_c (E + g (P + N)) + F_c P (1 + g);
@@ -17,46 +17,25 @@
 // A tile's codes share its largest N_c and F_c. A code survives unless its greatest possible score is below the least
 // possible one of another. Where a square might overflow, every code survives.
 #pragma once
-#include "../codebook_image.h"
-#include "elements.h"
+#include "encode_rows.h"
 
 namespace hisac::cuda {
 
-constexpr int kChunk = 128;  // columns of x at a time, as operands
-
-struct EncodeTask {
-  explicit EncodeTask(const Codebook& codebook) : book(codebook) {}
-
-  CodebookImage book;
-  Rows x;
-  bool aligned = false;  // rows of whole 16 bytes at 16
-  int32_t* codes = nullptr;
-  const std::byte* image = nullptr;
-  int warps = 0;
-  bool on_chip = true;
-  int64_t tiles = 0;  // of 32 rows a warp
-  struct Offsets {    // in shared memory
-    int residuals, panels, heads, kept;
-  } at = {};
-
-  SIMT_BOTH int chunk() const { return book.depth < kChunk ? book.depth : kChunk; }
-  SIMT_BOTH int chunks() const { return (book.depth + chunk() - 1) / chunk(); }
-  SIMT_BOTH int held() const { return on_chip ? book.depth : chunk(); }  // columns of residuals
-  SIMT_BOTH int row_pitch() const { return held() + 8; }  // floats; in banks 8 or 24 more than a multiple of 32
-  SIMT_BOTH int panel_pitch() const { return chunk() + 8; }  // an odd number of 16 bytes, so that no bank conflicts
-};
-
-/// kOnChip: residuals stay in shared memory; else a chunk of them, made again from x and the codes so far.
 template <bool kOnChip>
-class EncodeTile {
-  static constexpr int kRows = 32, kCodes = CodebookImage::kCodes, kHead = CodebookImage::kHead;
-  static constexpr uint32_t kKept = 4;  // survivors of a row that a lane keeps
-  static constexpr int kBatch = 8;  // rows whose loads are under way together
+class EncodeTile : EncodeRows<kOnChip> {
+  using Base = EncodeRows<kOnChip>;
+  using Base::subtract;
+  using Base::t, Base::row_, Base::alive_, Base::kRows, Base::alive, Base::center, Base::distance, Base::residuals;
+  template <int n>
+  using Few = typename Base::template Few<n>;
+
+  static constexpr int kCodes = CodebookImage::kCodes, kHead = CodebookImage::kHead;
+  static constexpr uint32_t kKept = 8;  // survivors of a row that a lane keeps
 
  public:
   static constexpr int kKeptBytes = kRows * 4 * int{kKept} * 4;  // of a warp
 
-  SIMT_DEVICE explicit EncodeTile(const EncodeTask& task) : t(task) {}
+  SIMT_DEVICE explicit EncodeTile(const EncodeTask& task) : Base(task) {}
 
   SIMT_DEVICE void run() {
     int64_t tile = simt::block();
@@ -64,11 +43,8 @@ class EncodeTile {
     Step s;
     fetch(s);
     for (; tile < t.tiles; tile += simt::blocks()) {
-      row_ = (tile * t.warps + simt::warp()) * kRows;
       more_ = tile + simt::blocks() < t.tiles;
-      alive_ = 0;
-      for (int row = 0; row < kRows; ++row) alive_ |= static_cast<uint32_t>(row_ + row < t.x.rows) << row;
-      SIMT_ROLLED for (int first = 0; first < t.book.depth; first += t.held()) load(first);
+      Base::begin((tile * t.warps + simt::warp()) * kRows);
       SIMT_ROLLED for (int level = 0; level < t.book.levels; ++level) {
         s = sweep(s);
         decide(level);
@@ -89,130 +65,33 @@ class EncodeTile {
     return {s.level + 1 < t.book.levels ? s.level + 1 : 0, 0, 0, panel, head};
   }
 
-  template <int n>
-  struct alignas(4 * n) Few {
-    float at[n];
-  };
-
-  template <class T>
-  static SIMT_DEVICE T* shared(int offset) {
-    return reinterpret_cast<T*>(simt::shared() + offset);
-  }
-  template <class T>
-  SIMT_DEVICE const T* part(int64_t offset) const {
-    return reinterpret_cast<const T*>(t.image + offset);
-  }
-  SIMT_DEVICE float* residuals(int row) const {
-    return shared<float>(t.at.residuals) + (simt::warp() * kRows + row) * t.row_pitch();
-  }
   SIMT_DEVICE uint16_t* panel(int buffer) const {
-    return shared<uint16_t>(t.at.panels) + buffer * kCodes * t.panel_pitch();
+    return Base::template shared<uint16_t>(t.at.panels) + buffer * kCodes * t.panel_pitch();
   }
-  SIMT_DEVICE float* head(int buffer) const { return shared<float>(t.at.heads) + buffer * kHead; }
+  SIMT_DEVICE float* head(int buffer) const { return Base::template shared<float>(t.at.heads) + buffer * kHead; }
   SIMT_DEVICE int32_t* kept(int row, int quad) const {
-    return shared<int32_t>(t.at.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
-  }
-  SIMT_DEVICE const float* center(int level, int code) const {
-    return part<float>(t.book.level[level].centers) + int64_t{code} * t.book.pitch;
+    return Base::template shared<int32_t>(t.at.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
   }
   SIMT_DEVICE const CodebookImage::Screen& screen_of(int level) const {
-    return *part<CodebookImage::Screen>(t.book.level[level].screen);
+    return *Base::template part<CodebookImage::Screen>(t.book.level[level].screen);
   }
   SIMT_DEVICE int columns(int chunk) const { return least(t.book.depth - chunk * t.chunk(), t.chunk()); }
   static SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (~bits + 1)) - 1); }
-  SIMT_DEVICE bool alive(int row) const { return alive_ >> row & 1; }
-
-  // ---- tiles of codes, and rows
 
   SIMT_DEVICE void fetch(Step s) const {
     const CodebookImage::Level& level = t.book.level[s.level];
     const uint16_t* const from =
-        part<uint16_t>(level.panels) + int64_t{s.tile} * kCodes * t.book.depth + s.chunk * t.chunk();
+        Base::template part<uint16_t>(level.panels) + int64_t{s.tile} * kCodes * t.book.depth + s.chunk * t.chunk();
     const int lane = simt::thread() & 15;
-    SIMT_ROLLED for (int c = simt::thread() / 16; c < kCodes; c += simt::threads() / 16)
-      if (lane * 8 < columns(s.chunk))
-        simt::copy16(panel(s.panel) + c * t.panel_pitch() + lane * 8, from + int64_t{c} * t.book.depth + lane * 8,
-                     true);
+    SIMT_ROLLED for (int c = simt::thread() / 16; c < kCodes; c += simt::threads() / 16) {
+      if (lane * 8 >= columns(s.chunk)) continue;
+      simt::copy16(panel(s.panel) + c * t.panel_pitch() + lane * 8, from + int64_t{c} * t.book.depth + lane * 8, true);
+    }
     const int piece = simt::thread() * 4;
     if (s.chunk == 0 && piece < kHead)
-      simt::copy16(head(s.head) + piece, part<float>(level.heads) + int64_t{s.tile} * kHead + piece, true);
+      simt::copy16(head(s.head) + piece, Base::template part<float>(level.heads) + int64_t{s.tile} * kHead + piece,
+                   true);
     simt::commit();
-  }
-
-  /// Columns [first, first + held) of x, zeros past D; a row with an element that is not finite is dead.
-  SIMT_DEVICE void load(int first) {
-    const int bytes = size_of(t.x.dtype), per = t.aligned ? 16 / bytes : 1, width = t.book.width;
-    SIMT_UNLESS_PLANTED(28, simt::sync_warp());  // others have read what was there
-    SIMT_ROLLED for (int row = 0; row < kRows; row += kBatch) {
-      uint32_t broken = 0;
-      SIMT_ROLLED for (int d = simt::lane() * per; d < t.held(); d += 32 * per) {
-        simt::Quad raw[kBatch];
-        SIMT_EACH (j, kBatch) {
-          raw[j] = {};
-          if (row_ + row + j >= t.x.rows || first + d >= width) continue;
-          const std::byte* const from =
-              static_cast<const std::byte*>(t.x.data) + ((row_ + row + j) * width + first + d) * bytes;
-          if (t.aligned)
-            raw[j] = *reinterpret_cast<const simt::Quad*>(from);
-          else
-            raw[j].word[0] = simt::bits_of(element(from, t.x.dtype, 0));
-        }
-        SIMT_EACH (j, kBatch) {
-          Few<4> f[2] = {};
-          SIMT_EACH (i, 4) {
-            const uint32_t w = raw[j].word[i];
-            if (per < 8)
-              f[0].at[i] = simt::float_of(w);
-            else
-              SIMT_EACH (k, 2)
-                f[i / 2].at[i % 2 * 2 + k] = t.x.dtype == DType::bfloat16
-                                                 ? of_bfloat16(w >> (16 * k))
-                                                 : simt::from_half(static_cast<uint16_t>(w >> (16 * k)));
-          }
-          SIMT_EACH (i, 8)
-            if (!finite(f[i / 4].at[i % 4])) broken |= 1u << j;
-          float* const to = residuals(row + j) + d;
-          if (per == 1) {
-            to[0] = f[0].at[0];
-            continue;
-          }
-          *reinterpret_cast<Few<4>*>(to) = f[0];
-          if (per == 8) reinterpret_cast<Few<4>*>(to)[1] = f[1];
-        }
-      }
-      SIMT_EACH (j, kBatch) {
-        const bool dead = simt::ballot(broken >> j & 1);
-        SIMT_UNLESS_PLANTED(27, alive_ &= ~(static_cast<uint32_t>(dead) << (row + j)));
-      }
-    }
-  }
-
-  /// r <- r - c in the columns held, from `first` on; lane i has row i's code.
-  SIMT_DEVICE void subtract(int level, int row_code, int first) {
-    SIMT_UNLESS_PLANTED(21, simt::sync_warp());  // others have read them, or written
-    SIMT_ROLLED for (int row = 0; row < kRows; row += kBatch) {
-      int code[kBatch];
-      SIMT_EACH (j, kBatch) code[j] = simt::shuffle(row_code, row + j);
-      SIMT_ROLLED for (int d = simt::lane() * 4; d < t.held() && first + d < t.book.pitch; d += 128) {
-        Few<4> c[kBatch];
-        SIMT_EACH (j, kBatch) c[j] = *reinterpret_cast<const Few<4>*>(center(level, code[j]) + first + d);
-        SIMT_EACH (j, kBatch) {
-          Few<4>& r = *reinterpret_cast<Few<4>*>(residuals(row + j) + d);
-          SIMT_EACH (i, 4) r.at[i] -= c[j].at[i];
-        }
-      }
-    }
-  }
-
-  /// Off the chip: a chunk of the level's residuals.
-  SIMT_DEVICE void fill(int level, int chunk) {
-    const int64_t row = row_ + simt::lane();
-    load(chunk * t.chunk());
-    SIMT_ROLLED for (int l = 0; l < level; ++l) {
-      const int code = alive(simt::lane()) ? t.codes[row * t.book.levels + l] : 0;
-      subtract(l, code, chunk * t.chunk());
-    }
-    simt::sync_warp();
   }
 
   // ---- the screen; row slot 2 h + r of a lane is row 16 h + 8 r + lane / 4
@@ -231,7 +110,7 @@ class EncodeTile {
       const Step next = after(s);
       if (n > 1 || level + 1 < t.book.levels || more_) fetch(next);
       if (!kOnChip || t.chunks() > 1 || s.tile == 0) {
-        if (!kOnChip) fill(level, s.chunk);
+        if (!kOnChip) Base::fill(level, s.chunk);
         if (s.tile == 0)
           make<true>(s);
         else
@@ -326,7 +205,7 @@ class EncodeTile {
     float mine[4], best[4], from[4];
     bool some = false;
     SIMT_EACH (i, 4) {
-      float(&z)[kCodes / 8][4] = z_[i / 2];
+      float (&z)[kCodes / 8][4] = z_[i / 2];
       mine[i] = larger(z[0][i % 2 * 2], z[0][i % 2 * 2 + 1]);
       SIMT_EACH (n, kCodes / 8) mine[i] = larger(mine[i], larger(z[n][i % 2 * 2], z[n][i % 2 * 2 + 1]));
       best[i] = mine[i];
@@ -335,8 +214,8 @@ class EncodeTile {
       SIMT_EACH (i, 4) best[i] = larger(best[i], simt::shuffle_xor(best[i], m));
     SIMT_EACH (i, 4) {
       float reach = 0;
-      SIMT_UNLESS_PLANTED(
-          24, reach = simt::fused(bounds[0], by_norm_[i], simt::fused(bounds[1], by_error_[i], slack_[i])));
+      SIMT_UNLESS_PLANTED(24,
+                          reach = simt::fused(bounds[0], by_norm_[i], simt::fused(bounds[1], by_error_[i], slack_[i])));
       least_[i] = larger(least_[i], best[i] - reach);
       if (least_[i] > top_[i]) counts_ &= ~(255u << (8 * i));
       top_[i] = larger(top_[i], best[i] + reach);
@@ -347,7 +226,8 @@ class EncodeTile {
     if (some)
       SIMT_EACH (i, 4)
         SIMT_EACH (n, kCodes / 8)
-          SIMT_EACH (j, 2) passed |= static_cast<uint32_t>(z_[i / 2][n][i % 2 * 2 + j] >= from[i]) << (8 * i + 2 * n + j);
+          SIMT_EACH (j, 2)
+            passed |= static_cast<uint32_t>(z_[i / 2][n][i % 2 * 2 + j] >= from[i]) << (8 * i + 2 * n + j);
     SIMT_ROLLED for (; passed; passed &= passed - 1) {
       const int bit = lowest(passed), slot = bit / 8;
       const uint32_t n = counts_ >> (8 * slot) & 255;
@@ -365,31 +245,6 @@ class EncodeTile {
     int quad = 0;
     for (; quad < 3 && k >= static_cast<int>(counts & 255); ++quad, counts >>= 8) k -= static_cast<int>(counts & 255);
     return kept(row, quad)[k];
-  }
-
-  /// The definition: sum over d in index order of (r_d - c_d)^2 in float64, for a pair a lane; zeros at the end change
-  /// nothing.
-  SIMT_DEVICE double distance(int level, int row, int code) {
-    const float* const c = center(level, code);
-    double sum = 0;
-    SIMT_ROLLED for (int begin = 0; begin < t.book.pitch; begin += t.held()) {
-      if (!kOnChip) fill(level, begin / t.chunk());
-      const int end = least(t.book.pitch - begin, t.held());
-      SIMT_ROLLED for (int first = 0; first < end; first += 4 * kBatch) {
-        Few<4> b[kBatch];
-        SIMT_EACH (j, kBatch)
-          if (first + 4 * j < end) b[j] = *reinterpret_cast<const Few<4>*>(c + begin + first + 4 * j);
-        SIMT_EACH (j, kBatch) {
-          if (first + 4 * j >= end) continue;
-          const Few<4> r = *reinterpret_cast<const Few<4>*>(residuals(row) + first + 4 * j);
-          SIMT_EACH (i, 4) {
-            const double step = simt::plain_sum(static_cast<double>(r.at[i]), -static_cast<double>(b[j].at[i]));
-            sum = simt::plain_sum(sum, simt::plain_product(step, step));
-          }
-        }
-      }
-    }
-    return sum;
   }
 
   /// A code and its distance; the nearer wins, then the lower.
@@ -475,7 +330,7 @@ class EncodeTile {
     const CodebookImage::Level& book = t.book.level[level];
     Found found;
     SIMT_ROLLED for (int tile = 0; tile < book.tiles; ++tile) {
-      const bool real = part<float>(book.heads)[int64_t{tile} * kHead + simt::lane()] > -kInfinity;
+      const bool real = Base::template part<float>(book.heads)[int64_t{tile} * kHead + simt::lane()] > -kInfinity;
       if (!simt::ballot(real)) continue;
       const int code = real ? tile * kCodes + simt::lane() : 0;
       found.take(distance(level, row, code), code);
@@ -488,10 +343,7 @@ class EncodeTile {
     return found;
   }
 
-  const EncodeTask& t;
-  int64_t row_ = 0;     // the warp's first
-  uint32_t alive_ = 0;  // a bit a row
-  bool more_ = false;   // the block has rows after these
+  bool more_ = false;  // the block has rows after these
   int code_ = 0;
   uint32_t a_[kChunk / 16][2][4];
   float z_[2][kCodes / 8][4];

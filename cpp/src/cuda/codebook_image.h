@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where everything stands in a codebook's image, that is the codebook as the kernels of cuda/ read it: offsets in bytes
-// that follow from the codebook's shape, so a kernel's parameters carry them. All parts begin at multiples of 64.
+// Where everything stands in a codebook's image, that is the codebook as kernels read it: offsets in bytes that follow
+// from the codebook's shape, so a kernel's parameters carry them. All parts begin at multiples of 64.
 //
 // The screen of a level works on centers and rows less the centers' mean, times a power of two that brings the largest
 // norm to [64, 128) or so: in float16 that leaves room for rows of 2^15 and small elements whole.

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <limits>
 
-#include "checks.h"
-#include "cpu/kernels.h"
+#include "../checks.h"
+#include "../cpu/kernels.h"
 
 namespace hisac {
 namespace {
