@@ -179,11 +179,26 @@ inline int machine(Machine* out) {
   return 0;
 }
 void run(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* argument);
+struct Launch {
+  const void* kernel;
+  int blocks, threads;
+  size_t shared_bytes;
+  void (*body)(void*);
+  void* argument;
+  std::vector<const void*> parameters;
+  std::vector<size_t> sizes;  // of each
+};
+extern void (*instead)(const Launch&);  // where set, runs what is launched: ptx.h
 template <class Kernel, class... Arguments>
 int launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream, Arguments... arguments) {
   if (shared_bytes > options.machine.shared) return 1;
   auto body = [&] { kernel(arguments...); };
-  run(blocks, threads, shared_bytes, [](void* p) { (*static_cast<decltype(body)*>(p))(); }, &body);
+  const auto call = [](void* p) { (*static_cast<decltype(body)*>(p))(); };
+  if (instead)
+    instead({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, call, &body, {&arguments...},
+             {sizeof arguments...}});
+  else
+    run(blocks, threads, shared_bytes, call, &body);
   return 0;
 }
 inline const char* describe(int) { return "more shared memory than the machine has"; }
