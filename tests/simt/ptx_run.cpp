@@ -452,7 +452,7 @@ class Frame {
     Frame frame(f, this, counts_);
     for (size_t k = 0; k < f.parameters.size(); ++k) {
       const Variable& v = f.parameters[k];
-      std::memcpy(frame.variable(v), memory(Space::param, raw(i_->left + k), v.bytes, ~0ull, false), v.bytes);
+      std::memcpy(frame.variable(v), reinterpret_cast<const void*>(raw(i_->left + k)), v.bytes);
     }
     frame.run();
     for (size_t k = 0; k < f.results.size(); ++k)
