@@ -195,7 +195,13 @@ int launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream, 
   auto body = [&] { kernel(arguments...); };
   const auto call = [](void* p) { (*static_cast<decltype(body)*>(p))(); };
   if (instead)
-    instead({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, call, &body, {&arguments...},
+    instead({reinterpret_cast<const void*>(kernel),
+             blocks,
+             threads,
+             shared_bytes,
+             call,
+             &body,
+             {&arguments...},
              {sizeof arguments...}});
   else
     run(blocks, threads, shared_bytes, call, &body);

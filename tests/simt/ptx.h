@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The PTX that nvcc made of the kernels, run on the emulator's fibers: barriers, shuffles, asynchronous copies, ldmatrix
-// and mma are those of emulator.h. It sees what the emulated source cannot show: inline assembly, the layout of
-// parameters, what the compiler did. Every access is checked for alignment and range, shared memory for races between
-// threads that no barrier orders; an instruction or modifier that is not known stops the program by name.
+// The PTX that nvcc made of the kernels, run on the emulator's fibers: barriers, shuffles, asynchronous copies,
+// ldmatrix and mma are those of emulator.h. It sees what the emulated source cannot show: inline assembly, the layout
+// of parameters, what the compiler did. Every access is checked for alignment and range, shared memory for races
+// between threads that no barrier orders; an instruction or modifier that is not known stops the program by name.
 //
 //   ptx_parse.cpp  text to instructions
 //   ptx_run.cpp    one thread's run through them
@@ -17,18 +17,139 @@
 namespace ptx {
 
 enum class Op : uint8_t {
-  mov, add, sub, mul, mul_hi, mul_wide, mad, mad_hi, mad_wide, div, rem, min, max, neg, abs, float_add, float_sub,
-  float_mul, float_div, float_min, float_max, float_neg, float_abs, copysign, fma, rcp, sqrt, rsqrt, ex2, lg2, and_,
-  or_, xor_, not_, shl, shr, bfe, bfi, bfind, clz, popc, brev, prmt, lop3, shf, setp, selp, cvt, cvt_pair, cvta,
-  cvta_to, ld, st, atom, red, nothing, bra, brx, call, ret, sync, sync_warp, shfl, vote, match, redux, copy, commit,
-  wait, wait_all, ldmatrix, mma, trap
+  mov,
+  add,
+  sub,
+  mul,
+  mul_hi,
+  mul_wide,
+  mad,
+  mad_hi,
+  mad_wide,
+  div,
+  rem,
+  min,
+  max,
+  neg,
+  abs,
+  float_add,
+  float_sub,
+  float_mul,
+  float_div,
+  float_min,
+  float_max,
+  float_neg,
+  float_abs,
+  copysign,
+  fma,
+  rcp,
+  sqrt,
+  rsqrt,
+  ex2,
+  lg2,
+  and_,
+  or_,
+  xor_,
+  not_,
+  shl,
+  shr,
+  bfe,
+  bfi,
+  bfind,
+  clz,
+  popc,
+  brev,
+  prmt,
+  lop3,
+  shf,
+  setp,
+  selp,
+  cvt,
+  cvt_pair,
+  cvta,
+  cvta_to,
+  ld,
+  st,
+  atom,
+  red,
+  nothing,
+  bra,
+  call,
+  ret,
+  sync,
+  sync_warp,
+  shfl,
+  vote,
+  match,
+  redux,
+  copy,
+  commit,
+  wait,
+  wait_all,
+  ldmatrix,
+  mma,
+  trap
 };
 enum class Type : uint8_t {
-  none, pred, b8, b16, b32, b64, u8, u16, u32, u64, s8, s16, s32, s64, f16, bf16, f32, f64, f16x2, bf16x2
+  none,
+  pred,
+  b8,
+  b16,
+  b32,
+  b64,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  f16,
+  bf16,
+  f32,
+  f64,
+  f16x2,
+  bf16x2
 };
 enum class Word : uint8_t {  // modifiers that say what is done
-  none, eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan, add, min, max, inc, dec, and_, or_, xor_, exch,
-  cas, up, down, bfly, idx, all, any, uni, ballot, left, right, wrap, clamp
+  none,
+  eq,
+  ne,
+  lt,
+  le,
+  gt,
+  ge,
+  equ,
+  neu,
+  ltu,
+  leu,
+  gtu,
+  geu,
+  num,
+  nan,
+  add,
+  min,
+  max,
+  inc,
+  dec,
+  and_,
+  or_,
+  xor_,
+  exch,
+  cas,
+  up,
+  down,
+  bfly,
+  idx,
+  all,
+  any,
+  uni,
+  ballot,
+  left,
+  right,
+  wrap,
+  clamp
 };
 enum class Rounding : uint8_t { none, rn, rz, rm, rp, rni, rzi, rmi, rpi };
 enum class Space : uint8_t { generic, global, shared, local, param, constant };
@@ -36,7 +157,7 @@ enum class Space : uint8_t { generic, global, shared, local, param, constant };
 /// The value of register `slot` + offset. Slot 0 is always zero: a number lies in its offset.
 struct Operand {
   uint32_t slot = 0;
-  bool negated = false;            // of a predicate
+  bool negated = false;               // of a predicate
   uint64_t offset = 0, mask = ~0ull;  // the bits that the register has
 };
 
@@ -54,22 +175,59 @@ struct Instruction {
   Operand guard;
   uint64_t used = ~0ull;  // bytes of a load that somebody looks at
   std::vector<Operand> operands;
-  std::vector<size_t> targets;
+  size_t target = 0;
   const Function* callee = nullptr;
   std::string text;
 };
 
 /// Slots of a frame's registers that hold something from the start.
 enum Slot : uint32_t {
-  kZero, kFrame, kSink, kTidX, kTidY, kTidZ, kThreadsX, kThreadsY, kThreadsZ, kBlockX, kBlockY, kBlockZ, kBlocksX,
-  kBlocksY, kBlocksZ, kLane, kLanesEq, kLanesLt, kLanesLe, kLanesGt, kLanesGe, kNamed,
+  kZero,
+  kFrame,
+  kSink,
+  kTidX,
+  kTidY,
+  kTidZ,
+  kThreadsX,
+  kThreadsY,
+  kThreadsZ,
+  kBlockX,
+  kBlockY,
+  kBlockZ,
+  kBlocksX,
+  kBlocksY,
+  kBlocksZ,
+  kLane,
+  kLanesEq,
+  kLanesLt,
+  kLanesLe,
+  kLanesGt,
+  kLanesGe,
+  kNamed,
   kDynamic = kNamed,  // where the dynamic shared memory begins
   kSlots
 };
-inline constexpr const char* kSlotNames[kNamed] = {
-    "", "", "_", "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z",
-    "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt",
-    "%lanemask_ge"};
+inline constexpr const char* kSlotNames[kNamed] = {"",
+                                                   "",
+                                                   "_",
+                                                   "%tid.x",
+                                                   "%tid.y",
+                                                   "%tid.z",
+                                                   "%ntid.x",
+                                                   "%ntid.y",
+                                                   "%ntid.z",
+                                                   "%ctaid.x",
+                                                   "%ctaid.y",
+                                                   "%ctaid.z",
+                                                   "%nctaid.x",
+                                                   "%nctaid.y",
+                                                   "%nctaid.z",
+                                                   "%laneid",
+                                                   "%lanemask_eq",
+                                                   "%lanemask_lt",
+                                                   "%lanemask_le",
+                                                   "%lanemask_gt",
+                                                   "%lanemask_ge"};
 
 struct Variable {
   size_t offset = 0, bytes = 0;

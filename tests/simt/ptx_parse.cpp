@@ -88,15 +88,22 @@ constexpr Row kRows[] = {
     {Op::cvt_pair, "cvt", "rn\\.b?f16x2\\.f32"},
     {Op::cvta, "cvta", "(global|shared|local|const|param)\\.u64"},
     {Op::cvta_to, "cvta", "to\\.(global|shared|local|const|param)\\.u64"},
-    {Op::ld, "ld", "((volatile|relaxed|acquire)\\.)?(<S>\\.)?((global|shared|local|param|const)\\.)?(c[agsv]\\.|lu\\.|nc\\.|L[12]::\\w+\\.)*(v[24]\\.)?<M>"},
-    {Op::st, "st", "((volatile|relaxed|release)\\.)?(<S>\\.)?((global|shared|local|param)\\.)?(c[gs]\\.|w[bt]\\.|L[12]::\\w+\\.)*(v[24]\\.)?<M>"},
-    {Op::atom, "atom", "((relaxed|acquire|release|acq_rel)\\.)?(<S>\\.)?((global|shared)\\.)?((add|min|max)\\.[us](32|64)|(inc|dec)\\.u32|(and|or|xor|exch|cas)\\.b(32|64))"},
-    {Op::red, "red", "((relaxed|release)\\.)?(<S>\\.)?((global|shared)\\.)?((add|min|max)\\.[us](32|64)|(inc|dec)\\.u32|(and|or|xor)\\.b(32|64))"},
+    {Op::ld, "ld",
+     "((volatile|relaxed|acquire)\\.)?(<S>\\.)?((global|shared|local|param|const)\\.)?(c[agsv]\\.|lu\\.|nc\\.|L[12]::"
+     "\\w+\\.)*(v[24]\\.)?<M>"},
+    {Op::st, "st",
+     "((volatile|relaxed|release)\\.)?(<S>\\.)?((global|shared|local|param)\\.)?(c[gs]\\.|w[bt]\\.|L[12]::\\w+\\.)*(v["
+     "24]\\.)?<M>"},
+    {Op::atom, "atom",
+     "((relaxed|acquire|release|acq_rel)\\.)?(<S>\\.)?((global|shared)\\.)?((add|min|max)\\.[us](32|64)|(inc|dec)\\."
+     "u32|(and|or|xor|exch|cas)\\.b(32|64))"},
+    {Op::red, "red",
+     "((relaxed|release)\\.)?(<S>\\.)?((global|shared)\\.)?((add|min|max)\\.[us](32|64)|(inc|dec)\\.u32|(and|or|xor)\\."
+     "b(32|64))"},
     {Op::nothing, "membar", "cta|gl|sys"},
     {Op::nothing, "fence", "((sc|acq_rel)\\.)<S>"},
     {Op::nothing, "prefetch", "global\\.L[12]"},
     {Op::bra, "bra", "(uni)?"},
-    {Op::brx, "brx", "idx(\\.uni)?"},
     {Op::call, "call", "(uni)?"},
     {Op::ret, "ret", "(uni)?"},
     {Op::trap, "trap", ""},
@@ -116,25 +123,27 @@ constexpr Row kRows[] = {
 };
 
 const std::map<std::string, Type> kTypes = {
-    {"pred", Type::pred}, {"b8", Type::b8},     {"b16", Type::b16},     {"b32", Type::b32},      {"b64", Type::b64},
-    {"u8", Type::u8},     {"u16", Type::u16},   {"u32", Type::u32},     {"u64", Type::u64},      {"s8", Type::s8},
-    {"s16", Type::s16},   {"s32", Type::s32},   {"s64", Type::s64},     {"f16", Type::f16},      {"bf16", Type::bf16},
-    {"f32", Type::f32},   {"f64", Type::f64},   {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}};
+    {"pred", Type::pred}, {"b8", Type::b8},   {"b16", Type::b16},     {"b32", Type::b32},      {"b64", Type::b64},
+    {"u8", Type::u8},     {"u16", Type::u16}, {"u32", Type::u32},     {"u64", Type::u64},      {"s8", Type::s8},
+    {"s16", Type::s16},   {"s32", Type::s32}, {"s64", Type::s64},     {"f16", Type::f16},      {"bf16", Type::bf16},
+    {"f32", Type::f32},   {"f64", Type::f64}, {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}};
 const std::map<std::string, Word> kCompares = {
     {"eq", Word::eq},   {"ne", Word::ne},   {"lt", Word::lt},   {"le", Word::le},   {"gt", Word::gt},
     {"ge", Word::ge},   {"lo", Word::lt},   {"ls", Word::le},   {"hi", Word::gt},   {"hs", Word::ge},
     {"equ", Word::equ}, {"neu", Word::neu}, {"ltu", Word::ltu}, {"leu", Word::leu}, {"gtu", Word::gtu},
     {"geu", Word::geu}, {"num", Word::num}, {"nan", Word::nan}};
 const std::map<std::string, Word> kModes = {
-    {"add", Word::add}, {"min", Word::min},   {"max", Word::max},   {"inc", Word::inc},   {"dec", Word::dec},
-    {"and", Word::and_}, {"or", Word::or_},   {"xor", Word::xor_},  {"exch", Word::exch}, {"cas", Word::cas},
-    {"up", Word::up},   {"down", Word::down}, {"bfly", Word::bfly}, {"idx", Word::idx},   {"all", Word::all},
-    {"any", Word::any}, {"uni", Word::uni},   {"ballot", Word::ballot}, {"l", Word::left}, {"r", Word::right}};
+    {"add", Word::add},  {"min", Word::min},   {"max", Word::max},       {"inc", Word::inc},   {"dec", Word::dec},
+    {"and", Word::and_}, {"or", Word::or_},    {"xor", Word::xor_},      {"exch", Word::exch}, {"cas", Word::cas},
+    {"up", Word::up},    {"down", Word::down}, {"bfly", Word::bfly},     {"idx", Word::idx},   {"all", Word::all},
+    {"any", Word::any},  {"uni", Word::uni},   {"ballot", Word::ballot}, {"l", Word::left},    {"r", Word::right}};
 const std::map<std::string, Rounding> kRoundings = {
     {"rn", Rounding::rn},   {"rz", Rounding::rz},   {"rm", Rounding::rm},   {"rp", Rounding::rp},
     {"rni", Rounding::rni}, {"rzi", Rounding::rzi}, {"rmi", Rounding::rmi}, {"rpi", Rounding::rpi}};
-const std::map<std::string, Space> kSpaces = {{"global", Space::global}, {"shared", Space::shared},
-                                              {"local", Space::local},   {"param", Space::param},
+const std::map<std::string, Space> kSpaces = {{"global", Space::global},
+                                              {"shared", Space::shared},
+                                              {"local", Space::local},
+                                              {"param", Space::param},
                                               {"const", Space::constant}};
 
 template <class T>
@@ -160,11 +169,11 @@ bool named(const std::string& name, Instruction* out) {
   for (const Row& row : kRows) {
     if (found || words[0] != row.word) continue;
     std::string pattern = row.rest;
-    const char* const shorthand[][2] = {{"<I>", "[us](16|32|64)"},  {"<B>", "b(16|32|64)"},
-                                        {"<F>", "f(32|64)"},        {"<A>", "([bus](16|32|64)|f(32|64))"},
-                                        {"<R>", "r[nzmp]"},         {"<M>", "([bus](8|16|32|64)|f(32|64))"},
-                                        {"<S>", "(cta|gpu|sys)"},
-                                        {"<C>", "(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)"}};
+    const char* const shorthand[][2] = {
+        {"<I>", "[us](16|32|64)"}, {"<B>", "b(16|32|64)"},
+        {"<F>", "f(32|64)"},       {"<A>", "([bus](16|32|64)|f(32|64))"},
+        {"<R>", "r[nzmp]"},        {"<M>", "([bus](8|16|32|64)|f(32|64))"},
+        {"<S>", "(cta|gpu|sys)"},  {"<C>", "(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)"}};
     for (const auto& s : shorthand)
       for (size_t at; (at = pattern.find(s[0])) != std::string::npos;) pattern.replace(at, 3, s[1]);
     found = std::regex_match(rest, std::regex(pattern));
@@ -347,9 +356,10 @@ class Parser {
     f_ = &own;
     const auto outer = names_;
     labels_.clear();
-    fixups_.clear();
+    jumps_.clear();
     parameters(&own.results);
     own.name = until("(;{ \t\n");
+    Function& kept = m_.functions[own.name];  // calls, its own too, know this address
     parameters(&own.parameters);
     until("{;");  // .maxntid and the like
     own.defined = take('{');
@@ -363,17 +373,15 @@ class Parser {
         line();
     }
     if (!own.defined) take(';');
-    for (const auto& [place, label] : fixups_) {
-      Instruction& i = own.code[place.first];
-      if (!labels_.count(label)) refuse("no label " + label, m_.file.c_str(), i.line);
-      i.targets[place.second] = labels_[label];
+    for (const auto& [at, label] : jumps_) {
+      if (!labels_.count(label)) refuse("no label " + label, m_.file.c_str(), own.code[at].line);
+      own.code[at].target = labels_[label];
     }
     if (own.defined) {
       own.code.emplace_back();
       own.code.back().op = Op::ret;
     }
     names_ = outer;
-    Function& kept = m_.functions[own.name];  // an address that stays, for earlier calls
     if (own.defined || !kept.defined) kept = std::move(own);
   }
 
@@ -384,13 +392,6 @@ class Parser {
     if (label.compare(0, 5, ".loc ") == 0) return;
     if (take(':') && text_[at_] != ':') {  // ld.global.L2::128B
       labels_[label] = f_->code.size();
-      skip();
-      const std::string kTable = ".branchtargets";
-      if (text_.compare(at_, kTable.size(), kTable) == 0) {
-        at_ += kTable.size();
-        tables_[label] = split(until(";"));
-        take(';');
-      }
       return;
     }
     at_ = begin;
@@ -508,17 +509,8 @@ class Parser {
     if (i.guarded) i.guard = operand(guard);
     i.used = used_;
     used_ = ~0ull;
-    const auto jump = [&](const std::string& label) {
-      fixups_.push_back({{f_->code.size(), i.targets.size()}, label});
-      i.targets.push_back(0);
-    };
     if (i.op == Op::bra) {
-      jump(rest);
-    } else if (i.op == Op::brx) {
-      const auto parts = split(rest);
-      i.operands.push_back(operand(parts[0]));
-      if (parts.size() != 2 || !tables_.count(parts[1])) fail("no table of labels: " + s);
-      for (const std::string& label : tables_[parts[1]]) jump(label);
+      jumps_.push_back({f_->code.size(), rest});
     } else if (i.op == Op::call) {
       auto parts = split(rest);
       const size_t name = !parts.empty() && parts[0][0] == '(';
@@ -544,14 +536,11 @@ class Parser {
   Function* f_ = nullptr;
   std::unordered_map<std::string, Operand> names_;
   std::unordered_map<std::string, size_t> labels_;
-  std::unordered_map<std::string, std::vector<std::string>> tables_;
-  std::vector<std::pair<std::pair<size_t, size_t>, std::string>> fixups_;  // instruction, which target; its label
+  std::vector<std::pair<size_t, std::string>> jumps_;  // instruction, label
 };
 
 }  // namespace
 
-Module::Module(std::string name, const std::string& text) : file(std::move(name)) {
-  Parser(*this, text).run();
-}
+Module::Module(std::string name, const std::string& text) : file(std::move(name)) { Parser(*this, text).run(); }
 
 }  // namespace ptx

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One thread's way through a kernel's instructions. Registers are 64 bits wide and hold what their declared width keeps,
-// zero-extended; an instruction reads its operands as its own type.
+// One thread's way through a kernel's instructions. Registers are 64 bits wide and hold what their declared width
+// keeps, zero-extended; an instruction reads its operands as its own type.
 #include <cfenv>
 #include <limits>
 
@@ -47,10 +47,21 @@ uint64_t low(int bits) { return bits >= 64 ? ~0ull : (1ull << bits) - 1; }
 
 size_t size_of(Type t) {
   switch (t) {
-    case Type::b8: case Type::u8: case Type::s8: return 1;
-    case Type::b16: case Type::u16: case Type::s16: return 2;
-    case Type::b32: case Type::u32: case Type::s32: case Type::f32: return 4;
-    default: return 8;
+    case Type::b8:
+    case Type::u8:
+    case Type::s8:
+      return 1;
+    case Type::b16:
+    case Type::u16:
+    case Type::s16:
+      return 2;
+    case Type::b32:
+    case Type::u32:
+    case Type::s32:
+    case Type::f32:
+      return 4;
+    default:
+      return 8;
   }
 }
 
@@ -58,14 +69,26 @@ size_t size_of(Type t) {
 template <class F>
 void with_integer(Type t, F f) {
   switch (t) {
-    case Type::b8: case Type::u8: return f(uint8_t{});
-    case Type::b16: case Type::u16: return f(uint16_t{});
-    case Type::b32: case Type::u32: return f(uint32_t{});
-    case Type::b64: case Type::u64: return f(uint64_t{});
-    case Type::s8: return f(int8_t{});
-    case Type::s16: return f(int16_t{});
-    case Type::s32: return f(int32_t{});
-    default: return f(int64_t{});
+    case Type::b8:
+    case Type::u8:
+      return f(uint8_t{});
+    case Type::b16:
+    case Type::u16:
+      return f(uint16_t{});
+    case Type::b32:
+    case Type::u32:
+      return f(uint32_t{});
+    case Type::b64:
+    case Type::u64:
+      return f(uint64_t{});
+    case Type::s8:
+      return f(int8_t{});
+    case Type::s16:
+      return f(int16_t{});
+    case Type::s32:
+      return f(int32_t{});
+    default:
+      return f(int64_t{});
   }
 }
 template <class F>
@@ -98,36 +121,60 @@ template <class T>
 bool holds(Word compare, T a, T b) {
   const bool unordered = a != a || b != b;
   switch (compare) {
-    case Word::eq: return a == b;
-    case Word::ne: return !unordered && a != b;
-    case Word::lt: return a < b;
-    case Word::le: return a <= b;
-    case Word::gt: return a > b;
-    case Word::ge: return a >= b;
-    case Word::equ: return unordered || a == b;
-    case Word::neu: return a != b;
-    case Word::ltu: return unordered || a < b;
-    case Word::leu: return unordered || a <= b;
-    case Word::gtu: return unordered || a > b;
-    case Word::geu: return unordered || a >= b;
-    case Word::num: return !unordered;
-    default: return unordered;
+    case Word::eq:
+      return a == b;
+    case Word::ne:
+      return !unordered && a != b;
+    case Word::lt:
+      return a < b;
+    case Word::le:
+      return a <= b;
+    case Word::gt:
+      return a > b;
+    case Word::ge:
+      return a >= b;
+    case Word::equ:
+      return unordered || a == b;
+    case Word::neu:
+      return a != b;
+    case Word::ltu:
+      return unordered || a < b;
+    case Word::leu:
+      return unordered || a <= b;
+    case Word::gtu:
+      return unordered || a > b;
+    case Word::geu:
+      return unordered || a >= b;
+    case Word::num:
+      return !unordered;
+    default:
+      return unordered;
   }
 }
 /// What an atomic or a reduction over lanes makes of an old value and another.
 template <class T>
 T combined(Word mode, T old, T with, T other = 0) {
   switch (mode) {
-    case Word::add: return static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(with));
-    case Word::min: return std::min(old, with);
-    case Word::max: return std::max(old, with);
-    case Word::inc: return old >= with ? 0 : old + 1;
-    case Word::dec: return old == 0 || old > with ? with : old - 1;
-    case Word::and_: return old & with;
-    case Word::or_: return old | with;
-    case Word::xor_: return old ^ with;
-    case Word::cas: return old == with ? other : old;
-    default: return with;
+    case Word::add:
+      return static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(with));
+    case Word::min:
+      return std::min(old, with);
+    case Word::max:
+      return std::max(old, with);
+    case Word::inc:
+      return old >= with ? 0 : old + 1;
+    case Word::dec:
+      return old == 0 || old > with ? with : old - 1;
+    case Word::and_:
+      return old & with;
+    case Word::or_:
+      return old | with;
+    case Word::xor_:
+      return old ^ with;
+    case Word::cas:
+      return old == with ? other : old;
+    default:
+      return with;
   }
 }
 
@@ -138,7 +185,11 @@ struct Counts {
 class Frame {
  public:
   Frame(const Function& function, const Frame* caller, Counts& counts)
-      : f_(function), caller_(caller), counts_(counts), r_(function.registers, 0x7ff4dead7fa4dead), memory_(f_.frame_bytes / 16 + 1) {
+      : f_(function),
+        caller_(caller),
+        counts_(counts),
+        r_(function.registers, 0x7ff4dead7fa4dead),
+        memory_(f_.frame_bytes / 16 + 1) {
     const simt::Thread& t = *simt::current;
     const int lane = t.lane;
     for (uint32_t i = 0; i < kSlots; ++i) r_[i] = 0;
@@ -163,19 +214,17 @@ class Frame {
   void run() {
     for (size_t at = 0; at < f_.code.size();) {
       i_ = &f_.code[at++];
-      if (i_->guarded && flag(i_->guard) == false) continue;
+      if (i_->guarded && !flag(i_->guard)) continue;
       if (i_->op == Op::ret) return;
       if (i_->op == Op::bra)
-        at = i_->targets[0];
-      else if (i_->op == Op::brx)
-        at = raw(0) < i_->targets.size() ? i_->targets[raw(0)] : stop("a jump beyond its table");
+        at = i_->target;
       else
         step();
     }
   }
 
  private:
-  [[noreturn]] size_t stop(const char* what) const {
+  [[noreturn]] void stop(const char* what) const {
     simt::stop((std::string(what) + ": " + i_->text).c_str(), world.module->file.c_str(), i_->line);
   }
 
@@ -235,8 +284,7 @@ class Frame {
       return std::any_of(ranges.begin(), ranges.end(), [&](const Range& r) { return r.holds(begin, count); });
     };
     bool ok = false;
-    if (space == Space::generic || space == Space::global)
-      ok = within(*world.buffers) || within(world.module->globals);
+    if (space == Space::generic || space == Space::global) ok = within(*world.buffers) || within(world.module->globals);
     if (!ok && !writes && (space == Space::generic || space == Space::constant)) ok = within(world.module->constants);
     if (!ok && space != Space::global && space != Space::constant)
       for (const Frame* f = this; f && !ok; f = f->caller_)
@@ -343,10 +391,10 @@ class Frame {
         with_integer(to, [&](auto t) {  // the nearest there is; NaN is 0
           using T = decltype(t);
           using Limits = std::numeric_limits<T>;
-          out(bits_of(x != x                                 ? T{0}
+          out(bits_of(x != x                               ? T{0}
                       : x >= static_cast<F>(Limits::max()) ? Limits::max()
                       : x <= static_cast<F>(Limits::min()) ? Limits::min()
-                                                             : static_cast<T>(x)));
+                                                           : static_cast<T>(x)));
         });
       });
     } else {
@@ -432,7 +480,8 @@ class Frame {
     uint32_t r[4];
     const char* const file = world.module->file.c_str();
     const void* const row = memory(Space::shared, raw(4), 16, ~0ull, false);
-    i_->transposed ? simt::load_matrices_transposed(r, row, file, i_->line) : simt::load_matrices(r, row, file, i_->line);
+    i_->transposed ? simt::load_matrices_transposed(r, row, file, i_->line)
+                   : simt::load_matrices(r, row, file, i_->line);
     for (size_t k = 0; k < 4; ++k) out(r[k], k);
   }
   void multiply() {
@@ -463,18 +512,32 @@ class Frame {
     const uint64_t shared_host = reinterpret_cast<uintptr_t>(simt::shared());
     const char* const file = world.module->file.c_str();
     switch (i_->op) {
-      case Op::mov: return i_->operands.size() > 2 ? pack_or_unpack() : out(raw(1));
-      case Op::add: return out(raw(1) + raw(2));
-      case Op::sub: return out(raw(1) - raw(2));
-      case Op::mul: return out(raw(1) * raw(2));
-      case Op::mad: return out(raw(1) * raw(2) + raw(3));
-      case Op::neg: return out(0 - raw(1));
-      case Op::and_: return out(raw(1) & raw(2));
-      case Op::or_: return out(raw(1) | raw(2));
-      case Op::xor_: return out(raw(1) ^ raw(2));
-      case Op::not_: return out(~raw(1));
-      case Op::selp: return out(flag(i_->operands[3]) ? raw(1) : raw(2));
-      case Op::mul_wide: case Op::mad_wide: case Op::mul_hi: case Op::mad_hi:
+      case Op::mov:
+        return i_->operands.size() > 2 ? pack_or_unpack() : out(raw(1));
+      case Op::add:
+        return out(raw(1) + raw(2));
+      case Op::sub:
+        return out(raw(1) - raw(2));
+      case Op::mul:
+        return out(raw(1) * raw(2));
+      case Op::mad:
+        return out(raw(1) * raw(2) + raw(3));
+      case Op::neg:
+        return out(0 - raw(1));
+      case Op::and_:
+        return out(raw(1) & raw(2));
+      case Op::or_:
+        return out(raw(1) | raw(2));
+      case Op::xor_:
+        return out(raw(1) ^ raw(2));
+      case Op::not_:
+        return out(~raw(1));
+      case Op::selp:
+        return out(flag(i_->operands[3]) ? raw(1) : raw(2));
+      case Op::mul_wide:
+      case Op::mad_wide:
+      case Op::mul_hi:
+      case Op::mad_hi:
         return with_integer(i_->type, [&](auto zero) {
           using T = decltype(zero);
           const auto wide = [](T x) { return static_cast<unsigned __int128>(static_cast<__int128>(x)); };
@@ -483,7 +546,8 @@ class Frame {
           const bool adds = i_->op == Op::mad_wide || i_->op == Op::mad_hi;
           out(static_cast<uint64_t>(is_wide ? product : product >> (8 * sizeof(T))) + (adds ? raw(3) : 0));
         });
-      case Op::div: case Op::rem:
+      case Op::div:
+      case Op::rem:
         return integers([&](auto a, auto b, auto) {
           using T = decltype(a);
           if (b == 0) stop("a division by zero");
@@ -491,25 +555,44 @@ class Frame {
             return i_->op == Op::div ? static_cast<T>(0 - static_cast<uint64_t>(a)) : T{0};
           return static_cast<T>(i_->op == Op::div ? a / b : a % b);
         });
-      case Op::min: return integers([](auto a, auto b, auto) { return std::min(a, b); });
-      case Op::max: return integers([](auto a, auto b, auto) { return std::max(a, b); });
-      case Op::abs: return integers([](auto a, auto, auto) { return a < 0 ? 0 - static_cast<uint64_t>(a) : a; });
-      case Op::float_add: return floats([](auto a, auto b, auto) { return a + b; });
-      case Op::float_sub: return floats([](auto a, auto b, auto) { return a - b; });
-      case Op::float_mul: return floats([](auto a, auto b, auto) { return a * b; });
-      case Op::float_div: return floats([](auto a, auto b, auto) { return a / b; });
-      case Op::float_min: return floats([](auto a, auto b, auto) { return std::fmin(a, b); });
-      case Op::float_max: return floats([](auto a, auto b, auto) { return std::fmax(a, b); });
-      case Op::float_neg: return floats([](auto a, auto, auto) { return -a; });
-      case Op::float_abs: return floats([](auto a, auto, auto) { return std::fabs(a); });
-      case Op::copysign: return floats([](auto a, auto b, auto) { return std::copysign(b, a); });
-      case Op::fma: return floats([](auto a, auto b, auto c) { return std::fma(a, b, c); });
-      case Op::rcp: return floats([](auto a, auto, auto) { return 1 / a; });
-      case Op::sqrt: return floats([](auto a, auto, auto) { return std::sqrt(a); });
-      case Op::rsqrt: return approximate([](float x) { return 1 / std::sqrt(x); });
-      case Op::ex2: return i_->ftz ? out(bits_of(simt::exp2(in<float>(1)))) : out(bits_of(std::exp2(in<float>(1))));
-      case Op::lg2: return approximate([](float x) { return simt::log2(x); });
-      case Op::shl: case Op::shr:
+      case Op::min:
+        return integers([](auto a, auto b, auto) { return std::min(a, b); });
+      case Op::max:
+        return integers([](auto a, auto b, auto) { return std::max(a, b); });
+      case Op::abs:
+        return integers([](auto a, auto, auto) { return a < 0 ? 0 - static_cast<uint64_t>(a) : a; });
+      case Op::float_add:
+        return floats([](auto a, auto b, auto) { return a + b; });
+      case Op::float_sub:
+        return floats([](auto a, auto b, auto) { return a - b; });
+      case Op::float_mul:
+        return floats([](auto a, auto b, auto) { return a * b; });
+      case Op::float_div:
+        return floats([](auto a, auto b, auto) { return a / b; });
+      case Op::float_min:
+        return floats([](auto a, auto b, auto) { return std::fmin(a, b); });
+      case Op::float_max:
+        return floats([](auto a, auto b, auto) { return std::fmax(a, b); });
+      case Op::float_neg:
+        return floats([](auto a, auto, auto) { return -a; });
+      case Op::float_abs:
+        return floats([](auto a, auto, auto) { return std::fabs(a); });
+      case Op::copysign:
+        return floats([](auto a, auto b, auto) { return std::copysign(b, a); });
+      case Op::fma:
+        return floats([](auto a, auto b, auto c) { return std::fma(a, b, c); });
+      case Op::rcp:
+        return floats([](auto a, auto, auto) { return 1 / a; });
+      case Op::sqrt:
+        return floats([](auto a, auto, auto) { return std::sqrt(a); });
+      case Op::rsqrt:
+        return approximate([](float x) { return 1 / std::sqrt(x); });
+      case Op::ex2:
+        return i_->ftz ? out(bits_of(simt::exp2(in<float>(1)))) : out(bits_of(std::exp2(in<float>(1))));
+      case Op::lg2:
+        return approximate([](float x) { return simt::log2(x); });
+      case Op::shl:
+      case Op::shr:
         return with_integer(i_->type, [&](auto zero) {
           using T = decltype(zero);
           constexpr uint32_t kBits = 8 * sizeof(T);
@@ -546,7 +629,8 @@ class Frame {
         const uint64_t a = i_->type == Type::b32 ? in<uint32_t>(1) : raw(1);
         return out(static_cast<uint64_t>((a ? __builtin_clzll(a) : 64) - (i_->type == Type::b32 ? 32 : 0)));
       }
-      case Op::popc: return out(static_cast<uint64_t>(__builtin_popcountll(i_->type == Type::b32 ? in<uint32_t>(1) : raw(1))));
+      case Op::popc:
+        return out(static_cast<uint64_t>(__builtin_popcountll(i_->type == Type::b32 ? in<uint32_t>(1) : raw(1))));
       case Op::brev: {
         const int bits = i_->type == Type::b32 ? 32 : 64;
         uint64_t y = 0;
@@ -565,7 +649,8 @@ class Frame {
       case Op::lop3: {
         uint64_t y = 0;
         for (uint64_t k = 0; k < 8; ++k)
-          if (raw(4) >> k & 1) y |= (k & 4 ? raw(1) : ~raw(1)) & (k & 2 ? raw(2) : ~raw(2)) & (k & 1 ? raw(3) : ~raw(3));
+          if (raw(4) >> k & 1)
+            y |= (k & 4 ? raw(1) : ~raw(1)) & (k & 2 ? raw(2) : ~raw(2)) & (k & 1 ? raw(3) : ~raw(3));
         return out(y);
       }
       case Op::shf: {
@@ -576,26 +661,36 @@ class Frame {
       case Op::setp: {
         const size_t a = i_->left;
         bool y = false;
-        const auto compare = [&](auto zero) { y = holds(i_->compare, in<decltype(zero)>(a), in<decltype(zero)>(a + 1)); };
+        const auto compare = [&](auto zero) {
+          y = holds(i_->compare, in<decltype(zero)>(a), in<decltype(zero)>(a + 1));
+        };
         is_float(i_->type) ? with_float(i_->type, compare) : with_integer(i_->type, compare);
         const bool with = i_->mode != Word::none && flag(i_->operands[a + 2]);
         const auto both = [&](bool x) { return i_->mode == Word::none ? x : combined<int>(i_->mode, x, with) != 0; };
         if (a == 2) out(both(!y), 1);
         return out(both(y));
       }
-      case Op::cvt: return convert();
+      case Op::cvt:
+        return convert();
       case Op::cvt_pair: {
         const bool half = i_->type == Type::f16x2;
         const auto narrow = [&](float x) { return half ? simt::to_half(x) : simt::round_to_bfloat16(x); };
         return out(narrow(in<float>(2)) | narrow(in<float>(1)) << 16);
       }
-      case Op::cvta: return out(raw(1) + (i_->space == Space::shared ? shared_host - kShared : 0));
-      case Op::cvta_to: return out(raw(1) - (i_->space == Space::shared ? shared_host - kShared : 0));
-      case Op::ld: return load();
-      case Op::st: return store();
-      case Op::atom: return atomic(true);
-      case Op::red: return atomic(false);
-      case Op::call: return call();
+      case Op::cvta:
+        return out(raw(1) + (i_->space == Space::shared ? shared_host - kShared : 0));
+      case Op::cvta_to:
+        return out(raw(1) - (i_->space == Space::shared ? shared_host - kShared : 0));
+      case Op::ld:
+        return load();
+      case Op::st:
+        return store();
+      case Op::atom:
+        return atomic(true);
+      case Op::red:
+        return atomic(false);
+      case Op::call:
+        return call();
       case Op::sync:
         if (i_->operands.size() != 1 || raw(0) != 0) stop("a barrier of some threads");
         simt::sync(file, i_->line);
@@ -606,9 +701,12 @@ class Frame {
         simt::sync_warp(file, i_->line);
         ++counts_.warp_syncs;
         return;
-      case Op::shfl: return shuffle();
-      case Op::vote: return vote();
-      case Op::match: return match();
+      case Op::shfl:
+        return shuffle();
+      case Op::vote:
+        return vote();
+      case Op::match:
+        return match();
       case Op::redux:
         meet(raw(1), raw(2));
         return with_integer(i_->type, [&](auto zero) {
@@ -617,16 +715,23 @@ class Frame {
           for (int k = 1; k < 32; ++k) y = combined(i_->mode, y, number_of<T>(simt::given(k, 0)));
           out(bits_of(y));
         });
-      case Op::copy: return copy();
-      case Op::commit: return simt::commit();
-      case Op::wait: return land(in<int>(0));
+      case Op::copy:
+        return copy();
+      case Op::commit:
+        return simt::commit();
+      case Op::wait:
+        return land(in<int>(0));
       case Op::wait_all:
         simt::commit();
         return land(0);
-      case Op::ldmatrix: return matrices();
-      case Op::mma: return multiply();
-      case Op::trap: stop("a trap");
-      default: return;
+      case Op::ldmatrix:
+        return matrices();
+      case Op::mma:
+        return multiply();
+      case Op::trap:
+        stop("a trap");
+      default:
+        return;
     }
   }
 

@@ -31,21 +31,37 @@ SIMT_DEVICE T whole(double x) {
   return kSigned ? T(WAY(__double2int, (x))) : T(WAY(__double2uint, (x)));
 }
 template <Way way>
-SIMT_DEVICE float narrow(double x) { return WAY(__double2float, (x)); }
+SIMT_DEVICE float narrow(double x) {
+  return WAY(__double2float, (x));
+}
 template <Way way>
-SIMT_DEVICE float narrow(int32_t x) { return WAY(__int2float, (x)); }
+SIMT_DEVICE float narrow(int32_t x) {
+  return WAY(__int2float, (x));
+}
 template <Way way>
-SIMT_DEVICE float narrow(uint32_t x) { return WAY(__uint2float, (x)); }
+SIMT_DEVICE float narrow(uint32_t x) {
+  return WAY(__uint2float, (x));
+}
 template <Way way>
-SIMT_DEVICE float narrow(int64_t x) { return WAY(__ll2float, (x)); }
+SIMT_DEVICE float narrow(int64_t x) {
+  return WAY(__ll2float, (x));
+}
 template <Way way>
-SIMT_DEVICE float narrow(uint64_t x) { return WAY(__ull2float, (x)); }
+SIMT_DEVICE float narrow(uint64_t x) {
+  return WAY(__ull2float, (x));
+}
 template <Way way>
-SIMT_DEVICE double exact(int64_t x) { return WAY(__ll2double, (x)); }
+SIMT_DEVICE double exact(int64_t x) {
+  return WAY(__ll2double, (x));
+}
 template <Way way>
-SIMT_DEVICE double exact(uint64_t x) { return WAY(__ull2double, (x)); }
+SIMT_DEVICE double exact(uint64_t x) {
+  return WAY(__ull2double, (x));
+}
 template <Way way>
-SIMT_DEVICE float times(float x, float y) { return WAY(__fmul, (x, y)); }
+SIMT_DEVICE float times(float x, float y) {
+  return WAY(__fmul, (x, y));
+}
 SIMT_DEVICE float unit(float x) { return __saturatef(x); }
 SIMT_DEVICE float inverse_root(float x) {
   float y;
@@ -68,27 +84,27 @@ SIMT_DEVICE uint32_t high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 SIMT_DEVICE int64_t high(int64_t a, int64_t b) { return __mul64hi(a, b); }
 SIMT_DEVICE uint64_t high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
-#define BITS(T, type, letter)                                                                          \
-  SIMT_DEVICE int top(T x) {                                                                           \
-    int y;                                                                                             \
-    asm("bfind." type " %0, %1;" : "=r"(y) : letter(x));                                               \
-    return y;                                                                                          \
-  }                                                                                                    \
-  SIMT_DEVICE int room(T x) {                                                                          \
-    int y;                                                                                             \
-    asm("bfind.shiftamt." type " %0, %1;" : "=r"(y) : letter(x));                                      \
-    return y;                                                                                          \
-  }                                                                                                    \
-  SIMT_DEVICE T field(T x, uint32_t place, uint32_t length) {                                          \
-    T y;                                                                                               \
-    asm("bfe." type " %0, %1, %2, %3;" : "=" letter(y) : letter(x), "r"(place), "r"(length));          \
-    return y;                                                                                          \
+#define BITS(T, type, letter)                                                                 \
+  SIMT_DEVICE int top(T x) {                                                                  \
+    int y;                                                                                    \
+    asm("bfind." type " %0, %1;" : "=r"(y) : letter(x));                                      \
+    return y;                                                                                 \
+  }                                                                                           \
+  SIMT_DEVICE int room(T x) {                                                                 \
+    int y;                                                                                    \
+    asm("bfind.shiftamt." type " %0, %1;" : "=r"(y) : letter(x));                             \
+    return y;                                                                                 \
+  }                                                                                           \
+  SIMT_DEVICE T field(T x, uint32_t place, uint32_t length) {                                 \
+    T y;                                                                                      \
+    asm("bfe." type " %0, %1, %2, %3;" : "=" letter(y) : letter(x), "r"(place), "r"(length)); \
+    return y;                                                                                 \
   }
-#define INSERT(T, type, letter)                                                                                \
-  SIMT_DEVICE T insert(T x, T into, uint32_t place, uint32_t length) {                                         \
-    T y;                                                                                                       \
+#define INSERT(T, type, letter)                                                                                 \
+  SIMT_DEVICE T insert(T x, T into, uint32_t place, uint32_t length) {                                          \
+    T y;                                                                                                        \
     asm("bfi." type " %0, %1, %2, %3, %4;" : "=" letter(y) : letter(x), letter(into), "r"(place), "r"(length)); \
-    return y;                                                                                                  \
+    return y;                                                                                                   \
   }
 BITS(uint32_t, "u32", "r")
 BITS(int32_t, "s32", "r")
@@ -118,7 +134,9 @@ SIMT_DEVICE uint32_t from_eighth(uint32_t x, int n) { return __shfl_sync(~0u, x,
 SIMT_DEVICE bool somebody(bool x) { return __any_sync(~0u, x); }
 SIMT_DEVICE bool everybody(bool x) { return __all_sync(~0u, x); }
 template <class T>
-SIMT_DEVICE uint32_t alike(T x) { return __match_any_sync(~0u, x); }
+SIMT_DEVICE uint32_t alike(T x) {
+  return __match_any_sync(~0u, x);
+}
 SIMT_DEVICE uint32_t all_alike(uint32_t x) {
   int all;
   const uint32_t lanes = __match_all_sync(~0u, x, &all);
@@ -137,9 +155,11 @@ SIMT_DEVICE auto* word(T* p) {  // as CUDA's atomics name 64 bits
   using Wide = std::conditional_t<std::is_signed_v<T>, long long, unsigned long long>;
   return reinterpret_cast<std::conditional_t<sizeof(T) == 8, Wide, T>*>(p);
 }
-#define ATOMIC(name, function) \
-  template <class T>           \
-  SIMT_DEVICE T name(T* p, T x) { return static_cast<T>(function(word(p), x)); }
+#define ATOMIC(name, function)                   \
+  template <class T>                             \
+  SIMT_DEVICE T name(T* p, T x) {                \
+    return static_cast<T>(function(word(p), x)); \
+  }
 ATOMIC(raise_by, atomicAdd)
 ATOMIC(raise_to, atomicMax)
 ATOMIC(lower_to, atomicMin)
@@ -149,7 +169,9 @@ ATOMIC(flip_bits, atomicXor)
 ATOMIC(put_there, atomicExch)
 ATOMIC(count_round, atomicInc)
 template <class T>
-SIMT_DEVICE T put_where(T* p, T old, T x) { return static_cast<T>(atomicCAS(word(p), old, x)); }
+SIMT_DEVICE T put_where(T* p, T old, T x) {
+  return static_cast<T>(atomicCAS(word(p), old, x));
+}
 #else
 #define CALLED inline
 #define TABLE static
@@ -159,11 +181,11 @@ template <class T, Way way, class F>
 T whole(F x) {
   using Limits = std::numeric_limits<T>;
   const F floor = std::floor(x), gap = x - floor;
-  const F y = way == kDown                                                   ? floor
-              : way == kUp                                                   ? std::ceil(x)
-              : way == kZero                                                 ? (x < 0 ? std::ceil(x) : floor)
+  const F y = way == kDown                                                     ? floor
+              : way == kUp                                                     ? std::ceil(x)
+              : way == kZero                                                   ? (x < 0 ? std::ceil(x) : floor)
               : gap > F(0.5) || (gap == F(0.5) && std::fmod(floor, F(2)) != 0) ? floor + 1
-                                                                             : floor;
+                                                                               : floor;
   if (y != y) return 0;
   if (y < static_cast<F>(Limits::min())) return Limits::min();
   return y >= std::ldexp(F(1), Limits::digits) ? Limits::max() : static_cast<T>(y);
@@ -177,11 +199,17 @@ To directed(long double x) {
   return down && y > x ? std::nextafter(y, -infinity) : up && y < x ? std::nextafter(y, infinity) : y;
 }
 template <Way way, class T>
-float narrow(T x) { return directed<float, way>(x); }
+float narrow(T x) {
+  return directed<float, way>(x);
+}
 template <Way way, class T>
-double exact(T x) { return directed<double, way>(x); }
+double exact(T x) {
+  return directed<double, way>(x);
+}
 template <Way way>
-float times(float x, float y) { return directed<float, way>(static_cast<long double>(x) * y); }
+float times(float x, float y) {
+  return directed<float, way>(static_cast<long double>(x) * y);
+}
 inline float unit(float x) { return x > 0 ? std::min(x, 1.f) : 0; }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline int32_t clamped(int32_t x) { return std::min(std::max(x, -128), 127); }
@@ -207,15 +235,19 @@ U turned(U x) {
   return y;
 }
 template <class T>
-T high(T a, T b) { return static_cast<T>(std::is_signed_v<T> ? static_cast<__int128>(a) * b >> kBits<T>
-                                                              : static_cast<__int128>(static_cast<unsigned __int128>(a) * b >> kBits<T>)); }
+T high(T a, T b) {
+  return static_cast<T>(std::is_signed_v<T> ? static_cast<__int128>(a) * b >> kBits<T>
+                                            : static_cast<__int128>(static_cast<unsigned __int128>(a) * b >> kBits<T>));
+}
 template <class T>
 int top(T x) {  // the highest bit that is not the sign's
   using U = std::make_unsigned_t<T>;
   return kBits<U> - 1 - zeros(static_cast<U>(x < 0 ? ~x : x));
 }
 template <class T>
-int room(T x) { return top(x) < 0 ? -1 : kBits<T> - 1 - top(x); }
+int room(T x) {
+  return top(x) < 0 ? -1 : kBits<T> - 1 - top(x);
+}
 template <class T>
 T field(T x, uint32_t place, uint32_t length) {  // bit by bit; beyond its end and the number's it goes on as its sign
   uint64_t y = 0;
@@ -281,18 +313,18 @@ inline int32_t lane_max(int32_t x) {
 }
 inline uint32_t lanes_below() { return (1u << simt::lane()) - 1; }
 
-#define ATOMIC(name, value)       \
-  template <class T>              \
-  T name(T* p, T x) {             \
-    const T old = *p;             \
-    *p = static_cast<T>(value);   \
-    return old;                   \
+#define ATOMIC(name, value)     \
+  template <class T>            \
+  T name(T* p, T x) {           \
+    const T old = *p;           \
+    *p = static_cast<T>(value); \
+    return old;                 \
   }
 ATOMIC(raise_by, old + x)
 ATOMIC(raise_to, old < x ? x : old)
 ATOMIC(lower_to, x < old ? x : old)
 ATOMIC(set_bits, old | x)
-ATOMIC(keep_bits, old & x)
+ATOMIC(keep_bits, old& x)
 ATOMIC(flip_bits, old ^ x)
 ATOMIC(put_there, x)
 ATOMIC(count_round, old >= x ? 0 : old + 1)

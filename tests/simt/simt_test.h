@@ -7,8 +7,8 @@
 #include <string>
 
 #include "../cpp/support.h"
-#include "emulator.h"
 #include "cuda/verbs.h"
+#include "emulator.h"
 #ifdef HISAC_TEST_PTX  // the file of the kernels' PTX, run beside their C++
 #include "ptx.h"
 #endif

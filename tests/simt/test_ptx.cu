@@ -311,15 +311,16 @@ using namespace words;
 Inputs inputs(uint64_t seed) {
   test::Random r(seed);
   Inputs in;
-  const double odd[] = {0., -0., 0.5, -0.5, 1.5, 2.5, NAN, INFINITY, -INFINITY, 2147483647.5, 4294967295.5, -2147483649.,
-                        9.3e18, 1.9e19, -9.3e18, 1e300, 1e-310, 16777217.};
+  const double odd[] = {0.,           -0.,          0.5,          -0.5,   1.5,    2.5,     NAN,   INFINITY, -INFINITY,
+                        2147483647.5, 4294967295.5, -2147483649., 9.3e18, 1.9e19, -9.3e18, 1e300, 1e-310,   16777217.};
   const int n = sizeof odd / sizeof *odd;
   for (int i = 0; i < kInputs; ++i) {
     in.u[i] = r.bits();
     const double random = std::ldexp(static_cast<double>(r.uniform()) + 0x1p-40 * r.uniform(),
                                      static_cast<int>(r.below(seed % 2 ? 70 : 12)) - 4);
     in.d[i] = r.below(3) == 0 ? odd[r.below(n)] : random;
-    in.f[i] = static_cast<float>(r.below(3) == 0 ? odd[r.below(n)] : std::ldexp(random, static_cast<int>(r.below(9)) - 4));
+    in.f[i] =
+        static_cast<float>(r.below(3) == 0 ? odd[r.below(n)] : std::ldexp(random, static_cast<int>(r.below(9)) - 4));
   }
   return in;
 }
@@ -327,13 +328,10 @@ Inputs inputs(uint64_t seed) {
 /// The kernels' text, `what` of it spoilt.
 std::string spoilt(const std::string& what) {
   const char* const edits[][3] = {
-      {"range", "(st\\.global\\.u64[^\\]]*)\\]", "$1+8]"},
-      {"shared", "(st\\.shared\\.u64[^\\]]*)\\]", "$1+8]"},
-      {"alignment", "(st\\.global\\.u64[^\\]]*)\\]", "$1+-4]"},
-      {"opcode", "xor\\.b32", "frob.b32"},
-      {"modifier", "ld\\.global\\.u64", "ld.weird.global.u64"},
-      {"barrier", "bar\\.sync[^;]*;", ""},
-      {"lane", "xor\\.b32([^;]*), 33;", "xor.b32$1, 34;"},
+      {"range", "(st\\.global\\.u64[^\\]]*)\\]", "$1+8]"},      {"shared", "(st\\.shared\\.u64[^\\]]*)\\]", "$1+8]"},
+      {"alignment", "(st\\.global\\.u64[^\\]]*)\\]", "$1+-4]"}, {"opcode", "xor\\.b32", "frob.b32"},
+      {"modifier", "ld\\.global\\.u64", "ld.weird.global.u64"}, {"barrier", "bar\\.sync[^;]*;", ""},
+      {"lane", "xor\\.b32([^;]*), 264;", "xor.b32$1, 272;"},
   };
   std::string text = ptx::read(HISAC_TEST_PTX);
   const size_t at = text.find("exchange");
