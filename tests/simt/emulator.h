@@ -166,8 +166,12 @@ inline float exp2(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
-inline float smaller(float a, float b) { return std::fmin(a, b); }
-inline float larger(float a, float b) { return std::fmax(a, b); }
+template <class T>
+T least(T a, T b) {  // a NaN loses; -0 is below 0
+  return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b);
+}
+inline float smaller(float a, float b) { return least(a, b); }
+inline float larger(float a, float b) { return -least(-a, -b); }
 inline float log2(float x) { return std::log2(x); }
 inline double plain_sum(double a, double b) { return a + b; }
 inline double plain_product(double a, double b) { return a * b; }

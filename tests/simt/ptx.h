@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The PTX that nvcc made of the kernels, run on the emulator's fibers: barriers, shuffles, asynchronous copies,
-// ldmatrix and mma are those of emulator.h. It sees what the emulated source cannot show: inline assembly, the layout
-// of parameters, what the compiler did. Every access is checked for alignment and range, shared memory for races
-// between threads that no barrier orders; an instruction or modifier that is not known stops the program by name.
+// ldmatrix and mma are those of emulator.h. It shows what the emulated source cannot: inline assembly, the layout of
+// parameters, what the compiler did. Every access is checked for alignment and range, shared memory for races between
+// threads that no barrier orders; an instruction or a modifier that is not known stops the program by name.
 //
 //   ptx_parse.cpp  text to instructions
-//   ptx_run.cpp    one thread's run through them
+//   ptx_run.cpp    what each instruction does
 //   ptx_twin.cpp   every simt::launch twice, its C++ and its PTX, which must leave the same bytes
 #pragma once
 #include <deque>
@@ -16,161 +16,38 @@
 
 namespace ptx {
 
-enum class Op : uint8_t {
-  mov,
-  add,
-  sub,
-  mul,
-  mul_hi,
-  mul_wide,
-  mad,
-  mad_hi,
-  mad_wide,
-  div,
-  rem,
-  min,
-  max,
-  neg,
-  abs,
-  float_add,
-  float_sub,
-  float_mul,
-  float_div,
-  float_min,
-  float_max,
-  float_neg,
-  float_abs,
-  copysign,
-  fma,
-  rcp,
-  sqrt,
-  rsqrt,
-  ex2,
-  lg2,
-  and_,
-  or_,
-  xor_,
-  not_,
-  shl,
-  shr,
-  bfe,
-  bfi,
-  bfind,
-  clz,
-  popc,
-  brev,
-  prmt,
-  lop3,
-  shf,
-  setp,
-  selp,
-  cvt,
-  cvt_pair,
-  cvta,
-  cvta_to,
-  ld,
-  st,
-  atom,
-  red,
-  nothing,
-  bra,
-  call,
-  ret,
-  sync,
-  sync_warp,
-  shfl,
-  vote,
-  match,
-  redux,
-  copy,
-  commit,
-  wait,
-  wait_all,
-  ldmatrix,
-  mma,
-  trap
+/// A word of an instruction's name, its first eight letters.
+constexpr uint64_t word(const char* s, size_t n) {
+  uint64_t w = 0;
+  for (size_t i = 0; i < n && i < 8; ++i) w = w << 8 | static_cast<unsigned char>(s[i]);
+  return w;
+}
+constexpr uint64_t operator""_w(const char* s, size_t n) { return word(s, n); }
+
+struct Type {
+  char kind = 'b';  // b u s f, h: bfloat16
+  uint8_t bytes = 8;
+  bool pair = false;
 };
-enum class Type : uint8_t {
-  none,
-  pred,
-  b8,
-  b16,
-  b32,
-  b64,
-  u8,
-  u16,
-  u32,
-  u64,
-  s8,
-  s16,
-  s32,
-  s64,
-  f16,
-  bf16,
-  f32,
-  f64,
-  f16x2,
-  bf16x2
-};
-enum class Word : uint8_t {  // modifiers that say what is done
-  none,
-  eq,
-  ne,
-  lt,
-  le,
-  gt,
-  ge,
-  equ,
-  neu,
-  ltu,
-  leu,
-  gtu,
-  geu,
-  num,
-  nan,
-  add,
-  min,
-  max,
-  inc,
-  dec,
-  and_,
-  or_,
-  xor_,
-  exch,
-  cas,
-  up,
-  down,
-  bfly,
-  idx,
-  all,
-  any,
-  uni,
-  ballot,
-  left,
-  right,
-  wrap,
-  clamp
-};
-enum class Rounding : uint8_t { none, rn, rz, rm, rp, rni, rzi, rmi, rpi };
-enum class Space : uint8_t { generic, global, shared, local, param, constant };
 
 /// The value of register `slot` + offset. Slot 0 is always zero: a number lies in its offset.
 struct Operand {
   uint32_t slot = 0;
-  bool negated = false;               // of a predicate
-  uint64_t offset = 0, mask = ~0ull;  // the bits that the register has
+  bool negated = false;               // a predicate
+  uint64_t offset = 0, mask = ~0ull;  // mask: the bits that the register has
 };
 
 struct Function;
+class Frame;
 struct Instruction {
-  Op op = Op::nothing;
-  Type type = Type::none, from = Type::none;  // the first and the last one named
-  Word compare = Word::none, mode = Word::none, also = Word::none;
-  Rounding rounding = Rounding::none;
-  Space space = Space::generic;
-  bool ftz = false, sat = false, transposed = false, shift_amount = false, guarded = false;
-  uint8_t vector = 1;  // elements of a load or store
-  uint8_t left = 0;    // operands in the first group of braces
+  void (*run)(Frame&) = nullptr;
+  std::vector<uint64_t> words;
+  Type type, from;        // the first and the last one named
+  uint64_t rounding = 0;  // its word
+  char space = 0;         // g s l p c, 0: generic
+  uint8_t vector = 1;     // elements of a load or store
+  uint8_t left = 0;       // operands in the first group of braces
+  bool ftz = false, sat = false, guarded = false;
   int line = 0;
   Operand guard;
   uint64_t used = ~0ull;  // bytes of a load that somebody looks at
@@ -180,54 +57,8 @@ struct Instruction {
   std::string text;
 };
 
-/// Slots of a frame's registers that hold something from the start.
-enum Slot : uint32_t {
-  kZero,
-  kFrame,
-  kSink,
-  kTidX,
-  kTidY,
-  kTidZ,
-  kThreadsX,
-  kThreadsY,
-  kThreadsZ,
-  kBlockX,
-  kBlockY,
-  kBlockZ,
-  kBlocksX,
-  kBlocksY,
-  kBlocksZ,
-  kLane,
-  kLanesEq,
-  kLanesLt,
-  kLanesLe,
-  kLanesGt,
-  kLanesGe,
-  kNamed,
-  kDynamic = kNamed,  // where the dynamic shared memory begins
-  kSlots
-};
-inline constexpr const char* kSlotNames[kNamed] = {"",
-                                                   "",
-                                                   "_",
-                                                   "%tid.x",
-                                                   "%tid.y",
-                                                   "%tid.z",
-                                                   "%ntid.x",
-                                                   "%ntid.y",
-                                                   "%ntid.z",
-                                                   "%ctaid.x",
-                                                   "%ctaid.y",
-                                                   "%ctaid.z",
-                                                   "%nctaid.x",
-                                                   "%nctaid.y",
-                                                   "%nctaid.z",
-                                                   "%laneid",
-                                                   "%lanemask_eq",
-                                                   "%lanemask_lt",
-                                                   "%lanemask_le",
-                                                   "%lanemask_gt",
-                                                   "%lanemask_ge"};
+/// Registers that hold something from the start.
+enum Slot : uint32_t { kZero, kFrame, kDynamic, kThread, kThreads, kBlock, kBlocks, kLane, kSink, kSlots };
 
 struct Variable {
   size_t offset = 0, bytes = 0;
@@ -262,11 +93,15 @@ struct Module {
 
 [[noreturn]] void refuse(const std::string& what, const char* file, int line);
 
-/// One launch of a kernel: `arguments` point to values of `sizes` bytes.
-void run(const Module& module, const Function& kernel, const std::vector<Range>& buffers, const simt::Launch& launch);
+/// What the instruction of this first word and rest of its name does; null: unknown.
+void (*meaning(const std::string& first, const std::string& rest))(Frame&);
 
-/// From here on every simt::launch runs twice, emulated and then the PTX of these texts, and stops where the bytes left
-/// in the arrays that the parameters point to differ. They are all those got by operator new or held by test::Guarded.
+/// One launch of a kernel, which may touch `arrays`.
+void run(const Module& module, const Function& kernel, const std::vector<Range>& arrays, const simt::Launch& launch);
+
+/// From here on every simt::launch runs twice, emulated and then the PTX of this text, from the same memory, and the
+/// program stops where they leave different bytes in the arrays that its parameters point to: those that operator new
+/// gave or that a test::Guarded holds. A kernel that reads others is out of range.
 void twin(std::string name, const std::string& text);
 std::string read(const char* path);
 

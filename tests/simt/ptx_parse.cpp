@@ -3,7 +3,6 @@
 // what its modifiers mean is then looked up word by word.
 #include <cstdio>
 #include <fstream>
-#include <map>
 #include <regex>
 #include <sstream>
 #include <utility>
@@ -27,135 +26,9 @@ std::string read(const char* path) {
 
 namespace {
 
-struct Row {
-  Op op;
-  const char *word, *rest;
-};
-// <I> integers, <B> bits, <F> floats, <A> any, <M> in memory, <R> roundings, <C> comparisons, <S> scopes
-constexpr Row kRows[] = {
-    {Op::mov, "mov", "pred|<A>"},
-    {Op::add, "add", "<I>"},
-    {Op::sub, "sub", "<I>"},
-    {Op::mul, "mul", "lo\\.<I>"},
-    {Op::mul_hi, "mul", "hi\\.<I>"},
-    {Op::mul_wide, "mul", "wide\\.[us](16|32)"},
-    {Op::mad, "mad", "lo\\.<I>"},
-    {Op::mad_hi, "mad", "hi\\.<I>"},
-    {Op::mad_wide, "mad", "wide\\.[us](16|32)"},
-    {Op::div, "div", "<I>"},
-    {Op::rem, "rem", "<I>"},
-    {Op::min, "min", "<I>"},
-    {Op::max, "max", "<I>"},
-    {Op::neg, "neg", "s(16|32|64)"},
-    {Op::abs, "abs", "s(16|32|64)"},
-    {Op::float_add, "add", "(<R>\\.)?<F>"},
-    {Op::float_sub, "sub", "(<R>\\.)?<F>"},
-    {Op::float_mul, "mul", "(<R>\\.)?<F>"},
-    {Op::float_div, "div", "<R>\\.<F>"},
-    {Op::float_min, "min", "<F>"},
-    {Op::float_max, "max", "<F>"},
-    {Op::float_neg, "neg", "<F>"},
-    {Op::float_abs, "abs", "<F>"},
-    {Op::copysign, "copysign", "<F>"},
-    {Op::fma, "fma", "<R>\\.<F>"},
-    {Op::rcp, "rcp", "<R>\\.<F>|approx\\.(ftz\\.)?f32"},
-    {Op::sqrt, "sqrt", "<R>\\.<F>|approx\\.(ftz\\.)?f32"},
-    {Op::rsqrt, "rsqrt", "approx\\.(ftz\\.)?f32"},
-    {Op::ex2, "ex2", "approx\\.(ftz\\.)?f32"},
-    {Op::lg2, "lg2", "approx\\.(ftz\\.)?f32"},
-    {Op::and_, "and", "pred|<B>"},
-    {Op::or_, "or", "pred|<B>"},
-    {Op::xor_, "xor", "pred|<B>"},
-    {Op::not_, "not", "pred|<B>"},
-    {Op::shl, "shl", "<B>"},
-    {Op::shr, "shr", "[bus](16|32|64)"},
-    {Op::bfe, "bfe", "[us](32|64)"},
-    {Op::bfi, "bfi", "b(32|64)"},
-    {Op::bfind, "bfind", "(shiftamt\\.)?[us](32|64)"},
-    {Op::clz, "clz", "b(32|64)"},
-    {Op::popc, "popc", "b(32|64)"},
-    {Op::brev, "brev", "b(32|64)"},
-    {Op::prmt, "prmt", "b32"},
-    {Op::lop3, "lop3", "b32"},
-    {Op::shf, "shf", "(l|r)\\.(wrap|clamp)\\.b32"},
-    {Op::setp, "setp", "<C>\\.((and|or|xor)\\.)?<A>"},
-    {Op::selp, "selp", "<A>"},
-    {Op::cvt, "cvt", "(sat\\.)?[us](8|16|32|64)\\.[us](8|16|32|64)"},
-    {Op::cvt, "cvt", "<R>\\.<F>\\.[us](8|16|32|64)"},
-    {Op::cvt, "cvt", "r[nzmp]i\\.(sat\\.)?[us](8|16|32|64)\\.<F>"},
-    {Op::cvt, "cvt", "f64\\.f32|<R>\\.f32\\.f64|f(32|64)\\.f16|rn\\.b?f16\\.f32|f32\\.bf16"},
-    {Op::cvt, "cvt", "(r[nzmp]i\\.)?(sat\\.)?(f32\\.f32|f64\\.f64)"},
-    {Op::cvt_pair, "cvt", "rn\\.b?f16x2\\.f32"},
-    {Op::cvta, "cvta", "(global|shared|local|const|param)\\.u64"},
-    {Op::cvta_to, "cvta", "to\\.(global|shared|local|const|param)\\.u64"},
-    {Op::ld, "ld",
-     "((volatile|relaxed|acquire)\\.)?(<S>\\.)?((global|shared|local|param|const)\\.)?(c[agsv]\\.|lu\\.|nc\\.|L[12]::"
-     "\\w+\\.)*(v[24]\\.)?<M>"},
-    {Op::st, "st",
-     "((volatile|relaxed|release)\\.)?(<S>\\.)?((global|shared|local|param)\\.)?(c[gs]\\.|w[bt]\\.|L[12]::\\w+\\.)*(v["
-     "24]\\.)?<M>"},
-    {Op::atom, "atom",
-     "((relaxed|acquire|release|acq_rel)\\.)?(<S>\\.)?((global|shared)\\.)?((add|min|max)\\.[us](32|64)|(inc|dec)\\."
-     "u32|(and|or|xor|exch|cas)\\.b(32|64))"},
-    {Op::red, "red",
-     "((relaxed|release)\\.)?(<S>\\.)?((global|shared)\\.)?((add|min|max)\\.[us](32|64)|(inc|dec)\\.u32|(and|or|xor)\\."
-     "b(32|64))"},
-    {Op::nothing, "membar", "cta|gl|sys"},
-    {Op::nothing, "fence", "((sc|acq_rel)\\.)<S>"},
-    {Op::nothing, "prefetch", "global\\.L[12]"},
-    {Op::bra, "bra", "(uni)?"},
-    {Op::call, "call", "(uni)?"},
-    {Op::ret, "ret", "(uni)?"},
-    {Op::trap, "trap", ""},
-    {Op::sync, "bar", "sync"},
-    {Op::sync, "barrier", "sync(\\.aligned)?"},
-    {Op::sync_warp, "bar", "warp\\.sync"},
-    {Op::shfl, "shfl", "sync\\.(up|down|bfly|idx)\\.b32"},
-    {Op::vote, "vote", "sync\\.((all|any|uni)\\.pred|ballot\\.b32)"},
-    {Op::match, "match", "(any|all)\\.sync\\.b(32|64)"},
-    {Op::redux, "redux", "sync\\.((add|min|max)\\.[us]32|(and|or|xor)\\.b32)"},
-    {Op::copy, "cp", "async\\.(ca|cg)\\.shared\\.global(\\.L2::\\w+)?"},
-    {Op::commit, "cp", "async\\.commit_group"},
-    {Op::wait, "cp", "async\\.wait_group"},
-    {Op::wait_all, "cp", "async\\.wait_all"},
-    {Op::ldmatrix, "ldmatrix", "sync\\.aligned\\.m8n8\\.x4(\\.trans)?\\.shared\\.b16"},
-    {Op::mma, "mma", "sync\\.aligned\\.m16n8k16\\.row\\.col\\.f32\\.bf16\\.bf16\\.f32"},
-};
-
-const std::map<std::string, Type> kTypes = {
-    {"pred", Type::pred}, {"b8", Type::b8},   {"b16", Type::b16},     {"b32", Type::b32},      {"b64", Type::b64},
-    {"u8", Type::u8},     {"u16", Type::u16}, {"u32", Type::u32},     {"u64", Type::u64},      {"s8", Type::s8},
-    {"s16", Type::s16},   {"s32", Type::s32}, {"s64", Type::s64},     {"f16", Type::f16},      {"bf16", Type::bf16},
-    {"f32", Type::f32},   {"f64", Type::f64}, {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}};
-const std::map<std::string, Word> kCompares = {
-    {"eq", Word::eq},   {"ne", Word::ne},   {"lt", Word::lt},   {"le", Word::le},   {"gt", Word::gt},
-    {"ge", Word::ge},   {"lo", Word::lt},   {"ls", Word::le},   {"hi", Word::gt},   {"hs", Word::ge},
-    {"equ", Word::equ}, {"neu", Word::neu}, {"ltu", Word::ltu}, {"leu", Word::leu}, {"gtu", Word::gtu},
-    {"geu", Word::geu}, {"num", Word::num}, {"nan", Word::nan}};
-const std::map<std::string, Word> kModes = {
-    {"add", Word::add},  {"min", Word::min},   {"max", Word::max},       {"inc", Word::inc},   {"dec", Word::dec},
-    {"and", Word::and_}, {"or", Word::or_},    {"xor", Word::xor_},      {"exch", Word::exch}, {"cas", Word::cas},
-    {"up", Word::up},    {"down", Word::down}, {"bfly", Word::bfly},     {"idx", Word::idx},   {"all", Word::all},
-    {"any", Word::any},  {"uni", Word::uni},   {"ballot", Word::ballot}, {"l", Word::left},    {"r", Word::right}};
-const std::map<std::string, Rounding> kRoundings = {
-    {"rn", Rounding::rn},   {"rz", Rounding::rz},   {"rm", Rounding::rm},   {"rp", Rounding::rp},
-    {"rni", Rounding::rni}, {"rzi", Rounding::rzi}, {"rmi", Rounding::rmi}, {"rpi", Rounding::rpi}};
-const std::map<std::string, Space> kSpaces = {{"global", Space::global},
-                                              {"shared", Space::shared},
-                                              {"local", Space::local},
-                                              {"param", Space::param},
-                                              {"const", Space::constant}};
-
-template <class T>
-bool find(const std::map<std::string, T>& words, const std::string& word, T* out) {
-  const auto it = words.find(word);
-  if (it != words.end()) *out = it->second;
-  return it != words.end();
-}
-
 /// What an instruction's name says; false where it is unknown.
 bool named(const std::string& name, Instruction* out) {
-  static std::map<std::string, Instruction> known;
+  static std::unordered_map<std::string, Instruction> known;
   const auto seen = known.find(name);
   if (seen != known.end()) {
     *out = seen->second;
@@ -164,37 +37,26 @@ bool named(const std::string& name, Instruction* out) {
   std::vector<std::string> words;
   std::stringstream stream(name);
   for (std::string w; std::getline(stream, w, '.');) words.push_back(w);
-  const std::string rest = name.size() > words[0].size() ? name.substr(words[0].size() + 1) : "";
-  bool found = false;
-  for (const Row& row : kRows) {
-    if (found || words[0] != row.word) continue;
-    std::string pattern = row.rest;
-    const char* const shorthand[][2] = {
-        {"<I>", "[us](16|32|64)"}, {"<B>", "b(16|32|64)"},
-        {"<F>", "f(32|64)"},       {"<A>", "([bus](16|32|64)|f(32|64))"},
-        {"<R>", "r[nzmp]"},        {"<M>", "([bus](8|16|32|64)|f(32|64))"},
-        {"<S>", "(cta|gpu|sys)"},  {"<C>", "(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)"}};
-    for (const auto& s : shorthand)
-      for (size_t at; (at = pattern.find(s[0])) != std::string::npos;) pattern.replace(at, 3, s[1]);
-    found = std::regex_match(rest, std::regex(pattern));
-    if (found) out->op = row.op;
-  }
-  if (!found) return false;
-  for (size_t i = 1; i < words.size(); ++i) {
-    const std::string& w = words[i];
-    if (find(kTypes, w, &out->from)) {
-      if (out->type == Type::none) out->type = out->from;
-    } else if (out->op == Op::setp && i == 1) {
-      find(kCompares, w, &out->compare);
-    } else if (!find(kModes, w, &out->mode) && !find(kRoundings, w, &out->rounding) &&
-               !(out->op != Op::copy && find(kSpaces, w, &out->space))) {
-      out->ftz |= w == "ftz";
-      out->sat |= w == "sat";
-      out->transposed |= w == "trans";
-      out->shift_amount |= w == "shiftamt";
-      if (w == "wrap") out->also = Word::wrap;
-      if (w == "v2" || w == "v4") out->vector = static_cast<uint8_t>(w[1] - '0');
+  out->run = meaning(words[0], name.size() > words[0].size() ? name.substr(words[0].size() + 1) : "");
+  if (!out->run) return false;
+  static const std::regex types("(pred)|([busf]|bf)(8|16|32|64)(x2)?"), roundings("r[nzmp]i?"),
+      spaces("global|shared|local|param|const");
+  bool typed = false;
+  for (const std::string& w : words) {
+    std::smatch match;
+    if (std::regex_match(w, match, types)) {
+      const bool predicate = match[1].matched;
+      out->from.kind = predicate ? 'b' : w[1] == 'f' ? 'h' : w[0];
+      out->from.bytes = static_cast<uint8_t>(predicate ? 1 : std::stoi(match[3]) / 8);
+      out->from.pair = match[4].matched;
+      if (!std::exchange(typed, true)) out->type = out->from;
     }
+    if (std::regex_match(w, roundings)) out->rounding = word(w.data(), w.size());
+    if (std::regex_match(w, spaces)) out->space = w[0];
+    if (w == "v2" || w == "v4") out->vector = static_cast<uint8_t>(w[1] - '0');
+    out->ftz |= w == "ftz";
+    out->sat |= w == "sat";
+    out->words.push_back(word(w.data(), w.size()));
   }
   known[name] = *out;
   return true;
@@ -210,7 +72,13 @@ class Parser {
   Parser(Module& module, const std::string& text) : m_(module), text_(text) {}
 
   void run() {
-    for (uint32_t i = kSink; i < kNamed; ++i) names_[kSlotNames[i]].slot = i;
+    for (const auto& [name, slot] : {std::pair("%tid.x", kThread),
+                                     {"%ntid.x", kThreads},
+                                     {"%ctaid.x", kBlock},
+                                     {"%nctaid.x", kBlocks},
+                                     {"%laneid", kLane},
+                                     {"_", kSink}})
+      names_[name].slot = slot;
     while (!at_end()) statement();
     m_.static_shared = aligned(m_.static_shared, 128);
   }
@@ -283,7 +151,7 @@ class Parser {
         in >> n;
         if (d.type.empty()) d.alignment = n;  // that of .ptr is another's
       } else if (w[0] == '.') {
-        if (kTypes.count(w.substr(1))) d.type = w;
+        if (std::isdigit(static_cast<unsigned char>(w.back()))) d.type = w;
       } else if (std::isdigit(static_cast<unsigned char>(w[0]))) {
         count *= std::stoul(w);
       } else {
@@ -376,10 +244,6 @@ class Parser {
     for (const auto& [at, label] : jumps_) {
       if (!labels_.count(label)) refuse("no label " + label, m_.file.c_str(), own.code[at].line);
       own.code[at].target = labels_[label];
-    }
-    if (own.defined) {
-      own.code.emplace_back();
-      own.code.back().op = Op::ret;
     }
     names_ = outer;
     if (own.defined || !kept.defined) kept = std::move(own);
@@ -509,9 +373,9 @@ class Parser {
     if (i.guarded) i.guard = operand(guard);
     i.used = used_;
     used_ = ~0ull;
-    if (i.op == Op::bra) {
+    if (i.words[0] == "bra"_w) {
       jumps_.push_back({f_->code.size(), rest});
-    } else if (i.op == Op::call) {
+    } else if (i.words[0] == "call"_w) {
       auto parts = split(rest);
       const size_t name = !parts.empty() && parts[0][0] == '(';
       if (parts.size() <= name || !m_.functions.count(parts[name])) fail("a call of something unknown: " + s);

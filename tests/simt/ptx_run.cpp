@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One thread's way through a kernel's instructions. Registers are 64 bits wide and hold what their declared width
-// keeps, zero-extended; an instruction reads its operands as its own type.
+// What PTX instructions do to one thread: a row of a table each, and no other is known. Registers are 64 bits wide and
+// hold what their declared width keeps, zero-extended; an instruction reads its operands as its own type.
 #include <cfenv>
 #include <limits>
+#include <regex>
+#include <utility>
 
 #include "ptx.h"
 
@@ -11,760 +13,664 @@ namespace {
 
 /// Who touched a byte of shared memory last, and when, counted in barriers of the block and of the warp.
 struct Touch {
-  int16_t thread = -1, warp = -1;  // -2: several
+  int16_t thread = -1, warp = -1;  // -1: nobody; -2: several
   uint16_t syncs = 0, warp_syncs = 0;
   bool atomic = false;
-};
-struct Shadow {
-  Touch write, read;
 };
 
 struct World {
   const Module* module;
   const Function* kernel;
   const simt::Launch* launch;
-  const std::vector<Range>* buffers;
+  const std::vector<Range>* arrays;
+  struct Shadow {
+    Touch write, read;
+  };
   std::vector<Shadow> shadow;
   int block;
 } world;
 
 template <class T>
-T number_of(uint64_t bits) {
+T value_of(uint64_t bits) {
   T x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 template <class T>
 uint64_t bits_of(T x) {
+  if constexpr (std::is_integral_v<T>) return static_cast<uint64_t>(x);  // a signed one's sign goes on
   uint64_t bits = 0;
-  if constexpr (std::is_integral_v<T>)
-    bits = static_cast<uint64_t>(x);  // a signed one's sign goes on
-  else
-    std::memcpy(&bits, &x, sizeof x);
+  std::memcpy(&bits, &x, sizeof x);
   return bits;
 }
-uint64_t low(int bits) { return bits >= 64 ? ~0ull : (1ull << bits) - 1; }
+constexpr uint64_t low(uint64_t bits) { return bits >= 64 ? ~0ull : (1ull << bits) - 1; }
 
-size_t size_of(Type t) {
-  switch (t) {
-    case Type::b8:
-    case Type::u8:
-    case Type::s8:
-      return 1;
-    case Type::b16:
-    case Type::u16:
-    case Type::s16:
-      return 2;
-    case Type::b32:
-    case Type::u32:
-    case Type::s32:
-    case Type::f32:
-      return 4;
-    default:
-      return 8;
-  }
-}
-
+bool is_float(Type t) { return t.kind == 'f' || t.kind == 'h'; }
 /// f(a value of the type)
 template <class F>
 void with_integer(Type t, F f) {
-  switch (t) {
-    case Type::b8:
-    case Type::u8:
-      return f(uint8_t{});
-    case Type::b16:
-    case Type::u16:
-      return f(uint16_t{});
-    case Type::b32:
-    case Type::u32:
-      return f(uint32_t{});
-    case Type::b64:
-    case Type::u64:
-      return f(uint64_t{});
-    case Type::s8:
-      return f(int8_t{});
-    case Type::s16:
-      return f(int16_t{});
-    case Type::s32:
-      return f(int32_t{});
-    default:
-      return f(int64_t{});
-  }
+  const bool s = t.kind == 's';
+  if (t.bytes == 1) return s ? f(int8_t{}) : f(uint8_t{});
+  if (t.bytes == 2) return s ? f(int16_t{}) : f(uint16_t{});
+  if (t.bytes == 4) return s ? f(int32_t{}) : f(uint32_t{});
+  s ? f(int64_t{}) : f(uint64_t{});
 }
 template <class F>
 void with_float(Type t, F f) {
-  if (t == Type::f64) return f(double{});
-  f(float{});
+  t.bytes == 8 ? f(double{}) : f(float{});
 }
-bool is_float(Type t) { return t >= Type::f16; }
-
-/// f() under a rounding; the volatile ones inside keep it there.
 template <class F>
-auto rounded(Rounding r, F f) {
-  if (r <= Rounding::rn) return f();
-  std::fesetround(r == Rounding::rz ? FE_TOWARDZERO : r == Rounding::rm ? FE_DOWNWARD : FE_UPWARD);
+void with_number(Type t, F f) {
+  is_float(t) ? with_float(t, f) : with_integer(t, f);
+}
+
+/// f() under a rounding, which what it reads and the result, volatile both, do not leave.
+template <class F>
+auto rounded(uint64_t way, F f) {
+  if (way == 0 || way == "rn"_w) return f();
+  std::fesetround(way == "rz"_w ? FE_TOWARDZERO : way == "rm"_w ? FE_DOWNWARD : FE_UPWARD);
   volatile auto y = f();
   std::fesetround(FE_TONEAREST);
   return +y;
 }
 template <class T>
-T whole(Rounding r, T x) {
-  return r == Rounding::rni   ? std::nearbyint(x)
-         : r == Rounding::rzi ? std::trunc(x)
-         : r == Rounding::rmi ? std::floor(x)
-         : r == Rounding::rpi ? std::ceil(x)
-                              : x;
+T whole(uint64_t way, T x) {
+  return way == "rni"_w   ? std::nearbyint(x)
+         : way == "rzi"_w ? std::trunc(x)
+         : way == "rmi"_w ? std::floor(x)
+         : way == "rpi"_w ? std::ceil(x)
+                          : x;
 }
 float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
 template <class T>
-bool holds(Word compare, T a, T b) {
-  const bool unordered = a != a || b != b;
-  switch (compare) {
-    case Word::eq:
+bool holds(uint64_t compare, T a, T b) {
+  if (a != a || b != b) return compare == "nan"_w || (compare & 255) == 'u';  // equ, ltu
+  switch ((compare & 255) == 'u' ? compare >> 8 : compare) {
+    case "eq"_w:
       return a == b;
-    case Word::ne:
-      return !unordered && a != b;
-    case Word::lt:
-      return a < b;
-    case Word::le:
-      return a <= b;
-    case Word::gt:
-      return a > b;
-    case Word::ge:
-      return a >= b;
-    case Word::equ:
-      return unordered || a == b;
-    case Word::neu:
+    case "ne"_w:
       return a != b;
-    case Word::ltu:
-      return unordered || a < b;
-    case Word::leu:
-      return unordered || a <= b;
-    case Word::gtu:
-      return unordered || a > b;
-    case Word::geu:
-      return unordered || a >= b;
-    case Word::num:
-      return !unordered;
+    case "lt"_w:
+    case "lo"_w:
+      return a < b;
+    case "le"_w:
+    case "ls"_w:
+      return a <= b;
+    case "gt"_w:
+    case "hi"_w:
+      return a > b;
+    case "ge"_w:
+    case "hs"_w:
+      return a >= b;
     default:
-      return unordered;
+      return compare == "num"_w;
   }
 }
 /// What an atomic or a reduction over lanes makes of an old value and another.
 template <class T>
-T combined(Word mode, T old, T with, T other = 0) {
+T combined(uint64_t mode, T old, T with, T other = 0) {
   switch (mode) {
-    case Word::add:
+    case "add"_w:
       return static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(with));
-    case Word::min:
+    case "min"_w:
       return std::min(old, with);
-    case Word::max:
+    case "max"_w:
       return std::max(old, with);
-    case Word::inc:
+    case "inc"_w:
       return old >= with ? 0 : old + 1;
-    case Word::dec:
+    case "dec"_w:
       return old == 0 || old > with ? with : old - 1;
-    case Word::and_:
+    case "and"_w:
       return old & with;
-    case Word::or_:
+    case "or"_w:
       return old | with;
-    case Word::xor_:
+    case "xor"_w:
       return old ^ with;
-    case Word::cas:
+    case "cas"_w:
       return old == with ? other : old;
     default:
-      return with;
+      return with;  // exch
   }
 }
 
-struct Counts {
-  uint16_t syncs = 0, warp_syncs = 0;
-};
+}  // namespace
 
 class Frame {
  public:
-  Frame(const Function& function, const Frame* caller, Counts& counts)
-      : f_(function),
-        caller_(caller),
-        counts_(counts),
-        r_(function.registers, 0x7ff4dead7fa4dead),
-        memory_(f_.frame_bytes / 16 + 1) {
+  struct Passed {  // barriers so far
+    uint16_t syncs = 0, warp_syncs = 0;
+  };
+  Frame(const Function& function, const Frame* caller, Passed& passed)
+      : f_(function), caller_(caller), passed_(passed), r_(f_.registers, ~0ull), memory_(f_.frame_bytes / 16 + 1) {
     const simt::Thread& t = *simt::current;
-    const int lane = t.lane;
-    for (uint32_t i = 0; i < kSlots; ++i) r_[i] = 0;
+    const int known[] = {t.thread, t.threads, t.block, t.blocks, t.lane};
+    for (uint32_t k = 0; k < 5; ++k) r_[kThread + k] = static_cast<uint64_t>(known[k]);
+    r_[kZero] = 0;
     r_[kFrame] = reinterpret_cast<uintptr_t>(memory_.data());
-    r_[kTidX] = static_cast<uint64_t>(t.thread);
-    r_[kThreadsX] = static_cast<uint64_t>(t.threads);
-    r_[kBlockX] = static_cast<uint64_t>(t.block);
-    r_[kBlocksX] = static_cast<uint64_t>(t.blocks);
-    r_[kThreadsY] = r_[kThreadsZ] = r_[kBlocksY] = r_[kBlocksZ] = 1;
-    r_[kLane] = static_cast<uint64_t>(lane);
-    r_[kLanesEq] = 1ull << lane;
-    r_[kLanesLt] = low(lane);
-    r_[kLanesLe] = low(lane + 1);
-    r_[kLanesGt] = low(32) & ~low(lane + 1);
-    r_[kLanesGe] = low(32) & ~low(lane);
     r_[kDynamic] = kShared + world.module->static_shared;
-    simt::Quad* const p = memory_.data();
-    std::memset(static_cast<void*>(p), 0xff, memory_.size() * sizeof *p);
   }
   std::byte* variable(const Variable& v) { return reinterpret_cast<std::byte*>(memory_.data()) + v.offset; }
 
   void run() {
-    for (size_t at = 0; at < f_.code.size();) {
-      i_ = &f_.code[at++];
-      if (i_->guarded && !flag(i_->guard)) continue;
-      if (i_->op == Op::ret) return;
-      if (i_->op == Op::bra)
-        at = i_->target;
-      else
-        step();
+    for (at_ = 0; at_ < f_.code.size();) {
+      i = &f_.code[at_++];
+      if (!i->guarded || flag(i->guard)) i->run(*this);
     }
   }
-
- private:
   [[noreturn]] void stop(const char* what) const {
-    simt::stop((std::string(what) + ": " + i_->text).c_str(), world.module->file.c_str(), i_->line);
+    simt::stop((std::string(what) + ": " + i->text).c_str(), file(), i->line);
   }
+  const char* file() const { return world.module->file.c_str(); }
+  void jump() { at_ = i->target; }
+  void end() { at_ = f_.code.size(); }
 
   // ---- operands
 
   uint64_t raw(const Operand& o) const { return r_[o.slot] + o.offset; }
-  uint64_t raw(size_t k) const { return raw(i_->operands[k]); }
+  uint64_t raw(size_t k) const { return k < i->operands.size() ? raw(i->operands[k]) : 0; }
   bool flag(const Operand& o) const { return (raw(o) & 1) != o.negated; }
+  bool flag(size_t k) const { return flag(i->operands[k]); }
   template <class T>
   T in(size_t k) const {
-    return k < i_->operands.size() ? number_of<T>(raw(k)) : T{};
+    return value_of<T>(raw(k));
   }
   void out(uint64_t bits, size_t k = 0) {
-    const Operand& o = i_->operands[k];
+    const Operand& o = i->operands[k];
     r_[o.slot] = bits & o.mask;
   }
-  /// Operand 0 = f(operands 1 to 3), of the instruction's integer type.
+  /// Operand 0 = f(operands 1 to 3), of the instruction's type.
   template <class F>
   void integers(F f) {
-    with_integer(i_->type, [&](auto zero) {
+    with_integer(i->type, [&](auto zero) {
       using T = decltype(zero);
       out(bits_of(static_cast<T>(f(in<T>(1), in<T>(2), in<T>(3)))));
     });
   }
   template <class F>
   void floats(F f) {
-    with_float(i_->type, [&](auto zero) {
+    with_float(i->type, [&](auto zero) {
       using T = decltype(zero);
-      if (i_->rounding <= Rounding::rn) return out(bits_of<T>(f(in<T>(1), in<T>(2), in<T>(3))));
       volatile T a = in<T>(1), b = in<T>(2), c = in<T>(3);
-      out(bits_of<T>(rounded(i_->rounding, [&]() -> T { return f(T(a), T(b), T(c)); })));
+      out(bits_of<T>(rounded(i->rounding, [&]() -> T { return f(T(a), T(b), T(c)); })));
     });
   }
-  /// Of float32, by an approximation's meaning in emulator.h.
+  /// Of float32: an approximation of f.
   template <class F>
   void approximate(F f) {
-    const float x = in<float>(1), y = f(i_->ftz ? flushed(x) : x);
-    out(bits_of(i_->ftz ? flushed(y) : y));
+    const float y = f(i->ftz ? flushed(in<float>(1)) : in<float>(1));
+    out(bits_of(i->ftz ? flushed(y) : y));
+  }
+  /// The product of operands 1 and 2, `above` of their bits left out below, and operand 3 added.
+  void product(bool high) {
+    with_integer(i->type, [&](auto zero) {
+      using T = decltype(zero);
+      const auto wide = [](T x) { return static_cast<unsigned __int128>(static_cast<__int128>(x)); };
+      out(static_cast<uint64_t>(wide(in<T>(1)) * wide(in<T>(2)) >> (high ? 8 * sizeof(T) : 0)) + raw(3));
+    });
   }
 
   // ---- memory
 
-  std::byte* memory(Space space, uint64_t address, size_t bytes, uint64_t used, bool writes, bool atomic = false) {
+  std::byte* memory(char space, uint64_t address, size_t bytes, bool writes, bool atomic = false,
+                    uint64_t used = ~0ull) {
     if (address % bytes) stop("a misaligned access");
-    const auto [first, count] = looked_at(bytes, used);
-    const uint64_t shared_host = reinterpret_cast<uintptr_t>(simt::shared());
-    const Range window = {shared_host, shared_host + world.shadow.size()};
-    if (space == Space::shared) address = shared_host + (static_cast<uint32_t>(address) - kShared);
-    const uint64_t begin = address + first;
-    if (space == Space::shared || (space == Space::generic && window.holds(begin, count))) {
-      if (!window.holds(begin, count)) stop("an access out of range");
-      for (size_t i = 0; i < bytes; ++i)
-        if (used >> i & 1) touch(address + i - shared_host, writes, atomic);
-      return reinterpret_cast<std::byte*>(address);
-    }
-    const auto within = [&](const std::vector<Range>& ranges) {
-      return std::any_of(ranges.begin(), ranges.end(), [&](const Range& r) { return r.holds(begin, count); });
-    };
+    size_t first = 0, last = bytes;
+    while (!(used >> first & 1)) ++first;
+    while (!(used >> (last - 1) & 1)) --last;
+    const uintptr_t shared = reinterpret_cast<uintptr_t>(simt::shared());
+    if (space == 's') address = shared + static_cast<uint32_t>(address) - kShared;
+    const auto in = [&](const Range& r) { return r.holds(address + first, last - first); };
+    const auto within = [&](const std::vector<Range>& ranges) { return std::any_of(ranges.begin(), ranges.end(), in); };
     bool ok = false;
-    if (space == Space::generic || space == Space::global) ok = within(*world.buffers) || within(world.module->globals);
-    if (!ok && !writes && (space == Space::generic || space == Space::constant)) ok = within(world.module->constants);
-    if (!ok && space != Space::global && space != Space::constant)
-      for (const Frame* f = this; f && !ok; f = f->caller_)
-        ok = Range{f->r_[kFrame], f->r_[kFrame] + f->f_.frame_bytes}.holds(begin, count);
+    if ((space == 's' || space == 0) && in({shared, shared + world.shadow.size()})) {
+      for (size_t k = first; k < last; ++k)
+        if (used >> k & 1) touch(address + k - shared, writes, atomic);
+      ok = true;
+    }
+    if (space == 'g' || space == 0) ok = ok || within(*world.arrays) || within(world.module->globals);
+    if (space == 'c' || (space == 0 && !writes)) ok = ok || within(world.module->constants);
+    if (space == 'l' || space == 'p' || space == 0)
+      for (const Frame* f = this; f && !ok; f = f->caller_) ok = in({f->r_[kFrame], f->r_[kFrame] + f->f_.frame_bytes});
     if (!ok) stop("an access out of range");
     return reinterpret_cast<std::byte*>(address);
   }
-  /// The first used byte and how many there are up to the last one.
-  static std::pair<uint64_t, uint64_t> looked_at(size_t bytes, uint64_t used) {
-    uint64_t first = 0, last = bytes;
-    while (first < bytes && !(used >> first & 1)) ++first;
-    while (last > first && !(used >> (last - 1) & 1)) --last;
-    return {first, last - first};
-  }
-
   void touch(size_t byte, bool writes, bool atomic) {
-    Shadow& s = world.shadow[byte];
+    auto& [write, read] = world.shadow[byte];
     const simt::Thread& t = *simt::current;
     const auto ordered = [&](const Touch& o) {
-      return o.thread == -1 || o.thread == t.thread || o.syncs < counts_.syncs ||
-             (o.warp == t.warp && o.warp_syncs < counts_.warp_syncs);
+      return o.thread == -1 || o.thread == t.thread || o.syncs < passed_.syncs ||
+             (o.warp == t.warp && o.warp_syncs < passed_.warp_syncs);
     };
-    if (!ordered(s.write) && !(atomic && s.write.atomic)) stop("a race in shared memory, with a write");
-    if (writes && !ordered(s.read)) stop("a race in shared memory, with a read");
-    Touch own;
-    own.thread = static_cast<int16_t>(t.thread);
-    own.warp = static_cast<int16_t>(t.warp);
-    own.syncs = counts_.syncs;
-    own.warp_syncs = counts_.warp_syncs;
-    own.atomic = atomic;
-    if (!writes && !ordered(s.read)) {  // several readers: a write must wait for all
+    if (!ordered(write) && !(atomic && write.atomic)) stop("a race in shared memory, with a write");
+    if (writes && !ordered(read)) stop("a race in shared memory, with a read");
+    Touch own = {static_cast<int16_t>(t.thread), static_cast<int16_t>(t.warp), passed_.syncs, passed_.warp_syncs,
+                 atomic};
+    if (!writes && !ordered(read)) {  // several readers, for all of whom a write must wait
       own.thread = -2;
-      if (s.read.warp != own.warp) own.warp = -2;
+      if (read.warp != own.warp) own.warp = -2;
     }
-    (writes ? s.write : s.read) = own;
-    if (writes) s.read = {};
+    (writes ? write : read) = own;
+    if (writes) read = {};
   }
-
-  // ---- a warp's rendezvous
-
-  void meet(uint64_t value, uint64_t lanes) {
-    if (static_cast<uint32_t>(lanes) != ~0u) stop("a warp's operation for some lanes only");
-    simt::meet(value, 0, 0, world.module->file.c_str(), i_->line);
-  }
-  void shuffle() {
-    const bool flagged = i_->left == 2;
-    const size_t a = flagged ? 2 : 1;
-    const uint32_t b = in<uint32_t>(a + 1), c = in<uint32_t>(a + 2);
-    meet(in<uint32_t>(a), raw(a + 3));
-    const int lane = simt::lane(), segment = static_cast<int>(c >> 8 & 31), by = static_cast<int>(b & 31);
-    const int clamp = static_cast<int>(c & 31), least = lane & segment, most = least | (clamp & ~segment);
-    const int from = i_->mode == Word::up     ? lane - by
-                     : i_->mode == Word::down ? lane + by
-                     : i_->mode == Word::bfly ? lane ^ by
-                                              : least | (by & ~segment);
-    const bool valid = i_->mode == Word::up ? from >= most : from <= most;
-    const uint64_t given = simt::given(valid ? from : lane, 0);
-    out(given);
-    if (flagged) out(valid, 1);
-  }
-  void vote() {
-    meet(flag(i_->operands[1]), raw(2));
-    uint64_t bits = 0;
-    for (int i = 0; i < 32; ++i) bits |= simt::given(i, 0) << i;
-    out(i_->mode == Word::ballot ? bits
-        : i_->mode == Word::any  ? bits != 0
-        : i_->mode == Word::all  ? bits == low(32)
-                                 : bits == low(32) || bits == 0);
-  }
-  void match() {
-    const size_t a = i_->left;
-    meet(raw(a), raw(a + 1));
-    uint64_t same = 0;
-    for (int i = 0; i < 32; ++i) same |= static_cast<uint64_t>(simt::given(i, 0) == raw(a)) << i;
-    if (i_->mode == Word::any) return out(same);
-    out(same == low(32) ? same : 0);
-    if (a == 2) out(same == low(32), 1);
-  }
-
-  // ---- the rest
-
-  void convert() {
-    const Type to = i_->type, from = i_->from;
-    const Rounding r = i_->rounding;
-    if (from == Type::f16 || from == Type::bf16) {
-      const uint16_t h = in<uint16_t>(1);
-      const float x = from == Type::f16 ? simt::from_half(h) : simt::float_of(static_cast<uint32_t>(h) << 16);
-      out(to == Type::f64 ? bits_of<double>(x) : bits_of(x));
-    } else if (to == Type::f16 || to == Type::bf16) {
-      out(to == Type::f16 ? simt::to_half(in<float>(1)) : simt::round_to_bfloat16(in<float>(1)));
-    } else if (is_float(from)) {
-      with_float(from, [&](auto f) {
-        using F = decltype(f);
-        const F x = whole(r, in<F>(1));
-        if (is_float(to)) {
-          const F y = i_->sat ? (x > 0 ? std::fmin(x, F{1}) : F{0}) : x;
-          with_float(to, [&](auto t) {
-            using T = decltype(t);
-            volatile F z = y;
-            out(bits_of<T>(rounded(r > Rounding::rp ? Rounding::rn : r, [&] { return static_cast<T>(z); })));
-          });
-          return;
-        }
-        with_integer(to, [&](auto t) {  // the nearest there is; NaN is 0
-          using T = decltype(t);
-          using Limits = std::numeric_limits<T>;
-          out(bits_of(x != x                               ? T{0}
-                      : x >= static_cast<F>(Limits::max()) ? Limits::max()
-                      : x <= static_cast<F>(Limits::min()) ? Limits::min()
-                                                           : static_cast<T>(x)));
-        });
-      });
-    } else {
-      with_integer(from, [&](auto f) {
-        using F = decltype(f);
-        volatile F x = in<F>(1);
-        if (is_float(to))
-          return with_float(to, [&](auto t) {
-            using T = decltype(t);
-            out(bits_of<T>(rounded(r, [&] { return static_cast<T>(x); })));
-          });
-        with_integer(to, [&](auto t) {
-          using T = decltype(t);
-          using Limits = std::numeric_limits<T>;
-          const __int128 y = x;
-          out(bits_of(i_->sat && y > Limits::max()   ? Limits::max()
-                      : i_->sat && y < Limits::min() ? Limits::min()
-                                                     : static_cast<T>(x)));
-        });
-      });
-    }
-  }
-
-  void pack_or_unpack() {
-    const size_t n = i_->operands.size() - i_->left;
-    const int bits = static_cast<int>(size_of(i_->type) * 8 / std::max<size_t>(i_->left, n));
-    if (i_->left > 1) {
-      for (size_t k = 0; k < i_->left; ++k) out(raw(i_->left) >> (static_cast<int>(k) * bits) & low(bits), k);
-      return;
-    }
-    uint64_t all = 0;
-    for (size_t k = 0; k < n; ++k) all |= (raw(1 + k) & low(n > 1 ? bits : 64)) << (static_cast<int>(k) * bits);
-    out(all);
-  }
-
   void load() {
-    const size_t each = size_of(i_->type), n = i_->vector;
-    const std::byte* const p = memory(i_->space, raw(i_->left), each * n, i_->used, false);
-    with_integer(i_->type, [&](auto zero) {
-      using T = decltype(zero);
-      for (size_t k = 0; k < n; ++k) {
-        uint64_t bits = 0;
-        std::memcpy(&bits, p + k * each, each);
-        out(is_float(i_->type) ? bits : bits_of(number_of<T>(bits)), k);
-      }
-    });
+    const size_t each = i->type.bytes, n = i->vector;
+    const std::byte* const p = memory(i->space, raw(i->left), each * n, false, false, i->used);
+    for (size_t k = 0; k < n; ++k) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, p + k * each, each);
+      with_integer(i->type, [&](auto zero) { out(bits_of(value_of<decltype(zero)>(bits)), k); });
+    }
   }
   void store() {
-    const size_t each = size_of(i_->type), n = i_->vector;
-    std::byte* const p = memory(i_->space, raw(0), each * n, ~0ull, true);
+    const size_t each = i->type.bytes, n = i->vector;
+    std::byte* const p = memory(i->space, raw(0), each * n, true);
     for (size_t k = 0; k < n; ++k) {
       const uint64_t bits = raw(1 + k);
       std::memcpy(p + k * each, &bits, each);
     }
   }
   void atomic(bool returns) {
-    const size_t a = returns;
-    with_integer(i_->type, [&](auto zero) {
+    const size_t a = returns, words = i->words.size();
+    with_integer(i->type, [&](auto zero) {
       using T = decltype(zero);
-      auto* const p = reinterpret_cast<T*>(memory(i_->space, raw(a), sizeof(T), ~0ull, true, true));
+      auto* const p = reinterpret_cast<T*>(memory(i->space, raw(a), sizeof(T), true, true));
       const T old = *p;
-      *p = combined(i_->mode, old, in<T>(a + 1), in<T>(a + 2));
+      *p = combined(i->words[words - 2], old, in<T>(a + 1), in<T>(a + 2));
       if (returns) out(bits_of(old));
     });
   }
-
+  void cvta(bool to) {
+    const uint64_t base = i->space == 's' ? reinterpret_cast<uintptr_t>(simt::shared()) - kShared : 0;
+    out(to ? raw(1) - base : raw(1) + base);
+  }
   void copy() {
-    const size_t bytes = raw(2), from = i_->operands.size() > 3 ? raw(3) : bytes;
+    const size_t bytes = raw(2), from = i->operands.size() > 3 ? raw(3) : bytes;
     if ((bytes != 4 && bytes != 16) || (from != 0 && from != bytes)) stop("an asynchronous copy of a part");
-    void* const to = memory(Space::shared, raw(0), bytes, ~0ull, true);
-    const void* const source = from ? memory(Space::global, raw(1), bytes, ~0ull, false) : to;
-    (bytes == 16 ? simt::copy16 : simt::copy4)(to, source, from != 0);
+    void* const to = memory('s', raw(0), bytes, true);
+    (bytes == 16 ? simt::copy16 : simt::copy4)(to, from ? memory('g', raw(1), bytes, false) : to, from != 0);
   }
   void land(int open) {
-    for (const simt::Copy& c : simt::current->copies)  // a write once more
-      if (c.group + open < simt::current->group)
-        for (int i = 0; i < c.bytes; ++i)
-          touch(static_cast<size_t>(static_cast<std::byte*>(c.to) - simt::shared() + i), true, false);
+    for (const simt::Copy& c : simt::current->copies)  // writes once more
+      for (int k = 0; k < c.bytes && c.group + open < simt::current->group; ++k)
+        touch(static_cast<size_t>(static_cast<std::byte*>(c.to) - simt::shared() + k), true, false);
     simt::land(open);
   }
-
-  void matrices() {
-    uint32_t r[4];
-    const char* const file = world.module->file.c_str();
-    const void* const row = memory(Space::shared, raw(4), 16, ~0ull, false);
-    i_->transposed ? simt::load_matrices_transposed(r, row, file, i_->line)
-                   : simt::load_matrices(r, row, file, i_->line);
-    for (size_t k = 0; k < 4; ++k) out(r[k], k);
-  }
-  void multiply() {
-    float d[4];
-    uint32_t a[4];
-    for (size_t k = 0; k < 4; ++k) {
-      a[k] = in<uint32_t>(4 + k);
-      d[k] = in<float>(10 + k);
-    }
-    simt::multiply_add(d, a, in<uint32_t>(8), in<uint32_t>(9), world.module->file.c_str(), i_->line);
-    for (size_t k = 0; k < 4; ++k) out(bits_of(d[k]), k);
-  }
-
   void call() {
-    const Function& f = *i_->callee;
-    if (!f.defined || i_->operands.size() != f.results.size() + f.parameters.size()) stop("a call of something else");
-    Frame frame(f, this, counts_);
-    for (size_t k = 0; k < f.parameters.size(); ++k) {
-      const Variable& v = f.parameters[k];
-      std::memcpy(frame.variable(v), reinterpret_cast<const void*>(raw(i_->left + k)), v.bytes);
-    }
+    const Function& f = *i->callee;
+    if (!f.defined || i->operands.size() != f.results.size() + f.parameters.size()) stop("a call of something else");
+    Frame frame(f, this, passed_);
+    const Instruction* const own = i;
+    for (size_t k = 0; k < f.parameters.size(); ++k)
+      std::memcpy(frame.variable(f.parameters[k]), reinterpret_cast<void*>(raw(own->left + k)), f.parameters[k].bytes);
     frame.run();
     for (size_t k = 0; k < f.results.size(); ++k)
       std::memcpy(reinterpret_cast<void*>(raw(k)), frame.variable(f.results[k]), f.results[k].bytes);
   }
 
-  void step() {
-    const uint64_t shared_host = reinterpret_cast<uintptr_t>(simt::shared());
-    const char* const file = world.module->file.c_str();
-    switch (i_->op) {
-      case Op::mov:
-        return i_->operands.size() > 2 ? pack_or_unpack() : out(raw(1));
-      case Op::add:
-        return out(raw(1) + raw(2));
-      case Op::sub:
-        return out(raw(1) - raw(2));
-      case Op::mul:
-        return out(raw(1) * raw(2));
-      case Op::mad:
-        return out(raw(1) * raw(2) + raw(3));
-      case Op::neg:
-        return out(0 - raw(1));
-      case Op::and_:
-        return out(raw(1) & raw(2));
-      case Op::or_:
-        return out(raw(1) | raw(2));
-      case Op::xor_:
-        return out(raw(1) ^ raw(2));
-      case Op::not_:
-        return out(~raw(1));
-      case Op::selp:
-        return out(flag(i_->operands[3]) ? raw(1) : raw(2));
-      case Op::mul_wide:
-      case Op::mad_wide:
-      case Op::mul_hi:
-      case Op::mad_hi:
-        return with_integer(i_->type, [&](auto zero) {
-          using T = decltype(zero);
-          const auto wide = [](T x) { return static_cast<unsigned __int128>(static_cast<__int128>(x)); };
-          const auto product = wide(in<T>(1)) * wide(in<T>(2));
-          const bool is_wide = i_->op == Op::mul_wide || i_->op == Op::mad_wide;
-          const bool adds = i_->op == Op::mad_wide || i_->op == Op::mad_hi;
-          out(static_cast<uint64_t>(is_wide ? product : product >> (8 * sizeof(T))) + (adds ? raw(3) : 0));
-        });
-      case Op::div:
-      case Op::rem:
-        return integers([&](auto a, auto b, auto) {
-          using T = decltype(a);
-          if (b == 0) stop("a division by zero");
-          if (std::is_signed_v<T> && b == static_cast<T>(-1))  // overflows once
-            return i_->op == Op::div ? static_cast<T>(0 - static_cast<uint64_t>(a)) : T{0};
-          return static_cast<T>(i_->op == Op::div ? a / b : a % b);
-        });
-      case Op::min:
-        return integers([](auto a, auto b, auto) { return std::min(a, b); });
-      case Op::max:
-        return integers([](auto a, auto b, auto) { return std::max(a, b); });
-      case Op::abs:
-        return integers([](auto a, auto, auto) { return a < 0 ? 0 - static_cast<uint64_t>(a) : a; });
-      case Op::float_add:
-        return floats([](auto a, auto b, auto) { return a + b; });
-      case Op::float_sub:
-        return floats([](auto a, auto b, auto) { return a - b; });
-      case Op::float_mul:
-        return floats([](auto a, auto b, auto) { return a * b; });
-      case Op::float_div:
-        return floats([](auto a, auto b, auto) { return a / b; });
-      case Op::float_min:
-        return floats([](auto a, auto b, auto) { return std::fmin(a, b); });
-      case Op::float_max:
-        return floats([](auto a, auto b, auto) { return std::fmax(a, b); });
-      case Op::float_neg:
-        return floats([](auto a, auto, auto) { return -a; });
-      case Op::float_abs:
-        return floats([](auto a, auto, auto) { return std::fabs(a); });
-      case Op::copysign:
-        return floats([](auto a, auto b, auto) { return std::copysign(b, a); });
-      case Op::fma:
-        return floats([](auto a, auto b, auto c) { return std::fma(a, b, c); });
-      case Op::rcp:
-        return floats([](auto a, auto, auto) { return 1 / a; });
-      case Op::sqrt:
-        return floats([](auto a, auto, auto) { return std::sqrt(a); });
-      case Op::rsqrt:
-        return approximate([](float x) { return 1 / std::sqrt(x); });
-      case Op::ex2:
-        return i_->ftz ? out(bits_of(simt::exp2(in<float>(1)))) : out(bits_of(std::exp2(in<float>(1))));
-      case Op::lg2:
-        return approximate([](float x) { return simt::log2(x); });
-      case Op::shl:
-      case Op::shr:
-        return with_integer(i_->type, [&](auto zero) {
-          using T = decltype(zero);
-          constexpr uint32_t kBits = 8 * sizeof(T);
-          const uint32_t n = in<uint32_t>(2);
-          const T a = in<T>(1);
-          if (i_->op == Op::shl) return out(n < kBits ? bits_of(a) << n : 0);
-          out(bits_of(static_cast<T>(n < kBits ? a >> n : a < 0 ? -1 : 0)));
-        });
-      case Op::bfe:
-        return with_integer(i_->type, [&](auto zero) {
-          using T = decltype(zero);
-          constexpr int kBits = 8 * sizeof(T);
-          const int place = in<uint8_t>(2), length = in<uint8_t>(3);
-          const T a = in<T>(1);
-          const int kept = std::min(length, std::max(kBits - place, 0)), top = std::min(place + length, kBits) - 1;
-          uint64_t y = kept ? bits_of(a) >> place & low(kept) : 0;
-          if (std::is_signed_v<T> && length && bits_of(a) >> top & 1) y |= ~low(kept);
-          out(y);
-        });
-      case Op::bfi: {
-        const int bits = i_->type == Type::b64 ? 64 : 32, place = in<uint8_t>(3), length = in<uint8_t>(4);
-        const uint64_t field = place < bits ? low(length) << place : 0;
-        return out((raw(2) & ~field) | (place < bits ? raw(1) << place & field : 0));
-      }
-      case Op::bfind:
-        return with_integer(i_->type, [&](auto zero) {
-          using T = decltype(zero);
-          const T a = in<T>(1);
-          const uint64_t x = (a < 0 ? ~bits_of(a) : bits_of(a)) & low(8 * sizeof(T));
-          const int top = x ? 63 - __builtin_clzll(x) : -1;
-          out(bits_of(x && i_->shift_amount ? static_cast<int>(8 * sizeof(T)) - 1 - top : top));
-        });
-      case Op::clz: {
-        const uint64_t a = i_->type == Type::b32 ? in<uint32_t>(1) : raw(1);
-        return out(static_cast<uint64_t>((a ? __builtin_clzll(a) : 64) - (i_->type == Type::b32 ? 32 : 0)));
-      }
-      case Op::popc:
-        return out(static_cast<uint64_t>(__builtin_popcountll(i_->type == Type::b32 ? in<uint32_t>(1) : raw(1))));
-      case Op::brev: {
-        const int bits = i_->type == Type::b32 ? 32 : 64;
-        uint64_t y = 0;
-        for (int k = 0; k < bits; ++k) y |= (raw(1) >> k & 1) << (bits - 1 - k);
-        return out(y);
-      }
-      case Op::prmt: {
-        const uint64_t both = in<uint32_t>(1) | raw(2) << 32;
-        uint64_t y = 0;
-        for (int k = 0; k < 4; ++k) {
-          const uint64_t choice = raw(3) >> (4 * k), byte = both >> (8 * (choice & 7)) & 255;
-          y |= (choice & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * k);
-        }
-        return out(y);
-      }
-      case Op::lop3: {
-        uint64_t y = 0;
-        for (uint64_t k = 0; k < 8; ++k)
-          if (raw(4) >> k & 1)
-            y |= (k & 4 ? raw(1) : ~raw(1)) & (k & 2 ? raw(2) : ~raw(2)) & (k & 1 ? raw(3) : ~raw(3));
-        return out(y);
-      }
-      case Op::shf: {
-        const uint64_t both = in<uint32_t>(1) | raw(2) << 32, n = in<uint32_t>(3);
-        const uint64_t by = i_->also == Word::wrap ? n & 31 : std::min<uint64_t>(n, 32);
-        return out(i_->mode == Word::left ? both << by >> 32 : both >> by);
-      }
-      case Op::setp: {
-        const size_t a = i_->left;
-        bool y = false;
-        const auto compare = [&](auto zero) {
-          y = holds(i_->compare, in<decltype(zero)>(a), in<decltype(zero)>(a + 1));
-        };
-        is_float(i_->type) ? with_float(i_->type, compare) : with_integer(i_->type, compare);
-        const bool with = i_->mode != Word::none && flag(i_->operands[a + 2]);
-        const auto both = [&](bool x) { return i_->mode == Word::none ? x : combined<int>(i_->mode, x, with) != 0; };
-        if (a == 2) out(both(!y), 1);
-        return out(both(y));
-      }
-      case Op::cvt:
-        return convert();
-      case Op::cvt_pair: {
-        const bool half = i_->type == Type::f16x2;
-        const auto narrow = [&](float x) { return half ? simt::to_half(x) : simt::round_to_bfloat16(x); };
-        return out(narrow(in<float>(2)) | narrow(in<float>(1)) << 16);
-      }
-      case Op::cvta:
-        return out(raw(1) + (i_->space == Space::shared ? shared_host - kShared : 0));
-      case Op::cvta_to:
-        return out(raw(1) - (i_->space == Space::shared ? shared_host - kShared : 0));
-      case Op::ld:
-        return load();
-      case Op::st:
-        return store();
-      case Op::atom:
-        return atomic(true);
-      case Op::red:
-        return atomic(false);
-      case Op::call:
-        return call();
-      case Op::sync:
-        if (i_->operands.size() != 1 || raw(0) != 0) stop("a barrier of some threads");
-        simt::sync(file, i_->line);
-        ++counts_.syncs;
-        return;
-      case Op::sync_warp:
-        if (in<uint32_t>(0) != ~0u) stop("a warp's operation for some lanes only");
-        simt::sync_warp(file, i_->line);
-        ++counts_.warp_syncs;
-        return;
-      case Op::shfl:
-        return shuffle();
-      case Op::vote:
-        return vote();
-      case Op::match:
-        return match();
-      case Op::redux:
-        meet(raw(1), raw(2));
-        return with_integer(i_->type, [&](auto zero) {
-          using T = decltype(zero);
-          T y = number_of<T>(simt::given(0, 0));
-          for (int k = 1; k < 32; ++k) y = combined(i_->mode, y, number_of<T>(simt::given(k, 0)));
-          out(bits_of(y));
-        });
-      case Op::copy:
-        return copy();
-      case Op::commit:
-        return simt::commit();
-      case Op::wait:
-        return land(in<int>(0));
-      case Op::wait_all:
-        simt::commit();
-        return land(0);
-      case Op::ldmatrix:
-        return matrices();
-      case Op::mma:
-        return multiply();
-      case Op::trap:
-        stop("a trap");
-      default:
-        return;
-    }
+  // ---- threads together
+
+  void sync() {
+    if (i->operands.size() != 1 || raw(0) != 0) stop("a barrier of some threads");
+    simt::sync(file(), i->line);
+    ++passed_.syncs;
+  }
+  void all_lanes(size_t k) const {
+    if (in<uint32_t>(k) != ~0u) stop("a warp's operation for some lanes only");
+  }
+  void sync_warp() {
+    all_lanes(0);
+    simt::sync_warp(file(), i->line);
+    ++passed_.warp_syncs;
+  }
+  void meet(uint64_t value, size_t lanes) {
+    all_lanes(lanes);
+    simt::meet(value, 0, 0, file(), i->line);
+  }
+  void shuffle() {
+    const uint64_t way = i->words[2], x = raw(i->left);
+    const int b = in<int>(i->left + 1u) & 31, c = in<int>(i->left + 2u), lane = simt::lane(), segment = c >> 8 & 31;
+    meet(x, i->left + 3u);
+    const int end = (lane & segment) | (c & 31 & ~segment);
+    const int from = way == "up"_w     ? lane - b
+                     : way == "down"_w ? lane + b
+                     : way == "bfly"_w ? lane ^ b
+                                       : (lane & segment) | (b & ~segment);
+    const bool valid = way == "up"_w ? from >= end : from <= end;
+    out(simt::given(valid ? from : lane, 0));
+    if (i->left == 2) out(valid, 1);
+  }
+  uint64_t lanes_with(uint64_t value) const {
+    uint64_t bits = 0;
+    for (int k = 0; k < 32; ++k) bits |= static_cast<uint64_t>(simt::given(k, 0) == value) << k;
+    return bits;
+  }
+  void vote() {
+    meet(flag(1), 2);
+    const uint64_t yes = lanes_with(1), way = i->words[2];
+    out(way == "ballot"_w ? yes : way == "any"_w ? yes != 0 : yes == low(32) || (way == "uni"_w && yes == 0));
+  }
+  void match() {
+    const uint64_t x = raw(i->left);
+    meet(x, i->left + 1u);
+    const uint64_t same = lanes_with(x);
+    out(i->words[1] == "any"_w || same == low(32) ? same : 0);
+    if (i->left == 2) out(same == low(32), 1);
+  }
+  void reduce() {
+    meet(raw(1), 2);
+    with_integer(i->type, [&](auto zero) {
+      using T = decltype(zero);
+      T y = value_of<T>(simt::given(0, 0));
+      for (int k = 1; k < 32; ++k) y = combined(i->words[2], y, value_of<T>(simt::given(k, 0)));
+      out(bits_of(y));
+    });
+  }
+  void matrices() {
+    uint32_t r[4];
+    const void* const row = memory('s', raw(4), 16, false);
+    (i->words[5] == "trans"_w ? simt::load_matrices_transposed : simt::load_matrices)(r, row, file(), i->line);
+    for (size_t k = 0; k < 4; ++k) out(r[k], k);
+  }
+  void multiply_add() {
+    const uint32_t a[4] = {in<uint32_t>(4), in<uint32_t>(5), in<uint32_t>(6), in<uint32_t>(7)};
+    float d[4] = {in<float>(10), in<float>(11), in<float>(12), in<float>(13)};
+    simt::multiply_add(d, a, in<uint32_t>(8), in<uint32_t>(9), file(), i->line);
+    for (size_t k = 0; k < 4; ++k) out(bits_of(d[k]), k);
   }
 
+  // ---- bits
+
+  void move() {
+    const size_t left = i->left, right = i->operands.size() - left;
+    const uint64_t bits = 8 * i->type.bytes / std::max(left, right);
+    uint64_t all = 0;
+    for (size_t k = 0; k < right; ++k) all |= (right > 1 ? raw(left + k) & low(bits) : raw(left)) << (k * bits);
+    for (size_t k = 0; k < left; ++k) out(left > 1 ? all >> (k * bits) & low(bits) : all, k);
+  }
+  void compare() {
+    const size_t a = i->left;
+    bool y = false;
+    with_number(i->type, [&](auto zero) { y = holds(i->words[1], in<decltype(zero)>(a), in<decltype(zero)>(a + 1)); });
+    const bool joined = i->words.size() == 4;
+    const auto with = [&](bool x) { return joined ? combined<int>(i->words[2], x, flag(a + 2)) != 0 : x; };
+    const bool results[] = {with(y), with(!y)};
+    for (size_t k = 0; k < a; ++k) out(results[k], k);
+  }
+  void shift(bool left) {
+    integers([&](auto a, auto, auto) {
+      using T = decltype(a);
+      const uint32_t n = in<uint32_t>(2), bits = 8 * sizeof(T);
+      return static_cast<T>(left       ? (n < bits ? bits_of(a) << n : 0)
+                            : n < bits ? bits_of(T(a >> n))
+                            : a < 0    ? ~0ull
+                                       : 0);
+    });
+  }
+  void extract() {
+    integers([&](auto a, auto, auto) {
+      using T = decltype(a);
+      const unsigned bits = 8 * sizeof(T), place = in<uint8_t>(2), length = in<uint8_t>(3);
+      const unsigned kept = std::min(length, bits - std::min(place, bits)), top = std::min(place + length, bits) - 1;
+      const uint64_t y = kept ? bits_of(a) >> place & low(kept) : 0;
+      return static_cast<T>(std::is_signed_v<T> && length && bits_of(a) >> top & 1 ? y | ~low(kept) : y);
+    });
+  }
+  void insert() {
+    const uint64_t bits = 8 * i->type.bytes, place = in<uint8_t>(3), field = low(in<uint8_t>(4));
+    out(place < bits ? (raw(2) & ~(field << place)) | (raw(1) & field) << place : raw(2));
+  }
+  void find_top() {
+    with_integer(i->type, [&](auto zero) {
+      using T = decltype(zero);
+      const uint64_t x = bits_of(in<T>(1)) ^ (in<T>(1) < 0 ? ~0ull : 0), bits = 8 * sizeof(T);
+      const uint64_t top = x ? 63 - static_cast<uint64_t>(__builtin_clzll(x)) : ~0ull;
+      out(x && i->words[1] == "shiftamt"_w ? bits - 1 - top : top);
+    });
+  }
+  void permute() {
+    const uint64_t both = in<uint32_t>(1) | raw(2) << 32;
+    uint64_t y = 0;
+    for (uint64_t k = 0; k < 4; ++k) {
+      const uint64_t choice = raw(3) >> (4 * k), byte = both >> (8 * (choice & 7)) & 255;
+      y |= (choice & 8 ? byte / 128 * 255 : byte) << (8 * k);
+    }
+    out(y);
+  }
+  void logic() {
+    uint64_t y = 0;
+    for (uint64_t k = 0; k < 8; ++k)
+      if (raw(4) >> k & 1) y |= (k & 4 ? raw(1) : ~raw(1)) & (k & 2 ? raw(2) : ~raw(2)) & (k & 1 ? raw(3) : ~raw(3));
+    out(y);
+  }
+  void funnel() {
+    const uint64_t both = in<uint32_t>(1) | raw(2) << 32, n = in<uint32_t>(3);
+    const uint64_t by = i->words[2] == "wrap"_w ? n & 31 : std::min<uint64_t>(n, 32);
+    out(i->words[1] == "l"_w ? both << by >> 32 : both >> by);
+  }
+
+  // ---- conversions
+
+  template <class T, class F>
+  T nearest_in(F x) const {  // what T cannot hold becomes its end, NaN 0
+    using Limits = std::numeric_limits<T>;
+    return x != x                               ? T{0}
+           : x >= static_cast<F>(Limits::max()) ? Limits::max()
+           : x <= static_cast<F>(Limits::min()) ? Limits::min()
+                                                : static_cast<T>(x);
+  }
+  void convert() {
+    const Type to = i->type, from = i->from;
+    if (is_float(from) && from.bytes == 2) {
+      const uint16_t h = in<uint16_t>(1);
+      const float x = from.kind == 'h' ? simt::float_of(static_cast<uint32_t>(h) << 16) : simt::from_half(h);
+      return out(to.bytes == 8 ? bits_of<double>(x) : bits_of(x));
+    }
+    if (is_float(to) && (to.bytes == 2 || to.pair)) {
+      const auto narrow = [&](float x) -> uint32_t {
+        return to.kind == 'h' ? simt::round_to_bfloat16(x) : simt::to_half(x);
+      };
+      return out(to.pair ? narrow(in<float>(2)) | narrow(in<float>(1)) << 16 : narrow(in<float>(1)));
+    }
+    with_number(from, [&](auto f) {
+      using F = decltype(f);
+      F x = in<F>(1);
+      if constexpr (std::is_floating_point_v<F>) {
+        x = whole(i->rounding, x);
+        if (is_float(to) && i->sat) x = x > 0 ? std::fmin(x, F{1}) : F{0};
+      }
+      volatile F source = x;
+      with_number(to, [&](auto t) {
+        using T = decltype(t);
+        if constexpr (std::is_floating_point_v<T>)
+          out(bits_of<T>(
+              rounded((i->rounding & 255) == 'i' ? 0 : i->rounding, [&] { return static_cast<T>(source); })));
+        else if constexpr (std::is_floating_point_v<F>)
+          out(bits_of(nearest_in<T>(x)));
+        else
+          out(bits_of(i->sat ? nearest_in<T>(static_cast<__int128>(x)) : static_cast<T>(x)));
+      });
+    });
+  }
+
+  const Instruction* i = nullptr;
+
+ private:
   const Function& f_;
-  const Frame* caller_;
-  Counts& counts_;
-  const Instruction* i_ = nullptr;
+  const Frame* const caller_;
+  Passed& passed_;
+  size_t at_ = 0;
   std::vector<uint64_t> r_;
   std::vector<simt::Quad> memory_;
 };
 
+namespace {
+
+uint64_t reversed(uint64_t x) {
+  uint64_t y = 0;
+  for (int k = 0; k < 64; ++k) y |= (x >> k & 1) << (63 - k);
+  return y;
+}
+
+struct Row {
+  const char *word, *rest;
+  void (*run)(Frame&);
+};
+#define DO(...) [](Frame& f) { __VA_ARGS__; }
+#define BITS(value)                                                           \
+  [](Frame& f) {                                                              \
+    [[maybe_unused]] const uint64_t a = f.raw(1), b = f.raw(2), c = f.raw(3); \
+    f.out(value);                                                             \
+  }
+#define TYPED(kind, value) \
+  DO(f.kind([]([[maybe_unused]] auto a, [[maybe_unused]] auto b, [[maybe_unused]] auto c) { return value; }))
+#define DIVISION(value, overflowing)                                                                               \
+  [](Frame& f) {                                                                                                   \
+    f.integers([&](auto a, auto b, auto) {                                                                         \
+      if (b == 0) f.stop("a division by zero");                                                                    \
+      using T = decltype(a);                                                                                       \
+      return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(overflowing) : static_cast<T>(value); \
+    });                                                                                                            \
+  }
+
+// <I> integers, <B> bits, <F> floats, <A> any of them, <M> in memory, <R> roundings, <C> comparisons, <S> scopes
+const Row rows[] = {
+    {"mov", "pred|<A>", DO(f.move())},
+    {"add", "<I>", BITS(a + b)},
+    {"sub", "<I>", BITS(a - b)},
+    {"mul", "lo.<I>", BITS(a * b)},
+    {"mad", "lo.<I>", BITS(a * b + c)},
+    {"mul", "hi.<I>", DO(f.product(true))},
+    {"mad", "hi.<I>", DO(f.product(true))},
+    {"mul", "wide.[us](16|32)", DO(f.product(false))},
+    {"mad", "wide.[us](16|32)", DO(f.product(false))},
+    {"div", "<I>", DIVISION(a / b, 0 - static_cast<uint64_t>(a))},
+    {"rem", "<I>", DIVISION(a % b, 0)},
+    {"min", "<I>", TYPED(integers, std::min(a, b))},
+    {"max", "<I>", TYPED(integers, std::max(a, b))},
+    {"abs", "s(16|32|64)", TYPED(integers, a < 0 ? 0 - static_cast<uint64_t>(a) : static_cast<uint64_t>(a))},
+    {"neg", "s(16|32|64)", BITS(0 - a)},
+    {"and", "pred|<B>", BITS(a & b)},
+    {"or", "pred|<B>", BITS(a | b)},
+    {"xor", "pred|<B>", BITS(a ^ b)},
+    {"not", "pred|<B>", BITS(~a)},
+    {"shl", "<B>", DO(f.shift(true))},
+    {"shr", "(<I>|<B>)", DO(f.shift(false))},
+    {"bfe", "[us](32|64)", DO(f.extract())},
+    {"bfi", "b(32|64)", DO(f.insert())},
+    {"bfind", "(shiftamt.)?[us](32|64)", DO(f.find_top())},
+    {"clz", "b32", BITS(a ? static_cast<uint64_t>(__builtin_clzll(a)) - 32 : 32)},
+    {"clz", "b64", BITS(a ? static_cast<uint64_t>(__builtin_clzll(a)) : 64)},
+    {"popc", "b(32|64)", BITS(static_cast<uint64_t>(__builtin_popcountll(a)))},
+    {"brev", "b32", BITS(reversed(a) >> 32)},
+    {"brev", "b64", BITS(reversed(a))},
+    {"prmt", "b32", DO(f.permute())},
+    {"lop3", "b32", DO(f.logic())},
+    {"shf", "(l|r).(wrap|clamp).b32", DO(f.funnel())},
+    {"setp", "<C>.((and|or|xor).)?<A>", DO(f.compare())},
+    {"selp", "<A>", DO(f.out(f.flag(3) ? f.raw(1) : f.raw(2)))},
+
+    {"add", "(<R>.)?<F>", TYPED(floats, a + b)},
+    {"sub", "(<R>.)?<F>", TYPED(floats, a - b)},
+    {"mul", "(<R>.)?<F>", TYPED(floats, a* b)},
+    {"div", "<R>.<F>", TYPED(floats, a / b)},
+    {"fma", "<R>.<F>", TYPED(floats, std::fma(a, b, c))},
+    {"min", "<F>", TYPED(floats, simt::least(a, b))},
+    {"max", "<F>", TYPED(floats, -simt::least(-a, -b))},
+    {"neg", "<F>", TYPED(floats, -a)},
+    {"abs", "<F>", TYPED(floats, std::fabs(a))},
+    {"copysign", "<F>", TYPED(floats, std::copysign(b, a))},
+    {"rcp", "<R>.<F>", TYPED(floats, 1 / a)},
+    {"sqrt", "<R>.<F>", TYPED(floats, std::sqrt(a))},
+    {"rcp", "approx.(ftz.)?f32", DO(f.approximate([](float x) { return 1 / x; }))},
+    {"sqrt", "approx.(ftz.)?f32", DO(f.approximate([](float x) { return std::sqrt(x); }))},
+    {"rsqrt", "approx.(ftz.)?f32", DO(f.approximate([](float x) { return 1 / std::sqrt(x); }))},
+    {"lg2", "approx.(ftz.)?f32", DO(f.approximate(simt::log2))},
+    {"ex2", "approx.ftz.f32", DO(f.approximate(simt::exp2))},
+
+    {"cvt", "(sat.)?[us](8|16|32|64).[us](8|16|32|64)", DO(f.convert())},
+    {"cvt", "<R>.<F>.[us](8|16|32|64)", DO(f.convert())},
+    {"cvt", "r[nzmp]i.(sat.)?[us](8|16|32|64).<F>", DO(f.convert())},
+    {"cvt", "(r[nzmp]i.)?(sat.)?(f32.f32|f64.f64)", DO(f.convert())},
+    {"cvt", "f64.f32|<R>.f32.f64|<F>.f16|f32.bf16|rn.b?f16(x2)?.f32", DO(f.convert())},
+    {"cvta", "(global|shared|local|const|param).u64", DO(f.cvta(false))},
+    {"cvta", "to.(global|shared|local|const|param).u64", DO(f.cvta(true))},
+
+    {"ld",
+     "((volatile|relaxed|acquire).)?(<S>.)?((global|shared|local|param|const).)?((c[agsv]|lu|nc|L[12]::\\w+).)*(v[24].)"
+     "?<M>",
+     DO(f.load())},
+    {"st",
+     "((volatile|relaxed|release).)?(<S>.)?((global|shared|local|param).)?((c[gs]|w[bt]|L[12]::\\w+).)*(v[24].)?<M>",
+     DO(f.store())},
+    {"atom", "<O>(exch|cas).b(32|64)|<O><P>", DO(f.atomic(true))},
+    {"red", "<O><P>", DO(f.atomic(false))},
+    {"membar", "cta|gl|sys", DO((void)f)},
+    {"fence", "(sc|acq_rel).<S>", DO((void)f)},
+    {"prefetch", "global.L[12]", DO((void)f)},
+    {"cp", "async.(ca|cg).shared.global(.L2::\\w+)?", DO(f.copy())},
+    {"cp", "async.commit_group", DO((void)f; simt::commit())},
+    {"cp", "async.wait_group", DO(f.land(f.in<int>(0)))},
+    {"cp", "async.wait_all", DO(simt::commit(); f.land(0))},
+
+    {"bra", "(uni)?", DO(f.jump())},
+    {"call", "(uni)?", DO(f.call())},
+    {"ret", "(uni)?", DO(f.end())},
+    {"trap", "", DO(f.stop("a trap"))},
+    {"bar", "sync", DO(f.sync())},
+    {"barrier", "sync(.aligned)?", DO(f.sync())},
+    {"bar", "warp.sync", DO(f.sync_warp())},
+    {"shfl", "sync.(up|down|bfly|idx).b32", DO(f.shuffle())},
+    {"vote", "sync.((all|any|uni).pred|ballot.b32)", DO(f.vote())},
+    {"match", "(any|all).sync.b(32|64)", DO(f.match())},
+    {"redux", "sync.((add|min|max).[us]32|(and|or|xor).b32)", DO(f.reduce())},
+    {"ldmatrix", "sync.aligned.m8n8.x4(.trans)?.shared.b16", DO(f.matrices())},
+    {"mma", "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", DO(f.multiply_add())},
+};
+
 void thread(void*) {
-  const simt::Launch& launch = *world.launch;
-  const size_t bytes = world.module->static_shared + launch.shared_bytes;
-  if (world.block != simt::block()) world.shadow.assign(bytes, {});
-  world.block = simt::block();
-  Counts counts;
-  Frame frame(*world.kernel, nullptr, counts);
-  for (size_t k = 0; k < launch.parameters.size(); ++k)
-    std::memcpy(frame.variable(world.kernel->parameters[k]), launch.parameters[k], launch.sizes[k]);
+  if (std::exchange(world.block, simt::block()) != simt::block())
+    world.shadow.assign(world.module->static_shared + world.launch->shared_bytes, {});
+  Frame::Passed passed;
+  Frame frame(*world.kernel, nullptr, passed);
+  for (size_t k = 0; k < world.launch->sizes.size(); ++k)
+    std::memcpy(frame.variable(world.kernel->parameters[k]), world.launch->parameters[k], world.launch->sizes[k]);
   frame.run();
 }
 
 }  // namespace
 
-void run(const Module& module, const Function& kernel, const std::vector<Range>& buffers, const simt::Launch& launch) {
+void (*meaning(const std::string& first, const std::string& rest))(Frame&) {
+  const char* const shorthand[][2] = {{"<O>", "((relaxed|acquire|release|acq_rel).)?(<S>.)?((global|shared).)?"},
+                                      {"<P>", "((add|min|max).[us](32|64)|(inc|dec).u32|(and|or|xor).b(32|64))"},
+                                      {"<I>", "[us](16|32|64)"},
+                                      {"<B>", "b(16|32|64)"},
+                                      {"<F>", "f(32|64)"},
+                                      {"<A>", "([bus](16|32|64)|f(32|64))"},
+                                      {"<M>", "([bus](8|16|32|64)|f(32|64))"},
+                                      {"<R>", "r[nzmp]"},
+                                      {"<S>", "(cta|gpu|sys)"},
+                                      {"<C>", "(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)"},
+                                      {".", "\\."}};
+  for (const Row& row : rows) {
+    if (first != row.word) continue;
+    std::string pattern = row.rest;
+    for (const auto& [from, to] : shorthand)
+      for (size_t at = 0; (at = pattern.find(from, at)) != std::string::npos; at += from[0] == '.' ? 2 : 0)
+        pattern.replace(at, std::strlen(from), to);
+    if (std::regex_match(rest, std::regex(pattern))) return row.run;
+  }
+  return nullptr;
+}
+
+void run(const Module& module, const Function& kernel, const std::vector<Range>& arrays, const simt::Launch& launch) {
   bool same = kernel.parameters.size() == launch.sizes.size();
   for (size_t k = 0; same && k < launch.sizes.size(); ++k) same = kernel.parameters[k].bytes == launch.sizes[k];
   if (!same) refuse("parameters of other sizes: " + kernel.name, module.file.c_str(), 0);
   world.module = &module;
   world.kernel = &kernel;
   world.launch = &launch;
-  world.buffers = &buffers;
+  world.arrays = &arrays;
   world.block = -1;
   simt::run(launch.blocks, launch.threads, module.static_shared + launch.shared_bytes, thread, nullptr);
 }

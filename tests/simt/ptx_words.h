@@ -63,6 +63,10 @@ SIMT_DEVICE float times(float x, float y) {
   return WAY(__fmul, (x, y));
 }
 SIMT_DEVICE float unit(float x) { return __saturatef(x); }
+template <class T>
+SIMT_DEVICE T lesser(T a, T b) { return ::fmin(a, b); }
+template <class T>
+SIMT_DEVICE T greater(T a, T b) { return ::fmax(a, b); }
 SIMT_DEVICE float inverse_root(float x) {
   float y;
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -144,11 +148,6 @@ SIMT_DEVICE uint32_t all_alike(uint32_t x) {
 }
 SIMT_DEVICE uint32_t lane_sum(uint32_t x) { return __reduce_add_sync(~0u, x); }
 SIMT_DEVICE int32_t lane_max(int32_t x) { return __reduce_max_sync(~0u, x); }
-SIMT_DEVICE uint32_t lanes_below() {
-  uint32_t y;
-  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(y));
-  return y;
-}
 
 template <class T>
 SIMT_DEVICE auto* word(T* p) {  // as CUDA's atomics name 64 bits
@@ -211,6 +210,14 @@ float times(float x, float y) {
   return directed<float, way>(static_cast<long double>(x) * y);
 }
 inline float unit(float x) { return x > 0 ? std::min(x, 1.f) : 0; }
+template <class T>
+T lesser(T a, T b) {
+  return a != a || (a == 0 && b == 0 ? std::signbit(b) : b < a) ? b : a;
+}
+template <class T>
+T greater(T a, T b) {
+  return a != a || (a == 0 && b == 0 ? !std::signbit(b) : b > a) ? b : a;
+}
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline int32_t clamped(int32_t x) { return std::min(std::max(x, -128), 127); }
 
@@ -311,7 +318,6 @@ inline int32_t lane_max(int32_t x) {
   for (int m = 16; m; m /= 2) x = std::max(x, simt::shuffle_xor(x, m));
   return x;
 }
-inline uint32_t lanes_below() { return (1u << simt::lane()) - 1; }
 
 #define ATOMIC(name, value)     \
   template <class T>            \

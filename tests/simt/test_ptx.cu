@@ -110,8 +110,8 @@ SIMT_DEVICE void floats(T a, T b, T c, Results& put) {
   put(T(1) / a);
   put(std::sqrt(a));
   put(std::fma(a, b, c));
-  put(std::fmin(a, b));
-  put(std::fmax(a, b));
+  put(lesser(a, b));
+  put(greater(a, b));
   put(-a);
   put(std::fabs(a));
   put(std::copysign(a, b));
@@ -207,7 +207,6 @@ SIMT_KERNEL(kThreads) lanes(const Inputs* in, uint64_t* out) {
   put(all_alike(t / 32 ? few : 8u));
   put(lane_sum(x));
   put(lane_max(static_cast<int32_t>(x)));
-  put(lanes_below());
 }
 
 SIMT_KERNEL(kThreads) atomics(const Inputs* in, uint64_t* out) {
