@@ -5,6 +5,7 @@
 // threads that no barrier orders; an instruction or a modifier that is not known stops the program by name.
 //
 //   ptx_parse.cpp  text to instructions
+//   ptx_frame.h    a thread's registers, memory and meetings
 //   ptx_run.cpp    what each instruction does
 //   ptx_twin.cpp   every simt::launch twice, its C++ and its PTX, which must leave the same bytes
 #pragma once

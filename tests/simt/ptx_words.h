@@ -64,9 +64,13 @@ SIMT_DEVICE float times(float x, float y) {
 }
 SIMT_DEVICE float unit(float x) { return __saturatef(x); }
 template <class T>
-SIMT_DEVICE T lesser(T a, T b) { return ::fmin(a, b); }
+SIMT_DEVICE T lesser(T a, T b) {
+  return ::fmin(a, b);
+}
 template <class T>
-SIMT_DEVICE T greater(T a, T b) { return ::fmax(a, b); }
+SIMT_DEVICE T greater(T a, T b) {
+  return ::fmax(a, b);
+}
 SIMT_DEVICE float inverse_root(float x) {
   float y;
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
