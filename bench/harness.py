@@ -131,7 +131,10 @@ def parity(variant: Variant, result: Any, copy: int) -> float:
     return error
 
 
-def run_case(case: Case, threads: int, peak: float, absent: Mapping[str, str], effort: Effort) -> Outcome:
+def run_case(
+    case: Case, threads: int, peak: float, absent: Mapping[str, str], effort: Effort,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Outcome:  # fmt: skip
     """Check, time, check again. `left_out` names the peers that failed or need what is `absent` (what -> why),
     `failures` the hisac variants that failed; neither gets a row."""
     out = Outcome()
@@ -151,18 +154,18 @@ def run_case(case: Case, threads: int, peak: float, absent: Mapping[str, str], e
             continue
         try:
             call = v.make()
-            start = time.perf_counter()
+            start = clock()
             results = [call(i) for i in range(case.copies)]
-            first[v.name] = (time.perf_counter() - start) / case.copies
+            first[v.name] = (clock() - start) / case.copies
             error[v.name] = max(parity(v, r, i) for i, r in enumerate(results))
             if first[v.name] < 1:  # the first call may have compiled or allocated
-                start = time.perf_counter()
+                start = clock()
                 call(0)
-                first[v.name] = time.perf_counter() - start
+                first[v.name] = clock() - start
             calls[v.name] = call
         except Exception as problem:  # a peer's fault must not end the run
             drop(v, f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}")
-    times, last = interleave(calls, first, case.copies, effort)
+    times, last = interleave(calls, first, case.copies, effort, clock)
     for name, (result, copy) in last.items():
         try:
             error[name] = max(error[name], parity(by_name[name], result, copy))

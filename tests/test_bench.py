@@ -392,3 +392,17 @@ def test_the_readme_is_updated_and_checked(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SystemExit) as ended:
         call()
     assert ended.value.code == 2
+
+
+def test_the_gpus_program_runs_on_a_cpu(tmp_path):
+    """Every work, variant and peer of bench/gpu.py, each checked against its truth, but those that need a GPU."""
+    pytest.importorskip("torch")
+    command = [sys.executable, BENCH / "gpu.py", "--device=cpu", "--quick", f"--json={tmp_path / 'rows.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert result["failures"] == [] and result["quick"] is True
+    assert {entry["reason"].split(":")[0] for entry in result["left_out"]} <= {"c", "cuda", "flash_attn_interface"}
+    works = {"route/batch", "route/ragged", "route/short"}
+    works |= {f"{work} agents" for work in works} | {"backward/batch", "vote/batch", "encode/items", "attend/batch"}
+    assert {row["work"] for row in result["rows"] if row["role"] == "hisac"} == works

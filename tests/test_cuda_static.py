@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.deep  # minutes of compiling
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ROWS = {1: 64, 2: 32}  # of a step, by the parts that a row is kept in

@@ -33,7 +33,7 @@ TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
 # by builds and the demo, never committed; so are *.egg-info and what begins with a dot
 MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
-MOST_LINES, MOST_CODE = 500, 9_600  # of a file; of cpp and python together, blank lines and comments left out
+MOST_LINES, MOST_CODE = 500, 9_900  # of a file; of cpp and python together, blank lines and comments left out
 MOST_CUDA = 4_000  # of cpp's cuda folder, which is counted apart
 
 
@@ -74,7 +74,7 @@ def foreign_headers(root):
     for path, text in sources(root, "cpp"):
         for name in includes(text):
             binding = re.match(r"nanobind/|Python\.h|pybind11/", name) and "bind" not in path.parts
-            cuda = re.match(r"cuda|cub/|cublas|thrust/", name) and "cuda" not in path.parts
+            cuda = re.match(r"cuda_|cuda/(?!verbs)|cub/|cublas|thrust/", name) and "cuda" not in path.parts
             if binding or cuda or re.match(r"torch/|ATen/|c10/", name):
                 yield f"{path} includes {name}"
 

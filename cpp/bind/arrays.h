@@ -6,8 +6,37 @@
 
 #include "dlpack.h"
 #include "hisac/hisac.h"
+#include "on_cuda.h"
 
 namespace hisac::bind {
+
+/// DLPack's number for the devices of cuda_verbs(): CUDA's; the CPU's when tests lend emulated kernels.
+inline int32_t cuda_device_type = 2;
+
+/// One call: its verb's name, for messages, and where its arrays lie: where the first one does.
+struct Call {
+  const char* verb;
+  nb::dlpack::device device{0, 0};
+  bool only_cpu = false;
+
+  explicit Call(const char* name) : verb(name) {}
+  /// A verb that only the CPU has.
+  static Call on_cpu(const char* name) {
+    Call call(name);
+    call.device = {1, 0};
+    call.only_cpu = true;
+    return call;
+  }
+  operator const char*() const { return verb; }
+  bool on_cuda() const { return !only_cpu && cuda_verbs() && device.device_type == cuda_device_type; }
+};
+
+/// "the CPU"
+inline std::string place(const nb::dlpack::device& d) {
+  if (d.device_type == 1) return "the CPU";
+  return (d.device_type == 2 ? "cuda:" : "device type " + std::to_string(d.device_type) + ", number ") +
+         std::to_string(d.device_id);
+}
 
 /// "float32 [3, 4]"
 inline std::string describe(const View& view) {
@@ -40,13 +69,18 @@ constexpr nb::dlpack::dtype dtype_of() {
 }
 
 /// Checks place, rank and layout; returns the address of the first element. `expected` is the contract in words.
-inline void* borrow(const View& view, const char* verb, const char* name, int ndim, const char* expected, bool write) {
+inline void* borrow(const View& view, Call& call, const char* name, int ndim, const char* expected, bool write) {
   const auto& t = view.tensor;
-  if (view.none) wrong_type(verb, name, expected, "None");
-  if (view.unreadable) wrong_type(verb, name, "an array with memory that DLPack lends", view.unreadable->tp_name);
-  if (t.device.device_type != 1 && t.device.device_type != 3)  // CPU, or pinned host memory
-    wrong_type(verb, name, "an array in CPU memory", "device type " + std::to_string(t.device.device_type));
-  if (t.ndim != ndim) wrong_value(verb, name, expected, describe(view));
+  if (view.none) wrong_type(call, name, expected, "None");
+  if (view.unreadable) wrong_type(call, name, "an array with memory that DLPack lends", view.unreadable->tp_name);
+  const auto device = t.device.device_type == 3 ? nb::dlpack::device{1, 0} : t.device;  // 3: pinned host memory
+  const bool known = device.device_type == 1 || (device.device_type == 2 && cuda_verbs());
+  if (known && !call.device.device_type) call.device = device;
+  if (call.device.device_type != device.device_type ||
+      (device.device_type == 2 && call.device.device_id != device.device_id))
+    wrong_type(call, name, "an array on " + place(call.device.device_type ? call.device : nb::dlpack::device{1, 0}),
+               "one on " + place(device));
+  if (t.ndim != ndim) wrong_value(call, name, expected, describe(view));
   int64_t size = 1;
   bool contiguous = true;
   for (int i = t.ndim - 1; i >= 0; --i) {
@@ -54,42 +88,42 @@ inline void* borrow(const View& view, const char* verb, const char* name, int nd
     size *= t.shape[i];
   }
   if (!contiguous && size != 0)
-    wrong_value(verb, name, std::string(expected) + ", row-major and contiguous", "other strides");
-  if (!t.data && size != 0) wrong_type(verb, name, "an array with data", "a fake tensor");
-  if (write && !view.writable) wrong_type(verb, name, "a writable array", "a read-only one");
+    wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
+  if (!t.data && size != 0) wrong_type(call, name, "an array with data", "a fake tensor");
+  if (write && !view.writable) wrong_type(call, name, "a writable array", "a read-only one");
   return static_cast<char*>(t.data) + t.byte_offset;
 }
 
 /// T is const-qualified for inputs. None gives a null array where `optional`.
 template <class T, int N>
-Array<T, N> array(const View& view, const char* verb, const char* name, const char* expected, bool optional = false) {
+Array<T, N> array(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
   Array<T, N> out;
   if (view.none && optional) return out;
-  void* const data = borrow(view, verb, name, N, expected, !std::is_const_v<T>);
-  if (view.tensor.dtype != dtype_of<std::remove_const_t<T>>()) wrong_type(verb, name, expected, describe(view));
+  void* const data = borrow(view, call, name, N, expected, !std::is_const_v<T>);
+  if (view.tensor.dtype != dtype_of<std::remove_const_t<T>>()) wrong_type(call, name, expected, describe(view));
   static char empty;
   out.data = data ? static_cast<T*>(data) : reinterpret_cast<T*>(&empty);
   for (int i = 0; i < N; ++i) out.shape[i] = view.tensor.shape[i];
   return out;
 }
 
-inline DType float_type(const View& view, const char* verb, const char* name, const char* expected) {
+inline DType float_type(const View& view, const Call& call, const char* name, const char* expected) {
   const auto& d = view.tensor.dtype;
   if (d == nb::dlpack::dtype{2, 32, 1}) return DType::float32;
   if (d == nb::dlpack::dtype{2, 16, 1}) return DType::float16;
   if (d == nb::dlpack::dtype{4, 16, 1}) return DType::bfloat16;
-  wrong_type(verb, name, expected, describe(view));
+  wrong_type(call, name, expected, describe(view));
 }
 
 /// An array of `ndim` dimensions as rows of its last one; `int8`: that type too.
 template <class R = Rows>
-R rows(const View& view, const char* verb, const char* name, int ndim, const char* expected, bool int8 = false) {
+R rows(const View& view, Call& call, const char* name, int ndim, const char* expected, bool int8 = false) {
   R out;
-  void* const data = borrow(view, verb, name, ndim, expected, std::is_same_v<R, MutableRows>);
+  void* const data = borrow(view, call, name, ndim, expected, std::is_same_v<R, MutableRows>);
   static char empty;
   out.data = data ? data : &empty;
   const bool is_int8 = int8 && view.tensor.dtype == dtype_of<int8_t>();
-  out.dtype = is_int8 ? DType::int8 : float_type(view, verb, name, expected);
+  out.dtype = is_int8 ? DType::int8 : float_type(view, call, name, expected);
   out.rows = 1;
   for (int i = 0; i + 1 < ndim; ++i) out.rows *= view.tensor.shape[i];
   out.width = view.tensor.shape[ndim - 1];
@@ -97,39 +131,41 @@ R rows(const View& view, const char* verb, const char* name, int ndim, const cha
 }
 
 /// None gives null ids.
-inline Ids ids(const View& view, const char* verb, const char* name) {
+inline Ids ids(const View& view, Call& call, const char* name) {
   constexpr const char* kExpected = "int32 or int64 [T]";
   if (view.none) return {};
   static char empty;
-  void* const data = borrow(view, verb, name, 1, kExpected, false);
+  void* const data = borrow(view, call, name, 1, kExpected, false);
   const bool wide = view.tensor.dtype == dtype_of<int64_t>();
-  if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(verb, name, kExpected, describe(view));
+  if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(call, name, kExpected, describe(view));
   return {data ? data : &empty, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 
 /// starts and ends [B]; ends None: starts are offsets [B + 1].
-inline Histories histories(const View& starts, const View& ends, const char* verb) {
+inline Histories histories(const View& starts, const View& ends, Call& call) {
   constexpr const char* kExpected = "int32 or int64 [B]";
   Histories h;
-  h.starts = borrow(starts, verb, "starts", 1, kExpected, false);
+  h.starts = borrow(starts, call, "starts", 1, kExpected, false);
   const auto type = starts.tensor.dtype;
   const bool wide = type == dtype_of<int64_t>();
-  if (!wide && type != dtype_of<int32_t>()) wrong_type(verb, "offsets", "int32 or int64", describe(starts));
+  if (!wide && type != dtype_of<int32_t>()) wrong_type(call, "offsets", "int32 or int64", describe(starts));
   h.dtype = wide ? DType::int64 : DType::int32;
   h.users = starts.tensor.shape[0];
   if (ends.none) {
-    if (--h.users < 0) wrong_value(verb, "offsets", "[B + 1]", describe(starts));
+    if (--h.users < 0) wrong_value(call, "offsets", "[B + 1]", describe(starts));
     h.ends = static_cast<const char*>(h.starts) + (wide ? 8 : 4);
     return h;
   }
-  h.ends = borrow(ends, verb, "ends", 1, kExpected, false);
+  h.ends = borrow(ends, call, "ends", 1, kExpected, false);
   if (ends.tensor.dtype != type || ends.tensor.shape[0] != h.users)
-    wrong_value(verb, "ends", "the type and length of starts, " + describe(starts), describe(ends));
+    wrong_value(call, "ends", "the type and length of starts, " + describe(starts), describe(ends));
   return h;
 }
 
-/// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`.
-inline int64_t longest(const Histories& h, int64_t rows) {
+/// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`; on a GPU
+/// they are not seen.
+inline int64_t longest(const Call& call, const Histories& h, int64_t rows) {
+  if (call.on_cuda()) return rows;
   int64_t most = 0;
   for (int64_t b = 0; b < h.users; ++b)
     most = std::max(most, std::clamp(h.end(b), int64_t{0}, rows) - std::clamp(h.start(b), int64_t{0}, rows));

@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "cpu/pack.h"
+#include "on_cuda.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -267,7 +268,7 @@ class Backward {
   BackwardWorker* worker_ = nullptr;
 };
 
-Status check(const char* verb, const AttendInputs& in) noexcept {
+Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   const Shape s(in);
   HISAC_TRY(check_float(verb, "q", in.q.dtype));
   if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
@@ -291,7 +292,7 @@ Status check(const char* verb, const AttendInputs& in) noexcept {
                          s.tokens, in.bias.shape[0], in.bias.shape[1]);
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
-  HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / s.heads, "candidate_offsets"));
+  HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / s.heads, device, "candidate_offsets"));
   for (int64_t b = 1; b < s.users; ++b)
     if (in.candidates.start(b) < in.candidates.end(b - 1))
       return Status::error(Code::invalid_argument,
@@ -301,14 +302,15 @@ Status check(const char* verb, const AttendInputs& in) noexcept {
 
 }  // namespace
 
-size_t attend_workspace(const AttendInputs& inputs, int workers) noexcept {
+size_t attend_workspace(const AttendInputs& inputs, int workers, Device device) noexcept {
+  if (device == Device::cuda) return bytes_on_cuda(&cuda::Verbs::attend_workspace, inputs);
   Arena arena;
   Forward().carve(arena, Shape(inputs), workers);
   return arena.used();
 }
 
 Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept {
-  HISAC_TRY(check("attend", inputs));
+  HISAC_TRY(check("attend", inputs, context.device));
   const Shape s(inputs);
   const int64_t n = inputs.q.rows / s.heads;
   if (out.out.rows != inputs.q.rows || out.out.width != s.value_width || out.out.dtype != inputs.q.dtype ||
@@ -317,6 +319,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
                          "attend: out expected [%" PRId64 ", %" PRId64 ", %" PRId64 "] of q's type and lse [%" PRId64
                          ", %" PRId64 "]",
                          n, s.heads, s.value_width, n, s.heads);
+  if (context.device == Device::cuda) return on_cuda("attend", &cuda::Verbs::attend, context, inputs, out);
   Arena arena(context.workspace);
   Forward forward;
   forward.carve(arena, s, workers_of(context));
@@ -344,7 +347,8 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   return {};
 }
 
-size_t attend_backward_workspace(const AttendInputs& inputs, int workers) noexcept {
+size_t attend_backward_workspace(const AttendInputs& inputs, int workers, Device device) noexcept {
+  if (device == Device::cuda) return bytes_on_cuda(&cuda::Verbs::attend_backward_workspace, inputs);
   Arena arena;
   Backward(inputs, nullptr, nullptr, workers).carve(arena);
   return arena.used();
@@ -352,7 +356,7 @@ size_t attend_backward_workspace(const AttendInputs& inputs, int workers) noexce
 
 Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
                        const AttendGradients& out) noexcept {
-  HISAC_TRY(check("attend_backward", inputs));
+  HISAC_TRY(check("attend_backward", inputs, context.device));
   const Shape s(inputs);
   const int64_t n = inputs.q.rows / s.heads;
   const auto like = [&](const Rows& rows) {
@@ -372,6 +376,8 @@ Status attend_backward(const Context& context, const AttendInputs& inputs, const
                     (!out.bias || (inputs.bias && out.bias.shape[0] == s.users && out.bias.shape[1] == s.tokens));
   if (!fits)
     return Status::error(Code::invalid_argument, "attend_backward: gradients expected the shapes of their arguments");
+  if (context.device == Device::cuda)
+    return on_cuda("attend_backward", &cuda::Verbs::attend_backward, context, inputs, forward, out);
   Backward backward(inputs, &forward, &out, workers_of(context));
   Arena arena(context.workspace);
   backward.carve(arena);

@@ -14,15 +14,15 @@ namespace hisac {
     if (Status s_ = (expression); !s_.ok()) return s_; \
   } while (0)
 
-/// Every [start, end) inside [0, rows), in order.
-inline Status check_histories(const char* verb, const Histories& h, int64_t rows,
+/// Every [start, end) inside [0, rows), in order; on a device they are not seen.
+inline Status check_histories(const char* verb, const Histories& h, int64_t rows, Device device,
                               const char* name = "offsets") noexcept {
   if (h.users < 0 || (h.users > 0 && (!h.starts || !h.ends)))
     return Status::error(Code::invalid_argument, "%s: %s expected for %" PRId64 " users, got none", verb, name,
                          h.users);
   if (h.dtype != DType::int32 && h.dtype != DType::int64)
     return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb, name);
-  for (int64_t b = 0; b < h.users; ++b)
+  for (int64_t b = 0; b < h.users && device == Device::cpu; ++b)
     if (h.start(b) < 0 || h.end(b) < h.start(b) || h.end(b) > rows)
       return Status::error(Code::invalid_argument,
                            "%s: %s expected 0 <= start <= end <= %" PRId64 " for every user, got [%" PRId64 ", %" PRId64

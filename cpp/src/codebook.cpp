@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "codebook_body.h"
+#include "on_cuda.h"
 #include "parallel.h"
 
 namespace hisac {
@@ -160,6 +161,8 @@ Status code_prototypes(const Context& context, const Codebook& book, Array<const
     return Status::error(Code::invalid_argument,
                          "prototypes: out expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64 "]",
                          codes.shape[0], book.width(), out.shape[0], out.shape[1]);
+  if (context.device == Device::cuda)
+    return on_cuda("prototypes", &cuda::Verbs::code_prototypes, context, book, codes, out);
   constexpr int64_t kChunk = 256;
   parallel_for(context, (codes.shape[0] + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin * kChunk; i < end * kChunk && i < codes.shape[0]; ++i)

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "codebook_body.h"
+#include "on_cuda.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -52,7 +53,8 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
 
 }  // namespace
 
-size_t encode_workspace(const Codebook& book, int workers) noexcept {
+size_t encode_workspace(const Codebook& book, int workers, Device device) noexcept {
+  if (device == Device::cuda) return 0;
   Arena arena;
   NearestScratch scratch;
   for (int w = 0; w < workers && !book.empty(); ++w) scratch.carve(arena, book.width(), largest_size(book));
@@ -67,6 +69,7 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
                          "encode: x is [%" PRId64 ", %" PRId64 "], the codebook has D = %" PRId64 ": D differs", x.rows,
                          x.width, book.width());
   HISAC_TRY(check_codes("encode", book, codes.shape, x.rows));
+  if (context.device == Device::cuda) return on_cuda("encode", &cuda::Verbs::encode, context, book, x, codes);
   const int workers = workers_of(context);
   Arena arena(context.workspace);
   NearestScratch first;

@@ -323,6 +323,8 @@ size_t fit_workspace(const FitParams& params, int64_t rows, int64_t width, int w
 
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept {
+  if (context.device != Device::cpu)
+    return Status::error(Code::not_implemented, "fit: expected a context on the CPU, got one on CUDA");
   HISAC_TRY(check(params, x, centers));
   Arena arena(context.workspace);
   Fit state(context, params, x.rows, x.width, workers_of(context));

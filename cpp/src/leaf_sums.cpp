@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "leaf_rows.h"
+#include "on_cuda.h"
 
 namespace hisac {
 namespace {
@@ -18,16 +19,17 @@ RouteInputs without_agents(const RouteInputs& inputs) noexcept {
   return in;
 }
 
-Status check(const RouteInputs& in, const LeafSums& out, int64_t* rows) noexcept {
+/// rows: those of all histories, 0 on a device, where they are not seen.
+Status check(const RouteInputs& in, const LeafSums& out, Device device, int64_t* rows) noexcept {
   constexpr float kOne = 1;
   RouteParams params;
   params.method = Method::leaf;
   params.temperature = {&kOne, {1}};
-  HISAC_TRY(check_route("leaf_sums", params, in));
+  HISAC_TRY(check_route("leaf_sums", params, in, device));
   HISAC_TRY(check_book("leaf_sums", in.book));
   const int64_t users = in.histories.users, levels = in.book->levels();
   *rows = 0;
-  for (int64_t b = 0; b < users; ++b) *rows += in.histories.end(b) - in.histories.start(b);
+  for (int64_t b = 0; b < users && device == Device::cpu; ++b) *rows += in.histories.end(b) - in.histories.start(b);
   const bool fits = out.x.shape[0] >= *rows && out.v.shape[0] >= *rows && out.bias.shape[0] >= *rows &&
                     out.spread.shape[0] >= *rows && out.codes.shape[0] >= *rows && out.offsets.shape[0] == users + 1 &&
                     out.x.shape[1] == in.prototypes.shape[2] && out.v.shape[1] == in.v.width &&
@@ -46,8 +48,9 @@ LeafRows from(const LeafSums& out, int64_t row) noexcept {
 
 }  // namespace
 
-size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers) noexcept {
+size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers, Device device) noexcept {
   const RouteInputs in = without_agents(inputs);
+  if (device == Device::cuda) return bytes_on_cuda(&cuda::Verbs::leaf_sums_workspace, in, longest);
   Arena arena;
   LeafSummer(in, longest, workers).carve(arena);
   arena.take<int64_t>(in.histories.users);
@@ -58,7 +61,8 @@ Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSu
   const RouteInputs in = without_agents(inputs);
   const int64_t users = in.histories.users;
   int64_t rows = 0, done = 0, room = 0;
-  HISAC_TRY(check(in, out, &rows));
+  HISAC_TRY(check(in, out, context.device, &rows));
+  if (context.device == Device::cuda) return on_cuda("leaf_sums", &cuda::Verbs::leaf_sums, context, in, out);
   LeafSummer leaves(in, longest_of(in.histories), workers_of(context));
   Arena arena(context.workspace);
   leaves.carve(arena);

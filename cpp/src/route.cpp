@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "cpu/pack.h"
 #include "leaf_rows.h"
+#include "on_cuda.h"
 #include "parallel.h"
 #include "route_rows.h"
 
@@ -353,15 +354,18 @@ Status check_tokens(const RouteParams& params, const RouteInputs& in, const Toke
 
 }  // namespace
 
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers) noexcept {
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers,
+                       Device device) noexcept {
+  if (device == Device::cuda) return bytes_on_cuda(&cuda::Verbs::route_workspace, params, inputs, longest);
   Arena arena;
   Router(Context{}, params, inputs, nullptr, longest, workers).carve(arena);
   return arena.used();
 }
 
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  HISAC_TRY(check_route("route", params, inputs));
+  HISAC_TRY(check_route("route", params, inputs, context.device));
   HISAC_TRY(check_tokens(params, inputs, out));
+  if (context.device == Device::cuda) return on_cuda("route", &cuda::Verbs::route, context, params, inputs, out);
   Router router(context, params, inputs, &out, longest_of(inputs.histories), workers_of(context));
   Arena arena(context.workspace);
   router.carve(arena);

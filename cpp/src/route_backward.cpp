@@ -12,6 +12,7 @@
 #include "cpu/pack.h"
 #include "hisac/route.h"
 #include "leaf_rows.h"
+#include "on_cuda.h"
 #include "parallel.h"
 #include "route_rows.h"
 
@@ -345,7 +346,9 @@ Status check_gradients(const RouteParams& params, const RouteInputs& in, const R
 }  // namespace
 
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
-                                int64_t longest, int workers) noexcept {
+                                int64_t longest, int workers, Device device) noexcept {
+  if (device == Device::cuda)
+    return bytes_on_cuda(&cuda::Verbs::route_backward_workspace, params, inputs, out, longest);
   Arena arena;
   Backward(Context{}, params, inputs, nullptr, out, longest, workers).carve(arena);
   return arena.used();
@@ -353,8 +356,10 @@ size_t route_backward_workspace(const RouteParams& params, const RouteInputs& in
 
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept {
-  HISAC_TRY(check_route("route_backward", params, inputs));
+  HISAC_TRY(check_route("route_backward", params, inputs, context.device));
   HISAC_TRY(check_gradients(params, inputs, forward, out));
+  if (context.device == Device::cuda)
+    return on_cuda("route_backward", &cuda::Verbs::route_backward, context, params, inputs, forward, out);
   Backward backward(context, params, inputs, &forward, out, longest_of(inputs.histories), workers_of(context));
   Arena arena(context.workspace);
   backward.carve(arena);

@@ -186,7 +186,7 @@ Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
 
 }  // namespace
 
-Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept {
+Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept {
   const int64_t* const p = in.prototypes.shape;
   const int64_t rows = in.behaviours();
   HISAC_TRY(check_gathered(verb, in));
@@ -198,7 +198,7 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
   if (p[2] < 1 || in.v.width < 1)
     return Status::error(Code::invalid_argument, "%s: expected D and V of at least 1, got %" PRId64 " and %" PRId64,
                          verb, p[2], in.v.width);
-  HISAC_TRY(check_histories(verb, in.histories, rows));
+  HISAC_TRY(check_histories(verb, in.histories, rows, device));
   if (p[0] != in.histories.users)
     return Status::error(Code::invalid_argument,
                          "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], offsets name %" PRId64

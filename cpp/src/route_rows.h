@@ -133,6 +133,6 @@ inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {
 inline float row_shift_of(float bias, float row_lse) noexcept { return std::min(cpu::base2(bias) - row_lse, FLT_MAX); }
 
 /// Shapes, types and ranges; `verb` opens the message.
-Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in) noexcept;
+Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept;
 
 }  // namespace hisac

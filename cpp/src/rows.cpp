@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "hisac/route.h"
+#include "on_cuda.h"
 #include "parallel.h"
 
 namespace hisac {
@@ -62,6 +63,8 @@ Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const 
                          "sum_rows: rows is [%" PRId64 ", %" PRId64 "], sums is [%" PRId64 ", %" PRId64
                          "]: V differs (%" PRId64 ", %" PRId64 ")",
                          count, width, groups, sums.shape[1], width, sums.shape[1]);
+  if (context.device == Device::cuda)
+    return on_cuda("sum_rows", &cuda::Verbs::sum_rows, context, rows, order, begin, sums);
   parallel_for(context, groups, [&](int64_t first, int64_t last, int) {
     constexpr int64_t kColumns = 64;
     for (int64_t g = first; g < last; ++g) {

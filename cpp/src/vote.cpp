@@ -17,6 +17,7 @@
 #include "apportion.h"
 #include "checks.h"
 #include "codebook_body.h"
+#include "on_cuda.h"
 #include "parallel.h"
 
 namespace hisac {
@@ -366,8 +367,10 @@ int64_t seats(const VoteParams& params, int levels) noexcept {
   return params.budget ? params.budget : product;
 }
 
-size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest, int workers) noexcept {
+size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest, int workers,
+                      Device device) noexcept {
   if (book.empty() || !check_params(book, params).ok()) return 0;
+  if (device == Device::cuda) return bytes_on_cuda(&cuda::Verbs::vote_workspace, book, params, longest);
   Arena arena;
   for (int w = 0; w < workers; ++w) Scratch().carve(arena, book, params, longest);
   return arena.used();
@@ -378,7 +381,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   HISAC_TRY(check_book("vote", &book));
   HISAC_TRY(check_params(book, params));
   HISAC_TRY(check_codes("vote", book, codes.shape, codes.shape[0]));
-  HISAC_TRY(check_histories("vote", histories, codes.shape[0]));
+  HISAC_TRY(check_histories("vote", histories, codes.shape[0], context.device));
   if (weights) HISAC_TRY(check_length("vote", "weights", codes.shape[0], weights.shape[0]));
   const int64_t m = seats(params, book.levels()), users = histories.users;
   const int levels = book.levels();
@@ -389,6 +392,8 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
                          "] and count [%" PRId64 "]",
                          users, m, levels, users, m, users);
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
+  if (context.device == Device::cuda)
+    return on_cuda("vote", &cuda::Verbs::vote, context, book, params, codes, histories, weights, out);
   const int64_t longest = longest_of(histories);
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);

@@ -2,7 +2,8 @@
 """The verbs over NumPy arrays and torch tensors (without gradients; `hisac.torch` has those).
 
 Arguments, meaning and order are those of `hisac.reference`, which defines each verb; here they run compiled, in float32
-accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL. Results live where x lives.
+accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL, or on a GPU's current stream.
+Results live where x lives; all arrays of a call lie in one place. `fit` and `Codebook.leaves` are the CPU's.
 Letters: B users, T behaviours, D semantic width, V value width, L levels, M agents a user, N candidates, H heads.
 """
 
@@ -13,7 +14,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import _core
-from .arrays import copy_of, empty, give, take, take_histories, take_optional, whole
+from .arrays import (
+    copy_of,
+    cuda_missing,
+    empty,
+    give,
+    is_cuda,
+    number,
+    on_host,
+    take,
+    take_histories,
+    take_optional,
+    whole,
+)
 from .codebook import Codebook, Progress
 from .results import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
@@ -105,7 +118,7 @@ def leaf_sums(
     (x, v, starts, ends), rest, gathered = _rows(
         verb, x, v, offsets, bias, spread, take(verb, "codes", codes, "T L"), book, x_ids, v_ids, x_scale
     )
-    n, m = (np.asarray(starts)[:-1], np.asarray(starts)[1:]) if ends is None else (np.asarray(starts), np.asarray(ends))
+    n, m = (on_host(starts)[:-1], on_host(starts)[1:]) if ends is None else (on_host(starts), on_host(ends))
     most = len(rest["codes"])  # the core checks the offsets
     rows = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
     room = LeafSums(
@@ -262,8 +275,14 @@ def _route_inputs(
     rows, rest, gathered = _rows(verb, x, v, offsets, *others)
     prototypes = take(verb, "prototypes", prototypes, "B M D")
     rest["count"] = take_optional(verb, "count", count)
-    number = isinstance(temperature, int | float | np.number)
-    rest["temperature"] = float(temperature) if number else take(verb, "temperature", temperature)
+    if not isinstance(temperature, int | float | np.number):
+        rest["temperature"] = take(verb, "temperature", temperature)
+    elif is_cuda(prototypes):  # kernels read it where the data is
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{verb}: temperature expected finite and > 0, got {temperature}")
+        rest["temperature"] = number(float(temperature), prototypes)
+    else:
+        rest["temperature"] = float(temperature)
     return (*rows, prototypes), rest, gathered
 
 
@@ -278,7 +297,7 @@ def _rows(
     starts, ends = take_histories(verb, offsets)
     rest = {name: take_optional(verb, name, a) for name, a in (("bias", bias), ("spread", spread), ("codes", codes))}
     rest["book"] = None if book is None else _check(book, Codebook, f"{verb}: book")._core
-    x_scale = np.array([x_scale], np.float32) if isinstance(x_scale, int | float | np.number) else x_scale
+    x_scale = number(float(x_scale), v) if isinstance(x_scale, int | float | np.number) else x_scale
     ids = take_optional(verb, "x_ids", x_ids), take_optional(verb, "v_ids", v_ids)
     return (x, v, starts, ends), rest, (*ids, take_optional(verb, "x_scale", x_scale))
 
@@ -359,5 +378,7 @@ def get_num_threads() -> int:
 
 
 def backends() -> dict[str, Any]:
-    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one)."""
-    return {"cpu": _core.active_isa(), "available": tuple(_core.available_isas().split())}
+    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one); under "cuda"
+    True, or why there is none."""
+    isas = tuple(_core.available_isas().split())
+    return {"cpu": _core.active_isa(), "available": isas, "cuda": cuda_missing() or True}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import Codebook, _core
+from .arrays import cuda_missing
 
 core: Any = _core  # starred arguments do not go with its signatures
 
@@ -51,6 +52,12 @@ def book_of(fingerprint: int) -> Codebook:
 library = cast(Any, torch.library.Library)("hisac", "DEF")
 
 
+def _on_cuda(steps: Iterator[Any]) -> Iterator[Any]:
+    if why := cuda_missing():
+        raise TypeError(f"hisac: expected tensors on the CPU, got some on cuda: {why}")
+    return steps
+
+
 def operator(schema: str) -> Callable[[Callable[..., Iterator[Any]]], None]:
     """Define an operator by a generator that first yields the results, allocated, and then fills them: its first half
     serves as the fake implementation, so the two cannot disagree."""
@@ -59,6 +66,7 @@ def operator(schema: str) -> Callable[[Callable[..., Iterator[Any]]], None]:
         name = schema.partition("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, lambda *inputs: list(steps(*inputs)).pop(), "CPU")
+        library.impl(name, lambda *inputs: list(_on_cuda(steps(*inputs))).pop(), "CUDA")
         torch.library.register_fake(f"hisac::{name}", lambda *inputs: next(steps(*inputs)), lib=library)
 
     return define

@@ -4,6 +4,7 @@
 #   gcc clang        the tests as built for release
 #   neon             the same for AArch64, under emulation
 #   address thread   the tests under ASan + UBSan and under TSan (GCC)
+#   simt             the CUDA kernels, emulated: as built for release, under ASan + UBSan and under clang's TSan
 #   fuzz             every fuzz target under clang's libFuzzer with ASan + UBSan, HISAC_FUZZ_SECONDS (300) in all, as
 #                    many at a time as there are processors; each runs every instruction set on the same bytes
 # usage: tests/cpp/sanitize.sh [CHECK..]    needs g++, clang++ with its sanitizer runtime, doctest, CMake, and for neon
@@ -24,7 +25,8 @@ step() { printf -- '---- %s (%ss)\n' "$*" "$SECONDS"; }
 compile() {
   local name=$1 compiler=$2
   shift 2
-  cmake -S "$top" -B "$build/$name" -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_FLAGS=-Werror -DHISAC_TESTS=ON "$@" \
+  cmake -S "$top" -B "$build/$name" -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_FLAGS=-Werror -DHISAC_TESTS=ON \
+    -DHISAC_SIMT=OFF -DHISAC_CUDA=OFF "$@" \
     >"$build/$name.log" 2>&1 || { cat "$build/$name.log"; return 1; }
   cmake --build "$build/$name" -j "$jobs" >"$build/$name.log" 2>&1 || { tail -60 "$build/$name.log"; return 1; }
 }
@@ -67,6 +69,19 @@ thread() {
   check thread
 }
 
+simt() {
+  step "g++: emulated CUDA kernels, release"
+  compile simt g++ -DHISAC_TESTS=OFF -DHISAC_SIMT=ON
+  check simt
+  step "g++: emulated CUDA kernels, AddressSanitizer and UndefinedBehaviorSanitizer"
+  compile simt_address g++ -DHISAC_TESTS=OFF -DHISAC_SIMT=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+    -DHISAC_SANITIZE=address,undefined
+  check simt_address
+  step "clang++: emulated CUDA kernels, ThreadSanitizer"
+  compile simt_thread clang++ -DHISAC_TESTS=OFF -DHISAC_SIMT=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DHISAC_SANITIZE=thread
+  check simt_thread
+}
+
 # target TARGET SECONDS LONGEST_INPUT
 target() {
   mkdir -p "$build/corpus/$1"
@@ -87,10 +102,10 @@ fuzz() {
   if [ "$jobs" != 1 ]; then wait "$verbs"; fi
 }
 
-if [ $# = 0 ]; then set -- gcc clang neon address thread fuzz; fi
+if [ $# = 0 ]; then set -- gcc clang neon address thread simt fuzz; fi
 for name; do
   case $name in
-    gcc | clang | neon | address | thread | fuzz) "$name" ;;
+    gcc | clang | neon | address | thread | simt | fuzz) "$name" ;;
     *) echo "no check $name" >&2 && exit 2 ;;
   esac
 done

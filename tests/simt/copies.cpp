@@ -14,8 +14,9 @@ void copy(void* to, const void* from, int bytes, bool valid) {
   const uintptr_t size = static_cast<uintptr_t>(bytes);
   if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
     stop("a misaligned cp.async", __FILE__, __LINE__);
-  current->copies.push_back({to, from, bytes, valid, current->group});
-  move(current->copies.back(), true);
+  const Copy c{to, from, bytes, valid};
+  issue(c);
+  move(c, true);
 }
 
 }  // namespace
@@ -24,14 +25,7 @@ void copy16(void* to, const void* from, bool valid) { copy(to, from, 16, valid);
 void copy4(void* to, const void* from, bool valid) { copy(to, from, 4, valid); }
 
 void land(int open) {
-  size_t kept = 0;
-  for (const Copy& c : current->copies) {
-    if (c.group + open < current->group)
-      move(c, false);
-    else
-      current->copies[kept++] = c;
-  }
-  current->copies.resize(kept);
+  for (Copy c; landed(open, &c);) move(c, false);
 }
 
 }  // namespace simt

@@ -8,6 +8,8 @@
 
 #include <cstdio>
 #include <memory>
+#include <utility>
+#include <vector>
 
 extern "C" {  // there where the program is linked with ThreadSanitizer or AddressSanitizer
 __attribute__((weak)) void* __tsan_create_fiber(unsigned);
@@ -40,7 +42,8 @@ struct Fiber : Thread {
   void *memory = nullptr, *tsan = nullptr, *asan = nullptr;
   State state;
   const char* file;
-  int line, barriers, meetings;
+  int line, barriers, meetings, group;
+  std::vector<std::pair<int, Copy>> copies;  // and their groups, those under way
 };
 
 struct Warp {
@@ -157,7 +160,6 @@ void prepare(Fiber& f, int thread, int threads, int block, int blocks, std::byte
   f.blocks = blocks;
   f.shared = memory;
   f.copies.clear();
-  f.copies.reserve(256);
   f.group = f.barriers = f.meetings = 0;
   f.state = State::ready;
   f.tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
@@ -206,6 +208,21 @@ void sync_warp(const char* file, int line) {
   acquire(order);
 }
 
+void commit() { ++static_cast<Fiber*>(current)->group; }
+
+void issue(const Copy& copy) {
+  Fiber* const f = static_cast<Fiber*>(current);
+  f->copies.emplace_back(f->group, copy);
+}
+
+bool landed(int open, Copy* copy) {
+  Fiber* const f = static_cast<Fiber*>(current);
+  if (f->copies.empty() || f->copies[0].first + open >= f->group) return false;
+  *copy = f->copies[0].second;
+  f->copies.erase(f->copies.begin());
+  return true;
+}
+
 void stop(const char* what, const char* file, int line) {
   std::fprintf(stderr, "simt: %s at %s:%d, block %d thread %d\n", what, file, line, current->block, current->thread);
   std::_Exit(70);
@@ -235,29 +252,58 @@ void load_matrices_transposed(uint32_t (&r)[4], const void* row, const char* fil
   load(r, row, true, file, line);
 }
 
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file, int line) {
+namespace {
+
+/// sum(i, left, right) for each of a lane's four elements and the 16 factors of its row and column, as `widen` reads
+/// them: the fragments of m16n8k16, see the PTX manual.
+template <class Widen, class Sum>
+void multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file, int line, Widen widen, Sum sum) {
   counts.multiply_adds += current->lane == 0;
   meet(a[0] | static_cast<uint64_t>(a[1]) << 32, a[2] | static_cast<uint64_t>(a[3]) << 32,
        b0 | static_cast<uint64_t>(b1) << 32, file, line);
   const int group = current->lane >> 2, pair = (current->lane & 3) * 2;
   float left[2][16], right[2][16];
-  const auto low = [](uint64_t w) { return float_of(static_cast<uint32_t>(w) << 16); };
-  const auto high = [](uint64_t w) { return float_of(static_cast<uint32_t>(w) & 0xffff0000u); };
-  for (int k = 0; k < 16; k += 2) {  // the fragments of m16n8k16: see the PTX manual
+  for (int k = 0; k < 16; k += 2) {
     const int quad = (k & 7) / 2, half = k >> 3;
     for (int r = 0; r < 2; ++r) {
       const uint64_t x = given(group * 4 + quad, half) >> (32 * r), y = given((pair + r) * 4 + quad, 2) >> (32 * half);
-      left[r][k] = low(x);
-      left[r][k + 1] = high(x);
-      right[r][k] = low(y);
-      right[r][k + 1] = high(y);
+      for (int i = 0; i < 2; ++i) {
+        left[r][k + i] = widen(static_cast<uint16_t>(x >> (16 * i)));
+        right[r][k + i] = widen(static_cast<uint16_t>(y >> (16 * i)));
+      }
     }
   }
-  for (int i = 0; i < 4; ++i) {
-    float sum = d[i];
-    for (int k = 0; k < 16; ++k) sum += left[i >> 1][k] * right[i & 1][k];
-    d[i] = sum;
-  }
+  for (int i = 0; i < 4; ++i) sum(i, left[i >> 1], right[i & 1]);
+}
+
+}  // namespace
+
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file, int line) {
+  const auto widen = [](uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); };
+  multiply(a, b0, b1, file, line, widen, [&](int i, const float* left, const float* right) {
+    for (int k = 0; k < 16; ++k) d[i] += left[k] * right[k];
+  });
+}
+
+void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file, int line) {
+  const auto widen = [](uint16_t h) { return (h >> 10 & 31) == 0 ? 0.f : from_half(h); };
+  multiply(a, b0, b1, file, line, widen, [&](int i, const float* left, const float* right) {
+    double term[17] = {static_cast<double>(d[i])}, most = std::fabs(term[0]), total = 0;
+    for (int k = 0; k < 16; ++k) {
+      term[k + 1] = static_cast<double>(left[k]) * static_cast<double>(right[k]);
+      most = std::max(most, std::fabs(term[k + 1]));
+      total += term[k + 1];
+    }
+    total += term[0];
+    if (most > 0 && std::isfinite(total)) {
+      const double unit = std::ldexp(1, std::ilogb(most) - 23);
+      total = 0;
+      for (const double y : term) total += std::trunc(y / unit) * unit;
+      const double last = std::ldexp(1, std::ilogb(total) - 23);
+      if (total != 0) total = std::trunc(total / last) * last;
+    }
+    d[i] = static_cast<float>(total);
+  });
 }
 
 void run(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* argument) {

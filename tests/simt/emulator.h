@@ -12,7 +12,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 #define SIMT_DEVICE inline
 #define SIMT_BOTH inline
@@ -57,15 +56,12 @@ struct Copy {
   const void* from;
   int bytes;  // 4 or 16
   bool valid;
-  int group;
 };
 
 /// What a kernel can see of itself.
 struct Thread {
   int thread, threads, lane, warp, block, blocks;
   std::byte* shared;
-  std::vector<Copy> copies;
-  int group;
 };
 extern Thread* current;
 
@@ -117,8 +113,10 @@ T atomic_add(T* p, T value) {
 
 void copy16(void* to, const void* from, bool valid);
 void copy4(void* to, const void* from, bool valid);
-inline void commit() { ++current->group; }
+void commit();
 void land(int open);
+void issue(const Copy& copy);
+bool landed(int open, Copy* copy);  // takes one that is not in the last groups, if there is one
 template <int kOpen>
 void wait() {
   land(kOpen);
@@ -126,6 +124,8 @@ void wait() {
 void load_matrices(uint32_t (&r)[4], const void* row, SIMT_HERE);
 void load_matrices_transposed(uint32_t (&r)[4], const void* row, SIMT_HERE);
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE);
+/// As coarse as tensor cores may be: subnormal factors are zero, each k16 is cut to 24 bits below its largest term.
+void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE);
 
 inline uint32_t bits_of(float x) {
   uint32_t u;
@@ -161,6 +161,7 @@ inline uint16_t to_half(float x) {
   const int steps = static_cast<int>(std::nearbyint(std::ldexp(a, -unit)));  // nearest even
   return static_cast<uint16_t>(sign | ((unit + 24) * 1024 + steps));
 }
+inline uint32_t pack_half(float low, float high) { return to_half(low) | static_cast<uint32_t>(to_half(high)) << 16; }
 inline float exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.f : y;
@@ -173,6 +174,7 @@ T least(T a, T b) {  // a NaN loses; -0 is below 0
 inline float smaller(float a, float b) { return least(a, b); }
 inline float larger(float a, float b) { return -least(-a, -b); }
 inline float log2(float x) { return std::log2(x); }
+inline float root(float x) { return std::sqrt(x); }
 inline double plain_sum(double a, double b) { return a + b; }
 inline double plain_product(double a, double b) { return a * b; }
 
@@ -182,6 +184,7 @@ inline int machine(Machine* out) {
   *out = options.machine;
   return 0;
 }
+inline int use_device(int) noexcept { return 0; }
 void run(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* argument);
 struct Launch {
   const void* kernel;
@@ -189,8 +192,9 @@ struct Launch {
   size_t shared_bytes;
   void (*body)(void*);
   void* argument;
-  std::vector<const void*> parameters;
-  std::vector<size_t> sizes;  // of each
+  const void* const* parameters;
+  const size_t* sizes;  // of each
+  size_t count;
 };
 extern void (*instead)(const Launch&);  // where set, runs what is launched: ptx.h
 template <class Kernel, class... Arguments>
@@ -198,15 +202,11 @@ int launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream, 
   if (shared_bytes > options.machine.shared) return 1;
   auto body = [&] { kernel(arguments...); };
   const auto call = [](void* p) { (*static_cast<decltype(body)*>(p))(); };
+  const void* const parameters[] = {&arguments..., nullptr};
+  const size_t sizes[] = {sizeof arguments..., 0};
   if (instead)
-    instead({reinterpret_cast<const void*>(kernel),
-             blocks,
-             threads,
-             shared_bytes,
-             call,
-             &body,
-             {&arguments...},
-             {sizeof arguments...}});
+    instead({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, call, &body, parameters, sizes,
+             sizeof...(arguments)});
   else
     run(blocks, threads, shared_bytes, call, &body);
   return 0;

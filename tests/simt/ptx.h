@@ -12,6 +12,7 @@
 #include <deque>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "emulator.h"
 
@@ -100,10 +101,11 @@ void (*meaning(const std::string& first, const std::string& rest))(Frame&);
 /// One launch of a kernel, which may touch `arrays`.
 void run(const Module& module, const Function& kernel, const std::vector<Range>& arrays, const simt::Launch& launch);
 
-/// From here on every simt::launch runs twice, emulated and then the PTX of this text, from the same memory, and the
-/// program stops where they leave different bytes in the arrays that its parameters point to: those that operator new
-/// gave or that a test::Guarded holds. A kernel that reads others is out of range.
-void twin(std::string name, const std::string& text);
-std::string read(const char* path);
+/// From here on every simt::launch runs twice, emulated and then as PTX, from the same memory, and the program stops
+/// where they leave different bytes in the arrays that its parameters point to: those that operator new gave or that a
+/// test::Guarded holds. A kernel that reads others is out of range. May be called for several texts.
+void twin(std::string name, std::string text);
+void twin_files(const std::string& paths);  // separated by colons
+std::string read(const std::string& path);
 
 }  // namespace ptx

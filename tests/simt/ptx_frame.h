@@ -77,8 +77,14 @@ T combined(uint64_t mode, T old, T with, T other = 0) {
 
 class Frame {
  public:
-  struct Passed {  // barriers so far
+  struct Passed {  // of a thread: barriers so far, groups of copies, copies under way
     uint16_t syncs = 0, warp_syncs = 0;
+    int group = 0;
+    struct Copy {
+      size_t byte, bytes;
+      int group;
+    };
+    std::deque<Copy> copies;
   };
   Frame(const Function& function, const Frame* caller, Passed& passed)
       : f_(function), caller_(caller), passed_(passed), r_(f_.registers, ~0ull), memory_(f_.frame_bytes / 16 + 1) {
@@ -198,13 +204,17 @@ class Frame {
   void copy() {
     const size_t bytes = raw(2), from = i->operands.size() > 3 ? raw(3) : bytes;
     if ((bytes != 4 && bytes != 16) || (from != 0 && from != bytes)) stop("an asynchronous copy of a part");
-    void* const to = memory('s', raw(0), bytes, true);
+    std::byte* const to = memory('s', raw(0), bytes, true);
     (bytes == 16 ? simt::copy16 : simt::copy4)(to, from ? memory('g', raw(1), bytes, false) : to, from != 0);
+    passed_.copies.push_back({static_cast<size_t>(to - simt::shared()), bytes, passed_.group});
+  }
+  void commit() {
+    simt::commit();
+    ++passed_.group;
   }
   void land(int open) {
-    for (const simt::Copy& c : simt::current->copies)  // writes once more
-      for (int k = 0; k < c.bytes && c.group + open < simt::current->group; ++k)
-        touch(static_cast<size_t>(static_cast<std::byte*>(c.to) - simt::shared() + k), true, false);
+    for (auto& c = passed_.copies; !c.empty() && c[0].group + open < passed_.group; c.pop_front())
+      for (size_t k = 0; k < c[0].bytes; ++k) touch(c[0].byte + k, true, false);  // a write once more
     simt::land(open);
   }
   void call() {
@@ -282,10 +292,11 @@ class Frame {
     (i->words[5] == "trans"_w ? simt::load_matrices_transposed : simt::load_matrices)(r, row, file(), i->line);
     for (size_t k = 0; k < 4; ++k) out(r[k], k);
   }
-  void multiply_add() {
+  template <class F>
+  void multiply_add(F f) {
     const uint32_t a[4] = {in<uint32_t>(4), in<uint32_t>(5), in<uint32_t>(6), in<uint32_t>(7)};
     float d[4] = {in<float>(10), in<float>(11), in<float>(12), in<float>(13)};
-    simt::multiply_add(d, a, in<uint32_t>(8), in<uint32_t>(9), file(), i->line);
+    f(d, a, in<uint32_t>(8), in<uint32_t>(9), file(), i->line);
     for (size_t k = 0; k < 4; ++k) out(bits_of(d[k]), k);
   }
 

@@ -16,9 +16,9 @@ void refuse(const std::string& what, const char* file, int line) {
   std::_Exit(70);
 }
 
-std::string read(const char* path) {
+std::string read(const std::string& path) {
   std::ifstream in(path);
-  if (!in) refuse("no such file", path, 0);
+  if (!in) refuse("no such file", path.c_str(), 0);
   std::stringstream text;
   text << in.rdbuf();
   return text.str();

@@ -290,9 +290,9 @@ const Row rows[] = {
     {"fence", "(sc|acq_rel).<S>", DO((void)f)},
     {"prefetch", "global.L[12]", DO((void)f)},
     {"cp", "async.(ca|cg).shared.global(.L2::\\w+)?", DO(f.copy())},
-    {"cp", "async.commit_group", DO((void)f; simt::commit())},
+    {"cp", "async.commit_group", DO(f.commit())},
     {"cp", "async.wait_group", DO(f.land(f.in<int>(0)))},
-    {"cp", "async.wait_all", DO(simt::commit(); f.land(0))},
+    {"cp", "async.wait_all", DO(f.commit(); f.land(0))},
 
     {"bra", "(uni)?", DO(f.jump())},
     {"call", "(uni)?", DO(f.call())},
@@ -306,7 +306,8 @@ const Row rows[] = {
     {"match", "(any|all).sync.b(32|64)", DO(f.match())},
     {"redux", "sync.((add|min|max).[us]32|(and|or|xor).b32)", DO(f.reduce())},
     {"ldmatrix", "sync.aligned.m8n8.x4(.trans)?.shared.b16", DO(f.matrices())},
-    {"mma", "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", DO(f.multiply_add())},
+    {"mma", "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", DO(f.multiply_add(simt::multiply_add))},
+    {"mma", "sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", DO(f.multiply_add(simt::multiply_add_half))},
 };
 
 void thread(void*) {
@@ -314,7 +315,7 @@ void thread(void*) {
     world.shadow.assign(world.module->static_shared + world.launch->shared_bytes, {});
   Frame::Passed passed;
   Frame frame(*world.kernel, nullptr, passed);
-  for (size_t k = 0; k < world.launch->sizes.size(); ++k)
+  for (size_t k = 0; k < world.launch->count; ++k)
     std::memcpy(frame.variable(world.kernel->parameters[k]), world.launch->parameters[k], world.launch->sizes[k]);
   frame.run();
 }
@@ -345,8 +346,8 @@ void (*meaning(const std::string& first, const std::string& rest))(Frame&) {
 }
 
 void run(const Module& module, const Function& kernel, const std::vector<Range>& arrays, const simt::Launch& launch) {
-  bool same = kernel.parameters.size() == launch.sizes.size();
-  for (size_t k = 0; same && k < launch.sizes.size(); ++k) same = kernel.parameters[k].bytes == launch.sizes[k];
+  bool same = kernel.parameters.size() == launch.count;
+  for (size_t k = 0; same && k < launch.count; ++k) same = kernel.parameters[k].bytes == launch.sizes[k];
   if (!same) refuse("parameters of other sizes: " + kernel.name, module.file.c_str(), 0);
   world.module = &module;
   world.kernel = &kernel;

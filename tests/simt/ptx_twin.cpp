@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <sstream>
 
 #include "../cpp/support.h"
 #include "ptx.h"
@@ -51,7 +52,7 @@ Arrays& arrays() {
 std::vector<Range> reached(const simt::Launch& launch) {
   std::vector<Range> out;
   const Held& held = arrays().held;
-  for (size_t k = 0; k < launch.parameters.size(); ++k)
+  for (size_t k = 0; k < launch.count; ++k)
     for (size_t i = 0; i + 8 <= launch.sizes[k]; i += 8) {
       uintptr_t address;
       std::memcpy(&address, static_cast<const char*>(launch.parameters[k]) + i, 8);
@@ -95,19 +96,22 @@ std::map<uintptr_t, std::string> symbols() {
   return out;
 }
 
+std::deque<std::pair<std::string, std::string>> texts;  // not yet parsed
 std::deque<Module> modules;
 
 const Function& kernel_of(const void* launched, const Module** module) {
   static const std::map<uintptr_t, std::string> names = symbols();
+  static std::map<std::string, std::pair<const Module*, const Function*>> kernels;
   const auto name = names.find(reinterpret_cast<uintptr_t>(launched));
   if (name == names.end()) refuse("a kernel without a symbol", "the program", 0);
-  for (const Module& m : modules)
-    for (const auto& [key, function] : m.functions)
-      if (common(key) == common(name->second)) {
-        *module = &m;
-        return function;
-      }
-  refuse("no PTX of " + name->second, modules.front().file.c_str(), 0);
+  const std::string wanted = common(name->second);
+  for (; !kernels.count(wanted) && !texts.empty(); texts.pop_front()) {
+    modules.emplace_back(texts.front().first, texts.front().second);
+    for (const auto& [key, function] : modules.back().functions) kernels[common(key)] = {&modules.back(), &function};
+  }
+  if (!kernels.count(wanted)) refuse("no PTX of " + name->second, "the program", 0);
+  *module = kernels[wanted].first;
+  return *kernels[wanted].second;
 }
 
 using Bytes = std::vector<std::byte>;
@@ -147,12 +151,15 @@ void launch_both(const simt::Launch& launch) {
 
 }  // namespace
 
-void twin(std::string name, const std::string& text) {
-  arrays().closed = true;
-  modules.emplace_back(std::move(name), text);
-  arrays().closed = false;
+void twin(std::string name, std::string text) {
+  texts.emplace_back(std::move(name), std::move(text));
   simt::instead = launch_both;
   test::on_guarded = [](const void* p, size_t bytes) { bytes ? arrays().add(p, bytes) : arrays().remove(p); };
+}
+
+void twin_files(const std::string& paths) {
+  std::stringstream in(paths);
+  for (std::string path; std::getline(in, path, ':');) twin(path.substr(path.rfind('/') + 1), read(path));
 }
 
 }  // namespace ptx

@@ -9,7 +9,7 @@
 #include "../cpp/support.h"
 #include "cuda/verbs.h"
 #include "emulator.h"
-#ifdef HISAC_TEST_PTX  // the file of the kernels' PTX, run beside their C++
+#ifdef HISAC_TEST_PTX  // files of the kernels' PTX, to be run beside their C++
 #include "ptx.h"
 #endif
 
@@ -46,7 +46,7 @@ inline void options(int argc, char** argv) {
   last = static_cast<uint64_t>(number(3, 40));
   simt::planted = number(4, 0);
 #ifdef HISAC_TEST_PTX
-  ptx::twin("PTX", ptx::read(HISAC_TEST_PTX));
+  ptx::twin_files(HISAC_TEST_PTX);
 #endif
 }
 

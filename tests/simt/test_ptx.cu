@@ -348,7 +348,7 @@ std::string spoilt(const std::string& what) {
 /// [order 0-2] [what is spoilt]
 int main(int argc, char** argv) {
   simt::options.order = static_cast<simt::Order>(argc > 1 ? std::atoi(argv[1]) : 0);
-  ptx::twin("PTX", spoilt(argc > 2 ? argv[2] : ""));
+  ptx::twin("words.ptx", spoilt(argc > 2 ? argv[2] : ""));
   for (uint64_t seed = 0; seed < 8; ++seed) {
     simt::options.seed = seed + 1;
     test::Guarded<Inputs> in(std::vector<Inputs>{inputs(seed)});

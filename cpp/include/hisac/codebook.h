@@ -54,4 +54,9 @@ Status leaves(const Codebook& book, Array<const int32_t, 2> codes, Array<int64_t
 Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
                        Array<float, 2> out) noexcept;
 
+/// The codebook as the verbs read it on a GPU. Fill it once on the host, copy it to the device by any means, aligned to
+/// 64 there, and name it in Context::codebook_image. The same bytes on every machine.
+size_t codebook_image_size(const Codebook& book) noexcept;
+Status codebook_image(const Codebook& book, Array<std::byte, 1> out) noexcept;
+
 }  // namespace hisac

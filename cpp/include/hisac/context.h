@@ -22,12 +22,12 @@ enum class Device : int32_t { cpu, cuda };
 struct Context {
   Array<std::byte, 1> workspace{};
   const Executor* executor = nullptr;
-  Device device = Device::cpu;              // cuda: the current one; cuda.h
-  void* stream = nullptr;                   // a cudaStream_t
+  Device device = Device::cpu;                 // cuda: the current one; cuda.h
+  void* stream = nullptr;                      // a cudaStream_t
   Array<const std::byte, 1> codebook_image{};  // on the device: codebook_image of the verb's codebook
 };
 
-/// The workers of a context, as the workspace functions take them.
+/// The workers of a context, as the workspace functions take them; a device takes any.
 inline int workers_of(const Context& context) noexcept {
   return context.executor && context.executor->parallel_for && context.executor->workers > 1 ? context.executor->workers
                                                                                              : 1;

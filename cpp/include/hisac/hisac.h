@@ -13,6 +13,7 @@
 #include "attend.h"
 #include "codebook.h"
 #include "context.h"
+#include "cuda.h"
 #include "encode.h"
 #include "fit.h"
 #include "pool.h"

@@ -56,7 +56,8 @@ struct Tokens {
 /// number of workers and any batch around the user.
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 /// longest: the longest history of the batch (T will do).
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers) noexcept;
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers,
+                       Device device = Device::cpu) noexcept;
 
 /// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
 ///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
@@ -74,7 +75,8 @@ struct LeafSums {
 
 /// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
-size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers) noexcept;
+size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers,
+                           Device device = Device::cpu) noexcept;
 
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
 /// refine), held constant.
@@ -100,7 +102,7 @@ struct RouteGradients {
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept;
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
-                                int64_t longest, int workers) noexcept;
+                                int64_t longest, int workers, Device device = Device::cpu) noexcept;
 
 /// sums[g] = sum of rows[order[i]] over i in [begin[g], begin[g + 1]), each in float64 and in this order, rounded once:
 /// with behaviours in the order of their ids, the gradient of each row of a table that has any. An order outside

@@ -179,7 +179,8 @@ void lay_out(Task& t, int warps) {
     used += (n + 15) / 16 * 16;
     return static_cast<int>(std::min<int64_t>(at, 1 << 30));
   };
-  const int64_t pitch = g.pitch(), x = bytes_of(t.x.dtype), v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0), n = g.rows;
+  const int64_t pitch = g.pitch(), x = bytes_of(t.x.dtype), v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0),
+                n = g.rows;
   g.at.prototypes = take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
   g.at.x = take(2 * g.stored * n * pitch * 2);
   g.at.v = take(2 * g.stored * n * kValuePitch * 2);

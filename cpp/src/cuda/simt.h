@@ -94,11 +94,22 @@ SIMT_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+/// The same of float16.
+SIMT_DEVICE void multiply_add_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 /// Two bfloat16, nearest even, `low` in the lower half.
 SIMT_DEVICE uint32_t pack(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+SIMT_DEVICE uint32_t pack_half(float low, float high) {  // two float16 likewise
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 SIMT_DEVICE float from_half(uint16_t h) {
@@ -122,6 +133,7 @@ SIMT_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 SIMT_DEVICE float smaller(float a, float b) { return fminf(a, b); }  // a NaN loses
 SIMT_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 SIMT_DEVICE float log2(float x) { return ::log2f(x); }
+SIMT_DEVICE float root(float x) { return __fsqrt_rn(x); }
 SIMT_DEVICE double plain_sum(double a, double b) { return __dadd_rn(a, b); }  // never contracted
 SIMT_DEVICE double plain_product(double a, double b) { return __dmul_rn(a, b); }
 
@@ -139,6 +151,12 @@ inline cudaError_t machine(Machine* out) {
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   out->shared = static_cast<size_t>(shared_bytes);
   return e;
+}
+/// Makes a device the current one; returns the one before.
+inline int use_device(int device) noexcept {
+  int before = 0;
+  if (cudaGetDevice(&before) == cudaSuccess && before != device) cudaSetDevice(device);
+  return before;
 }
 template <class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream stream, Arguments... arguments) {

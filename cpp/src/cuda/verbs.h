@@ -4,7 +4,10 @@
 // into a graph. The same bits every time, for any batch around a user. Offsets cannot be checked there: they are
 // clamped to [0, T], and an end to its start.
 #pragma once
+#include "hisac/attend.h"
+#include "hisac/encode.h"
 #include "hisac/route.h"
+#include "hisac/vote.h"
 
 namespace hisac::cuda {
 
@@ -12,5 +15,38 @@ namespace hisac::cuda {
 /// numbers as sums of three bfloat16 products, within 3 * 2^-18 |x| |p| and the sums' rounding; bfloat16: one product.
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
+
+/// Both read context.codebook_image and need no workspace. Residuals of a D beyond what shared memory holds (some 700
+/// on an H100) are made anew from x each time they are read, which is slower.
+Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept;
+Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
+                       Array<float, 2> out) noexcept;
+
+Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
+                Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept;
+
+/// All of them, for ../on_cuda.h.
+struct Verbs {
+  int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before
+  decltype(&cuda::sum_rows) sum_rows = nullptr;
+  decltype(&cuda::encode) encode = nullptr;
+  decltype(&cuda::code_prototypes) code_prototypes = nullptr;
+  decltype(&cuda::route) route = nullptr;
+  decltype(&cuda::route_workspace) route_workspace = nullptr;
+  Status (*route_backward)(const Context&, const RouteParams&, const RouteInputs&, const RouteForward&,
+                           const RouteGradients&) noexcept = nullptr;
+  size_t (*route_backward_workspace)(const RouteParams&, const RouteInputs&, const RouteGradients&,
+                                     int64_t) noexcept = nullptr;
+  Status (*leaf_sums)(const Context&, const RouteInputs&, const LeafSums&) noexcept = nullptr;
+  size_t (*leaf_sums_workspace)(const RouteInputs&, int64_t) noexcept = nullptr;
+  Status (*vote)(const Context&, const Codebook&, const VoteParams&, Array<const int32_t, 2>, Histories,
+                 Array<const float, 1>, Agents) noexcept = nullptr;
+  size_t (*vote_workspace)(const Codebook&, const VoteParams&, int64_t) noexcept = nullptr;
+  Status (*attend)(const Context&, const AttendInputs&, Attended) noexcept = nullptr;
+  size_t (*attend_workspace)(const AttendInputs&) noexcept = nullptr;
+  Status (*attend_backward)(const Context&, const AttendInputs&, const AttendForward&,
+                            const AttendGradients&) noexcept = nullptr;
+  size_t (*attend_backward_workspace)(const AttendInputs&) noexcept = nullptr;
+};
 
 }  // namespace hisac::cuda

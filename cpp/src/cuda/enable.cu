@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../on_cuda.h"
+#include "hisac/cuda.h"
+#include "simt.h"
+
+namespace hisac {
+namespace {
+
+constexpr cuda::Verbs verbs = [] {
+  cuda::Verbs v;
+  v.use_device = simt::use_device;
+  v.encode = cuda::encode;
+  v.code_prototypes = cuda::code_prototypes;
+  v.route = cuda::route;
+  v.route_workspace = cuda::route_workspace;
+  v.sum_rows = cuda::sum_rows;
+  return v;
+}();
+
+}  // namespace
+
+Status enable_cuda() noexcept {
+  simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){})
+    return Status::error(Code::not_implemented, "CUDA: %s", simt::describe(e));
+  use_cuda(&verbs);
+  return {};
+}
+
+}  // namespace hisac

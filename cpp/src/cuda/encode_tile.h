@@ -1,0 +1,502 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner kernel of `encode`: a warp takes 32 rows through all levels, their residuals in shared memory; the block's
+// warps share the tiles of 32 codes that stream past. float16 tensor products screen, what they cannot decide is
+// re-scored in float64 as the definition says.
+//
+// Why the screen is safe. With a and b_c the residual and a center less the mean, times the level's scale (see
+// ../codebook_image.h), s_c = |b_c|^2 / 2 - a . b_c is half the scaled square distance, less a constant of the row.
+// Multiplied are A and B_c, the same in float16. Let R, E, N_c, F_c bound |a|, |A - a|, |b_c|, |B_c - b_c|, where
+// subnormal float16 counts as lost, that is sqrt(D) 2^-14 of each; N the largest N_c; u = 2^-24; P = R + E.
+//   - |A . B_c - a . b_c| <= E N_c + P F_c;
+//   - a tensor core may cut each of the 17 terms of a step, and their sum, by 2^-23 of the largest: D / 16 steps lose at
+//     most D 2^-22 of |b_c|^2 / 2 + P (N_c + F_c);
+//   - rounding the stored half norm, the bounds and the thresholds loses at most 64 2^-22 of (P + N) N_c;
+// so with g = (D + 64) 2^-22 the score z_c = -s_c of the tensor cores errs by at most
+//     N_c (E + g (P + N)) + F_c P (1 + g);
+//   - the definition's own float64 sums err by (D + 3) 2^-53 (R + N)^2 each: `slack_` for two.
+// A tile's codes share its largest N_c and F_c. A code survives unless its greatest possible score is below the least
+// possible one of another. Where a square might overflow, every code survives.
+#pragma once
+#include "../codebook_image.h"
+#include "elements.h"
+
+namespace hisac::cuda {
+
+constexpr int kChunk = 128;  // columns of x at a time, as operands
+
+struct EncodeTask {
+  explicit EncodeTask(const Codebook& codebook) : book(codebook) {}
+
+  CodebookImage book;
+  Rows x;
+  bool aligned = false;  // rows of whole 16 bytes at 16
+  int32_t* codes = nullptr;
+  const std::byte* image = nullptr;
+  int warps = 0;
+  bool on_chip = true;
+  int64_t tiles = 0;  // of 32 rows a warp
+  struct Offsets {    // in shared memory
+    int residuals, panels, heads, kept;
+  } at = {};
+
+  SIMT_BOTH int chunk() const { return book.depth < kChunk ? book.depth : kChunk; }
+  SIMT_BOTH int chunks() const { return (book.depth + chunk() - 1) / chunk(); }
+  SIMT_BOTH int held() const { return on_chip ? book.depth : chunk(); }  // columns of residuals
+  SIMT_BOTH int row_pitch() const { return held() + 8; }  // floats; in banks 8 or 24 more than a multiple of 32
+  SIMT_BOTH int panel_pitch() const { return chunk() + 8; }  // an odd number of 16 bytes, so that no bank conflicts
+};
+
+/// kOnChip: residuals stay in shared memory; else a chunk of them, made again from x and the codes so far.
+template <bool kOnChip>
+class EncodeTile {
+  static constexpr int kRows = 32, kCodes = CodebookImage::kCodes, kHead = CodebookImage::kHead;
+  static constexpr uint32_t kKept = 4;  // survivors of a row that a lane keeps
+  static constexpr int kBatch = 8;  // rows whose loads are under way together
+
+ public:
+  static constexpr int kKeptBytes = kRows * 4 * int{kKept} * 4;  // of a warp
+
+  SIMT_DEVICE explicit EncodeTile(const EncodeTask& task) : t(task) {}
+
+  SIMT_DEVICE void run() {
+    int64_t tile = simt::block();
+    if (tile >= t.tiles) return;
+    Step s;
+    fetch(s);
+    for (; tile < t.tiles; tile += simt::blocks()) {
+      row_ = (tile * t.warps + simt::warp()) * kRows;
+      more_ = tile + simt::blocks() < t.tiles;
+      alive_ = 0;
+      for (int row = 0; row < kRows; ++row) alive_ |= static_cast<uint32_t>(row_ + row < t.x.rows) << row;
+      SIMT_ROLLED for (int first = 0; first < t.book.depth; first += t.held()) load(first);
+      SIMT_ROLLED for (int level = 0; level < t.book.levels; ++level) {
+        s = sweep(s);
+        decide(level);
+        if (kOnChip && level + 1 < t.book.levels) subtract(level, code_, 0);
+      }
+    }
+  }
+
+ private:
+  struct Step {
+    int level = 0, tile = 0, chunk = 0;
+    int panel = 0, head = 0;  // buffers
+  };
+  SIMT_DEVICE Step after(Step s) const {
+    const int panel = s.panel ^ 1, head = s.head ^ 1;
+    if (s.chunk + 1 < t.chunks()) return {s.level, s.tile, s.chunk + 1, panel, s.head};
+    if (s.tile + 1 < t.book.level[s.level].tiles) return {s.level, s.tile + 1, 0, panel, head};
+    return {s.level + 1 < t.book.levels ? s.level + 1 : 0, 0, 0, panel, head};
+  }
+
+  template <int n>
+  struct alignas(4 * n) Few {
+    float at[n];
+  };
+
+  template <class T>
+  static SIMT_DEVICE T* shared(int offset) {
+    return reinterpret_cast<T*>(simt::shared() + offset);
+  }
+  template <class T>
+  SIMT_DEVICE const T* part(int64_t offset) const {
+    return reinterpret_cast<const T*>(t.image + offset);
+  }
+  SIMT_DEVICE float* residuals(int row) const {
+    return shared<float>(t.at.residuals) + (simt::warp() * kRows + row) * t.row_pitch();
+  }
+  SIMT_DEVICE uint16_t* panel(int buffer) const {
+    return shared<uint16_t>(t.at.panels) + buffer * kCodes * t.panel_pitch();
+  }
+  SIMT_DEVICE float* head(int buffer) const { return shared<float>(t.at.heads) + buffer * kHead; }
+  SIMT_DEVICE int32_t* kept(int row, int quad) const {
+    return shared<int32_t>(t.at.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
+  }
+  SIMT_DEVICE const float* center(int level, int code) const {
+    return part<float>(t.book.level[level].centers) + int64_t{code} * t.book.pitch;
+  }
+  SIMT_DEVICE const CodebookImage::Screen& screen_of(int level) const {
+    return *part<CodebookImage::Screen>(t.book.level[level].screen);
+  }
+  SIMT_DEVICE int columns(int chunk) const { return least(t.book.depth - chunk * t.chunk(), t.chunk()); }
+  static SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (~bits + 1)) - 1); }
+  SIMT_DEVICE bool alive(int row) const { return alive_ >> row & 1; }
+
+  // ---- tiles of codes, and rows
+
+  SIMT_DEVICE void fetch(Step s) const {
+    const CodebookImage::Level& level = t.book.level[s.level];
+    const uint16_t* const from =
+        part<uint16_t>(level.panels) + int64_t{s.tile} * kCodes * t.book.depth + s.chunk * t.chunk();
+    const int lane = simt::thread() & 15;
+    SIMT_ROLLED for (int c = simt::thread() / 16; c < kCodes; c += simt::threads() / 16)
+      if (lane * 8 < columns(s.chunk))
+        simt::copy16(panel(s.panel) + c * t.panel_pitch() + lane * 8, from + int64_t{c} * t.book.depth + lane * 8,
+                     true);
+    const int piece = simt::thread() * 4;
+    if (s.chunk == 0 && piece < kHead)
+      simt::copy16(head(s.head) + piece, part<float>(level.heads) + int64_t{s.tile} * kHead + piece, true);
+    simt::commit();
+  }
+
+  /// Columns [first, first + held) of x, zeros past D; a row with an element that is not finite is dead.
+  SIMT_DEVICE void load(int first) {
+    const int bytes = size_of(t.x.dtype), per = t.aligned ? 16 / bytes : 1, width = t.book.width;
+    SIMT_UNLESS_PLANTED(28, simt::sync_warp());  // others have read what was there
+    SIMT_ROLLED for (int row = 0; row < kRows; row += kBatch) {
+      uint32_t broken = 0;
+      SIMT_ROLLED for (int d = simt::lane() * per; d < t.held(); d += 32 * per) {
+        simt::Quad raw[kBatch];
+        SIMT_EACH (j, kBatch) {
+          raw[j] = {};
+          if (row_ + row + j >= t.x.rows || first + d >= width) continue;
+          const std::byte* const from =
+              static_cast<const std::byte*>(t.x.data) + ((row_ + row + j) * width + first + d) * bytes;
+          if (t.aligned)
+            raw[j] = *reinterpret_cast<const simt::Quad*>(from);
+          else
+            raw[j].word[0] = simt::bits_of(element(from, t.x.dtype, 0));
+        }
+        SIMT_EACH (j, kBatch) {
+          Few<4> f[2] = {};
+          SIMT_EACH (i, 4) {
+            const uint32_t w = raw[j].word[i];
+            if (per < 8)
+              f[0].at[i] = simt::float_of(w);
+            else
+              SIMT_EACH (k, 2)
+                f[i / 2].at[i % 2 * 2 + k] = t.x.dtype == DType::bfloat16
+                                                 ? of_bfloat16(w >> (16 * k))
+                                                 : simt::from_half(static_cast<uint16_t>(w >> (16 * k)));
+          }
+          SIMT_EACH (i, 8)
+            if (!finite(f[i / 4].at[i % 4])) broken |= 1u << j;
+          float* const to = residuals(row + j) + d;
+          if (per == 1) {
+            to[0] = f[0].at[0];
+            continue;
+          }
+          *reinterpret_cast<Few<4>*>(to) = f[0];
+          if (per == 8) reinterpret_cast<Few<4>*>(to)[1] = f[1];
+        }
+      }
+      SIMT_EACH (j, kBatch) {
+        const bool dead = simt::ballot(broken >> j & 1);
+        SIMT_UNLESS_PLANTED(27, alive_ &= ~(static_cast<uint32_t>(dead) << (row + j)));
+      }
+    }
+  }
+
+  /// r <- r - c in the columns held, from `first` on; lane i has row i's code.
+  SIMT_DEVICE void subtract(int level, int row_code, int first) {
+    SIMT_UNLESS_PLANTED(21, simt::sync_warp());  // others have read them, or written
+    SIMT_ROLLED for (int row = 0; row < kRows; row += kBatch) {
+      int code[kBatch];
+      SIMT_EACH (j, kBatch) code[j] = simt::shuffle(row_code, row + j);
+      SIMT_ROLLED for (int d = simt::lane() * 4; d < t.held() && first + d < t.book.pitch; d += 128) {
+        Few<4> c[kBatch];
+        SIMT_EACH (j, kBatch) c[j] = *reinterpret_cast<const Few<4>*>(center(level, code[j]) + first + d);
+        SIMT_EACH (j, kBatch) {
+          Few<4>& r = *reinterpret_cast<Few<4>*>(residuals(row + j) + d);
+          SIMT_EACH (i, 4) r.at[i] -= c[j].at[i];
+        }
+      }
+    }
+  }
+
+  /// Off the chip: a chunk of the level's residuals.
+  SIMT_DEVICE void fill(int level, int chunk) {
+    const int64_t row = row_ + simt::lane();
+    load(chunk * t.chunk());
+    SIMT_ROLLED for (int l = 0; l < level; ++l) {
+      const int code = alive(simt::lane()) ? t.codes[row * t.book.levels + l] : 0;
+      subtract(l, code, chunk * t.chunk());
+    }
+    simt::sync_warp();
+  }
+
+  // ---- the screen; row slot 2 h + r of a lane is row 16 h + 8 r + lane / 4
+
+  /// All tiles of a level; the step after them.
+  SIMT_DEVICE Step sweep(Step s) {
+    const int level = s.level, tiles = static_cast<int>(t.book.level[level].tiles);
+    SIMT_EACH (i, 4) {
+      squares_[i] = errors_[i] = 0;
+      least_[i] = top_[i] = -kInfinity;
+    }
+    counts_ = every_ = 0;
+    SIMT_ROLLED for (int n = tiles * t.chunks(); n > 0; --n) {
+      SIMT_UNLESS_PLANTED(22, simt::template wait<0>());
+      SIMT_UNLESS_PLANTED(23, simt::sync());
+      const Step next = after(s);
+      if (n > 1 || level + 1 < t.book.levels || more_) fetch(next);
+      if (!kOnChip || t.chunks() > 1 || s.tile == 0) {
+        if (!kOnChip) fill(level, s.chunk);
+        if (s.tile == 0)
+          make<true>(s);
+        else
+          make<false>(s);
+      }
+      if (s.tile == 0 && s.chunk + 1 == t.chunks()) bound(level);
+      multiply(s);
+      if (s.chunk + 1 == t.chunks()) screen(s);
+      s = next;
+    }
+    return s;
+  }
+
+  /// A chunk of the rows as operands; measured: what they are and what they lose.
+  template <bool kMeasured>
+  SIMT_DEVICE void make(Step s) {
+    const int q = simt::lane() & 3, begin = s.chunk * t.chunk(), pitch = 8 * t.row_pitch();
+    const CodebookImage::Screen& screen = screen_of(s.level);
+    const float scale = screen.scale, *const mean = reinterpret_cast<const float*>(&screen + 1) + begin + 2 * q;
+    const float* const r = residuals(simt::lane() >> 2) + (kOnChip ? begin : 0) + 2 * q;
+    SIMT_EACH (k, kChunk / 16) {
+      Few<2> f[2][4], m[2];
+      if (k * 16 < columns(s.chunk)) {
+        SIMT_EACH (i, 2) {
+          m[i] = *reinterpret_cast<const Few<2>*>(mean + k * 16 + i * 8);
+          SIMT_EACH (slot, 4) f[i][slot] = *reinterpret_cast<const Few<2>*>(r + slot * pitch + k * 16 + i * 8);
+        }
+      }
+      SIMT_EACH (i, 2)
+        SIMT_EACH (slot, 4) {
+          uint32_t& pair = a_[k][slot / 2][2 * i + slot % 2];
+          pair = 0;  // a register that is not written would have to be kept
+          if (k * 16 >= columns(s.chunk)) continue;
+          float y[2];
+          SIMT_EACH (j, 2) y[j] = (f[i][slot].at[j] - m[i].at[j]) * scale;
+          pair = simt::pack_half(y[0], y[1]);
+          SIMT_EACH (j, 2) {
+            if (!kMeasured) continue;
+            const float lost = y[j] - simt::from_half(static_cast<uint16_t>(pair >> (16 * j)));
+            squares_[slot] = simt::fused(y[j], y[j], squares_[slot]);
+            errors_[slot] = simt::fused(lost, lost, errors_[slot]);
+          }
+        }
+    }
+  }
+
+  /// The level's bounds for each row.
+  SIMT_DEVICE void bound(int level) {
+    const float width = static_cast<float>(t.book.width), most = screen_of(level).largest;
+    const float lost = simt::root(width) * 0x1p-14f, g = (width + 64) * 0x1p-22f;
+    SIMT_EACH (i, 4) {
+      for (int m = 1; m < 4; m *= 2) {
+        squares_[i] += simt::shuffle_xor(squares_[i], m);
+        errors_[i] += simt::shuffle_xor(errors_[i], m);
+      }
+      const float norm = 1.01f * simt::root(squares_[i]) + lost;
+      const float error = 1.01f * simt::root(errors_[i]) + 0x1p-22f * norm + lost, both = norm + error;
+      by_norm_[i] = error + g * (both + most);
+      by_error_[i] = both * (1 + g);
+      slack_[i] = (width + 8) * 0x1p-52f * (norm + most) * (norm + most);
+      every_ |= static_cast<uint32_t>(!(squares_[i] < 0x1p30f && most < 0x1p8f)) << i;
+    }
+  }
+
+  SIMT_DEVICE void multiply(Step s) {
+    const int q = simt::lane() & 3;
+    if (s.chunk == 0)
+      SIMT_EACH (n, kCodes / 8) {
+        const Few<2> half = *reinterpret_cast<const Few<2>*>(head(s.head) + n * 8 + 2 * q);
+        SIMT_EACH (h, 2)
+          SIMT_EACH (i, 4) z_[h][n][i] = half.at[i & 1];
+      }
+    const int code = (simt::lane() & 7) + (simt::lane() >> 4) * 8;  // so that each factor's registers are neighbours
+    const uint16_t* const b = panel(s.panel) + code * t.panel_pitch() + (simt::lane() & 8);
+    uint32_t c[2][kCodes / 16][4];  // loaded a step ahead
+    SIMT_EACH (n, kCodes / 16) simt::load_matrices(c[0][n], b + n * 16 * t.panel_pitch());
+    SIMT_EACH (k, kChunk / 16) {
+      if (k * 16 >= columns(s.chunk)) continue;
+      if (k * 16 + 16 < columns(s.chunk))
+        SIMT_EACH (n, kCodes / 16) simt::load_matrices(c[(k + 1) & 1][n], b + n * 16 * t.panel_pitch() + k * 16 + 16);
+      SIMT_EACH (n, kCodes / 16)
+        SIMT_EACH (h, 2) {
+          simt::multiply_add_half(z_[h][2 * n], a_[k][h], c[k & 1][n][0], c[k & 1][n][1]);
+          simt::multiply_add_half(z_[h][2 * n + 1], a_[k][h], c[k & 1][n][2], c[k & 1][n][3]);
+        }
+    }
+  }
+
+  /// Survivors so far. A lane's are void once the least score that the nearest can have is above all that they reach.
+  SIMT_DEVICE void screen(Step s) {
+    const float* const bounds = head(s.head) + kCodes;
+    float mine[4], best[4], from[4];
+    bool some = false;
+    SIMT_EACH (i, 4) {
+      float(&z)[kCodes / 8][4] = z_[i / 2];
+      mine[i] = larger(z[0][i % 2 * 2], z[0][i % 2 * 2 + 1]);
+      SIMT_EACH (n, kCodes / 8) mine[i] = larger(mine[i], larger(z[n][i % 2 * 2], z[n][i % 2 * 2 + 1]));
+      best[i] = mine[i];
+    }
+    for (int m = 1; m < 4; m *= 2)
+      SIMT_EACH (i, 4) best[i] = larger(best[i], simt::shuffle_xor(best[i], m));
+    SIMT_EACH (i, 4) {
+      float reach = 0;
+      SIMT_UNLESS_PLANTED(
+          24, reach = simt::fused(bounds[0], by_norm_[i], simt::fused(bounds[1], by_error_[i], slack_[i])));
+      least_[i] = larger(least_[i], best[i] - reach);
+      if (least_[i] > top_[i]) counts_ &= ~(255u << (8 * i));
+      top_[i] = larger(top_[i], best[i] + reach);
+      from[i] = least_[i] - reach;
+      some = some || mine[i] >= from[i];
+    }
+    uint32_t passed = 0;
+    if (some)
+      SIMT_EACH (i, 4)
+        SIMT_EACH (n, kCodes / 8)
+          SIMT_EACH (j, 2) passed |= static_cast<uint32_t>(z_[i / 2][n][i % 2 * 2 + j] >= from[i]) << (8 * i + 2 * n + j);
+    SIMT_ROLLED for (; passed; passed &= passed - 1) {
+      const int bit = lowest(passed), slot = bit / 8;
+      const uint32_t n = counts_ >> (8 * slot) & 255;
+      if (n < kKept)
+        kept(slot * 8 + (simt::lane() >> 2), simt::lane() & 3)[n] =
+            s.tile * kCodes + bit % 8 / 2 * 8 + (simt::lane() & 3) * 2 + bit % 2;
+      if (n <= kKept) counts_ += 1u << (8 * slot);
+    }
+  }
+
+  // ---- survivors; lane i has row i
+
+  /// The k-th survivor of a row, given how many each of its lanes kept, a byte each.
+  SIMT_DEVICE int survivor(int row, uint32_t counts, int k) const {
+    int quad = 0;
+    for (; quad < 3 && k >= static_cast<int>(counts & 255); ++quad, counts >>= 8) k -= static_cast<int>(counts & 255);
+    return kept(row, quad)[k];
+  }
+
+  /// The definition: sum over d in index order of (r_d - c_d)^2 in float64, for a pair a lane; zeros at the end change
+  /// nothing.
+  SIMT_DEVICE double distance(int level, int row, int code) {
+    const float* const c = center(level, code);
+    double sum = 0;
+    SIMT_ROLLED for (int begin = 0; begin < t.book.pitch; begin += t.held()) {
+      if (!kOnChip) fill(level, begin / t.chunk());
+      const int end = least(t.book.pitch - begin, t.held());
+      SIMT_ROLLED for (int first = 0; first < end; first += 4 * kBatch) {
+        Few<4> b[kBatch];
+        SIMT_EACH (j, kBatch)
+          if (first + 4 * j < end) b[j] = *reinterpret_cast<const Few<4>*>(c + begin + first + 4 * j);
+        SIMT_EACH (j, kBatch) {
+          if (first + 4 * j >= end) continue;
+          const Few<4> r = *reinterpret_cast<const Few<4>*>(residuals(row) + first + 4 * j);
+          SIMT_EACH (i, 4) {
+            const double step = simt::plain_sum(static_cast<double>(r.at[i]), -static_cast<double>(b[j].at[i]));
+            sum = simt::plain_sum(sum, simt::plain_product(step, step));
+          }
+        }
+      }
+    }
+    return sum;
+  }
+
+  /// A code and its distance; the nearer wins, then the lower.
+  struct Found {
+    double distance = static_cast<double>(kInfinity);
+    int code = 0;  // also where all distances are infinite
+    SIMT_DEVICE void take(double d, int c) {
+      bool wins = d < distance;
+      SIMT_UNLESS_PLANTED(25, wins = wins || (d == distance && c < code));
+      if (!wins) return;
+      distance = d;
+      code = c;
+    }
+  };
+
+  SIMT_DEVICE void decide(int level) {
+    const int lane = simt::lane();
+    SIMT_UNLESS_PLANTED(29, simt::sync_warp());
+    uint32_t counts = 0;
+    SIMT_EACH (slot, 4) {
+      uint32_t bytes = (every_ >> slot & 1 ? kKept + 1 : counts_ >> (8 * slot) & 255) << (8 * (lane & 3));
+      bytes |= simt::shuffle_xor(bytes, 1);
+      bytes |= simt::shuffle_xor(bytes, 2);
+      bytes = simt::shuffle(bytes, (lane & 7) * 4);
+      if (lane >> 3 == slot) counts = bytes;
+    }
+    uint32_t n = 0;
+    bool every = false;
+    SIMT_EACH (i, 4) {
+      const uint32_t c = counts >> (8 * i) & 255;
+      n += c;
+      every = every || c > kKept;
+    }
+    const int pairs = alive(lane) && !every && n > 1 ? static_cast<int>(n) : 0;
+    Found found;
+    if (alive(lane) && !every && n == 1) found.code = survivor(lane, counts, 0);
+    rescore(level, counts, pairs, found);
+    for (uint32_t left = simt::ballot(every && alive(lane)); left; left &= left - 1) {
+      const int row = lowest(left);
+      Found nearest;
+      SIMT_UNLESS_PLANTED(26, nearest = among_all(level, row));
+      if (lane == row) found = nearest;
+    }
+    code_ = found.code;
+    if (row_ + lane < t.x.rows) t.codes[(row_ + lane) * t.book.levels + level] = alive(lane) ? code_ : -1;
+  }
+
+  /// `pairs` of each lane's row and a survivor, in rounds of a lane a pair.
+  SIMT_DEVICE void rescore(int level, uint32_t counts, int pairs, Found& found) {
+    const int lane = simt::lane();
+    int end = pairs;
+    for (int m = 1; m < 32; m *= 2) {
+      const int left = simt::shuffle(end, lane < m ? lane : lane - m);
+      if (lane >= m) end += left;
+    }
+    const int first = end - pairs, total = simt::shuffle(end, 31);
+    SIMT_ROLLED for (int begin = 0; begin < total; begin += 32) {
+      const int pair = begin + lane;
+      int row = 0;  // the first whose end is above
+      for (int m = 16; m; m /= 2)
+        if (simt::shuffle(end, row + m - 1) <= pair) row += m;
+      const uint32_t its_counts = simt::shuffle(counts, row);
+      const int its_first = simt::shuffle(first, row);
+      const int its_code = pair < total ? survivor(row, its_counts, pair - its_first) : 0;
+      Found mine;
+      mine.take(distance(level, row, its_code), its_code);
+      if (pair >= total) row = -1;
+      for (int m = 1; m < 32; m *= 2) {  // a row's best comes to the first of its lanes
+        const int from = lane + m < 32 ? lane + m : lane;
+        const double d = simt::shuffle(mine.distance, from);
+        const int c = simt::shuffle(mine.code, from);
+        if (simt::shuffle(row, from) == row) mine.take(d, c);
+      }
+      const int from = first > begin ? first - begin : 0;
+      const double d = simt::shuffle(mine.distance, from & 31);
+      const int c = simt::shuffle(mine.code, from & 31);
+      if (from < 32 && end > begin && pairs) found.take(d, c);
+    }
+  }
+
+  /// Of all codes, by the whole warp; a copy of the center before is never nearer.
+  SIMT_DEVICE Found among_all(int level, int row) {
+    const CodebookImage::Level& book = t.book.level[level];
+    Found found;
+    SIMT_ROLLED for (int tile = 0; tile < book.tiles; ++tile) {
+      const bool real = part<float>(book.heads)[int64_t{tile} * kHead + simt::lane()] > -kInfinity;
+      if (!simt::ballot(real)) continue;
+      const int code = real ? tile * kCodes + simt::lane() : 0;
+      found.take(distance(level, row, code), code);
+    }
+    for (int m = 16; m; m /= 2) {
+      const double d = simt::shuffle_xor(found.distance, m);
+      const int c = simt::shuffle_xor(found.code, m);
+      found.take(d, c);
+    }
+    return found;
+  }
+
+  const EncodeTask& t;
+  int64_t row_ = 0;     // the warp's first
+  uint32_t alive_ = 0;  // a bit a row
+  bool more_ = false;   // the block has rows after these
+  int code_ = 0;
+  uint32_t a_[kChunk / 16][2][4];
+  float z_[2][kCodes / 8][4];
+  float squares_[4], errors_[4], by_norm_[4], by_error_[4], slack_[4], least_[4], top_[4];
+  uint32_t counts_, every_;  // of survivors, a byte a slot, up to kKept + 1; a bit a slot: all codes survive
+};
+
+}  // namespace hisac::cuda

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python and torch faces of CUDA's verbs: on a GPU, where there is one, and over the kernels that tests/simt
+emulates, lent to tensors on the CPU, where HISAC_EMULATED names that module. What the kernels compute is tested there;
+here it is that arguments, places, streams and gradients reach them."""
+
+import functools
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+
+import hisac
+from hisac import _core, arrays
+
+torch = pytest.importorskip("torch")
+import hisac.torch as ht  # noqa: E402
+
+WHY = arrays.cuda_missing() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+EMULATED = os.environ.get("HISAC_EMULATED", "")
+on_gpu = pytest.mark.skipif(bool(WHY), reason=f"no GPU: {WHY}")
+T, D, V, M = 300, 24, 10, 12
+
+
+@functools.cache
+def emulated_verbs():
+    spec = importlib.util.spec_from_file_location("_cuda", EMULATED)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.enable() == ""
+    return module.verbs()
+
+
+def lend_on_cpu(size, index, book):
+    """`arrays.lend` for the emulated kernels."""
+
+    def aligned(n):
+        memory = torch.empty(n + 64, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % 64 :][:n]
+
+    image = None
+    if book is not None:
+        image = aligned(_core.image_size(book))
+        _core.copy_image(book, image.numpy())
+    return aligned(size), image, 0
+
+
+class Place:
+    """Where CUDA's verbs run; `calls` counts those that got there."""
+
+    def __init__(self, name, lend):
+        self.name, self.calls, self._lend = name, 0, lend
+
+    def put(self, a):
+        if isinstance(a, tuple):
+            return type(a)(*map(self.put, a)) if hasattr(a, "_fields") else tuple(map(self.put, a))
+        a = torch.from_numpy(a) if isinstance(a, np.ndarray) else a
+        return a.cuda() if self.name == "gpu" and isinstance(a, torch.Tensor) else a
+
+    def lend(self, *arguments):
+        self.calls += 1
+        return self._lend(*arguments)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("gpu", marks=on_gpu),
+        pytest.param("emulated", marks=pytest.mark.skipif(not EMULATED, reason="HISAC_EMULATED names no module")),
+    ]
+)
+def place(request, monkeypatch):
+    found = Place(request.param, arrays.lend if request.param == "gpu" else lend_on_cpu)
+    monkeypatch.setattr(arrays, "lend", found.lend)
+    return found
+
+
+@pytest.fixture
+def on_cuda(place):
+    """on_cuda(function, *arguments): its results there, as NumPy."""
+
+    def call(function, *arguments, **options):
+        before = place.calls
+        if place.name == "emulated":
+            _core.use_cuda(emulated_verbs(), 1)
+        try:
+            result = function(*map(place.put, arguments), **{name: place.put(a) for name, a in options.items()})
+        finally:
+            if place.name == "emulated":
+                _core.use_cuda(emulated_verbs(), 2)
+        assert place.calls > before, "the call did not reach CUDA"
+        return result
+
+    return call
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(T, D)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    book = hisac.Codebook([x[:16].copy(), 0.5 * x[16:24]])
+    v, bias = rng.normal(size=(T, V)).astype(np.float32), rng.normal(size=T).astype(np.float32)
+    offsets = np.array([0, 90, 90, T])
+    codes = book.encode(x)
+    return {"book": book, "x": x, "v": v, "bias": bias, "offsets": offsets, "codes": codes}
+
+
+def numbers(a):
+    return a.detach().cpu().float().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
+
+
+def assert_near(mine, expected, tolerance=1e-4):
+    """Frobenius, relative: kernels are tested to their bounds elsewhere."""
+    for a, b in zip(mine, expected, strict=True):
+        if b is None:
+            continue
+        a, b = numbers(a).astype(np.float64), numbers(b).astype(np.float64)
+        assert (np.isfinite(a) == np.isfinite(b)).all()
+        ok = np.isfinite(b)
+        assert np.linalg.norm(a[ok] - b[ok]) <= tolerance * np.linalg.norm(b[ok]) + 1e-12
+
+
+def test_codes_agents_and_prototypes_are_the_cpus(problem, on_cuda):
+    book, codes, offsets = problem["book"], problem["codes"], problem["offsets"]
+    np.testing.assert_array_equal(numbers(on_cuda(book.encode, problem["x"])), codes)
+    for rule in ({"budget": M}, {"fanout": (4, 3)}, {"budget": 5, "weights": np.abs(problem["bias"])}):
+        expected = hisac.vote(book, codes, offsets, **rule)
+        mine = on_cuda(functools.partial(hisac.vote, book), codes, offsets, **rule)
+        for a, b in zip(mine[:3], expected[:3], strict=True):
+            np.testing.assert_array_equal(numbers(a), b)
+        np.testing.assert_array_equal(numbers(on_cuda(book.prototypes, mine)), book.prototypes(expected))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"normalize": "agents", "missing": "token"}, {"refine": 1}, {"method": "leaf"}, {"precision": "bfloat16"},
+    {"temperature": np.float32([0.3])},
+])  # fmt: skip
+def test_route(problem, on_cuda, options):
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    inputs = p["x"], p["v"], p["offsets"], p["book"].prototypes(agents)
+    rest = {"count": agents.count, "bias": p["bias"], "codes": p["codes"], "book": p["book"], **options}
+    tolerance = 0.02 if "precision" in options else 1e-4
+    mine, expected = on_cuda(hisac.route, *inputs, **rest), hisac.route(*inputs, **rest)
+    assert_near(mine, expected, tolerance)
+    again = on_cuda(hisac.route, *inputs, **rest)
+    assert all(np.array_equal(numbers(a), numbers(b), equal_nan=True) for a, b in zip(mine, again, strict=True))
+
+
+def test_route_of_tables(problem, on_cuda):
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    ids = np.random.default_rng(1).integers(-2, T + 2, 400)
+    table = np.random.default_rng(2).integers(-127, 128, (T, D)).astype(np.int8)
+    inputs = table, p["v"], np.array([0, 100, 300, 400]), p["book"].prototypes(agents)
+    rest = {"x_ids": ids, "v_ids": ids.astype(np.int32), "x_scale": 0.002, "normalize": "agents"}
+    assert_near(on_cuda(hisac.route, *inputs, **rest), hisac.route(*inputs, **rest))
+
+
+def test_leaf_sums(problem, on_cuda):
+    p = problem
+    inputs = p["x"], p["v"], p["offsets"], p["codes"], p["book"]
+    mine, expected = on_cuda(hisac.leaf_sums, *inputs, bias=p["bias"]), hisac.leaf_sums(*inputs, bias=p["bias"])
+    np.testing.assert_array_equal(numbers(mine.codes), expected.codes)
+    np.testing.assert_array_equal(numbers(mine.offsets), expected.offsets)
+    assert_near(mine, expected)
+
+
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+def test_gradients(problem, on_cuda, place, normalize):
+    """Through torch's operators: every input of route, and attend's after it."""
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    rng = np.random.default_rng(3)
+    q, candidates = rng.normal(size=(7, 2, V // 2)).astype(np.float32), np.array([0, 3, 3, 7])
+    leaves = {name: p[name] for name in ("x", "v", "bias")} | {"q": q, "tau": np.float32([0.2])}
+    leaves["prototypes"] = p["book"].prototypes(agents)
+
+    def loss(offsets, count, candidates, **given):
+        given = {name: a.detach().clone().requires_grad_() for name, a in given.items()}
+        out = ht.route(given["x"], given["v"], offsets, given["prototypes"], count=count, temperature=given["tau"],
+                       normalize=normalize, bias=given["bias"])  # fmt: skip
+        keys = out.tokens.unflatten(2, (2, V // 2))
+        found = ht.attend(given["q"], keys, keys.cos(), candidates, bias=out.lse)
+        (found.out.sum() + found.lse.sin().nan_to_num().sum()).backward()
+        return [found.out, found.lse, *(a.grad for a in given.values())]
+
+    arguments = p["offsets"], agents.count, candidates
+    cpu = loss(*map(torch.from_numpy, arguments), **{name: torch.from_numpy(a) for name, a in leaves.items()})
+    assert_near(on_cuda(loss, *arguments, **leaves), cpu, 1e-3)
+
+
+def test_gradient_of_a_table(problem, on_cuda):
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    ids = np.random.default_rng(1).integers(-2, 60, T)
+
+    def gradient(x, table, offsets, prototypes, ids):
+        table = table.detach().clone().requires_grad_()
+        ht.route(x, table, offsets, prototypes, v_ids=ids).tokens.square().sum().backward()
+        return [table.grad]
+
+    arguments = p["x"], p["v"][:50].copy(), p["offsets"], p["book"].prototypes(agents), ids
+    assert_near(on_cuda(gradient, *arguments), gradient(*map(torch.from_numpy, arguments)), 1e-3)
+
+
+def test_modules(problem, on_cuda, place):
+    p = problem
+    compress = ht.Compressor(p["book"], budget=M, normalize="agents")
+    expected = compress(*(torch.from_numpy(p[name]) for name in ("x", "v", "offsets")))
+    if place.name == "gpu":
+        compress.cuda()
+    mine = on_cuda(compress, p["x"], p["v"], p["offsets"])
+    np.testing.assert_array_equal(numbers(mine.codes), numbers(expected.codes))
+    assert_near(mine[:3], expected[:3])
+
+
+def test_without_a_gpu_it_says_so():
+    found = hisac.backends()["cuda"]
+    assert found is True if not arrays.cuda_missing() else isinstance(found, str) and found
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def given(problem):
+    agents = hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    inputs = problem["x"], problem["v"], problem["offsets"], problem["book"].prototypes(agents)
+    return [torch.from_numpy(a).cuda() for a in inputs]
+
+
+@on_gpu
+def test_arrays_in_two_places_are_refused(given):
+    x, v, offsets, prototypes = given
+    with pytest.raises(TypeError, match=r"offsets|starts"):
+        hisac.route(x, v, offsets.cpu(), prototypes)
+    with pytest.raises(TypeError, match="prototypes"):
+        hisac.route(x, v, offsets, prototypes.cpu())
+
+
+@on_gpu
+def test_the_current_stream_is_used_and_no_other_waited_for(given):
+    expected, stream = hisac.route(*given).tokens, torch.cuda.Stream()
+    torch.cuda.synchronize()
+    gate = torch.cuda.Event()
+    torch.cuda._sleep(200_000_000)  # the default stream is busy
+    gate.record()
+    with torch.cuda.stream(stream):
+        tokens = hisac.route(*given).tokens
+    stream.synchronize()
+    assert not gate.query(), "the call waited for the default stream"
+    assert torch.equal(tokens, expected)
+
+
+@on_gpu
+def test_graph_capture(given):
+    x, v, offsets, prototypes = given
+    tau = torch.full((1,), 0.1, device="cuda")
+    out = hisac.route(x, v, offsets, prototypes, temperature=tau)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hisac.route(x, v, offsets, prototypes, temperature=tau, out=out)
+    v.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out.tokens, hisac.route(x, v, offsets, prototypes, temperature=tau).tokens)
+
+
+@on_gpu
+def test_compile_and_autocast(given):
+    x, v, offsets, prototypes = given
+
+    def tokens(v):
+        return ht.route(x, v, offsets, prototypes).tokens
+
+    assert torch.equal(torch.compile(tokens, fullgraph=True)(v), tokens(v))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(tokens(v), ht.route(x, v, offsets, prototypes).tokens)
