@@ -56,5 +56,9 @@ int main() {
 
   std::printf("%d agents, the first with %d of %d votes, lse %.3f\n", count[0], static_cast<int>(votes[0]),
               static_cast<int>(T), static_cast<double>(lse[0]));
+#ifdef CONSUMER_CUDA
+  const Status cuda = enable_cuda();  // then Context{.device = Device::cuda, .stream = ..} and arrays on the device
+  std::printf("%s\n", cuda.ok() ? "CUDA: ready" : cuda.what());
+#endif
   return count[0] == M && votes[0] > 0 ? 0 : 1;
 }
