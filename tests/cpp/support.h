@@ -53,6 +53,8 @@ inline std::vector<float> uniform(Random& random, int64_t n, float scale = 1) {
   return out;
 }
 
+inline void (*on_guarded)(const void* data, size_t bytes) = nullptr;  // told of each below, and of its end with 0
+
 /// n of T at a multiple of 64, between 64 guard bytes that must survive; under ASan reading them is caught too.
 template <class T>
 class Guarded {
@@ -64,11 +66,13 @@ class Guarded {
     std::memset(base_ + kGuard + bytes_, kMark, kGuard);
     ASAN_POISON_MEMORY_REGION(base_, kGuard);
     ASAN_POISON_MEMORY_REGION(base_ + kGuard + bytes_, kGuard);
+    if (on_guarded && bytes_) on_guarded(base_ + kGuard, bytes_);
   }
   explicit Guarded(const std::vector<T>& values) : Guarded(static_cast<int64_t>(values.size())) {
     if (!values.empty()) std::memcpy(base_ + kGuard, values.data(), bytes_);
   }
   ~Guarded() {
+    if (on_guarded) on_guarded(base_ + kGuard, 0);
     ASAN_UNPOISON_MEMORY_REGION(base_, bytes_ + 2 * kGuard);
     std::free(base_);
   }

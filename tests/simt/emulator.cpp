@@ -30,6 +30,7 @@ Options options;
 int planted = 0;
 Counts counts;
 Thread* current = nullptr;
+void (*instead)(const Launch&) = nullptr;
 
 namespace {
 

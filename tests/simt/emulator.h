@@ -167,8 +167,12 @@ inline float exp2(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
-inline float smaller(float a, float b) { return std::fmin(a, b); }
-inline float larger(float a, float b) { return std::fmax(a, b); }
+template <class T>
+T least(T a, T b) {  // a NaN loses; -0 is below 0
+  return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b);
+}
+inline float smaller(float a, float b) { return least(a, b); }
+inline float larger(float a, float b) { return -least(-a, -b); }
 inline float log2(float x) { return std::log2(x); }
 inline float root(float x) { return std::sqrt(x); }
 inline double plain_sum(double a, double b) { return a + b; }
@@ -182,11 +186,29 @@ inline int machine(Machine* out) {
 }
 inline int use_device(int) noexcept { return 0; }
 void run(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* argument);
+struct Launch {
+  const void* kernel;
+  int blocks, threads;
+  size_t shared_bytes;
+  void (*body)(void*);
+  void* argument;
+  const void* const* parameters;
+  const size_t* sizes;  // of each
+  size_t count;
+};
+extern void (*instead)(const Launch&);  // where set, runs what is launched: ptx.h
 template <class Kernel, class... Arguments>
 int launch(Kernel kernel, int blocks, int threads, size_t shared_bytes, Stream, Arguments... arguments) {
   if (shared_bytes > options.machine.shared) return 1;
   auto body = [&] { kernel(arguments...); };
-  run(blocks, threads, shared_bytes, [](void* p) { (*static_cast<decltype(body)*>(p))(); }, &body);
+  const auto call = [](void* p) { (*static_cast<decltype(body)*>(p))(); };
+  const void* const parameters[] = {&arguments..., nullptr};
+  const size_t sizes[] = {sizeof arguments..., 0};
+  if (instead)
+    instead({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, call, &body, parameters, sizes,
+             sizeof...(arguments)});
+  else
+    run(blocks, threads, shared_bytes, call, &body);
   return 0;
 }
 inline const char* describe(int) { return "more shared memory than the machine has"; }

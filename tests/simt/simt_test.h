@@ -9,6 +9,9 @@
 #include "../cpp/support.h"
 #include "cuda/verbs.h"
 #include "emulator.h"
+#ifdef HISAC_TEST_PTX  // files of the kernels' PTX, to be run beside their C++
+#include "ptx.h"
+#endif
 
 namespace test {
 
@@ -42,6 +45,9 @@ inline void options(int argc, char** argv) {
   first = static_cast<uint64_t>(number(2, 0));
   last = static_cast<uint64_t>(number(3, 40));
   simt::planted = number(4, 0);
+#ifdef HISAC_TEST_PTX
+  ptx::twin_files(HISAC_TEST_PTX);
+#endif
 }
 
 inline int done() {
