@@ -5,6 +5,7 @@
 // clamped to [0, T], and an end to its start.
 #pragma once
 #include "hisac/route.h"
+#include "hisac/vote.h"
 
 namespace hisac::cuda {
 
@@ -12,5 +13,11 @@ namespace hisac::cuda {
 /// numbers as sums of three bfloat16 products, within 3 * 2^-18 |x| |p| and the sums' rounding; bfloat16: one product.
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
+
+/// Any codebook. The more workspace, the more users at a time, up to what `vote_workspace` names; where it holds fewer
+/// rows than a user has, the rest do not vote: `longest` is a promise.
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
+            Histories histories, Array<const float, 1> weights, Agents out) noexcept;
+size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept;
 
 }  // namespace hisac::cuda

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// `vote` in two launches: how the workspace is cut, then a block a user at a time.
+#include <algorithm>
+
+#include "../arena.h"
+#include "../checks.h"
+#include "verbs.h"
+#include "vote_user.h"
+
+namespace hisac::cuda {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kMostBits = 18;                           // of a bitmap of leaves
+constexpr int64_t kMostWorkspace = int64_t{256} << 20;  // more only where one user needs it
+constexpr int64_t kSliceAt = 320, kFixed = 448;         // the front: totals of scan, flags of halve, next user, slice
+
+static_assert(kSliceAt + sizeof(Slice) <= kFixed);
+
+/// One block: the longest history, and so how many users the workspace has room for.
+SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
+  auto* const longest = reinterpret_cast<int64_t*>(simt::shared());  // [32]
+  int64_t most = 0;
+  for (int64_t b = simt::thread(); b < t.users; b += simt::threads()) {
+    const int64_t n = t.voters(b);
+    most = n > most ? n : most;
+  }
+  for (int m = 16; m; m /= 2) {
+    const int64_t other = simt::shuffle_xor(most, m);
+    most = other > most ? other : most;
+  }
+  if (simt::lane() == 0) longest[simt::warp()] = most;
+  simt::sync();
+  if (simt::thread() != 0) return;
+  for (int w = 0; w < simt::threads() / 32; ++w) most = longest[w] > most ? longest[w] : most;
+  if (t.slice_bytes(most) > t.workspace_bytes) {  // against the contract
+    int64_t fits = 0;
+    for (int64_t step = int64_t{1} << 23; step; step /= 2)
+      if (t.slice_bytes(fits + step) <= t.workspace_bytes) fits += step;
+    most = fits < most ? fits : most;
+  }
+  const int64_t each = t.slice_bytes(most), slices = t.workspace_bytes / each;
+  *t.plan = {most, each, static_cast<int32_t>(slices < t.blocks ? slices : t.blocks), 0};
+}
+
+/// Two blocks of kMostThreads share a processor's registers.
+template <bool kBitmap>
+SIMT_KERNEL(2 * kMostThreads)
+vote_users(SIMT_CONSTANT VoteTask t) {
+  if (simt::block() >= t.plan->slices) return;
+  Slice& slice = *reinterpret_cast<Slice*>(simt::shared() + kSliceAt);
+  auto* const next = reinterpret_cast<int32_t*>(simt::shared() + kSliceAt - 8);
+  if (simt::thread() == 0) t.slice(t.plan->capacity, t.slices + simt::block() * t.plan->slice_bytes, &slice);
+  for (;;) {
+    if (simt::thread() == 0) *next = simt::atomic_add(&t.plan->next, 1);
+    simt::sync();
+    const int64_t user = *next;
+    if (user >= t.users) return;
+    const int64_t voters = t.voters(user), rows = voters < t.plan->capacity ? voters : t.plan->capacity;
+    if (kBitmap && rows <= t.shared_rows)
+      UserVote<uint32_t, true>(t, slice, user, rows).run();
+    else
+      UserVote<uint64_t, kBitmap>(t, slice, user, rows).run();
+  }
+}
+
+/// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
+/// ones.
+Status lay_out(VoteTask& t, const simt::Machine& machine) {
+  t.threads = t.rows > t.users * 1024 ? kMostThreads : 128;
+  const int blocks = t.threads == kMostThreads ? 2 : 4;
+  int64_t used = kFixed;
+  const auto take = [&](int64_t bytes) {
+    const int64_t from = used;
+    used += (bytes + 15) / 16 * 16;
+    return static_cast<int>(from);
+  };
+  int64_t ranks = 1;
+  while (ranks < t.seats) ranks *= 2;
+  const int64_t few = t.seats > kMostShared ? 0 : t.seats;
+  t.at.sums = take(t.seats * 4);
+  t.at.nodes = take(few * int64_t{sizeof(Node)});
+  t.at.searches = take(few * int64_t{sizeof(Search)});
+  t.at.area =
+      take(std::max({int64_t{8} * t.pairs, ranks * 8, t.pairs ? 0 : (t.threads / 32) * (int64_t{4} << kDigit)}));
+  t.at.prefix = static_cast<int>(used);
+  const int64_t least = used + int64_t{4} * t.pairs;  // of a user who is not in shared memory
+  const int64_t room = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
+  take(int64_t{2} * t.pairs);
+  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((room - used - 64) / 6, 0, 0xffff)) : 0;
+  t.at.before = take((t.shared_rows + 1) * 4);
+  t.at.mark = take(t.shared_rows * 2);
+  t.shared_bytes = std::max(used, least);
+  if (t.shared_bytes > static_cast<int64_t>(machine.shared))
+    return Status::error(Code::not_implemented,
+                         "vote: expected a device with %" PRId64 " bytes of shared memory a block, got %zu",
+                         t.shared_bytes, machine.shared);
+  t.blocks = machine.processors * blocks;
+  return {};
+}
+
+VoteTask describe(const Codebook& book, const VoteParams& params) {
+  VoteTask t;
+  t.levels = book.levels();
+  t.budget = params.budget != 0;
+  t.seats = static_cast<int>(hisac::seats(params, t.levels));
+  uint64_t stride = 1;
+  for (int l = t.levels - 1; l >= 0; --l) {
+    t.size[l] = static_cast<uint32_t>(book.size(l));
+    t.stride[l] = stride;
+    t.fanout[l] = static_cast<uint32_t>(params.fanout[l]);
+    stride *= t.size[l];  // 2^64 becomes 0
+  }
+  for (uint64_t most = stride - 1; most; most /= 2) ++t.bits;
+  if (t.bits <= kMostBits) t.pairs = static_cast<int>(stride / 64 + 1);
+  return t;
+}
+
+}  // namespace
+
+size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
+  simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
+  const VoteTask t = describe(book, params);
+  const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
+  const int64_t all = each * machine.processors * 4;
+  Arena arena;
+  arena.take<Plan>(1);
+  arena.take<std::byte>(std::max(each, std::min(all, kMostWorkspace)));
+  return arena.used();
+}
+
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
+            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
+  if (histories.users > 1 << 30)
+    return Status::error(Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got %" PRId64, histories.users);
+  simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){})
+    return Status::error(Code::not_implemented, "vote: cuda: %s", simt::describe(e));
+  VoteTask t = describe(book, params);
+  t.codes = codes.data;
+  t.weights = weights.data;
+  t.starts = histories.starts;
+  t.ends = histories.ends;
+  t.wide = histories.dtype == DType::int64;
+  t.rows = codes.shape[0];
+  t.users = histories.users;
+  HISAC_TRY(lay_out(t, machine));
+  Arena arena(context.workspace);
+  t.plan = arena.take<Plan>(1);
+  const size_t head = arena.used();
+  t.slices = arena.take<std::byte>(t.slice_bytes(0));
+  HISAC_TRY(arena.check("vote"));
+  t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
+  t.out_codes = out.codes.data;
+  t.out_votes = out.votes.data;
+  t.out_count = out.count.data;
+  if (t.users == 0) return {};
+  t.blocks = static_cast<int>(std::min<int64_t>(t.blocks, t.users));
+  const auto stream = static_cast<simt::Stream>(context.stream);
+  const int threads = t.users > 32 ? 1024 : 32;
+  const auto e1 = simt::launch(plan_slices, 1, threads, 32 * sizeof(int64_t), stream, t);
+  const auto e2 = simt::launch(t.pairs ? vote_users<true> : vote_users<false>, t.blocks, t.threads,
+                               static_cast<size_t>(t.shared_bytes), stream, t);
+  for (const auto e : {e1, e2})
+    if (e != decltype(e){}) return Status::error(Code::io_error, "vote: cuda: %s", simt::describe(e));
+  return {};
+}
+
+}  // namespace hisac::cuda
