@@ -179,7 +179,10 @@ void check(const Problem& p) {
   const simt::Options kept = simt::options;
   simt::options.order = simt::Order::random;
   simt::options.seed += 17;
-  simt::options.machine = {3, size_t{80} << 10};  // fewer rows in shared memory
+  int64_t leaves = 1;
+  for (int64_t c : p.sizes) leaves = std::min<int64_t>(leaves * c, 1 << 18);
+  const bool small = leaves <= 4096 && seats(p.params, p.book.levels()) <= 64;
+  simt::options.machine = {3, size_t(small ? 9 : 80) << 10};  // less in shared memory
   if (!(on_cuda(p, longest(p)) == cpu)) test::fail("other agents for another order of threads and another machine");
   on_cuda(p, longest(p) / 2);  // against the contract: nothing is written past the end
   simt::options = kept;

@@ -5,6 +5,7 @@
 #include "../arena.h"
 #include "../checks.h"
 #include "verbs.h"
+#include "vote_fanout.h"
 #include "vote_user.h"
 
 namespace hisac::cuda {
@@ -43,25 +44,59 @@ SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
   *t.plan = {most, each, static_cast<int32_t>(slices < t.blocks ? slices : t.blocks), 0};
 }
 
+/// vote(user) for users as they come, by the whole block.
+template <class Vote>
+SIMT_DEVICE void each_user(const VoteTask& t, Vote vote) {
+  auto* const next = reinterpret_cast<int32_t*>(simt::shared() + kSliceAt - 8);
+  for (;;) {
+    if (simt::thread() == 0) *next = simt::atomic_add(&t.plan->next, 1);
+    simt::sync();
+    const int64_t user = *next;
+    if (user >= t.users) return;
+    vote(user);  // which syncs
+  }
+}
+
 /// Two blocks of kMostThreads share a processor's registers.
 template <bool kBitmap>
 SIMT_KERNEL(2 * kMostThreads)
 vote_users(SIMT_CONSTANT VoteTask t) {
   if (simt::block() >= t.plan->slices) return;
   Slice& slice = *reinterpret_cast<Slice*>(simt::shared() + kSliceAt);
-  auto* const next = reinterpret_cast<int32_t*>(simt::shared() + kSliceAt - 8);
   if (simt::thread() == 0) t.slice(t.plan->capacity, t.slices + simt::block() * t.plan->slice_bytes, &slice);
-  for (;;) {
-    if (simt::thread() == 0) *next = simt::atomic_add(&t.plan->next, 1);
-    simt::sync();
-    const int64_t user = *next;
-    if (user >= t.users) return;
+  each_user(t, [&](int64_t user) {
     const int64_t voters = t.voters(user), rows = voters < t.plan->capacity ? voters : t.plan->capacity;
     if (kBitmap && rows <= t.shared_rows)
       UserVote<uint32_t, true>(t, slice, user, rows).run();
     else
       UserVote<uint64_t, kBitmap>(t, slice, user, rows).run();
+  });
+}
+
+template <class Sum>
+SIMT_KERNEL(2 * kMostThreads)
+vote_in_cells(SIMT_CONSTANT VoteTask t) {
+  each_user(t, [&](int64_t user) { FanoutVote<Sum>(t, user).run(); });
+}
+
+/// Offsets for a vote by fan-out in cells; false where they are not for it, or leave no room for a second block.
+bool lay_out_cells(VoteTask& t, const simt::Machine& machine) {
+  if (t.budget) return false;
+  const int64_t room = static_cast<int64_t>(machine.shared) / 2 - 1024, sum = t.weights ? 8 : 4;
+  int64_t ranks = 1, kept = 1, cells = 0;
+  while (ranks < t.seats) ranks *= 2;
+  for (int l = 0; l < t.levels; ++l) {
+    t.cells_before[l] = static_cast<int>(cells);
+    cells += kept * t.size[l];
+    if (cells * sum > room) return false;
+    kept *= t.fanout[l];
   }
+  t.at.sums = static_cast<int>(kFixed);
+  t.at.nodes = t.at.sums + 16;
+  t.at.area = t.at.nodes + 16 * t.seats;
+  t.at.before = t.at.area + static_cast<int>(8 * ranks);
+  t.shared_bytes = t.at.before + cells * sum;
+  return t.shared_bytes <= room;
 }
 
 /// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
@@ -69,6 +104,9 @@ vote_users(SIMT_CONSTANT VoteTask t) {
 Status lay_out(VoteTask& t, const simt::Machine& machine) {
   t.threads = t.rows > t.users * 1024 ? kMostThreads : 128;
   const int blocks = t.threads == kMostThreads ? 2 : 4;
+  t.blocks = machine.processors * blocks;
+  t.cells = lay_out_cells(t, machine);
+  if (t.cells) return {};
   int64_t used = kFixed;
   const auto take = [&](int64_t bytes) {
     const int64_t from = used;
@@ -95,7 +133,6 @@ Status lay_out(VoteTask& t, const simt::Machine& machine) {
     return Status::error(Code::not_implemented,
                          "vote: expected a device with %" PRId64 " bytes of shared memory a block, got %zu",
                          t.shared_bytes, machine.shared);
-  t.blocks = machine.processors * blocks;
   return {};
 }
 
@@ -104,6 +141,7 @@ VoteTask describe(const Codebook& book, const VoteParams& params) {
   t.levels = book.levels();
   t.budget = params.budget != 0;
   t.seats = static_cast<int>(hisac::seats(params, t.levels));
+  while (int64_t{1} << t.shift < int64_t{t.seats} * (t.seats - 1)) ++t.shift;
   uint64_t stride = 1;
   for (int l = t.levels - 1; l >= 0; --l) {
     t.size[l] = static_cast<uint32_t>(book.size(l));
@@ -158,10 +196,12 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   if (t.users == 0) return {};
   t.blocks = static_cast<int>(std::min<int64_t>(t.blocks, t.users));
   const auto stream = static_cast<simt::Stream>(context.stream);
+  const auto kernel = t.cells   ? t.weights ? vote_in_cells<uint64_t> : vote_in_cells<uint32_t>
+                      : t.pairs ? vote_users<true>
+                                : vote_users<false>;
   const int threads = t.users > 32 ? 1024 : 32;
   const auto e1 = simt::launch(plan_slices, 1, threads, 32 * sizeof(int64_t), stream, t);
-  const auto e2 = simt::launch(t.pairs ? vote_users<true> : vote_users<false>, t.blocks, t.threads,
-                               static_cast<size_t>(t.shared_bytes), stream, t);
+  const auto e2 = simt::launch(kernel, t.blocks, t.threads, static_cast<size_t>(t.shared_bytes), stream, t);
   for (const auto e : {e1, e2})
     if (e != decltype(e){}) return Status::error(Code::io_error, "vote: cuda: %s", simt::describe(e));
   return {};

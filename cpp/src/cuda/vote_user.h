@@ -40,7 +40,7 @@ class UserVote {
     nodes = n > 0;
     if (simt::thread() == 0) node()[0] = {0, static_cast<uint32_t>(n), seats_of(0, static_cast<uint32_t>(n)), 0};
     simt::sync();
-    for (int level = 0; level < t.levels; ++level) {
+    for (int level = 0; level < t.levels && !by_warps(level); ++level) {
       list_children(level);
       choose(t.budget && level + 1 < t.levels);
       if (level + 1 < t.levels) descend(level + 1);
@@ -78,41 +78,18 @@ class UserVote {
 
   // ---- counting
 
-  /// f(number of the leaf, votes) for every row, by whole warps; 0 votes: it does not vote, or is past the last. Loads
-  /// of four rows a thread are under way together.
-  template <class F>
-  SIMT_DEVICE void each_row(F f) const {
-    constexpr int kTogether = 4;
-    const auto row = [&](int first, int k) { return first + simt::thread() + k * simt::threads(); };
-    for (int first = 0; first < n_rows; first += kTogether * simt::threads()) {
-      Number leaf[kTogether];
-      uint32_t votes[kTogether];
-      SIMT_EACH (k, kTogether) {
-        leaf[k] = 0;
-        votes[k] = 1;
-      }
-      SIMT_ROLLED for (int l = 0; l < t.levels; ++l) {
-        const int32_t* const c = t.codes + first_row * t.levels + l;
-        SIMT_EACH (k, kTogether) {
-          const int i = row(first, k);
-          const uint32_t code = i < n_rows ? static_cast<uint32_t>(c[int64_t{i} * t.levels]) : ~0u;
-          votes[k] &= code < t.size[l];
-          leaf[k] = leaf[k] * static_cast<Number>(t.size[l]) + code;
-        }
-      }
-      if (t.weights)
-        SIMT_EACH (k, kTogether) {
-          const int i = row(first, k);
-          votes[k] = votes[k] ? quantise(t.weights[first_row + i]) : 0;
-        }
-      SIMT_EACH (k, kTogether) f(leaf[k], votes[k]);
-    }
+  /// use(number of the leaf, votes) for every row.
+  template <class Use>
+  SIMT_DEVICE void each_leaf(Use use) const {
+    each_row<Number>(
+        t, first_row, n_rows,
+        [&](Number& leaf, int l, uint32_t code) { leaf = leaf * static_cast<Number>(t.size[l]) + code; }, use);
   }
 
   SIMT_DEVICE int count_by_bitmap() {
     each(2 * t.pairs, [&](int w) { bits()[w] = 0; });
     SIMT_UNLESS_PLANTED(34, simt::sync());
-    each_row([&](Number leaf, uint32_t votes) {
+    each_leaf([&](Number leaf, uint32_t votes) {
       if (votes) simt::atomic_or(&bits()[leaf >> 5], 1u << (leaf & 31));
     });
     simt::sync();
@@ -130,7 +107,7 @@ class UserVote {
     each(found + 1, [&](int i) { before()[i] = 0; });
     each(found, [&](int i) { mark()[i] = static_cast<uint16_t>(t.levels - 1); });
     simt::sync();
-    each_row([&](Number leaf, uint32_t votes) {
+    each_leaf([&](Number leaf, uint32_t votes) {
       if (votes) simt::atomic_add(&before()[place_of(leaf)], static_cast<Sum>(votes));
     });
     for (int l = t.levels - 2; l >= 0; --l) {
@@ -158,7 +135,7 @@ class UserVote {
   SIMT_DEVICE int count_sorted() {
     if (simt::thread() == 0) sums()[0] = 0;
     simt::sync();
-    each_row([&](Number leaf, uint32_t votes) {
+    each_leaf([&](Number leaf, uint32_t votes) {
       const uint32_t voting = simt::ballot(votes != 0);
       uint32_t to = 0;
       if (simt::lane() == 0) to = simt::atomic_add(&sums()[0], static_cast<uint32_t>(simt::count_bits(voting)));
@@ -211,16 +188,12 @@ class UserVote {
 
   /// The owner of a place: a node of the level above. mark: owner + 1, and the level.
   SIMT_DEVICE void list_children(int level) {
-    children = static_cast<int>(scan<uint32_t>(
-        n,
-        [&](int i) {
-          const bool owned = level == 0 || mark()[i] > kLevelBits;
-          return uint32_t{owned && (mark()[i] & kLevelBits) <= level};
-        },
-        [&](int i, uint32_t place, uint32_t head) {
-          const uint16_t owner = level == 0 ? uint16_t{0} : static_cast<uint16_t>((mark()[i] >> 3) - 1);
-          if (head) s.child[place] = {static_cast<uint32_t>(i), 0, 0, owner, 0};
-        }));
+    children = gather(
+        n, [&](int i) { return (level == 0 || mark()[i] > kLevelBits) && (mark()[i] & kLevelBits) <= level; },
+        [&](int i, int place) {
+          const int owner = level == 0 ? 0 : (mark()[i] >> 3) - 1;
+          s.child[place] = {static_cast<uint32_t>(i), 0, 0, static_cast<uint16_t>(owner), 0};
+        });
     each(children, [&](int j) {
       Child& c = s.child[j];
       c.end = j + 1 < children && s.child[j + 1].node == c.node ? s.child[j + 1].begin : node()[c.node].end;
@@ -229,29 +202,35 @@ class UserVote {
     simt::sync();
   }
 
-  SIMT_DEVICE uint64_t votes(uint32_t begin, uint32_t end) const { return before()[end] - before()[begin]; }
+  SIMT_DEVICE Sum votes(uint32_t begin, uint32_t end) const { return before()[end] - before()[begin]; }
 
-  /// How many of the keys (votes << 24) / j, j = 1 .. least(leaves, most), are at least `key`.
-  SIMT_DEVICE uint32_t keys_from(const Child& c, uint64_t key, uint32_t most) const {
-    const uint64_t scaled = votes(c.begin, c.end) << 24;
+  SIMT_DEVICE float scale_of(uint64_t key) const {
+    return static_cast<float>(uint64_t{1} << t.shift) / static_cast<float>(key);
+  }
+  /// How many of the keys (votes << shift) / j, j = 1 .. least(leaves, most), are at least `key`.
+  SIMT_DEVICE uint32_t keys_from(const Child& c, uint64_t key, float scale, uint32_t most) const {
+    const Sum all = votes(c.begin, c.end);
     const uint32_t leaves = c.end - c.begin, cap = leaves < most ? leaves : most;
-    const float near = static_cast<float>(scaled) / static_cast<float>(key);  // within 2^-21 of itself
+    const float near = static_cast<float>(all) * scale;  // the quotient, within 2^-21 of itself
     if (near >= static_cast<float>(cap + 1)) return cap;
     uint32_t quotient = static_cast<uint32_t>(near * (1 - 0x1p-20f));  // exact or one less: cap is at most 4,096
-    quotient += scaled - quotient * key >= key;
+    quotient += (uint64_t{all} << t.shift) - quotient * key >= key;
     return quotient < cap ? quotient : cap;
   }
 
-  /// sums()[node] = the sum of count(child) over its children; returns after a sync.
+  /// sums[node] = the sum of count(child, its node's search) over its children; returns after a sync.
   template <class Count>
   SIMT_DEVICE void sum_up(Count count) {
     for (int first = simt::warp() * 32; first < children; first += simt::threads()) {
       const int j = first + simt::lane(), last = first + 31 < children ? first + 31 : children - 1;
-      const uint32_t own = j < children ? count(s.child[j]) : 0;
+      uint32_t own = 0;
+      if (j < children) {
+        const Search& k = search()[s.child[j].node];
+        if (k.key) own = count(s.child[j], k.key, k.scale);
+      }
       if (s.child[first].node == s.child[last].node) {
-        uint32_t sum = own;
-        for (int m = 16; m; m /= 2) sum += simt::shuffle_xor(sum, m);
-        if (simt::lane() == 0 && sum) simt::atomic_add(&sums()[s.child[first].node], sum);
+        for (int m = 16; m; m /= 2) own += simt::shuffle_xor(own, m);
+        if (simt::lane() == 0 && own) simt::atomic_add(&sums()[s.child[first].node], own);
       } else if (own) {
         simt::atomic_add(&sums()[s.child[j].node], own);
       }
@@ -259,68 +238,77 @@ class UserVote {
     simt::sync();
   }
 
-  /// Halves [low, high) of every node until `high` is the key after the last seat's, or exactly as many are above;
-  /// count(child, key): how many of its keys are at least `key`. Then sums()[node] is what `high` gives.
+  SIMT_DEVICE void ask(Search& k, uint64_t key) const {
+    k.key = key;
+    k.scale = key ? scale_of(key) : 0;
+  }
+  SIMT_DEVICE void begin_search(int i, uint32_t seats, int shift) {
+    const uint64_t all = uint64_t{votes(node()[i].begin, node()[i].end)} << shift;
+    Search& k = search()[i];
+    k.low = 1;
+    k.high = seats ? all / seats + 1 : 1;  // fewer than `seats` keys reach it
+    k.seats = seats;
+    ask(k, k.high > 2 ? k.low + (k.high - k.low) / 2 : 0);
+  }
+  /// Halves [low, high) of every node until `high` follows the key of the last seat, or gives exactly the seats;
+  /// count(child, key, scale): how many of its keys reach `key`. Then sums[node] is what `high` gives.
   template <class Count>
   SIMT_DEVICE void halve(Count count) {
     uint32_t* const open = at<uint32_t>(256);
-    const auto middle = [](const Search& k) { return k.low + (k.high - k.low) / 2; };
     if (simt::thread() < 2) open[simt::thread()] = 0;
-    each(nodes, [&](int k) { sums()[k] = 0; });
+    each(nodes, [&](int i) { sums()[i] = 0; });
     simt::sync();
     for (int round = 0;; ++round) {
-      sum_up([&](const Child& c) {
-        const Search& k = search()[c.node];
-        return k.high - k.low > 1 ? count(c, middle(k)) : 0;
-      });
+      sum_up(count);
       if (simt::thread() == 0) open[(round + 1) & 1] = 0;
       each(nodes, [&](int i) {
         Search& k = search()[i];
-        if (k.high - k.low > 1) {
-          const uint64_t m = middle(k);
-          if (sums()[i] >= k.seats) k.low = m;
-          if (sums()[i] <= k.seats) k.high = m;
-          if (k.high - k.low > 1) simt::atomic_add(&open[round & 1], 1u);
+        if (k.key) {
+          if (sums()[i] >= k.seats) k.low = k.key;
+          if (sums()[i] <= k.seats) k.high = k.key;
+          const bool more = k.high - k.low > 1;
+          ask(k, more ? k.low + (k.high - k.low) / 2 : 0);
+          if (more) simt::atomic_or(&open[round & 1], 1);
         }
         sums()[i] = 0;
       });
       simt::sync();
       if (!open[round & 1]) break;
     }
-    sum_up([&](const Child& c) { return count(c, search()[c.node].high); });
+    each(nodes, [&](int i) { ask(search()[i], search()[i].high); });
+    simt::sync();
+    sum_up(count);
   }
 
   /// The seats of every child, `kTied` off.
   SIMT_DEVICE void choose(bool in_proportion) {
-    const auto begin = [&](int k, uint32_t seats, int shift) {
-      const uint64_t all = votes(node()[k].begin, node()[k].end) << shift;
-      search()[k] = {1, seats ? all / seats + 1 : 1, seats};
-    };
-    each(nodes, [&](int k) { begin(k, node()[k].seats, in_proportion ? 24 : 0); });
+    each(nodes, [&](int k) { begin_search(k, node()[k].seats, in_proportion ? t.shift : 0); });
     if (in_proportion) {
-      const auto count = [&](const Child& c, uint64_t key) { return keys_from(c, key, node()[c.node].seats); };
+      const auto count = [&](const Child& c, uint64_t key, float scale) {
+        return keys_from(c, key, scale, node()[c.node].seats);
+      };
       halve(count);
       each(children, [&](int j) {
         Child& c = s.child[j];
         const Search& k = search()[c.node];
-        const uint32_t sure = count(c, k.high);
-        const bool tied = sums()[c.node] < k.seats && count(c, k.low) > sure;
+        const uint32_t sure = count(c, k.high, k.scale);
+        const bool tied = sums()[c.node] < k.seats && count(c, k.low, scale_of(k.low)) > sure;
         c.seats = static_cast<uint16_t>(sure | (tied ? kTied : 0));
       });
       simt::sync();
-      each(nodes, [&](int k) { begin(k, node()[k].seats - sums()[k], 0); });
+      each(nodes, [&](int k) { begin_search(k, node()[k].seats - sums()[k], 0); });
     } else {
       each(children, [&](int j) { s.child[j].seats = kTied; });
     }
     simt::sync();
-    const auto count = [&](const Child& c, uint64_t key) {
+    const auto count = [&](const Child& c, uint64_t key, float) {
       return uint32_t{(c.seats & kTied) != 0 && votes(c.begin, c.end) >= key};
     };
     halve(count);
-    const auto last = [&](int j) {  // has as many votes as the last seat needs, or too few
+    const auto last = [&](int j) {  // has as many votes as the last seat needs, and no more
       const Child& c = s.child[j];
       const Search& k = search()[c.node];
-      return sums()[c.node] < k.seats && count(c, k.low) && !count(c, k.high);
+      return sums()[c.node] < k.seats && count(c, k.low, 0) && !count(c, k.high, 0);
     };
     scan<uint32_t>(
         children, [&](int j) { return uint32_t{last(j)}; },
@@ -329,7 +317,7 @@ class UserVote {
       Child& c = s.child[j];
       const Search& k = search()[c.node];
       const bool room = c.order - s.child[node()[c.node].first].order < k.seats - sums()[c.node];
-      const uint32_t more = last(j) ? room : count(c, k.high);
+      const uint32_t more = last(j) ? room : count(c, k.high, 0);
       c.seats = static_cast<uint16_t>((c.seats & (kTied - 1)) + more);
     });
     simt::sync();
@@ -337,12 +325,13 @@ class UserVote {
 
   /// The children with seats are the nodes now.
   SIMT_DEVICE void descend(int level) {
-    nodes = static_cast<int>(scan<uint32_t>(
-        children, [&](int j) { return uint32_t{s.child[j].seats != 0}; },
-        [&](int j, uint32_t place, uint32_t some) {
+    nodes = gather(
+        children, [&](int j) { return s.child[j].seats != 0; },
+        [&](int j, int place) {
           const Child& c = s.child[j];
-          if (some) node()[place] = {c.begin, c.end, seats_of(level, c.seats), 0};
-        }));
+          node()[place] = {c.begin, c.end, seats_of(level, c.seats), 0};
+        });
+    if (by_warps(level)) return;
     each(n, [&](int i) { mark()[i] &= kLevelBits; });
     simt::sync();
     for (int k = simt::warp(); k < nodes; k += simt::threads() / 32)
@@ -351,35 +340,33 @@ class UserVote {
     simt::sync();
   }
 
+  /// Leaves of many nodes: each node's by one warp, with no barrier between its steps.
+  SIMT_DEVICE bool by_warps(int level) const { return level + 1 == t.levels && nodes >= simt::threads() / 32; }
+
   // ---- results
 
-  /// The seated leaves, by votes and number.
   SIMT_DEVICE void write() {
-    uint64_t* const rank = at<uint64_t>(t.at.area);  // votes left to the most, then the place: upwards
-    const int kept = static_cast<int>(scan<uint32_t>(
-        children, [&](int j) { return uint32_t{s.child[j].seats != 0}; },
-        [&](int j, uint32_t place, uint32_t some) {
-          const Child& c = s.child[j];
-          if (some) rank[place] = (kMostVotes - votes(c.begin, c.end)) << 24 | c.begin;
-        }));
-    int padded = 1;
-    while (padded < kept) padded *= 2;
-    each(padded - kept, [&](int i) { rank[kept + i] = ~uint64_t{0}; });
+    uint64_t* const rank = at<uint64_t>(t.at.area);
+    uint32_t& cursor = sums()[0];
+    if (simt::thread() == 0) cursor = 0;
     simt::sync();
-    sort_in_place(rank, padded);
-    each(t.seats, [&](int i) {
-      const bool some = i < kept;
-      Number path = some ? number[rank[i] & kMostVoters] : 0;
-      t.out_votes[b * t.seats + i] = some ? static_cast<int64_t>(kMostVotes - (rank[i] >> 24)) : 0;
-      int32_t* const c = t.out_codes + (b * t.seats + i) * t.levels;
-      for (int l = t.levels - 1; l >= 0; --l) {
-        const Number size = static_cast<Number>(t.size[l]), up = path / size;
-        c[l] = some ? static_cast<int32_t>(path - up * size) : -1;
-        path = up;
+    if (by_warps(t.levels - 1)) {
+      for (int k = simt::warp(); k < nodes; k += simt::threads() / 32) {
+        const Node v = node()[k];
+        const auto own = [&](int i) { return votes(static_cast<uint32_t>(i), static_cast<uint32_t>(i) + 1); };
+        pick(static_cast<int>(v.begin), static_cast<int>(v.end), v.seats, votes(v.begin, v.end), own,
+             [&](int i, bool taken) { append(rank, &cursor, taken, taken ? own(i) : 0, i); });
       }
-    });
-    if (simt::thread() == 0) t.out_count[b] = kept;
+    } else {
+      for (int first = simt::warp() * 32; first < children; first += simt::threads()) {
+        const int j = first + simt::lane();
+        const bool taken = j < children && s.child[j].seats != 0;
+        const Child c = taken ? s.child[j] : Child{};
+        append(rank, &cursor, taken, votes(c.begin, c.end), static_cast<int>(c.begin));
+      }
+    }
     simt::sync();
+    write_agents(t, b, rank, static_cast<int>(cursor), [&](int place) { return n ? number[place] : Number{0}; });
   }
 
   const VoteTask& t;
