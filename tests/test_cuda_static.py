@@ -17,11 +17,13 @@ VALUES = 64  # columns of a block
 KERNEL = r"route_tilesILi(\d)ELi(\d)ELi(\d)ELb(\d)E"  # tiles of 16 agents a warp, parts of an agent, of a row, mode
 
 
-def nvcc(*arguments):
+def nvcc(*arguments, verb="route"):
     if NVCC is None:
         pytest.skip("CUDA kernels: nvcc is not installed")
     command = [NVCC, "-std=c++17", "-fmad=false", f"-I{ROOT / 'cpp/include'}", f"-I{ROOT / 'cpp/src'}", *arguments]
-    done = subprocess.run([*command, str(ROOT / "cpp/src/cuda/route.cu")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(ROOT / f"cpp/src/cuda/{verb}.cu")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -38,6 +40,16 @@ def test_no_kernel_spills(architecture, tmp_path):
     found = spills(report)
     assert sum(bool(re.search(KERNEL, name)) for name in found) == 6
     assert {name: n for name, n in found.items() if n} == {}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_two_blocks_of_voters_share_a_processor(architecture, tmp_path):
+    """The registers of two blocks of 512 threads, none of them spilled."""
+    report = nvcc(f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "vote.cubin"), verb="vote")
+    found = spills(report)
+    assert len(found) == 5
+    assert {name: n for name, n in found.items() if n} == {}
+    assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 65536 // 1024
 
 
 def test_a_spill_is_seen():

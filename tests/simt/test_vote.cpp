@@ -147,10 +147,12 @@ Result on_cpu(const Problem& p) {
   });
 }
 
-/// longest: what the workspace is made for.
-Result on_cuda(const Problem& p, int64_t longest) {
+/// longest: what the workspace is made for; users: how many at a time, of those that it could hold.
+Result on_cuda(const Problem& p, int64_t longest, size_t users = 0) {
   return run(p, false, [&](auto codes, auto histories, auto weights, auto out) {
-    test::Workspace workspace(cuda::vote_workspace(p.book, p.params, longest));
+    const size_t bytes = cuda::vote_workspace(p.book, p.params, longest);
+    const size_t most = static_cast<size_t>(4 * simt::options.machine.processors);
+    test::Workspace workspace(users ? 64 + bytes * users / most : bytes);
     const Status status = cuda::vote({workspace.array()}, p.book, p.params, codes, histories, weights, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
@@ -184,7 +186,8 @@ void check(const Problem& p) {
   const bool small = leaves <= 4096 && seats(p.params, p.book.levels()) <= 64;
   simt::options.machine = {3, size_t(small ? 9 : 80) << 10};  // less in shared memory
   if (!(on_cuda(p, longest(p)) == cpu)) test::fail("other agents for another order of threads and another machine");
-  on_cuda(p, longest(p) / 2);  // against the contract: nothing is written past the end
+  if (!(on_cuda(p, longest(p), 1) == cpu)) test::fail("other agents in the least workspace");
+  on_cuda(p, longest(p) / 2, 1);  // against the contract: nothing is written past the end
   simt::options = kept;
 }
 

@@ -101,12 +101,12 @@ bool lay_out_cells(VoteTask& t, const simt::Machine& machine) {
 
 /// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
 /// ones.
-Status lay_out(VoteTask& t, const simt::Machine& machine) {
+void lay_out(VoteTask& t, const simt::Machine& machine) {
   t.threads = t.rows > t.users * 1024 ? kMostThreads : 128;
   const int blocks = t.threads == kMostThreads ? 2 : 4;
   t.blocks = machine.processors * blocks;
   t.cells = lay_out_cells(t, machine);
-  if (t.cells) return {};
+  if (t.cells) return;
   int64_t used = kFixed;
   const auto take = [&](int64_t bytes) {
     const int64_t from = used;
@@ -129,11 +129,6 @@ Status lay_out(VoteTask& t, const simt::Machine& machine) {
   t.at.before = take((t.shared_rows + 1) * 4);
   t.at.mark = take(t.shared_rows * 2);
   t.shared_bytes = std::max(used, least);
-  if (t.shared_bytes > static_cast<int64_t>(machine.shared))
-    return Status::error(Code::not_implemented,
-                         "vote: expected a device with %" PRId64 " bytes of shared memory a block, got %zu",
-                         t.shared_bytes, machine.shared);
-  return {};
 }
 
 VoteTask describe(const Codebook& book, const VoteParams& params) {
@@ -183,7 +178,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   t.wide = histories.dtype == DType::int64;
   t.rows = codes.shape[0];
   t.users = histories.users;
-  HISAC_TRY(lay_out(t, machine));
+  lay_out(t, machine);
   Arena arena(context.workspace);
   t.plan = arena.take<Plan>(1);
   const size_t head = arena.used();
