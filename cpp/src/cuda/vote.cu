@@ -11,7 +11,8 @@
 namespace hisac::cuda {
 namespace {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 512, kBlocksLong = 2;      // a processor's, where histories are long on the average,
+constexpr int kShortRows = 1024, kBlocksShort = 4;      // and where they are short: of 128 threads
 constexpr int kMostBits = 18;                           // of a bitmap of leaves
 constexpr int64_t kMostWorkspace = int64_t{256} << 20;  // more only where one user needs it
 constexpr int64_t kSliceAt = 320, kFixed = 448;         // the front: totals of scan, flags of halve, next user, slice
@@ -80,9 +81,9 @@ vote_in_cells(SIMT_CONSTANT VoteTask t) {
 }
 
 /// Offsets for a vote by fan-out in cells; false where they are not for it, or leave no room for a second block.
-bool lay_out_cells(VoteTask& t, const simt::Machine& machine) {
+bool lay_out_cells(VoteTask& t, const simt::Machine& machine, int64_t sum) {
   if (t.budget) return false;
-  const int64_t room = static_cast<int64_t>(machine.shared) / 2 - 1024, sum = t.weights ? 8 : 4;
+  const int64_t room = static_cast<int64_t>(machine.shared) / 2 - 1024;
   int64_t ranks = 1, kept = 1, cells = 0;
   while (ranks < t.seats) ranks *= 2;
   for (int l = 0; l < t.levels; ++l) {
@@ -102,10 +103,10 @@ bool lay_out_cells(VoteTask& t, const simt::Machine& machine) {
 /// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
 /// ones.
 void lay_out(VoteTask& t, const simt::Machine& machine) {
-  t.threads = t.rows > t.users * 1024 ? kMostThreads : 128;
-  const int blocks = t.threads == kMostThreads ? 2 : 4;
+  t.threads = t.rows > t.users * kShortRows ? kMostThreads : 128;
+  const int blocks = t.threads == kMostThreads ? kBlocksLong : kBlocksShort;
   t.blocks = machine.processors * blocks;
-  t.cells = lay_out_cells(t, machine);
+  t.cells = lay_out_cells(t, machine, t.weights ? sizeof(uint64_t) : sizeof(uint32_t));
   if (t.cells) return;
   int64_t used = kFixed;
   const auto take = [&](int64_t bytes) {
@@ -154,12 +155,13 @@ VoteTask describe(const Codebook& book, const VoteParams& params) {
 size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
-  const VoteTask t = describe(book, params);
-  const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
-  const int64_t all = each * machine.processors * 4;
+  VoteTask t = describe(book, params);
   Arena arena;
   arena.take<Plan>(1);
-  arena.take<std::byte>(std::max(each, std::min(all, kMostWorkspace)));
+  if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
+    const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
+    arena.take<std::byte>(std::max(each, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
+  }
   return arena.used();
 }
 
@@ -182,7 +184,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   Arena arena(context.workspace);
   t.plan = arena.take<Plan>(1);
   const size_t head = arena.used();
-  t.slices = arena.take<std::byte>(t.slice_bytes(0));
+  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(0));
   HISAC_TRY(arena.check("vote"));
   t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
   t.out_codes = out.codes.data;

@@ -24,7 +24,7 @@ class FanoutVote {
       const int size = static_cast<int>(t.size[level]), cells = nodes * size;
       Sum* const cell = cells_of(level);
       for (int i = simt::thread(); i < cells; i += simt::threads()) cell[i] = 0;
-      simt::sync();
+      SIMT_UNLESS_PLANTED(36, simt::sync());
       count(level);
       SIMT_UNLESS_PLANTED(37, simt::sync());
       const bool last = level + 1 == t.levels;

@@ -214,7 +214,7 @@ SIMT_DEVICE int gather(int n, Flag flag, Emit emit) {
     if (set) emit(first + lane, before + simt::count_bits(all & ((1u << lane) - 1)));
     before += simt::count_bits(all);
   }
-  SIMT_UNLESS_PLANTED(36, simt::sync());
+  simt::sync();
   return total;
 }
 
@@ -257,7 +257,7 @@ SIMT_DEVICE void append(uint64_t* to, uint32_t* cursor, bool taken, uint64_t vot
   if (taken) to[at] = (kMostVotes - votes) << 24 | static_cast<uint32_t>(place);  // upwards: most votes first
 }
 
-/// key[0, n) upwards; n a power of two.
+/// key[0, n) upwards; n a power of two. Steps up to 32 stay within the 64 keys of a warp.
 SIMT_DEVICE void sort_in_place(uint64_t* key, int n) {
   for (int run = 2; run <= n; run *= 2)
     for (int step = run / 2; step; step /= 2) {
@@ -269,7 +269,10 @@ SIMT_DEVICE void sort_in_place(uint64_t* key, int n) {
           key[b] = x;
         }
       }
-      SIMT_UNLESS_PLANTED(32, simt::sync());
+      if (step > 32 || (step == 1 && (run > 32 || run == n)))
+        simt::sync();
+      else
+        simt::sync_warp();
     }
 }
 

@@ -199,7 +199,7 @@ class UserVote {
       c.end = j + 1 < children && s.child[j + 1].node == c.node ? s.child[j + 1].begin : node()[c.node].end;
       if (j == 0 || s.child[j - 1].node != c.node) node()[c.node].first = static_cast<uint32_t>(j);
     });
-    simt::sync();
+    SIMT_UNLESS_PLANTED(32, simt::sync());
   }
 
   SIMT_DEVICE Sum votes(uint32_t begin, uint32_t end) const { return before()[end] - before()[begin]; }
@@ -333,7 +333,7 @@ class UserVote {
         });
     if (by_warps(level)) return;
     each(n, [&](int i) { mark()[i] &= kLevelBits; });
-    simt::sync();
+    SIMT_UNLESS_PLANTED(38, simt::sync());
     for (int k = simt::warp(); k < nodes; k += simt::threads() / 32)
       for (uint32_t i = node()[k].begin + static_cast<uint32_t>(simt::lane()); i < node()[k].end; i += 32)
         mark()[i] = static_cast<uint16_t>(mark()[i] | (k + 1) << 3);
