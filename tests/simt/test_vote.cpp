@@ -70,10 +70,12 @@ Problem random_problem(uint64_t seed) {
                                                    {1 << 20, 3, 1, 4}};
   p.sizes =
       trees[seed < 2 * trees.size() ? seed % trees.size() : test::size(r.below(static_cast<int64_t>(trees.size())))];
-  const int64_t levels = static_cast<int64_t>(p.sizes.size()), b = 1 + r.below(6), longest = r.below(4) ? 150 : 900;
+  const bool one = r.below(6) == 0;  // a long history: a block of more threads
+  const int64_t levels = static_cast<int64_t>(p.sizes.size()), b = one ? 1 : 1 + r.below(6);
+  const int64_t longest = r.below(4) ? 150 : 900;
   for (int64_t i = 0; i < b; ++i) {
     p.starts.push_back(p.rows);
-    p.rows += r.below(5) == 0 ? 0 : 1 + r.below(longest);
+    p.rows += one ? 1500 + r.below(1000) : r.below(5) == 0 ? 0 : 1 + r.below(longest);
     p.ends.push_back(p.rows);
   }
   if (r.below(3) == 0)  // histories that overlap, and offsets that lie outside

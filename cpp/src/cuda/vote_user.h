@@ -199,7 +199,6 @@ class UserVote {
       c.end = j + 1 < children && s.child[j + 1].node == c.node ? s.child[j + 1].begin : node()[c.node].end;
       if (j == 0 || s.child[j - 1].node != c.node) node()[c.node].first = static_cast<uint32_t>(j);
     });
-    SIMT_UNLESS_PLANTED(32, simt::sync());
   }
 
   SIMT_DEVICE Sum votes(uint32_t begin, uint32_t end) const { return before()[end] - before()[begin]; }
@@ -295,12 +294,11 @@ class UserVote {
         const bool tied = sums()[c.node] < k.seats && count(c, k.low, scale_of(k.low)) > sure;
         c.seats = static_cast<uint16_t>(sure | (tied ? kTied : 0));
       });
-      simt::sync();
+      SIMT_UNLESS_PLANTED(32, simt::sync());
       each(nodes, [&](int k) { begin_search(k, node()[k].seats - sums()[k], 0); });
     } else {
       each(children, [&](int j) { s.child[j].seats = kTied; });
     }
-    simt::sync();
     const auto count = [&](const Child& c, uint64_t key, float) {
       return uint32_t{(c.seats & kTied) != 0 && votes(c.begin, c.end) >= key};
     };
