@@ -154,7 +154,7 @@ Result on_cuda(const Problem& p, int64_t longest, size_t users = 0) {
   return run(p, false, [&](auto codes, auto histories, auto weights, auto out) {
     const size_t bytes = cuda::vote_workspace(p.book, p.params, longest);
     const size_t most = static_cast<size_t>(4 * simt::options.machine.processors);
-    test::Workspace workspace(users ? std::min(bytes, 64 + bytes * users / most) : bytes);
+    test::Workspace workspace(users ? std::min(bytes, 128 + bytes * users / most) : bytes);
     const Status status = cuda::vote({workspace.array()}, p.book, p.params, codes, histories, weights, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;

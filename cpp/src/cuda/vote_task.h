@@ -2,7 +2,8 @@
 // What the kernels of `vote` are told, where a block keeps its things, and a few verbs of whole blocks.
 //
 // A block takes one user after another. Its slice of the workspace holds a user of `Plan::capacity` rows; what is
-// touched for every row or at random lies in shared memory where a user is small enough.
+// touched for every row or at random lies in shared memory where a user is small enough. Where the workspace has no
+// room for the longest user in every block, the longer ones wait for a second pass of fewer blocks.
 #pragma once
 #include <type_traits>
 
@@ -17,8 +18,9 @@ constexpr int kMostShared = 256;                          // nodes kept in share
 constexpr int kDigit = 8;                                 // bits of a radix sort's digit
 constexpr uint16_t kLevelBits = 7;                        // of a mark
 
+/// One of two passes over the users: those of more rows than `above`, and at most `capacity`.
 struct Plan {
-  int64_t capacity, slice_bytes;
+  int64_t above, capacity, slice_bytes;
   int32_t slices, next;  // next: the user not yet taken
 };
 
@@ -74,7 +76,8 @@ struct VoteTask {
   bool cells = false;                             // by fan-out, in cells of shared memory
   int cells_before[kMaxLevels] = {};              // of the levels above
   int64_t shared_bytes = 0, workspace_bytes = 0;  // of the slices
-  Plan* plan = nullptr;
+  Plan* plan = nullptr;                           // [2]
+  int pass = 0;
   std::byte* slices = nullptr;
   int32_t* out_codes = nullptr;
   int64_t* out_votes = nullptr;
@@ -262,7 +265,7 @@ SIMT_DEVICE void sort_in_place(uint64_t* key, int n) {
   for (int run = 2; run <= n; run *= 2)
     for (int step = run / 2; step; step /= 2) {
       for (int i = simt::thread(); i < n / 2; i += simt::threads()) {
-        const int a = i / step * 2 * step + i % step, b = a + step;
+        const int a = 2 * i - (i & (step - 1)), b = a + step;
         const uint64_t x = key[a], y = key[b];
         if ((x > y) == ((a & run) == 0)) {
           key[a] = y;

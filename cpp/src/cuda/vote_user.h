@@ -2,16 +2,15 @@
 // One user's votes by one block.
 //
 // Leaves that have votes get places 0 .. n in the order of their numbers, so that a node of the tree is a run of
-// places; before()[i] are the votes of the places before i, so that a run's votes are a difference; mark()[i] is the
-// level at which leaf i leaves the path of leaf i - 1, so that the children of a node at a level are the runs between
-// marks.
+// places; before[i] are the votes of the places before i, so that a run's votes are a difference; mark[i] is the level
+// at which leaf i leaves the path of leaf i - 1, so that the children of a node at a level are the runs between marks.
 //   bitmap  trees of few leaves: a bitmap of the leaves and its prefix sums give a row its place, where it is counted
 //           (two readings of the rows);
 //   sorted  everything else: leaf numbers, radix-sorted.
 // Then from the root down, all nodes of a level at once, as ../apportion.h does it. Both rules, and leaves as well as
-// inner nodes, are one choice: the largest of the keys (n << 24) / j, j = 1 .. cap, then larger n, then lower codes;
-// for fan-outs and leaves the cap is 1, and the key n does. A search by halves finds the least key of the seats; where
-// several children have it, a second one, by n, decides among them, then a count in the order of codes.
+// inner nodes, are one choice: the largest of the keys (n << shift) / j, j = 1 .. cap, then larger n, then lower
+// codes; for fan-outs and leaves the cap is 1, and the key n does. A search by halves finds the least key of the seats;
+// where several children have it, a second one, by n, decides among them, then a count in the order of codes.
 #pragma once
 #include "vote_task.h"
 
