@@ -56,8 +56,7 @@ template <class T>
 SIMT_DEVICE T atomic_add(T* p, T value) {  // integers only: float sums would depend on the order
   static_assert(T(1) / 2 == 0, "no float atomics");
   if constexpr (sizeof(T) == 8)  // one of the two 64-bit types, which are CUDA's by another name
-    return static_cast<T>(
-        atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value)));
+    return static_cast<T>(atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value)));
   else
     return atomicAdd(p, value);
 }
