@@ -110,6 +110,7 @@ T atomic_add(T* p, T value) {
   static_assert(std::is_integral_v<T>, "no float atomics");
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
+inline void atomic_or(uint32_t* p, uint32_t bits) { __atomic_fetch_or(p, bits, __ATOMIC_RELAXED); }
 
 void copy16(void* to, const void* from, bool valid);
 void copy4(void* to, const void* from, bool valid);

@@ -55,8 +55,12 @@ SIMT_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 template <class T>
 SIMT_DEVICE T atomic_add(T* p, T value) {  // integers only: float sums would depend on the order
   static_assert(T(1) / 2 == 0, "no float atomics");
-  return atomicAdd(p, value);
+  if constexpr (sizeof(T) == 8)  // one of the two 64-bit types, which are CUDA's by another name
+    return static_cast<T>(atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value)));
+  else
+    return atomicAdd(p, value);
 }
+SIMT_DEVICE void atomic_or(uint32_t* p, uint32_t bits) { atomicOr(p, bits); }
 
 /// 16 bytes from global to shared memory, or zeros; both aligned to 16. Seen by this thread after wait, by the block
 /// after a sync on top.

@@ -25,6 +25,12 @@ Status code_prototypes(const Context& context, const Codebook& book, Array<const
 Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
                 Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept;
 
+/// Any codebook. The more workspace, the more users at a time, up to what `vote_workspace` names; where it holds fewer
+/// rows than a user has, the rest do not vote: `longest` is a promise.
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
+            Histories histories, Array<const float, 1> weights, Agents out) noexcept;
+size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept;
+
 /// All of them, for ../on_cuda.h.
 struct Verbs {
   int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before

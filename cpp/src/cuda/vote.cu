@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// `vote`: how the workspace is cut, then a block a user at a time, in one pass or two. Codes are read twice, by a level
+// or for places and then counts, the second time from the cache: 4 L bytes a row, which for 512 users of 10,000 rows of
+// two levels take 14 us on an H100; the rest is shared memory's and the barriers'.
+#include <algorithm>
+
+#include "../arena.h"
+#include "../checks.h"
+#include "verbs.h"
+#include "vote_fanout.h"
+#include "vote_user.h"
+
+namespace hisac::cuda {
+namespace {
+
+constexpr int kMostThreads = 512, kBlocksLong = 2;      // a processor's, where histories are long on the average,
+constexpr int kShortRows = 1024, kBlocksShort = 4;      // and where they are short: of 128 threads
+constexpr int kMostBits = 18;                           // of a bitmap of leaves
+constexpr int64_t kMostWorkspace = int64_t{256} << 20;  // more only where one user needs it
+constexpr int64_t kSliceAt = 320, kFoundAt = 448;  // the front: totals of scan, flags of halve, next user, slice, users
+constexpr int64_t kFixed = kFoundAt + 2 * kMostThreads;
+
+static_assert(kSliceAt + sizeof(Slice) <= kFoundAt);
+
+/// One block: the longest history, and so how many users the workspace has room for at a time.
+SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
+  auto* const longest = reinterpret_cast<int64_t*>(simt::shared());  // [32]
+  if (t.cells) {
+    if (simt::thread() == 0) t.plan->next = 0;
+    return;
+  }
+  int64_t most = 0;
+  for (int64_t b = simt::thread(); b < t.users; b += simt::threads()) {
+    const int64_t n = t.voters(b);
+    most = n > most ? n : most;
+  }
+  for (int m = 16; m; m /= 2) {
+    const int64_t other = simt::shuffle_xor(most, m);
+    most = other > most ? other : most;
+  }
+  if (simt::lane() == 0) longest[simt::warp()] = most;
+  simt::sync();
+  if (simt::thread() != 0) return;
+  for (int w = 0; w < simt::threads() / 32; ++w) most = longest[w] > most ? longest[w] : most;
+  const auto fitting =
+      [&](int64_t bytes) {  // the most rows, up to `most`, of a slice of so many bytes; 0 where none fit
+        if (t.slice_bytes(most) <= bytes) return most;
+        int64_t rows = 0;
+        for (int64_t step = int64_t{1} << 23; step; step /= 2)
+          if (rows + step < most && t.slice_bytes(rows + step) <= bytes) rows += step;
+        return rows;
+      };
+  int64_t above = -1;
+  for (int pass = 0; pass < 2; ++pass) {
+    const int64_t rows = fitting(pass ? t.workspace_bytes : t.workspace_bytes / t.blocks), each = t.slice_bytes(rows);
+    const int64_t slices = above < most ? t.workspace_bytes / each : 0;
+    t.plan[pass] = {above, rows, each, static_cast<int32_t>(slices < t.blocks ? slices : t.blocks), 0};
+    above = rows;
+  }
+}
+
+/// vote(user) for the users of the pass as they come, by the whole block.
+template <class Wanted, class Vote>
+SIMT_DEVICE void each_user(const VoteTask& t, Wanted wanted, Vote vote) {
+  auto* const next = reinterpret_cast<int32_t*>(simt::shared() + kSliceAt - 8);
+  auto* const found = reinterpret_cast<uint16_t*>(simt::shared() + kFoundAt);  // [chunk]
+  const int chunk = t.pass ? simt::threads() : 1;                              // few of them are for the second pass
+  for (;;) {
+    if (simt::thread() == 0) *next = simt::atomic_add(&t.plan[t.pass].next, chunk);
+    simt::sync();
+    const int64_t first = *next;
+    if (first >= t.users) return;
+    const int n = gather(
+        chunk, [&](int i) { return first + i < t.users && wanted(first + i); },
+        [&](int i, int place) { found[place] = static_cast<uint16_t>(i); });
+    for (int k = 0; k < n; ++k) vote(first + found[k]);
+  }
+}
+
+/// Two blocks of kMostThreads share a processor's registers.
+template <bool kBitmap>
+SIMT_KERNEL(2 * kMostThreads)
+vote_users(SIMT_CONSTANT VoteTask t) {
+  const Plan& plan = t.plan[t.pass];
+  if (simt::block() >= plan.slices) return;
+  Slice& slice = *reinterpret_cast<Slice*>(simt::shared() + kSliceAt);
+  if (simt::thread() == 0) t.slice(plan.capacity, t.slices + simt::block() * plan.slice_bytes, &slice);
+  // against the contract a user may be longer than any slice: the last pass cuts it
+  const auto wanted = [&](int64_t user) {
+    const int64_t rows = t.voters(user);
+    return rows > plan.above && (t.pass || rows <= plan.capacity);
+  };
+  each_user(t, wanted, [&](int64_t user) {
+    const int64_t voters = t.voters(user), rows = voters < plan.capacity ? voters : plan.capacity;
+    if (kBitmap && rows <= t.shared_rows)
+      UserVote<uint32_t, true>(t, slice, user, rows).run();
+    else
+      UserVote<uint64_t, kBitmap>(t, slice, user, rows).run();
+  });
+}
+
+template <class Sum>
+SIMT_KERNEL(2 * kMostThreads)
+vote_in_cells(SIMT_CONSTANT VoteTask t) {
+  each_user(t, [](int64_t) { return true; }, [&](int64_t user) { FanoutVote<Sum>(t, user).run(); });
+}
+
+/// Offsets for a vote by fan-out in cells; false where they are not for it, or leave no room for a second block.
+bool lay_out_cells(VoteTask& t, const simt::Machine& machine, int64_t sum) {
+  if (t.budget) return false;
+  const int64_t room = static_cast<int64_t>(machine.shared) / 2 - 1024;
+  int64_t ranks = 1, kept = 1, cells = 0;
+  while (ranks < t.seats) ranks *= 2;
+  for (int l = 0; l < t.levels; ++l) {
+    t.cells_before[l] = static_cast<int>(cells);
+    cells += kept * t.size[l];
+    if (cells * sum > room) return false;
+    kept *= t.fanout[l];
+  }
+  t.at.sums = static_cast<int>(kFixed);
+  t.at.nodes = t.at.sums + 16;
+  t.at.area = t.at.nodes + 16 * t.seats;
+  t.at.before = t.at.area + static_cast<int>(8 * ranks);
+  t.shared_bytes = t.at.before + cells * sum;
+  return t.shared_bytes <= room;
+}
+
+/// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
+/// ones.
+void lay_out(VoteTask& t, const simt::Machine& machine) {
+  t.threads = t.rows > t.users * kShortRows ? kMostThreads : 128;
+  const int blocks = t.threads == kMostThreads ? kBlocksLong : kBlocksShort;
+  t.blocks = machine.processors * blocks;
+  t.cells = lay_out_cells(t, machine, t.weights ? sizeof(uint64_t) : sizeof(uint32_t));
+  if (t.cells) return;
+  int64_t used = kFixed;
+  const auto take = [&](int64_t bytes) {
+    const int64_t from = used;
+    used += (bytes + 15) / 16 * 16;
+    return static_cast<int>(from);
+  };
+  int64_t ranks = 1;
+  while (ranks < t.seats) ranks *= 2;
+  const int64_t few = t.seats > kMostShared ? 0 : t.seats;
+  t.at.sums = take(t.seats * 4);
+  t.at.nodes = take(few * int64_t{sizeof(Node)});
+  t.at.searches = take(few * int64_t{sizeof(Search)});
+  t.at.area =
+      take(std::max({int64_t{8} * t.pairs, ranks * 8, t.pairs ? 0 : (t.threads / 32) * (int64_t{4} << kDigit)}));
+  t.at.prefix = static_cast<int>(used);
+  const int64_t least = used + int64_t{4} * t.pairs;  // of a user who is not in shared memory
+  const int64_t room = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
+  take(int64_t{2} * t.pairs);
+  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((room - used - 64) / 6, 0, 0xffff)) : 0;
+  t.at.before = take((t.shared_rows + 1) * 4);
+  t.at.mark = take(t.shared_rows * 2);
+  t.shared_bytes = std::max(used, least);
+}
+
+VoteTask describe(const Codebook& book, const VoteParams& params) {
+  VoteTask t;
+  t.levels = book.levels();
+  t.budget = params.budget != 0;
+  t.seats = static_cast<int>(hisac::seats(params, t.levels));
+  while (int64_t{1} << t.shift < int64_t{t.seats} * (t.seats - 1)) ++t.shift;
+  uint64_t stride = 1;
+  for (int l = t.levels - 1; l >= 0; --l) {
+    t.size[l] = static_cast<uint32_t>(book.size(l));
+    t.stride[l] = stride;
+    t.fanout[l] = static_cast<uint32_t>(params.fanout[l]);
+    stride *= t.size[l];  // 2^64 becomes 0
+  }
+  for (uint64_t most = stride - 1; most; most /= 2) ++t.bits;
+  if (t.bits <= kMostBits) t.pairs = static_cast<int>(stride / 64 + 1);
+  return t;
+}
+
+}  // namespace
+
+size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
+  simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
+  VoteTask t = describe(book, params);
+  Arena arena;
+  arena.take<Plan>(2);
+  if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
+    const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
+    arena.take<std::byte>(std::max(each, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
+  }
+  return arena.used();
+}
+
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
+            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
+  if (histories.users > 1 << 30)
+    return Status::error(Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got %" PRId64, histories.users);
+  simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){})
+    return Status::error(Code::not_implemented, "vote: cuda: %s", simt::describe(e));
+  VoteTask t = describe(book, params);
+  t.codes = codes.data;
+  t.weights = weights.data;
+  t.starts = histories.starts;
+  t.ends = histories.ends;
+  t.wide = histories.dtype == DType::int64;
+  t.rows = codes.shape[0];
+  t.users = histories.users;
+  lay_out(t, machine);
+  Arena arena(context.workspace);
+  t.plan = arena.take<Plan>(2);
+  const size_t head = arena.used();
+  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(0));
+  HISAC_TRY(arena.check("vote"));
+  t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
+  t.out_codes = out.codes.data;
+  t.out_votes = out.votes.data;
+  t.out_count = out.count.data;
+  if (t.users == 0) return {};
+  t.blocks = static_cast<int>(std::min<int64_t>(t.blocks, t.users));
+  const auto stream = static_cast<simt::Stream>(context.stream);
+  const auto kernel = t.cells   ? t.weights ? vote_in_cells<uint64_t> : vote_in_cells<uint32_t>
+                      : t.pairs ? vote_users<true>
+                                : vote_users<false>;
+  const int threads = t.users > 32 ? 1024 : 32;
+  auto e = simt::launch(plan_slices, 1, threads, 32 * sizeof(int64_t), stream, t);
+  for (; e == decltype(e){} && t.pass < (t.cells ? 1 : 2); ++t.pass)
+    e = simt::launch(kernel, t.blocks, t.threads, static_cast<size_t>(t.shared_bytes), stream, t);
+  if (e != decltype(e){}) return Status::error(Code::io_error, "vote: cuda: %s", simt::describe(e));
+  return {};
+}
+
+}  // namespace hisac::cuda

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of `vote` are told, where a block keeps its things, and a few verbs of whole blocks.
+//
+// A block takes one user after another. Its slice of the workspace holds a user of `Plan::capacity` rows; what is
+// touched for every row or at random lies in shared memory where a user is small enough. Where the workspace has no
+// room for the longest user in every block, the longer ones wait for a second pass of fewer blocks.
+#pragma once
+#include <type_traits>
+
+#include "hisac/vote.h"
+#include "simt.h"
+
+namespace hisac::cuda {
+
+constexpr int kMostVoters = (1 << 24) - 1;
+constexpr uint64_t kMostVotes = (uint64_t{1} << 40) - 1;  // 16 * 2^12 a row stay below
+constexpr int kMostShared = 256;                          // nodes kept in shared memory
+constexpr int kDigit = 8;                                 // bits of a radix sort's digit
+constexpr uint16_t kLevelBits = 7;                        // of a mark
+
+/// One of two passes over the users: those of more rows than `above`, and at most `capacity`.
+struct Plan {
+  int64_t above, capacity, slice_bytes;
+  int32_t slices, next;  // next: the user not yet taken
+};
+
+/// A node of the tree: leaves [begin, end) of the user's, the seats to give below it; its first child.
+struct Node {
+  uint32_t begin, end, seats, first;
+};
+/// order: where it stands among its like. seats: kTied where it may get one more.
+struct Child {
+  uint32_t begin, end, order;
+  uint16_t node, seats;
+};
+constexpr uint16_t kTied = 0x8000;
+/// The search of a node: `high` is the least known key with fewer than `seats` keys at or above it, or exactly so many;
+/// `key` the one in question, 0 if none, and `scale` 2^shift / key.
+struct Search {
+  uint64_t low, high, key;
+  uint32_t seats;
+  float scale;
+};
+
+/// A block's share of the workspace.
+struct Slice {
+  void* number = nullptr;                               // [rows] of the leaves: 32 bits with a bitmap, else 64
+  uint64_t* key = nullptr;                              // [rows]
+  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
+  uint64_t* before = nullptr;                           // [rows + 1]
+  uint16_t* mark = nullptr;                             // [rows]
+  Child* child = nullptr;                               // [rows]
+  Node* node = nullptr;                                 // [M]
+  Search* search = nullptr;                             // [M]
+};
+
+struct VoteTask {
+  const int32_t* codes = nullptr;
+  const float* weights = nullptr;
+  const void *starts = nullptr, *ends = nullptr;
+  bool wide = true;  // int64
+  int64_t rows = 0, users = 0;
+  int levels = 0, bits = 0;          // of a leaf's number
+  uint32_t size[kMaxLevels] = {};    // C_l
+  uint64_t stride[kMaxLevels] = {};  // leaves below a node of the level
+  uint32_t fanout[kMaxLevels] = {};
+  bool budget = false;
+  int seats = 0;  // M
+  int shift = 0;  // keys (n << shift) / j: j <= M, so 2^shift >= M (M - 1) tells any two fractions apart
+  int pairs = 0;  // 64-bit words of the leaves' bitmap and one more; 0: leaves are sorted
+  int blocks = 0, threads = 0;
+  int shared_rows = 0;  // of a user whose counters and marks lie in shared memory
+  struct Offsets {      // in shared memory
+    int sums, nodes, searches, area, prefix, before, mark;
+  } at = {};
+  bool cells = false;                             // by fan-out, in cells of shared memory
+  int cells_before[kMaxLevels] = {};              // of the levels above
+  int64_t shared_bytes = 0, workspace_bytes = 0;  // of the slices
+  Plan* plan = nullptr;                           // [2]
+  int pass = 0;
+  std::byte* slices = nullptr;
+  int32_t* out_codes = nullptr;
+  int64_t* out_votes = nullptr;
+  int32_t* out_count = nullptr;
+
+  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
+    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
+  }
+  /// A user's rows, whatever the offsets hold.
+  SIMT_DEVICE int64_t start(int64_t b) const {
+    const int64_t s = offset(starts, b);
+    return s < 0 ? 0 : s > rows ? rows : s;
+  }
+  SIMT_DEVICE int64_t voters(int64_t b) const {
+    const int64_t s = start(b), e = offset(ends, b), n = (e > rows ? rows : e) - s;
+    return n < 0 ? 0 : n > kMostVoters ? kMostVoters : n;
+  }
+
+  /// Carves, or only counts, a slice for so many rows; returns its bytes.
+  SIMT_BOTH int64_t slice(int64_t capacity, std::byte* base, Slice* s) const {
+    int64_t used = 0;
+    const auto take = [&](auto*& p, int64_t bytes) {
+      p = reinterpret_cast<std::decay_t<decltype(p)>>(reinterpret_cast<uintptr_t>(base) + static_cast<size_t>(used));
+      used += (bytes + 63) / 64 * 64;
+    };
+    take(s->number, capacity * (pairs ? 4 : 8));
+    take(s->key, pairs ? 0 : capacity * 8);
+    take(s->weight, pairs ? 0 : capacity * 4);
+    take(s->spare_weight, pairs ? 0 : capacity * 4);
+    take(s->before, (capacity + 1) * 8);
+    take(s->mark, capacity * 2);
+    take(s->child, capacity * int64_t{sizeof(Child)});
+    take(s->node, seats > kMostShared ? seats * int64_t{sizeof(Node)} : 0);
+    take(s->search, seats > kMostShared ? seats * int64_t{sizeof(Search)} : 0);
+    return used;
+  }
+  SIMT_BOTH int64_t slice_bytes(int64_t capacity) const {
+    Slice unused;
+    return slice(capacity, nullptr, &unused);
+  }
+};
+
+/// rint(clip(w, 0, 16) 2^12); NaN: 0.
+SIMT_DEVICE uint32_t quantise(float w) {
+  constexpr float kWhole = 12582912.f;  // 1.5 * 2^23: floats beside it are whole, and rounding to them nearest even
+  if (!(w > 0)) return 0;
+  return static_cast<uint32_t>(simt::smaller(w, 16.f) * 4096.f + kWhole - kWhole);
+}
+
+/// step(state, level, code) down the path of every row, then use(state, votes), by whole warps; 0 votes: the row does
+/// not vote, or is past the last, and its path was cut. Loads of four rows a thread are under way together.
+template <class State, class Step, class Use>
+SIMT_DEVICE void each_row(const VoteTask& t, int64_t first_row, int rows, Step step, Use use) {
+  constexpr int kTogether = 4;
+  const auto row = [&](int first, int k) { return first + simt::thread() + k * simt::threads(); };
+  for (int first = 0; first < rows; first += kTogether * simt::threads()) {
+    State state[kTogether];
+    uint32_t votes[kTogether];
+    SIMT_EACH (k, kTogether) {
+      state[k] = 0;
+      votes[k] = 1;
+    }
+    SIMT_ROLLED for (int l = 0; l < t.levels; ++l) {
+      const int32_t* const c = t.codes + first_row * t.levels + l;
+      uint32_t code[kTogether];
+      SIMT_EACH (k, kTogether) {
+        const int i = row(first, k);
+        code[k] = i < rows ? static_cast<uint32_t>(c[int64_t{i} * t.levels]) : ~0u;
+      }
+      SIMT_EACH (k, kTogether) {
+        votes[k] &= code[k] < t.size[l];
+        if (votes[k]) step(state[k], l, code[k]);
+      }
+    }
+    if (t.weights)
+      SIMT_EACH (k, kTogether) {
+        const int i = row(first, k);
+        votes[k] = votes[k] ? quantise(t.weights[first_row + i]) : 0;
+      }
+    SIMT_EACH (k, kTogether) use(state[k], votes[k]);
+  }
+}
+
+/// The block's sum of value(i) over [0, n); emit(i, the sum before i, value(i)) in between. All of a block's threads;
+/// what was written before is seen by value after a sync, what emit writes is seen on return.
+template <class T, class Value, class Emit>
+SIMT_DEVICE T scan(int n, Value value, Emit emit) {
+  T* const totals = reinterpret_cast<T*>(simt::shared());  // [32]
+  const int lane = simt::lane(), warps = simt::threads() / 32;
+  const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = simt::warp() * each;
+  const int end = n < begin + each ? n : begin + each;
+  T sum = 0;
+  for (int i = begin + lane; i < end; i += 32) sum += value(i);
+  for (int m = 16; m; m /= 2) sum += simt::shuffle_xor(sum, m);
+  if (lane == 0) totals[simt::warp()] = sum;
+  SIMT_UNLESS_PLANTED(31, simt::sync());
+  T before = 0, total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w == simt::warp()) before = total;
+    total += totals[w];
+  }
+  for (int first = begin; first < end; first += 32) {
+    const int i = first + lane;
+    const T own = i < end ? value(i) : T{0};
+    T up_to = own;
+    for (int m = 1; m < 32; m *= 2) {
+      const T left = simt::shuffle(up_to, lane < m ? lane : lane - m);
+      if (lane >= m) up_to += left;
+    }
+    if (i < end) emit(i, before + up_to - own, own);
+    before += simt::shuffle(up_to, 31);
+  }
+  simt::sync();
+  return total;
+}
+
+/// emit(i, how many before it) for those of [0, n) with flag(i); returns how many. As `scan`.
+template <class Flag, class Emit>
+SIMT_DEVICE int gather(int n, Flag flag, Emit emit) {
+  int* const totals = reinterpret_cast<int*>(simt::shared());  // [32]
+  const int lane = simt::lane(), warps = simt::threads() / 32;
+  const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = simt::warp() * each;
+  const int end = n < begin + each ? n : begin + each;
+  int sum = 0;
+  for (int first = begin; first < end; first += 32)
+    sum += simt::count_bits(simt::ballot(first + lane < end && flag(first + lane)));
+  if (lane == 0) totals[simt::warp()] = sum;
+  simt::sync();
+  int before = 0, total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w == simt::warp()) before = total;
+    total += totals[w];
+  }
+  for (int first = begin; first < end; first += 32) {
+    const bool set = first + lane < end && flag(first + lane);
+    const uint32_t all = simt::ballot(set);
+    if (set) emit(first + lane, before + simt::count_bits(all & ((1u << lane) - 1)));
+    before += simt::count_bits(all);
+  }
+  simt::sync();
+  return total;
+}
+
+/// By a warp: take(i, taken) for [begin, end), for 32 at a time; taken are the `seats` with most votes, then the first;
+/// never one without votes. all: the sum of votes.
+template <class Sum, class Votes, class Take>
+SIMT_DEVICE void pick(int begin, int end, uint32_t seats, Sum all, Votes votes, Take take) {
+  const auto from = [&](Sum least) {
+    int found = 0;
+    for (int first = begin; first < end; first += 32)
+      found += simt::count_bits(simt::ballot(first + simt::lane() < end && votes(first + simt::lane()) >= least));
+    return static_cast<uint32_t>(found);
+  };
+  Sum low = 1, high = all / seats + 1;  // fewer than `seats` have `high`
+  while (high - low > 1) {
+    const Sum middle = low + (high - low) / 2;
+    const uint32_t found = from(middle);
+    if (found >= seats) low = middle;
+    if (found <= seats) high = middle;
+  }
+  const uint32_t sure = from(high);
+  int left = static_cast<int>(seats - sure);
+  for (int first = begin; first < end; first += 32) {
+    const int i = first + simt::lane();
+    const Sum own = i < end ? votes(i) : 0;
+    const bool last = sure < seats && own >= low && own < high;
+    const uint32_t tied = simt::ballot(last);
+    take(i, own >= high || (last && simt::count_bits(tied & ((1u << simt::lane()) - 1)) < left));
+    left -= simt::count_bits(tied);
+  }
+}
+
+/// By a warp: to[..] = rank words of the lanes that are taken; `cursor`: how many there are.
+SIMT_DEVICE void append(uint64_t* to, uint32_t* cursor, bool taken, uint64_t votes, int place) {
+  const uint32_t all = simt::ballot(taken);
+  if (!all) return;
+  uint32_t at = 0;
+  if (simt::lane() == 0) at = simt::atomic_add(cursor, static_cast<uint32_t>(simt::count_bits(all)));
+  at = simt::shuffle(at, 0) + static_cast<uint32_t>(simt::count_bits(all & ((1u << simt::lane()) - 1)));
+  if (taken) to[at] = (kMostVotes - votes) << 24 | static_cast<uint32_t>(place);  // upwards: most votes first
+}
+
+/// key[0, n) upwards; n a power of two. Steps up to 32 stay within the 64 keys of a warp.
+SIMT_DEVICE void sort_in_place(uint64_t* key, int n) {
+  for (int run = 2; run <= n; run *= 2)
+    for (int step = run / 2; step; step /= 2) {
+      for (int i = simt::thread(); i < n / 2; i += simt::threads()) {
+        const int a = 2 * i - (i & (step - 1)), b = a + step;
+        const uint64_t x = key[a], y = key[b];
+        if ((x > y) == ((a & run) == 0)) {
+          key[a] = y;
+          key[b] = x;
+        }
+      }
+      if (step > 32 || (step == 1 && (run > 32 || run == n)))
+        simt::sync();
+      else
+        simt::sync_warp();
+    }
+}
+
+/// Sorts a user's rank words and writes its agents; path(place): the number of a leaf.
+template <class Path>
+SIMT_DEVICE void write_agents(const VoteTask& t, int64_t b, uint64_t* rank, int kept, Path path) {
+  int padded = 1;
+  while (padded < kept) padded *= 2;
+  for (int i = kept + simt::thread(); i < padded; i += simt::threads()) rank[i] = ~uint64_t{0};
+  simt::sync();
+  sort_in_place(rank, padded);
+  for (int i = simt::thread(); i < t.seats; i += simt::threads()) {
+    const bool some = i < kept;
+    auto number = path(some ? static_cast<int>(rank[i] & kMostVoters) : 0);
+    t.out_votes[b * t.seats + i] = some ? static_cast<int64_t>(kMostVotes - (rank[i] >> 24)) : 0;
+    int32_t* const c = t.out_codes + (b * t.seats + i) * t.levels;
+    SIMT_ROLLED for (int l = t.levels - 1; l >= 0; --l) {
+      const decltype(number) size = t.size[l], up = number / size;
+      c[l] = some ? static_cast<int32_t>(number - up * size) : -1;
+      number = up;
+    }
+  }
+  if (simt::thread() == 0) t.out_count[b] = kept;
+  simt::sync();
+}
+
+/// One stable pass by digit `low` of a radix sort; at [2^kDigit, warps] in shared memory. A warp owns a run of keys.
+SIMT_DEVICE void radix_pass(int n, int low, const uint64_t* key, uint64_t* to, const uint32_t* load, uint32_t* load_to,
+                            uint32_t* at) {
+  const int lane = simt::lane(), warp = simt::warp(), warps = simt::threads() / 32;
+  const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = warp * each;
+  const int end = n < begin + each ? n : begin + each;
+  const auto digit = [&](uint64_t k) { return static_cast<int>(k >> low & ((1 << kDigit) - 1)); };
+  for (int i = simt::thread(); i < warps << kDigit; i += simt::threads()) at[i] = 0;
+  simt::sync();
+  for (int i = begin + lane; i < end; i += 32) simt::atomic_add(&at[digit(key[i]) * warps + warp], 1u);
+  simt::sync();
+  scan<uint32_t>(
+      warps << kDigit, [&](int i) { return at[i]; }, [&](int i, uint32_t before, uint32_t) { at[i] = before; });
+  for (int first = begin; first < end; first += 32) {
+    const int i = first + lane;
+    const uint64_t own = i < end ? key[i] : 0;
+    const int d = digit(own);
+    uint32_t alike = simt::ballot(i < end);
+    for (int b = 0; b < kDigit; ++b) {
+      const bool set = d >> b & 1;
+      const uint32_t with = simt::ballot(set);
+      alike &= set ? with : ~with;
+    }
+    uint32_t* const next = &at[d * warps + warp];
+    const int place = simt::count_bits(alike & ((1u << lane) - 1));
+    if (i < end) {
+      const uint32_t j = *next + static_cast<uint32_t>(place);
+      to[j] = own;
+      if (load) load_to[j] = load[i];
+    }
+    SIMT_UNLESS_PLANTED(33, simt::sync_warp());
+    if (i < end && place == 0) *next += static_cast<uint32_t>(simt::count_bits(alike));
+    simt::sync_warp();
+  }
+  simt::sync();
+}
+
+}  // namespace hisac::cuda
