@@ -27,9 +27,9 @@ SIMT_DEVICE int64_t scan(int64_t own, int64_t* total, Op op) {
     const int64_t left = simt::shuffle(own, lane < m ? lane : lane - m);
     if (lane >= m) own = op(own, left);
   }
-  simt::sync();
-  if (lane == 31) sums[simt::warp()] = own;
   SIMT_UNLESS_PLANTED(57, simt::sync());
+  if (lane == 31) sums[simt::warp()] = own;
+  simt::sync();
   int64_t before = *total;
   for (int w = 0; w < kWide / 32; ++w) {
     if (w < simt::warp()) before = op(before, sums[w]);
@@ -53,7 +53,7 @@ SIMT_KERNEL(kWide) plan_units(SIMT_CONSTANT Task t) {
     int64_t end = b < t.users ? t.offset(t.ends, b) : t.candidates;
     if (end < start) end = start;
     const int64_t before = scan(end, &ended, [](int64_t x, int64_t y) { return x < y ? y : x; });
-    SIMT_UNLESS_PLANTED(56, start = start < before ? before : start);
+    start = start < before ? before : start;
     end = end < start ? start : end;
     int64_t nobody = 0, own = (end - start + size - 1) / size;
     SIMT_UNLESS_PLANTED(58, nobody = spans ? 0 : (start - before + size - 1) / size);

@@ -254,7 +254,9 @@ class AttendTile {
           peak = larger(peak, y);
         }
       peak = larger(peak, simt::shuffle_xor(peak, 1));
-      peak = larger(larger(peak, simt::shuffle_xor(peak, 2)) + t.spread, top[r]);
+      peak = larger(peak, simt::shuffle_xor(peak, 2));
+      SIMT_UNLESS_PLANTED(56, peak += t.spread);
+      peak = larger(peak, top[r]);
       const float safe = peak == -kInfinity ? 0.f : peak;  // nothing yet: -inf - -inf would be NaN
       const float factor = simt::exp2(top[r] - safe);
       if (peak != top[r]) {
