@@ -14,14 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ROWS = {1: 64, 2: 32}  # of a step, by the parts that a row is kept in
 VALUES = 64  # columns of a block
+ATTEND = r"attend_tilesILN\w+?4PassE(\d)ELi(\d)E"  # what is summed, parts of an input
 KERNEL = r"route_tilesILi(\d)ELi(\d)ELi(\d)ELb(\d)E"  # tiles of 16 agents a warp, parts of an agent, of a row, mode
 
 
-def nvcc(*arguments):
+def nvcc(*arguments, verb="route"):
     if NVCC is None:
         pytest.skip("CUDA kernels: nvcc is not installed")
     command = [NVCC, "-std=c++17", "-fmad=false", f"-I{ROOT / 'cpp/include'}", f"-I{ROOT / 'cpp/src'}", *arguments]
-    done = subprocess.run([*command, str(ROOT / "cpp/src/cuda/route.cu")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(ROOT / f"cpp/src/cuda/{verb}.cu")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -32,11 +35,12 @@ def spills(report):
     return {name: int(stores) + int(loads) for name, stores, loads in found}
 
 
+@pytest.mark.parametrize("verb, kernel", [("route", KERNEL), ("attend", ATTEND)])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_no_kernel_spills(architecture, tmp_path):
-    report = nvcc(f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "route.cubin"))
+def test_no_kernel_spills(architecture, verb, kernel, tmp_path):
+    report = nvcc(f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "verb.cubin"), verb=verb)
     found = spills(report)
-    assert sum(bool(re.search(KERNEL, name)) for name in found) == 6
+    assert sum(bool(re.search(kernel, name)) for name in found) == 6
     assert {name: n for name, n in found.items() if n} == {}
 
 
@@ -62,5 +66,24 @@ def test_tensor_instructions_as_the_shapes_ask(tmp_path):
         logits = tiles * pairs * ROWS[stored] // 8
         values = tiles * pairs * ROWS[stored] // 16 * VALUES // 8
         assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16", body)) == logits + values, match.group()
+        seen += 1
+    assert seen == 6
+
+
+def test_tensor_instructions_of_attend(tmp_path):
+    """A step of 16 columns multiplies 16 rows by 32 others, once for each pair of parts; the backward does so for the
+    logits and for their gradients. Weights have two parts and meet 128 columns; the forward asks if q is finite."""
+    path = tmp_path / "attend.ptx"
+    nvcc("-arch=compute_80", "-ptx", "-o", str(path), verb="attend")
+    seen = 0
+    for body in re.split(r"\.entry ", path.read_text())[1:]:
+        match = re.match(r"\S*?" + ATTEND, body)
+        if not match:
+            continue
+        summed, parts = (int(d) for d in match.groups())
+        logits = 32 // 8 * (2 * parts - 1) * (2 if summed else 1)
+        weights = 32 // 16 * 128 // 8 * (parts + 1)
+        asks = 0 if summed else parts
+        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16", body)) == logits + weights + asks, match.group()
         seen += 1
     assert seen == 6
