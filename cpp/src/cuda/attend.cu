@@ -15,7 +15,7 @@ namespace {
 using namespace attention;
 
 constexpr int kWide = 256;  // threads of the small kernels
-constexpr int kBlocks = 3;  // of the others, that a processor holds by their registers
+constexpr int kBlocks = 3;  // of the tiles' kernels, that a processor holds
 constexpr size_t kScanBytes = kWide / 32 * sizeof(int64_t);
 
 /// op over what the block's earlier threads give, and `total` before them; then total is op over all.
@@ -97,7 +97,7 @@ SIMT_KERNEL(kWide) candidate_terms(SIMT_CONSTANT Task t) {
 }
 
 template <Pass kPass, int P>
-SIMT_KERNEL(kThreads)
+SIMT_KERNEL(kThreads, kBlocks)
 attend_tiles(SIMT_CONSTANT Task t) {
   AttendTile<kPass, P>(t).run();
 }
@@ -164,6 +164,7 @@ Status lay_out(Task& t, const char* verb, bool gradients, const simt::Machine& m
       t.at.own[i] = take(i && !gradients ? 0 : (depth[i] + 8) * 16 * t.warps * 2 * parts);
       t.at.other[i] = take((std::min<int64_t>(depth[i], kChunk) + 8) * kRows * 2 * parts);
     }
+    t.at.own_terms = take(2 * 16 * t.warps * 4);
     t.at.terms = take(2 * kRows * 4);
     t.at.work = take(AttendTile<kForward, 1>::kWorkBytes);
     t.shared_bytes = static_cast<size_t>(used);

@@ -63,9 +63,9 @@ struct Task {
   float scale = 1, rate = 1;                     // rate: of q . k in base 2
   float spread = 0;                              // 2^spread is at least 2 M
   const float *lse = nullptr, *d_lse = nullptr;  // [N, H] of the backward
-  int warps = 0;                                 // of a block; 16 rows each
+  int warps = 0;                                 // of a block, a power of two; 16 rows each
   struct Offsets {                               // in shared memory
-    int own[2], other[2], terms, work;
+    int own[2], other[2], own_terms, terms, work;
   } at = {};
   size_t shared_bytes = 0;
   // workspace

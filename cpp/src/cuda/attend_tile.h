@@ -14,7 +14,9 @@ namespace hisac::cuda::attention {
 template <Pass kPass, int P>
 class AttendTile {
   static constexpr bool kGradients = kPass != kForward, kTokens = kPass == kOfTokens;
-  static constexpr int kAhead = 4 / P, kWords = 4 * P;  // of 8 neighbours, on their way
+  static constexpr int kAhead = P > 1 ? 2 : kGradients ? 3 : 4;  // pieces under way; as registers allow
+  static constexpr int kWords = 4 * P;                           // of a piece, eight neighbours
+  static constexpr int kNone = 1 << 30;                          // a column past every matrix
 
   struct Work {
     int32_t some, user, head, own, own_rows, other, other_rows, column, slot, span;
@@ -53,6 +55,8 @@ class AttendTile {
     const int pitch = least(matrix(!kTokens, which).depth, kChunk) + 8;
     return {reinterpret_cast<uint16_t*>(simt::shared() + t.at.other[which]), pitch, kRows * pitch};
   }
+  /// The warp's first row: where there are few candidates, heads spread them over the warps.
+  SIMT_DEVICE int mine() const { return ((simt::warp() + work().head) & (t.warps - 1)) * 16; }
   SIMT_DEVICE int64_t row_of(bool tokens, int i) const {
     return (tokens ? int64_t{work().user} * t.tokens + i : i) * t.heads + work().head;
   }
@@ -99,53 +103,96 @@ class AttendTile {
 
   SIMT_DEVICE float bias(int token) const { return t.bias ? t.bias[int64_t{work().user} * t.tokens + token] : 0.f; }
 
-  /// Eight neighbours, zero past the matrix: pairs of bfloat16, or floats.
+  /// Eight neighbours as they lie in memory, zero past the matrix.
   SIMT_DEVICE void read(const Matrix& m, int64_t row, int column, bool valid, uint32_t (&word)[kWords]) const {
-    const int64_t at = row * m.width + column;
-    const bool whole = valid && m.aligned && column + 8 <= m.width;
-    if (P == 1 && whole) {
-      const simt::Quad q = *reinterpret_cast<const simt::Quad*>(static_cast<const uint16_t*>(m.data) + at);
-      SIMT_EACH (i, 4) word[i] = q.word[i];
-      return;
+    const bool wide = P > 1 && m.type == DType::float32;
+    const auto* const from = static_cast<const std::byte*>(m.data) + (row * m.width + column) * (wide ? 4 : 2);
+    SIMT_EACH (i, kWords) word[i] = 0;
+    if (valid && m.aligned && column + 8 <= m.width) {
+      SIMT_EACH (i, P) {
+        if (i && !wide) continue;
+        const simt::Quad q = reinterpret_cast<const simt::Quad*>(from)[i];
+        SIMT_EACH (k, 4) word[4 * i + k] = q.word[k];
+      }
+    } else if (valid) {
+      SIMT_EACH (i, 8) {
+        if (column + i >= m.width) continue;
+        if (wide)
+          word[i % kWords] = reinterpret_cast<const uint32_t*>(from)[i];
+        else
+          word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i]) << i % 2 * 16;
+      }
     }
-    float f[8];
-    if (whole)
-      load8(static_cast<const std::byte*>(m.data) + at * size_of(m.type), m.type, f);
-    else
-      SIMT_EACH (i, 8) f[i] = valid && column + i < m.width ? element(m.data, m.type, at + i) : 0.f;
-    SIMT_EACH (i, kWords) word[i] = P == 1 ? simt::pack(f[2 * (i & 3)], f[2 * (i & 3) + 1]) : simt::bits_of(f[i]);
   }
 
-  SIMT_DEVICE void write(const uint32_t (&word)[kWords], const Operand<P>& to) const {
+  SIMT_DEVICE void write(const uint32_t (&word)[kWords], DType type, const Operand<P>& to) const {
     simt::Quad high, low;
-    SIMT_EACH (i, 4)
-      high.word[i] = P == 1 ? word[i]
-                            : split_wide(simt::float_of(word[2 * i % kWords]),
-                                         simt::float_of(word[(2 * i + 1) % kWords]), &low.word[i]);
+    SIMT_EACH (i, 4) {
+      const uint32_t pair = word[i], x = word[2 * i % kWords], y = word[(2 * i + 1) % kWords];
+      if (P == 1)
+        high.word[i] = pair;
+      else if (type == DType::float32)
+        high.word[i] = split_wide(simt::float_of(x), simt::float_of(y), &low.word[i]);
+      else if (type == DType::float16)
+        high.word[i] = split_wide(simt::from_half(static_cast<uint16_t>(pair)),
+                                  simt::from_half(static_cast<uint16_t>(pair >> 16)), &low.word[i]);
+      else
+        high.word[i] = split_wide(of_bfloat16(pair), simt::float_of(pair & 0xffff0000u), &low.word[i]);
+    }
     *reinterpret_cast<simt::Quad*>(to.data) = high;
     if (P > 1) *reinterpret_cast<simt::Quad*>(to.data + to.apart) = low;
   }
 
-  /// Rows [first, first + valid) of a side as operands, then zeros to the next 16; columns of one chunk. What an absent
-  /// token holds must not meet a weight of 0.
-  template <bool kOfTokens>
-  SIMT_DEVICE void stage(int which, int first, int valid, int column, const Operand<P>& to) const {
-    const Matrix& m = matrix(kOfTokens, which);
-    const int columns = least(m.depth - column, kChunk), rows = (valid + 15) / 16 * 16, step = simt::threads();
-    int log = 1;  // a row is a power of two of pieces, some of them empty
+  /// A chunk of a matrix as pieces of eight neighbours: a row is a power of two of them, some of them empty.
+  struct Chunk {
+    const Matrix* m;
+    int column, log, pieces;
+    Operand<P> to;
+    SIMT_DEVICE Chunk or_else(const Chunk& b, bool other) const {  // by members, which so stay in registers
+      return {other ? b.m : m,
+              other ? b.column : column,
+              other ? b.log : log,
+              other ? b.pieces : pieces,
+              {other ? b.to.data : to.data, other ? b.to.pitch : to.pitch, other ? b.to.apart : to.apart}};
+    }
+  };
+  SIMT_DEVICE Chunk chunk_at(bool tokens, int which, int column, int rows, const Operand<P>& to) const {
+    const Matrix& m = matrix(tokens, which);
+    const int columns = least(m.depth - column, kChunk);
+    int log = 1;
     while (8 << log < columns) ++log;
-    SIMT_ROLLED for (int i = simt::thread(); i < rows << log; i += kAhead * step) {
+    return {&m, column, log, columns > 0 ? rows << log : 0, to};
+  }
+
+  /// Rows [first, first + valid) of a side as operands, then zeros to the next 16: from each matrix the chunk at a
+  /// column, none where that is past the last. What an absent token holds must not meet a weight of 0. Up to kAhead
+  /// pieces are on their way before a thread waits for any.
+  template <bool kOfTokens>
+  SIMT_DEVICE void stage(int first, int valid, int column0, int column1, const Operand<P>& to0,
+                         const Operand<P>& to1) const {
+    const int rows = (valid + 15) / 16 * 16;
+    const Chunk a = chunk_at(kOfTokens, 0, column0, rows, to0), b = chunk_at(kOfTokens, 1, column1, rows, to1);
+    const int pieces = a.pieces + b.pieces, step = simt::threads();
+    const auto each_ahead = [&](int n, auto f) {  // f(j, chunk, row, its first column, there is one)
+      SIMT_EACH (j, kAhead) {
+        const int at = n + j * step;
+        const Chunk c = a.or_else(b, at >= a.pieces);
+        const int k = at < a.pieces ? at : at - a.pieces, column = (k & ((1 << c.log) - 1)) * 8;
+        f(j, c, k >> c.log, column, at < pieces && c.column + column < c.m->depth);
+      }
+    };
+    SIMT_ROLLED for (int n = simt::thread(); n < pieces; n += kAhead * step) {
       uint32_t word[kAhead][kWords];
-      SIMT_EACH (j, kAhead) {
-        const int n = i + j * step, r = n >> log, c = (n & ((1 << log) - 1)) * 8;
-        bool here = r < valid && c < columns;
-        if (kOfTokens) SIMT_UNLESS_PLANTED(54, here = here && finite(bias(first + r)));
-        read(m, row_of(kOfTokens, first + r), column + c, here, word[j]);
-      }
-      SIMT_EACH (j, kAhead) {
-        const int n = i + j * step, r = n >> log, c = (n & ((1 << log) - 1)) * 8;
-        if (r < rows && c < columns) write(word[j], to.at(r, c));
-      }
+      float here[kAhead];
+      each_ahead(n, [&](int j, const Chunk& c, int row, int column, bool some) {
+        some = some && row < valid;
+        here[j] = kOfTokens && some ? bias(first + row) : 0.f;
+        read(*c.m, row_of(kOfTokens, first + row), c.column + column, some, word[j]);
+      });
+      each_ahead(n, [&](int j, const Chunk& c, int row, int column, bool some) {
+        SIMT_EACH (i, kWords) SIMT_UNLESS_PLANTED(54, word[j][i] = finite(here[j]) ? word[j][i] : 0);
+        if (some) write(word[j], c.m->type, c.to.at(row, column));
+      });
     }
   }
 
@@ -155,16 +202,16 @@ class AttendTile {
     return finite(x) ? base2(x) : -kInfinity;
   }
 
-  /// What a step must know of the other side's rows; rows past the last have no weight.
-  SIMT_DEVICE void stage_terms(int first, int valid) const {
-    for (int i = simt::thread(); i < kRows; i += simt::threads()) {
+  /// What a side's rows add to logits and, candidates, to slopes; rows past the last have no weight.
+  SIMT_DEVICE void stage_terms(bool tokens, int first, int valid, int rows, float* to) const {
+    for (int i = simt::thread(); i < rows; i += simt::threads()) {
       const bool here = i < valid;
-      if (!kTokens) {
-        floats(t.at.terms)[i] = shift_of(first + i, here);
+      if (tokens) {
+        to[i] = shift_of(first + i, here);
       } else {
         const int64_t row = row_of(false, first + i);
-        floats(t.at.terms)[i] = here ? t.shift[row] : -kInfinity;
-        floats(t.at.terms)[kRows + i] = here ? t.slope[row] : 0.f;
+        to[i] = here ? t.shift[row] : -kInfinity;
+        to[rows + i] = here ? t.slope[row] : 0.f;
       }
     }
   }
@@ -173,24 +220,16 @@ class AttendTile {
 
   SIMT_DEVICE void item() {
     const Work& w = work();
-    mine = (simt::warp() + w.head) % t.warps * 16;  // where there are few candidates, heads spread them over the warps
-    const bool active = mine < w.own_rows;
+    const bool active = mine() < w.own_rows;
     SIMT_EACH (n, kColumns / 8)
       SIMT_EACH (i, 4) sum[n][i] = 0;
     SIMT_EACH (r, 2) {
-      const int i = w.own + mine + simt::lane() / 4 + 8 * r;
-      const bool valid = i < w.own + w.own_rows;
       top[r] = -kInfinity;
       mass[r] = 0;
-      if (kTokens) shift[r] = shift_of(i, valid);
-      if (kPass == kOfCandidates) {
-        shift[r] = valid ? t.shift[row_of(false, i)] : -kInfinity;
-        slope[r] = valid ? t.slope[row_of(false, i)] : 0.f;
-      }
     }
-    SIMT_EACH (which, kGradients ? 2 : 1)
-      for (int c = 0; c < matrix(kTokens, which).depth; c += kChunk)
-        stage<kTokens>(which, w.own, w.own_rows, c, own(which).at(0, c));
+    if (kGradients) stage_terms(kTokens, w.own, w.own_rows, 16 * t.warps, floats(t.at.own_terms));
+    for (int c = 0; c < t.keys.depth || (kGradients && c < t.values.depth); c += kChunk)
+      stage<kTokens>(w.own, w.own_rows, c, kGradients ? c : kNone, own(0).at(0, c), own(1).at(0, c));
     const int turns[2] = {matrix(!kTokens, 0).chunks(), kGradients ? matrix(!kTokens, 1).chunks() : 1};
     const int last = (turns[0] > turns[1] ? turns[0] : turns[1]) - 1;
     SIMT_ROLLED for (int at = 0; at < w.other_rows; at += kRows) {
@@ -199,9 +238,10 @@ class AttendTile {
         SIMT_EACH (i, 4) z[n][i] = slopes[n][i] = 0;
       SIMT_ROLLED for (int turn = 0; turn <= last; ++turn) {
         const int chunk[2] = {chunk_of(turn, turns[0]), kGradients ? chunk_of(turn, turns[1]) : w.column};
-        if (turn < turns[0]) stage<!kTokens>(0, w.other + at, rows, chunk[0], other(0));
-        if (kGradients ? turn < turns[1] : turn == last) stage<!kTokens>(1, w.other + at, rows, chunk[1], other(1));
-        if (turn == last) stage_terms(w.other + at, rows);
+        const bool both = kGradients ? turn < turns[1] : turn == last;
+        stage<!kTokens>(w.other + at, rows, turn < turns[0] ? chunk[0] : kNone, both ? chunk[1] : kNone, other(0),
+                        other(1));
+        if (turn == last) stage_terms(!kTokens, w.other + at, rows, kRows, floats(t.at.terms));
         SIMT_UNLESS_PLANTED(52, simt::sync());
         if (active && turn < turns[0]) multiply(z, 0, chunk[0], rows);
         if (active && kGradients && turn < turns[1]) multiply(slopes, 1, chunk[1], rows);
@@ -221,7 +261,7 @@ class AttendTile {
 
   SIMT_DEVICE void multiply(float (&to)[kRows / 8][4], int which, int chunk, int rows) const {
     const int columns = least(matrix(kTokens, which).depth - chunk, kChunk);
-    multiply_rows<P>(to, own(which).at(mine, chunk), other(which), columns, rows);
+    multiply_rows<P>(to, own(which).at(mine(), chunk), other(which), columns, rows);
   }
 
   SIMT_DEVICE void add(int rows) {
@@ -276,17 +316,19 @@ class AttendTile {
 
   /// z <- w = 2^(z - lse), slopes <- dz = w (dout . values - dout . out + dlse).
   SIMT_DEVICE void differentiate() {
-    const int q = simt::lane() & 3;
-    SIMT_EACH (n, kRows / 8)
-      SIMT_EACH (i, 4) {
-        const int other = n * 8 + 2 * q + (i & 1), r = i / 2;
-        const float theirs = floats(t.at.terms)[other];
-        const float add = kTokens ? floats(t.at.terms)[kRows + other] : slope[r];
-        const float logit = bounded(t.rate * z[n][i]);
-        z[n][i] = simt::exp2(kTokens ? logit + shift[r] + theirs : logit + theirs + shift[r]);
-        slopes[n][i] = z[n][i] * (slopes[n][i] + add);
-        if (kTokens) mass[r] += slopes[n][i];
-      }
+    const float* const theirs = floats(t.at.terms) + 2 * (simt::lane() & 3);
+    SIMT_EACH (r, 2) {
+      const float* const ours = floats(t.at.own_terms) + mine() + simt::lane() / 4 + 8 * r;
+      const float shift = ours[0], slope = kTokens ? 0.f : ours[16 * t.warps];
+      SIMT_EACH (n, kRows / 8)
+        SIMT_EACH (i, 2) {
+          float &y = z[n][2 * r + i], &dz = slopes[n][2 * r + i];
+          const float other = theirs[n * 8 + i], logit = bounded(t.rate * y) + (kTokens ? shift : other);
+          y = simt::exp2(logit + (kTokens ? other : shift));
+          dz = y * (dz + (kTokens ? theirs[kRows + n * 8 + i] : slope));
+          if (kTokens) mass[r] += dz;
+        }
+    }
   }
 
   // ---- results
@@ -296,7 +338,7 @@ class AttendTile {
   SIMT_DEVICE void each(F f) const {
     const Work& w = work();
     SIMT_EACH (r, 2) {
-      const int row = mine + simt::lane() / 4 + 8 * r;
+      const int row = mine() + simt::lane() / 4 + 8 * r;
       if (row >= w.own_rows) continue;
       SIMT_EACH (n, kColumns / 8)
         SIMT_EACH (i, 2) f(w.own + row, r, n * 8 + 2 * (simt::lane() & 3) + i, sum[n][2 * r + i]);
@@ -310,7 +352,7 @@ class AttendTile {
 
   SIMT_DEVICE void end_forward() {
     float odd[4] = {};  // q times 0: NaN where a candidate's q is not finite, which is its own
-    const Operand<P> q = own(0).at(mine, 0);
+    const Operand<P> q = own(0).at(mine(), 0);
     SIMT_EACH (part, P) SIMT_ROLLED for (int k = 0; k < t.q.depth; k += 16) {
         uint32_t left[4];
         simt::load_matrices(left, q.place(part, 0, k));
@@ -355,8 +397,7 @@ class AttendTile {
   }
 
   const Task& t;
-  int mine = 0;  // the warp's first row
-  float z[kRows / 8][4], slopes[kRows / 8][4], sum[kColumns / 8][4], top[2], mass[2], shift[2], slope[2];
+  float z[kRows / 8][4], slopes[kRows / 8][4], sum[kColumns / 8][4], top[2], mass[2];
 };
 
 }  // namespace hisac::cuda::attention
