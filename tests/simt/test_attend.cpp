@@ -111,12 +111,12 @@ Problem large() {
   p.candidates = 75;
   p.tokens = 70;
   p.heads = 1;
-  p.width = 260;
-  p.values = 150;
+  p.width = 140;
+  p.values = 136;
   fill(p, r);
   p.bias = test::uniform(r, 3 * p.tokens);
   for (int64_t m = 0; m < p.tokens; ++m) p.v[test::size(p.token(1, m, 0) * p.values)] = 3.4e38f;
-  p.q[test::size(71 * p.width + 259)] = NAN;
+  p.q[test::size(71 * p.width + 139)] = NAN;
   p.no_mass = 3;
   return p;
 }

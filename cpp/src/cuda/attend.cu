@@ -139,7 +139,7 @@ Task describe(const AttendInputs& in) {
   t.starts = in.candidates.starts;
   t.ends = in.candidates.ends;
   t.wide = in.candidates.dtype == DType::int64;
-  t.candidates = in.q.rows / in.heads;
+  t.candidates = in.q.rows / std::max<int64_t>(1, in.heads);  // a workspace may be asked for before H is checked
   t.users = in.candidates.users;
   t.tokens = static_cast<int>(in.agents);
   t.heads = static_cast<int>(in.heads);

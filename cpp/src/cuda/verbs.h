@@ -15,7 +15,7 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
 
 /// Products as route's at float32: inputs in two bfloat16 parts, or in one where they are bfloat16, weights in two.
-/// d + V, each to 16s, up to what 16 rows of both (gradients; else of d) leave of a block's shared memory: some 2,000
+/// d + V, each to 16s, up to what 16 rows of both (gradients; else of d) leave of a block's shared memory: some 3,000
 /// on an H100 for float32. A range of candidates begins where all earlier users' have ended.
 Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept;
 size_t attend_workspace(const AttendInputs& inputs) noexcept;
