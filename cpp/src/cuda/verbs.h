@@ -31,6 +31,15 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
             Histories histories, Array<const float, 1> weights, Agents out) noexcept;
 size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept;
 
+/// Products as route's at float32: inputs in two bfloat16 parts, or in one where they are bfloat16, weights in two.
+/// d + V, each to 16s, up to what 16 rows of both (gradients; else of d) leave of a block's shared memory: some 3,000
+/// on an H100 for float32. A range of candidates begins where all earlier users' have ended.
+Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept;
+size_t attend_workspace(const AttendInputs& inputs) noexcept;
+Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
+                       const AttendGradients& out) noexcept;
+size_t attend_backward_workspace(const AttendInputs& inputs) noexcept;
+
 /// All of them, for ../on_cuda.h.
 struct Verbs {
   int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// `attend` in two launches: units planned, tiles. Its backward in five: units, what is known of each candidate, d q,
+// then all that sums over candidates, and users with several spans summed.
+#include <algorithm>
+#include <cmath>
+
+#include "../arena.h"
+#include "../checks.h"
+#include "attend_tile.h"
+#include "verbs.h"
+
+namespace hisac::cuda {
+namespace {
+
+using namespace attention;
+
+constexpr int kWide = 256;  // threads of the small kernels
+constexpr int kBlocks = 3;  // of the tiles' kernels, that a processor holds
+constexpr size_t kScanBytes = kWide / 32 * sizeof(int64_t);
+
+/// op over what the block's earlier threads give, and `total` before them; then total is op over all.
+template <class Op>
+SIMT_DEVICE int64_t scan(int64_t own, int64_t* total, Op op) {
+  auto* const sums = reinterpret_cast<int64_t*>(simt::shared());  // of each warp
+  const int lane = simt::lane();
+  for (int m = 1; m < 32; m *= 2) {
+    const int64_t left = simt::shuffle(own, lane < m ? lane : lane - m);
+    if (lane >= m) own = op(own, left);
+  }
+  SIMT_UNLESS_PLANTED(57, simt::sync());
+  if (lane == 31) sums[simt::warp()] = own;
+  simt::sync();
+  int64_t before = *total;
+  for (int w = 0; w < kWide / 32; ++w) {
+    if (w < simt::warp()) before = op(before, sums[w]);
+    *total = op(*total, sums[w]);
+  }
+  const int64_t left = simt::shuffle(own, lane ? lane - 1 : 0);
+  return lane ? op(before, left) : before;
+}
+
+/// Block 0: tiles of candidates, nobody's too; block 1: spans, at least one a user. A range begins where all earlier
+/// ones have ended, whatever the offsets hold: no candidate is two users'.
+SIMT_KERNEL(kWide) plan_units(SIMT_CONSTANT Task t) {
+  const bool spans = simt::block() == 1;
+  if (simt::block() > (t.spans.head != nullptr)) return;
+  const List& list = spans ? t.spans : t.tiles;
+  const int64_t size = spans ? kSpan : 16 * t.warps;
+  int64_t ended = 0, units = 0;  // units; above 32 bits: users of several
+  for (int64_t first = 0; first <= t.users; first += kWide) {
+    const int64_t b = first + simt::thread();
+    int64_t start = b < t.users ? t.offset(t.starts, b) : t.candidates;
+    int64_t end = b < t.users ? t.offset(t.ends, b) : t.candidates;
+    if (end < start) end = start;
+    const int64_t before = scan(end, &ended, [](int64_t x, int64_t y) { return x < y ? y : x; });
+    start = start < before ? before : start;
+    end = end < start ? start : end;
+    int64_t nobody = 0, own = (end - start + size - 1) / size;
+    SIMT_UNLESS_PLANTED(58, nobody = spans ? 0 : (start - before + size - 1) / size);
+    if (spans && b < t.users && own == 0) own = 1;
+    const int64_t several = spans && own > 1;
+    const int64_t place = scan(nobody + own + (several << 32), &units, [](int64_t x, int64_t y) { return x + y; });
+    const int64_t at = place & 0xffffffff;
+    const auto cut = [&](int64_t from, int64_t to, int64_t n, int64_t where, int64_t user) {
+      for (int64_t i = 0; i < n; ++i)
+        list.unit[where + i] = {static_cast<int32_t>(user), static_cast<int32_t>(from + i * size),
+                                static_cast<int32_t>(from + (i + 1) * size < to ? from + (i + 1) * size : to)};
+    };
+    cut(before, start, nobody, at, -1);
+    cut(start, end, own, at + nobody, b);
+    if (!spans) continue;
+    if (b <= t.users) list.before[b] = static_cast<int32_t>(at);
+    if (several)
+      list.shared[place >> 32] = {static_cast<int32_t>(b), static_cast<int32_t>(at - b), static_cast<int32_t>(own)};
+  }
+  if (simt::thread() == 0)
+    *list.head = {static_cast<int32_t>(units & 0xffffffff), static_cast<int32_t>(units >> 32), 0};
+}
+
+/// Eight lanes a candidate's head: -lse in base 2, no weight where there are no tokens; dlse - dout . out.
+SIMT_KERNEL(kWide) candidate_terms(SIMT_CONSTANT Task t) {
+  const int64_t rows = t.candidates * t.heads, step = int64_t{simt::blocks()} * (kWide / 8);
+  for (int64_t first = int64_t{simt::block()} * (kWide / 8); first < rows; first += step) {
+    const int64_t row = first + simt::thread() / 8;
+    double dot = 0;
+    for (int c = simt::lane() & 7; row < rows && c < t.values.width; c += 8)
+      dot += static_cast<double>(element(t.d_out.data, t.d_out.type, row * t.values.width + c)) *
+             static_cast<double>(element(t.out.data, t.out.type, row * t.values.width + c));
+    for (int m = 4; m; m /= 2) dot += simt::shuffle_xor(dot, m);
+    if (row >= rows || (simt::lane() & 7)) continue;
+    const float lse = t.lse[row];
+    const bool none = lse == -kInfinity;
+    t.shift[row] = lse != lse ? lse : -base2(lse);
+    SIMT_UNLESS_PLANTED(60, t.shift[row] = none ? -kInfinity : t.shift[row]);
+    t.slope[row] = none ? 0.f : static_cast<float>((t.d_lse ? static_cast<double>(t.d_lse[row]) : 0.0) - dot);
+  }
+}
+
+template <Pass kPass, int P>
+SIMT_KERNEL(kThreads, kBlocks)
+attend_tiles(SIMT_CONSTANT Task t) {
+  AttendTile<kPass, P>(t).run();
+}
+
+/// Spans' sums in their order, in float64; a bias is all heads'.
+SIMT_KERNEL(kWide) sum_spans(SIMT_CONSTANT Task t) {
+  const int64_t keys = int64_t{t.tokens} * t.heads * t.keys.width, each = t.slot_floats();
+  const int64_t pieces = (each + kWide - 1) / kWide;
+  for (int64_t i = simt::block(); i < t.spans.head->shared * pieces; i += simt::blocks()) {
+    const SharedUser s = t.spans.shared[i / pieces];
+    const int64_t e = i % pieces * kWide + simt::thread();
+    if (e >= each) continue;
+    float* const out = e < keys ? t.d_keys + s.user * keys + e : t.d_values + s.user * (each - keys) + (e - keys);
+    const float* const slots = t.slots + s.slot * each + e;
+    double sum = static_cast<double>(*out);
+    for (int64_t k = 0; k < s.count - 1; ++k) SIMT_UNLESS_PLANTED(59, sum += static_cast<double>(slots[k * each]));
+    *out = static_cast<float>(sum);
+  }
+  const int64_t biases = t.d_bias ? t.users * t.tokens : 0, step = int64_t{simt::blocks()} * kWide;
+  for (int64_t i = int64_t{simt::block()} * kWide + simt::thread(); i < biases; i += step) {
+    const int64_t b = i / t.tokens, m = i % t.tokens;
+    double sum = 0;
+    for (int64_t k = t.spans.before[b] * int64_t{t.heads}; k < t.spans.before[b + 1] * int64_t{t.heads}; ++k)
+      sum += static_cast<double>(t.biases[k * t.tokens + m]);
+    t.d_bias[i] = static_cast<float>(sum);
+  }
+}
+
+// ---- host
+
+/// Inputs of one part.
+bool exact(const Task& t) { return t.q.type == DType::bfloat16 && (!t.d_out.data || t.d_out.type == DType::bfloat16); }
+
+Task describe(const AttendInputs& in) {
+  Task t;
+  t.q = Matrix(in.q);
+  t.keys = Matrix(in.keys);
+  t.values = Matrix(in.values);
+  t.starts = in.candidates.starts;
+  t.ends = in.candidates.ends;
+  t.wide = in.candidates.dtype == DType::int64;
+  t.candidates = in.q.rows / std::max<int64_t>(1, in.heads);  // a workspace may be asked for before H is checked
+  t.users = in.candidates.users;
+  t.tokens = static_cast<int>(in.agents);
+  t.heads = static_cast<int>(in.heads);
+  t.bias = in.bias.data;
+  t.scale = in.scale;
+  t.rate = in.scale * kLog2e;
+  for (t.spread = 1; std::ldexp(1.0, static_cast<int>(t.spread)) < 2.0 * t.tokens;) ++t.spread;
+  return t;
+}
+
+/// Warps of a block, as many as there is shared memory for, and where its arrays lie there.
+Status lay_out(Task& t, const char* verb, bool gradients, const simt::Machine& machine) {
+  const int64_t parts = exact(t) ? 1 : 2, depth[2] = {t.q.depth, t.values.depth};
+  for (t.warps = kThreads / 32;; t.warps /= 2) {
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+      const int64_t at = used;
+      used += (bytes + 15) / 16 * 16;
+      return static_cast<int>(std::min<int64_t>(at, 1 << 30));
+    };
+    for (int i = 0; i < 2; ++i) {
+      t.at.own[i] = take(i && !gradients ? 0 : (depth[i] + 8) * 16 * t.warps * 2 * parts);
+      t.at.other[i] = take((std::min<int64_t>(depth[i], kChunk) + 8) * kRows * 2 * parts);
+    }
+    t.at.own_terms = take(2 * 16 * t.warps * 4);
+    t.at.terms = take(2 * kRows * 4);
+    t.at.work = take(AttendTile<kForward, 1>::kWorkBytes);
+    t.shared_bytes = static_cast<size_t>(used);
+    if (t.shared_bytes <= machine.shared) return {};
+    if (t.warps == 1)
+      return Status::error(Code::not_implemented,
+                           "%s: expected a device with %zu bytes of shared memory a block, got %zu", verb,
+                           t.shared_bytes, machine.shared);
+  }
+}
+
+void carve(Task& t, Arena& arena, bool gradients) {
+  const int64_t most = t.candidates / kSpan;  // spans that are not a user's first; users of several
+  t.tiles.head = arena.take<List::Head>(1);
+  t.tiles.unit = arena.take<Unit>(t.candidates / 16 + 2 * t.users + 1);
+  if (!gradients) return;
+  t.spans.head = arena.take<List::Head>(1);
+  t.spans.unit = arena.take<Unit>(t.users + most);
+  t.spans.before = arena.take<int32_t>(t.users + 1);
+  t.spans.shared = arena.take<SharedUser>(most);
+  t.shift = arena.take<float>(t.candidates * t.heads);
+  t.slope = arena.take<float>(t.candidates * t.heads);
+  t.slots = arena.take<float>(most * t.slot_floats());
+  t.biases = arena.take<float>(t.bias ? (t.users + most) * t.heads * t.tokens : 0);
+}
+
+Status check_limits(const char* verb, const AttendInputs& in) {
+  const int64_t most =
+      std::max({in.q.rows / in.heads, in.candidates.users, in.agents, in.heads, in.q.width, in.values.width});
+  if (most <= 1 << 30) return {};
+  return Status::error(Code::not_implemented,
+                       "%s: expected N, B, M, H, d and V up to 2^30 on CUDA, got one of %" PRId64, verb, most);
+}
+
+/// Both verbs: `run(launch)` gives each launch to `launch(kernel, blocks, threads, shared bytes)`.
+template <class Run>
+Status launches(const Context& context, const char* verb, Task& t, bool gradients, Run run) {
+  simt::Machine machine;
+  auto error = simt::machine(&machine);
+  if (error != decltype(error){}) return Status::error(Code::not_implemented, "cuda: %s", simt::describe(error));
+  HISAC_TRY(lay_out(t, verb, gradients, machine));
+  Arena arena(context.workspace);
+  carve(t, arena, gradients);
+  HISAC_TRY(arena.check(verb));
+  run([&](auto kernel, int per_processor, int threads, size_t shared_bytes) {
+    if (error == decltype(error){})
+      error = simt::launch(kernel, machine.processors * per_processor, threads, shared_bytes,
+                           static_cast<simt::Stream>(context.stream), t);
+  });
+  if (error != decltype(error){}) return Status::error(Code::io_error, "%s: cuda: %s", verb, simt::describe(error));
+  return {};
+}
+
+}  // namespace
+
+size_t attend_workspace(const AttendInputs& inputs) noexcept {
+  Task t = describe(inputs);
+  Arena arena;
+  carve(t, arena, false);
+  return arena.used();
+}
+
+Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept {
+  HISAC_TRY(check_limits("attend", inputs));
+  Task t = describe(inputs);
+  t.result = out.out.data;
+  t.result_lse = out.lse.data;
+  return launches(context, "attend", t, false, [&](auto launch) {
+    launch(plan_units, 2, kWide, kScanBytes);
+    launch(exact(t) ? attend_tiles<kForward, 1> : attend_tiles<kForward, 2>, kBlocks, 32 * t.warps, t.shared_bytes);
+  });
+}
+
+size_t attend_backward_workspace(const AttendInputs& inputs) noexcept {
+  Task t = describe(inputs);
+  Arena arena;
+  carve(t, arena, true);
+  return arena.used();
+}
+
+Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
+                       const AttendGradients& out) noexcept {
+  HISAC_TRY(check_limits("attend_backward", inputs));
+  Task t = describe(inputs);
+  t.d_out = Matrix(forward.d_out);
+  t.out = Matrix(forward.out);
+  t.lse = forward.lse.data;
+  t.d_lse = forward.d_lse.data;
+  t.d_q = out.q.data;
+  t.d_keys = out.keys.data;
+  t.d_values = out.values.data;
+  t.d_bias = out.bias.data;
+  return launches(context, "attend_backward", t, true, [&](auto launch) {
+    launch(plan_units, 2, kWide, kScanBytes);
+    launch(candidate_terms, 4, kWide, 0);
+    launch(exact(t) ? attend_tiles<kOfCandidates, 1> : attend_tiles<kOfCandidates, 2>, kBlocks, 32 * t.warps,
+           t.shared_bytes);
+    if (t.tokens == 0) return;
+    launch(exact(t) ? attend_tiles<kOfTokens, 1> : attend_tiles<kOfTokens, 2>, kBlocks, 32 * t.warps, t.shared_bytes);
+    launch(sum_spans, 4, kWide, 0);
+  });
+}
+
+}  // namespace hisac::cuda
