@@ -3,6 +3,7 @@
 // and of v of each lies, what makes one absent.
 #pragma once
 #include <algorithm>
+#include <cinttypes>
 
 #include "elements.h"
 #include "hisac/route.h"
@@ -49,10 +50,6 @@ struct Behaviours {
   }
 
   SIMT_BOTH bool gathers() const { return x_ids.data || v_ids.data; }
-  /// The row of a table that an id names; -1: none.
-  SIMT_DEVICE static int64_t row_of(int64_t id, int64_t table) {
-    return static_cast<uint64_t>(id) < static_cast<uint64_t>(table) ? id : -1;
-  }
   SIMT_DEVICE const float* center(int level, int32_t code) const { return centers[level] + int64_t{code} * x.width; }
   SIMT_DEVICE bool valid(const int32_t* of) const {
     bool ok = true;
@@ -74,8 +71,27 @@ struct Behaviours {
     SIMT_ROLLED for (int l = 0; l < levels; ++l) y += center(l, of[l])[d];
     return y;
   }
+
+  /// The row of x or v that behaviour b has; -1: none.
+  SIMT_DEVICE int64_t x_row(int64_t b) const { return row_of(x_ids, b, x.rows); }
+  SIMT_DEVICE int64_t v_row(int64_t b) const { return row_of(v_ids, b, v.rows); }
+  /// An element of that row of x, as loaded.
+  SIMT_DEVICE float x_at(int64_t b, int64_t row, int64_t d) const {
+    if (!x.data) return prototype(codes + b * levels, d);
+    return element(x.data, x.dtype, row * x.width + d) * (scale ? scale[scales ? row : 0] : 1.f);
+  }
+  SIMT_DEVICE float v_at(int64_t row, int64_t d) const { return element(v.data, v.dtype, row * v.width + d); }
+
   SIMT_DEVICE static bool limited(float bias, float spread) {
     return finite(bias) && spread >= 0 && spread <= kLargest;
+  }
+
+ private:
+  SIMT_DEVICE int64_t row_of(Ids ids, int64_t b, int64_t table) const {
+    if (!ids.data) return b;
+    const int64_t id = ids.dtype == DType::int64 ? static_cast<const int64_t*>(ids.data)[b]
+                                                 : int64_t{static_cast<const int32_t*>(ids.data)[b]};
+    return static_cast<uint64_t>(id) < static_cast<uint64_t>(table) ? id : -1;
   }
 };
 

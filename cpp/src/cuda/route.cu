@@ -4,6 +4,7 @@
 
 #include "../arena.h"
 #include "../checks.h"
+#include "leaf_sums.h"
 #include "route_tile.h"
 #include "verbs.h"
 
@@ -276,39 +277,49 @@ Task describe(const RouteParams& params, const RouteInputs& in) {
   return t;
 }
 
-/// What the public verb allows and this one does not.
-Status check_limits(const RouteParams& params, const RouteInputs& in) {
-  const int64_t* const p = in.prototypes.shape;
-  if (params.method == Method::leaf)
-    return Status::error(Code::not_implemented, "route: expected the exact method on CUDA, got leaf");
-  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
-    return Status::error(Code::not_implemented,
-                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
-                         ", %" PRId64 " and %" PRId64,
-                         p[2], in.histories.users, in.behaviours());
+/// The leaf sums of so many entries and, over them, `route`.
+struct LeafRoute {
+  LeafTask leaves;
+  Task task;
+};
+
+Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const Machine& machine,
+                    Arena& arena, LeafRoute* out) {
+  LeafTask& t = out->leaves;
+  const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
+  t = leaf_task(in, width);
+  t.missing = params.missing == Missing::token;
+  t.room = entries;
+  t.sums = sums;
+  carve(t, arena);
+  static float some;  // stands for each where bytes are counted
+  const auto take = [&](int64_t n) {
+    float* const p = arena.take<float>(n);
+    return p ? p : &some;
+  };
+  t.out.x = {take(sums * width), {sums, width}};
+  t.out.v = {take(sums * t.v.width), {sums, t.v.width}};
+  t.out.bias = {take(sums), {sums}};
+  t.out.spread = {take(sums), {sums}};
+  t.out.offsets = {arena.take<int64_t>(users + 1), {users + 1}};
+  RouteInputs kept;
+  kept.x = {t.out.x.data, DType::float32, sums, width};
+  kept.v = {t.out.v.data, DType::float32, sums, t.v.width};
+  kept.bias = {t.out.bias.data, {sums}};
+  kept.spread = {t.out.spread.data, {sums}};
+  kept.histories = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
+  kept.prototypes = in.prototypes;
+  kept.count = in.count;
+  out->task = describe(params, kept);
+  HISAC_TRY(plan_geometry(out->task, params.precision, machine));
+  carve(out->task, arena);
   return {};
 }
 
-}  // namespace
-
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t) noexcept {
-  Task t = describe(params, inputs);
-  if (!plan_geometry(t, params.precision, Machine()).ok()) return 0;
-  Arena arena;
-  carve(t, arena);
-  return arena.used();
-}
-
-Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  HISAC_TRY(check_limits(params, inputs));
-  Task t = describe(params, inputs);
-  HISAC_TRY(place_centers("route", context, inputs, t));
-  const Machine machine;
-  HISAC_TRY(plan_geometry(t, params.precision, machine));
-  Arena arena(context.workspace);
-  carve(t, arena);
-  HISAC_TRY(arena.check("route"));
+Status launch_all(Task& t, const RouteParams& params, const Context& context, const Machine& machine,
+                  const Tokens& out) {
   t.tokens = out.tokens.data;
+  t.token_type = out.tokens.dtype;
   t.lse = out.lse.data;
   if (params.refine) t.refined = out.refined.data;
   if (t.users == 0) return {};
@@ -327,6 +338,60 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
       if (e != decltype(e1){}) return Status::error(Code::io_error, "route: cuda: %s", simt::describe(e));
   }
   return {};
+}
+
+/// What the public verb allows and this one does not.
+Status check_limits(const RouteInputs& in) {
+  const int64_t* const p = in.prototypes.shape;
+  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
+    return Status::error(Code::not_implemented,
+                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
+                         ", %" PRId64 " and %" PRId64,
+                         p[2], in.histories.users, in.behaviours());
+  return {};
+}
+
+}  // namespace
+
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
+  const Machine machine;
+  Arena arena;
+  if (params.method == Method::leaf) {
+    LeafRoute leaf;
+    const Status status = carve_leaves(params, inputs, most_entries(inputs, longest), machine, arena, &leaf);
+    return status.ok() ? arena.used() : 0;
+  }
+  Task t = describe(params, inputs);
+  if (!plan_geometry(t, params.precision, machine).ok()) return 0;
+  carve(t, arena);
+  return arena.used();
+}
+
+Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
+  HISAC_TRY(check_limits(inputs));
+  const Machine machine;
+  Arena arena(context.workspace);
+  if (params.method == Method::leaf) {
+    LeafRoute leaf;
+    const int64_t entries =
+        entries_that_fit(context, inputs, most_entries(inputs, inputs.behaviours()), [&](int64_t n, Arena& counter) {
+          LeafRoute other;
+          (void)carve_leaves(params, inputs, n, machine, counter, &other);
+        });
+    HISAC_TRY(carve_leaves(params, inputs, entries, machine, arena, &leaf));
+    HISAC_TRY(arena.check("route"));
+    HISAC_TRY(place_centers("route", context, inputs, leaf.leaves));
+    HISAC_TRY(sum_leaves(leaf.leaves, context));
+    HISAC_TRY(launch_all(leaf.task, params, context, machine, out));
+    if (params.missing == Missing::drop) return {};
+    return absent_tokens(leaf.leaves, context, out, leaf.task.agents + 1);
+  }
+  Task t = describe(params, inputs);
+  HISAC_TRY(place_centers("route", context, inputs, t));
+  HISAC_TRY(plan_geometry(t, params.precision, machine));
+  carve(t, arena);
+  HISAC_TRY(arena.check("route"));
+  return launch_all(t, params, context, machine, out);
 }
 
 }  // namespace hisac::cuda

@@ -72,6 +72,7 @@ struct Task : Behaviours {
   float *stack = nullptr, *slots = nullptr;  // [blocks, levels], [8 workers, agent_tiles, value_tiles] states
   // results
   void* tokens = nullptr;
+  DType token_type = DType::float32;
   float *lse = nullptr, *refined = nullptr;
 
   SIMT_DEVICE int64_t tiles(int64_t b) const { return (end(b) - start(b) + kTile - 1) / kTile; }
@@ -112,7 +113,7 @@ struct Row {
   }
   SIMT_DEVICE void put(int64_t column, float a, float b) const {
     void* const out = t.refining ? t.refined : t.tokens;
-    const DType type = t.refining ? DType::float32 : t.v.dtype;
+    const DType type = t.refining ? DType::float32 : t.token_type;
     if (column < columns) store(out, type, row * columns + column, top == -kInfinity ? 0.f : a * scale);
     if (column + 1 < columns) store(out, type, row * columns + column + 1, top == -kInfinity ? 0.f : b * scale);
   }
@@ -122,7 +123,7 @@ struct Row {
 SIMT_DEVICE void finish_missing(const Task& t, int64_t user, int64_t column, float count, float sum) {
   if (!t.missing || t.refining || column >= t.v.width) return;
   const int64_t row = user * (t.agents + 1) + t.agents;
-  store(t.tokens, t.v.dtype, row * t.v.width + column, count > 0 ? sum / count : 0.f);
+  store(t.tokens, t.token_type, row * t.v.width + column, count > 0 ? sum / count : 0.f);
   if (column == 0)
     t.lse[row] = count > 0 ? static_cast<float>(static_cast<double>(simt::log2(count)) * kLn2) : -kInfinity;
 }
