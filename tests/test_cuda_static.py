@@ -17,11 +17,13 @@ VALUES = 64  # columns of a block
 KERNEL = r"route_tilesILi(\d)ELi(\d)ELi(\d)ELb(\d)E"  # tiles of 16 agents a warp, parts of an agent, of a row, mode
 
 
-def nvcc(*arguments):
+def nvcc(verb, *arguments):
     if NVCC is None:
         pytest.skip("CUDA kernels: nvcc is not installed")
     command = [NVCC, "-std=c++17", "-fmad=false", f"-I{ROOT / 'cpp/include'}", f"-I{ROOT / 'cpp/src'}", *arguments]
-    done = subprocess.run([*command, str(ROOT / "cpp/src/cuda/route.cu")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(ROOT / f"cpp/src/cuda/{verb}.cu")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -32,11 +34,11 @@ def spills(report):
     return {name: int(stores) + int(loads) for name, stores, loads in found}
 
 
+@pytest.mark.parametrize(("verb", "kernels"), [("leaf_sums", 6), ("route", 9)])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_no_kernel_spills(architecture, tmp_path):
-    report = nvcc(f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "route.cubin"))
-    found = spills(report)
-    assert sum(bool(re.search(KERNEL, name)) for name in found) == 6
+def test_no_kernel_spills(architecture, verb, kernels, tmp_path):
+    found = spills(nvcc(verb, f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "a.cubin")))
+    assert len(found) == kernels
     assert {name: n for name, n in found.items() if n} == {}
 
 
@@ -50,7 +52,7 @@ def test_tensor_instructions_as_the_shapes_ask(tmp_path):
     """A step of 16 columns of x multiplies 16 agents by every 8 rows once for each pair of parts that counts (high x
     high, low x high, high x low); the values' step likewise, for all rows of a step at once."""
     path = tmp_path / "route.ptx"
-    nvcc("-arch=compute_80", "-ptx", "-o", str(path))
+    nvcc("route", "-arch=compute_80", "-ptx", "-o", str(path))
     bodies = re.split(r"\.entry ", path.read_text())[1:]
     seen = 0
     for body in bodies:

@@ -255,10 +255,10 @@ class Leaf {
     squares = over_parts(squares, true);
     double inverse = 1 / mass;
     means(
-        t.v.width, inverse, t.out.v.data, [&](int32_t, int64_t at, int64_t d) { return t.v_at(at, d); },
+        static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int32_t, int64_t at, int d) { return t.v_at(at, d); },
         [&](int32_t row) { return t.v_row(row); });
     double square = means(
-        t.x.width, inverse, t.out.x.data, [&](int32_t row, int64_t at, int64_t d) { return t.x_at(row, at, d); },
+        static_cast<int>(t.x.width), inverse, t.out.x.data, [&](int32_t row, int64_t at, int d) { return t.x_at(row, at, d); },
         [&](int32_t row) { return t.x_row(row); });
     if (!stores()) return;
     if (square > 0x1.fffff0p99) {  // every row is below 2^100: rounding shall not take their mean there
@@ -304,17 +304,17 @@ class Leaf {
 
   /// to[out, :] = the weighted means, and the sum of their squares. at(row): its row of the table.
   template <class Element, class At>
-  SIMT_DEVICE double means(int64_t width, double inverse, float* to, Element element, At at) const {
+  SIMT_DEVICE double means(int width, double inverse, float* to, Element element, At at) const {
     const int lane = simt::lane();
     double square = 0;
-    for (int64_t first = 0; first < width; first += kColumns) {
+    for (int first = 0; first < width; first += kColumns) {
       double sum[kColumns / 32] = {};
       each_run([&](int begin, int end) {
         float run[kColumns / 32] = {};
         for (int e = begin; e < end; ++e) {
           const int64_t row = at(rows[e]);
           SIMT_EACH (j, kColumns / 32)
-            if (const int64_t d = first + j * 32 + lane; d < width)
+            if (const int d = first + j * 32 + lane; d < width)
               run[j] = simt::fused(weights[e], element(rows[e], row, d), run[j]);
         }
         SIMT_EACH (j, kColumns / 32) sum[j] += static_cast<double>(run[j]);
@@ -330,7 +330,7 @@ class Leaf {
         }
       }
       SIMT_EACH (j, kColumns / 32) {
-        const int64_t d = first + j * 32 + lane;
+        const int d = first + j * 32 + lane;
         const float y = static_cast<float>(sum[j] * inverse);
         if (d >= width) continue;
         if (stores()) to[out * width + d] = y;
@@ -349,7 +349,7 @@ class Leaf {
 };
 
 /// Eight leaves at a time: the short ones by a warp each, then the long ones by all.
-SIMT_KERNEL(kThreads) add_leaves(SIMT_CONSTANT LeafTask t) {
+SIMT_KERNEL(kThreads, 3) add_leaves(SIMT_CONSTANT LeafTask t) {
   const int64_t all = t.out.offsets.data[t.users];
   auto* const sizes = reinterpret_cast<int*>(simt::shared() + kWarps * kColumns * 8);  // [kWarps]
   for (int64_t first = int64_t{simt::block()} * kWarps; first < all; first += warps()) {
@@ -376,7 +376,7 @@ struct AbsentTask {
 };
 
 /// A block a user and 64 columns.
-SIMT_KERNEL(kThreads) mean_absent(SIMT_CONSTANT AbsentTask a) {
+SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
   const LeafTask& t = a.leaves;
   const int lane = simt::lane(), warp = simt::warp();
   auto* const sums = reinterpret_cast<double*>(simt::shared());         // [kWarps, 64]

@@ -13,7 +13,7 @@
 
 #define SIMT_DEVICE __device__ __forceinline__
 #define SIMT_BOTH __host__ __device__ __forceinline__
-#define SIMT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define SIMT_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks of a processor
 #define SIMT_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); ++i)  // so that arrays stay in registers
 #define SIMT_ROLLED _Pragma("unroll 1")
 #define SIMT_CONSTANT __grid_constant__ const    // of a kernel's parameter that stays in constant memory
