@@ -125,25 +125,35 @@ class Sorter {
     heads(b);
   }
 
-  /// visit(row, same: the lanes that have the digit of this one, digit) for this warp's entries, 32 at a time; same is
-  /// 0 where there is none.
+  struct Entry {
+    int32_t row;
+    uint32_t digit;
+    bool some;
+  };
+  SIMT_DEVICE Entry entry(int64_t e, int64_t end, int shift) const {
+    const bool inside = e < end;
+    const int64_t row = !inside ? 0 : from ? from[e] : start + e;
+    const bool some = inside && (from || t.norm[row] >= 0);
+    return {static_cast<int32_t>(row), some ? static_cast<uint32_t>(t.leaf[row] >> shift) & (kDigits - 1) : 0, some};
+  }
+
+  /// visit(row, same: the lanes that have the digit of this one, digit) for this warp's entries, 32 at a time, the next
+  /// on their way; same is 0 where there is none.
   template <class Visit>
   SIMT_DEVICE void each(int shift, Visit visit) const {
     const int64_t share = (n + kThreads - 1) / kThreads * 32, begin = simt::warp() * share;
     const int64_t end = begin + share < n ? begin + share : n;
+    Entry next = entry(begin + simt::lane(), end, shift);
     for (int64_t i = begin; i < end; i += 32) {
-      const int64_t e = i + simt::lane();
-      bool some = e < end;
-      const int64_t row = !some ? 0 : from ? from[e] : start + e;
-      some = some && t.norm[row] >= 0;
-      const uint32_t digit = some ? static_cast<uint32_t>(t.leaf[row] >> shift) & (kDigits - 1) : 0;
-      uint32_t same = simt::ballot(some);
+      const Entry now = next;
+      next = entry(i + 32 + simt::lane(), end, shift);
+      uint32_t same = simt::ballot(now.some);
       for (int k = 0; k < 8; ++k) {
-        const bool set = digit >> k & 1;
+        const bool set = now.digit >> k & 1;
         const uint32_t lanes = simt::ballot(set);
         same &= set ? lanes : ~lanes;
       }
-      visit(static_cast<int32_t>(row), some ? same : 0u, static_cast<int>(digit));
+      visit(now.row, now.some ? same : 0u, static_cast<int>(now.digit));
       simt::sync_warp();
     }
   }
@@ -258,8 +268,8 @@ class Leaf {
         static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int32_t, int64_t at, int d) { return t.v_at(at, d); },
         [&](int32_t row) { return t.v_row(row); });
     double square = means(
-        static_cast<int>(t.x.width), inverse, t.out.x.data, [&](int32_t row, int64_t at, int d) { return t.x_at(row, at, d); },
-        [&](int32_t row) { return t.x_row(row); });
+        static_cast<int>(t.x.width), inverse, t.out.x.data,
+        [&](int32_t row, int64_t at, int d) { return t.x_at(row, at, d); }, [&](int32_t row) { return t.x_row(row); });
     if (!stores()) return;
     if (square > 0x1.fffff0p99) {  // every row is below 2^100: rounding shall not take their mean there
       inverse *= 1 - 0x1p-20;
@@ -486,10 +496,6 @@ int64_t width_of(const RouteInputs& in) {
 }
 
 Status check_limits(const RouteInputs& in) {
-  for (int l = 0; l < in.book->levels(); ++l)
-    if (in.book->size(l) > 0x7fffffff)
-      return Status::error(Code::not_implemented, "leaf_sums: expected levels below 2^31 on CUDA, got %" PRId64,
-                           in.book->size(l));
   if (in.behaviours() < int64_t{1} << 31) return {};
   return Status::error(Code::not_implemented, "leaf_sums: expected T below 2^31 on CUDA, got %" PRId64,
                        in.behaviours());
