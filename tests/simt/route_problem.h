@@ -103,7 +103,7 @@ inline Problem random_problem(uint64_t seed) {
 /// The table becomes shorter; ids of its rows, some of them of none.
 inline std::vector<int64_t> shuffle_rows(Random& r, const Problem& p, int64_t width, std::vector<float>* table) {
   const int64_t rows = std::min(1 + p.rows / 2, p.rows),
-                none[] = {-1, rows, -0x80000000ll, p.narrow ? 0x7fffffff : int64_t{5} << 32};
+                none[] = {-1, rows, p.narrow ? 0x7fffffff : INT64_MAX, p.narrow ? -0x80000000ll : int64_t{5} << 32};
   table->resize(size(rows * width));
   std::vector<int64_t> ids;
   for (int64_t i = 0; i < p.rows; ++i) ids.push_back(r.below(9) ? r.below(rows) : none[r.below(4)]);

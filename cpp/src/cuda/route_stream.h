@@ -164,8 +164,9 @@ class RouteStream {
       simt::copy4(&raw_scale(buffer, r), t.scale + (t.scales && some ? row_of(false, s.block, r) : 0), some);
     }
     SIMT_ROLLED for (int r = thread / 16; r < kRows; r += simt::threads() / 16) {
-      const int64_t row = row_of(false, s.block, r), value_row = t.refining ? row : row_of(true, s.block, r);
       const bool here = has(false, s.block, r), has_value = t.refining ? here : has(true, s.block, r);
+      const int64_t row = here ? row_of(false, s.block, r) : 0;
+      const int64_t value_row = t.refining ? row : has_value ? row_of(true, s.block, r) : 0;
       SIMT_ROLLED for (int c = lane; c < x_pieces + v_pieces; c += 16) {
         if (c < x_pieces)
           fetch_row(raw_x(buffer, r), t.x, t.x_aligned, row, s.chunk * g.chunk, columns(s.chunk), here, c);
