@@ -70,6 +70,7 @@ extern Thread* current;
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline int thread() { return current->thread; }
+inline int fresh_thread() { return current->thread; }
 inline int threads() { return current->threads; }
 inline int lane() { return current->lane; }
 inline int warp() { return current->warp; }

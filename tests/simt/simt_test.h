@@ -65,9 +65,13 @@ inline float widen(uint16_t x, DType type) {
 
 /// Floats as bytes of a type, back, and both.
 inline std::vector<std::byte> encoded(const std::vector<float>& x, DType type) {
-  const size_t bytes = type == DType::float32 ? 4 : 2;
+  const size_t bytes = static_cast<size_t>(hisac::bytes_of(type));
   std::vector<std::byte> out(x.size() * bytes);
   for (size_t i = 0; i < x.size(); ++i) {
+    if (type == DType::int8) {
+      out[i] = static_cast<std::byte>(static_cast<int8_t>(x[i]));
+      continue;
+    }
     const uint16_t h = type == DType::float32 ? uint16_t{0} : narrow(x[i], type);
     std::memcpy(out.data() + i * bytes, type == DType::float32 ? static_cast<const void*>(&x[i]) : &h, bytes);
   }

@@ -5,6 +5,7 @@
 // The screen of a level works on centers and rows less the centers' mean, times a power of two that brings the largest
 // norm to [64, 128) or so: in float16 that leaves room for rows of 2^15 and small elements whole.
 #pragma once
+#include "../checks.h"
 #include "hisac/codebook.h"
 
 namespace hisac {
@@ -33,5 +34,19 @@ struct CodebookImage {
 
   explicit CodebookImage(const Codebook& book) noexcept;
 };
+
+/// context.codebook_image is of that size and aligned; what it holds is not seen.
+inline Status check_image(const char* verb, const Context& context, const CodebookImage& book) noexcept {
+  const auto& image = context.codebook_image;
+  if (!image.data || image.shape[0] != book.bytes)
+    return Status::error(Code::invalid_argument,
+                         "%s: context.codebook_image expected [%" PRId64 "] on CUDA, got [%" PRId64 "]", verb,
+                         book.bytes, image.data ? image.shape[0] : 0);
+  if (reinterpret_cast<uintptr_t>(image.data) % 64)
+    return Status::error(Code::invalid_argument,
+                         "%s: context.codebook_image expected aligned to 64 bytes, got address %p", verb,
+                         static_cast<const void*>(image.data));
+  return {};
+}
 
 }  // namespace hisac

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of the three types as floats, and floats as sums of bfloat16, which is what tensor cores multiply.
+// Elements of all types as floats, and floats as sums of bfloat16, which is what tensor cores multiply.
 #pragma once
 #include "hisac/array.h"
 #include "simt.h"
@@ -16,11 +16,12 @@ using simt::smaller;
 SIMT_DEVICE bool finite(float x) { return (simt::bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 SIMT_BOTH int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
-SIMT_BOTH int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
+SIMT_BOTH int size_of(DType type) { return type == DType::float32 ? 4 : type == DType::int8 ? 1 : 2; }
 SIMT_DEVICE float of_bfloat16(uint32_t low) { return simt::float_of(low << 16); }
 
 SIMT_DEVICE float element(const void* p, DType type, int64_t i) {
   if (type == DType::float32) return static_cast<const float*>(p)[i];
+  if (type == DType::int8) return static_cast<const int8_t*>(p)[i];
   const uint16_t h = static_cast<const uint16_t*>(p)[i];
   return type == DType::bfloat16 ? of_bfloat16(h) : simt::from_half(h);
 }
@@ -32,8 +33,12 @@ SIMT_DEVICE void store(void* p, DType type, int64_t i, float x) {
     static_cast<uint16_t*>(p)[i] = type == DType::bfloat16 ? static_cast<uint16_t>(simt::pack(x, 0)) : simt::to_half(x);
 }
 
-/// Eight neighbours; p is aligned to 16 bytes, in shared memory.
+/// Eight neighbours; p is aligned to 16 bytes, or 8 of int8, in shared memory.
 SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
+  if (type == DType::int8) {
+    SIMT_EACH (i, 8) f[i] = static_cast<const int8_t*>(p)[i];
+    return;
+  }
   const simt::Quad a = *static_cast<const simt::Quad*>(p);
   if (type == DType::float32) {
     const simt::Quad b = static_cast<const simt::Quad*>(p)[1];

@@ -11,8 +11,16 @@ constexpr cuda::Verbs verbs = [] {
   v.use_device = simt::use_device;
   v.encode = cuda::encode;
   v.code_prototypes = cuda::code_prototypes;
+  v.vote = cuda::vote;
+  v.vote_workspace = cuda::vote_workspace;
   v.route = cuda::route;
   v.route_workspace = cuda::route_workspace;
+  v.leaf_sums = cuda::leaf_sums;
+  v.leaf_sums_workspace = cuda::leaf_sums_workspace;
+  v.attend = cuda::attend;
+  v.attend_workspace = cuda::attend_workspace;
+  v.attend_backward = cuda::attend_backward;
+  v.attend_backward_workspace = cuda::attend_backward_workspace;
   v.sum_rows = cuda::sum_rows;
   return v;
 }();

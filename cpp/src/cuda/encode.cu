@@ -46,19 +46,6 @@ SIMT_KERNEL(kThreads) sum_codewords(SIMT_CONSTANT PrototypesTask t) {
 
 // ---- host
 
-Status check_image(const char* verb, const Context& context, const CodebookImage& book) {
-  const auto& image = context.codebook_image;
-  if (!image.data || image.shape[0] != book.bytes)
-    return Status::error(Code::invalid_argument,
-                         "%s: context.codebook_image expected [%" PRId64 "] on CUDA, got [%" PRId64 "]", verb,
-                         book.bytes, image.data ? image.shape[0] : 0);
-  if (reinterpret_cast<uintptr_t>(image.data) % 64)
-    return Status::error(Code::invalid_argument,
-                         "%s: context.codebook_image expected aligned to 64 bytes, got address %p", verb,
-                         static_cast<const void*>(image.data));
-  return {};
-}
-
 template <class Error>
 Status check_cuda(const char* verb, Error e) {
   if (e == Error{}) return {};

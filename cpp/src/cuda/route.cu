@@ -4,6 +4,7 @@
 
 #include "../arena.h"
 #include "../checks.h"
+#include "leaf_sums.h"
 #include "route_tile.h"
 #include "verbs.h"
 
@@ -23,14 +24,14 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
                           : t.count[user] < t.agents ? t.count[user]
                                                      : t.agents;
     const int64_t row = user * t.agents + agent, width = t.x.width;
-    const float* const p = t.first_pass || !t.refined ? t.prototypes : t.refined;
+    const float* const p = (t.first_pass || !t.refined ? t.prototypes : t.refined) + row * width;
     float squares = 0, tau = 0;
     if (agent < count) {
-      for (int64_t d = lane; d < width; d += 32) squares = simt::fused(p[row * width + d], p[row * width + d], squares);
+      for (int64_t d = lane; d < width; d += 32) squares = simt::fused(p[d], p[d], squares);
       tau = t.temperature[t.per_agent ? agent : 0];
     }
     for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
-    const bool here = agent < count && tau > 0 && below_limit(squares, p, DType::float32, row, width);
+    const bool here = agent < count && tau > 0 && below_limit(squares, width, [&](int64_t d) { return p[d]; });
     if (lane == 0) {
       t.half[i] = here ? -0.5f * squares : -kInfinity;
       t.rate[i] = here ? larger(smaller(2 * kLog2e / tau, kLargest), 0x1p-126f) : 1.f;
@@ -41,8 +42,7 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
     uint16_t* const out =
         t.packed + ((user * t.g.agent_tiles + tile) * t.g.parts * t.g.tile_agents + place) * t.g.depth;
     for (int d = 2 * lane; d < t.g.depth; d += 64) {
-      uint32_t low, high = split(here && d < width ? p[row * width + d] : 0.f,
-                                 here && d + 1 < width ? p[row * width + d + 1] : 0.f, &low);
+      uint32_t low, high = split(here && d < width ? p[d] : 0.f, here && d + 1 < width ? p[d + 1] : 0.f, &low);
       *reinterpret_cast<uint32_t*>(out + d) = high;
       if (t.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{t.g.tile_agents} * t.g.depth + d) = low;
     }
@@ -179,14 +179,17 @@ void lay_out(Task& t, int warps) {
     used += (n + 15) / 16 * 16;
     return static_cast<int>(std::min<int64_t>(at, 1 << 30));
   };
-  const int64_t pitch = g.pitch(), x = bytes_of(t.x.dtype), v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0),
-                n = g.rows;
+  const int64_t pitch = g.pitch(), x = t.x.data ? bytes_of(t.x.dtype) : 0,
+                v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0), n = g.rows;
   g.at.prototypes = take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
   g.at.x = take(2 * g.stored * n * pitch * 2);
   g.at.v = take(2 * g.stored * n * kValuePitch * 2);
   g.at.raw_x = take(2 * n * g.chunk * x);
   g.at.raw_v = take(2 * n * kValues * v);
-  g.at.bias = take(2 * n * 4);
+  g.at.ids = take(t.gathers() ? 4 * n * 16 : 0);
+  g.at.scale = take(t.scale ? 2 * n * 4 : 0);
+  g.at.bias = take(t.bias ? 2 * n * 4 : 0);
+  g.at.spread = take(t.spread ? 2 * n * 4 : 0);
   g.at.codes = take(2 * n * 4 * t.levels);
   g.at.half = take(2 * n * 4);
   g.at.shift = take(2 * n * 4);
@@ -200,7 +203,7 @@ void lay_out(Task& t, int warps) {
   g.shared_bytes = static_cast<size_t>(used);
 }
 
-Status plan_geometry(Task& t, Precision precision, int64_t longest, const Machine& machine) {
+Status plan_geometry(Task& t, Precision precision, const Machine& machine) {
   Geometry& g = t.g;
   HISAC_TRY(machine.status);
   const bool exact = t.x.dtype == DType::bfloat16 && t.v.dtype == DType::bfloat16;
@@ -235,7 +238,7 @@ Status plan_geometry(Task& t, Precision precision, int64_t longest, const Machin
   g.value_tiles = static_cast<int>((std::max(t.v.width, t.refined ? t.x.width : 0) + kValues - 1) / kValues);
   const int shared_by = g.agent_tiles * static_cast<int>((t.v.width + kValues - 1) / kValues);
   g.workers = std::max(1, (g.blocks + shared_by - 1) / shared_by);
-  int64_t tiles = (std::min(longest, t.rows) + kTile - 1) / kTile;
+  int64_t tiles = (t.rows + kTile - 1) / kTile;  // a call does not know the longest history
   for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
   return {};
 }
@@ -259,68 +262,64 @@ bool aligned(const Rows& m) {
 
 Task describe(const RouteParams& params, const RouteInputs& in) {
   Task t;
-  t.x = in.x;
-  t.x.width = in.prototypes.shape[2];
-  t.v = in.v;
+  static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
   t.x_aligned = aligned(t.x);
   t.v_aligned = aligned(t.v);
-  t.starts = in.histories.starts;
-  t.ends = in.histories.ends;
-  t.wide = in.histories.dtype == DType::int64;
-  t.rows = in.behaviours();
-  t.users = in.histories.users;
   t.agents = in.prototypes.shape[1];
-  t.bias = in.bias.data;
   t.prototypes = in.prototypes.data;
   t.count = in.count.data;
   t.temperature = params.temperature.data;
   t.per_agent = params.temperature.shape[0] != 1;
   t.shares = params.normalize == Normalize::agents;
   t.missing = params.missing == Missing::token;
-  if (in.codes && in.book && !in.book->empty()) {
-    t.codes = in.codes.data;
-    t.levels = in.book->levels();
-    for (int l = 0; l < t.levels; ++l)
-      t.sizes[l] = static_cast<int32_t>(std::min<int64_t>(in.book->size(l), 0x7fffffff));
-  }
   static float some;
   if (params.refine) t.refined = &some;  // where it lies is known later
   return t;
 }
 
-/// What the public verb allows and this one does not.
-Status check_limits(const RouteParams& params, const RouteInputs& in) {
-  const int64_t* const p = in.prototypes.shape;
-  if (!in.x.data || params.method == Method::leaf || in.x_ids || in.v_ids || in.x.dtype == DType::int8 || in.spread)
-    return Status::error(Code::not_implemented,
-                         "route: expected x of floats, without ids or spread, and the exact method on CUDA");
-  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
-    return Status::error(Code::not_implemented,
-                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
-                         ", %" PRId64 " and %" PRId64,
-                         p[2], in.histories.users, in.behaviours());
+/// The leaf sums of so many entries and, over them, `route`.
+struct LeafRoute {
+  LeafTask leaves;
+  Task task;
+};
+
+Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const Machine& machine,
+                    Arena& arena, LeafRoute* out) {
+  LeafTask& t = out->leaves;
+  const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
+  t = leaf_task(in, width);
+  t.missing = params.missing == Missing::token;
+  t.room = entries;
+  t.sums = sums;
+  carve(t, arena);
+  static float some;  // stands for each where bytes are counted
+  const auto take = [&](int64_t n) {
+    float* const p = arena.take<float>(n);
+    return p ? p : &some;
+  };
+  t.out.x = {take(sums * width), {sums, width}};
+  t.out.v = {take(sums * t.v.width), {sums, t.v.width}};
+  t.out.bias = {take(sums), {sums}};
+  t.out.spread = {take(sums), {sums}};
+  t.out.offsets = {arena.take<int64_t>(users + 1), {users + 1}};
+  RouteInputs kept;
+  kept.x = {t.out.x.data, DType::float32, sums, width};
+  kept.v = {t.out.v.data, DType::float32, sums, t.v.width};
+  kept.bias = {t.out.bias.data, {sums}};
+  kept.spread = {t.out.spread.data, {sums}};
+  kept.histories = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
+  kept.prototypes = in.prototypes;
+  kept.count = in.count;
+  out->task = describe(params, kept);
+  HISAC_TRY(plan_geometry(out->task, params.precision, machine));
+  carve(out->task, arena);
   return {};
 }
 
-}  // namespace
-
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
-  Task t = describe(params, inputs);
-  if (!plan_geometry(t, params.precision, longest, Machine()).ok()) return 0;
-  Arena arena;
-  carve(t, arena);
-  return arena.used();
-}
-
-Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  HISAC_TRY(check_limits(params, inputs));
-  Task t = describe(params, inputs);
-  const Machine machine;
-  HISAC_TRY(plan_geometry(t, params.precision, t.rows, machine));
-  Arena arena(context.workspace);
-  carve(t, arena);
-  HISAC_TRY(arena.check("route"));
+Status launch_all(Task& t, const RouteParams& params, const Context& context, const Machine& machine,
+                  const Tokens& out) {
   t.tokens = out.tokens.data;
+  t.token_type = out.tokens.dtype;
   t.lse = out.lse.data;
   if (params.refine) t.refined = out.refined.data;
   if (t.users == 0) return {};
@@ -339,6 +338,60 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
       if (e != decltype(e1){}) return Status::error(Code::io_error, "route: cuda: %s", simt::describe(e));
   }
   return {};
+}
+
+/// What the public verb allows and this one does not.
+Status check_limits(const RouteInputs& in) {
+  const int64_t* const p = in.prototypes.shape;
+  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
+    return Status::error(Code::not_implemented,
+                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
+                         ", %" PRId64 " and %" PRId64,
+                         p[2], in.histories.users, in.behaviours());
+  return {};
+}
+
+}  // namespace
+
+size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
+  const Machine machine;
+  Arena arena;
+  if (params.method == Method::leaf) {
+    LeafRoute leaf;
+    const Status status = carve_leaves(params, inputs, most_entries(inputs, longest), machine, arena, &leaf);
+    return status.ok() ? arena.used() : 0;
+  }
+  Task t = describe(params, inputs);
+  if (!plan_geometry(t, params.precision, machine).ok()) return 0;
+  carve(t, arena);
+  return arena.used();
+}
+
+Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
+  HISAC_TRY(check_limits(inputs));
+  const Machine machine;
+  Arena arena(context.workspace);
+  if (params.method == Method::leaf) {
+    LeafRoute leaf;
+    const int64_t entries =
+        entries_that_fit(context, inputs, most_entries(inputs, inputs.behaviours()), [&](int64_t n, Arena& counter) {
+          LeafRoute other;
+          (void)carve_leaves(params, inputs, n, machine, counter, &other);
+        });
+    HISAC_TRY(carve_leaves(params, inputs, entries, machine, arena, &leaf));
+    HISAC_TRY(arena.check("route"));
+    HISAC_TRY(place_centers("route", context, inputs, leaf.leaves));
+    HISAC_TRY(sum_leaves(leaf.leaves, context));
+    HISAC_TRY(launch_all(leaf.task, params, context, machine, out));
+    if (params.missing == Missing::drop) return {};
+    return absent_tokens(leaf.leaves, context, out, leaf.task.agents + 1);
+  }
+  Task t = describe(params, inputs);
+  HISAC_TRY(place_centers("route", context, inputs, t));
+  HISAC_TRY(plan_geometry(t, params.precision, machine));
+  carve(t, arena);
+  HISAC_TRY(arena.check("route"));
+  return launch_all(t, params, context, machine, out);
 }
 
 }  // namespace hisac::cuda

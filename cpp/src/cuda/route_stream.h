@@ -17,6 +17,8 @@ class RouteStream {
   /// Rows kept in one part for agents in two are bfloat16 already.
   SIMT_DEVICE DType x_type() const { return Q > S ? DType::bfloat16 : t.x.dtype; }
   SIMT_DEVICE DType v_type() const { return Q > S ? DType::bfloat16 : t.values().dtype; }
+  SIMT_DEVICE bool has_x() const { return Q > S || t.x.data; }
+  SIMT_DEVICE const float* scale() const { return Q > S ? nullptr : t.scale; }
 
   /// What the block has taken.
   struct Work {
@@ -47,8 +49,32 @@ class RouteStream {
     return floats(g.at.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
   }
   SIMT_DEVICE float& raw_bias(int buffer, int row) const { return floats(g.at.bias)[buffer * kRows + row]; }
+  SIMT_DEVICE float& raw_spread(int buffer, int row) const { return floats(g.at.spread)[buffer * kRows + row]; }
+  SIMT_DEVICE float& raw_scale(int buffer, int row) const { return floats(g.at.scale)[buffer * kRows + row]; }
   SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
     return reinterpret_cast<int32_t*>(simt::shared() + g.at.codes) + (buffer * kRows + row) * t.levels;
+  }
+
+  /// The two words of an id of v, or else x; those of four blocks of rows are kept, see fetch.
+  SIMT_DEVICE int32_t* raw_id(bool of_v, int block, int row) const {
+    int slot = block & 1;
+    SIMT_UNLESS_PLANTED(9, slot = block & 3);
+    return reinterpret_cast<int32_t*>(simt::shared() + g.at.ids) + ((slot * kRows + row) * 2 + of_v) * 2;
+  }
+  SIMT_DEVICE int place_of(int block, int row) const { return begin + block * kRows + row; }
+  SIMT_DEVICE int64_t id(bool of_v, int block, int row) const {
+    const int32_t* const word = raw_id(of_v, block, row);
+    if ((of_v ? t.v_ids : t.x_ids).dtype != DType::int64) return word[0];
+    return static_cast<int64_t>(static_cast<uint64_t>(word[1]) << 32 | static_cast<uint32_t>(word[0]));
+  }
+  /// Whether there is such a behaviour and it has a row of v, or else x; and which.
+  SIMT_DEVICE bool has(bool of_v, int block, int row) const {
+    const void* const ids = of_v ? t.v_ids.data : t.x_ids.data;
+    return place_of(block, row) < end &&
+           (!ids || static_cast<uint64_t>(id(of_v, block, row)) < static_cast<uint64_t>(of_v ? t.v.rows : t.x.rows));
+  }
+  SIMT_DEVICE int64_t row_of(bool of_v, int block, int row) const {
+    return (of_v ? t.v_ids.data : t.x_ids.data) ? id(of_v, block, row) : work().start + place_of(block, row);
   }
 
   struct Step {
@@ -87,43 +113,87 @@ class RouteStream {
       const bool some = valid && column + e < m.width;
       if (bytes == 4)
         reinterpret_cast<float*>(to + piece * 16)[e] = some ? reinterpret_cast<const float*>(from)[e] : 0.f;
+      else if (bytes == 1)
+        to[piece * 16 + e] = some ? from[e] : std::byte{0};
       else
         reinterpret_cast<uint16_t*>(to + piece * 16)[e] =
             some ? reinterpret_cast<const uint16_t*>(from)[e] : uint16_t{0};
     }
   }
 
+  SIMT_DEVICE void fetch_ids(int block, int r) {
+    const int place = place_of(block, r);
+    if (place >= end) return;
+    SIMT_ROLLED for (int of_v = 0; of_v < 2; ++of_v) {
+      const Ids ids = of_v ? t.v_ids : t.x_ids;
+      const int words = ids.dtype == DType::int64 ? 2 : 1;
+      if (!ids.data) continue;
+      const auto* const from = static_cast<const int32_t*>(ids.data) + (work().start + place) * words;
+      simt::copy4(raw_id(of_v, block, r), from, true);
+      if (words > 1) simt::copy4(raw_id(of_v, block, r) + 1, from + 1, true);
+    }
+  }
+
+  /// Those ids that the first two steps of a sweep need; fetch asks for the others two blocks ahead of their use.
+  SIMT_DEVICE void fetch_first_ids() {
+    if (!t.gathers()) return;
+    SIMT_ROLLED for (int r = simt::thread(); r < 2 * kRows; r += simt::threads()) fetch_ids(r / kRows, r % kRows);
+    simt::commit();
+    SIMT_UNLESS_PLANTED(10, simt::template wait<0>());
+    SIMT_UNLESS_PLANTED(11, simt::sync());
+  }
+
   SIMT_DEVICE void fetch(Step s) {
-    const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = size_of(x_type()), v_bytes = size_of(v_type());
+    const int buffer = buffer_of(s), thread = simt::fresh_thread(), lane = thread & 15, x_bytes = size_of(x_type()),
+              v_bytes = size_of(v_type());
     const bool last = s.chunk + 1 == g.chunks;
-    const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last ? kValues * v_bytes / 16 : 0;
-    SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
-      const int place = begin + s.block * kRows + r;
-      const int64_t row = work().start + place;
+    const int x_pieces = has_x() ? columns(s.chunk) * x_bytes / 16 : 0,
+              v_pieces = last && (has_x() || !t.refining) ? kValues * v_bytes / 16 : 0;
+    SIMT_ROLLED for (int r = thread; r < kRows; r += simt::threads()) {
+      if (t.gathers() && s.chunk == 0) fetch_ids(s.block + 2, r);
+      const int place = place_of(s.block, r);
       const bool valid = place < end;
+      const int64_t row = valid ? work().start + place : 0;
+      if (last || !has_x())
+        SIMT_ROLLED for (int l = 0; l < t.levels; ++l)
+            simt::copy4(raw_codes(buffer, r) + l, t.codes + row * t.levels + l, valid);
+      if (last && t.bias) simt::copy4(&raw_bias(buffer, r), t.bias + row, valid);
+      if (last && t.spread) simt::copy4(&raw_spread(buffer, r), t.spread + row, valid);
+      if (!scale()) continue;
+      const bool some = has(false, s.block, r);
+      simt::copy4(&raw_scale(buffer, r), t.scale + (t.scales && some ? row_of(false, s.block, r) : 0), some);
+    }
+    SIMT_ROLLED for (int r = thread / 16; r < kRows; r += simt::threads() / 16) {
+      const bool here = has(false, s.block, r), has_value = t.refining ? here : has(true, s.block, r);
+      const int64_t row = here ? row_of(false, s.block, r) : 0;
+      const int64_t value_row = t.refining ? row : has_value ? row_of(true, s.block, r) : 0;
       SIMT_ROLLED for (int c = lane; c < x_pieces + v_pieces; c += 16) {
         if (c < x_pieces)
-          fetch_row(raw_x(buffer, r), t.x, t.x_aligned, row, s.chunk * g.chunk, columns(s.chunk), valid, c);
+          fetch_row(raw_x(buffer, r), t.x, t.x_aligned, row, s.chunk * g.chunk, columns(s.chunk), here, c);
         else
-          fetch_row(raw_v(buffer, r), t.values(), t.values_aligned(), row, work().values * kValues, kValues, valid,
-                    c - x_pieces);
+          fetch_row(raw_v(buffer, r), t.values(), t.values_aligned(), value_row, work().values * kValues, kValues,
+                    has_value, c - x_pieces);
       }
-      if (!last) continue;
-      if (t.bias && lane == 0) simt::copy4(&raw_bias(buffer, r), valid ? t.bias + row : t.bias, valid);
-      for (int l = lane; l < t.levels; l += 16)
-        simt::copy4(raw_codes(buffer, r) + l, valid ? t.codes + row * t.levels + l : t.codes, valid);
     }
+  }
+
+  /// Eight columns of a behaviour's x; raw: as they were fetched.
+  SIMT_DEVICE void load_x(const std::byte* raw, int buffer, int row, int64_t column, float (&f)[8]) {
+    if (!has_x()) return t.prototype8(raw_codes(buffer, row), column, f);
+    load8(raw, x_type(), f);
+    if (scale())
+      SIMT_EACH (i, 8) f[i] *= raw_scale(buffer, row);
   }
 
   /// 16 lanes a row: raw to operands; with the last chunk the row's norm, shift and absence.
   SIMT_DEVICE void prepare(Step s) {
-    const int buffer = buffer_of(s), lane = simt::lane() & 15, kind = s.block & 1;
+    const int buffer = buffer_of(s), thread = simt::fresh_thread(), lane = thread & 15, kind = s.block & 1;
     const bool last = s.chunk + 1 == g.chunks;
-    SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
+    SIMT_ROLLED for (int r = thread / 16; r < kRows; r += simt::threads() / 16) {
       float f[8], squares = 0;
       if (lane * 8 < columns(s.chunk)) {
         const std::byte* const raw = raw_x(buffer, r) + lane * 8 * size_of(x_type());
-        load8(raw, x_type(), f);
+        load_x(raw, buffer, r, s.chunk * g.chunk + lane * 8, f);
         SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
         put<false>(f, raw, true, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
       }
@@ -135,32 +205,37 @@ class RouteStream {
         if (lane == 0) norm = squares;
         continue;
       }
-      const int place = begin + s.block * kRows + r;
-      const int64_t row = work().start + place;
-      const bool inside = place < end;
-      const float bias = t.bias ? raw_bias(buffer, r) : 0.f;
-      bool here = inside && finite(bias) && below_limit(squares, t.x.data, t.x.dtype, row, t.x.width);
-      for (int l = 0; l < t.levels; ++l)
-        here = here && static_cast<uint32_t>(raw_codes(buffer, r)[l]) < static_cast<uint32_t>(t.sizes[l]);
+      const bool has_value = has(true, s.block, r);
+      const float bias = t.bias ? raw_bias(buffer, r) : 0.f, spread = t.spread ? raw_spread(buffer, r) : 0.f;
+      const auto x_at = [&](int64_t d) {
+        if (!has_x()) return t.prototype(raw_codes(buffer, r), d);
+        return element(t.x.data, t.x.dtype, row_of(false, s.block, r) * t.x.width + d) *
+               (scale() ? raw_scale(buffer, r) : 1.f);
+      };
+      const bool here = has_value && has(false, s.block, r) && t.limited(bias, spread) &&
+                        t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_at);
       bool whole = true;
-      if (t.missing && g.value_tiles > 1 && inside && !here)  // a row's v counts whole or not at all
-        for (int64_t c = lane; c < t.v.width; c += 16)
-          whole = whole && finite(element(t.v.data, t.v.dtype, row * t.v.width + c));
+      if (t.missing && g.value_tiles > 1 && has_value && !here)  // a row's v counts whole or not at all
+        SIMT_ROLLED for (int64_t c = lane; c < t.v.width; c += 16) whole =
+            whole && finite(element(t.v.data, t.v.dtype, row_of(true, s.block, r) * t.v.width + c));
       const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(v_type());
       if (lane < kValues / 8) {
-        load8(raw, v_type(), f);
+        if (t.refining)
+          load_x(raw, buffer, r, work().values * kValues + lane * 8, f);
+        else
+          load8(raw, v_type(), f);
         SIMT_EACH (i, 8) whole = whole && finite(f[i]);
       }
-      const uint32_t broken = simt::ballot(!whole) >> (simt::lane() & 16) & 0xffffu;
+      const uint32_t broken = simt::ballot(!whole) >> (thread & 16) & 0xffffu;
       if (lane < kValues / 8) {
         bool keep = true;  // a weight of 0 does not take NaN away
         SIMT_UNLESS_PLANTED(5, keep = here || !broken);
         put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
       }
       if (lane == 0) {
-        floats(g.at.half)[kind * kRows + r] = here ? -0.5f * squares : 0.f;
+        floats(g.at.half)[kind * kRows + r] = here ? -0.5f * (squares + spread) : 0.f;
         floats(g.at.shift)[kind * kRows + r] = here ? base2(bias) : -kInfinity;
-        floats(g.at.gone)[kind * kRows + r] = inside && !here && !broken ? 1.f : 0.f;
+        floats(g.at.gone)[kind * kRows + r] = has_value && !here && !broken ? 1.f : 0.f;
       }
     }
   }

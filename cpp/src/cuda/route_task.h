@@ -7,8 +7,7 @@
 // histories are cut changes no bit. The plan lies on the device, for only the device knows the offsets: nothing waits
 // for the host.
 #pragma once
-#include "elements.h"
-#include "hisac/route.h"
+#include "behaviours.h"
 
 #ifndef HISAC_CUDA_TILE
 #define HISAC_CUDA_TILE 2048  // as in ../tiles.h; a test of many tiles takes small ones
@@ -43,7 +42,8 @@ struct Geometry {
   int workers = 0;  // what the plan cuts for
   int levels = 0;   // of a block's stack
   struct Offsets {  // in shared memory
-    int prototypes, x, v, raw_x, raw_v, bias, codes, half, shift, gone, norm, cross, row_lse, agents, absent, work;
+    int prototypes, x, v, raw_x, raw_v, ids, scale, bias, spread, codes, half, shift, gone, norm, cross, row_lse,
+        agents, absent, work;
   } at = {};
   size_t shared_bytes = 0;
 
@@ -54,16 +54,9 @@ struct Geometry {
   SIMT_BOTH int64_t state_floats() const { return int64_t{state()} * threads(); }
 };
 
-struct Task {
-  Rows x, v;
+struct Task : Behaviours {
   bool x_aligned = false, v_aligned = false;  // rows of whole 16 bytes at 16
-  const void *starts = nullptr, *ends = nullptr;
-  bool wide = true;  // int64
-  int64_t rows = 0, users = 0, agents = 0;
-  const float* bias = nullptr;
-  const int32_t* codes = nullptr;
-  int levels = 0;
-  int32_t sizes[kMaxLevels] = {};
+  int64_t agents = 0;
   const float* prototypes = nullptr;
   const int32_t* count = nullptr;
   const float* temperature = nullptr;
@@ -79,37 +72,15 @@ struct Task {
   float *stack = nullptr, *slots = nullptr;  // [blocks, levels], [8 workers, agent_tiles, value_tiles] states
   // results
   void* tokens = nullptr;
+  DType token_type = DType::float32;
   float *lse = nullptr, *refined = nullptr;
 
-  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
-    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
-  }
-  /// A user's rows, whatever the offsets hold.
-  SIMT_DEVICE int64_t start(int64_t b) const {
-    const int64_t s = offset(starts, b);
-    return s < 0 ? 0 : s > rows ? rows : s;
-  }
-  SIMT_DEVICE int64_t end(int64_t b) const {
-    const int64_t s = start(b), e = offset(ends, b);
-    return e < s ? s : e > rows ? rows : e;
-  }
   SIMT_DEVICE int64_t tiles(int64_t b) const { return (end(b) - start(b) + kTile - 1) / kTile; }
   SIMT_BOTH int64_t value_width() const { return refining ? x.width : v.width; }
   SIMT_BOTH const Rows& values() const { return refining ? x : v; }
   SIMT_DEVICE bool values_aligned() const { return refining ? x_aligned : v_aligned; }
   SIMT_BOTH int items() const { return g.agent_tiles * g.value_tiles; }  // of a unit
 };
-
-/// |row|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
-SIMT_DEVICE bool below_limit(float norm, const void* rows, DType type, int64_t row, int64_t width) {
-  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
-  double squares = 0;
-  for (int64_t d = 0; d < width; ++d) {
-    const double y = element(rows, type, row * width + d);
-    squares += y * y;
-  }
-  return squares < 0x1p100;
-}
 
 /// Adds a later state's share to an earlier one's: the factors of both.
 struct Merge {
@@ -142,7 +113,7 @@ struct Row {
   }
   SIMT_DEVICE void put(int64_t column, float a, float b) const {
     void* const out = t.refining ? t.refined : t.tokens;
-    const DType type = t.refining ? DType::float32 : t.v.dtype;
+    const DType type = t.refining ? DType::float32 : t.token_type;
     if (column < columns) store(out, type, row * columns + column, top == -kInfinity ? 0.f : a * scale);
     if (column + 1 < columns) store(out, type, row * columns + column + 1, top == -kInfinity ? 0.f : b * scale);
   }
@@ -152,7 +123,7 @@ struct Row {
 SIMT_DEVICE void finish_missing(const Task& t, int64_t user, int64_t column, float count, float sum) {
   if (!t.missing || t.refining || column >= t.v.width) return;
   const int64_t row = user * (t.agents + 1) + t.agents;
-  store(t.tokens, t.v.dtype, row * t.v.width + column, count > 0 ? sum / count : 0.f);
+  store(t.tokens, t.token_type, row * t.v.width + column, count > 0 ? sum / count : 0.f);
   if (column == 0)
     t.lse[row] = count > 0 ? static_cast<float>(static_cast<double>(simt::log2(count)) * kLn2) : -kInfinity;
 }

@@ -17,7 +17,7 @@ template <int MT, int Q, int S, bool kShares>
 class RouteTile : RouteStream<MT, Q, S> {
   using Base = RouteStream<MT, Q, S>;
   using Base::buffer_of, Base::prototypes, Base::operand_x, Base::operand_v, Base::pitch, Base::agent;
-  using Base::fetch_agents, Base::fetch, Base::prepare;
+  using Base::fetch_agents, Base::fetch, Base::fetch_first_ids, Base::prepare;
   using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after, Base::columns;
   using typename Base::Step;
   using typename Base::Work;
@@ -81,6 +81,7 @@ class RouteTile : RouteStream<MT, Q, S> {
       floats(g.at.agents)[i] = t.half[first + i];
       floats(g.at.agents)[g.tile_agents + i] = t.rate[first + i];
     }
+    fetch_first_ids();
     fetch_agents({}, tile());
     fetch({});
     simt::commit();

@@ -27,6 +27,11 @@ struct alignas(16) Quad {
 };
 
 SIMT_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+SIMT_DEVICE int fresh_thread() {  // asked for anew: nothing that follows from it waits in a register for the next use
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
 SIMT_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 SIMT_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31); }
 SIMT_DEVICE int warp() { return static_cast<int>(threadIdx.x >> 5); }

@@ -11,7 +11,7 @@
 
 namespace hisac::cuda {
 
-/// D up to 4,096; x given, neither ids nor int8 nor spread; Method::exact. Precision::float32: products of float32
+/// D up to 4,096. Needs context.codebook_image where x is not given. Precision::float32: products of float32
 /// numbers as sums of three bfloat16 products, within 3 * 2^-18 |x| |p| and the sums' rounding; bfloat16: one product.
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
@@ -40,28 +40,31 @@ Status attend_backward(const Context& context, const AttendInputs& inputs, const
                        const AttendGradients& out) noexcept;
 size_t attend_backward_workspace(const AttendInputs& inputs) noexcept;
 
+/// Users whose histories find no room for their entries in the workspace have no sums there: only histories that are
+/// not ragged offsets can come to that, with a workspace for a `longest` that is too short, which no call can see.
+Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
+size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest) noexcept;
+
 /// All of them, for ../on_cuda.h.
 struct Verbs {
   int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before
-  decltype(&cuda::sum_rows) sum_rows = nullptr;
   decltype(&cuda::encode) encode = nullptr;
   decltype(&cuda::code_prototypes) code_prototypes = nullptr;
+  decltype(&cuda::vote) vote = nullptr;
+  decltype(&cuda::vote_workspace) vote_workspace = nullptr;
   decltype(&cuda::route) route = nullptr;
   decltype(&cuda::route_workspace) route_workspace = nullptr;
+  decltype(&cuda::leaf_sums) leaf_sums = nullptr;
+  decltype(&cuda::leaf_sums_workspace) leaf_sums_workspace = nullptr;
+  decltype(&cuda::attend) attend = nullptr;
+  decltype(&cuda::attend_workspace) attend_workspace = nullptr;
+  decltype(&cuda::attend_backward) attend_backward = nullptr;
+  decltype(&cuda::attend_backward_workspace) attend_backward_workspace = nullptr;
+  decltype(&cuda::sum_rows) sum_rows = nullptr;
   Status (*route_backward)(const Context&, const RouteParams&, const RouteInputs&, const RouteForward&,
                            const RouteGradients&) noexcept = nullptr;
   size_t (*route_backward_workspace)(const RouteParams&, const RouteInputs&, const RouteGradients&,
                                      int64_t) noexcept = nullptr;
-  Status (*leaf_sums)(const Context&, const RouteInputs&, const LeafSums&) noexcept = nullptr;
-  size_t (*leaf_sums_workspace)(const RouteInputs&, int64_t) noexcept = nullptr;
-  Status (*vote)(const Context&, const Codebook&, const VoteParams&, Array<const int32_t, 2>, Histories,
-                 Array<const float, 1>, Agents) noexcept = nullptr;
-  size_t (*vote_workspace)(const Codebook&, const VoteParams&, int64_t) noexcept = nullptr;
-  Status (*attend)(const Context&, const AttendInputs&, Attended) noexcept = nullptr;
-  size_t (*attend_workspace)(const AttendInputs&) noexcept = nullptr;
-  Status (*attend_backward)(const Context&, const AttendInputs&, const AttendForward&,
-                            const AttendGradients&) noexcept = nullptr;
-  size_t (*attend_backward_workspace)(const AttendInputs&) noexcept = nullptr;
 };
 
 }  // namespace hisac::cuda

@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "leaf_sums.h"
+
+#include <initializer_list>
+
+#include "../checks.h"
+#include "leaf_sort.h"
+#include "verbs.h"
+
+namespace hisac::cuda {
+namespace {
+
+constexpr int kRun = 64;  // rows whose weighted sum is float32
+constexpr int kColumns = 128;
+constexpr int kShort = 4 * kRun;  // rows of a leaf that one warp sums
+
+SIMT_DEVICE int warps() { return simt::blocks() * kWarps; }
+
+/// A warp a behaviour.
+SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
+  const int lane = simt::lane();
+  if (simt::block() == 0 && simt::thread() == 0) *t.next = 0;
+  for (int64_t b = int64_t{simt::block()} * kWarps + simt::warp(); b < t.rows; b += warps()) {
+    const int64_t x_row = t.x_row(b), v_row = t.v_row(b);
+    const float spread = t.spread ? t.spread[b] : 0.f;
+    const int32_t* const codes = t.codes + b * t.levels;
+    bool here = x_row >= 0 && v_row >= 0 && t.limited(t.bias ? t.bias[b] : 0.f, spread) && t.valid(codes);
+    float squares = 0;
+    for (int64_t d = lane; here && d < t.x.width; d += 32) {
+      const float y = t.x_at(b, x_row, d);
+      squares = simt::fused(y, y, squares);
+    }
+    for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
+    here = here && below_limit(squares, t.x.width, [&](int64_t d) { return t.x_at(b, x_row, d); });
+    bool whole = v_row >= 0;
+    for (int64_t c = lane; t.missing && !here && v_row >= 0 && c < t.v.width; c += 32)
+      whole = whole && finite(t.v_at(v_row, c));
+    whole = simt::ballot(!whole) == 0;
+    uint64_t leaf = 0;
+    for (int l = 0; here && l < t.levels; ++l)
+      leaf = leaf * static_cast<uint64_t>(t.sizes[l]) + static_cast<uint64_t>(codes[l]);
+    if (lane != 0) continue;
+    t.norm[b] = here ? squares + spread : whole ? t.kAbsent : t.kNothing;
+    t.leaf[b] = leaf;
+  }
+}
+
+/// One block: where each user's entries go.
+SIMT_KERNEL(kThreads) plan_entries(SIMT_CONSTANT LeafTask t) {
+  const auto capped = [&](int64_t n) { return n < t.room ? n : t.room; };
+  const int64_t all = scan(
+      t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.end(b) - t.start(b); },
+      [&](int64_t b, int64_t at) { t.first[b] = capped(at); });
+  if (simt::thread() == 0) t.first[t.users] = capped(all);
+}
+
+/// One block: where each user's sums go.
+SIMT_KERNEL(kThreads) plan_sums(SIMT_CONSTANT LeafTask t) {
+  const auto capped = [&](int64_t n) { return n < t.sums ? n : t.sums; };
+  const int64_t all = scan(
+      t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.leaves[b]; },
+      [&](int64_t b, int64_t at) { t.out.offsets.data[b] = capped(at); });
+  if (simt::thread() == 0) t.out.offsets.data[t.users] = capped(all);
+}
+
+/// A block a user.
+SIMT_KERNEL(kThreads) sort_rows(SIMT_CONSTANT LeafTask t) { Sorter(t).run(); }
+
+/// One leaf's row of sums: by a warp, or by all warps of the block, each with every eighth run.
+template <bool kBlock>
+class Leaf {
+  static constexpr int kParts = kBlock ? kWarps : 1;
+
+ public:
+  /// The leaf whose sums are row `place`.
+  SIMT_DEVICE Leaf(const LeafTask& task, int64_t place) : t(task), out(place) {
+    int64_t b = 0;  // the last user whose sums begin there or before, one of 32 parts at a time
+    for (int64_t left = t.users; left > 1;) {
+      const int64_t step = (left + 31) / 32, probe = simt::lane() * step;
+      const bool before = probe < left && t.out.offsets.data[b + probe] <= place;
+      const int64_t skip = (simt::count_bits(simt::ballot(before)) - 1) * step;
+      b += skip;
+      left = left - skip < step ? left - skip : step;
+    }
+    const int32_t* const begin = t.begin + t.first[b] + b + (place - t.out.offsets.data[b]);
+    rows = t.entry + t.first[b] + begin[0];
+    weights = t.weight + t.first[b] + begin[0];
+    n = begin[1] - begin[0];
+  }
+  SIMT_DEVICE int size() const { return n; }
+
+  SIMT_DEVICE void sum() {
+    const int lane = simt::lane();
+    float top = -kInfinity;
+    each_run([&](int first, int last) {
+      for (int e = first + lane; t.bias && e < last; e += 32) top = larger(top, t.bias[rows[e]]);
+    });
+    for (int m = 16; m; m /= 2) top = larger(top, simt::shuffle_xor(top, m));
+    top = t.bias ? static_cast<float>(over_parts(top, false)) : 0.f;
+    float scale = 1;  // a run's weights are at most 1 together, so that no sum of large v overflows
+    while (scale * static_cast<float>(n < kRun ? n : kRun) > 1) scale /= 2;
+    double mass = 0, squares = 0;
+    each_run([&](int first, int last) {
+      for (int e = first + lane; e < last; e += 32) {
+        const int32_t row = rows[e];
+        const float w = t.bias ? scale * simt::exp2((t.bias[row] - top) * kLog2e) : scale;
+        weights[e] = w;
+        mass += static_cast<double>(w);
+        squares += static_cast<double>(w) * static_cast<double>(t.norm[row]);
+      }
+    });
+    simt::sync_warp();
+    for (int m = 16; m; m /= 2) {
+      mass += simt::shuffle_xor(mass, m);
+      squares += simt::shuffle_xor(squares, m);
+    }
+    mass = over_parts(mass, true);
+    squares = over_parts(squares, true);
+    double inverse = 1 / mass;
+    means(
+        static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int32_t, int64_t at, int d) { return t.v_at(at, d); },
+        [&](int32_t row) { return t.v_row(row); });
+    double square = means(
+        static_cast<int>(t.x.width), inverse, t.out.x.data,
+        [&](int32_t row, int64_t at, int d) { return t.x_at(row, at, d); }, [&](int32_t row) { return t.x_row(row); });
+    if (!stores()) return;
+    if (square > 0x1.fffff0p99) {  // every row is below 2^100: rounding shall not take their mean there
+      inverse *= 1 - 0x1p-20;
+      square = 0;
+      for (int64_t d = lane; d < t.x.width; d += 32) {
+        float& y = t.out.x.data[out * t.x.width + d];
+        y *= 1 - 0x1p-20f;
+        square += static_cast<double>(y) * static_cast<double>(y);
+      }
+      for (int m = 16; m; m /= 2) square += simt::shuffle_xor(square, m);
+    }
+    if (lane != 0) return;
+    const double spread = squares * inverse - square;
+    t.out.spread.data[out] = static_cast<float>(spread > 0 ? (spread < kLargest ? spread : kLargest) : 0.0);
+    t.out.bias.data[out] = static_cast<float>(static_cast<double>(top) +
+                                              kLn2 * static_cast<double>(simt::log2(static_cast<float>(mass / scale))));
+    for (int l = 0; t.out.codes.data && l < t.levels; ++l)
+      t.out.codes.data[out * t.levels + l] = t.codes[int64_t{rows[0]} * t.levels + l];
+  }
+
+ private:
+  SIMT_DEVICE bool stores() const { return !kBlock || simt::warp() == 0; }
+
+  /// visit(first, last) for this warp's runs.
+  template <class Visit>
+  SIMT_DEVICE void each_run(Visit visit) const {
+    for (int first = kBlock ? simt::warp() * kRun : 0; first < n; first += kParts * kRun)
+      visit(first, first + kRun < n ? first + kRun : n);
+  }
+
+  /// The sum of all warps' numbers, or the largest.
+  SIMT_DEVICE double over_parts(double mine, bool add) const {
+    if (!kBlock) return mine;
+    auto* const all = reinterpret_cast<double*>(simt::shared());
+    simt::sync();
+    if (simt::lane() == 0) all[simt::warp()] = mine;
+    SIMT_UNLESS_PLANTED(14, simt::sync());
+    double y = all[0];
+    for (int w = 1; w < kWarps; ++w) y = add ? y + all[w] : y < all[w] ? all[w] : y;
+    return y;
+  }
+
+  /// to[out, :] = the weighted means, and the sum of their squares. at(row): its row of the table.
+  template <class Element, class At>
+  SIMT_DEVICE double means(int width, double inverse, float* to, Element element, At at) const {
+    const int lane = simt::lane();
+    double square = 0;
+    for (int first = 0; first < width; first += kColumns) {
+      double sum[kColumns / 32] = {};
+      each_run([&](int begin, int end) {
+        float run[kColumns / 32] = {};
+        for (int e = begin; e < end; ++e) {
+          const int64_t row = at(rows[e]);
+          SIMT_EACH (j, kColumns / 32)
+            if (const int d = first + j * 32 + lane; d < width)
+              run[j] = simt::fused(weights[e], element(rows[e], row, d), run[j]);
+        }
+        SIMT_EACH (j, kColumns / 32) sum[j] += static_cast<double>(run[j]);
+      });
+      if (kBlock) {
+        auto* const all = reinterpret_cast<double*>(simt::shared());  // [kWarps, kColumns]
+        simt::sync();
+        SIMT_EACH (j, kColumns / 32) all[simt::warp() * kColumns + j * 32 + lane] = sum[j];
+        simt::sync();
+        SIMT_EACH (j, kColumns / 32) {
+          sum[j] = all[j * 32 + lane];
+          for (int w = 1; w < kWarps; ++w) sum[j] += all[w * kColumns + j * 32 + lane];
+        }
+      }
+      SIMT_EACH (j, kColumns / 32) {
+        const int d = first + j * 32 + lane;
+        const float y = static_cast<float>(sum[j] * inverse);
+        if (d >= width) continue;
+        if (stores()) to[out * width + d] = y;
+        square += static_cast<double>(y) * static_cast<double>(y);
+      }
+    }
+    for (int m = 16; m; m /= 2) square += simt::shuffle_xor(square, m);
+    return square;
+  }
+
+  const LeafTask& t;
+  int64_t out;
+  const int32_t* rows = nullptr;
+  float* weights = nullptr;
+  int n = 0;
+};
+
+/// Eight leaves at a time: the short ones by a warp each, then the long ones by all.
+SIMT_KERNEL(kThreads, 3) add_leaves(SIMT_CONSTANT LeafTask t) {
+  const int64_t all = t.out.offsets.data[t.users];
+  auto* const sizes = reinterpret_cast<int*>(simt::shared() + kWarps * kColumns * 8);  // [kWarps]
+  for (int64_t first = int64_t{simt::block()} * kWarps; first < all; first += warps()) {
+    const bool some = first + simt::warp() < all;
+    int size = 0;
+    if (some) {
+      Leaf<false> leaf(t, first + simt::warp());
+      size = leaf.size();
+      if (size <= kShort) leaf.sum();
+    }
+    if (simt::lane() == 0) sizes[simt::warp()] = size;
+    simt::sync();
+    for (int w = 0; w < kWarps; ++w)
+      if (sizes[w] > kShort) Leaf<true>(t, first + w).sum();
+    SIMT_UNLESS_PLANTED(16, simt::sync());
+  }
+}
+
+struct AbsentTask {
+  LeafTask leaves;
+  void* tokens;  // [B, rows, V]
+  float* lse;
+  int64_t rows;
+};
+
+/// A block a user and 64 columns.
+SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
+  const LeafTask& t = a.leaves;
+  const int lane = simt::lane(), warp = simt::warp();
+  auto* const sums = reinterpret_cast<double*>(simt::shared());         // [kWarps, 64]
+  auto* const counts = reinterpret_cast<int64_t*>(sums + kWarps * 64);  // [kWarps]
+  const int64_t tiles = (t.v.width + 63) / 64;
+  for (int64_t i = simt::block(); i < t.users * tiles; i += simt::blocks()) {
+    const int64_t b = i / tiles, column = i % tiles * 64 + lane, start = t.start(b), end = t.end(b);
+    double sum[2] = {};
+    int64_t count = 0;
+    for (int64_t first = start + warp * 32; first < end; first += kThreads) {
+      uint32_t absent = simt::ballot(first + lane < end && t.norm[first + lane] == t.kAbsent);
+      count += simt::count_bits(absent);
+      for (; absent; absent &= absent - 1) {
+        const int64_t row = t.v_row(first + simt::count_bits((absent & -absent) - 1));
+        SIMT_EACH (j, 2)
+          if (column + 32 * j < t.v.width) sum[j] += static_cast<double>(t.v_at(row, column + 32 * j));
+      }
+    }
+    SIMT_EACH (j, 2) sums[warp * 64 + 32 * j + lane] = sum[j];
+    if (lane == 0) counts[warp] = count;
+    SIMT_UNLESS_PLANTED(15, simt::sync());
+    count = 0;
+    for (int w = 0; w < kWarps; ++w) count += counts[w];
+    const int64_t at = b * a.rows + a.rows - 1, d = i % tiles * 64 + simt::thread();
+    if (count > 0 && simt::thread() < 64 && d < t.v.width) {
+      double all = 0;
+      for (int w = 0; w < kWarps; ++w) all += sums[w * 64 + simt::thread()];
+      store(a.tokens, t.v.dtype, at * t.v.width + d, static_cast<float>(all / static_cast<double>(count)));
+      if (d == 0) a.lse[at] = static_cast<float>(static_cast<double>(simt::log2(static_cast<float>(count))) * kLn2);
+    }
+    simt::sync();
+  }
+}
+
+// ---- host
+
+Status launched(std::initializer_list<decltype(simt::machine(nullptr))> errors) {
+  for (const auto e : errors)
+    if (e != decltype(e){}) return Status::error(Code::io_error, "leaf_sums: cuda: %s", simt::describe(e));
+  return {};
+}
+
+}  // namespace
+
+LeafTask leaf_task(const RouteInputs& in, int64_t width) {
+  LeafTask t;
+  static_cast<Behaviours&>(t) = behaviours_of(in, width);
+  uint64_t last = 0;
+  for (int l = 0; l < t.levels; ++l)
+    last = last * static_cast<uint64_t>(t.sizes[l]) + static_cast<uint64_t>(t.sizes[l] - 1);
+  for (; last; last /= 2) ++t.bits;
+  return t;
+}
+
+int64_t most_entries(const RouteInputs& in, int64_t longest) {
+  const Histories& h = in.histories;
+  const int64_t rows = in.behaviours();
+  if (h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype)) return rows;
+  return std::min<int64_t>(longest, rows) * h.users;
+}
+
+int64_t most_sums(const RouteInputs& in, int64_t entries) {
+  int64_t most = std::min<int64_t>(1, entries);
+  const auto times = [&](int64_t n) { most = most && n > entries / most ? entries : most * n; };
+  for (int l = 0; l < in.book->levels(); ++l) times(in.book->size(l));
+  times(in.histories.users);
+  return most;
+}
+
+void carve(LeafTask& t, Arena& arena) {
+  t.next = arena.take<int>(1);
+  t.norm = arena.take<float>(t.rows);
+  t.leaf = arena.take<uint64_t>(t.rows);
+  t.first = arena.take<int64_t>(t.users + 1);
+  t.leaves = arena.take<int64_t>(t.users);
+  t.entry = arena.take<int32_t>(t.room);
+  t.spare = arena.take<int32_t>(t.room);
+  t.begin = arena.take<int32_t>(t.room + t.users);
+  t.weight = arena.take<float>(t.room);
+}
+
+Status sum_leaves(const LeafTask& t, const Context& context) {
+  const auto stream = static_cast<simt::Stream>(context.stream);
+  simt::Machine machine;
+  HISAC_TRY(launched({simt::machine(&machine)}));
+  const int blocks = machine.processors * 8;
+  constexpr size_t kScan = kWarps * 8, kSort = Sorter::kShared, kAdd = kWarps * (kColumns * 8 + 4);
+  return launched({simt::launch(mark_rows, least((t.rows + kWarps) / kWarps, blocks), kThreads, 0, stream, t),
+                   simt::launch(plan_entries, 1, kThreads, kScan, stream, t),
+                   simt::launch(sort_rows, least(t.users, blocks), kThreads, kSort, stream, t),
+                   simt::launch(plan_sums, 1, kThreads, kScan, stream, t),
+                   simt::launch(add_leaves, least((t.sums + kWarps - 1) / kWarps, blocks), kThreads, kAdd, stream, t)});
+}
+
+Status absent_tokens(const LeafTask& t, const Context& context, const Tokens& out, int64_t rows) {
+  simt::Machine machine;
+  HISAC_TRY(launched({simt::machine(&machine)}));
+  const AbsentTask a{t, out.tokens.data, out.lse.data, rows};
+  return launched({simt::launch(mean_absent, least(t.users * ((t.v.width + 63) / 64), machine.processors * 8), kThreads,
+                                kWarps * 65 * 8, static_cast<simt::Stream>(context.stream), a)});
+}
+
+namespace {
+
+int64_t width_of(const RouteInputs& in) {
+  return in.x.data ? in.x.width : in.book && !in.book->empty() ? in.book->width() : 0;
+}
+
+Status check_limits(const RouteInputs& in) {
+  if (in.behaviours() < int64_t{1} << 31) return {};
+  return Status::error(Code::not_implemented, "leaf_sums: expected T below 2^31 on CUDA, got %" PRId64,
+                       in.behaviours());
+}
+
+}  // namespace
+
+size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest) noexcept {
+  LeafTask t = leaf_task(inputs, width_of(inputs));
+  t.room = most_entries(inputs, longest);
+  Arena arena;
+  carve(t, arena);
+  return arena.used();
+}
+
+Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {
+  HISAC_TRY(check_limits(inputs));
+  LeafTask t = leaf_task(inputs, width_of(inputs));
+  HISAC_TRY(place_centers("leaf_sums", context, inputs, t));
+  const int64_t most = most_entries(inputs, std::min(t.rows, out.x.shape[0]));
+  t.room = entries_that_fit(context, inputs, most, [&](int64_t entries, Arena& arena) {
+    LeafTask other = t;
+    other.room = entries;
+    carve(other, arena);
+  });
+  Arena arena(context.workspace);
+  carve(t, arena);
+  HISAC_TRY(arena.check("leaf_sums"));
+  t.out = out;
+  t.sums = out.x.shape[0];
+  return sum_leaves(t, context);
+}
+
+}  // namespace hisac::cuda
