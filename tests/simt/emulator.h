@@ -114,6 +114,12 @@ T atomic_add(T* p, T value) {
   static_assert(std::is_integral_v<T>, "no float atomics");
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
+inline int32_t atomic_max(int32_t* p, int32_t value) {
+  int32_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 
 void copy16(void* to, const void* from, bool valid);
 void copy4(void* to, const void* from, bool valid);

@@ -13,4 +13,11 @@ namespace hisac::cuda {
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
 
+/// V up to 4,096 too, and neither ids, int8, spread nor leaves. Products as the forward's; those with gradients of
+/// tokens and with weights likewise. Workspace grows with T, whatever the longest history is.
+Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                      const RouteForward& forward, const RouteGradients& out) noexcept;
+size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
+                                int64_t longest) noexcept;
+
 }  // namespace hisac::cuda
