@@ -17,6 +17,7 @@
 #define SIMT_DEVICE inline
 #define SIMT_BOTH inline
 #define SIMT_KERNEL(threads) void
+#define SIMT_LONE_KERNEL(threads) void
 #define SIMT_CONSTANT const
 #define SIMT_EACH(i, n) for (int i = 0; i < (n); ++i)
 #define SIMT_ROLLED

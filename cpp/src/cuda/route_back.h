@@ -12,8 +12,8 @@ namespace hisac::cuda {
 
 /// kShares: agents mode; kAgents: the prototypes' gradients, else the rows' and the temperature's.
 template <int MT, int Q, int S, bool kShares, bool kAgents>
-class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
-  static constexpr int R = kAgents ? 32 : 64 / S, kPitch = R + 8;
+class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, S, kAgents)> {
+  static constexpr int R = rows_of_step(Q, S, kAgents), kPitch = R + 8;
   using Base = RouteAgents<MT, Q, S, R>;
   using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::place;
   using typename Base::Products;
@@ -68,9 +68,9 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
 
   SIMT_DEVICE void chunk() {
     const int c = work().values;
-    const int64_t from = int64_t{c} * b.chunk, to = from + b.chunk < t.rows ? from + b.chunk : t.rows;
+    const int from = c * b.chunk, to = least(int64_t{from} + b.chunk, t.rows);
     auto* const users = reinterpret_cast<uint32_t*>(simt::shared() + b.at.users);
-    covered_from = covered_to = from;
+    if (simt::thread() == 0) covered() = {from, from};
     for (int64_t a = simt::thread(); b.raw && a < b.padded(); a += simt::threads()) b.raw[a * b.chunks + c] = 0;
     const int64_t last = b.last[c];
     SIMT_ROLLED for (int64_t first = t.users - b.first[c]; first < last; first += simt::threads()) {
@@ -83,35 +83,42 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
           history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1), from, to);
       SIMT_UNLESS_PLANTED(41, simt::sync());
     }
-    clear(from, covered_from);
-    clear(covered_to, to);
+    simt::sync();
+    clear(from, covered().from);
+    clear(covered().to, to);
   }
 
-  /// A user's rows of [from, to). Rows of [covered_from, covered_to) hold sums of earlier users, or of agents of
-  /// earlier tiles.
-  SIMT_DEVICE void history(int64_t user, int64_t from, int64_t to) {
+  /// Those rows of a chunk that hold sums of earlier users, or of agents of earlier tiles; T is below 2^31.
+  struct Covered {
+    int from, to;
+  };
+  SIMT_DEVICE Covered& covered() const {
+    return *reinterpret_cast<Covered*>(simt::shared() + b.at.users + 4 * g.warps);
+  }
+
+  /// A user's rows of [from, to).
+  SIMT_DEVICE void history(int64_t user, int from, int to) {
     const int64_t start = t.start(user), stop = t.end(user);
-    const int64_t first = start > from ? start : from, last = stop < to ? stop : to;
+    const int first = static_cast<int>(start > from ? start : from), last = least(stop, to);
+    const Covered c = covered();
+    const bool none = c.from == c.to;
+    if (!none) {
+      clear(c.to, first);
+      clear(last, c.from);
+    }
+    simt::sync();
     if (simt::thread() == 0) {
       taken().start = start;
       taken().unit.user = static_cast<int32_t>(user);
+      covered() = {none ? first : least(c.from, last), none || c.to < first ? first : c.to};
     }
     simt::sync();
-    if (covered_from == covered_to) covered_from = covered_to = first;
-    if (first > covered_to) {
-      clear(covered_to, first);
-      covered_to = first;
-    }
-    if (last < covered_from) {
-      clear(last, covered_from);
-      covered_from = last;
-    }
     begin = static_cast<int>(first - start);
     end = static_cast<int>(last - start);
     range();
   }
 
-  SIMT_DEVICE void clear(int64_t from, int64_t to) const {
+  SIMT_DEVICE void clear(int from, int to) const {
     const auto zero = [&](float* p, int64_t width) {
       if (!p) return;
       SIMT_ROLLED for (int64_t i = from * width + simt::thread(); i < to * width; i += simt::threads()) p[i] = 0;
@@ -181,26 +188,22 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
         floats(g.at.agents)[k * g.tile_agents + i] = of[k][first + i];
     if (!kAgents)
       SIMT_EACH (h, MT) total[h][0] = total[h][1] = 0;
-    this->fetch_agents({}, tile);
+    if (g.chunks == 1) this->fetch_agents({}, tile);
     if (values.g.chunks == 1) values.fetch_agents({}, tile);
-    fetch_rows({});
-    simt::commit();
-    if (some(next({}))) fetch_rows(next({}));
-    simt::commit();
-    simt::template wait<1>();
-    simt::sync();
-    prepare_rows({});
-    Step s;
+    Step s{0, -2};
     SIMT_ROLLED while (some(s)) {
       const Step s1 = next(s), s2 = next(s1);
+      const bool goes_on = some(s1) && s1.chunk >= 0;
       SIMT_UNLESS_PLANTED(43, simt::template wait<0>());
       SIMT_UNLESS_PLANTED(44, simt::sync());
-      if (some(s1)) fetch_parts(s1);
+      if (goes_on) fetch_parts(s1);
       if (some(s2)) fetch_rows(s2);
       simt::commit();
-      if (some(s1)) prepare_rows(s1);
+      if (goes_on) prepare_rows(s1);
       const int c = s.chunk - g.chunks, o = c - values.g.chunks;
-      if (c < 0) {
+      if (s.chunk < 0) {
+        // the first rows are on their way
+      } else if (c < 0) {
         this->multiply(z, s);
         if (c == -1) logits(s.block);
       } else if (o < 0) {
@@ -257,19 +260,19 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
         SIMT_EACH (h, MT) sum += y[h][n][i] + y[h][n][2 + i];
         for (int m = 4; m < 32; m *= 2) sum += simt::shuffle_xor(sum, m);
         if (simt::lane() < 4) sums(simt::warp(), which)[n * 8 + 2 * q + i] = sum;
+        simt::sync_warp();
       }
   }
 
-  /// z, y <- w, q, from logits and dtoken . v. What is absent gets 0 whatever it is multiplied with.
+  /// z, y <- w, q, from logits and dtoken . v. Absent rows, and agents that are absent or have no mass (lse is inf for
+  /// all of them), get 0 whatever it is multiplied with.
   SIMT_DEVICE void gradients(int block) {
     const int q = simt::lane() & 3;
     float top[MT][2], with[MT][2];  // of agents: lse; the rest of a dz, then its slope
-    bool here[MT][2];
     SIMT_EACH (h, MT)
       SIMT_EACH (r, 2) {
         top[h][r] = agent(2, h, r);
         with[h][r] = agent(3, h, r);
-        here[h][r] = agent(0, h, r) != -kInfinity;
       }
     SIMT_EACH (n, R / 8) {
       SIMT_EACH (i, 2) {
@@ -280,10 +283,10 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
           SIMT_EACH (r, 2) {
             float& dz = y[h][n][2 * r + i];
             const float w = simt::exp2(z[h][n][2 * r + i] + plus - top[h][r]);
-            dz = here[h][r] && some ? w * (dz + with[h][r]) : 0.f;
+            dz = some && top[h][r] != kInfinity ? w * (dz + with[h][r]) : 0.f;
           }
+        simt::sync_warp();  // one column after another, for want of registers
       }
-      simt::sync_warp();  // one column after another, for want of registers
     }
     if (kShares || (!kAgents && b.d_bias)) sum_agents(0);
     float* const bias = floats(b.at.row_bias) + (several() ? block * R : 0);
@@ -304,14 +307,14 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
           SIMT_EACH (r, 2) {
             float &w = z[h][n][2 * r + i], &dz = y[h][n][2 * r + i];
             const float logit = larger(w, -3e38f);  // 0 times -inf would be NaN
-            if (kShares && here[h][r] && some) dz -= simt::exp2(w - less) * bias[row];
+            if (kShares && some && top[h][r] != kInfinity) dz -= simt::exp2(w - less) * bias[row];
             if (!kAgents) total[h][r] = simt::fused(dz, logit, total[h][r]);
             w = simt::exp2(w + plus - top[h][r]);
             dz *= with[h][r];
             if (kAgents) total[h][r] += dz;
           }
+        simt::sync_warp();
       }
-      simt::sync_warp();
     }
     if constexpr (kAgents) return accumulate(block);
     if (b.dv) put_operand(halves(b.at.weights), z);
@@ -336,9 +339,9 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
         }
   }
 
-  SIMT_DEVICE void put(float* to, int64_t row, int64_t width, int64_t column, float value) const {
-    float& at = to[row * width + column];
-    at = row >= covered_from && row < covered_to ? at + value : value;
+  SIMT_DEVICE void put(float* to, int row, int64_t width, int64_t column, float value) const {
+    float& at = to[int64_t{row} * width + column];
+    at = row >= covered().from && row < covered().to ? at + value : value;
   }
 
   /// What a phase of outputs multiplies: weights or slopes by columns of d_tokens or prototypes.
@@ -354,7 +357,7 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
   SIMT_DEVICE void output(int block, int phase) {
     const int rows = least(end - begin - block * R, R);
     for (int r = simt::thread(); phase == 0 && b.d_bias && r < rows; r += simt::threads())
-      put(b.d_bias, work().start + begin + block * R + r, 1, 0, sum_of(0, r));
+      put(b.d_bias, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
     const int x = phase - outputs_v();
     Output out;
     if (x < 0) {
@@ -397,7 +400,7 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
     SIMT_EACH (r, 2) {
       const int at = row + r * 8 + lane / 4;
       if (at >= rows) continue;
-      const int64_t behaviour = work().start + begin + block * R + at;
+      const int behaviour = static_cast<int>(work().start) + begin + block * R + at;
       const bool here = shift(block, at) != -kInfinity;
       const float weight = out.of_x ? sum_of(1, at) : 0.f;
       SIMT_EACH (n, 4)
@@ -406,7 +409,7 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
           const int64_t d = out.column + local;
           if (local >= out.columns || d >= out.width) continue;
           float value = here ? sum[n][2 * r + i] : out.of_x ? 0.f : absent(block, at, d);
-          if (here && out.of_x) value -= element(t.x.data, t.x.dtype, behaviour * t.x.width + d) * weight;
+          if (here && out.of_x) value -= element(t.x.data, t.x.dtype, int64_t{behaviour} * t.x.width + d) * weight;
           put(out.to, behaviour, out.width, d, value);
         }
     }
@@ -428,11 +431,11 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
           sum += simt::shuffle_xor(sum, 1);
           sum += simt::shuffle_xor(sum, 2);
           const int64_t a = int64_t{tile} * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4;
-          if ((simt::lane() & 3) == 0 && agent(0, h, r) != -kInfinity) b.raw[a * b.chunks + work().values] += sum;
+          if ((simt::lane() & 3) == 0) b.raw[a * b.chunks + work().values] += sum;
         }
-    const int64_t first = work().start + begin, last = work().start + end;
-    covered_from = covered_from < first ? covered_from : first;
-    covered_to = covered_to > last ? covered_to : last;
+    const int first = static_cast<int>(work().start) + begin, last = static_cast<int>(work().start) + end;
+    simt::sync();
+    if (simt::thread() == 0) covered() = {least(covered().from, first), covered().to > last ? covered().to : last};
   }
 
   // ---- the prototypes' gradients
@@ -522,6 +525,7 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
       each([&](float& f) {
         f += *from;
         from += simt::threads();
+        simt::sync_warp();  // one load at a time, for want of registers
       });
     }
     if (last) return;
@@ -532,7 +536,6 @@ class RouteBack : RouteAgents<MT, Q, S, kAgents ? 32 : 64 / S> {
   const BackTask& b;
   Values values;
   int what = kAll, tile = 0;
-  int64_t covered_from = 0, covered_to = 0;
   Products z, y;
   float total[MT][2];  // of a thread's agents: dz times logits, or q
   float moment[MT][kAgents ? kValues / 8 : 1][4];

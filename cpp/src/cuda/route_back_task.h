@@ -11,6 +11,11 @@
 
 namespace hisac::cuda {
 
+/// As many as registers allow.
+SIMT_BOTH constexpr int rows_of_step(int parts, int stored, bool prototypes) {
+  return parts == 1 && !prototypes ? 64 : stored == 2 && prototypes ? 16 : 32;
+}
+
 struct BackTask {
   Task x, v;  // v: its x is v, its prototypes are d_tokens
   Rows d_tokens, tokens;

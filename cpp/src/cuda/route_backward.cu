@@ -24,12 +24,6 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   const int64_t thread = int64_t{simt::block()} * kThreads + simt::thread();
   for (int64_t c = thread; c < b.chunks; c += all) b.first[c] = b.last[c] = 0;
   if (thread == 0) *b.next = 0;
-  for (int64_t user = thread; b.absent && user < x.users; user += all) {
-    const double e = static_cast<double>(b.lse[user * b.token_rows() + x.agents]) * 1.4426950408889634;
-    const bool some = e > -126 && e < 59.794705707972522;  // a count below 1e18
-    const int whole = some ? static_cast<int>(e) : 0;
-    b.absent[user] = some ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
-  }
   for (int64_t i = thread / 32; i < x.users * padded; i += all / 32) {
     const int64_t user = i / padded, agent = i % padded, row = user * b.token_rows() + agent;
     const bool here = x.half[i] != -kInfinity;  // only those below M
@@ -59,10 +53,16 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   }
 }
 
-/// A warp a user: the chunks that its history reaches into.
+/// A warp a user: the chunks that its history reaches into, and what its absent behaviours share of their token.
 SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT BackTask b) {
   for (int64_t user = int64_t{simt::block()} * kWarps + simt::warp(); user < b.x.users;
        user += int64_t{simt::blocks()} * kWarps) {
+    if (b.absent && simt::lane() == 0) {
+      const double e = static_cast<double>(b.lse[user * b.token_rows() + b.x.agents]) * 1.4426950408889634;
+      const bool some = e > -126 && e < 59.794705707972522;  // a count below 1e18
+      const int whole = some ? static_cast<int>(e) : 0;
+      b.absent[user] = some ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
+    }
     const int64_t start = b.x.start(user), end = b.x.end(user);
     for (int64_t c = start / b.chunk + simt::lane(); start < end && c * b.chunk < end; c += 32) {
       simt::atomic_max(b.first + c, static_cast<int32_t>(b.x.users - user));
@@ -73,17 +73,28 @@ SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT BackTask b) {
 
 constexpr int kMostThreads1 = 416, kMostThreads2 = 256;  // of one and of two agent tiles a warp: 208 and 256 agents
 
-template <int MT, int Q, int S, bool kShares, bool kAgents>
+template <int MT, int Q, int S, bool kShares>
 SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
-route_back(SIMT_CONSTANT BackTask b) {
-  RouteBack<MT, Q, S, kShares, kAgents>(b).run();
+back_to_rows(SIMT_CONSTANT BackTask b) {
+  RouteBack<MT, Q, S, kShares, false>(b).run();
+}
+template <int MT, int Q, int S, bool kShares>
+SIMT_LONE_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
+back_to_prototypes(SIMT_CONSTANT BackTask b) {
+  RouteBack<MT, Q, S, kShares, true>(b).run();
 }
 
-template <bool kShares, bool kAgents>
-auto kernel_of(const Geometry& g) {
-  return g.parts == 1    ? route_back<2, 1, 1, kShares, kAgents>
-         : g.stored == 1 ? route_back<1, 2, 1, kShares, kAgents>
-                         : route_back<1, 2, 2, kShares, kAgents>;
+template <bool kShares>
+auto rows_kernel(const Geometry& g) {
+  return g.parts == 1    ? back_to_rows<2, 1, 1, kShares>
+         : g.stored == 1 ? back_to_rows<1, 2, 1, kShares>
+                         : back_to_rows<1, 2, 2, kShares>;
+}
+template <bool kShares>
+auto prototypes_kernel(const Geometry& g) {
+  return g.parts == 1    ? back_to_prototypes<2, 1, 1, kShares>
+         : g.stored == 1 ? back_to_prototypes<1, 2, 1, kShares>
+                         : back_to_prototypes<1, 2, 2, kShares>;
 }
 
 /// The block's sum, in a fixed order; seen by thread 0.
@@ -175,7 +186,7 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
     return static_cast<int>(std::min<int64_t>(at, 1 << 30));
   };
   Geometry& g = b.x.g;
-  g.rows = prototypes ? 32 : 64 / g.stored;
+  g.rows = rows_of_step(g.parts, g.stored, prototypes);
   const int64_t n = g.rows;
   for (Task* t : {&b.x, &b.v}) {
     Geometry& s = t->g;
@@ -207,7 +218,7 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
   b.v.g.at.work = g.at.work;
   b.at.row_bias = take(!b.x.shares ? 0 : several ? kTile * 4 : n * 4);
   b.at.sums = take(2 * warps * n * 4);
-  b.at.users = take(warps * 4);
+  b.at.users = take(warps * 4 + 8);
   const int64_t operand = g.parts * g.tile_agents * (n + 8) * 2;
   b.at.weights = take(!prototypes && b.dv ? operand : 0);
   b.at.slopes = take(!prototypes && b.dx ? operand : 0);
@@ -234,20 +245,25 @@ Status plan_geometry(Launches& l, Precision precision, const simt::Machine& mach
     g.depth = static_cast<int>((width + 15) / 16 * 16);
   });
   const int limit = (x.g.mt == 1 ? kMostThreads1 : kMostThreads2) / 32;
+  const int per_warp = 16 * x.g.mt;
+  const int all = static_cast<int>(std::min<int64_t>((x.agents + per_warp - 1) / per_warp, 1 << 20));
   int most = 0;
-  size_t shared = 0;
-  for (int chunk = 128; most < 4 && chunk >= 16; chunk /= 2) {
-    each([&](int64_t, Geometry& g) {
-      g.chunk = std::min(g.depth, chunk);
-      g.chunks = (g.depth + g.chunk - 1) / g.chunk;
-    });
-    for (most = limit; most > 2; --most)
-      if (lay_out(l, most) <= machine.shared) break;
-  }
-  lay_out(l, most);
-  const int per_warp = 16 * x.g.mt;  // as few tiles as that, all of one size
-  shared = lay_out(l, static_cast<int>(std::max<int64_t>(
-                          2, ((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles + per_warp - 1) / per_warp)));
+  // Agents mode wants one tile of agents, for each of several asks for sweeps of its own: narrower chunks for that.
+  bool found = false;
+  for (const int enough : {x.shares && all <= limit ? std::max(all, 3) : 4, 4})
+    for (int chunk = 128; !found && chunk >= 16; chunk /= 2) {
+      each([&](int64_t, Geometry& g) {
+        g.chunk = std::min(g.depth, chunk);
+        g.chunks = (g.depth + g.chunk - 1) / g.chunk;
+      });
+      for (most = limit; most > 2; --most)
+        if (lay_out(l, most) <= machine.shared) break;
+      found = most >= enough;
+    }
+  lay_out(l, most);  // as few tiles as that, all of one size
+  const size_t shared =
+      lay_out(l, static_cast<int>(std::max<int64_t>(
+                     2, ((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles + per_warp - 1) / per_warp)));
   if (shared > machine.shared)
     return Status::error(Code::not_implemented,
                          "route_backward: expected a device with %zu bytes of shared memory a block, got %zu", shared,
@@ -271,7 +287,7 @@ Status plan_geometry(Launches& l, Precision precision, const simt::Machine& mach
 
 void carve(Launches& l, Arena& arena) {
   BackTask& b = l.rows;
-  const int64_t users = b.x.users, padded = b.padded(), rows = l.of_rows;
+  const int64_t users = b.x.users, padded = b.padded();
   b.x.packed = arena.take<uint16_t>(users * padded * b.x.g.parts * b.x.g.depth);
   b.v.packed = arena.take<uint16_t>(users * padded * b.v.g.parts * b.v.g.depth);
   for (float** p : {&b.x.half, &b.x.rate, &b.top, &b.offset, &b.slope}) *p = arena.take<float>(users * padded);
@@ -283,16 +299,14 @@ void carve(Launches& l, Arena& arena) {
   b.total = arena.take<double>(b.d_temperature ? padded : 0);
   if (!b.x.missing) b.absent = nullptr;
   if (!b.d_temperature) b.raw = nullptr;
-  (void)rows;
-  const BackTask all = b;
   BackTask& p = l.prototypes;
-  p.x.packed = all.x.packed;
-  p.v.packed = all.v.packed;
-  p.x.half = all.x.half;
-  p.x.rate = all.x.rate;
-  p.top = all.top;
-  p.offset = all.offset;
-  p.slope = all.slope;
+  p.x.packed = b.x.packed;
+  p.v.packed = b.v.packed;
+  p.x.half = b.x.half;
+  p.x.rate = b.x.rate;
+  p.top = b.top;
+  p.offset = b.offset;
+  p.slope = b.slope;
   if (!l.of_prototypes) return;
   const Geometry& g = p.x.g;
   const int64_t workers = g.workers;
@@ -378,7 +392,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   errors[1] = simt::launch(pack_tokens, machine.processors * 8, kThreads, 0, stream, b);
   if (l.of_rows) {
     const Geometry& g = b.x.g;
-    const auto kernel = shares ? kernel_of<true, false>(g) : kernel_of<false, false>(g);
+    const auto kernel = shares ? rows_kernel<true>(g) : rows_kernel<false>(g);
     errors[2] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, b);
     errors[3] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, b);
   }
@@ -389,7 +403,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   if (l.of_prototypes) {
     const BackTask& p = l.prototypes;
     const Geometry& g = p.x.g;
-    const auto kernel = shares ? kernel_of<true, true>(g) : kernel_of<false, true>(g);
+    const auto kernel = shares ? prototypes_kernel<true>(g) : prototypes_kernel<false>(g);
     errors[6] = launch_plan_units(p.x, stream);
     errors[7] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, p);
     errors[8] = simt::launch(merge_back_units, machine.processors * 4, kThreads, 0, stream, p);

@@ -14,7 +14,8 @@
 #define SIMT_DEVICE __device__ __forceinline__
 #define SIMT_BOTH __host__ __device__ __forceinline__
 #define SIMT_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define SIMT_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); ++i)  // so that arrays stay in registers
+#define SIMT_LONE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)  // all registers, for one block
+#define SIMT_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); ++i)          // so that arrays stay in registers
 #define SIMT_ROLLED _Pragma("unroll 1")
 #define SIMT_CONSTANT __grid_constant__ const    // of a kernel's parameter that stays in constant memory
 #define SIMT_UNLESS_PLANTED(n, ...) __VA_ARGS__  // what a planted fault leaves out, under the emulator
