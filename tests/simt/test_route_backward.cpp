@@ -139,6 +139,21 @@ Problem wide_problem() {
   return p;
 }
 
+/// More users than a block has threads, all in the same rows.
+Problem many_users() {
+  Random r(4);
+  Problem p;
+  p.rows = 40;
+  for (int64_t i = 0; i < 150; ++i) {
+    p.starts.push_back(r.below(p.rows));
+    p.ends.push_back(std::min(p.rows, p.starts.back() + r.below(4)));
+  }
+  p.agents = 3;
+  p.width = p.values = 8;
+  fill(r, p, 4);
+  return p;
+}
+
 /// verb(params, inputs, forward, gradients); every array of its exact size, of hostile bits where it is written.
 template <class Verb>
 Result run(const Problem& p, bool clamp, Verb verb) {
@@ -400,6 +415,8 @@ int main(int argc, char** argv) {
       for (const Normalize n : {Normalize::history, Normalize::agents}) check(several_tiles(n));
     else if (seed == 8)
       check(wide_problem());
+    else if (seed == 9)
+      check(many_users());
     else if (seed == 16)
       for (const Normalize n : {Normalize::history, Normalize::agents}) check_spoilt(n);
     else

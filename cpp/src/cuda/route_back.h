@@ -66,26 +66,29 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, S, kAgents)> {
 
   // ---- the rows of a chunk
 
+  SIMT_DEVICE int chunk_from() const { return work().values * b.chunk; }
+  SIMT_DEVICE int chunk_to() const { return least(int64_t{chunk_from()} + b.chunk, t.rows); }
+
   SIMT_DEVICE void chunk() {
-    const int c = work().values;
-    const int from = c * b.chunk, to = least(int64_t{from} + b.chunk, t.rows);
     auto* const users = reinterpret_cast<uint32_t*>(simt::shared() + b.at.users);
-    if (simt::thread() == 0) covered() = {from, from};
-    for (int64_t a = simt::thread(); b.raw && a < b.padded(); a += simt::threads()) b.raw[a * b.chunks + c] = 0;
-    const int64_t last = b.last[c];
-    SIMT_ROLLED for (int64_t first = t.users - b.first[c]; first < last; first += simt::threads()) {
-      const int64_t user = first + simt::thread();
-      const bool reaches = user < last && t.start(user) < to && t.end(user) > from && t.start(user) < t.end(user);
+    if (simt::thread() == 0) covered() = {chunk_from(), chunk_from()};
+    for (int64_t a = simt::thread(); b.raw && a < b.padded(); a += simt::threads())
+      b.raw[a * b.chunks + work().values] = 0;
+    SIMT_ROLLED for (int first = static_cast<int>(t.users) - b.first[work().values]; first < b.last[work().values];
+                     first += simt::threads()) {
+      const int user = first + simt::thread();
+      const bool reaches = user < b.last[work().values] && t.start(user) < chunk_to() && t.end(user) > chunk_from() &&
+                           t.start(user) < t.end(user);
       const uint32_t mine = simt::ballot(reaches);
       if (simt::lane() == 0) users[simt::warp()] = mine;
       simt::sync();
       SIMT_ROLLED for (int w = 0; w < g.warps; ++w) SIMT_ROLLED for (uint32_t bits = users[w]; bits; bits &= bits - 1)
-          history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1), from, to);
+          history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1));
       SIMT_UNLESS_PLANTED(41, simt::sync());
     }
     simt::sync();
-    clear(from, covered().from);
-    clear(covered().to, to);
+    clear(chunk_from(), covered().from);
+    clear(covered().to, chunk_to());
   }
 
   /// Those rows of a chunk that hold sums of earlier users, or of agents of earlier tiles; T is below 2^31.
@@ -96,10 +99,10 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, S, kAgents)> {
     return *reinterpret_cast<Covered*>(simt::shared() + b.at.users + 4 * g.warps);
   }
 
-  /// A user's rows of [from, to).
-  SIMT_DEVICE void history(int64_t user, int from, int to) {
-    const int64_t start = t.start(user), stop = t.end(user);
-    const int first = static_cast<int>(start > from ? start : from), last = least(stop, to);
+  /// A user's rows of the chunk.
+  SIMT_DEVICE void history(int user) {
+    const int start = static_cast<int>(t.start(user)), last = least(t.end(user), chunk_to());
+    const int first = start > chunk_from() ? start : chunk_from();
     const Covered c = covered();
     const bool none = c.from == c.to;
     if (!none) {
@@ -109,19 +112,21 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, S, kAgents)> {
     simt::sync();
     if (simt::thread() == 0) {
       taken().start = start;
-      taken().unit.user = static_cast<int32_t>(user);
+      taken().unit.user = user;
       covered() = {none ? first : least(c.from, last), none || c.to < first ? first : c.to};
     }
     simt::sync();
-    begin = static_cast<int>(first - start);
-    end = static_cast<int>(last - start);
+    begin = first - start;
+    end = last - start;
     range();
   }
 
   SIMT_DEVICE void clear(int from, int to) const {
     const auto zero = [&](float* p, int64_t width) {
       if (!p) return;
-      SIMT_ROLLED for (int64_t i = from * width + simt::thread(); i < to * width; i += simt::threads()) p[i] = 0;
+      float* const first = p + from * width;
+      const int n = static_cast<int>((to - from) * width);  // of a chunk, at most
+      SIMT_ROLLED for (int i = simt::thread(); i < n; i += simt::threads()) first[i] = 0;
     };
     zero(b.dv, b.v.x.width);
     zero(b.dx, t.x.width);
