@@ -78,7 +78,7 @@ def test_tensor_instructions_of_the_backward(tmp_path):
     for name, tiles, parts, stored, count in bodies("route_backward.cu", tmp_path):
         pairs = 1 if parts == 1 else parts + stored - 1
         to_rows = name == "back_to_rows"
-        rows = (64 if parts == 1 else 32) if to_rows else 32 // stored
+        rows = (64 if parts == 1 else 32) if to_rows else 32 // parts
         outputs = 4 * (1 if parts == 1 else 3) if to_rows else tiles * pairs * rows // 16 * VALUES // 8
         assert count == 2 * tiles * pairs * rows // 8 + outputs, name
         seen += 1

@@ -12,8 +12,8 @@ namespace hisac::cuda {
 
 /// kShares: agents mode; kAgents: the prototypes' gradients, else the rows' and the temperature's.
 template <int MT, int Q, int S, bool kShares, bool kAgents>
-class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, S, kAgents)> {
-  static constexpr int R = rows_of_step(Q, S, kAgents), kPitch = R + 8;
+class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents)> {
+  static constexpr int R = rows_of_step(Q, kAgents), kPitch = R + 8;
   using Base = RouteAgents<MT, Q, S, R>;
   using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::place;
   using typename Base::Products;
@@ -84,7 +84,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, S, kAgents)> {
       simt::sync();
       SIMT_ROLLED for (int w = 0; w < g.warps; ++w) SIMT_ROLLED for (uint32_t bits = users[w]; bits; bits &= bits - 1)
           history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1));
-      SIMT_UNLESS_PLANTED(41, simt::sync());
+      simt::sync();
     }
     simt::sync();
     clear(chunk_from(), covered().from);

@@ -12,8 +12,8 @@
 namespace hisac::cuda {
 
 /// As many as registers allow.
-SIMT_BOTH constexpr int rows_of_step(int parts, int stored, bool prototypes) {
-  return parts == 1 && !prototypes ? 64 : stored == 2 && prototypes ? 16 : 32;
+SIMT_BOTH constexpr int rows_of_step(int parts, bool prototypes) {
+  return parts == 1 && !prototypes ? 64 : parts == 2 && prototypes ? 16 : 32;
 }
 
 struct BackTask {

@@ -186,7 +186,7 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
     return static_cast<int>(std::min<int64_t>(at, 1 << 30));
   };
   Geometry& g = b.x.g;
-  g.rows = rows_of_step(g.parts, g.stored, prototypes);
+  g.rows = rows_of_step(g.parts, prototypes);
   const int64_t n = g.rows;
   for (Task* t : {&b.x, &b.v}) {
     Geometry& s = t->g;
