@@ -6,9 +6,9 @@
 
 namespace hisac::cuda {
 
-template <int MT, int Q, int S, int R = 64 / S>
-class RouteAgents : protected RouteStream<MT, Q, S, R> {
-  using Base = RouteStream<MT, Q, S, R>;
+template <int MT, int Q, int S, int R = 64 / S, bool kBack = false>
+class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
+  using Base = RouteStream<MT, Q, S, R, kBack>;
 
  protected:
   using Base::g, Base::floats, Base::agent, Base::pitch, Base::columns, Base::buffer_of;

@@ -12,17 +12,17 @@ namespace hisac::cuda {
 
 /// kShares: agents mode; kAgents: the prototypes' gradients, else the rows' and the temperature's.
 template <int MT, int Q, int S, bool kShares, bool kAgents>
-class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents)> {
+class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   static constexpr int R = rows_of_step(Q, kAgents), kPitch = R + 8;
-  using Base = RouteAgents<MT, Q, S, R>;
+  using Base = RouteAgents<MT, Q, S, R, true>;
   using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::place;
   using typename Base::Products;
   using typename Base::Step;  // chunk: the phase
   using typename Base::Work;
   enum What { kTops, kSums, kAll };  // a sweep's: log-sum-exp over agents; sums of dz; everything
 
-  struct Values : RouteStream<MT, Q, S, R> {
-    using Stream = RouteStream<MT, Q, S, R>;
+  struct Values : RouteStream<MT, Q, S, R, true> {
+    using Stream = RouteStream<MT, Q, S, R, true>;
     using Stream::begin, Stream::end, Stream::g, Stream::fetch, Stream::fetch_agents, Stream::prepare, Stream::pitch;
     using Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
     SIMT_DEVICE explicit Values(const Task& task) : Stream(task) {}

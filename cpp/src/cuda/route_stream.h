@@ -6,8 +6,9 @@
 
 namespace hisac::cuda {
 
-/// Q and S: the bfloat16 parts of an agent and of a row; MT: tiles of 16 agents a warp; R: rows of a step.
-template <int MT, int Q, int S, int R = 64 / S>
+/// Q and S: the bfloat16 parts of an agent and of a row; MT: tiles of 16 agents a warp; R: rows of a step; kBack: the
+/// geometry names buffers and whether values come too.
+template <int MT, int Q, int S, int R = 64 / S, bool kBack = false>
 class RouteStream {
  protected:
   static constexpr int kRows = R;
@@ -17,6 +18,8 @@ class RouteStream {
   /// Rows kept in one part for agents in two are bfloat16 already.
   SIMT_DEVICE DType x_type() const { return Q > S ? DType::bfloat16 : t.x.dtype; }
   SIMT_DEVICE DType v_type() const { return Q > S ? DType::bfloat16 : t.values().dtype; }
+
+  SIMT_DEVICE bool has_values() const { return !kBack || g.has_values; }
 
   /// What the block has taken.
   struct Work {
@@ -57,7 +60,7 @@ class RouteStream {
   SIMT_DEVICE Step after(Step s) const {
     return s.chunk + 1 < g.chunks ? Step{s.block, s.chunk + 1} : Step{s.block + 1, 0};
   }
-  SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & (g.buffers - 1); }
+  SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & ((kBack ? g.buffers : 2) - 1); }
   SIMT_DEVICE int columns(int chunk) const { return least(g.depth - chunk * g.chunk, g.chunk); }
 
   SIMT_DEVICE void fetch_agents(Step s, int agent_tile) {
@@ -96,7 +99,7 @@ class RouteStream {
   SIMT_DEVICE void fetch(Step s) {
     const int buffer = buffer_of(s), lane = simt::lane() & 15, x_bytes = size_of(x_type()), v_bytes = size_of(v_type());
     const bool last = s.chunk + 1 == g.chunks;
-    const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last && g.has_values ? kValues * v_bytes / 16 : 0;
+    const int x_pieces = columns(s.chunk) * x_bytes / 16, v_pieces = last && has_values() ? kValues * v_bytes / 16 : 0;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < kRows; r += simt::threads() / 16) {
       const int place = begin + s.block * kRows + r;
       const int64_t row = work().start + place;
@@ -143,16 +146,16 @@ class RouteStream {
       for (int l = 0; l < t.levels; ++l)
         here = here && static_cast<uint32_t>(raw_codes(buffer, r)[l]) < static_cast<uint32_t>(t.sizes[l]);
       bool whole = true;
-      if (t.missing && (g.value_tiles > 1 || !g.has_values) && inside && !here)  // a row's v counts whole or not at all
+      if (t.missing && (g.value_tiles > 1 || !has_values()) && inside && !here)  // a row's v counts whole or not at all
         for (int64_t c = lane; c < t.v.width; c += 16)
           whole = whole && finite(element(t.v.data, t.v.dtype, row * t.v.width + c));
       const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(v_type());
-      if (g.has_values && lane < kValues / 8) {
+      if (has_values() && lane < kValues / 8) {
         load8(raw, v_type(), f);
         SIMT_EACH (i, 8) whole = whole && finite(f[i]);
       }
       const uint32_t broken = simt::ballot(!whole) >> (simt::lane() & 16) & 0xffffu;
-      if (g.has_values && lane < kValues / 8) {
+      if (has_values() && lane < kValues / 8) {
         bool keep = true;  // a weight of 0 does not take NaN away
         SIMT_UNLESS_PLANTED(5, keep = here || !broken);
         put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
