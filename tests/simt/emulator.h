@@ -112,6 +112,12 @@ T atomic_add(T* p, T value) {
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 inline void atomic_or(uint32_t* p, uint32_t bits) { __atomic_fetch_or(p, bits, __ATOMIC_RELAXED); }
+inline int32_t atomic_max(int32_t* p, int32_t value) {
+  int32_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 
 void copy16(void* to, const void* from, bool valid);
 void copy4(void* to, const void* from, bool valid);

@@ -22,6 +22,8 @@ constexpr cuda::Verbs verbs = [] {
   v.attend_backward = cuda::attend_backward;
   v.attend_backward_workspace = cuda::attend_backward_workspace;
   v.sum_rows = cuda::sum_rows;
+  v.route_backward = cuda::route_backward;
+  v.route_backward_workspace = cuda::route_backward_workspace;
   return v;
 }();
 

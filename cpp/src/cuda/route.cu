@@ -5,6 +5,7 @@
 #include "../arena.h"
 #include "../checks.h"
 #include "leaf_sums.h"
+#include "route_back_task.h"
 #include "route_tile.h"
 #include "verbs.h"
 
@@ -324,14 +325,13 @@ Status launch_all(Task& t, const RouteParams& params, const Context& context, co
   if (params.refine) t.refined = out.refined.data;
   if (t.users == 0) return {};
   const auto stream = static_cast<simt::Stream>(context.stream);
-  const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
   const auto tiles = t.shares ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
   for (int round = 0; round <= params.refine; ++round) {
     t.refining = round < params.refine;
     t.first_pass = round == 0;
     t.g.value_tiles = static_cast<int>((t.value_width() + kValues - 1) / kValues);
-    const auto e1 = simt::launch(pack_agents, least((agents + 7) / 8, machine.processors * 16), kThreads, 0, stream, t);
-    const auto e2 = simt::launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), stream, t);
+    const auto e1 = launch_pack_agents(t, machine.processors, stream);
+    const auto e2 = launch_plan_units(t, stream);
     const auto e3 = simt::launch(tiles, t.g.blocks, t.g.threads(), t.g.shared_bytes, stream, t);
     const auto e4 = simt::launch(merge_units, machine.processors * 4, kThreads, 0, stream, t);
     for (const auto e : {e1, e2, e3, e4})
@@ -352,6 +352,15 @@ Status check_limits(const RouteInputs& in) {
 }
 
 }  // namespace
+
+Task describe_route(const RouteParams& params, const RouteInputs& in) { return describe(params, in); }
+Error launch_pack_agents(const Task& t, int processors, simt::Stream stream) {
+  const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
+  return simt::launch(pack_agents, least((agents + 7) / 8, processors * 16), kThreads, 0, stream, t);
+}
+Error launch_plan_units(const Task& t, simt::Stream stream) {
+  return simt::launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), stream, t);
+}
 
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
   const Machine machine;

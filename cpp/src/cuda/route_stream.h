@@ -6,11 +6,12 @@
 
 namespace hisac::cuda {
 
-/// Q and S: the bfloat16 parts of an agent and of a row; MT: tiles of 16 agents a warp.
-template <int MT, int Q, int S>
+/// Q and S: the bfloat16 parts of an agent and of a row; MT: tiles of 16 agents a warp; R: rows of a step; kBack: the
+/// geometry names buffers and whether values come too.
+template <int MT, int Q, int S, int R = 64 / S, bool kBack = false>
 class RouteStream {
  protected:
-  static constexpr int kRows = 64 / S;
+  static constexpr int kRows = R;
 
   SIMT_DEVICE explicit RouteStream(const Task& task) : t(task), g(task.g) {}
 
@@ -19,6 +20,8 @@ class RouteStream {
   SIMT_DEVICE DType v_type() const { return Q > S ? DType::bfloat16 : t.values().dtype; }
   SIMT_DEVICE bool has_x() const { return Q > S || t.x.data; }
   SIMT_DEVICE const float* scale() const { return Q > S ? nullptr : t.scale; }
+
+  SIMT_DEVICE bool has_values() const { return !kBack || g.has_values; }
 
   /// What the block has taken.
   struct Work {
@@ -83,7 +86,7 @@ class RouteStream {
   SIMT_DEVICE Step after(Step s) const {
     return s.chunk + 1 < g.chunks ? Step{s.block, s.chunk + 1} : Step{s.block + 1, 0};
   }
-  SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & 1; }
+  SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & ((kBack ? g.buffers : 2) - 1); }
   SIMT_DEVICE int columns(int chunk) const { return least(g.depth - chunk * g.chunk, g.chunk); }
 
   SIMT_DEVICE void fetch_agents(Step s, int agent_tile) {
@@ -148,7 +151,7 @@ class RouteStream {
               v_bytes = size_of(v_type());
     const bool last = s.chunk + 1 == g.chunks;
     const int x_pieces = has_x() ? columns(s.chunk) * x_bytes / 16 : 0,
-              v_pieces = last && (has_x() || !t.refining) ? kValues * v_bytes / 16 : 0;
+              v_pieces = last && has_values() && (has_x() || !t.refining) ? kValues * v_bytes / 16 : 0;
     SIMT_ROLLED for (int r = thread; r < kRows; r += simt::threads()) {
       if (t.gathers() && s.chunk == 0) fetch_ids(s.block + 2, r);
       const int place = place_of(s.block, r);
@@ -215,11 +218,11 @@ class RouteStream {
       const bool here = has_value && has(false, s.block, r) && t.limited(bias, spread) &&
                         t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_at);
       bool whole = true;
-      if (t.missing && g.value_tiles > 1 && has_value && !here)  // a row's v counts whole or not at all
+      if (t.missing && (g.value_tiles > 1 || !has_values()) && has_value && !here)  // v counts whole or not at all
         SIMT_ROLLED for (int64_t c = lane; c < t.v.width; c += 16) whole =
             whole && finite(element(t.v.data, t.v.dtype, row_of(true, s.block, r) * t.v.width + c));
       const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(v_type());
-      if (lane < kValues / 8) {
+      if (has_values() && lane < kValues / 8) {
         if (t.refining)
           load_x(raw, buffer, r, work().values * kValues + lane * 8, f);
         else
@@ -227,7 +230,7 @@ class RouteStream {
         SIMT_EACH (i, 8) whole = whole && finite(f[i]);
       }
       const uint32_t broken = simt::ballot(!whole) >> (thread & 16) & 0xffffu;
-      if (lane < kValues / 8) {
+      if (has_values() && lane < kValues / 8) {
         bool keep = true;  // a weight of 0 does not take NaN away
         SIMT_UNLESS_PLANTED(5, keep = here || !broken);
         put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);

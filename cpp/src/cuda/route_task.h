@@ -37,6 +37,8 @@ struct Geometry {
   int warps = 1;
   int depth = 0, chunk = 0, chunks = 0;  // D up to 16s; columns of a chunk; chunks
   int rows = 0;                          // of a step
+  int buffers = 2;                       // of rows; 1 where other work comes between steps
+  bool has_values = true;                // a tile of values goes with the rows
   int tile_agents = 0, agent_tiles = 0, value_tiles = 0;
   int blocks = 0;   // resident: the grid
   int workers = 0;  // what the plan cuts for

@@ -8,17 +8,17 @@
 // In agents mode logits first lose their log-sum-exp over agents: exchanged between the warps where all agents are in
 // one tile, from a sweep over all agent tiles for every tile of rows otherwise.
 #pragma once
-#include "route_stream.h"
+#include "route_agents.h"
 
 namespace hisac::cuda {
 
 /// kShares: agents mode.
 template <int MT, int Q, int S, bool kShares>
-class RouteTile : RouteStream<MT, Q, S> {
-  using Base = RouteStream<MT, Q, S>;
-  using Base::buffer_of, Base::prototypes, Base::operand_x, Base::operand_v, Base::pitch, Base::agent;
-  using Base::fetch_agents, Base::fetch, Base::fetch_first_ids, Base::prepare;
-  using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after, Base::columns;
+class RouteTile : RouteAgents<MT, Q, S> {
+  using Base = RouteAgents<MT, Q, S>;
+  using Base::buffer_of, Base::operand_v, Base::agent, Base::place, Base::row_lse;
+  using Base::fetch_agents, Base::fetch, Base::fetch_first_ids, Base::prepare, Base::multiply;
+  using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after;
   using typename Base::Step;
   using typename Base::Work;
 
@@ -52,19 +52,12 @@ class RouteTile : RouteStream<MT, Q, S> {
     reset();
     const bool single = !kShares || g.agent_tiles == 1;
     const int last = kShares ? g.agent_tiles : 0;
-    float* const row_lse = floats(g.at.row_lse);
     for (begin = work().unit.first * kTile; begin < unit_end(); begin = end) {
       end = single ? unit_end() : least(int64_t{begin} + kTile, unit_end());
-      for (int r = simt::thread(); !single && r < kTile; r += simt::threads()) {
-        row_lse[r] = -kInfinity;
-        row_lse[kTile + r] = 0;
-      }
+      if (!single) this->begin_rows();
       SIMT_ROLLED for (int a = single ? last : 0; a <= last; ++a) {
         sweep(a);
-        if (a + 1 != last) continue;
-        for (int r = simt::thread(); r < kTile; r += simt::threads())
-          row_lse[r] = row_lse[r] == -kInfinity ? 0.f : row_lse[r] + simt::log2(row_lse[kTile + r]);
-        simt::sync();
+        if (a + 1 == last) this->end_rows();
       }
     }
     end_unit();
@@ -98,10 +91,10 @@ class RouteTile : RouteStream<MT, Q, S> {
       if (some(after(after(s)))) fetch(after(after(s)));
       simt::commit();
       if (some(after(s))) prepare(after(s));
-      multiply(s);
+      multiply(z, s);
       if (s.chunk + 1 == g.chunks) {
         logits(s.block & 1);
-        if (kShares) over_agents(s.block, a == g.agent_tiles);
+        if (kShares) share(s.block, a == g.agent_tiles);
         if (!kShares || a == g.agent_tiles) {
           weights();
           accumulate(buffer_of(s));
@@ -117,42 +110,6 @@ class RouteTile : RouteStream<MT, Q, S> {
 
   // ---- products and weights
 
-  /// Where a lane points in 16 x 16 elements whose four matrices it helps to load.
-  static SIMT_DEVICE int place(int pitch) { return (simt::lane() & 15) * pitch + (simt::lane() >> 4) * 8; }
-
-  SIMT_DEVICE void multiply(Step s) {
-    const int buffer = buffer_of(s), q = simt::lane() & 3, kind = s.block & 1;
-    if (s.chunk == 0 || s.chunk + 1 == g.chunks)
-      SIMT_EACH (h, MT)
-        SIMT_EACH (r, 2) {
-          const float theirs = agent(0, h, r);
-          SIMT_EACH (n, kRows / 8)
-            SIMT_EACH (i, 2) {
-              const float mine = s.chunk + 1 == g.chunks ? floats(g.at.half)[kind * kRows + n * 8 + 2 * q + i] : 0.f;
-              float& y = z[h][n][2 * r + i];
-              y = g.chunks == 1 ? mine + theirs : s.chunk == 0 ? 0.f : y + (mine + theirs);
-            }
-        }
-    const uint16_t* const p = prototypes(g.chunks > 1 ? buffer : 0) + simt::warp() * 16 * MT * pitch() + place(pitch());
-    const uint16_t* const x = operand_x(buffer) + place(pitch());
-    const int depth = columns(s.chunk);
-    SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
-      uint32_t a[Q][MT][4];
-      SIMT_EACH (part, Q)
-        SIMT_EACH (h, MT) simt::load_matrices(a[part][h], p + (part * g.tile_agents + h * 16) * pitch() + k);
-      SIMT_EACH (n, kRows / 16)
-        SIMT_EACH (stored, S) {
-          uint32_t b[4];
-          simt::load_matrices(b, x + (stored * kRows + n * 16) * pitch() + k);
-          SIMT_EACH (part, Q - stored)
-            SIMT_EACH (h, MT) {
-              simt::multiply_add(z[h][2 * n], a[part][h], b[0], b[2]);
-              simt::multiply_add(z[h][2 * n + 1], a[part][h], b[1], b[3]);
-            }
-        }
-    }
-  }
-
   SIMT_DEVICE void logits(int kind) {
     const int q = simt::lane() & 3;
     SIMT_EACH (h, MT)
@@ -166,48 +123,15 @@ class RouteTile : RouteStream<MT, Q, S> {
       }
   }
 
-  /// The warps' largest logits and sums of every row meet; then z <- z + shift - lse, or the sums are kept.
-  SIMT_DEVICE void over_agents(int block, bool weigh) {
+  /// z <- z + shift - lse over agents, or their sums are kept.
+  SIMT_DEVICE void share(int block, bool weigh) {
     const int q = simt::lane() & 3, kind = block & 1;
-    const bool known = g.agent_tiles > 1 && weigh;
-    float* const kept = floats(g.at.row_lse) + (g.agent_tiles > 1 ? begin % kTile + block * kRows : 0);
-    float *const cross = floats(g.at.cross), *const mine = cross + simt::warp() * 2 * kRows + 2 * q;
-    if (!known) {
-      SIMT_EACH (n, kRows / 8)
-        SIMT_EACH (i, 2) {
-          float peak = -kInfinity, total = 0;
-          SIMT_EACH (h, MT) peak = larger(peak, larger(z[h][n][i], z[h][n][2 + i]));
-          for (int m = 4; m < 32; m *= 2) peak = larger(peak, simt::shuffle_xor(peak, m));
-          const float safe = peak == -kInfinity ? 0.f : peak;
-          SIMT_EACH (h, MT) total += simt::exp2(z[h][n][i] - safe) + simt::exp2(z[h][n][2 + i] - safe);
-          for (int m = 4; m < 32; m *= 2) total += simt::shuffle_xor(total, m);
-          if (simt::lane() < 4) {
-            mine[n * 8 + i] = peak;
-            mine[kRows + n * 8 + i] = total;
-          }
-          simt::sync_warp();  // one column after another: together they need more registers than there are
-        }
-      SIMT_UNLESS_PLANTED(6, simt::sync());
-      for (int r = simt::thread(); r < kRows; r += simt::threads()) {
-        float peak = -kInfinity, total = 0;
-        for (int w = 0; w < g.warps; ++w) peak = larger(peak, cross[2 * w * kRows + r]);
-        const float before = weigh ? -kInfinity : kept[r], safe = larger(larger(peak, before), -kLargest);
-        for (int w = 0; w < g.warps; ++w)
-          total += cross[(2 * w + 1) * kRows + r] * simt::exp2(cross[2 * w * kRows + r] - safe);
-        if (weigh) {
-          kept[r] = peak == -kInfinity ? 0.f : peak + simt::log2(total);
-        } else {
-          kept[r] = larger(peak, before);
-          kept[kTile + r] = simt::fused(kept[kTile + r], simt::exp2(before - safe), total);
-        }
-      }
-      SIMT_UNLESS_PLANTED(7, simt::sync());
-    }
+    if (g.agent_tiles == 1 || !weigh) this->over_agents(z, block, !weigh);
     if (!weigh) return;
     SIMT_EACH (n, kRows / 8)
       SIMT_EACH (i, 2) {
         const int r = n * 8 + 2 * q + i;
-        const float add = smaller(floats(g.at.shift)[kind * kRows + r] - kept[r], kLargest);
+        const float add = smaller(floats(g.at.shift)[kind * kRows + r] - row_lse(block)[r], kLargest);
         SIMT_EACH (h, MT) {
           z[h][n][i] += add;
           z[h][n][2 + i] += add;

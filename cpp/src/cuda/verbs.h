@@ -45,6 +45,13 @@ size_t attend_backward_workspace(const AttendInputs& inputs) noexcept;
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
 size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest) noexcept;
 
+/// V up to 4,096 too, and neither ids, int8, spread nor leaves. Products as the forward's; those with gradients of
+/// tokens and with weights likewise. Workspace grows with T, whatever the longest history is.
+Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                      const RouteForward& forward, const RouteGradients& out) noexcept;
+size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
+                                int64_t longest) noexcept;
+
 /// All of them, for ../on_cuda.h.
 struct Verbs {
   int (*use_device)(int device) noexcept = nullptr;  // makes it the current one, returns the one before
@@ -61,10 +68,8 @@ struct Verbs {
   decltype(&cuda::attend_backward) attend_backward = nullptr;
   decltype(&cuda::attend_backward_workspace) attend_backward_workspace = nullptr;
   decltype(&cuda::sum_rows) sum_rows = nullptr;
-  Status (*route_backward)(const Context&, const RouteParams&, const RouteInputs&, const RouteForward&,
-                           const RouteGradients&) noexcept = nullptr;
-  size_t (*route_backward_workspace)(const RouteParams&, const RouteInputs&, const RouteGradients&,
-                                     int64_t) noexcept = nullptr;
+  decltype(&cuda::route_backward) route_backward = nullptr;
+  decltype(&cuda::route_backward_workspace) route_backward_workspace = nullptr;
 };
 
 }  // namespace hisac::cuda

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Agents in registers by rows in shared memory: half squared distances from tensor cores, and what a row's logits of
+// all agents add up to. A lane has agents lane / 4 (+ 8) of every 16 and the rows 2 (lane % 4) (+ 1) of every 8.
+#pragma once
+#include "route_stream.h"
+
+namespace hisac::cuda {
+
+template <int MT, int Q, int S, int R = 64 / S, bool kBack = false>
+class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
+  using Base = RouteStream<MT, Q, S, R, kBack>;
+
+ protected:
+  using Base::g, Base::floats, Base::agent, Base::pitch, Base::columns, Base::buffer_of;
+  using Base::prototypes, Base::operand_x;
+  using typename Base::Step;
+  using Products = float[MT][R / 8][4];
+
+  SIMT_DEVICE explicit RouteAgents(const Task& task) : Base(task) {}
+
+  /// Where a lane points in 16 x 16 elements whose four matrices it helps to load.
+  static SIMT_DEVICE int place(int apart) { return (simt::lane() & 15) * apart + (simt::lane() >> 4) * 8; }
+
+  /// y += the warp's agents times the rows; `depth` columns of both, rows of them `apart`.
+  SIMT_DEVICE void product(Products& y, const uint16_t* agents, const uint16_t* rows, int apart, int depth) const {
+    const uint16_t* const p = agents + simt::warp() * 16 * MT * apart + place(apart);
+    const uint16_t* const x = rows + place(apart);
+    SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
+      uint32_t a[Q][MT][4];
+      SIMT_EACH (part, Q)
+        SIMT_EACH (h, MT) simt::load_matrices(a[part][h], p + (part * g.tile_agents + h * 16) * apart + k);
+      SIMT_EACH (n, R / 16)
+        SIMT_EACH (stored, S) {
+          uint32_t b[4];
+          simt::load_matrices(b, x + (stored * R + n * 16) * apart + k);
+          SIMT_EACH (part, Q - stored)
+            SIMT_EACH (h, MT) {
+              simt::multiply_add(y[h][2 * n], a[part][h], b[0], b[2]);
+              simt::multiply_add(y[h][2 * n + 1], a[part][h], b[1], b[3]);
+            }
+        }
+    }
+  }
+
+  /// z = -d / 2, after the last chunk.
+  SIMT_DEVICE void multiply(Products& z, Step s) const {
+    const int buffer = buffer_of(s), q = simt::lane() & 3, kind = s.block & 1;
+    if (s.chunk == 0 || s.chunk + 1 == g.chunks)
+      SIMT_EACH (h, MT)
+        SIMT_EACH (r, 2) {
+          const float theirs = agent(0, h, r);
+          SIMT_EACH (n, R / 8)
+            SIMT_EACH (i, 2) {
+              const float mine = s.chunk + 1 == g.chunks ? floats(g.at.half)[kind * R + n * 8 + 2 * q + i] : 0.f;
+              float& y = z[h][n][2 * r + i];
+              y = g.chunks == 1 ? mine + theirs : s.chunk == 0 ? 0.f : y + (mine + theirs);
+            }
+        }
+    product(z, prototypes(g.chunks > 1 ? buffer : 0), operand_x(buffer), pitch(), columns(s.chunk));
+  }
+
+  /// Of a step's rows, their log-sum-exp over agents; of agents in several tiles first the top, and kTile on the mass.
+  SIMT_DEVICE float* row_lse(int block) const { return floats(g.at.row_lse) + (g.agent_tiles > 1 ? block * R : 0); }
+
+  /// The warps' largest logits and sums of every row meet in row_lse; partly: those of other tiles are to come.
+  SIMT_DEVICE void over_agents(const Products& z, int block, bool partly) const {
+    const int q = simt::lane() & 3;
+    float* const kept = row_lse(block);
+    float *const cross = floats(g.at.cross), *const mine = cross + simt::warp() * 2 * R + 2 * q;
+    SIMT_EACH (n, R / 8)
+      SIMT_EACH (i, 2) {
+        float peak = -kInfinity, total = 0;
+        SIMT_EACH (h, MT) peak = larger(peak, larger(z[h][n][i], z[h][n][2 + i]));
+        for (int m = 4; m < 32; m *= 2) peak = larger(peak, simt::shuffle_xor(peak, m));
+        const float safe = peak == -kInfinity ? 0.f : peak;
+        SIMT_EACH (h, MT) total += simt::exp2(z[h][n][i] - safe) + simt::exp2(z[h][n][2 + i] - safe);
+        for (int m = 4; m < 32; m *= 2) total += simt::shuffle_xor(total, m);
+        if (simt::lane() < 4) {
+          mine[n * 8 + i] = peak;
+          mine[R + n * 8 + i] = total;
+        }
+        simt::sync_warp();  // one column after another: together they need more registers than there are
+      }
+    SIMT_UNLESS_PLANTED(6, simt::sync());
+    for (int r = simt::thread(); r < R; r += simt::threads()) {
+      float peak = -kInfinity, total = 0;
+      for (int w = 0; w < g.warps; ++w) peak = larger(peak, cross[2 * w * R + r]);
+      const float before = partly ? kept[r] : -kInfinity, safe = larger(larger(peak, before), -kLargest);
+      for (int w = 0; w < g.warps; ++w) total += cross[(2 * w + 1) * R + r] * simt::exp2(cross[2 * w * R + r] - safe);
+      if (partly) {
+        kept[r] = larger(peak, before);
+        kept[kTile + r] = simt::fused(kept[kTile + r], simt::exp2(before - safe), total);
+      } else {
+        kept[r] = peak == -kInfinity ? 0.f : peak + simt::log2(total);
+      }
+    }
+    SIMT_UNLESS_PLANTED(7, simt::sync());
+  }
+
+  /// The rows before the first tile of agents, and after the last.
+  SIMT_DEVICE void begin_rows() const {
+    float* const kept = floats(g.at.row_lse);
+    for (int r = simt::thread(); r < kTile; r += simt::threads()) {
+      kept[r] = -kInfinity;
+      kept[kTile + r] = 0;
+    }
+  }
+  SIMT_DEVICE void end_rows() const {
+    float* const kept = floats(g.at.row_lse);
+    for (int r = simt::thread(); r < kTile; r += simt::threads())
+      kept[r] = kept[r] == -kInfinity ? 0.f : kept[r] + simt::log2(kept[kTile + r]);
+    simt::sync();
+  }
+};
+
+}  // namespace hisac::cuda

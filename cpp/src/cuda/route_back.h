@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner kernels of `route_backward`. A step is a block of rows by phases: products with the prototypes, chunk by
+// chunk; with the gradients of tokens; then weights w and distance gradients q of all agents in registers. From there
+// the rows' kernel puts w and q into shared memory as operands, and in further phases all warps share the products over
+// agents; the prototypes' keeps sums of q times x in registers. Pipelined as the forward: phase s fetches s + 2,
+// prepares s + 1.
+#pragma once
+#include "route_agents.h"
+#include "route_back_task.h"
+
+namespace hisac::cuda {
+
+/// kShares: agents mode; kAgents: the prototypes' gradients, else the rows' and the temperature's.
+template <int MT, int Q, int S, bool kShares, bool kAgents>
+class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
+  static constexpr int R = rows_of_step(Q, kAgents), kPitch = R + 8;
+  using Base = RouteAgents<MT, Q, S, R, true>;
+  using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::place;
+  using typename Base::Products;
+  using typename Base::Step;  // chunk: the phase
+  using typename Base::Work;
+  enum What { kTops, kSums, kAll };  // a sweep's: log-sum-exp over agents; sums of dz; everything
+
+  struct Values : RouteStream<MT, Q, S, R, true> {
+    using Stream = RouteStream<MT, Q, S, R, true>;
+    using Stream::begin, Stream::end, Stream::g, Stream::fetch, Stream::fetch_agents, Stream::prepare, Stream::pitch;
+    using Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
+    SIMT_DEVICE explicit Values(const Task& task) : Stream(task) {}
+    SIMT_DEVICE static typename Stream::Step step(int block, int chunk) { return {block, chunk}; }
+  };
+
+ public:
+  SIMT_DEVICE explicit RouteBack(const BackTask& task) : Base(task.x), b(task), values(task.v) {}
+
+  SIMT_DEVICE void run() {
+    Work& w = taken();
+    for (;;) {
+      if (simt::thread() == 0) {
+        if (kAgents) {
+          const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
+          w.some = unit < t.plan->units;
+          if (w.some) {
+            w.unit = t.unit[unit];
+            w.start = t.start(w.unit.user);
+            w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
+            w.own = item % t.items() % g.agent_tiles;
+            w.values = item % t.items() / g.agent_tiles;
+          }
+        } else {
+          w.values = simt::atomic_add(b.next, 1);
+          w.some = w.values < b.chunks;
+        }
+      }
+      simt::sync();
+      if (!work().some) return;
+      if constexpr (kAgents)
+        unit();
+      else
+        chunk();
+      simt::sync();
+    }
+  }
+
+ private:
+  SIMT_DEVICE Work& taken() const { return *reinterpret_cast<Work*>(simt::shared() + g.at.work); }
+
+  // ---- the rows of a chunk
+
+  SIMT_DEVICE int chunk_from() const { return work().values * b.chunk; }
+  SIMT_DEVICE int chunk_to() const { return least(int64_t{chunk_from()} + b.chunk, t.rows); }
+
+  SIMT_DEVICE void chunk() {
+    auto* const users = reinterpret_cast<uint32_t*>(simt::shared() + b.at.users);
+    if (simt::thread() == 0) covered() = {chunk_from(), chunk_from()};
+    for (int64_t a = simt::thread(); b.raw && a < b.padded(); a += simt::threads())
+      b.raw[a * b.chunks + work().values] = 0;
+    SIMT_ROLLED for (int first = static_cast<int>(t.users) - b.first[work().values]; first < b.last[work().values];
+                     first += simt::threads()) {
+      const int user = first + simt::thread();
+      const bool reaches = user < b.last[work().values] && t.start(user) < chunk_to() && t.end(user) > chunk_from() &&
+                           t.start(user) < t.end(user);
+      const uint32_t mine = simt::ballot(reaches);
+      if (simt::lane() == 0) users[simt::warp()] = mine;
+      simt::sync();
+      SIMT_ROLLED for (int w = 0; w < g.warps; ++w) SIMT_ROLLED for (uint32_t bits = users[w]; bits; bits &= bits - 1)
+          history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1));
+      simt::sync();
+    }
+    simt::sync();
+    clear(chunk_from(), covered().from);
+    clear(covered().to, chunk_to());
+  }
+
+  /// Those rows of a chunk that hold sums of earlier users, or of agents of earlier tiles; T is below 2^31.
+  struct Covered {
+    int from, to;
+  };
+  SIMT_DEVICE Covered& covered() const {
+    return *reinterpret_cast<Covered*>(simt::shared() + b.at.users + 4 * g.warps);
+  }
+
+  /// A user's rows of the chunk.
+  SIMT_DEVICE void history(int user) {
+    const int start = static_cast<int>(t.start(user)), last = least(t.end(user), chunk_to());
+    const int first = start > chunk_from() ? start : chunk_from();
+    const Covered c = covered();
+    const bool none = c.from == c.to;
+    if (!none) {
+      clear(c.to, first);
+      clear(last, c.from);
+    }
+    simt::sync();
+    if (simt::thread() == 0) {
+      taken().start = start;
+      taken().unit.user = user;
+      covered() = {none ? first : least(c.from, last), none || c.to < first ? first : c.to};
+    }
+    simt::sync();
+    begin = first - start;
+    end = last - start;
+    range();
+  }
+
+  SIMT_DEVICE void clear(int from, int to) const {
+    const auto zero = [&](float* p, int64_t width) {
+      if (!p) return;
+      float* const first = p + from * width;
+      const int n = static_cast<int>((to - from) * width);  // of a chunk, at most
+      SIMT_ROLLED for (int i = simt::thread(); i < n; i += simt::threads()) first[i] = 0;
+    };
+    zero(b.dv, b.v.x.width);
+    zero(b.dx, t.x.width);
+    zero(b.d_bias, 1);
+  }
+
+  // ---- rows by agents
+
+  SIMT_DEVICE bool several() const { return kShares && g.agent_tiles > 1; }
+
+  /// Rows [begin, end), at most kTile of them where several() sums are kept.
+  SIMT_DEVICE void range() {
+    values.begin = begin;
+    values.end = end;
+    float* const bias = floats(b.at.row_bias);
+    if (several()) {
+      this->begin_rows();
+      for (int r = simt::thread(); r < kTile; r += simt::threads()) bias[r] = 0;
+    }
+    SIMT_ROLLED for (what = several() ? kTops : kAll; what <= kAll; ++what) {
+      const bool one = kAgents && what == kAll;
+      SIMT_ROLLED for (tile = one ? work().own : 0; tile < (one ? work().own + 1 : g.agent_tiles); ++tile) sweep();
+      if (what == kTops) this->end_rows();
+    }
+  }
+
+  SIMT_DEVICE int outputs_v() const { return !kAgents && b.dv ? values.g.chunks : 0; }
+  SIMT_DEVICE int outputs_x() const { return !kAgents && b.dx ? g.chunks : 0; }
+  SIMT_DEVICE int phases() const {
+    const int outputs = outputs_v() + outputs_x();
+    return g.chunks + (what == kTops ? 0 : values.g.chunks) + (kAgents || what != kAll ? 0 : outputs ? outputs : 1);
+  }
+  SIMT_DEVICE Step next(Step s) const {
+    return s.chunk + 1 < phases() ? Step{s.block, s.chunk + 1} : Step{s.block + 1, 0};
+  }
+  SIMT_DEVICE bool some(Step s) const { return begin + s.block * R < end; }
+
+  SIMT_DEVICE void fetch_rows(Step s) {
+    if (s.chunk < g.chunks)
+      this->fetch(s);
+    else if (s.chunk < g.chunks + values.g.chunks)
+      values.fetch(Values::step(s.block, s.chunk - g.chunks));
+  }
+  SIMT_DEVICE void prepare_rows(Step s) {
+    if (s.chunk < g.chunks)
+      this->prepare(s);
+    else if (s.chunk < g.chunks + values.g.chunks)
+      values.prepare(Values::step(s.block, s.chunk - g.chunks));
+  }
+  /// Where agents do not stay: those of a phase. Two buffers take turns, in the outputs' phases too.
+  SIMT_DEVICE void fetch_parts(Step s) {
+    const int c = s.chunk - g.chunks, o = c - values.g.chunks, x = o - outputs_v();
+    if (c < 0 ? g.chunks > 1 : x >= 0 && x < outputs_x() && g.chunks > 1)
+      this->fetch_agents({s.block, c < 0 ? s.chunk : x}, tile);
+    else if (c >= 0 && (o < 0 || x < 0) && values.g.chunks > 1)
+      values.fetch_agents(o < 0 ? Values::step(s.block, c) : Values::step(s.block + 1, o), tile);
+  }
+
+  SIMT_DEVICE void sweep() {
+    const int64_t first = int64_t{work().unit.user} * b.padded() + int64_t{tile} * g.tile_agents;
+    const float* const of[] = {t.half, t.rate, b.top, b.offset, b.slope};
+    SIMT_EACH (k, 5)
+      for (int i = simt::thread(); i < g.tile_agents; i += simt::threads())
+        floats(g.at.agents)[k * g.tile_agents + i] = of[k][first + i];
+    if (!kAgents)
+      SIMT_EACH (h, MT) total[h][0] = total[h][1] = 0;
+    if (g.chunks == 1) this->fetch_agents({}, tile);
+    if (values.g.chunks == 1) values.fetch_agents({}, tile);
+    Step s{0, -2};
+    SIMT_ROLLED while (some(s)) {
+      const Step s1 = next(s), s2 = next(s1);
+      const bool goes_on = some(s1) && s1.chunk >= 0;
+      SIMT_UNLESS_PLANTED(43, simt::template wait<0>());
+      SIMT_UNLESS_PLANTED(44, simt::sync());
+      if (goes_on) fetch_parts(s1);
+      if (some(s2)) fetch_rows(s2);
+      simt::commit();
+      if (goes_on) prepare_rows(s1);
+      const int c = s.chunk - g.chunks, o = c - values.g.chunks;
+      if (s.chunk < 0) {
+        // the first rows are on their way
+      } else if (c < 0) {
+        this->multiply(z, s);
+        if (c == -1) logits(s.block);
+      } else if (o < 0) {
+        multiply_values(s.block, c);
+        if (o == -1) gradients(s.block);
+      } else {
+        output(s.block, o);
+      }
+      s = s1;
+    }
+    if (!kAgents && what == kAll) end_sweep();
+    SIMT_UNLESS_PLANTED(42, simt::sync());
+  }
+
+  SIMT_DEVICE void multiply_values(int block, int chunk) {
+    if (chunk == 0)
+      SIMT_EACH (h, MT)
+        SIMT_EACH (n, R / 8)
+          SIMT_EACH (i, 4) y[h][n][i] = 0;
+    const int buffer = values.buffer_of(Values::step(block, chunk));
+    this->product(y, values.prototypes(values.g.chunks > 1 ? buffer : 0), values.operand_x(buffer), values.pitch(),
+                  values.columns(chunk));
+  }
+
+  /// z: logits in base 2, 0 or less.
+  SIMT_DEVICE void logits(int block) {
+    SIMT_EACH (h, MT)
+      SIMT_EACH (r, 2) {
+        const float rate = agent(1, h, r);
+        SIMT_EACH (n, R / 8)
+          SIMT_EACH (i, 2) z[h][n][2 * r + i] = rate * smaller(z[h][n][2 * r + i], 0.f);
+      }
+    if (kShares && (g.agent_tiles == 1 || what == kTops)) this->over_agents(z, block, what == kTops);
+  }
+
+  SIMT_DEVICE float shift(int block, int row) const { return floats(g.at.shift)[(block & 1) * R + row]; }
+  /// What makes a logit of a row one of its user's softmax.
+  SIMT_DEVICE float add(int block, int row) const {
+    return smaller(shift(block, row) - (kShares ? this->row_lse(block)[row] : 0.f), kLargest);
+  }
+
+  /// The warps' sums of a row over agents: 0: of dz, 1: of q.
+  SIMT_DEVICE float* sums(int warp, int which) const { return floats(b.at.sums) + (2 * warp + which) * R; }
+  SIMT_DEVICE float sum_of(int which, int row) const {
+    float sum = 0;
+    for (int w = 0; w < g.warps; ++w) sum += sums(w, which)[row];
+    return sum;
+  }
+  SIMT_DEVICE void sum_agents(int which) const {
+    const int q = simt::lane() & 3;
+    SIMT_EACH (n, R / 8)
+      SIMT_EACH (i, 2) {
+        float sum = 0;
+        SIMT_EACH (h, MT) sum += y[h][n][i] + y[h][n][2 + i];
+        for (int m = 4; m < 32; m *= 2) sum += simt::shuffle_xor(sum, m);
+        if (simt::lane() < 4) sums(simt::warp(), which)[n * 8 + 2 * q + i] = sum;
+        simt::sync_warp();
+      }
+  }
+
+  /// z, y <- w, q, from logits and dtoken . v. Absent rows, and agents that are absent or have no mass (lse is inf for
+  /// all of them), get 0 whatever it is multiplied with.
+  SIMT_DEVICE void gradients(int block) {
+    const int q = simt::lane() & 3;
+    float top[MT][2], with[MT][2];  // of agents: lse; the rest of a dz, then its slope
+    SIMT_EACH (h, MT)
+      SIMT_EACH (r, 2) {
+        top[h][r] = agent(2, h, r);
+        with[h][r] = agent(3, h, r);
+      }
+    SIMT_EACH (n, R / 8) {
+      SIMT_EACH (i, 2) {
+        const int row = n * 8 + 2 * q + i;
+        const bool some = shift(block, row) != -kInfinity;
+        const float plus = add(block, row);
+        SIMT_EACH (h, MT)
+          SIMT_EACH (r, 2) {
+            float& dz = y[h][n][2 * r + i];
+            const float w = simt::exp2(z[h][n][2 * r + i] + plus - top[h][r]);
+            dz = some && top[h][r] != kInfinity ? w * (dz + with[h][r]) : 0.f;
+          }
+        simt::sync_warp();  // one column after another, for want of registers
+      }
+    }
+    if (kShares || (!kAgents && b.d_bias)) sum_agents(0);
+    float* const bias = floats(b.at.row_bias) + (several() ? block * R : 0);
+    if (kShares && (!several() || what == kSums)) {
+      SIMT_UNLESS_PLANTED(45, simt::sync());
+      for (int r = simt::thread(); r < R; r += simt::threads()) bias[r] = (several() ? bias[r] : 0.f) + sum_of(0, r);
+      if (what == kSums) return;
+      SIMT_UNLESS_PLANTED(46, simt::sync());
+    }
+    SIMT_EACH (h, MT)
+      SIMT_EACH (r, 2) with[h][r] = agent(4, h, r);
+    SIMT_EACH (n, R / 8) {
+      SIMT_EACH (i, 2) {
+        const int row = n * 8 + 2 * q + i;
+        const bool some = shift(block, row) != -kInfinity;
+        const float plus = add(block, row), less = kShares ? this->row_lse(block)[row] : 0.f;
+        SIMT_EACH (h, MT)
+          SIMT_EACH (r, 2) {
+            float &w = z[h][n][2 * r + i], &dz = y[h][n][2 * r + i];
+            const float logit = larger(w, -3e38f);  // 0 times -inf would be NaN
+            if (kShares && some && top[h][r] != kInfinity) dz -= simt::exp2(w - less) * bias[row];
+            if (!kAgents) total[h][r] = simt::fused(dz, logit, total[h][r]);
+            w = simt::exp2(w + plus - top[h][r]);
+            dz *= with[h][r];
+            if (kAgents) total[h][r] += dz;
+          }
+        simt::sync_warp();
+      }
+    }
+    if constexpr (kAgents) return accumulate(block);
+    if (b.dv) put_operand(halves(b.at.weights), z);
+    if (!b.dx) return;
+    put_operand(halves(b.at.slopes), y);
+    sum_agents(1);
+  }
+
+  // ---- the rows' gradients
+
+  /// An operand [Q, agents, rows].
+  SIMT_DEVICE void put_operand(uint16_t* to, const Products& from) const {
+    SIMT_EACH (h, MT)
+      SIMT_EACH (r, 2)
+        SIMT_EACH (n, R / 8) {
+          const float* const pair = &from[h][n][2 * r];
+          uint16_t* const at = to + (simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4) * kPitch + n * 8 +
+                               2 * (simt::lane() & 3);
+          uint32_t low;
+          *reinterpret_cast<uint32_t*>(at) = Q > 1 ? split(pair[0], pair[1], &low) : simt::pack(pair[0], pair[1]);
+          if (Q > 1) *reinterpret_cast<uint32_t*>(at + g.tile_agents * kPitch) = low;
+        }
+  }
+
+  SIMT_DEVICE void put(float* to, int row, int64_t width, int64_t column, float value) const {
+    float& at = to[int64_t{row} * width + column];
+    at = row >= covered().from && row < covered().to ? at + value : value;
+  }
+
+  /// What a phase of outputs multiplies: weights or slopes by columns of d_tokens or prototypes.
+  struct Output {
+    const uint16_t *left, *right;
+    float* to;
+    int64_t width;
+    int pitch, columns, column;  // in shared memory; the first
+    bool of_x;
+  };
+
+  /// Columns of dv, then of dx; the first phase has the bias too.
+  SIMT_DEVICE void output(int block, int phase) {
+    const int rows = least(end - begin - block * R, R);
+    for (int r = simt::thread(); phase == 0 && b.d_bias && r < rows; r += simt::threads())
+      put(b.d_bias, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
+    const int x = phase - outputs_v();
+    Output out;
+    if (x < 0) {
+      const int buffer = values.g.chunks > 1 ? values.buffer_of(Values::step(block + 1, phase)) : 0;
+      out = {halves(b.at.weights),  values.prototypes(buffer), b.dv, b.v.x.width, values.pitch(),
+             values.columns(phase), phase * values.g.chunk,    false};
+    } else if (x < outputs_x()) {
+      const int buffer = g.chunks > 1 ? this->buffer_of({block, x}) : 0;
+      out = {halves(b.at.slopes), this->prototypes(buffer), b.dx,        t.x.width,
+             this->pitch(),       this->columns(x),         x * g.chunk, true};
+    } else {
+      return;
+    }
+    const int wide = (out.columns + 31) / 32;
+    SIMT_ROLLED for (int i = simt::warp(); i < R / 16 * wide; i += g.warps)
+        multiply_weights(out, block, rows, i / wide * 16, i % wide * 32);
+  }
+
+  /// 16 rows by 32 columns, summed over the agents.
+  SIMT_DEVICE void multiply_weights(const Output& out, int block, int rows, int row, int column) const {
+    float sum[4][4] = {};
+    const int lane = simt::lane();
+    const uint16_t* const left = out.left + ((lane >> 4) * 8 + (lane & 7)) * kPitch + row + (lane & 8);
+    const uint16_t* const right = out.right + place(out.pitch) + column;
+    SIMT_ROLLED for (int k = 0; k < g.tile_agents; k += 16) {
+      uint32_t a[Q][4];
+      SIMT_EACH (part, Q) simt::load_matrices_transposed(a[part], left + (part * g.tile_agents + k) * kPitch);
+      SIMT_EACH (n, 2) {
+        if (column + n * 16 >= out.columns) continue;
+        SIMT_EACH (other, Q) {
+          uint32_t p[4];
+          simt::load_matrices_transposed(p, right + (other * g.tile_agents + k) * out.pitch + n * 16);
+          SIMT_EACH (part, Q - other) {
+            simt::multiply_add(sum[2 * n], a[part], p[0], p[1]);
+            simt::multiply_add(sum[2 * n + 1], a[part], p[2], p[3]);
+          }
+        }
+      }
+    }
+    SIMT_EACH (r, 2) {
+      const int at = row + r * 8 + lane / 4;
+      if (at >= rows) continue;
+      const int behaviour = static_cast<int>(work().start) + begin + block * R + at;
+      const bool here = shift(block, at) != -kInfinity;
+      const float weight = out.of_x ? sum_of(1, at) : 0.f;
+      SIMT_EACH (n, 4)
+        SIMT_EACH (i, 2) {
+          const int local = column + n * 8 + 2 * (lane & 3) + i;
+          const int64_t d = out.column + local;
+          if (local >= out.columns || d >= out.width) continue;
+          float value = here ? sum[n][2 * r + i] : out.of_x ? 0.f : absent(block, at, d);
+          if (here && out.of_x) value -= element(t.x.data, t.x.dtype, int64_t{behaviour} * t.x.width + d) * weight;
+          put(out.to, behaviour, out.width, d, value);
+        }
+    }
+  }
+
+  /// An absent row that has a v shares the gradient of its user's token of them.
+  SIMT_DEVICE float absent(int block, int row, int64_t column) const {
+    if (!t.missing || tile > 0 || floats(g.at.gone)[(block & 1) * R + row] == 0.f) return 0;
+    const int64_t user = work().unit.user, token = user * b.token_rows() + t.agents;
+    const float share = b.absent[user];
+    return share == 0.f ? 0.f : share * element(b.d_tokens.data, b.d_tokens.dtype, token * b.v.x.width + column);
+  }
+
+  SIMT_DEVICE void end_sweep() {
+    if (b.raw)
+      SIMT_EACH (h, MT)
+        SIMT_EACH (r, 2) {
+          float sum = total[h][r];
+          sum += simt::shuffle_xor(sum, 1);
+          sum += simt::shuffle_xor(sum, 2);
+          const int64_t a = int64_t{tile} * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4;
+          if ((simt::lane() & 3) == 0) b.raw[a * b.chunks + work().values] += sum;
+        }
+    const int first = static_cast<int>(work().start) + begin, last = static_cast<int>(work().start) + end;
+    simt::sync();
+    if (simt::thread() == 0) covered() = {least(covered().from, first), covered().to > last ? covered().to : last};
+  }
+
+  // ---- the prototypes' gradients
+
+  SIMT_DEVICE int unit_end() const { return least(int64_t{work().unit.last} * kTile, work().rows); }
+
+  SIMT_DEVICE void unit() {
+    reset();
+    for (begin = work().unit.first * kTile; begin < unit_end(); begin = end) {
+      end = least(int64_t{begin} + kTile, unit_end());
+      range();
+      end_tile();
+    }
+    const Work& w = work();
+    if (w.unit.slot >= 0) {
+      write(t.slots + (int64_t{w.unit.slot} * t.items() + w.values * g.agent_tiles + w.own) * b.state_floats());
+      return;
+    }
+    const int64_t first = int64_t{w.own} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
+    const int64_t column = int64_t{w.values} * kValues + (simt::lane() & 3) * 2;
+    SIMT_EACH (h, MT)
+      SIMT_EACH (c, kValues / 8)
+        SIMT_EACH (i, 4)
+          b.put_prototype(w.unit.user, first + h * 16 + i / 2 * 8, column + c * 8 + i % 2, moment[h][c][i],
+                          total[h][i / 2]);
+  }
+
+  SIMT_DEVICE void accumulate(int block) {
+    const uint16_t* const x = this->operand_v(this->buffer_of({block, g.chunks - 1})) + place(kValuePitch);
+    const int columns_left = least(t.x.width - work().values * kValues, kValues);
+    SIMT_EACH (k, R / 16) {
+      uint32_t a[2][MT][4];
+      SIMT_EACH (h, MT)
+        SIMT_EACH (i, 4) {
+          const float* const pair = &y[h][2 * k + i / 2][i % 2 * 2];
+          a[0][h][i] = Q > 1 ? split(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
+        }
+      SIMT_EACH (n, kValues / 16) {
+        if (n * 16 >= columns_left) continue;
+        SIMT_EACH (stored, S) {
+          uint32_t p[4];
+          simt::load_matrices_transposed(p, x + (stored * R + k * 16) * kValuePitch + n * 16);
+          SIMT_EACH (part, Q - stored)
+            SIMT_EACH (h, MT) {
+              simt::multiply_add(moment[h][2 * n], a[part][h], p[0], p[1]);
+              simt::multiply_add(moment[h][2 * n + 1], a[part][h], p[2], p[3]);
+            }
+        }
+      }
+    }
+  }
+
+  /// f(register) for every float of a state, in the order of memory.
+  template <class F>
+  SIMT_DEVICE void each(F f) {
+    SIMT_EACH (h, MT)
+      SIMT_EACH (r, 2) f(total[h][r]);
+    SIMT_EACH (h, MT)
+      SIMT_EACH (c, kValues / 8)
+        SIMT_EACH (i, 4) f(moment[h][c][i]);
+  }
+  SIMT_DEVICE void reset() {
+    each([](float& f) { f = 0; });
+  }
+  SIMT_DEVICE void write(float* to) {
+    to += simt::thread();
+    each([&](float& f) {
+      *to = f;
+      to += simt::threads();
+    });
+  }
+
+  /// Down the tree, as a binary counter; the unit's last state stays in registers.
+  SIMT_DEVICE void end_tile() {
+    SIMT_EACH (h, MT)
+      SIMT_EACH (r, 2) {
+        total[h][r] += simt::shuffle_xor(total[h][r], 1);
+        total[h][r] += simt::shuffle_xor(total[h][r], 2);
+      }
+    const bool last = end >= unit_end();
+    const int before = (end - 1) / kTile - work().unit.first;  // tiles
+    int level = simt::count_bits(static_cast<uint32_t>(before));
+    const int left = last ? 0 : simt::count_bits(static_cast<uint32_t>(before + 1)) - 1;
+    float* const stack = t.stack + int64_t{simt::block()} * g.levels * b.state_floats();
+    SIMT_ROLLED while (level > left) {
+      const float* from = stack + --level * b.state_floats() + simt::thread();
+      each([&](float& f) {
+        f += *from;
+        from += simt::threads();
+        simt::sync_warp();  // one load at a time, for want of registers
+      });
+    }
+    if (last) return;
+    write(stack + level * b.state_floats());
+    reset();
+  }
+
+  const BackTask& b;
+  Values values;
+  int what = kAll, tile = 0;
+  Products z, y;
+  float total[MT][2];  // of a thread's agents: dz times logits, or q
+  float moment[MT][kAgents ? kValues / 8 : 1][4];
+};
+
+}  // namespace hisac::cuda

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of `route_backward` are told.
+//
+// Two streams of rows meet the same agents: x the prototypes, and v, in the place of x, the gradients of tokens. Rows'
+// gradients (v, x, bias) are made by chunks of all behaviours: a block takes a chunk and, in their order, the users
+// whose histories reach into it, so that histories may overlap and nothing is added by two blocks. The temperature's
+// are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
+// tree of ../tiles.h.
+#pragma once
+#include "route_task.h"
+
+namespace hisac::cuda {
+
+/// As many as registers allow.
+SIMT_BOTH constexpr int rows_of_step(int parts, bool prototypes) {
+  return parts == 1 && !prototypes ? 64 : parts == 2 && prototypes ? 16 : 32;
+}
+
+struct BackTask {
+  Task x, v;  // v: its x is v, its prototypes are d_tokens
+  Rows d_tokens, tokens;
+  const float *lse = nullptr, *d_lse = nullptr;
+  float *dv = nullptr, *dx = nullptr, *d_bias = nullptr, *d_temperature = nullptr, *d_prototypes = nullptr;
+  int chunk = 0, chunks = 0;  // of behaviours
+  struct Offsets {            // in shared memory, beside those of the streams
+    int weights, slopes, sums, row_bias, users;
+  } at = {};
+  size_t shared_bytes = 0;
+  // workspace
+  float *top = nullptr, *offset = nullptr,
+        *slope = nullptr;                     // [B, padded M] lse in base 2, dlse - dtoken . token, 2 / tau
+  float* absent = nullptr;                    // [B] 1 / count, of the token of absent behaviours
+  int32_t *first = nullptr, *last = nullptr;  // [chunks] B - the first user that reaches into it, the last + 1
+  int32_t* next = nullptr;                    // the chunk not yet taken
+  float* raw = nullptr;                       // [padded M, chunks] dlogit times logit
+  double* total = nullptr;                    // [padded M] d_temperature of each agent
+
+  SIMT_BOTH int64_t padded() const { return int64_t{x.g.agent_tiles} * x.g.tile_agents; }
+  SIMT_BOTH int token_rows() const { return static_cast<int>(x.agents) + x.missing; }
+  /// Floats of a thread's state, of a unit.
+  SIMT_BOTH int state() const { return x.g.mt * (2 + kValues / 2); }
+  SIMT_BOTH int64_t state_floats() const { return int64_t{state()} * x.g.threads(); }
+
+  /// The gradient of a prototype at a column: the sum over rows of q x, and of q.
+  SIMT_DEVICE void put_prototype(int64_t user, int64_t agent, int64_t column, float sum, float weight) const {
+    if (agent >= x.agents || column >= x.x.width) return;
+    const int64_t i = (user * x.agents + agent) * x.x.width + column;
+    d_prototypes[i] = x.half[user * padded() + agent] == -kInfinity ? 0.f : sum - x.prototypes[i] * weight;
+  }
+};
+
+/// What the launches of route.cu do for route_backward too.
+using Error = decltype(simt::machine(nullptr));
+Task describe_route(const RouteParams& params, const RouteInputs& in);
+Error launch_pack_agents(const Task& t, int processors, simt::Stream stream);
+Error launch_plan_units(const Task& t, simt::Stream stream);
+
+}  // namespace hisac::cuda

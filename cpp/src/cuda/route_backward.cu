@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0
+// `route_backward`: agents and gradients of tokens packed, the rows' kernel over chunks of behaviours, the
+// temperature's sums added up; then the prototypes' kernel over units of histories, and users with several units
+// merged.
+#include <algorithm>
+
+#include "../arena.h"
+#include "../checks.h"
+#include "route_back.h"
+#include "verbs.h"
+
+namespace hisac::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kLeastChunk = 256;    // behaviours
+constexpr int kMostColumns = 4096;  // of D and V
+
+/// A warp an agent: its gradient in bfloat16 parts and what its weights need; absent and padding agents are zero.
+SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
+  const int lane = simt::lane();
+  const Task &x = b.x, &v = b.v;
+  const int64_t all = int64_t{simt::blocks()} * kThreads, padded = b.padded(), width = v.x.width;
+  const int64_t thread = int64_t{simt::block()} * kThreads + simt::thread();
+  for (int64_t c = thread; c < b.chunks; c += all) b.first[c] = b.last[c] = 0;
+  if (thread == 0) *b.next = 0;
+  for (int64_t i = thread / 32; i < x.users * padded; i += all / 32) {
+    const int64_t user = i / padded, agent = i % padded, row = user * b.token_rows() + agent;
+    const bool here = x.half[i] != -kInfinity;  // only those below M
+    double dot = 0;
+    for (int64_t c = lane; here && c < width; c += 32)
+      dot += static_cast<double>(element(b.d_tokens.data, b.d_tokens.dtype, row * width + c)) *
+             static_cast<double>(element(b.tokens.data, b.tokens.dtype, row * width + c));
+    for (int m = 16; m; m /= 2) dot += simt::shuffle_xor(dot, m);
+    if (lane == 0) {
+      const float lse = here ? b.lse[row] : kInfinity;
+      const bool some = finite(lse);
+      b.top[i] = some ? base2(lse) : kInfinity;
+      b.offset[i] = some ? static_cast<float>((b.d_lse ? static_cast<double>(b.d_lse[row]) : 0.0) - dot) : 0.f;
+      b.slope[i] = some ? smaller(2 / x.temperature[x.per_agent ? agent : 0], kLargest) : 0.f;
+    }
+    const int tile = static_cast<int>(agent / v.g.tile_agents), place = static_cast<int>(agent % v.g.tile_agents);
+    uint16_t* const out =
+        v.packed + ((user * v.g.agent_tiles + tile) * v.g.parts * v.g.tile_agents + place) * v.g.depth;
+    for (int c = 2 * lane; c < v.g.depth; c += 64) {
+      const auto at = [&](int64_t d) {
+        return here && d < width ? element(b.d_tokens.data, b.d_tokens.dtype, row * width + d) : 0.f;
+      };
+      uint32_t low, high = split_any(at(c), at(c + 1), &low);
+      *reinterpret_cast<uint32_t*>(out + c) = high;
+      if (v.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{v.g.tile_agents} * v.g.depth + c) = low;
+    }
+  }
+}
+
+/// A warp a user: the chunks that its history reaches into, and what its absent behaviours share of their token.
+SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT BackTask b) {
+  for (int64_t user = int64_t{simt::block()} * kWarps + simt::warp(); user < b.x.users;
+       user += int64_t{simt::blocks()} * kWarps) {
+    if (b.absent && simt::lane() == 0) {
+      const double e = static_cast<double>(b.lse[user * b.token_rows() + b.x.agents]) * 1.4426950408889634;
+      const bool some = e > -126 && e < 59.794705707972522;  // a count below 1e18
+      const int whole = some ? static_cast<int>(e) : 0;
+      b.absent[user] = some ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
+    }
+    const int64_t start = b.x.start(user), end = b.x.end(user);
+    for (int64_t c = start / b.chunk + simt::lane(); start < end && c * b.chunk < end; c += 32) {
+      simt::atomic_max(b.first + c, static_cast<int32_t>(b.x.users - user));
+      simt::atomic_max(b.last + c, static_cast<int32_t>(user + 1));
+    }
+  }
+}
+
+constexpr int kMostThreads1 = 416, kMostThreads2 = 256;  // of one and of two agent tiles a warp: 208 and 256 agents
+
+template <int MT, int Q, int S, bool kShares>
+SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
+back_to_rows(SIMT_CONSTANT BackTask b) {
+  RouteBack<MT, Q, S, kShares, false>(b).run();
+}
+template <int MT, int Q, int S, bool kShares>
+SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2, 1)
+back_to_prototypes(SIMT_CONSTANT BackTask b) {
+  RouteBack<MT, Q, S, kShares, true>(b).run();
+}
+
+template <bool kShares>
+auto rows_kernel(const Geometry& g) {
+  return g.parts == 1    ? back_to_rows<2, 1, 1, kShares>
+         : g.stored == 1 ? back_to_rows<1, 2, 1, kShares>
+                         : back_to_rows<1, 2, 2, kShares>;
+}
+template <bool kShares>
+auto prototypes_kernel(const Geometry& g) {
+  return g.parts == 1    ? back_to_prototypes<2, 1, 1, kShares>
+         : g.stored == 1 ? back_to_prototypes<1, 2, 1, kShares>
+                         : back_to_prototypes<1, 2, 2, kShares>;
+}
+
+/// The block's sum, in a fixed order; seen by thread 0.
+SIMT_DEVICE double block_sum(double x) {
+  auto* const sums = reinterpret_cast<double*>(simt::shared());
+  for (int m = 16; m; m /= 2) x += simt::shuffle_xor(x, m);
+  if (simt::lane() == 0) sums[simt::warp()] = x;
+  SIMT_UNLESS_PLANTED(47, simt::sync());
+  x = 0;
+  for (int w = 0; w < kWarps; ++w) x += sums[w];
+  SIMT_UNLESS_PLANTED(48, simt::sync());
+  return x;
+}
+
+/// A block an agent: its sums of chunks.
+SIMT_KERNEL(kThreads) sum_temperature(SIMT_CONSTANT BackTask b) {
+  for (int64_t a = simt::block(); a < b.x.agents; a += simt::blocks()) {
+    double sum = 0;
+    for (int c = simt::thread(); c < b.chunks; c += kThreads) sum += static_cast<double>(b.raw[a * b.chunks + c]);
+    sum = block_sum(sum);
+    const float tau = b.x.temperature[b.x.per_agent ? a : 0];
+    if (simt::thread() == 0) b.total[a] = tau > 0 ? -kLn2 * sum / static_cast<double>(tau) : 0;
+  }
+}
+SIMT_KERNEL(kThreads) finish_temperature(SIMT_CONSTANT BackTask b) {
+  double sum = 0;
+  for (int64_t a = simt::thread(); a < b.x.agents; a += kThreads)
+    if (b.x.per_agent)
+      b.d_temperature[a] = static_cast<float>(b.total[a]);
+    else
+      sum += b.total[a];
+  sum = block_sum(sum);
+  if (!b.x.per_agent && simt::thread() == 0) *b.d_temperature = static_cast<float>(sum);
+}
+
+/// A thread two neighbours of a state: the tree of ../tiles.h over a user's slots, as a binary counter makes it.
+SIMT_KERNEL(kThreads) merge_back_units(SIMT_CONSTANT BackTask b) {
+  const Task& t = b.x;
+  const int threads = t.g.threads();
+  const int64_t elements = int64_t{t.g.mt} * (kValues / 4) * threads, pieces = (elements + kThreads - 1) / kThreads;
+  const int64_t items = t.items();
+  for (int64_t i = simt::block(); i < t.plan->shared * items * pieces; i += simt::blocks()) {
+    const SharedUser s = t.shared[i / pieces / items];
+    const int item = static_cast<int>(i / pieces % items), own = item % t.g.agent_tiles,
+              values = item / t.g.agent_tiles;
+    const int64_t e = i % pieces * kThreads + simt::thread();
+    if (e >= elements) continue;
+    const int thread = static_cast<int>(e % threads), lane = thread & 31;
+    const int pair = static_cast<int>(e / threads);  // [mt][kValues / 8][2]
+    const int h = pair / (kValues / 4), c = pair % (kValues / 4) / 2, r = pair % 2;
+    float total[kMostStates] = {}, left[kMostStates] = {}, right[kMostStates] = {};
+    int level = 0;
+    const auto merge = [&] {
+      --level;
+      total[level - 1] += total[level];
+      left[level - 1] += left[level];
+      right[level - 1] += right[level];
+    };
+    for (int k = 0; k < s.count; ++k) {
+      const float* const from = t.slots + ((int64_t{s.slot} + k) * items + item) * b.state_floats() + thread;
+      const int first = t.g.mt * 2 + (h * (kValues / 8) + c) * 4 + 2 * r;
+      total[level] = from[int64_t{h * 2 + r} * threads];
+      left[level] = from[int64_t{first} * threads];
+      right[level++] = from[int64_t{first + 1} * threads];
+      for (int n = k + 1; n % 2 == 0; n /= 2) merge();
+    }
+    while (level > 1) merge();
+    const int64_t agent = int64_t{own} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8;
+    const int64_t column = int64_t{values} * kValues + c * 8 + (lane & 3) * 2;
+    b.put_prototype(s.user, agent, column, left[0], total[0]);
+    b.put_prototype(s.user, agent, column + 1, right[0], total[0]);
+  }
+}
+
+// ---- host
+
+/// The two kernels, where they are wanted: with the same tiles of agents, for they share what is packed.
+struct Launches {
+  BackTask rows, prototypes;
+  bool of_rows = false, of_prototypes = false;
+};
+
+/// Offsets in shared memory and its size for `warps` warps.
+void lay_out(BackTask& b, bool prototypes, int warps) {
+  int64_t used = 0;
+  const auto take = [&](int64_t n) {
+    const int64_t at = used;
+    used += (n + 15) / 16 * 16;
+    return static_cast<int>(std::min<int64_t>(at, 1 << 30));
+  };
+  Geometry& g = b.x.g;
+  g.rows = rows_of_step(g.parts, prototypes);
+  const int64_t n = g.rows;
+  for (Task* t : {&b.x, &b.v}) {
+    Geometry& s = t->g;
+    s.warps = warps;
+    s.rows = g.rows;
+    s.tile_agents = warps * 16 * s.mt;
+    s.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t->agents + s.tile_agents - 1) / s.tile_agents));
+    s.has_values = prototypes && t == &b.x;
+    const bool several = t->shares && s.agent_tiles > 1;
+    s.buffers = s.chunks > 1 || (t == &b.x && (several || prototypes)) ? 2 : 1;
+    const int64_t bytes = bytes_of(t->x.dtype), pitch = s.pitch(), m = s.buffers;
+    s.at.prototypes = take((s.chunks > 1 ? 2 : 1) * s.parts * s.tile_agents * pitch * 2);
+    s.at.x = take(m * s.stored * n * pitch * 2);
+    s.at.raw_x = take(m * n * s.chunk * bytes);
+    s.at.v = take(s.has_values ? 2 * s.stored * n * kValuePitch * 2 : 0);
+    s.at.raw_v = take(s.has_values ? 2 * n * kValues * bytes : 0);
+    s.at.bias = take(2 * n * 4);
+    s.at.codes = take(2 * n * 4 * t->levels);
+    s.at.half = take(2 * n * 4);
+    s.at.shift = take(2 * n * 4);
+    s.at.gone = take(2 * n * 4);
+    s.at.norm = take(n * 4);
+  }
+  const bool several = b.x.shares && g.agent_tiles > 1;
+  g.at.cross = take(b.x.shares ? 2 * warps * n * 4 : 0);
+  g.at.row_lse = take(!b.x.shares ? 0 : several ? 2 * kTile * 4 : n * 4);
+  g.at.agents = take(5 * g.tile_agents * 4);
+  g.at.work = take(kWorkBytes);
+  b.v.g.at.work = g.at.work;
+  b.at.row_bias = take(!b.x.shares ? 0 : several ? kTile * 4 : n * 4);
+  b.at.sums = take(2 * warps * n * 4);
+  b.at.users = take(warps * 4 + 8);
+  const int64_t operand = g.parts * g.tile_agents * (n + 8) * 2;
+  b.at.weights = take(!prototypes && b.dv ? operand : 0);
+  b.at.slopes = take(!prototypes && b.dx ? operand : 0);
+  g.shared_bytes = static_cast<size_t>(used);
+}
+
+size_t lay_out(Launches& l, int warps) {
+  lay_out(l.rows, false, warps);
+  lay_out(l.prototypes, true, warps);
+  return std::max(l.of_rows ? l.rows.x.g.shared_bytes : 0, l.of_prototypes ? l.prototypes.x.g.shared_bytes : 0);
+}
+
+Status plan_geometry(Launches& l, Precision precision, const simt::Machine& machine) {
+  const Task& x = l.rows.x;
+  const bool exact = x.x.dtype == DType::bfloat16 && x.v.dtype == DType::bfloat16;
+  const auto each = [&](auto set) {
+    for (BackTask* b : {&l.rows, &l.prototypes})
+      for (Task* t : {&b->x, &b->v}) set(t->x.width, t->g);
+  };
+  each([&](int64_t width, Geometry& g) {
+    g.parts = precision == Precision::bfloat16 ? 1 : 2;
+    g.stored = g.parts == 1 || exact ? 1 : 2;
+    g.mt = 3 - g.parts;
+    g.depth = static_cast<int>((width + 15) / 16 * 16);
+  });
+  const int limit = (x.g.mt == 1 ? kMostThreads1 : kMostThreads2) / 32;
+  const int per_warp = 16 * x.g.mt;
+  const int all = static_cast<int>(std::min<int64_t>((x.agents + per_warp - 1) / per_warp, 1 << 20));
+  int most = 0;
+  // Agents mode wants one tile of agents, for each of several asks for sweeps of its own: narrower chunks for that.
+  bool found = false;
+  for (const int enough : {x.shares && all <= limit ? std::max(all, 3) : 4, 4})
+    for (int chunk = 128; !found && chunk >= 16; chunk /= 2) {
+      each([&](int64_t, Geometry& g) {
+        g.chunk = std::min(g.depth, chunk);
+        g.chunks = (g.depth + g.chunk - 1) / g.chunk;
+      });
+      for (most = limit; most > 2; --most)
+        if (lay_out(l, most) <= machine.shared) break;
+      found = most >= enough;
+    }
+  lay_out(l, most);  // as few tiles as that, all of one size
+  const size_t shared =
+      lay_out(l, static_cast<int>(std::max<int64_t>(
+                     2, ((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles + per_warp - 1) / per_warp)));
+  if (shared > machine.shared)
+    return Status::error(Code::not_implemented,
+                         "route_backward: expected a device with %zu bytes of shared memory a block, got %zu", shared,
+                         machine.shared);
+  for (BackTask* b : {&l.rows, &l.prototypes}) {
+    Geometry& g = b->x.g;
+    const size_t most_threads = static_cast<size_t>(g.mt == 1 ? kMostThreads1 : kMostThreads2);
+    const size_t fit =
+        std::min(most_threads / static_cast<size_t>(g.threads()), machine.shared / (g.shared_bytes + 1024));
+    g.blocks = machine.processors * static_cast<int>(std::max<size_t>(1, std::min<size_t>(fit, 8)));
+    g.value_tiles = static_cast<int>((b->x.x.width + kValues - 1) / kValues);
+    g.workers = std::max(1, (g.blocks + b->x.items() - 1) / b->x.items());
+    int64_t tiles = (b->x.rows + kTile - 1) / kTile;
+    for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
+    b->chunk = kTile;
+    while (b->chunk > kLeastChunk && b->x.rows / b->chunk < 1024) b->chunk /= 2;
+    b->chunks = static_cast<int>((b->x.rows + b->chunk - 1) / b->chunk);
+  }
+  return {};
+}
+
+void carve(Launches& l, Arena& arena) {
+  BackTask& b = l.rows;
+  const int64_t users = b.x.users, padded = b.padded();
+  b.x.packed = arena.take<uint16_t>(users * padded * b.x.g.parts * b.x.g.depth);
+  b.v.packed = arena.take<uint16_t>(users * padded * b.v.g.parts * b.v.g.depth);
+  for (float** p : {&b.x.half, &b.x.rate, &b.top, &b.offset, &b.slope}) *p = arena.take<float>(users * padded);
+  b.first = arena.take<int32_t>(b.chunks);
+  b.last = arena.take<int32_t>(b.chunks);
+  b.next = arena.take<int32_t>(1);
+  b.absent = arena.take<float>(b.x.missing ? users : 0);
+  b.raw = arena.take<float>(b.d_temperature ? padded * b.chunks : 0);
+  b.total = arena.take<double>(b.d_temperature ? padded : 0);
+  if (!b.x.missing) b.absent = nullptr;
+  if (!b.d_temperature) b.raw = nullptr;
+  BackTask& p = l.prototypes;
+  p.x.packed = b.x.packed;
+  p.v.packed = b.v.packed;
+  p.x.half = b.x.half;
+  p.x.rate = b.x.rate;
+  p.top = b.top;
+  p.offset = b.offset;
+  p.slope = b.slope;
+  if (!l.of_prototypes) return;
+  const Geometry& g = p.x.g;
+  const int64_t workers = g.workers;
+  p.x.plan = arena.take<Plan>(1);
+  p.x.unit = arena.take<Unit>(users + 8 * workers);
+  p.x.shared = arena.take<SharedUser>(4 * workers);
+  p.x.stack = arena.take<float>(int64_t{g.blocks} * g.levels * p.state_floats());
+  p.x.slots = arena.take<float>(8 * workers * p.x.items() * p.state_floats());
+}
+
+Launches describe(const RouteParams& params, const RouteInputs& in, const RouteGradients& out) {
+  Launches l;
+  BackTask b;
+  b.x = describe_route(params, in);
+  b.v = b.x;
+  b.v.x = b.x.v;
+  b.v.x_aligned = b.x.v_aligned;
+  b.v.bias = nullptr;
+  b.v.codes = nullptr;
+  b.v.levels = 0;
+  b.v.missing = false;
+  b.dv = out.v.data;
+  b.dx = out.x.data;
+  b.d_bias = out.bias.data;
+  b.d_temperature = out.temperature.data;
+  b.d_prototypes = out.prototypes.data;
+  l.rows = l.prototypes = b;
+  l.prototypes.x.missing = false;
+  l.prototypes.x.refining = true;  // the values beside the rows are columns of x
+  l.of_rows = b.dv || b.dx || b.d_bias || b.d_temperature;
+  l.of_prototypes = b.d_prototypes;
+  return l;
+}
+
+/// What the public verb allows and this one does not.
+Status check_limits(const RouteParams& params, const RouteInputs& in) {
+  const int64_t* const p = in.prototypes.shape;
+  if (!in.x.data || params.method == Method::leaf || in.x_ids || in.v_ids || in.x.dtype == DType::int8 || in.spread)
+    return Status::error(Code::not_implemented,
+                         "route_backward: expected x of floats, without ids or spread, and the exact method on CUDA");
+  if (std::max(p[2], in.v.width) > kMostColumns || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
+    return Status::error(
+        Code::not_implemented,
+        "route_backward: expected D and V up to %d, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64 ", %" PRId64
+        ", %" PRId64 " and %" PRId64,
+        kMostColumns, p[2], in.v.width, in.histories.users, in.behaviours());
+  return {};
+}
+
+}  // namespace
+
+size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
+                                int64_t) noexcept {
+  Launches l = describe(params, inputs, out);
+  simt::Machine machine;
+  if (simt::machine(&machine) != Error{} || !plan_geometry(l, params.precision, machine).ok()) return 0;
+  Arena arena;
+  carve(l, arena);
+  return arena.used();
+}
+
+Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                      const RouteForward& forward, const RouteGradients& out) noexcept {
+  HISAC_TRY(check_limits(params, inputs));
+  Launches l = describe(params, inputs, out);
+  if (!l.of_rows && !l.of_prototypes) return {};
+  simt::Machine machine;
+  if (const Error e = simt::machine(&machine); e != Error{})
+    return Status::error(Code::not_implemented, "route_backward: cuda: %s", simt::describe(e));
+  HISAC_TRY(plan_geometry(l, params.precision, machine));
+  Arena arena(context.workspace);
+  carve(l, arena);
+  HISAC_TRY(arena.check("route_backward"));
+  BackTask& b = l.rows;
+  b.d_tokens = forward.d_tokens;
+  b.tokens = forward.tokens;
+  b.lse = forward.lse.data;
+  b.d_lse = forward.d_lse.data;
+  const auto stream = static_cast<simt::Stream>(context.stream);
+  const bool shares = b.x.shares;
+  Error errors[9] = {};
+  errors[0] = launch_pack_agents(b.x, machine.processors, stream);
+  errors[1] = simt::launch(pack_tokens, machine.processors * 8, kThreads, 0, stream, b);
+  if (l.of_rows) {
+    const Geometry& g = b.x.g;
+    const auto kernel = shares ? rows_kernel<true>(g) : rows_kernel<false>(g);
+    errors[2] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, b);
+    errors[3] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, b);
+  }
+  if (b.d_temperature) {
+    errors[4] = simt::launch(sum_temperature, machine.processors * 2, kThreads, kWarps * sizeof(double), stream, b);
+    errors[5] = simt::launch(finish_temperature, 1, kThreads, kWarps * sizeof(double), stream, b);
+  }
+  if (l.of_prototypes) {
+    const BackTask& p = l.prototypes;
+    const Geometry& g = p.x.g;
+    const auto kernel = shares ? prototypes_kernel<true>(g) : prototypes_kernel<false>(g);
+    errors[6] = launch_plan_units(p.x, stream);
+    errors[7] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, p);
+    errors[8] = simt::launch(merge_back_units, machine.processors * 4, kThreads, 0, stream, p);
+  }
+  for (const Error e : errors)
+    if (e != Error{}) return Status::error(Code::io_error, "route_backward: cuda: %s", simt::describe(e));
+  return {};
+}
+
+}  // namespace hisac::cuda
