@@ -34,7 +34,7 @@ TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
 MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
 MOST_LINES, MOST_CODE = 500, 9_900  # of a file; of cpp and python together, blank lines and comments left out
-MOST_CUDA = 4_000  # of cpp's cuda folder, which is counted apart
+MOST_CUDA = 6_000  # of cpp's cuda folder, which is counted apart
 
 
 def sources(root, *folders):
@@ -224,10 +224,10 @@ def test_all_code_together_is_counted(house):
     for i in range(25):
         (house / f"python/hisac/part{i}.py").write_text(SPDX_PY + "pass\n" * 400, encoding="utf-8")
         (house / f"cpp/src/cuda/part{i}.cu").parent.mkdir(parents=True, exist_ok=True)
-        (house / f"cpp/src/cuda/part{i}.cu").write_text(SPDX_CPP + "x();\n" * 201, encoding="utf-8")
+        (house / f"cpp/src/cuda/part{i}.cu").write_text(SPDX_CPP + "x();\n" * 251, encoding="utf-8")
     assert list(long_files(house)) == [
         "cpp and python have 10002 lines of code",
-        "the CUDA kernels have 5025 lines of code",
+        "the CUDA kernels have 6275 lines of code",
     ]
 
 

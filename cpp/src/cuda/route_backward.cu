@@ -6,7 +6,7 @@
 
 #include "../arena.h"
 #include "../checks.h"
-#include "route_back.h"
+#include "route_back_step.h"
 #include "verbs.h"
 
 namespace hisac::cuda {
