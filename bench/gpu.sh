@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# All that a machine with a GPU can tell, in about ten minutes and without a network: the build, the wrappers' meaning
+# All that a machine with a GPU can tell, without a network, meant for ten minutes: the build, the wrappers' meaning
 # against the emulator's, the tests, compute-sanitizer, and timings beside peers.
 # usage: bench/gpu.sh [FOLDER [PART..]]    FOLDER (build/gpu-run) gets a log of each part and <date>-<gpu>.json; parts:
 # build conform test memcheck racecheck bench. A part needs the build; one that fails does not stop the next.

@@ -12,16 +12,14 @@ void use_cuda(const cuda::Verbs* verbs) noexcept;
 
 template <class Verb, class... Arguments>
 Status on_cuda(const char* name, Verb cuda::Verbs::* verb, const Arguments&... arguments) noexcept {
-  const cuda::Verbs* verbs = cuda_verbs();
-  if (verbs && verbs->*verb) return (verbs->*verb)(arguments...);
-  if (verbs) return Status::error(Code::not_implemented, "%s: expected a context on the CPU, got one on CUDA", name);
+  if (const cuda::Verbs* verbs = cuda_verbs()) return (verbs->*verb)(arguments...);
   return Status::error(Code::not_implemented, "%s: expected enable_cuda() before a call on CUDA", name);
 }
 
 template <class Size, class... Arguments>
 size_t bytes_on_cuda(Size cuda::Verbs::* size, const Arguments&... arguments) noexcept {
   const cuda::Verbs* verbs = cuda_verbs();
-  return verbs && verbs->*size ? (verbs->*size)(arguments...) : 0;
+  return verbs ? (verbs->*size)(arguments...) : 0;
 }
 
 }  // namespace hisac

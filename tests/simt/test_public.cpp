@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public verbs with a context on CUDA: refused before enable_cuda, on the device's kernels after it, with the
-// shapes checked either way. What the kernels compute is each verb's own test; `sum_rows` has its here.
+// A context on CUDA: refused before enable_cuda and by `fit`, shapes checked first, then on the device's kernels: by
+// `sum_rows`, whose own test this is; the other verbs come this way in tests/test_cuda.py.
 #include "hisac/cuda.h"
 #include "simt_test.h"
 
