@@ -22,33 +22,17 @@ SIMT_DEVICE bool below_limit(float norm, int64_t width, Element element) {
   return squares < 0x1p100;
 }
 
-struct Behaviours {
+struct Behaviours : Spans {
   Rows x, v;  // x.data null: the prototypes of the codes
   Ids x_ids, v_ids;
   const float* scale = nullptr;  // of x of int8
   bool scales = false;           // one for each row of x
-  const void *starts = nullptr, *ends = nullptr;
-  bool wide = true;  // int64
-  int64_t rows = 0, users = 0;
   const float *bias = nullptr, *spread = nullptr;
   const int32_t* codes = nullptr;
   int levels = 0;
   int32_t sizes[kMaxLevels] = {};
   const float* centers[kMaxLevels] = {};  // [C_l, center_pitch] each
   int center_pitch = 0;
-
-  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
-    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
-  }
-  /// A user's rows, whatever the offsets hold.
-  SIMT_DEVICE int64_t start(int64_t b) const {
-    const int64_t s = offset(starts, b);
-    return s < 0 ? 0 : s > rows ? rows : s;
-  }
-  SIMT_DEVICE int64_t end(int64_t b) const {
-    const int64_t s = start(b), e = offset(ends, b);
-    return e < s ? s : e > rows ? rows : e;
-  }
 
   SIMT_BOTH bool gathers() const { return x_ids.data || v_ids.data; }
   SIMT_DEVICE const float* center(int level, int32_t code) const {

@@ -56,6 +56,27 @@ SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
   }
 }
 
+/// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
+struct Spans {
+  const void *starts = nullptr, *ends = nullptr;
+  bool wide = true;  // int64
+  int64_t rows = 0, users = 0;
+
+  SIMT_DEVICE int64_t start(int64_t b) const {
+    const int64_t s = offset(starts, b);
+    return s < 0 ? 0 : s > rows ? rows : s;
+  }
+  SIMT_DEVICE int64_t end(int64_t b) const {
+    const int64_t s = start(b), e = offset(ends, b);
+    return e < s ? s : e > rows ? rows : e;
+  }
+
+ private:
+  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
+    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
+  }
+};
+
 /// Two floats as bfloat16, and what they lose, in bfloat16 again: x = high + low within 2^-17 |x|.
 SIMT_DEVICE uint32_t split(float x, float y, uint32_t* low) {
   const uint32_t high = simt::pack(x, y);

@@ -7,8 +7,8 @@
 #pragma once
 #include <type_traits>
 
+#include "elements.h"
 #include "hisac/vote.h"
-#include "simt.h"
 
 namespace hisac::cuda {
 
@@ -54,12 +54,9 @@ struct Slice {
   Search* search = nullptr;                             // [M]
 };
 
-struct VoteTask {
+struct VoteTask : Spans {
   const int32_t* codes = nullptr;
   const float* weights = nullptr;
-  const void *starts = nullptr, *ends = nullptr;
-  bool wide = true;  // int64
-  int64_t rows = 0, users = 0;
   int levels = 0, bits = 0;          // of a leaf's number
   uint32_t size[kMaxLevels] = {};    // C_l
   uint64_t stride[kMaxLevels] = {};  // leaves below a node of the level
@@ -83,17 +80,9 @@ struct VoteTask {
   int64_t* out_votes = nullptr;
   int32_t* out_count = nullptr;
 
-  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
-    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
-  }
-  /// A user's rows, whatever the offsets hold.
-  SIMT_DEVICE int64_t start(int64_t b) const {
-    const int64_t s = offset(starts, b);
-    return s < 0 ? 0 : s > rows ? rows : s;
-  }
   SIMT_DEVICE int64_t voters(int64_t b) const {
-    const int64_t s = start(b), e = offset(ends, b), n = (e > rows ? rows : e) - s;
-    return n < 0 ? 0 : n > kMostVoters ? kMostVoters : n;
+    const int64_t n = end(b) - start(b);
+    return n < kMostVoters ? n : kMostVoters;
   }
 
   /// Carves, or only counts, a slice for so many rows; returns its bytes.
