@@ -141,6 +141,19 @@ def test_a_scale_that_is_not_finite_or_absurd_makes_absent(scale):
     assert np.isfinite(zeros.lse).any() == np.isfinite(scale)  # 0 times infinity is no row
 
 
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+@pytest.mark.parametrize("method", ["exact", "leaf"])
+def test_subnormal_rows_and_values(method, normalize):
+    rng, n = np.random.default_rng(0), 150
+    book = hisac.Codebook(tuple(rng.normal(size=(2, 3)).astype(np.float32) for _ in range(3)))
+    args = {"x": rng.integers(-128, 128, (n, 3)).astype(np.int8), "x_scale": np.float32([1e-45]), "refine": 1}
+    args |= {"v": rng.normal(size=(n, 4)).astype(np.float32) * np.float32(1e-43), "offsets": np.array([0, n])}
+    args |= {"prototypes": rng.normal(size=(1, 4, 3)).astype(np.float32), "method": method, "normalize": normalize}
+    if method == "leaf":
+        args |= {"codes": rng.integers(0, 2, (n, 3)).astype(np.int32), "book": book}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 64, 130])
 def test_every_width_of_int8(width, precision):

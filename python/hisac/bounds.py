@@ -40,6 +40,7 @@ U16 = 2.0**-8
 HALVES = 2.0**-15
 HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
+LEAST = 2.0**-149  # what one rounding of a subnormal float32 may cost
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
 HISTORY = ("x", "v", "offsets", "prototypes", "count", "temperature", "bias", "spread", "codes", "book", "method")
 
@@ -131,7 +132,7 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
             weighed = np.minimum((w[:, a] + change) @ np.abs(values), size) if extra == 0 else size
         else:
             moved, weighed = inside, size
-        bound[a] = moved + (2 * _steps(n) + 8) * U * weighed + (extra + 2 * n * TINY) * size
+        bound[a] = moved + (2 * _steps(n) + 8) * U * weighed + (extra + 2 * n * TINY) * size + 2 * (n + 64) * LEAST
         if np.isinf(e[:, a]).all() or np.isinf(e[z[:, a] > 0, a]).any():
             bound[a] = np.inf  # every logit overflows to -inf, or one to inf
     bound = np.where(mass[:, None] & (n * size > HUGE), np.inf, bound)
@@ -169,6 +170,7 @@ class _Logits:
             drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
         far = np.square(far + drift)
         e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        e = e + (2 * width + len(raw.x) + 8) * LEAST
         if rounding == HALVES:
             e = e + HALVES * far  # 2 sum |x p| <= far / 2
         self.wrong = e  # of d
@@ -184,7 +186,7 @@ class _Logits:
             e = e + off[:, None] + 2 * U * np.abs(t)
         self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
         self.rounding = rounding  # of a weight, and of v
-        self.flushed = TINY if rounding else 0.0  # a subnormal v counts as 0
+        self.flushed = TINY if rounding else 2 * len(raw.x) * LEAST  # a subnormal v counts as 0; is rounded in its leaf
 
 
 def _rounding(args: Mapping[str, Any]) -> float:

@@ -39,6 +39,8 @@ reference: Any = _reference
 DTYPES = ("float32", "float16", "bfloat16")
 # values that break careless kernels: not numbers, signed zeros, subnormals, squares at the edge of absence, extremes
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, -1e-38, 2.0**49, -(2.0**50), 1e10, 3.4e38, -3.4e38], "f4")
+SCALES = st.sampled_from([1.0, 0.1, 30.0])
+HOSTILE_SCALES = st.sampled_from([1.0, 0.1, 30.0, 1.0, 1e-43, 1e-39])  # two of subnormal arrays
 TORCH_ROWS = ("x", "v", "q", "keys", "values", "d_tokens", "d_out", "tokens", "out")  # arguments in the rows' type
 
 
@@ -114,7 +116,7 @@ def embeddings(
 ) -> Array:
     """Rows [T, D] of a scale between 0.1 and 30; `hostile` adds NaN, infinities, subnormals and huge values."""
     shape = (draw(st.integers(0, 64)) if rows is None else rows, draw(st.integers(1, 12)) if width is None else width)
-    rng, scale = draw(generators()), draw(st.sampled_from([1.0, 0.1, 30.0]))
+    rng, scale = draw(generators()), draw(HOSTILE_SCALES if hostile else SCALES)
     a = scale * rng.normal(size=shape).astype(np.float32)
     return rounded(sprinkle(rng, a, draw(st.sampled_from([0.02, 0.3]))) if hostile else a, dtype)
 
@@ -282,7 +284,7 @@ def problems(
     def noise(*shape: int) -> Array:
         return rng.normal(size=shape).astype(np.float32)
 
-    scale = draw(st.sampled_from([1.0, 0.1, 30.0]))
+    scale, size = (draw(HOSTILE_SCALES if hostile else s) for s in (SCALES, st.just(1.0)))
     x = scale * (np.asarray(book.prototypes(leaf)) + noise(rows, book.width) * draw(st.sampled_from([0.2, 0.0, 1.0])))
     leaves = rng.integers(0, np.array(book.sizes), (users, agents, book.levels))
     prototypes = scale * (np.asarray(book.prototypes(leaves.astype(np.int32))) + 0.1 * noise(users, agents, book.width))
@@ -302,14 +304,14 @@ def problems(
         tau = draw(st.sampled_from([0.1, 1e-30, 1e-42, 1e30]))
     v, x_ids, v_ids, x_scale = noise(rows, wide), None, None, None
     x = None if routed_codes and draw(st.booleans()) else rounded(sprinkle(rng, x, share), dtype)
-    v = rounded(sprinkle(rng, v, share), dtype)
+    v = rounded(sprinkle(rng, np.float32(size) * v, share), dtype)
     if gathered:
         if draw(st.booleans()):
             v, v_ids = shuffled(rng, v)
         if x is not None and draw(st.booleans()):
             x, x_ids = shuffled(rng, x)
         if x is not None and draw(st.booleans()):
-            x_scale = np.float32(draw(st.sampled_from([1.0, 0.1, 30.0]))) / 100 * rng.uniform(0.5, 2, len(x) or 1)
+            x_scale = draw(HOSTILE_SCALES if hostile else SCALES) / 100 * rng.uniform(0.5, 2, len(x) or 1)
             x = np.clip(np.nan_to_num(x.astype(np.float64)) / x_scale[:, None][: len(x)], -128, 127).astype(np.int8)
             x_scale = sprinkle(rng, x_scale.astype(np.float32), share)
             x_scale = x_scale[:1] if draw(st.booleans()) else x_scale
@@ -391,10 +393,16 @@ def attentions(
     m, h, d, wide = (draw(st.integers(1, n)) for n in (9, 3, 8, 8))
     seed, dtype = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(dtypes))
     rng, scale, users = np.random.default_rng(seed), draw(st.sampled_from([1.0, 5.0])), len(row) - 1
+    size = draw(HOSTILE_SCALES if hostile else st.just(1.0)) * scale  # of the values
     share = draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
     q, k, v, bias = (
-        sprinkle(rng, scale * rng.normal(size=shape).astype(np.float32), share)
-        for shape in ((rows, h, d), (users, m, h, d), (users, m, h, wide), (users, m))
+        sprinkle(rng, (by * rng.normal(size=shape)).astype(np.float32), share)
+        for by, shape in (
+            (scale, (rows, h, d)),
+            (scale, (users, m, h, d)),
+            (size, (users, m, h, wide)),
+            (scale, (users, m)),
+        )
     )
     return Attention(
         q=rounded(q, dtype),
