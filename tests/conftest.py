@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two sizes of the same tests. HISAC_PROFILE=quick (the default) draws the same few examples every time; deep draws
-many new ones and runs what is marked `deep`. --hypothesis-profile does the same for one run."""
+"""Sizes of the same tests. HISAC_PROFILE=quick (the default) draws the same few examples every time; deep the same
+many, and runs what is marked `deep`; soak draws new ones. So a change alone turns CI red, and soak finds what it missed.
+--hypothesis-profile does the same for one run."""
 
 import os
 
@@ -9,12 +10,13 @@ from hypothesis import HealthCheck, settings
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=25, derandomize=True, **COMMON)
-settings.register_profile("deep", max_examples=400, print_blob=True, **COMMON)
+settings.register_profile("deep", max_examples=400, derandomize=True, **COMMON)
+settings.register_profile("soak", max_examples=400, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("HISAC_PROFILE", "quick"))
 
 
 def is_deep() -> bool:
-    return str(settings.get_current_profile_name()).startswith("deep")
+    return str(settings.get_current_profile_name()).startswith(("deep", "soak"))
 
 
 def pytest_configure(config):
