@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "../arena.h"
-#include "../checks.h"
 #include "attend_tile.h"
+#include "launches.h"
 #include "verbs.h"
 
 namespace hisac::cuda {
@@ -199,23 +199,19 @@ Status check_limits(const char* verb, const AttendInputs& in) {
                        "%s: expected N, B, M, H, d and V up to 2^30 on CUDA, got one of %" PRId64, verb, most);
 }
 
-/// Both verbs: `run(launch)` gives each launch to `launch(kernel, blocks, threads, shared bytes)`.
+/// Both verbs: `run(launch)` gives each launch to `launch(kernel, blocks a processor, threads, shared bytes)`.
 template <class Run>
-Status launches(const Context& context, const char* verb, Task& t, bool gradients, Run run) {
-  simt::Machine machine;
-  auto error = simt::machine(&machine);
-  if (error != decltype(error){}) return Status::error(Code::not_implemented, "cuda: %s", simt::describe(error));
-  HISAC_TRY(lay_out(t, verb, gradients, machine));
+Status launch_all(const Context& context, const char* verb, Task& t, bool gradients, Run run) {
+  Launches launch(verb, context);
+  HISAC_TRY(launch.status());
+  HISAC_TRY(lay_out(t, verb, gradients, launch.machine));
   Arena arena(context.workspace);
   carve(t, arena, gradients);
   HISAC_TRY(arena.check(verb));
   run([&](auto kernel, int per_processor, int threads, size_t shared_bytes) {
-    if (error == decltype(error){})
-      error = simt::launch(kernel, machine.processors * per_processor, threads, shared_bytes,
-                           static_cast<simt::Stream>(context.stream), t);
+    launch(kernel, launch.machine.processors * per_processor, threads, shared_bytes, t);
   });
-  if (error != decltype(error){}) return Status::error(Code::io_error, "%s: cuda: %s", verb, simt::describe(error));
-  return {};
+  return launch.status();
 }
 
 }  // namespace
@@ -232,7 +228,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   Task t = describe(inputs);
   t.result = out.out.data;
   t.result_lse = out.lse.data;
-  return launches(context, "attend", t, false, [&](auto launch) {
+  return launch_all(context, "attend", t, false, [&](auto launch) {
     launch(plan_units, 2, kWide, kScanBytes);
     launch(exact(t) ? attend_tiles<kForward, 1> : attend_tiles<kForward, 2>, kBlocks, 32 * t.warps, t.shared_bytes);
   });
@@ -257,7 +253,7 @@ Status attend_backward(const Context& context, const AttendInputs& inputs, const
   t.d_keys = out.keys.data;
   t.d_values = out.values.data;
   t.d_bias = out.bias.data;
-  return launches(context, "attend_backward", t, true, [&](auto launch) {
+  return launch_all(context, "attend_backward", t, true, [&](auto launch) {
     launch(plan_units, 2, kWide, kScanBytes);
     launch(candidate_terms, 4, kWide, 0);
     launch(exact(t) ? attend_tiles<kOfCandidates, 1> : attend_tiles<kOfCandidates, 2>, kBlocks, 32 * t.warps,

@@ -3,8 +3,8 @@
 // no more of a codebook's image than its centers.
 #include <algorithm>
 
-#include "../checks.h"
 #include "encode_tile.h"
+#include "launches.h"
 #include "verbs.h"
 
 namespace hisac::cuda {
@@ -46,12 +46,6 @@ SIMT_KERNEL(kThreads) sum_codewords(SIMT_CONSTANT PrototypesTask t) {
 
 // ---- host
 
-template <class Error>
-Status check_cuda(const char* verb, Error e) {
-  if (e == Error{}) return {};
-  return Status::error(Code::io_error, "%s: cuda: %s", verb, simt::describe(e));
-}
-
 /// Offsets in shared memory, and its size.
 size_t lay_out(EncodeTask& t, bool on_chip, int warps) {
   t.on_chip = on_chip;
@@ -90,8 +84,9 @@ int choose(EncodeTask& t, bool on_chip, const simt::Machine& machine) {
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
   EncodeTask t(book);
   HISAC_TRY(check_image("encode", context, t.book));
-  simt::Machine machine;
-  HISAC_TRY(check_cuda("encode", simt::machine(&machine)));
+  Launches launch("encode", context);
+  HISAC_TRY(launch.status());
+  const simt::Machine& machine = launch.machine;
   t.x = x;
   t.aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.width * bytes_of(x.dtype) % 16 == 0;
   t.codes = codes.data;
@@ -104,20 +99,19 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
   while (t.warps > 1 && x.rows <= int64_t{16} * t.warps * machine.processors) t.warps = (t.warps + 1) / 2;  // few rows
   const size_t bytes = lay_out(t, t.on_chip, t.warps);
   t.tiles = (x.rows + 32 * t.warps - 1) / (32 * t.warps);
-  return check_cuda("encode", simt::launch(t.on_chip ? encode_rows<true> : encode_rows<false>,
-                                           least(t.tiles, machine.processors * blocks), 32 * t.warps, bytes,
-                                           static_cast<simt::Stream>(context.stream), t));
+  launch(t.on_chip ? encode_rows<true> : encode_rows<false>, least(t.tiles, machine.processors * blocks), 32 * t.warps,
+         bytes, t);
+  return launch.status();
 }
 
 Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
                        Array<float, 2> out) noexcept {
   const PrototypesTask t{CodebookImage(book), context.codebook_image.data, codes.data, out.data, codes.shape[0]};
   HISAC_TRY(check_image("prototypes", context, t.book));
-  simt::Machine machine;
-  HISAC_TRY(check_cuda("prototypes", simt::machine(&machine)));
-  const int blocks = least((t.rows + kThreads / 32 - 1) / (kThreads / 32), machine.processors * 8);
-  return check_cuda("prototypes",
-                    simt::launch(sum_codewords, blocks, kThreads, 0, static_cast<simt::Stream>(context.stream), t));
+  Launches launch("prototypes", context);
+  launch(sum_codewords, least((t.rows + kThreads / 32 - 1) / (kThreads / 32), launch.machine.processors * 8), kThreads,
+         0, t);
+  return launch.status();
 }
 
 }  // namespace hisac::cuda

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of listed rows in their order and in float64, a thread for a column: neighbours read neighbours.
-#include "verbs.h"
-
-#include "../checks.h"
 #include "elements.h"
+#include "launches.h"
+#include "verbs.h"
 
 namespace hisac::cuda {
 namespace {
@@ -31,13 +30,10 @@ sum_listed(Array<const float, 2> rows, Array<const int64_t, 1> order, Array<cons
 
 Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
                 Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept {
-  simt::Machine machine;
-  auto e = simt::machine(&machine);
+  Launches launch("sum_rows", context);
   const int64_t blocks = (sums.shape[0] * sums.shape[1] + kThreads - 1) / kThreads;
-  if (e == decltype(e){})
-    e = simt::launch(sum_listed, least(blocks, machine.processors * 8), kThreads, 0,
-                     static_cast<simt::Stream>(context.stream), rows, order, begin, sums);
-  return e == decltype(e){} ? Status() : Status::error(Code::io_error, "sum_rows: cuda: %s", simt::describe(e));
+  launch(sum_listed, least(blocks, launch.machine.processors * 8), kThreads, 0, rows, order, begin, sums);
+  return launch.status();
 }
 
 }  // namespace hisac::cuda

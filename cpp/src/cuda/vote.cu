@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../arena.h"
-#include "../checks.h"
+#include "launches.h"
 #include "verbs.h"
 #include "vote_fanout.h"
 #include "vote_user.h"
@@ -194,9 +194,8 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
             Histories histories, Array<const float, 1> weights, Agents out) noexcept {
   if (histories.users > 1 << 30)
     return Status::error(Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got %" PRId64, histories.users);
-  simt::Machine machine;
-  if (const auto e = simt::machine(&machine); e != decltype(e){})
-    return Status::error(Code::not_implemented, "vote: cuda: %s", simt::describe(e));
+  Launches launch("vote", context);
+  HISAC_TRY(launch.status());
   VoteTask t = describe(book, params);
   t.codes = codes.data;
   t.weights = weights.data;
@@ -205,7 +204,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   t.wide = histories.dtype == DType::int64;
   t.rows = codes.shape[0];
   t.users = histories.users;
-  lay_out(t, machine);
+  lay_out(t, launch.machine);
   Arena arena(context.workspace);
   t.plan = arena.take<Plan>(2);
   const size_t head = arena.used();
@@ -217,16 +216,14 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   t.out_count = out.count.data;
   if (t.users == 0) return {};
   t.blocks = static_cast<int>(std::min<int64_t>(t.blocks, t.users));
-  const auto stream = static_cast<simt::Stream>(context.stream);
   const auto kernel = t.cells   ? t.weights ? vote_in_cells<uint64_t> : vote_in_cells<uint32_t>
                       : t.pairs ? vote_users<true>
                                 : vote_users<false>;
   const int threads = t.users > 32 ? 1024 : 32;
-  auto e = simt::launch(plan_slices, 1, threads, 32 * sizeof(int64_t), stream, t);
-  for (; e == decltype(e){} && t.pass < (t.cells ? 1 : 2); ++t.pass)
-    e = simt::launch(kernel, t.blocks, t.threads, static_cast<size_t>(t.shared_bytes), stream, t);
-  if (e != decltype(e){}) return Status::error(Code::io_error, "vote: cuda: %s", simt::describe(e));
-  return {};
+  launch(plan_slices, 1, threads, 32 * sizeof(int64_t), t);
+  for (; t.pass < (t.cells ? 1 : 2); ++t.pass)
+    launch(kernel, t.blocks, t.threads, static_cast<size_t>(t.shared_bytes), t);
+  return launch.status();
 }
 
 }  // namespace hisac::cuda
