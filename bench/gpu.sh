@@ -18,9 +18,10 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=()
 
 part_build() {
-  cmake -S . -B build/gpu -G Ninja -DHISAC_PYTHON=ON -DHISAC_SIMT=ON -DHISAC_CUDA=ON -DPython_EXECUTABLE="$(command -v "$python")" \
-    -DCMAKE_CUDA_ARCHITECTURES="${HISAC_ARCHITECTURES:-native}" &&
-    cmake --build build/gpu && cmake --build build/gpu --target conform_gpu && mkdir -p "$site" && rm -rf "$site/hisac" && cp -r python/hisac "$site/hisac" &&
+  cmake -S . -B build/gpu -G Ninja -DHISAC_PYTHON=ON -DHISAC_SIMT=ON -DHISAC_CUDA=ON \
+    -DPython_EXECUTABLE="$(command -v "$python")" -DCMAKE_CUDA_ARCHITECTURES="${HISAC_ARCHITECTURES:-native}" &&
+    cmake --build build/gpu && cmake --build build/gpu --target conform_gpu &&
+    mkdir -p "$site" && rm -rf "$site/hisac" && cp -r python/hisac "$site/hisac" &&
     cmake --install build/gpu --prefix "$site/hisac" >/dev/null &&
     (cd "$out" && "$python" -c 'import hisac, torch; print(hisac.__file__, hisac.backends(), torch.__version__)
 assert hisac.backends()["cuda"] is True')
@@ -29,7 +30,8 @@ assert hisac.backends()["cuda"] is True')
 part_conform() { build/gpu/tests/simt/conform_gpu "$out/gpu.bin" && build/gpu/tests/simt/conform_simt "$out/gpu.bin"; }
 
 part_test() {
-  HISAC_EMULATED=$(echo "$PWD"/build/gpu/tests/simt/_cuda*.so) "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py
+  HISAC_PROFILE=deep HISAC_EMULATED=$(echo "$PWD"/build/gpu/tests/simt/_cuda*.so) "$python" -m pytest -q -rs \
+    -p no:cacheprovider tests/test_cuda.py tests/test_cuda_parity.py -k "not (parity and emulated)"
 }
 
 # every tensor its own allocation, so that its end is an end

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of the same tests. HISAC_PROFILE=quick (the default) draws the same few examples every time; deep the same
-many, and runs what is marked `deep`; soak draws new ones. So a change alone turns CI red, and soak finds what it missed.
+many, and runs what is marked `deep`, so that only a change turns CI red; soak draws new ones, to find what that missed.
 --hypothesis-profile does the same for one run."""
 
 import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from cuda_places import on_cuda, place  # noqa: F401
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=25, derandomize=True, **COMMON)

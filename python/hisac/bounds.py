@@ -14,11 +14,12 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 - Accumulation adds (2 c(T) + 8) u times the mean of |v|, and the result is rounded to v's type.
 - lse moves by -log(1 - f), and never by more than the largest e; its own sum and rounding add (c(T) + 8 + 2 |lse|) u.
 - precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
-  drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX, float32 multiplies two halves
-  of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
+  drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX and CUDA, float32 multiplies
+  two halves of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
 - `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
   4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k. Leaf sums themselves alike.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli.
+  On CUDA (`cuda=True`) these products, and those of `attend`, are of halves too, or rounded with precision="bfloat16".
 
 A bound is infinite where float32 overflows (anything but NaN will do), NaN where a NaN or infinite value went in or
 a gradient overflows (anything will do).
@@ -189,11 +190,11 @@ class _Logits:
         self.flushed = TINY if rounding else 2 * len(raw.x) * LEAST  # a subnormal v counts as 0; is rounded in its leaf
 
 
-def _rounding(args: Mapping[str, Any]) -> float:
+def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
     """The relative error of what products multiply."""
     if args.get("precision") == "bfloat16":
         return U16
-    return HALVES if _core.active_isa() == "amx" else 0.0
+    return HALVES if cuda or _core.active_isa() == "amx" else 0.0
 
 
 def _users(args: Mapping[str, Any]) -> Any:
@@ -204,12 +205,13 @@ def _users(args: Mapping[str, Any]) -> Any:
         yield b, rows, h, h if full["method"] == "exact" else reference.History(b, rows, *plain, "exact")
 
 
-def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
-    """args: the arguments of `route`; dtype: v's type -> the largest |difference| of tokens, lse and prototypes."""
+def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Tokens:
+    """args: the arguments of `route`; dtype: v's type; cuda: on a GPU -> the largest |difference| of tokens, lse and
+    prototypes."""
     args = _dense(args)
     p, v, missing = args["prototypes"], args["v"], args.get("missing") == "token"
     m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
-    rounding = _rounding(args)
+    rounding = _rounding(args, cuda)
     tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
     moved = np.where(np.isnan(p), np.nan, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -232,7 +234,8 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32") -> Tokens:
             tokens[b, h.agents], lse[b, h.agents] = np.where(some, _in_type(mean, bound, dtype), 0.0), off
             if missing and len(h.absent):
                 n, size = len(h.absent), np.abs(h.absent_v).max(0)
-                bound = _in_type(h.absent_v.mean(0), (_steps(n) + 2) * U * size, dtype)
+                rounded = (_steps(n) + 2) * U * size + cuda * (rounding * size + TINY)
+                bound = _in_type(h.absent_v.mean(0), rounded, dtype)
                 tokens[b, m], lse[b, m] = np.where(n * size > HUGE, np.inf, bound), 4 * U * np.log(n)
     return Tokens(tokens, lse, moved)
 
@@ -265,12 +268,13 @@ def unit_bound(expected: Tokens) -> Tokens:
     return Tokens(tokens, lse, np.zeros(expected.prototypes.shape))
 
 
-def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
-    """args: the arguments of `route_backward` -> the largest |difference| of each gradient that is asked for."""
+def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:
+    """args: the arguments of `route_backward`; cuda: on a GPU -> the largest |difference| of each wanted gradient."""
     args = _dense(args)
     forward, v = args["forward"], args["v"]
     p, normalize = forward.prototypes, args.get("normalize", "history")
-    rounding, (m, width) = _rounding(args), p.shape[1:]
+    rounding, (m, width) = _rounding(args, cuda), p.shape[1:]
+    split = 2 * rounding if cuda else 0.0  # of both factors of a product with a gradient
     dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -286,12 +290,12 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
             size = np.abs(raw.v).max(0, initial=0.0) if h is not raw else np.abs(h.v)
             term = size @ np.abs(dt).T + np.abs(dl) + np.abs(token * dt).sum(1) * np.ones((n, 1))
             term = np.where(term > HUGE / 8, np.inf, term)
-            long = (v.shape[1] + _steps(n) + 16) * U  # a dot product over V, then the sums of the forward
+            long = (v.shape[1] + _steps(n) + 16) * U + split  # a dot product over V, then the sums of the forward
             slope = np.where(mass, h.v @ dt.T + dl - (token * dt).sum(1), 0.0)
             dz = w * slope
             dz_wrong = wrong * np.abs(slope) + (w + wrong) * (long + 2 * logits.skew[:, None]) * term
             many = (len(h.agents) + 8) * U
-            dv_wrong, at = wrong @ np.abs(dt) + many * (w @ np.abs(dt)), rows.start + raw.rows
+            dv_wrong, at = wrong @ np.abs(dt) + (many + split) * (w @ np.abs(dt)), rows.start + raw.rows
             if h is not raw:
                 dv_wrong = dv_wrong + 4 * logits.skew[:, None] * (w @ np.abs(dt))
                 share_wrong = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + logits.skew[h.leaf]
@@ -310,7 +314,8 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
             off = dz_wrong * (d + d_wrong) + dz * d_wrong + accumulate * dz * d
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
             if h is raw:
-                g, g_wrong = 2 * dz / h.tau, 2 * (dz_wrong + (many + accumulate + logits.rounding) * dz) / h.tau
+                off = dz_wrong + (many + accumulate + max(split, logits.rounding)) * dz
+                g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau
                 x, a = (np.abs(rows) + logits.flushed / U16 for rows in (h.x, h.p))
                 np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x + TINY)
                 dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + TINY
@@ -330,28 +335,30 @@ def route_backward_bound(args: Mapping[str, Any]) -> RouteGradients:
     )
 
 
-def _attend_errors(q: Array, keys: Array, bias: Array | None, b: int, rows: slice, scale: float) -> tuple[Array, Array]:
-    """One user's logits [n, H, M] and their errors."""
+def _attend_errors(
+    q: Array, keys: Array, bias: Array | None, b: int, rows: slice, scale: float, split: float
+) -> tuple[Array, Array]:
+    """One user's logits [n, H, M] and their errors; split: of a product, relative."""
     z = reference.attend_logits(q, keys, bias, b, rows, scale)
     moduli = np.einsum("nhd,mhd->nhm", np.abs(q[rows].astype(np.float64)), np.abs(keys[b].astype(np.float64)))
     shift = 0.0 if bias is None else np.abs(np.nan_to_num(bias[b].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0))
     e = (
-        (q.shape[2] + 8) * U * abs(scale) * moduli
+        ((q.shape[2] + 8) * U + split) * abs(scale) * moduli
         + 4 * U * np.where(np.isfinite(z), np.abs(z), 0.0)
         + _bias_error(shift)
     )
     return z, np.where((moduli > HUGE) | (abs(scale) * moduli > HUGE), np.inf, e)
 
 
-def attend_bound(args: Mapping[str, Any], dtype: str = "float32") -> Attended:
-    """args: the arguments of `attend`; dtype: q's type -> the largest |difference| of outputs and lse."""
-    args = _in_numpy(args)
+def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Attended:
+    """args: the arguments of `attend`; dtype: q's type; cuda: on a GPU -> the largest |difference| of out and lse."""
+    args, split = _in_numpy(args), HALVES * cuda
     q, keys, values, bias = args["q"], args["keys"], args["values"].astype(np.float64), args.get("bias")
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
     out, lse = np.zeros((*q.shape[:2], values.shape[3])), np.zeros(q.shape[:2])
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows in enumerate(reference.ranges(args["candidate_offsets"])):
-            z, e = _attend_errors(q, keys, bias, b, rows, scale)
+            z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             for h in range(q.shape[1]):
                 odd = (
                     ~np.isfinite(q[rows, h].astype(np.float64)).all(1)
@@ -360,18 +367,18 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32") -> Attended:
                 here = ~np.isneginf(z[:, h]).all(0) if len(z) else np.zeros(keys.shape[1], bool)
                 zt, et, some = z[:, h, here].T, e[:, h, here].T, values[b, here, h]
                 mean, bound, off = _sums(
-                    np.where(odd, 0.0, zt), np.where(odd, 0.0, et), some, np.abs(some).max(0, initial=0.0)
+                    np.where(odd, 0.0, zt), np.where(odd, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
                 )
-                bound = _in_type(mean, bound, dtype) if here.any() else np.zeros_like(bound)
+                bound = _in_type(mean, bound + TINY * cuda, dtype) if here.any() else np.zeros_like(bound)
                 # a value that is not finite spoils its user, present or not
                 bound[:, ~np.isfinite(values[b, :, h]).all(0)] = np.nan
                 out[rows, h], lse[rows, h] = np.where(odd[:, None], np.nan, bound), np.where(odd, np.nan, off)
     return Attended(out, lse)
 
 
-def attend_backward_bound(args: Mapping[str, Any]) -> AttendGradients:
-    """args: the arguments of `attend_backward` -> the largest |difference| of each gradient."""
-    args = _in_numpy(args)
+def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> AttendGradients:
+    """args: the arguments of `attend_backward`; cuda: on a GPU -> the largest |difference| of each gradient."""
+    args, split = _in_numpy(args), 2 * HALVES * cuda  # of both factors of a product
     q, keys, values, bias, forward = args["q"], args["keys"], args["values"], args.get("bias"), args["forward"]
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
     dq, dk, dv, db = np.zeros(q.shape), np.zeros(keys.shape), np.zeros(values.shape), np.zeros(keys.shape[:2])
@@ -381,23 +388,23 @@ def attend_backward_bound(args: Mapping[str, Any]) -> AttendGradients:
             g, out, total, dl = (
                 np.asarray(a[rows]).astype(np.float64) for a in (args["d_out"], forward.out, forward.lse, d_lse)
             )
-            z, e = _attend_errors(q, keys, bias, b, rows, scale)
+            z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             w, wrong = _weights(z, total[..., None], e)
             wrong = wrong + TINY * (wrong > 0)
             term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(values[b].astype(np.float64)))
             term = term + (np.abs(g * out).sum(2) + np.abs(dl))[..., None]
             term = np.where(term > HUGE / 8, np.inf, term)
-            long = (g.shape[2] + 16) * U
+            long = (g.shape[2] + 16) * U + split
             slope = np.einsum("nhv,mhv->nhm", g, values[b].astype(np.float64)) + (dl - (g * out).sum(2))[..., None]
             dz = w * np.abs(np.where(np.isfinite(total)[..., None], slope, 0.0))
             off = (
                 wrong * np.abs(slope)
                 + (w + wrong) * long * term
-                + (_steps(max(len(g), 1)) + keys.shape[1] + 16) * U * dz
+                + ((_steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
             )
             dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(keys[b].astype(np.float64))) + TINY
             dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(q[rows].astype(np.float64))) + TINY
-            dv[b] = np.einsum("nhm,nhv->mhv", wrong + (_steps(len(g)) + 8) * U * w, np.abs(g)) + TINY
+            dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((_steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
             db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
     exact: Any = reference.attend_backward(**args)
     return AttendGradients(

@@ -482,10 +482,15 @@ def assert_attended_close(mine: Attended, expected: Attended, within: Attention 
 
 
 def assert_gradients_close(
-    mine: RouteGradients | AttendGradients, expected: RouteGradients | AttendGradients, args: Mapping[str, Any]
+    mine: RouteGradients | AttendGradients,
+    expected: RouteGradients | AttendGradients,
+    args: Mapping[str, Any],
+    *,
+    cuda: bool = False,
 ) -> None:
-    """Gradients within the bound that follows from the arguments `args` of `route_backward` or `attend_backward`."""
-    limit: Callable[[Mapping[str, Any]], Any] = (
+    """Gradients within the bound that follows from the arguments `args` of `route_backward` or `attend_backward`;
+    cuda: for those of a GPU."""
+    limit: Callable[..., Any] = (
         bounds.route_backward_bound if isinstance(expected, RouteGradients) else bounds.attend_backward_bound
     )
-    _assert_fields(mine, expected, limit(args))
+    _assert_fields(mine, expected, limit(args, cuda=cuda))
