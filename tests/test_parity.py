@@ -459,3 +459,14 @@ def test_bfloat16_may_take_subnormals_for_zero():
     x, v, p = np.float32([[0.07]]), np.float32([[1, -9.9e-39]]), np.float32([[[0.3]]])
     args = {"x": x, "v": v, "offsets": np.array([0, 1]), "prototypes": p, "precision": "bfloat16"}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+
+
+def test_slopes_beyond_float32_ask_nothing_of_what_they_multiply():
+    """Gradients of x and prototypes are finite by the definition, 2 dz / tau is not: one user's beside another's."""
+    x, v = np.full((4, 3), 1e-43, np.float32), np.float32([[1], [5e14], [1], [2]])
+    args = {"x": x, "v": v, "offsets": np.array([0, 2, 4]), "temperature": 1e-30}
+    out = hisac.route(prototypes=2 * x.reshape(2, 2, 3), **args)
+    back = {"d_tokens": np.cos(out.tokens), "d_lse": None, "forward": out, **args, "need": ("x", "prototypes")}
+    bound = bounds.route_backward_bound(back)
+    assert np.isnan(bound.x).all(1).tolist() == [True, True, False, False]
+    testing.assert_gradients_close(hisac.route_backward(**back), reference.route_backward(**back), back)

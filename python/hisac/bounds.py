@@ -317,8 +317,10 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
                 off = dz_wrong + (many + accumulate + max(split, logits.rounding)) * dz
                 g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau
                 x, a = (np.abs(rows) + logits.flushed / U16 for rows in (h.x, h.p))
-                np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x + TINY)
-                dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + TINY
+                lost = np.where(g + g_wrong > HUGE, np.inf, TINY)  # however small what they multiply
+                np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x)
+                np.add.at(dx, at, lost.max(1, initial=TINY, keepdims=True))
+                dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + lost.max(0, initial=TINY)[:, None]
             if args.get("missing") == "token" and len(h.absent):
                 share = np.abs(np.asarray(args["d_tokens"])[b, m].astype(np.float64)) / len(h.absent)
                 np.add.at(dv, rows.start + h.absent, 4 * U * share + TINY)
