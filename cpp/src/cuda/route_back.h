@@ -24,7 +24,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   struct Values : RouteStream<MT, Q, S, R, true> {
     using Stream = RouteStream<MT, Q, S, R, true>;
     using Stream::begin, Stream::end, Stream::g, Stream::fetch, Stream::fetch_agents, Stream::prepare, Stream::pitch;
-    using Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
+    using Stream::fetch_first_ids, Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
     SIMT_DEVICE explicit Values(const Task& task) : Stream(task) {}
     SIMT_DEVICE static typename Stream::Step step(int block, int chunk) { return {block, chunk}; }
   };
@@ -195,6 +195,8 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       SIMT_EACH (h, MT) total[h][0] = total[h][1] = 0;
     if (g.chunks == 1) this->fetch_agents({}, tile);
     if (values.g.chunks == 1) values.fetch_agents({}, tile);
+    SIMT_UNLESS_PLANTED(61, this->fetch_first_ids());
+    SIMT_UNLESS_PLANTED(62, values.fetch_first_ids());
     Step s{0, -2};
     SIMT_ROLLED while (some(s)) {
       const Step s1 = next(s), s2 = next(s1);

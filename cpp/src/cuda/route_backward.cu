@@ -197,13 +197,16 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
     s.has_values = prototypes && t == &b.x;
     const bool several = t->shares && s.agent_tiles > 1;
     s.buffers = s.chunks > 1 || (t == &b.x && (several || prototypes)) ? 2 : 1;
-    const int64_t bytes = bytes_of(t->x.dtype), pitch = s.pitch(), m = s.buffers;
+    const int64_t bytes = t->x.data ? bytes_of(t->x.dtype) : 0, pitch = s.pitch(), m = s.buffers;
     s.at.prototypes = take((s.chunks > 1 ? 2 : 1) * s.parts * s.tile_agents * pitch * 2);
     s.at.x = take(m * s.stored * n * pitch * 2);
     s.at.raw_x = take(m * n * s.chunk * bytes);
     s.at.v = take(s.has_values ? 2 * s.stored * n * kValuePitch * 2 : 0);
     s.at.raw_v = take(s.has_values ? 2 * n * kValues * bytes : 0);
-    s.at.bias = take(2 * n * 4);
+    s.at.ids = take(t->gathers() ? 4 * n * 16 : 0);
+    s.at.scale = take(t->scale ? 2 * n * 4 : 0);
+    s.at.bias = take(t->bias ? 2 * n * 4 : 0);
+    s.at.spread = take(t->spread ? 2 * n * 4 : 0);
     s.at.codes = take(2 * n * 4 * t->levels);
     s.at.half = take(2 * n * 4);
     s.at.shift = take(2 * n * 4);
@@ -324,7 +327,9 @@ Launches describe(const RouteParams& params, const RouteInputs& in, const RouteG
   b.v = b.x;
   b.v.x = b.x.v;
   b.v.x_aligned = b.x.v_aligned;
-  b.v.bias = nullptr;
+  b.v.x_ids = b.x.v_ids;
+  b.v.v_ids = {};
+  b.v.scale = b.v.bias = b.v.spread = nullptr;
   b.v.codes = nullptr;
   b.v.levels = 0;
   b.v.missing = false;
@@ -344,9 +349,8 @@ Launches describe(const RouteParams& params, const RouteInputs& in, const RouteG
 /// What the public verb allows and this one does not.
 Status check_limits(const RouteParams& params, const RouteInputs& in) {
   const int64_t* const p = in.prototypes.shape;
-  if (!in.x.data || params.method == Method::leaf || in.x_ids || in.v_ids || in.x.dtype == DType::int8 || in.spread)
-    return Status::error(Code::not_implemented,
-                         "route_backward: expected x of floats, without ids or spread, and the exact method on CUDA");
+  if (params.method == Method::leaf)
+    return Status::error(Code::not_implemented, "route_backward: expected the exact method on CUDA");
   if (std::max(p[2], in.v.width) > kMostColumns || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
     return Status::error(
         Code::not_implemented,
@@ -376,6 +380,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   simt::Machine machine;
   if (const Error e = simt::machine(&machine); e != Error{})
     return Status::error(Code::not_implemented, "route_backward: cuda: %s", simt::describe(e));
+  for (BackTask* b : {&l.rows, &l.prototypes}) HISAC_TRY(place_centers("route_backward", context, inputs, b->x));
   HISAC_TRY(plan_geometry(l, params.precision, machine));
   Arena arena(context.workspace);
   carve(l, arena);
