@@ -155,6 +155,12 @@ def test_route_of_tables(problem, on_cuda):
     assert_near(on_cuda(hisac.route, *inputs, **rest), hisac.route(*inputs, **rest))
 
 
+def test_leaves_without_codes_are_refused(problem, on_cuda):
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    with pytest.raises(ValueError, match="codes expected"):
+        on_cuda(hisac.route, p["x"], p["v"], p["offsets"], p["book"].prototypes(agents), method="leaf")
+
+
 def test_leaf_sums(problem, on_cuda):
     p = problem
     inputs = p["x"], p["v"], p["offsets"], p["codes"], p["book"]
@@ -204,19 +210,20 @@ def test_gradients_of_tables(problem, on_cuda, sparse):
     assert_near(on_cuda(gradients, *inputs), cpu, 1e-3)
 
 
+@pytest.mark.parametrize("method", ["exact", "leaf"])
 @pytest.mark.parametrize("kind", ["rows", "int8", "codes"])
-def test_route_backward(problem, on_cuda, kind):
+def test_route_backward(problem, on_cuda, kind, method):
     """What torch's operators have no gradient of, but may be given."""
     p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
     rng = np.random.default_rng(2)
     x = {"rows": p["x"], "int8": rng.integers(-127, 128, (50, D)).astype(np.int8), "codes": None}[kind]
     rest = {"count": agents.count, "bias": p["bias"], "spread": rng.uniform(size=T).astype(np.float32)}
-    rest |= {"codes": p["codes"], "book": p["book"], "normalize": "agents", "missing": "token"}
+    rest |= {"codes": p["codes"], "book": p["book"], "normalize": "agents", "missing": "token", "method": method}
     if kind == "int8":
         rest |= {"x_ids": rng.integers(-2, 52, T), "x_scale": rng.uniform(0, 0.002, 50).astype(np.float32)}
     inputs = x, p["v"], p["offsets"]
     forward = hisac.route(*inputs, p["book"].prototypes(agents), **rest)
-    need = [name for name in hisac.RouteGradients._fields if name != "x" or kind != "codes"]
+    need = ["v", "temperature"] + (["bias", "prototypes"] + ["x"] * (kind != "codes") if method == "exact" else [])
     given = np.cos(forward.tokens), np.sin(np.nan_to_num(forward.lse, neginf=0)), forward, *inputs
     back = functools.partial(hisac.route_backward, need=need)
     assert_near(on_cuda(back, *given, **rest), back(*given, **rest), 1e-3)

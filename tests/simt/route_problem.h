@@ -218,7 +218,7 @@ class Held {
     if (!p.bias.empty()) in.bias = {p.bias.data(), {p.rows}};
     if (!p.x_ids.empty()) in.x_ids = {array(x_ids, narrow_x_ids, 0), type, p.rows};
     if (!p.v_ids.empty()) in.v_ids = {array(v_ids, narrow_v_ids, 0), type, p.rows};
-    if (p.codes.empty()) return;
+    if (!p.book) return;
     in.codes = {p.codes.data(), {p.rows, p.book->levels()}};
     in.book = p.book.get();
   }

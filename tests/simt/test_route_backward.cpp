@@ -48,20 +48,29 @@ void fill(Random& r, Problem& p, float tau) {
   fill_back(r, p);
 }
 
+void use_leaves(Problem& p) {
+  p.params.method = Method::leaf;
+  p.wanted &= 1 << kV | 1 << kTemperature;
+  if (!p.wanted) p.wanted = 1 << kV;
+}
+
 Problem random_problem(uint64_t seed) {
-  Random r(seed);
+  seed += 5548;  // from here on something of everything
+  Random r(seed + 33288);
   Problem p;
-  static_cast<test::Problem&>(p) = test::random_problem(seed + 1000);
+  static_cast<test::Problem&>(p) = test::random_problem(seed);
   p.params.refine = 0;
   if (const int64_t n = p.ends.back() - p.starts.back(); n > 1500 || r.below(3) == 0)  // rows of nobody
     p.ends.back() -= n > 1500 ? n - 1500 : n / 3;
-  const bool gathered = seed % 2;
+  const bool gathered = seed % 2, leaf = r.below(3) == 0;
+  if (leaf) test::add_codes(seed, p);
   if (gathered) test::gather(seed, p);
   for (float& y : p.v)  // rows that were absent may be present now
-    if (gathered && seed % 8 != 7 && !std::isfinite(y)) y = 1;
+    if (gathered && seed % 8 != 3 && !std::isfinite(y)) y = 1;
   for (float& t : p.temperature) t *= 4;
   p.wanted = r.below(2) ? 31 : 1 + static_cast<int>(r.below(31));
   if (p.codes_only) p.wanted &= ~(1 << kX);
+  if (leaf) use_leaves(p);
   fill_back(r, p);
   return p;
 }
@@ -81,7 +90,7 @@ Problem several_tiles(Normalize normalize) {
   fill(r, p, 5);
   p.x[5] = NAN;
   p.v[test::size(70 * p.values + 71)] = p.x[test::size(70 * p.width)] = INFINITY;
-  if (normalize == Normalize::agents) return p;
+  if (normalize == Normalize::history) return p;
   p.x_ids = test::shuffle_rows(r, p, p.width, &p.x);
   p.v_ids = test::shuffle_rows(r, p, p.values, &p.v);
   return p;
@@ -113,6 +122,7 @@ Problem many_users() {
   p.agents = 3;
   p.width = p.values = 8;
   fill(r, p, 4);
+  test::add_codes(3, p);
   return p;
 }
 
@@ -406,7 +416,11 @@ int main(int argc, char** argv) {
     else if (seed == 8)
       check(wide_problem());
     else if (seed == 9)
-      check(many_users());
+      for (const Method method : {Method::exact, Method::leaf}) {
+        Problem p = many_users();
+        if (method == Method::leaf) use_leaves(p);
+        check(p);
+      }
     else if (seed == 16)
       for (const Normalize n : {Normalize::history, Normalize::agents}) check_spoilt(n);
     else
