@@ -79,6 +79,12 @@ def test_route_of_tables(problem, on_cuda):
     assert_near(on_cuda(hisac.route, *inputs, **rest), hisac.route(*inputs, **rest))
 
 
+def test_leaves_without_codes_are_refused(problem, on_cuda):
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    with pytest.raises(ValueError, match="codes expected"):
+        on_cuda(hisac.route, p["x"], p["v"], p["offsets"], p["book"].prototypes(agents), method="leaf")
+
+
 def test_leaf_sums(problem, on_cuda):
     p = problem
     inputs = p["x"], p["v"], p["offsets"], p["codes"], p["book"]
@@ -111,16 +117,40 @@ def test_gradients(problem, on_cuda, place, normalize):
     assert_near(on_cuda(loss, *arguments, **leaves), cpu, 1e-3)
 
 
-def test_gradients_of_tables_are_the_cpus(problem, on_cuda):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_of_tables(problem, on_cuda, sparse):
     p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
-    ids = np.random.default_rng(1).integers(-2, 60, T)
+    rng = np.random.default_rng(1)
 
-    def gradient(x, table, offsets, prototypes, ids):
-        tokens = ht.route(x, table.requires_grad_(), offsets, prototypes, v_ids=ids).tokens
-        with pytest.raises(NotImplementedError, match="without ids or spread"):
-            tokens.sum().backward()
+    def gradients(x, v, offsets, prototypes, x_ids, v_ids):
+        x, v = (a.detach().clone().requires_grad_() for a in (x, v))
+        out = ht.route(x, v, offsets, prototypes, x_ids=x_ids, v_ids=v_ids, missing="token", sparse=sparse)
+        (out.tokens.sin().sum() + out.lse.nan_to_num(neginf=0).sum()).backward()
+        return [a.grad.to_dense() for a in (x, v)]
 
-    on_cuda(gradient, p["x"], p["v"][:50].copy(), p["offsets"], p["book"].prototypes(agents), ids)
+    inputs = p["x"][:60].copy(), p["v"][:50].copy(), p["offsets"], p["book"].prototypes(agents)
+    inputs += rng.integers(-2, 64, T), rng.integers(-2, 60, T).astype(np.int32)
+    cpu = gradients(*map(torch.from_numpy, inputs))
+    assert_near(on_cuda(gradients, *inputs), cpu, 1e-3)
+
+
+@pytest.mark.parametrize("method", ["exact", "leaf"])
+@pytest.mark.parametrize("kind", ["rows", "int8", "codes"])
+def test_route_backward(problem, on_cuda, kind, method):
+    """What torch's operators have no gradient of, but may be given."""
+    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    rng = np.random.default_rng(2)
+    x = {"rows": p["x"], "int8": rng.integers(-127, 128, (50, D)).astype(np.int8), "codes": None}[kind]
+    rest = {"count": agents.count, "bias": p["bias"], "spread": rng.uniform(size=T).astype(np.float32)}
+    rest |= {"codes": p["codes"], "book": p["book"], "normalize": "agents", "missing": "token", "method": method}
+    if kind == "int8":
+        rest |= {"x_ids": rng.integers(-2, 52, T), "x_scale": rng.uniform(0, 0.002, 50).astype(np.float32)}
+    inputs = x, p["v"], p["offsets"]
+    forward = hisac.route(*inputs, p["book"].prototypes(agents), **rest)
+    need = ["v", "temperature"] + (["bias", "prototypes"] + ["x"] * (kind != "codes") if method == "exact" else [])
+    given = np.cos(forward.tokens), np.sin(np.nan_to_num(forward.lse, neginf=0)), forward, *inputs
+    back = functools.partial(hisac.route_backward, need=need)
+    assert_near(on_cuda(back, *given, **rest), back(*given, **rest), 1e-3)
 
 
 def test_modules(problem, on_cuda, place):

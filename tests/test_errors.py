@@ -228,6 +228,11 @@ ROUTE = [
     ),
     ({"x": None}, ValueError, "codes expected where x is not given and with the leaf method, got none"),
     ({"method": "leaf"}, ValueError, "codes expected where x is not given and with the leaf method, got none"),
+    (
+        {"method": "leaf", "x": X[:0], "v": VALUE[:0], "offsets": np.zeros(3, int)},
+        ValueError,
+        "codes expected where x is not given and with the leaf method, got none",
+    ),
     ({"temperature": 0}, ValueError, "temperature expected finite and > 0, got 0.0"),
     ({"temperature": -1.0}, ValueError, "temperature expected finite and > 0, got -1.0"),
     ({"temperature": NAN}, ValueError, "temperature expected finite and > 0, got nan"),

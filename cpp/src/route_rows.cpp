@@ -215,11 +215,12 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
   if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
-  if (rows > 0 && !in.codes && (!in.x.data || params.method == Method::leaf))
+  const bool leaf = params.method == Method::leaf;
+  if (!in.codes && (rows > 0 ? leaf || !in.x.data : leaf && !in.book))
     return Status::error(Code::invalid_argument,
                          "%s: codes expected where x is not given and with the leaf method, got none", verb);
+  if (in.codes || leaf) HISAC_TRY(check_book(verb, in.book));
   if (in.codes) {
-    HISAC_TRY(check_book(verb, in.book));
     HISAC_TRY(check_codes(verb, *in.book, in.codes.shape, rows));
     if (!in.x.data && in.book->width() != p[2])
       return Status::error(Code::invalid_argument,

@@ -23,7 +23,13 @@ struct Problem {
   bool narrow = false;  // int32 offsets and ids
   bool codes_only = false;
   float reach = 0;  // an upper bound of (|x| + |p|)^2 / tau
+
+  bool gathered() const { return codes_only || !x_ids.empty() || !v_ids.empty() || x_type == DType::int8; }
 };
+
+// Of a mean, relative to its largest row, on either side: 64 float32 sums and what joins them, 2 ulp of a weight and
+// the rounding of its exponent, whose share |bias - top| e^(bias - top) is below 1.
+constexpr float kSkew = 2 * 128 * 0x1p-24f;
 
 struct Result {
   std::vector<float> tokens, lse, refined;
@@ -140,6 +146,21 @@ inline void gather(uint64_t seed, Problem& p) {
   if (r.below(2)) p.v_ids = shuffle_rows(r, p, p.values, &p.v);
 }
 
+/// Codes for those problems that have none, of few leaves now and then: some of so many rows that a block sums them.
+inline void add_codes(uint64_t seed, Problem& p) {
+  Random r(seed + 2000);
+  const std::vector<std::vector<int64_t>> sizes = {{7, 5}, {2, 2}, {1}, {300, 300, 300}};
+  const std::vector<int64_t>& levels = sizes[size(r.below(4))];
+  p.book = std::make_shared<Codebook>(codebook(r, levels, p.width));
+  p.codes.clear();
+  for (int64_t i = 0; i < p.rows; ++i)
+    for (int64_t c : levels)
+      p.codes.push_back(static_cast<int32_t>(r.below(15)
+                                                 ? r.below(std::min<int64_t>(c, 9)) * (c / std::min<int64_t>(c, 9))
+                                             : r.below(2) ? -1
+                                                          : c));
+}
+
 /// The same with every row where its behaviour is, as float32 or its own type.
 inline Problem copied(const Problem& p) {
   Problem q = p;
@@ -197,7 +218,7 @@ class Held {
     if (!p.bias.empty()) in.bias = {p.bias.data(), {p.rows}};
     if (!p.x_ids.empty()) in.x_ids = {array(x_ids, narrow_x_ids, 0), type, p.rows};
     if (!p.v_ids.empty()) in.v_ids = {array(v_ids, narrow_v_ids, 0), type, p.rows};
-    if (p.codes.empty()) return;
+    if (!p.book) return;
     in.codes = {p.codes.data(), {p.rows, p.book->levels()}};
     in.book = p.book.get();
   }

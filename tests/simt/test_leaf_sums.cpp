@@ -6,7 +6,7 @@
 namespace {
 
 using namespace hisac;
-using test::Guarded, test::Problem, test::Random, test::Result;
+using test::Guarded, test::kSkew, test::Problem, test::Random, test::Result;
 
 struct Sums {
   std::vector<float> x, v, bias, spread;
@@ -67,10 +67,6 @@ Sums sums_on_cuda(const Problem& p) {
     return status;
   });
 }
-
-// Of a mean, relative to its largest row, on either side: 64 float32 sums and what joins them, 2 ulp of a weight and
-// the rounding of its exponent, whose share |bias - top| e^(bias - top) is below 1.
-constexpr float kSkew = 2 * 128 * 0x1p-24f;
 
 float largest(const std::vector<float>& a, float limit) {
   float y = 0;
@@ -135,21 +131,6 @@ void check(Problem p) {
     test::fail("the leaf method is not `route` over leaf sums");
 }
 
-/// Codes for those problems that have none, of few leaves now and then: some of so many rows that a block sums them.
-void add_codes(uint64_t seed, Problem& p) {
-  Random r(seed + 2000);
-  const std::vector<std::vector<int64_t>> sizes = {{7, 5}, {2, 2}, {1}, {300, 300, 300}};
-  const std::vector<int64_t>& size = sizes[test::size(r.below(4))];
-  p.book = std::make_shared<Codebook>(test::codebook(r, size, p.width));
-  p.codes.clear();
-  for (int64_t i = 0; i < p.rows; ++i)
-    for (int64_t c : size)
-      p.codes.push_back(static_cast<int32_t>(r.below(15)
-                                                 ? r.below(std::min<int64_t>(c, 9)) * (c / std::min<int64_t>(c, 9))
-                                             : r.below(2) ? -1
-                                                          : c));
-}
-
 /// Leaves that a block sums, of several column tiles, among more than the blocks take at once.
 Problem long_leaves() {
   Random r(1);
@@ -186,7 +167,7 @@ int main(int argc, char** argv) {
     test::name("leaf_sums %llu", static_cast<unsigned long long>(seed));
     simt::options.machine = {seed ? 2 : 1, size_t{227} << 10};
     Problem p = seed ? test::random_problem(seed) : long_leaves();
-    if (seed) add_codes(seed, p);
+    if (seed) test::add_codes(seed, p);
     if (seed % 2) test::gather(seed, p);
     check(std::move(p));
   }

@@ -304,7 +304,7 @@ int64_t most_entries(const RouteInputs& in, int64_t longest) {
 int64_t most_sums(const RouteInputs& in, int64_t entries) {
   int64_t most = std::min<int64_t>(1, entries);
   const auto times = [&](int64_t n) { most = most && n > entries / most ? entries : most * n; };
-  for (int l = 0; l < in.book->levels(); ++l) times(in.book->size(l));
+  for (int l = 0; in.book && !in.book->empty() && l < in.book->levels(); ++l) times(in.book->size(l));
   times(in.histories.users);
   return most;
 }
@@ -319,6 +319,35 @@ void carve(LeafTask& t, Arena& arena) {
   t.spare = arena.take<int32_t>(t.room);
   t.begin = arena.take<int32_t>(t.room + t.users);
   t.weight = arena.take<float>(t.room);
+}
+
+RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* out) {
+  LeafTask& t = *out;
+  const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
+  t = leaf_task(in, width);
+  t.missing = params.missing == Missing::token;
+  t.room = entries;
+  t.sums = sums;
+  carve(t, arena);
+  static float some;  // stands for each where bytes are counted
+  const auto take = [&](int64_t n) {
+    float* const p = arena.take<float>(n);
+    return p ? p : &some;
+  };
+  t.out.x = {take(sums * width), {sums, width}};
+  t.out.v = {take(sums * t.v.width), {sums, t.v.width}};
+  t.out.bias = {take(sums), {sums}};
+  t.out.spread = {take(sums), {sums}};
+  t.out.offsets = {arena.take<int64_t>(users + 1), {users + 1}};
+  RouteInputs kept;
+  kept.x = {t.out.x.data, DType::float32, sums, width};
+  kept.v = {t.out.v.data, DType::float32, sums, t.v.width};
+  kept.bias = {t.out.bias.data, {sums}};
+  kept.spread = {t.out.spread.data, {sums}};
+  kept.histories = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
+  kept.prototypes = in.prototypes;
+  kept.count = in.count;
+  return kept;
 }
 
 Status sum_leaves(const LeafTask& t, const Context& context) {

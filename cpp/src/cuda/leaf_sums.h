@@ -30,6 +30,8 @@ struct LeafTask : Behaviours {
 
 LeafTask leaf_task(const RouteInputs& in, int64_t width);
 void carve(LeafTask& t, Arena& arena);
+/// Leaf sums of so many entries as the rows of `route`, in the workspace; to be summed there by t.
+RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* t);
 /// The sums at t.out, all launches.
 Status sum_leaves(const LeafTask& t, const Context& context);
 /// The last token of each user, of `rows` tokens: the mean v of its absent behaviours.

@@ -286,32 +286,7 @@ struct LeafRoute {
 
 Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const Machine& machine,
                     Arena& arena, LeafRoute* out) {
-  LeafTask& t = out->leaves;
-  const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
-  t = leaf_task(in, width);
-  t.missing = params.missing == Missing::token;
-  t.room = entries;
-  t.sums = sums;
-  carve(t, arena);
-  static float some;  // stands for each where bytes are counted
-  const auto take = [&](int64_t n) {
-    float* const p = arena.take<float>(n);
-    return p ? p : &some;
-  };
-  t.out.x = {take(sums * width), {sums, width}};
-  t.out.v = {take(sums * t.v.width), {sums, t.v.width}};
-  t.out.bias = {take(sums), {sums}};
-  t.out.spread = {take(sums), {sums}};
-  t.out.offsets = {arena.take<int64_t>(users + 1), {users + 1}};
-  RouteInputs kept;
-  kept.x = {t.out.x.data, DType::float32, sums, width};
-  kept.v = {t.out.v.data, DType::float32, sums, t.v.width};
-  kept.bias = {t.out.bias.data, {sums}};
-  kept.spread = {t.out.spread.data, {sums}};
-  kept.histories = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
-  kept.prototypes = in.prototypes;
-  kept.count = in.count;
-  out->task = describe(params, kept);
+  out->task = describe(params, carve_rows(params, in, entries, arena, &out->leaves));
   HISAC_TRY(plan_geometry(out->task, params.precision, machine));
   carve(out->task, arena);
   return {};

@@ -24,7 +24,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   struct Values : RouteStream<MT, Q, S, R, true> {
     using Stream = RouteStream<MT, Q, S, R, true>;
     using Stream::begin, Stream::end, Stream::g, Stream::fetch, Stream::fetch_agents, Stream::prepare, Stream::pitch;
-    using Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
+    using Stream::fetch_first_ids, Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
     SIMT_DEVICE explicit Values(const Task& task) : Stream(task) {}
     SIMT_DEVICE static typename Stream::Step step(int block, int chunk) { return {block, chunk}; }
   };
@@ -48,7 +48,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
           }
         } else {
           w.values = simt::atomic_add(b.next, 1);
-          w.some = w.values < b.chunks;
+          w.some = w.values < b.chunks.count;
         }
       }
       simt::sync();
@@ -66,19 +66,19 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   // ---- the rows of a chunk
 
-  SIMT_DEVICE int chunk_from() const { return work().values * b.chunk; }
-  SIMT_DEVICE int chunk_to() const { return least(int64_t{chunk_from()} + b.chunk, t.rows); }
+  SIMT_DEVICE int chunk_from() const { return work().values * b.chunks.size; }
+  SIMT_DEVICE int chunk_to() const { return least(int64_t{chunk_from()} + b.chunks.size, t.rows); }
 
   SIMT_DEVICE void chunk() {
     auto* const users = reinterpret_cast<uint32_t*>(simt::shared() + b.at.users);
     if (simt::thread() == 0) covered() = {chunk_from(), chunk_from()};
     for (int64_t a = simt::thread(); b.raw && a < b.padded(); a += simt::threads())
-      b.raw[a * b.chunks + work().values] = 0;
-    SIMT_ROLLED for (int first = static_cast<int>(t.users) - b.first[work().values]; first < b.last[work().values];
-                     first += simt::threads()) {
+      b.raw[a * b.chunks.count + work().values] = 0;
+    SIMT_ROLLED for (int first = static_cast<int>(t.users) - b.chunks.first[work().values];
+                     first < b.chunks.last[work().values]; first += simt::threads()) {
       const int user = first + simt::thread();
-      const bool reaches = user < b.last[work().values] && t.start(user) < chunk_to() && t.end(user) > chunk_from() &&
-                           t.start(user) < t.end(user);
+      const bool reaches = user < b.chunks.last[work().values] && t.start(user) < chunk_to() &&
+                           t.end(user) > chunk_from() && t.start(user) < t.end(user);
       const uint32_t mine = simt::ballot(reaches);
       if (simt::lane() == 0) users[simt::warp()] = mine;
       simt::sync();
@@ -195,6 +195,8 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       SIMT_EACH (h, MT) total[h][0] = total[h][1] = 0;
     if (g.chunks == 1) this->fetch_agents({}, tile);
     if (values.g.chunks == 1) values.fetch_agents({}, tile);
+    SIMT_UNLESS_PLANTED(61, this->fetch_first_ids());
+    SIMT_UNLESS_PLANTED(62, values.fetch_first_ids());
     Step s{0, -2};
     SIMT_ROLLED while (some(s)) {
       const Step s1 = next(s), s2 = next(s1);
@@ -345,7 +347,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
           sum += simt::shuffle_xor(sum, 1);
           sum += simt::shuffle_xor(sum, 2);
           const int64_t a = int64_t{tile} * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4;
-          if ((simt::lane() & 3) == 0) b.raw[a * b.chunks + work().values] += sum;
+          if ((simt::lane() & 3) == 0) b.raw[a * b.chunks.count + work().values] += sum;
         }
     const int first = static_cast<int>(work().start) + begin, last = static_cast<int>(work().start) + end;
     simt::sync();

@@ -92,13 +92,15 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kShares, kAgents>::multiply_weights(const O
     const int behaviour = static_cast<int>(work().start) + begin + block * R + at;
     const bool here = shift(block, at) != -kInfinity;
     const float weight = out.of_x ? sum_of(1, at) : 0.f;
+    const int64_t x_row = out.of_x && here ? this->row_of(false, block, at) : 0;
+    const float scale = this->scale() && out.of_x ? t.scale[t.scales ? x_row : 0] : 1.f;
     SIMT_EACH (n, 4)
       SIMT_EACH (i, 2) {
         const int local = column + n * 8 + 2 * (lane & 3) + i;
         const int64_t d = out.column + local;
         if (local >= out.columns || d >= out.width) continue;
         float value = here ? sum[n][2 * r + i] : out.of_x ? 0.f : absent(block, at, d);
-        if (here && out.of_x) value -= element(t.x.data, t.x.dtype, int64_t{behaviour} * t.x.width + d) * weight;
+        if (here && out.of_x) value -= element(t.x.data, t.x.dtype, x_row * t.x.width + d) * scale * weight;
         put(out.to, behaviour, out.width, d, value);
       }
   }

@@ -5,7 +5,7 @@
 // gradients (v, x, bias) are made by chunks of all behaviours: a block takes a chunk and, in their order, the users
 // whose histories reach into it, so that histories may overlap and nothing is added by two blocks. The temperature's
 // are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
-// tree of ../tiles.h.
+// tree of ../tiles.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
 #pragma once
 #include "route_task.h"
 
@@ -16,24 +16,29 @@ SIMT_BOTH constexpr int rows_of_step(int parts, bool prototypes) {
   return parts == 1 && !prototypes ? 64 : parts == 2 && prototypes ? 16 : 32;
 }
 
+/// Behaviours by so many, and the users whose histories reach into each.
+struct Chunks {
+  int size = 0, count = 0;
+  int32_t *first = nullptr, *last = nullptr;  // [count] B - the first user, the last + 1
+};
+
 struct BackTask {
   Task x, v;  // v: its x is v, its prototypes are d_tokens
   Rows d_tokens, tokens;
   const float *lse = nullptr, *d_lse = nullptr;
   float *dv = nullptr, *dx = nullptr, *d_bias = nullptr, *d_temperature = nullptr, *d_prototypes = nullptr;
-  int chunk = 0, chunks = 0;  // of behaviours
-  struct Offsets {            // in shared memory, beside those of the streams
+  struct Offsets {  // in shared memory, beside those of the streams
     int weights, slopes, sums, row_bias, users;
   } at = {};
   size_t shared_bytes = 0;
   // workspace
   float *top = nullptr, *offset = nullptr,
-        *slope = nullptr;                     // [B, padded M] lse in base 2, dlse - dtoken . token, 2 / tau
-  float* absent = nullptr;                    // [B] 1 / count, of the token of absent behaviours
-  int32_t *first = nullptr, *last = nullptr;  // [chunks] B - the first user that reaches into it, the last + 1
-  int32_t* next = nullptr;                    // the chunk not yet taken
-  float* raw = nullptr;                       // [padded M, chunks] dlogit times logit
-  double* total = nullptr;                    // [padded M] d_temperature of each agent
+        *slope = nullptr;   // [B, padded M] lse in base 2, dlse - dtoken . token, 2 / tau
+  float* absent = nullptr;  // [B] 1 / count, of the token of absent behaviours
+  Chunks chunks, windows;   // windows: with leaves, of 32 of the behaviours themselves
+  int32_t* next = nullptr;  // the chunk not yet taken
+  float* raw = nullptr;     // [padded M, chunks] dlogit times logit
+  double* total = nullptr;  // [padded M] d_temperature of each agent
 
   SIMT_BOTH int64_t padded() const { return int64_t{x.g.agent_tiles} * x.g.tile_agents; }
   SIMT_BOTH int token_rows() const { return static_cast<int>(x.agents) + x.missing; }

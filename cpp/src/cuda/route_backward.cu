@@ -6,6 +6,7 @@
 
 #include "../arena.h"
 #include "../checks.h"
+#include "leaf_back.h"
 #include "route_back_step.h"
 #include "verbs.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kLeastChunk = 256;    // behaviours
+constexpr int kChunks = 2048;       // that chunks below kTile come to, at most
 constexpr int kMostColumns = 4096;  // of D and V
 
 /// A warp an agent: its gradient in bfloat16 parts and what its weights need; absent and padding agents are zero.
@@ -22,8 +24,15 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   const Task &x = b.x, &v = b.v;
   const int64_t all = int64_t{simt::blocks()} * kThreads, padded = b.padded(), width = v.x.width;
   const int64_t thread = int64_t{simt::block()} * kThreads + simt::thread();
-  for (int64_t c = thread; c < b.chunks; c += all) b.first[c] = b.last[c] = 0;
+  for (int64_t c = thread; c < b.chunks.count; c += all) b.chunks.first[c] = b.chunks.last[c] = 0;
+  for (int64_t c = thread; c < b.windows.count; c += all) b.windows.first[c] = b.windows.last[c] = 0;
   if (thread == 0) *b.next = 0;
+  for (int64_t user = thread; b.absent && user < x.users; user += all) {
+    const double e = static_cast<double>(b.lse[user * b.token_rows() + x.agents]) * 1.4426950408889634;
+    const bool some = e > -126 && e < 59.794705707972522;  // a count below 1e18
+    const int whole = some ? static_cast<int>(e) : 0;
+    b.absent[user] = some ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
+  }
   for (int64_t i = thread / 32; i < x.users * padded; i += all / 32) {
     const int64_t user = i / padded, agent = i % padded, row = user * b.token_rows() + agent;
     const bool here = x.half[i] != -kInfinity;  // only those below M
@@ -53,23 +62,19 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   }
 }
 
-/// A warp a user: the chunks that its history reaches into, and what its absent behaviours share of their token.
-SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT BackTask b) {
-  for (int64_t user = int64_t{simt::block()} * kWarps + simt::warp(); user < b.x.users;
+/// A warp a user: the chunks that its history reaches into.
+SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT Spans s, SIMT_CONSTANT Chunks chunks) {
+  for (int64_t user = int64_t{simt::block()} * kWarps + simt::warp(); user < s.users;
        user += int64_t{simt::blocks()} * kWarps) {
-    if (b.absent && simt::lane() == 0) {
-      const double e = static_cast<double>(b.lse[user * b.token_rows() + b.x.agents]) * 1.4426950408889634;
-      const bool some = e > -126 && e < 59.794705707972522;  // a count below 1e18
-      const int whole = some ? static_cast<int>(e) : 0;
-      b.absent[user] = some ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
-    }
-    const int64_t start = b.x.start(user), end = b.x.end(user);
-    for (int64_t c = start / b.chunk + simt::lane(); start < end && c * b.chunk < end; c += 32) {
-      simt::atomic_max(b.first + c, static_cast<int32_t>(b.x.users - user));
-      simt::atomic_max(b.last + c, static_cast<int32_t>(user + 1));
+    const int64_t start = s.start(user), end = s.end(user);
+    for (int64_t c = start / chunks.size + simt::lane(); start < end && c * chunks.size < end; c += 32) {
+      simt::atomic_max(chunks.first + c, static_cast<int32_t>(s.users - user));
+      simt::atomic_max(chunks.last + c, static_cast<int32_t>(user + 1));
     }
   }
 }
+
+SIMT_KERNEL(kThreads, 4) give_back(SIMT_CONSTANT LeafBack b) { b.run(); }
 
 constexpr int kMostThreads1 = 416, kMostThreads2 = 256;  // of one and of two agent tiles a warp: 208 and 256 agents
 
@@ -113,7 +118,8 @@ SIMT_DEVICE double block_sum(double x) {
 SIMT_KERNEL(kThreads) sum_temperature(SIMT_CONSTANT BackTask b) {
   for (int64_t a = simt::block(); a < b.x.agents; a += simt::blocks()) {
     double sum = 0;
-    for (int c = simt::thread(); c < b.chunks; c += kThreads) sum += static_cast<double>(b.raw[a * b.chunks + c]);
+    for (int c = simt::thread(); c < b.chunks.count; c += kThreads)
+      sum += static_cast<double>(b.raw[a * b.chunks.count + c]);
     sum = block_sum(sum);
     const float tau = b.x.temperature[b.x.per_agent ? a : 0];
     if (simt::thread() == 0) b.total[a] = tau > 0 ? -kLn2 * sum / static_cast<double>(tau) : 0;
@@ -175,6 +181,7 @@ SIMT_KERNEL(kThreads) merge_back_units(SIMT_CONSTANT BackTask b) {
 struct Launches {
   BackTask rows, prototypes;
   bool of_rows = false, of_prototypes = false;
+  LeafTask leaves;  // whose sums are the rows, of the leaf method
 };
 
 /// Offsets in shared memory and its size for `warps` warps.
@@ -197,13 +204,16 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
     s.has_values = prototypes && t == &b.x;
     const bool several = t->shares && s.agent_tiles > 1;
     s.buffers = s.chunks > 1 || (t == &b.x && (several || prototypes)) ? 2 : 1;
-    const int64_t bytes = bytes_of(t->x.dtype), pitch = s.pitch(), m = s.buffers;
+    const int64_t bytes = t->x.data ? bytes_of(t->x.dtype) : 0, pitch = s.pitch(), m = s.buffers;
     s.at.prototypes = take((s.chunks > 1 ? 2 : 1) * s.parts * s.tile_agents * pitch * 2);
     s.at.x = take(m * s.stored * n * pitch * 2);
     s.at.raw_x = take(m * n * s.chunk * bytes);
     s.at.v = take(s.has_values ? 2 * s.stored * n * kValuePitch * 2 : 0);
     s.at.raw_v = take(s.has_values ? 2 * n * kValues * bytes : 0);
-    s.at.bias = take(2 * n * 4);
+    s.at.ids = take(t->gathers() ? 4 * n * 16 : 0);
+    s.at.scale = take(t->scale ? 2 * n * 4 : 0);
+    s.at.bias = take(t->bias ? 2 * n * 4 : 0);
+    s.at.spread = take(t->spread ? 2 * n * 4 : 0);
     s.at.codes = take(2 * n * 4 * t->levels);
     s.at.half = take(2 * n * 4);
     s.at.shift = take(2 * n * 4);
@@ -278,9 +288,10 @@ Status plan_geometry(Launches& l, Precision precision, const simt::Machine& mach
     g.workers = std::max(1, (g.blocks + b->x.items() - 1) / b->x.items());
     int64_t tiles = (b->x.rows + kTile - 1) / kTile;
     for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
-    b->chunk = kTile;
-    while (b->chunk > kLeastChunk && b->x.rows / b->chunk < 1024) b->chunk /= 2;
-    b->chunks = static_cast<int>((b->x.rows + b->chunk - 1) / b->chunk);
+    Chunks& c = b->chunks;
+    c.size = kTile;
+    while (c.size > kLeastChunk && b->x.rows / c.size < kChunks / 2) c.size /= 2;
+    c.count = static_cast<int>((b->x.rows + c.size - 1) / c.size);
   }
   return {};
 }
@@ -288,14 +299,17 @@ Status plan_geometry(Launches& l, Precision precision, const simt::Machine& mach
 void carve(Launches& l, Arena& arena) {
   BackTask& b = l.rows;
   const int64_t users = b.x.users, padded = b.padded();
+  // at least as many as fewer rows have, so that more of them never need less
+  const int64_t least_chunks = std::min<int64_t>((b.x.rows + kLeastChunk - 1) / kLeastChunk, kChunks);
+  const int64_t chunks = std::max<int64_t>(b.chunks.count, least_chunks);
   b.x.packed = arena.take<uint16_t>(users * padded * b.x.g.parts * b.x.g.depth);
   b.v.packed = arena.take<uint16_t>(users * padded * b.v.g.parts * b.v.g.depth);
   for (float** p : {&b.x.half, &b.x.rate, &b.top, &b.offset, &b.slope}) *p = arena.take<float>(users * padded);
-  b.first = arena.take<int32_t>(b.chunks);
-  b.last = arena.take<int32_t>(b.chunks);
+  for (int32_t** p : {&b.chunks.first, &b.chunks.last}) *p = arena.take<int32_t>(chunks);
+  for (int32_t** p : {&b.windows.first, &b.windows.last}) *p = arena.take<int32_t>(b.windows.count);
   b.next = arena.take<int32_t>(1);
   b.absent = arena.take<float>(b.x.missing ? users : 0);
-  b.raw = arena.take<float>(b.d_temperature ? padded * b.chunks : 0);
+  b.raw = arena.take<float>(b.d_temperature ? padded * chunks : 0);
   b.total = arena.take<double>(b.d_temperature ? padded : 0);
   if (!b.x.missing) b.absent = nullptr;
   if (!b.d_temperature) b.raw = nullptr;
@@ -324,7 +338,9 @@ Launches describe(const RouteParams& params, const RouteInputs& in, const RouteG
   b.v = b.x;
   b.v.x = b.x.v;
   b.v.x_aligned = b.x.v_aligned;
-  b.v.bias = nullptr;
+  b.v.x_ids = b.x.v_ids;
+  b.v.v_ids = {};
+  b.v.scale = b.v.bias = b.v.spread = nullptr;
   b.v.codes = nullptr;
   b.v.levels = 0;
   b.v.missing = false;
@@ -341,12 +357,37 @@ Launches describe(const RouteParams& params, const RouteInputs& in, const RouteG
   return l;
 }
 
+/// All of a call: with leaves, of so many entries.
+Status prepare(const RouteParams& params, const RouteInputs& in, const RouteGradients& out, int64_t entries,
+               const simt::Machine& machine, Arena& arena, Launches* l) {
+  LeafTask leaves;
+  if (params.method == Method::exact) {
+    *l = describe(params, in, out);
+  } else {
+    const RouteInputs rows = carve_rows(params, in, entries, arena, &leaves);
+    static float some;  // where bytes are counted
+    float* const d_leaf = arena.take<float>(out.v ? rows.v.rows * rows.v.width : 0);
+    RouteGradients of_leaves;
+    of_leaves.temperature = out.temperature;
+    if (out.v) of_leaves.v = {d_leaf ? d_leaf : &some, {rows.v.rows, rows.v.width}};
+    *l = describe(params, rows, of_leaves);
+    l->leaves = leaves;
+    l->rows.windows.size = 32;
+    l->rows.windows.count = out.v ? static_cast<int>((leaves.rows + 31) / 32) : 0;
+  }
+  HISAC_TRY(plan_geometry(*l, params.precision, machine));
+  carve(*l, arena);
+  return {};
+}
+
+/// Entries of leaves, as far as the host can tell; the sums' rows are counted in int.
+int64_t most_leaves(const RouteParams& params, const RouteInputs& in, int64_t longest) {
+  return params.method == Method::exact ? 0 : std::min<int64_t>(most_entries(in, longest), 0x7fffffff);
+}
+
 /// What the public verb allows and this one does not.
-Status check_limits(const RouteParams& params, const RouteInputs& in) {
+Status check_limits(const RouteInputs& in) {
   const int64_t* const p = in.prototypes.shape;
-  if (!in.x.data || params.method == Method::leaf || in.x_ids || in.v_ids || in.x.dtype == DType::int8 || in.spread)
-    return Status::error(Code::not_implemented,
-                         "route_backward: expected x of floats, without ids or spread, and the exact method on CUDA");
   if (std::max(p[2], in.v.width) > kMostColumns || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
     return Status::error(
         Code::not_implemented,
@@ -359,27 +400,34 @@ Status check_limits(const RouteParams& params, const RouteInputs& in) {
 }  // namespace
 
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
-                                int64_t) noexcept {
-  Launches l = describe(params, inputs, out);
+                                int64_t longest) noexcept {
+  Launches l;
   simt::Machine machine;
-  if (simt::machine(&machine) != Error{} || !plan_geometry(l, params.precision, machine).ok()) return 0;
   Arena arena;
-  carve(l, arena);
+  if (simt::machine(&machine) != Error{} ||
+      !prepare(params, inputs, out, most_leaves(params, inputs, longest), machine, arena, &l).ok())
+    return 0;
   return arena.used();
 }
 
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept {
-  HISAC_TRY(check_limits(params, inputs));
-  Launches l = describe(params, inputs, out);
-  if (!l.of_rows && !l.of_prototypes) return {};
+  HISAC_TRY(check_limits(inputs));
   simt::Machine machine;
   if (const Error e = simt::machine(&machine); e != Error{})
     return Status::error(Code::not_implemented, "route_backward: cuda: %s", simt::describe(e));
-  HISAC_TRY(plan_geometry(l, params.precision, machine));
+  Launches l;
+  const int64_t entries =
+      entries_that_fit(context, inputs, most_leaves(params, inputs, inputs.behaviours()),
+                       [&](int64_t n, Arena& counter) { (void)prepare(params, inputs, out, n, machine, counter, &l); });
   Arena arena(context.workspace);
-  carve(l, arena);
+  HISAC_TRY(prepare(params, inputs, out, entries, machine, arena, &l));
   HISAC_TRY(arena.check("route_backward"));
+  if (!l.of_rows && !l.of_prototypes) return {};
+  HISAC_TRY(place_centers("route_backward", context, inputs, l.rows.x));
+  HISAC_TRY(place_centers("route_backward", context, inputs, l.prototypes.x));
+  HISAC_TRY(place_centers("route_backward", context, inputs, l.leaves));
+  if (params.method == Method::leaf) HISAC_TRY(sum_leaves(l.leaves, context));
   BackTask& b = l.rows;
   b.d_tokens = forward.d_tokens;
   b.tokens = forward.tokens;
@@ -387,13 +435,13 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   b.d_lse = forward.d_lse.data;
   const auto stream = static_cast<simt::Stream>(context.stream);
   const bool shares = b.x.shares;
-  Error errors[9] = {};
+  Error errors[11] = {};
   errors[0] = launch_pack_agents(b.x, machine.processors, stream);
   errors[1] = simt::launch(pack_tokens, machine.processors * 8, kThreads, 0, stream, b);
   if (l.of_rows) {
     const Geometry& g = b.x.g;
     const auto kernel = shares ? rows_kernel<true>(g) : rows_kernel<false>(g);
-    errors[2] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, b);
+    errors[2] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, Spans(b.x), b.chunks);
     errors[3] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, b);
   }
   if (b.d_temperature) {
@@ -407,6 +455,11 @@ Status route_backward(const Context& context, const RouteParams& params, const R
     errors[6] = launch_plan_units(p.x, stream);
     errors[7] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, p);
     errors[8] = simt::launch(merge_back_units, machine.processors * 4, kThreads, 0, stream, p);
+  }
+  if (b.windows.count > 0) {
+    const LeafBack back{l.leaves, b, out.v.data};
+    errors[9] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, Spans(l.leaves), b.windows);
+    errors[10] = simt::launch(give_back, machine.processors * 8, kThreads, 0, stream, back);
   }
   for (const Error e : errors)
     if (e != Error{}) return Status::error(Code::io_error, "route_backward: cuda: %s", simt::describe(e));
