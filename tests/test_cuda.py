@@ -70,6 +70,14 @@ def test_route(problem, on_cuda, options):
     assert all(np.array_equal(numbers(a), numbers(b), equal_nan=True) for a, b in zip(mine, again, strict=True))
 
 
+def test_bfloat16_keeps_near_agents_near(problem, on_cuda):
+    """Distances are those of the rounded rows, norms too: an agent at a behaviour's place stays there."""
+    x = problem["x"][:8]
+    out = on_cuda(hisac.route, x, x, (np.arange(8), np.arange(1, 9)), x[:, None], temperature=0.01,
+                  precision="bfloat16")  # fmt: skip
+    assert np.abs(numbers(out.lse)).max() < 1e-3
+
+
 def test_route_of_tables(problem, on_cuda):
     p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
     ids = np.random.default_rng(1).integers(-2, T + 2, 400)

@@ -172,7 +172,7 @@ def route(
     is NaN, infinite or negative. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of
     p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
     precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
-    faster (AVX512-BF16 on AMD, AMX), and are not elsewhere; sums stay float32. `hisac.bounds` has the error of both.
+    faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32. `hisac.bounds` has the error of both.
 
     Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
     bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not

@@ -6,7 +6,7 @@
 
 #include "../arena.h"
 #include "attend_tile.h"
-#include "launches.h"
+#include "launcher.h"
 #include "verbs.h"
 
 namespace hisac::cuda {
@@ -202,7 +202,7 @@ Status check_limits(const char* verb, const AttendInputs& in) {
 /// Both verbs: `run(launch)` gives each launch to `launch(kernel, blocks a processor, threads, shared bytes)`.
 template <class Run>
 Status launch_all(const Context& context, const char* verb, Task& t, bool gradients, Run run) {
-  Launches launch(verb, context);
+  Launcher launch(verb, context);
   HISAC_TRY(launch.status());
   HISAC_TRY(lay_out(t, verb, gradients, launch.machine));
   Arena arena(context.workspace);

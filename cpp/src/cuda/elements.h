@@ -77,6 +77,8 @@ struct Spans {
   }
 };
 
+SIMT_DEVICE float rounded(float x) { return of_bfloat16(simt::pack(x, 0)); }
+
 /// Two floats as bfloat16, and what they lose, in bfloat16 again: x = high + low within 2^-17 |x|.
 SIMT_DEVICE uint32_t split(float x, float y, uint32_t* low) {
   const uint32_t high = simt::pack(x, y);

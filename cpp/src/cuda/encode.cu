@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "encode_tile.h"
-#include "launches.h"
+#include "launcher.h"
 #include "verbs.h"
 
 namespace hisac::cuda {
@@ -84,7 +84,7 @@ int choose(EncodeTask& t, bool on_chip, const simt::Machine& machine) {
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
   EncodeTask t(book);
   HISAC_TRY(check_image("encode", context, t.book));
-  Launches launch("encode", context);
+  Launcher launch("encode", context);
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;
   t.x = x;
@@ -108,7 +108,7 @@ Status code_prototypes(const Context& context, const Codebook& book, Array<const
                        Array<float, 2> out) noexcept {
   const PrototypesTask t{CodebookImage(book), context.codebook_image.data, codes.data, out.data, codes.shape[0]};
   HISAC_TRY(check_image("prototypes", context, t.book));
-  Launches launch("prototypes", context);
+  Launcher launch("prototypes", context);
   launch(sum_codewords, least((t.rows + kThreads / 32 - 1) / (kThreads / 32), launch.machine.processors * 8), kThreads,
          0, t);
   return launch.status();

@@ -3,7 +3,6 @@
 
 #include <initializer_list>
 
-#include "../checks.h"
 #include "leaf_sort.h"
 #include "verbs.h"
 
@@ -276,12 +275,6 @@ SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
 
 // ---- host
 
-Status launched(std::initializer_list<decltype(simt::machine(nullptr))> errors) {
-  for (const auto e : errors)
-    if (e != decltype(e){}) return Status::error(Code::io_error, "leaf_sums: cuda: %s", simt::describe(e));
-  return {};
-}
-
 }  // namespace
 
 LeafTask leaf_task(const RouteInputs& in, int64_t width) {
@@ -350,25 +343,20 @@ RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t
   return kept;
 }
 
-Status sum_leaves(const LeafTask& t, const Context& context) {
-  const auto stream = static_cast<simt::Stream>(context.stream);
-  simt::Machine machine;
-  HISAC_TRY(launched({simt::machine(&machine)}));
-  const int blocks = machine.processors * 8;
+void sum_leaves(const LeafTask& t, Launcher& launch) {
+  const int blocks = launch.machine.processors * 8;
   constexpr size_t kScan = kWarps * 8, kSort = Sorter::kShared, kAdd = kWarps * (kColumns * 8 + 4);
-  return launched({simt::launch(mark_rows, least((t.rows + kWarps) / kWarps, blocks), kThreads, 0, stream, t),
-                   simt::launch(plan_entries, 1, kThreads, kScan, stream, t),
-                   simt::launch(sort_rows, least(t.users, blocks), kThreads, kSort, stream, t),
-                   simt::launch(plan_sums, 1, kThreads, kScan, stream, t),
-                   simt::launch(add_leaves, least((t.sums + kWarps - 1) / kWarps, blocks), kThreads, kAdd, stream, t)});
+  launch(mark_rows, least((t.rows + kWarps) / kWarps, blocks), kThreads, 0, t);
+  launch(plan_entries, 1, kThreads, kScan, t);
+  launch(sort_rows, least(t.users, blocks), kThreads, kSort, t);
+  launch(plan_sums, 1, kThreads, kScan, t);
+  launch(add_leaves, least((t.sums + kWarps - 1) / kWarps, blocks), kThreads, kAdd, t);
 }
 
-Status absent_tokens(const LeafTask& t, const Context& context, const Tokens& out, int64_t rows) {
-  simt::Machine machine;
-  HISAC_TRY(launched({simt::machine(&machine)}));
+void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64_t rows) {
   const AbsentTask a{t, out.tokens.data, out.lse.data, rows};
-  return launched({simt::launch(mean_absent, least(t.users * ((t.v.width + 63) / 64), machine.processors * 8), kThreads,
-                                kWarps * 65 * 8, static_cast<simt::Stream>(context.stream), a)});
+  launch(mean_absent, least(t.users * ((t.v.width + 63) / 64), launch.machine.processors * 8), kThreads,
+         kWarps * 65 * 8, a);
 }
 
 namespace {
@@ -408,7 +396,10 @@ Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSu
   HISAC_TRY(arena.check("leaf_sums"));
   t.out = out;
   t.sums = out.x.shape[0];
-  return sum_leaves(t, context);
+  Launcher launch("leaf_sums", context);
+  HISAC_TRY(launch.status());
+  sum_leaves(t, launch);
+  return launch.status();
 }
 
 }  // namespace hisac::cuda

@@ -5,6 +5,7 @@
 #pragma once
 #include "../arena.h"
 #include "behaviours.h"
+#include "launcher.h"
 
 namespace hisac::cuda {
 
@@ -33,9 +34,9 @@ void carve(LeafTask& t, Arena& arena);
 /// Leaf sums of so many entries as the rows of `route`, in the workspace; to be summed there by t.
 RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* t);
 /// The sums at t.out, all launches.
-Status sum_leaves(const LeafTask& t, const Context& context);
+void sum_leaves(const LeafTask& t, Launcher& launch);
 /// The last token of each user, of `rows` tokens: the mean v of its absent behaviours.
-Status absent_tokens(const LeafTask& t, const Context& context, const Tokens& out, int64_t rows);
+void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64_t rows);
 
 /// Rows of all histories, as far as the host can tell: ragged ones do not overlap.
 int64_t most_entries(const RouteInputs& in, int64_t longest);

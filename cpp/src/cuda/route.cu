@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "../arena.h"
-#include "../checks.h"
 #include "leaf_sums.h"
 #include "route_back_task.h"
 #include "route_tile.h"
@@ -28,7 +27,10 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
     const float* const p = (t.first_pass || !t.refined ? t.prototypes : t.refined) + row * width;
     float squares = 0, tau = 0;
     if (agent < count) {
-      for (int64_t d = lane; d < width; d += 32) squares = simt::fused(p[d], p[d], squares);
+      for (int64_t d = lane; d < width; d += 32) {
+        const float y = t.g.parts == 1 ? rounded(p[d]) : p[d];
+        squares = simt::fused(y, y, squares);
+      }
       tau = t.temperature[t.per_agent ? agent : 0];
     }
     for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
@@ -160,14 +162,6 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
 
 // ---- host
 
-struct Machine : simt::Machine {
-  Status status;
-  Machine() noexcept {
-    if (const auto e = simt::machine(this); e != decltype(e){})
-      status = Status::error(Code::not_implemented, "cuda: %s", simt::describe(e));
-  }
-};
-
 /// Offsets in shared memory and its size for `warps` warps.
 void lay_out(Task& t, int warps) {
   Geometry& g = t.g;
@@ -204,9 +198,8 @@ void lay_out(Task& t, int warps) {
   g.shared_bytes = static_cast<size_t>(used);
 }
 
-Status plan_geometry(Task& t, Precision precision, const Machine& machine) {
+Status plan_geometry(Task& t, Precision precision, const simt::Machine& machine) {
   Geometry& g = t.g;
-  HISAC_TRY(machine.status);
   const bool exact = t.x.dtype == DType::bfloat16 && t.v.dtype == DType::bfloat16;
   g.parts = precision == Precision::bfloat16 ? 1 : 2;
   g.stored = g.parts == 1 || exact ? 1 : 2;
@@ -284,7 +277,7 @@ struct LeafRoute {
   Task task;
 };
 
-Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const Machine& machine,
+Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const simt::Machine& machine,
                     Arena& arena, LeafRoute* out) {
   out->task = describe(params, carve_rows(params, in, entries, arena, &out->leaves));
   HISAC_TRY(plan_geometry(out->task, params.precision, machine));
@@ -292,27 +285,22 @@ Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t en
   return {};
 }
 
-Status launch_all(Task& t, const RouteParams& params, const Context& context, const Machine& machine,
-                  const Tokens& out) {
+void launch_all(Task& t, const RouteParams& params, Launcher& launch, const Tokens& out) {
   t.tokens = out.tokens.data;
   t.token_type = out.tokens.dtype;
   t.lse = out.lse.data;
   if (params.refine) t.refined = out.refined.data;
-  if (t.users == 0) return {};
-  const auto stream = static_cast<simt::Stream>(context.stream);
+  if (t.users == 0) return;
   const auto tiles = t.shares ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
   for (int round = 0; round <= params.refine; ++round) {
     t.refining = round < params.refine;
     t.first_pass = round == 0;
     t.g.value_tiles = static_cast<int>((t.value_width() + kValues - 1) / kValues);
-    const auto e1 = launch_pack_agents(t, machine.processors, stream);
-    const auto e2 = launch_plan_units(t, stream);
-    const auto e3 = simt::launch(tiles, t.g.blocks, t.g.threads(), t.g.shared_bytes, stream, t);
-    const auto e4 = simt::launch(merge_units, machine.processors * 4, kThreads, 0, stream, t);
-    for (const auto e : {e1, e2, e3, e4})
-      if (e != decltype(e1){}) return Status::error(Code::io_error, "route: cuda: %s", simt::describe(e));
+    launch_pack_agents(t, launch);
+    launch_plan_units(t, launch);
+    launch(tiles, t.g.blocks, t.g.threads(), t.g.shared_bytes, t);
+    launch(merge_units, launch.machine.processors * 4, kThreads, 0, t);
   }
-  return {};
 }
 
 /// What the public verb allows and this one does not.
@@ -329,16 +317,15 @@ Status check_limits(const RouteInputs& in) {
 }  // namespace
 
 Task describe_route(const RouteParams& params, const RouteInputs& in) { return describe(params, in); }
-Error launch_pack_agents(const Task& t, int processors, simt::Stream stream) {
+void launch_pack_agents(const Task& t, Launcher& launch) {
   const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
-  return simt::launch(pack_agents, least((agents + 7) / 8, processors * 16), kThreads, 0, stream, t);
+  launch(pack_agents, least((agents + 7) / 8, launch.machine.processors * 16), kThreads, 0, t);
 }
-Error launch_plan_units(const Task& t, simt::Stream stream) {
-  return simt::launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), stream, t);
-}
+void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), t); }
 
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
-  const Machine machine;
+  simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Arena arena;
   if (params.method == Method::leaf) {
     LeafRoute leaf;
@@ -353,29 +340,31 @@ size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int
 
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
   HISAC_TRY(check_limits(inputs));
-  const Machine machine;
+  Launcher launch("route", context);
+  HISAC_TRY(launch.status());
   Arena arena(context.workspace);
   if (params.method == Method::leaf) {
     LeafRoute leaf;
     const int64_t entries =
         entries_that_fit(context, inputs, most_entries(inputs, inputs.behaviours()), [&](int64_t n, Arena& counter) {
           LeafRoute other;
-          (void)carve_leaves(params, inputs, n, machine, counter, &other);
+          (void)carve_leaves(params, inputs, n, launch.machine, counter, &other);
         });
-    HISAC_TRY(carve_leaves(params, inputs, entries, machine, arena, &leaf));
+    HISAC_TRY(carve_leaves(params, inputs, entries, launch.machine, arena, &leaf));
     HISAC_TRY(arena.check("route"));
     HISAC_TRY(place_centers("route", context, inputs, leaf.leaves));
-    HISAC_TRY(sum_leaves(leaf.leaves, context));
-    HISAC_TRY(launch_all(leaf.task, params, context, machine, out));
-    if (params.missing == Missing::drop) return {};
-    return absent_tokens(leaf.leaves, context, out, leaf.task.agents + 1);
+    sum_leaves(leaf.leaves, launch);
+    launch_all(leaf.task, params, launch, out);
+    if (params.missing == Missing::token) absent_tokens(leaf.leaves, launch, out, leaf.task.agents + 1);
+    return launch.status();
   }
   Task t = describe(params, inputs);
   HISAC_TRY(place_centers("route", context, inputs, t));
-  HISAC_TRY(plan_geometry(t, params.precision, machine));
+  HISAC_TRY(plan_geometry(t, params.precision, launch.machine));
   carve(t, arena);
   HISAC_TRY(arena.check("route"));
-  return launch_all(t, params, context, machine, out);
+  launch_all(t, params, launch, out);
+  return launch.status();
 }
 
 }  // namespace hisac::cuda

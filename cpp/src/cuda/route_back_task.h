@@ -7,6 +7,7 @@
 // are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
 // tree of ../tiles.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
 #pragma once
+#include "launcher.h"
 #include "route_task.h"
 
 namespace hisac::cuda {
@@ -54,10 +55,9 @@ struct BackTask {
   }
 };
 
-/// What the launches of route.cu do for route_backward too.
-using Error = decltype(simt::machine(nullptr));
+/// What route.cu does for route_backward too.
 Task describe_route(const RouteParams& params, const RouteInputs& in);
-Error launch_pack_agents(const Task& t, int processors, simt::Stream stream);
-Error launch_plan_units(const Task& t, simt::Stream stream);
+void launch_pack_agents(const Task& t, Launcher& launch);
+void launch_plan_units(const Task& t, Launcher& launch);
 
 }  // namespace hisac::cuda

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "../arena.h"
-#include "../checks.h"
 #include "leaf_back.h"
 #include "route_back_step.h"
 #include "verbs.h"
@@ -401,21 +400,20 @@ Status check_limits(const RouteInputs& in) {
 
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
                                 int64_t longest) noexcept {
-  Launches l;
   simt::Machine machine;
+  if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
+  Launches l;
   Arena arena;
-  if (simt::machine(&machine) != Error{} ||
-      !prepare(params, inputs, out, most_leaves(params, inputs, longest), machine, arena, &l).ok())
-    return 0;
-  return arena.used();
+  const int64_t entries = most_leaves(params, inputs, longest);
+  return prepare(params, inputs, out, entries, machine, arena, &l).ok() ? arena.used() : 0;
 }
 
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept {
   HISAC_TRY(check_limits(inputs));
-  simt::Machine machine;
-  if (const Error e = simt::machine(&machine); e != Error{})
-    return Status::error(Code::not_implemented, "route_backward: cuda: %s", simt::describe(e));
+  Launcher launch("route_backward", context);
+  HISAC_TRY(launch.status());
+  const simt::Machine& machine = launch.machine;
   Launches l;
   const int64_t entries =
       entries_that_fit(context, inputs, most_leaves(params, inputs, inputs.behaviours()),
@@ -427,43 +425,39 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   HISAC_TRY(place_centers("route_backward", context, inputs, l.rows.x));
   HISAC_TRY(place_centers("route_backward", context, inputs, l.prototypes.x));
   HISAC_TRY(place_centers("route_backward", context, inputs, l.leaves));
-  if (params.method == Method::leaf) HISAC_TRY(sum_leaves(l.leaves, context));
+  if (params.method == Method::leaf) sum_leaves(l.leaves, launch);
   BackTask& b = l.rows;
   b.d_tokens = forward.d_tokens;
   b.tokens = forward.tokens;
   b.lse = forward.lse.data;
   b.d_lse = forward.d_lse.data;
-  const auto stream = static_cast<simt::Stream>(context.stream);
   const bool shares = b.x.shares;
-  Error errors[11] = {};
-  errors[0] = launch_pack_agents(b.x, machine.processors, stream);
-  errors[1] = simt::launch(pack_tokens, machine.processors * 8, kThreads, 0, stream, b);
+  launch_pack_agents(b.x, launch);
+  launch(pack_tokens, machine.processors * 8, kThreads, 0, b);
   if (l.of_rows) {
     const Geometry& g = b.x.g;
     const auto kernel = shares ? rows_kernel<true>(g) : rows_kernel<false>(g);
-    errors[2] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, Spans(b.x), b.chunks);
-    errors[3] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, b);
+    launch(plan_chunks, machine.processors * 2, kThreads, 0, Spans(b.x), b.chunks);
+    launch(kernel, g.blocks, g.threads(), g.shared_bytes, b);
   }
   if (b.d_temperature) {
-    errors[4] = simt::launch(sum_temperature, machine.processors * 2, kThreads, kWarps * sizeof(double), stream, b);
-    errors[5] = simt::launch(finish_temperature, 1, kThreads, kWarps * sizeof(double), stream, b);
+    launch(sum_temperature, machine.processors * 2, kThreads, kWarps * sizeof(double), b);
+    launch(finish_temperature, 1, kThreads, kWarps * sizeof(double), b);
   }
   if (l.of_prototypes) {
     const BackTask& p = l.prototypes;
     const Geometry& g = p.x.g;
     const auto kernel = shares ? prototypes_kernel<true>(g) : prototypes_kernel<false>(g);
-    errors[6] = launch_plan_units(p.x, stream);
-    errors[7] = simt::launch(kernel, g.blocks, g.threads(), g.shared_bytes, stream, p);
-    errors[8] = simt::launch(merge_back_units, machine.processors * 4, kThreads, 0, stream, p);
+    launch_plan_units(p.x, launch);
+    launch(kernel, g.blocks, g.threads(), g.shared_bytes, p);
+    launch(merge_back_units, machine.processors * 4, kThreads, 0, p);
   }
   if (b.windows.count > 0) {
     const LeafBack back{l.leaves, b, out.v.data};
-    errors[9] = simt::launch(plan_chunks, machine.processors * 2, kThreads, 0, stream, Spans(l.leaves), b.windows);
-    errors[10] = simt::launch(give_back, machine.processors * 8, kThreads, 0, stream, back);
+    launch(plan_chunks, machine.processors * 2, kThreads, 0, Spans(l.leaves), b.windows);
+    launch(give_back, machine.processors * 8, kThreads, 0, back);
   }
-  for (const Error e : errors)
-    if (e != Error{}) return Status::error(Code::io_error, "route_backward: cuda: %s", simt::describe(e));
-  return {};
+  return launch.status();
 }
 
 }  // namespace hisac::cuda

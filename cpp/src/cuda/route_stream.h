@@ -197,6 +197,8 @@ class RouteStream {
       if (lane * 8 < columns(s.chunk)) {
         const std::byte* const raw = raw_x(buffer, r) + lane * 8 * size_of(x_type());
         load_x(raw, buffer, r, s.chunk * g.chunk + lane * 8, f);
+        if (Q == 1)  // the norm of what is multiplied: near agents stay near
+          SIMT_EACH (i, 8) f[i] = rounded(f[i]);
         SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
         put<false>(f, raw, true, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
       }

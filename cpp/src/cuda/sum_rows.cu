@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of listed rows in their order and in float64, a thread for a column: neighbours read neighbours.
 #include "elements.h"
-#include "launches.h"
+#include "launcher.h"
 #include "verbs.h"
 
 namespace hisac::cuda {
@@ -30,7 +30,7 @@ sum_listed(Array<const float, 2> rows, Array<const int64_t, 1> order, Array<cons
 
 Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
                 Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept {
-  Launches launch("sum_rows", context);
+  Launcher launch("sum_rows", context);
   const int64_t blocks = (sums.shape[0] * sums.shape[1] + kThreads - 1) / kThreads;
   launch(sum_listed, least(blocks, launch.machine.processors * 8), kThreads, 0, rows, order, begin, sums);
   return launch.status();

@@ -12,7 +12,8 @@
 namespace hisac::cuda {
 
 /// D up to 4,096. Needs context.codebook_image where x is not given. Precision::float32: products of float32
-/// numbers as sums of three bfloat16 products, within 3 * 2^-18 |x| |p| and the sums' rounding; bfloat16: one product.
+/// numbers as sums of three bfloat16 products, within 3 * 2^-18 |x| |p| and the sums' rounding; bfloat16: one product,
+/// of rounded numbers, whose norms are taken too.
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept;
 

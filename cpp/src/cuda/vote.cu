@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../arena.h"
-#include "launches.h"
+#include "launcher.h"
 #include "verbs.h"
 #include "vote_fanout.h"
 #include "vote_user.h"
@@ -194,7 +194,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
             Histories histories, Array<const float, 1> weights, Agents out) noexcept {
   if (histories.users > 1 << 30)
     return Status::error(Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got %" PRId64, histories.users);
-  Launches launch("vote", context);
+  Launcher launch("vote", context);
   HISAC_TRY(launch.status());
   VoteTask t = describe(book, params);
   t.codes = codes.data;

@@ -6,10 +6,10 @@
 
 namespace hisac::cuda {
 
-class Launches {
+class Launcher {
  public:
   /// Asks for the current device's facts; after an error nothing is launched.
-  Launches(const char* verb, const Context& context) noexcept
+  Launcher(const char* verb, const Context& context) noexcept
       : verb_(verb), stream_(static_cast<simt::Stream>(context.stream)), error_(simt::machine(&machine)) {}
 
   template <class Kernel, class... Arguments>
