@@ -103,6 +103,7 @@ Result from_sums(const Problem& p, const Sums& sums) {
   q.bias = sums.bias;
   q.spread = sums.spread;
   q.codes.clear();
+  q.book.reset();
   q.scale.clear();
   q.x_ids.clear();
   q.v_ids.clear();

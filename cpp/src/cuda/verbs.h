@@ -47,7 +47,7 @@ Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSu
 size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest) noexcept;
 
 /// V up to 4,096 too. Products as the forward's; those with gradients of tokens and with weights likewise. Workspace
-/// grows with T, whatever the longest history is; of the leaf method as the forward's, with the same promise.
+/// grows with T, whatever the longest history is; the leaf method's as leaf_sums', where too little means the same.
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept;
 size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
