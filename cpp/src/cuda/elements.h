@@ -70,6 +70,10 @@ struct Spans {
     const int64_t s = start(b), e = offset(ends, b);
     return e < s ? s : e > rows ? rows : e;
   }
+  SIMT_DEVICE int64_t length(int64_t b) const {  // end - start, in fewer registers
+    const int64_t e = offset(ends, b), n = (e > rows ? rows : e) - start(b);
+    return n < 0 ? 0 : n;
+  }
 
  private:
   SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {

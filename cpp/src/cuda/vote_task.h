@@ -81,7 +81,7 @@ struct VoteTask : Spans {
   int32_t* out_count = nullptr;
 
   SIMT_DEVICE int64_t voters(int64_t b) const {
-    const int64_t n = end(b) - start(b);
+    const int64_t n = length(b);
     return n < kMostVoters ? n : kMostVoters;
   }
 
