@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "leaf_sums.h"
 
-#include <initializer_list>
+#include <algorithm>
 
 #include "leaf_sort.h"
 #include "verbs.h"
