@@ -173,7 +173,7 @@ class _Logits:
         e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
         e = e + (2 * width + len(raw.x) + 8) * LEAST
         if rounding == HALVES:
-            e = e + HALVES * far  # 2 sum |x p| <= far / 2
+            e = e + HALVES * far + 2 * np.sqrt(width) * TINY * np.sqrt(far)  # 2 sum |x p| <= far / 2
         self.wrong = e  # of d
         self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
@@ -274,7 +274,8 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
     forward, v = args["forward"], args["v"]
     p, normalize = forward.prototypes, args.get("normalize", "history")
     rounding, (m, width) = _rounding(args, cuda), p.shape[1:]
-    split = 2 * rounding if cuda else 0.0  # of both factors of a product with a gradient
+    # of a product with a gradient: what both factors are rounded by, and what is lost of one that is subnormal
+    split, least = (2 * rounding, TINY) if cuda else (0.0, 0.0)
     dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -293,9 +294,11 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             long = (v.shape[1] + _steps(n) + 16) * U + split  # a dot product over V, then the sums of the forward
             slope = np.where(mass, h.v @ dt.T + dl - (token * dt).sum(1), 0.0)
             dz = w * slope
-            dz_wrong = wrong * np.abs(slope) + (w + wrong) * (long + 2 * logits.skew[:, None]) * term
+            lost = least * (np.abs(dt).sum(1) + size.sum(-1, keepdims=True)) if cuda else 0.0
+            dz_wrong = wrong * np.abs(slope) + (w + wrong) * ((long + 2 * logits.skew[:, None]) * term + lost)
             many = (len(h.agents) + 8) * U
             dv_wrong, at = wrong @ np.abs(dt) + (many + split) * (w @ np.abs(dt)), rows.start + raw.rows
+            dv_wrong = dv_wrong + least * (np.abs(dt).sum(0) + w.sum(1, keepdims=True))
             if h is not raw:
                 dv_wrong = dv_wrong + 4 * logits.skew[:, None] * (w @ np.abs(dt))
                 share_wrong = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + logits.skew[h.leaf]
@@ -315,12 +318,12 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
             if h is raw:
                 off = dz_wrong + (many + accumulate + max(split, logits.rounding)) * dz
-                g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau
+                g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau + least
                 x, a = (np.abs(rows) + logits.flushed / U16 for rows in (h.x, h.p))
-                lost = np.where(g + g_wrong > HUGE, np.inf, TINY)  # however small what they multiply
+                beyond = np.where(g + g_wrong > HUGE, np.inf, TINY)  # however small what they multiply
                 np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x)
-                np.add.at(dx, at, lost.max(1, initial=TINY, keepdims=True))
-                dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + lost.max(0, initial=TINY)[:, None]
+                np.add.at(dx, at, beyond.max(1, initial=TINY, keepdims=True))
+                dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + beyond.max(0, initial=TINY)[:, None]
             if args.get("missing") == "token" and len(h.absent):
                 share = np.abs(np.asarray(args["d_tokens"])[b, m].astype(np.float64)) / len(h.absent)
                 np.add.at(dv, rows.start + h.absent, 4 * U * share + TINY)
