@@ -428,6 +428,13 @@ def test_attend_shapes(shape):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
 
 
+def test_attend_subnormal_values():
+    rng, m = np.random.default_rng(0), 150
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((20, 2, 8), (1, m, 2, 8), (1, m, 2, 3)))
+    args = {"q": q, "keys": k, "values": v * np.float32(1e-43), "candidate_offsets": np.array([0, 20])}
+    testing.assert_attended_close(hisac.attend(**args), reference.attend(**args), bounds.attend_bound(args))
+
+
 # --------------------------------------------------------------------------------------------------------------- out
 
 

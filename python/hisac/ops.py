@@ -227,8 +227,8 @@ def route_backward(
 
     d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
     (constant during `refine`). method="leaf" has v and temperature. precision as in the forward: x and prototypes are
-    rounded alike, products are float32. Those of gathered x and v are of each behaviour's
-    row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
+    rounded alike; the products with gradients are float32 on the CPU, and rounded too on CUDA. Those of gathered x and
+    v are of each behaviour's row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)

@@ -300,6 +300,20 @@ inline Result on_cuda(const Problem& p) {
   });
 }
 
+/// The same bits as `sound` for another order of threads and number of processors; and for rows copied, where some
+/// are gathered.
+template <class P, class R, class Run>
+void check_bits(const P& p, const R& sound, Run run_on_cuda) {
+  const simt::Options kept = simt::options;
+  simt::options.order = simt::Order::random;
+  simt::options.seed += 17;
+  simt::options.machine.processors = 5;  // other cuts of the histories
+  if (!(run_on_cuda(p) == sound)) fail("other bits for another order of threads and number of processors");
+  simt::options.machine.shared = 512 << 10;  // as many agents a block, whatever the type of x
+  if (p.gathered() && !(run_on_cuda(p) == run_on_cuda(copied(p)))) fail("other bits for rows copied");
+  simt::options = kept;
+}
+
 /// more: of a logit, on top of what `route` itself may be off.
 inline void compare(const Problem& p, const Result& cpu, const Result& cuda, float more = 0) {
   // of a logit: split products, the norms' rounding, exp2; and of a sum: split weights and values, float32 sums

@@ -352,14 +352,7 @@ void check(Problem p) {
   go_forward(p);
   const Result first = on_cuda(p);
   compare(p, on_cpu(p), first);
-  const simt::Options kept = simt::options;
-  simt::options.order = simt::Order::random;
-  simt::options.seed += 17;
-  simt::options.machine.processors = 5;  // other cuts of the histories
-  if (!(on_cuda(p) == first)) test::fail("other bits for another order of threads and number of processors");
-  simt::options.machine.shared = 512 << 10;  // as many agents a block, whatever the type of x
-  if (p.gathered() && !(on_cuda(p) == on_cuda(copied(p)))) test::fail("other bits for rows copied");
-  simt::options = kept;
+  test::check_bits(p, first, [](const Problem& q) { return on_cuda(q); });
 }
 
 /// What one user has that is not finite stays with it, and with the temperature.
