@@ -379,31 +379,6 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
                           total[h][i / 2]);
   }
 
-  SIMT_DEVICE void accumulate(int block) {
-    const uint16_t* const x = this->operand_v(this->buffer_of({block, g.chunks - 1})) + place(kValuePitch);
-    const int columns_left = least(t.x.width - work().values * kValues, kValues);
-    SIMT_EACH (k, R / 16) {
-      uint32_t a[2][MT][4];
-      SIMT_EACH (h, MT)
-        SIMT_EACH (i, 4) {
-          const float* const pair = &y[h][2 * k + i / 2][i % 2 * 2];
-          a[0][h][i] = Q > 1 ? split(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
-        }
-      SIMT_EACH (n, kValues / 16) {
-        if (n * 16 >= columns_left) continue;
-        SIMT_EACH (stored, S) {
-          uint32_t p[4];
-          simt::load_matrices_transposed(p, x + (stored * R + k * 16) * kValuePitch + n * 16);
-          SIMT_EACH (part, Q - stored)
-            SIMT_EACH (h, MT) {
-              simt::multiply_add(moment[h][2 * n], a[part][h], p[0], p[1]);
-              simt::multiply_add(moment[h][2 * n + 1], a[part][h], p[2], p[3]);
-            }
-        }
-      }
-    }
-  }
-
   /// f(register) for every float of a state, in the order of memory.
   template <class F>
   SIMT_DEVICE void each(F f) {

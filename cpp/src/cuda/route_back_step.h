@@ -57,7 +57,8 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kShares, kAgents>::gradients(int block) {
       simt::sync_warp();
     }
   }
-  if constexpr (kAgents) return accumulate(block);
+  if constexpr (kAgents)
+    return this->accumulate(moment, y, this->operand_v(this->buffer_of({block, g.chunks - 1})), t.x.width);
   if (b.dv) put_operand(halves(b.at.weights), z);
   if (!b.dx) return;
   put_operand(halves(b.at.slopes), y);

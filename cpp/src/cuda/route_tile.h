@@ -97,7 +97,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
         if (kShares) share(s.block, a == g.agent_tiles);
         if (!kShares || a == g.agent_tiles) {
           weights();
-          accumulate(buffer_of(s));
+          this->accumulate(sum, z, operand_v(buffer_of(s)), t.value_width());
           absent(s.block & 1, buffer_of(s));
           const int so_far = begin + (s.block + 1) * kRows;
           if (so_far % kTile == 0 || so_far >= end) end_tile(so_far);
@@ -164,31 +164,6 @@ class RouteTile : RouteAgents<MT, Q, S> {
             mass[h][r] += y;
           }
       }
-  }
-
-  SIMT_DEVICE void accumulate(int buffer) {
-    const uint16_t* const v = operand_v(buffer) + place(kValuePitch);
-    const int columns_left = least(t.value_width() - work().values * kValues, kValues);
-    SIMT_EACH (k, kRows / 16) {
-      uint32_t a[2][MT][4];
-      SIMT_EACH (h, MT)
-        SIMT_EACH (i, 4) {
-          const float* const pair = &z[h][2 * k + i / 2][i % 2 * 2];
-          a[0][h][i] = Q > 1 ? split(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
-        }
-      SIMT_EACH (n, kValues / 16) {
-        if (n * 16 >= columns_left) continue;
-        SIMT_EACH (stored, S) {
-          uint32_t b[4];
-          simt::load_matrices_transposed(b, v + (stored * kRows + k * 16) * kValuePitch + n * 16);
-          SIMT_EACH (part, Q - stored)
-            SIMT_EACH (h, MT) {
-              simt::multiply_add(sum[h][2 * n], a[part][h], b[0], b[1]);
-              simt::multiply_add(sum[h][2 * n + 1], a[part][h], b[2], b[3]);
-            }
-        }
-      }
-    }
   }
 
   /// Absent rows that have a v, one column a thread.
