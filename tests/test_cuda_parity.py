@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every verb of CUDA against `hisac.reference`, as tests/test_parity.py has it for the CPU: integers exactly, floats
+"""Every verb of CUDA against `hisac.reference`, as tests/test_parity*.py have it for the CPU: integers exactly, floats
 within `hisac.bounds`, any option and hostile values; on a GPU, or over the emulated kernels (cuda_places.py)."""
 
 import numpy as np

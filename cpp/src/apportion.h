@@ -15,7 +15,7 @@ namespace hisac {
 /// A node above the leaves that has votes; its leaves lie in [begin, begin + leaves), or in a block of counters.
 struct Parent {
   uint64_t number;
-  int64_t begin, votes, leaves, seats, least;  // least: only leaves with so many votes can have a seat
+  int64_t begin, votes, leaves, seats;
 };
 
 class Apportionment {

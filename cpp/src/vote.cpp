@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // One user at a time, in three steps: votes of parents (the nodes above the leaves), seats of parents, leaves of the
 // seated ones. Two ways to count, both without a branch that depends on a row:
-//   dense   long histories in trees of few parents: a histogram of parents (a first reading of the rows), seats by it,
+//   dense   longer histories in trees of few parents: a histogram of parents (a first reading of the rows), seats by
+//   it,
 //           then counters only for leaves of parents that may be seated (a second reading). What caps a parent, how
-//           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound;
-//           should the true caps seat others, they are counted in their turn. Once every seated parent is counted, the
-//           seats are those of the true caps: keys of leaves that do not exist were never among the chosen.
+//           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound; by
+//           budget, should the true caps seat others, they are counted in their turn. Once every seated parent is
+//           counted, the seats are those of the true caps: keys of absent leaves were never among the chosen.
 //   sorted  everything else: leaf numbers, radix-sorted.
-// Then the leaves of seated parents are radix-sorted by votes, most first, lower codes first among equals, and taken
-// while their parent has a seat: choice and output order in one.
+// Then the leaves of seated parents that may have a seat are radix-sorted by votes, most first, lower codes first among
+// equals, and taken while their parent has a seat: choice and output order in one.
 #include "hisac/vote.h"
 
 #include <algorithm>
@@ -23,9 +24,11 @@
 namespace hisac {
 namespace {
 
-constexpr int64_t kMostParents = 0xffff;  // to be counted densely,
-constexpr int64_t kDenseRows = 2048;      // with at least so many rows,
-constexpr int64_t kCells = 4;             // and at most so many 32-bit counters a row
+constexpr int64_t kMostParents = 0xffff;  // to be counted densely, and most codes of the last level,
+constexpr int64_t kDenseRows = 2048;      // with at least so many rows
+constexpr int64_t kCells = 4;             // and at most so many 32-bit counters a row;
+constexpr int64_t kFanoutRows = 512;      // by fan-out, which tells beforehand how many parents have seats, with so
+constexpr int64_t kFanoutCells = 16;      // many rows and so many counters a row
 constexpr int64_t kBlock = 256;           // rows located at a time
 constexpr int kLanes = 4;                 // histograms side by side: equal codes in a row would wait for
 constexpr int64_t kLanesParents = 4096;   // each other's store; up to so many parents
@@ -33,8 +36,8 @@ constexpr int kMostReadings = 3;          // of the rows for their leaves
 constexpr int64_t kNotCounted = -1;
 
 struct Scratch {
-  bool dense = false;
   int64_t parents_possible = 0, last = 0;
+  int64_t fanout_cells = 0;  // counters of all parents that can be seated; 0 by budget
   // dense
   uint64_t* histogram = nullptr;  // [kLanes][parents + 1], the last one for rows that do not vote
   uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
@@ -54,13 +57,15 @@ struct Scratch {
     last = body.size[book.levels() - 1];
     parents_possible = 1;
     for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
-    dense = parents_possible <= std::min(kMostParents, rows) && rows >= kDenseRows &&
-            last <= std::min(kMostParents, kCells * rows);
+    int64_t seated = params.budget ? 0 : 1;
+    for (int l = 0; l + 1 < book.levels(); ++l) seated *= params.fanout[l];
+    fanout_cells = std::min(seated, parents_possible) * last;
+    const bool dense = counts_densely(rows);
     const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
     histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
     block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
     key = arena.take<uint64_t>(rows + 1);
-    area = arena.take<uint64_t>(2 * (rows + 1) + (dense ? last : 0));
+    area = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells : 0) + (dense ? last : 0));
     weight = arena.take<uint32_t>(rows);
     spare_weight = arena.take<uint32_t>(rows);
     last_code = arena.take<uint32_t>(rows + 1);
@@ -70,8 +75,23 @@ struct Scratch {
     apportionment.carve(arena, book, params, most_parents);
   }
 
+  /// Grows with `rows`: what is carved for the longest history suffices for all.
+  bool counts_densely(int64_t rows) const noexcept {
+    if (parents_possible > std::min(kMostParents, rows) || last > kMostParents) return false;
+    if (fanout_cells) return rows >= kFanoutRows && fanout_cells <= kFanoutCells * rows;
+    return rows >= kDenseRows && last <= kCells * rows;
+  }
+
   int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
 };
+
+/// 2^j, looked up: SSE2 has no shift by another count in each lane.
+constexpr struct Bits {
+  uint32_t of[32] = {};
+  constexpr Bits() {
+    for (int j = 0; j < 32; ++j) of[j] = uint32_t{1} << j;
+  }
+} kBits;
 
 uint32_t quantise(float w) noexcept {
   if (!(w > 0)) return 0;
@@ -90,16 +110,16 @@ class Voter {
   int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
               int64_t* out_votes) noexcept {
     rows = std::min(rows, kMostVoters);
-    leaves_ = parents_ = 0;
+    parents_ = candidates_ = seated_ = all_votes_ = 0;
     key_ = s_.key;
     spare_ = s_.area;
-    const bool dense = s_.dense && rows >= kDenseRows && s_.parents_possible <= rows && last_ <= kCells * rows;
+    const bool dense = s_.counts_densely(rows);
     if (weights) {
       if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
-      return write<int64_t>(out_codes, out_votes);
+    } else {
+      if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
     }
-    if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
-    return write<int32_t>(out_codes, out_votes);
+    return write(out_codes, out_votes);
   }
 
  private:
@@ -124,26 +144,37 @@ class Voter {
       votes_before[leaves + 1] = sum;
       leaves += key[i + 1] != leaf;
     }
-    leaves_ = leaves;
     Count* const votes = static_cast<Count*>(s_.votes);
     uint64_t number = parent_of(key[0]);
-    for (int64_t i = 0; i < leaves_; ++i) {
+    for (int64_t i = 0; i < leaves; ++i) {
       votes[i] = static_cast<Count>(votes_before[i + 1] - votes_before[i]);
       s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
       s_.owner[i] = static_cast<uint32_t>(parents_);
       s_.parents[parents_].number = number;
       s_.parents[parents_].begin = i + 1;  // its end, so far
-      const uint64_t following = i + 1 < leaves_ ? parent_of(key[i + 1]) : ~number;
+      const uint64_t following = i + 1 < leaves ? parent_of(key[i + 1]) : ~number;
       parents_ += following != number;
       number = following;
     }
     for (int64_t p = 0, begin = 0; p < parents_; ++p) {
       Parent& parent = s_.parents[p];
       const int64_t end = parent.begin;
-      parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0, 0};
+      parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0};
       begin = end;
     }
     s_.apportionment.assign(s_.parents, parents_);
+    for (int64_t p = 0; p < parents_; ++p) {
+      const Parent& parent = s_.parents[p];
+      if (!parent.seats) continue;
+      const Count least = least_votes(parent, votes + parent.begin, parent.leaves);
+      const int64_t before = candidates_;
+      for (int64_t i = parent.begin; i < parent.begin + parent.leaves; ++i) {
+        key[candidates_] = rank_word(votes[i], i);
+        all_votes_ |= votes[i];
+        candidates_ += votes[i] >= least;
+      }
+      seated_ += std::min(parent.seats, candidates_ - before);
+    }
   }
 
   /// The numbers of the leaves that have votes, and the votes where weighted, in the order of rows; returns how many.
@@ -189,15 +220,14 @@ class Voter {
         for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
       for (; i < end; ++i) lane[row[i] >> 16] += votes_of(i);
     }
-    for (int64_t p = 0; p < none; ++p) {
-      int64_t votes = lane[p];
-      for (int64_t j = 1; j < lanes; ++j) votes += lane[j * stride + p];
-      s_.parents[parents_] = {
-          static_cast<uint64_t>(p), kNotCounted, votes, weighted ? last_ : std::min(votes, last_), 0, 0};
-      parents_ += votes != 0;
-    }
+    for (int64_t j = 1; j < lanes; ++j)
+      for (int64_t p = 0; p < none; ++p) lane[p] += lane[j * stride + p];
+    for_each_at_least(lane, none, Count{1}, [&](int64_t p) {
+      const int64_t votes = lane[p];
+      s_.parents[parents_++] = {static_cast<uint64_t>(p), kNotCounted, votes, std::min(votes, last_), 0};
+    });
     Count* const cells = reinterpret_cast<Count*>(s_.area);
-    const int64_t room = kCells * rows * 4 / static_cast<int64_t>(sizeof(Count));
+    const int64_t room = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : s_.fanout_cells;
     int64_t used = 0;
     std::fill(cells + room, cells + room + last_, Count{0});
     for (int round = 0; parents_; ++round) {
@@ -214,35 +244,36 @@ class Voter {
       if (used == before) break;
       std::fill(cells + before, cells + used, Count{0});
       const uint32_t* const block = s_.block;
-      for (int64_t i = 0; i < rows; ++i) cells[block[row[i] >> 16] + (row[i] & 0xffff)] += votes_of(i);
+      const auto cell_of = [&](int64_t i) { return block[row[i] >> 16] + (row[i] & 0xffff); };
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4) {  // four places, then four sums: 1.6 times as fast as one by one
+        const uint32_t at[4] = {cell_of(i), cell_of(i + 1), cell_of(i + 2), cell_of(i + 3)};
+        for (int64_t j = 0; j < 4; ++j) cells[at[j]] += votes_of(i + j);
+      }
+      for (; i < rows; ++i) cells[cell_of(i)] += votes_of(i);
       bool settled = true;
       for (int64_t p = 0; p < parents_ && params_.budget; ++p) {
         Parent& parent = s_.parents[p];
         if (!parent.seats) continue;
         const Count* const cell = cells + parent.begin;
-        if (parent.begin >= before) parent.leaves = last_ - std::count(cell, cell + last_, Count{0});
+        if (parent.begin >= before) parent.leaves = count_at_least(cell, last_, Count{1});
         settled &= parent.seats <= parent.leaves;
       }
       if (settled) break;
     }
-    Count* const votes = static_cast<Count*>(s_.votes);
     for (int64_t p = 0; p < parents_; ++p) {
       Parent& parent = s_.parents[p];
       if (!parent.seats) continue;
       const Count* const cell = cells + parent.begin;
-      const int64_t begin = leaves_;
-      int64_t end = begin;
-      for (int64_t i = 0; i < last_; ++i) {
-        s_.last_code[end] = static_cast<uint32_t>(i);
-        end += cell[i] != 0;
-      }
-      for (int64_t i = begin; i < end; ++i) {
-        votes[i] = cell[s_.last_code[i]];
-        s_.owner[i] = static_cast<uint32_t>(p);
-      }
-      parent.begin = begin;
-      parent.leaves = end - begin;
-      leaves_ = end;
+      const int64_t before = candidates_;
+      for_each_at_least(cell, last_, least_votes(parent, cell, last_), [&](int64_t code) {
+        s_.last_code[candidates_] = static_cast<uint32_t>(code);
+        s_.owner[candidates_] = static_cast<uint32_t>(p);
+        all_votes_ |= cell[code];
+        key_[candidates_] = rank_word(cell[code], candidates_);
+        ++candidates_;
+      });
+      seated_ += std::min(parent.seats, candidates_ - before);
     }
     return true;
   }
@@ -267,39 +298,45 @@ class Voter {
 
   // ---- leaves
 
-  /// At most the votes that a leaf of this parent needs for a seat.
-  template <class Count>
-  int64_t least_votes(const Parent& parent) const noexcept {
-    if (parent.seats == 0) return static_cast<int64_t>(kMostVotes >> 1);
-    if (parent.seats >= parent.leaves / 2) return 1;  // little to leave out
-    const Count* const votes = static_cast<const Count*>(s_.votes) + parent.begin;
-    // the seats-th largest is not above the mean of the seats largest
-    for (Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);; least /= 2) {
-      int64_t enough = 0;
-      for (int64_t i = 0; i < parent.leaves; ++i) enough += votes[i] >= least;
-      if (enough >= parent.seats) return least;
-    }
+  /// Calls f(i), in order, for each cell[i] >= least.
+  template <class Count, class F>
+  static void for_each_at_least(const Count* cell, int64_t n, Count least, F f) noexcept {
+    const auto mask = [&](const Count* c) {
+      uint32_t bits = 0;
+      for (int j = 0; j < 32; ++j) bits |= c[j] >= least ? kBits.of[j] : 0;
+      return static_cast<uint64_t>(bits);
+    };
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+      for (uint64_t bits = mask(cell + i) | mask(cell + i + 32) << 32; bits; bits &= bits - 1)
+        f(i + __builtin_ctzll(bits));
+    for (; i < n; ++i)
+      if (cell[i] >= least) f(i);
   }
 
-  /// The leaves, by votes and code, as long as their parents have seats; returns how many.
+  /// In Count, so that lanes are not widened; n is below 2^24.
   template <class Count>
+  static int64_t count_at_least(const Count* cell, int64_t n, Count least) noexcept {
+    Count found = 0;
+    for (int64_t i = 0; i < n; ++i) found += cell[i] >= least;
+    return found;
+  }
+
+  /// At most the votes that a leaf of this parent, which has seats, needs for one; votes [n] of its leaves, or zero.
+  template <class Count>
+  static Count least_votes(const Parent& parent, const Count* votes, int64_t n) noexcept {
+    if (parent.seats >= parent.leaves / 2) return 1;  // little to leave out; from here on votes >= leaves > 2 seats
+    // the seats-th largest is not above the mean of the seats largest
+    Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);
+    while (least > 1 && count_at_least(votes, n, least) < parent.seats) least /= 2;
+    return least;
+  }
+
+  /// The candidates, by votes and code, as long as their parents have seats; returns how many.
   int64_t write(int32_t* codes, int64_t* out_votes) noexcept {
-    int64_t total = 0;
-    for (int64_t p = 0; p < parents_; ++p) {
-      Parent& parent = s_.parents[p];
-      parent.least = least_votes<Count>(parent);
-      total += std::min(parent.seats, parent.leaves);
-    }
-    const Count* const votes = static_cast<const Count*>(s_.votes);
-    int64_t candidates = 0, all_votes = 0;
-    for (int64_t i = 0; i < leaves_; ++i) {
-      key_[candidates] = rank_word(votes[i], i);
-      all_votes |= votes[i];
-      candidates += votes[i] >= s_.parents[s_.owner[i]].least;
-    }
-    sort_ranks(candidates, all_votes, key_, spare_);
+    sort_ranks(candidates_, all_votes_, key_, spare_);
     const uint64_t* word = key_;
-    for (int64_t kept = 0; kept < total; ++word) {
+    for (int64_t kept = 0; kept < seated_; ++word) {
       const int64_t place = place_of(*word);
       Parent& parent = s_.parents[s_.owner[place]];
       int32_t* const c = codes + kept * levels_;
@@ -315,7 +352,7 @@ class Voter {
       parent.seats -= seated;
       kept += seated;
     }
-    return total;
+    return seated_;
   }
 
   const Codebook::Body& body_;
@@ -324,7 +361,7 @@ class Voter {
   int levels_, leaves_bits_;
   int64_t last_;
   uint64_t reciprocal_;
-  int64_t leaves_ = 0, parents_ = 0;
+  int64_t parents_ = 0, candidates_ = 0, seated_ = 0, all_votes_ = 0;
   uint64_t *key_ = nullptr, *spare_ = nullptr;
 };
 
