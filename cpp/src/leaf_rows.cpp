@@ -18,21 +18,15 @@ constexpr int64_t kRun = 64;      // rows added one by one
 constexpr int64_t kAhead = 12;    // rows asked for before their turn
 
 /// A power of two that keeps a sum of n weights, each at most 1, at most 1, and so a sum of large v finite.
-float scale_of(int64_t n) noexcept { return std::ldexp(1.f, -bits_of(static_cast<uint64_t>(n - 1))); }
-
-/// Once a row is listed, its codes are known to be valid; they are needed where they stand for x.
-RouteInputs without_codes(RouteInputs in) noexcept {
-  if (in.x.data) in.codes = {};
-  return in;
+float scale_of(int64_t n) noexcept {
+  return 1.f / static_cast<float>(uint64_t{1} << bits_of(static_cast<uint64_t>(n - 1)));
 }
 
 }  // namespace
 
 LeafSummer::LeafSummer(const RouteInputs& in, int64_t longest, int workers) noexcept
     : in_(in),
-      listed_(without_codes(in)),
       loader_(in, Operands::floats),
-      present_(listed_, Operands::floats),
       k_(cpu::kernels()),
       width_(in.prototypes.shape[2]),
       value_width_(in.v.width),
@@ -179,13 +173,12 @@ void LeafSummer::add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
     for (int64_t e = run; e < std::min(run + kRun, end); ++e) {
       const int64_t row = rows[e];
       float norm = 0;
-      if (e + kAhead < first[leaves_[i]]) present_.prefetch(rows[e + kAhead]);
-      if (!present_.load_x(row, w.x, &norm)) {
+      if (e + kAhead < first[leaves_[i]]) loader_.prefetch(rows[e + kAhead]);
+      if (!loader_.load_listed_x(row, w.x, &norm)) {
         absent_[start_[i] + row - in_.histories.start(users_[i])] = true;
         weight_[start_[i] + e] = -1;
         continue;
       }
-      present_.load_v(row, w.v);
       const float weight = in_.bias ? scale * std::exp(loader_.bias_of(row) - top) : scale;
       weight_[start_[i] + e] = weight;
       sum.mass += double(weight);
@@ -195,7 +188,7 @@ void LeafSummer::add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
         std::fill(v, v + value_width_, 0.f);
       }
       k_.add_row(width_, w.x, weight, x);
-      k_.add_row(value_width_, w.v, weight, v);
+      loader_.add_v(row, weight, v, w.v);
     }
     sum.present += here;
     if (later && here) join(x, v, sum);

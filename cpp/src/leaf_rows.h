@@ -76,8 +76,7 @@ class LeafSummer {
   void finish(int64_t i, int64_t g, Worker& w) noexcept;
 
   const RouteInputs& in_;
-  RouteInputs listed_;
-  RowLoader loader_, present_;
+  RowLoader loader_;
   const cpu::Kernels& k_;
   int64_t width_, value_width_, room_;
   int workers_;

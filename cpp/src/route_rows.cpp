@@ -42,35 +42,21 @@ RowLoader::RowLoader(const RouteInputs& inputs, Operands operands) noexcept
       v_(inputs.v, inputs.v_ids),
       operands_(operands) {}
 
-bool RowLoader::load_x(int64_t row, float* x, float* norm) const noexcept {
-  if (!v_.has(row)) return false;
-  if (in_.codes) {
-    const int32_t* const codes = in_.codes.data + row * in_.codes.shape[1];
-    if (!in_.book->valid(codes)) return false;
-    if (!x_) {
-      in_.book->prototype(codes, x);
-      *norm = k_.load_row(x, DType::float32, width_, x);
-    }
-  }
-  if (x_ && !x_.load(row, x, norm)) return false;
-  return below_limit(*norm, x, width_) && within_limits(row);
-}
-
-bool RowLoader::within_limits(int64_t row) const noexcept {
-  const float spread = spread_of(row);
-  return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX;  // false for NaN
-}
-
 bool RowLoader::may_be_present(int64_t row) const noexcept {
   if (!v_.has(row) || (x_ && !x_.has(row))) return false;
-  return within_limits(row) && (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
+  const float spread = spread_of(row);
+  return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX &&  // false for NaN
+         (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
 }
 
-void RowLoader::prefetch(int64_t row) const noexcept {
-  x_.prefetch(row);
-  v_.prefetch(row);
-  if (in_.codes) __builtin_prefetch(in_.codes.data + row * in_.codes.shape[1]);
-  if (in_.bias) __builtin_prefetch(in_.bias.data + row);
+bool RowLoader::load_listed_x(int64_t row, float* x, float* norm) const noexcept {
+  if (x_) {
+    x_.load(row, x, norm);
+  } else if (in_.codes) {
+    in_.book->prototype(in_.codes.data + row * in_.codes.shape[1], x);
+    *norm = k_.load_row(x, DType::float32, width_, x);
+  }
+  return below_limit(*norm, x, width_);
 }
 
 bool RowLoader::load_v(int64_t row, float* v) const noexcept {

@@ -62,18 +62,29 @@ class RowLoader {
   /// Rows [begin, end) of x and v as a block; absent rows are left out, and added to `absent` where wanted.
   void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
   /// x [D] = a row and its sum of squares; false for an absent one.
-  bool load_x(int64_t row, float* x, float* norm) const noexcept;
-  bool load_v(int64_t row, float* v) const noexcept;
-  void prefetch(int64_t row) const noexcept;
+  bool load_x(int64_t row, float* x, float* norm) const noexcept {
+    return may_be_present(row) && load_listed_x(row, x, norm);
+  }
   /// Whether a row is present as far as its ids, codes, bias and spread tell.
   bool may_be_present(int64_t row) const noexcept;
+  /// The same as load_x of one that may be.
+  bool load_listed_x(int64_t row, float* x, float* norm) const noexcept;
+  bool load_v(int64_t row, float* v) const noexcept;
+  /// sum [V] += factor times v of a present row; room [V].
+  void add_v(int64_t row, float factor, float* sum, float* room) const noexcept { v_.add(row, factor, sum, room); }
+  /// Asks for a row that may be present ahead of its use. Inlined always, as RowSource's.
+  __attribute__((always_inline)) void prefetch(int64_t row) const noexcept {
+    x_.prefetch(row);
+    v_.prefetch(row);
+    if (!x_) __builtin_prefetch(in_.codes.data + row * in_.codes.shape[1]);
+    if (in_.bias) __builtin_prefetch(in_.bias.data + row);
+  }
   /// Whether a row's v [V], loaded, is there and finite.
   bool has_value(int64_t row, float* v) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
   float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
 
  private:
-  bool within_limits(int64_t row) const noexcept;
   void add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept;
 
   const RouteInputs& in_;

@@ -35,14 +35,23 @@ bool RowSource::load(int64_t t, float* out, float* norm) const noexcept {
   return true;
 }
 
+void RowSource::add(int64_t t, float factor, float* sum, float* room) const noexcept {
+  const float* row = room;
+  float norm;
+  if (dtype_ == DType::float32)
+    row = reinterpret_cast<const float*>(data_ + row_of(t) * bytes_);
+  else
+    load(t, room, &norm);
+  k_.add_row(width_, row, factor, sum);
+}
+
 void RowSource::look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const noexcept {
   if (!ids_) return ahead.add(data_, begin * bytes_, end * bytes_);
   for (int64_t t = begin; t < end; ++t)
     if (has(t)) ahead.add(data_, row_of(t) * bytes_, (row_of(t) + 1) * bytes_);
 }
 
-bool below_limit(float norm, const float* x, int64_t width) noexcept {
-  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
+bool surely_below_limit(const float* x, int64_t width) noexcept {
   double squares = 0;
   for (int64_t d = 0; d < width; ++d) squares += double(x[d]) * x[d];
   return squares < 0x1p100;

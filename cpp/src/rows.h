@@ -20,6 +20,9 @@ class RowSource {
   /// out [width] = the row of behaviour t and *norm its sum of squares; false where there is none.
   bool load(int64_t t, float* out, float* norm) const noexcept;
 
+  /// sum [width] += factor times the row of behaviour t, which there is; room [width].
+  void add(int64_t t, float factor, float* sum, float* room) const noexcept;
+
   /// Asks for the row of behaviour t ahead of its use. Inlined always: GCC drops a call that has no result and only
   /// prefetches.
   __attribute__((always_inline)) void prefetch(int64_t t) const noexcept {
@@ -43,8 +46,12 @@ class RowSource {
   Array<const float, 1> scale_;
 };
 
+/// The same where float32 is too near to tell.
+bool surely_below_limit(const float* x, int64_t width) noexcept;
 /// |x|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
-bool below_limit(float norm, const float* x, int64_t width) noexcept;
+inline bool below_limit(float norm, const float* x, int64_t width) noexcept {
+  return norm < 0x1p99f || (norm < 0x1p101f && surely_below_limit(x, width));
+}
 /// No NaN, no infinity.
 bool finite(const float* v, int64_t width) noexcept;
 

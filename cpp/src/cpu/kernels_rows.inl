@@ -107,30 +107,45 @@ HISAC_INLINE vh narrow(vf x, DType type) {
   return __builtin_convertvector(half | (sign >> 16), vh);
 }
 
-static float load_row(const void* src, DType type, int64_t width, float* dst) {
-  vf squares = {};
+/// Four sums side by side: the processor need not wait for each addition. read(d, have): elements from d on.
+template <class Read>
+HISAC_INLINE float load_row_of(int64_t width, float* dst, Read read) {
+  vf squares[4] = {};
   int64_t d = 0;
-  for (; d + W <= width; d += W) {
-    const vf x = type == DType::float32
-                     ? load(static_cast<const float*>(src) + d)
-                     : widen(*reinterpret_cast<const vh_loose*>(static_cast<const uint16_t*>(src) + d), type);
-    store(dst + d, x);
-    squares += x * x;
-  }
-  if (d < width) {
-    const size_t rest = static_cast<size_t>(width - d);
-    vf x = {};
-    if (type == DType::float32) {
-      __builtin_memcpy(&x, static_cast<const float*>(src) + d, rest * 4);
-    } else {
-      vh raw = {};
-      __builtin_memcpy(&raw, static_cast<const uint16_t*>(src) + d, rest * 2);
-      x = widen(raw, type);
+  for (; d + 4 * W <= width; d += 4 * W) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const vf x = read(d + i * W, W);
+      store(dst + d + i * W, x);
+      squares[i] += x * x;
     }
-    __builtin_memcpy(dst + d, &x, rest * 4);
-    squares += x * x;
   }
-  return sum_of(squares);
+  for (; d < width; d += W) {
+    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
+    const vf x = read(d, have);
+    if (have == W)
+      store(dst + d, x);
+    else
+      __builtin_memcpy(dst + d, &x, have * 4);
+    squares[0] += x * x;
+  }
+  return sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+}
+
+static float load_row(const void* src, DType type, int64_t width, float* dst) {
+  const float* const floats = static_cast<const float*>(src);
+  const uint16_t* const halves = static_cast<const uint16_t*>(src);
+  if (type == DType::float32)
+    return load_row_of(
+        width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) { return load_some(floats + d, have); });
+  return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+    vh raw = {};
+    if (have == W)
+      raw = *reinterpret_cast<const vh_loose*>(halves + d);
+    else
+      __builtin_memcpy(&raw, halves + d, have * 2);
+    return widen(raw, type);
+  });
 }
 
 /// A plain loop: vectors of int8 GCC widens lane by lane.
@@ -212,5 +227,7 @@ static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, u
 #endif
 
 static void add_row(int64_t width, const float* src, float factor, float* dst) {
-  for (int64_t d = 0; d < width; ++d) dst[d] += factor * src[d];
+  int64_t d = 0;
+  for (; d + W <= width; d += W) store(dst + d, load(dst + d) + factor * load(src + d));
+  for (; d < width; ++d) dst[d] += factor * src[d];
 }
