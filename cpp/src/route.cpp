@@ -216,12 +216,13 @@ class Router {
     });
   }
 
-  /// After a user's last block: its tokens, and the next user's prototypes.
+  /// After a user's last block: its tokens, and the next user's prototypes; of present agents, others are not read.
   void look_ahead(Worker& w) const noexcept {
-    const int64_t users = in_.histories.users, p = agents_ * width_ * int64_t(sizeof(float));
-    const int64_t tokens = out_->tokens.rows / users * value_width_ * bytes_of(in_.v.dtype);
-    w.block.ahead.add(out_->tokens.data, w.user * tokens, (w.user + 1) * tokens);
-    if (w.user + 1 < users) w.block.ahead.add(prototypes_, (w.user + 1) * p, (w.user + 2) * p);
+    const int64_t users = in_.histories.users, next = w.user + 1, p = width_ * int64_t(sizeof(float));
+    const int64_t token = value_width_ * bytes_of(in_.v.dtype), first = w.user * (out_->tokens.rows / users) * token;
+    w.block.ahead.add(out_->tokens.data, first, first + count_of(in_, w.user) * token);
+    if (next < users)
+      w.block.ahead.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(in_, next)) * p);
   }
 
   /// The block's values in pairs of rows.
