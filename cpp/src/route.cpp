@@ -221,8 +221,7 @@ class Router {
     const int64_t users = in_.histories.users, next = w.user + 1, p = width_ * int64_t(sizeof(float));
     const int64_t token = value_width_ * bytes_of(in_.v.dtype), first = w.user * (out_->tokens.rows / users) * token;
     w.block.ahead.add(out_->tokens.data, first, first + count_of(in_, w.user) * token);
-    if (next < users)
-      w.block.ahead.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(in_, next)) * p);
+    if (next < users) w.block.ahead.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(in_, next)) * p);
   }
 
   /// The block's values in pairs of rows.
