@@ -65,6 +65,10 @@ CALLS = {  # verb: the function and all its array arguments
     "vote": (partial(hisac.vote, BOOK, budget=M), {"codes": CODES, "offsets": OFFSETS, "weights": WEIGHTS}),
     "route": (partial(hisac.route, book=BOOK), {**ROUTE, **MORE}),
     "route_backward": (partial(route_backward, book=BOOK), {**BACK, **ROUTE, **MORE}),
+    "leaf_sums": (
+        partial(hisac.leaf_sums, book=BOOK),
+        {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "bias": BIAS, "spread": WEIGHTS},
+    ),
     "attend": (hisac.attend, {**ATTEND, **LIKES}),
     "attend_backward": (attend_backward, {**RETURN, **ATTEND, **LIKES}),
 }
@@ -286,6 +290,11 @@ REFUSED = {  # what comes: how it is made of a right argument, the words after "
     "meta": (lambda a: torch.from_numpy(a).to("meta"), "expected on the CPU, got meta"),
     "sparse": (lambda a: torch.from_numpy(a).to_sparse(), "expected a dense tensor, got layout torch.sparse_coo; "),
     "jagged": (jagged, "expected a dense tensor, got layout torch.jagged; pass values() and offsets()"),
+    "nested": (
+        lambda a: torch.nested.nested_tensor([torch.zeros(2, 3)]),
+        "expected a dense tensor, got layout torch.strided; pass values() and offsets()",
+    ),
+    "mkldnn": (lambda a: torch.zeros(2, 3).to_mkldnn(), "expected a dense tensor, got layout torch._mkldnn; "),
     "negated": (lambda a: torch._neg_view(torch.from_numpy(a)), "is a conjugated or negated view; call resolve_conj("),
     "conjugated": (
         lambda a: torch.from_numpy(a).to(torch.complex64).conj(),

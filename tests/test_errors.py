@@ -246,6 +246,7 @@ ROUTE = [
     ({"temperature": "warm"}, TypeError, f"temperature {KIND} str"),
     ({"normalize": "users"}, ValueError, "normalize expected 'history' or 'agents', got 'users'"),
     ({"normalize": None}, ValueError, "normalize expected 'history' or 'agents', got 'None'"),
+    ({"normalize": b"agents"}, ValueError, """normalize expected 'history' or 'agents', got 'b'agents''"""),
     ({"method": "exactly"}, ValueError, "method expected 'exact' or 'leaf', got 'exactly'"),
     ({"missing": "keep"}, ValueError, "missing expected 'drop' or 'token', got 'keep'"),
 ]

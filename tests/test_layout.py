@@ -33,7 +33,7 @@ TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
 # by builds and the demo, never committed; so are *.egg-info and what begins with a dot
 MADE = {"hisac-demo.png", "build", "dist", "__pycache__"}
 CODE = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
-MOST_LINES, MOST_CODE = 500, 9_900  # of a file; of cpp and python together, blank lines and comments left out
+MOST_LINES, MOST_CODE = 500, 9_950  # of a file; of cpp and python together, blank lines and comments left out
 MOST_CUDA = 6_000  # of cpp's cuda folder, which is counted apart
 
 

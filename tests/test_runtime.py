@@ -105,6 +105,29 @@ def test_references_are_given_back(verb):
     assert counts() == before
 
 
+@pytest.mark.parametrize("verb", list(SMALL))
+def test_memory_is_given_back(verb):
+    """After success and after errors: of tensors too, and of arrays whose memory may then grow or move."""
+    torch = pytest.importorskip("torch")
+    function, arrays = SMALL[verb]
+    owners = {name: bytearray(a.tobytes()) for name, a in arrays.items()}
+    views = {name: np.frombuffer(owners[name], a.dtype).reshape(a.shape) for name, a in arrays.items()}
+    tensors = {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}
+    before = [sys.getrefcount(t) for t in tensors.values()]
+    own = {name: np.array(a) for name, a in arrays.items()}
+    for inputs in (own, views, tensors):
+        assert not refused(function, inputs)
+        for wrong in inputs:
+            assert refused(function, {**inputs, wrong: inputs[wrong][..., None]})
+    del inputs
+    assert [sys.getrefcount(t) for t in tensors.values()] == before
+    while own:
+        own.popitem()[1].resize(3)  # refused while something holds it
+    del views
+    for owner in owners.values():
+        owner.append(0)  # BufferError while something sees it
+
+
 def memory():
     """Resident bytes now."""
     with open("/proc/self/statm") as f:

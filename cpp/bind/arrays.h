@@ -68,6 +68,27 @@ constexpr nb::dlpack::dtype dtype_of() {
   if constexpr (std::is_same_v<T, int8_t>) return {0, 8, 1};
 }
 
+/// An array that its memory says all of: a native, aligned, contiguous ndarray, or a contiguous torch.Tensor that
+/// nothing differentiates, conjugates or negates, where the verbs run; no subclass.
+inline bool plain(nb::handle array, nb::dlpack::dltensor* t) noexcept {
+  const Kind kind = kind_of(Py_TYPE(array.ptr()));
+  bool writable;
+  if (kind.numpy) return see_numpy(array.ptr(), t, &writable);
+  if (!kind.forward_ad) return false;
+  static PyObject* const kGrad = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const kNeg = PyUnicode_InternFromString("is_neg");
+  static PyObject* const kLevel = PyUnicode_InternFromString("_current_level");
+  const auto is_false = [](PyObject* got) { return nb::steal(got).ptr() == Py_False; };
+  PyObject* const self = array.ptr();
+  int64_t size;
+  const bool yes = !kind.api->tensor_from_object(self, t) && t->dtype.code != 5 && contiguous(*t, &size) &&
+                   (t->device.device_type == 1 || (t->device.device_type == 2 && cuda_verbs())) &&
+                   is_false(PyObject_GetAttr(self, kGrad)) &&
+                   is_false(PyObject_VectorcallMethod(kNeg, &self, 1, nullptr)) &&
+                   PyLong_AsLong(nb::steal(PyObject_GetAttr(kind.forward_ad, kLevel)).ptr()) < 0;
+  return PyErr_Occurred() ? PyErr_Clear(), false : yes;
+}
+
 /// Checks place, rank and layout; returns the address of the first element. `expected` is the contract in words.
 inline void* borrow(const View& view, Call& call, const char* name, int ndim, const char* expected, bool write) {
   const auto& t = view.tensor;
@@ -81,13 +102,8 @@ inline void* borrow(const View& view, Call& call, const char* name, int ndim, co
     wrong_type(call, name, "an array on " + place(call.device.device_type ? call.device : nb::dlpack::device{1, 0}),
                "one on " + place(device));
   if (t.ndim != ndim) wrong_value(call, name, expected, describe(view));
-  int64_t size = 1;
-  bool contiguous = true;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    contiguous = contiguous && (!t.strides || t.shape[i] == 1 || t.strides[i] == size);
-    size *= t.shape[i];
-  }
-  if (!contiguous && size != 0)
+  int64_t size;
+  if (!contiguous(t, &size))
     wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
   if (!t.data && size != 0) wrong_type(call, name, "an array with data", "a fake tensor");
   if (write && !view.writable) wrong_type(call, name, "a writable array", "a read-only one");

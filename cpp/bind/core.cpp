@@ -21,11 +21,39 @@ constexpr const char* kV = "float32, bfloat16 or float16 [T, V]";
 constexpr const char* kTokens = "float32, bfloat16 or float16 [B, M, V]";
 constexpr const char* kCodes = "int32 [T, L]";
 
-/// One of two words, as 0 or 1.
-int32_t either(const char* verb, const char* name, std::string_view word, const char* zero, const char* one) {
+/// One of two words, as 0 or 1; what is no string counts as its str().
+int32_t either(const char* verb, const char* name, nb::handle given, const char* zero, const char* one) {
+  const nb::str text(given);
+  if (!text.c_str()) nb::raise_python_error();  // surrogates
+  const std::string_view word(text.c_str());
   if (word == zero) return 0;
   if (word == one) return 1;
   wrong_value(verb, name, "'" + std::string(zero) + "' or '" + one + "'", "'" + std::string(word) + "'");
+}
+
+// ---- inputs and outputs that need no more of Python
+
+/// Whether every array is plain, and of the rank that "name letters, .." gives it, "B+1" at least one long; "name?" may
+/// be None.
+bool all_plain(const char* names, nb::typed<nb::tuple, nb::object, nb::ellipsis> arrays) {
+  nb::dlpack::dltensor t;
+  for (nb::handle array : arrays) {
+    const std::string_view name(names, std::strcspn(names, ","));
+    names += std::min(name.size() + 2, std::strlen(names));
+    if (array.is_none() && name.find('?') != name.npos) continue;
+    const auto rank = std::count(name.begin(), name.end(), ' ');
+    if (!plain(array, &t) || (rank && rank != t.ndim) || (name.find('+') != name.npos && !t.shape[0])) return false;
+  }
+  return true;
+}
+
+/// Whether a caller's array may take a result of this shape and NumPy type number, or, below 0, of the type of `like`.
+bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, nb::handle like, int number) {
+  nb::dlpack::dltensor t;
+  if (!plain(array, &t) || t.ndim != static_cast<int>(shape.size())) return false;
+  for (int i = 0; i < t.ndim; ++i)
+    if (t.shape[i] != nb::cast<int64_t>(shape[i])) return false;
+  return t.dtype == (number < 0 ? nb::cast<View>(like).tensor.dtype : numpy_type(number));
 }
 
 // ---- the codebook
@@ -74,7 +102,7 @@ nb::bytes serialize_codebook(const Codebook& book) {
   return nb::bytes(bytes.data(), bytes.size());
 }
 
-void copy_centers(const Codebook& book, int level, View out) {
+void copy_centers(const Codebook& book, int level, Lent out) {
   if (level < 0 || level >= book.levels()) throw nb::index_error("Codebook: no such level");
   Call call = Call::on_cpu("Codebook");
   const auto to = array<float, 2>(out, call, "out", "float32 [C, D]");
@@ -83,7 +111,7 @@ void copy_centers(const Codebook& book, int level, View out) {
   std::copy_n(book.centers(level), book.size(level) * book.width(), to.data);
 }
 
-void copy_image(const Codebook& book, View out) {
+void copy_image(const Codebook& book, Lent out) {
   Call call = Call::on_cpu("Codebook");
   void* const data = borrow(out, call, "out", 1, "uint8 [image_size]", true);
   raise(codebook_image(book, {static_cast<std::byte*>(data), {out.tensor.shape[0]}}));
@@ -91,7 +119,7 @@ void copy_image(const Codebook& book, View out) {
 
 // ---- encode, fit, vote
 
-void encode_codes(const Codebook& book, View x, View codes) {
+void encode_codes(const Codebook& book, Lent x, Lent codes) {
   Call call("encode");
   const Rows rows_x = rows(x, call, "x", 2, kX);
   const auto out = array<int32_t, 2>(codes, call, "out", kCodes);
@@ -100,13 +128,13 @@ void encode_codes(const Codebook& book, View x, View codes) {
       [&](const Context& context) { return encode(context, book, rows_x, out); }, &book);
 }
 
-void leaf_numbers(const Codebook& book, View codes, View out) {
+void leaf_numbers(const Codebook& book, Lent codes, Lent out) {
   Call call = Call::on_cpu("leaves");
   raise(leaves(book, array<const int32_t, 2>(codes, call, "codes", kCodes),
                array<int64_t, 1>(out, call, "out", "int64 [T]")));
 }
 
-void prototype_rows(const Codebook& book, View codes, View out) {
+void prototype_rows(const Codebook& book, Lent codes, Lent out) {
   Call call("prototypes");
   const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
   const auto to = array<float, 2>(out, call, "out", "float32 [T, D]");
@@ -115,7 +143,7 @@ void prototype_rows(const Codebook& book, View codes, View out) {
       [&](const Context& context) { return code_prototypes(context, book, from, to); }, &book);
 }
 
-nb::tuple fit_centers(View x, const std::vector<View>& centers, int iterations, uint64_t seed, nb::object progress) {
+nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, uint64_t seed, nb::object progress) {
   Call call = Call::on_cpu("fit");
   const Rows rows_x = rows(x, call, "x", 2, kX);
   FitParams params;
@@ -158,8 +186,8 @@ nb::tuple fit_centers(View x, const std::vector<View>& centers, int iterations, 
   return nb::make_tuple(report.rows, report.left_out, nb::tuple(rounds), nb::tuple(errors), nb::tuple(unused));
 }
 
-void vote_agents(const Codebook& book, View codes, View starts, View ends, int64_t budget,
-                 const std::vector<int64_t>& fanout, View weights, View out_codes, View out_votes, View out_count) {
+void vote_agents(const Codebook& book, Lent codes, Lent starts, Lent ends, int64_t budget,
+                 const std::vector<int64_t>& fanout, Lent weights, Lent out_codes, Lent out_votes, Lent out_count) {
   Call call("vote");
   VoteParams params;
   params.budget = budget;
@@ -186,10 +214,10 @@ struct RouteArguments {
   float temperature = 0;
   int64_t most = 0;  // rows of the longest history
 
-  RouteArguments(Call& call, const View& x, const View& v, const View& starts, const View& ends, const View& prototypes,
-                 const View& count, nb::handle tau, std::string_view normalize, const View& bias, const View& spread,
-                 const View& codes, const Codebook* book, std::string_view method, int refine, std::string_view missing,
-                 std::string_view precision, const View& x_ids, const View& v_ids, const View& x_scale)
+  RouteArguments(Call& call, Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes,
+                 const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count,
+                 nb::handle tau, nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision,
+                 int refine)
       : RouteArguments(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale) {
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
@@ -213,9 +241,8 @@ struct RouteArguments {
   }
 
   /// Those of leaf_sums.
-  RouteArguments(Call& call, const View& x, const View& v, const View& starts, const View& ends, const View& bias,
-                 const View& spread, const View& codes, const Codebook* book, const View& x_ids, const View& v_ids,
-                 const View& x_scale) {
+  RouteArguments(Call& call, Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes,
+                 const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale) {
     if (!x.none) in.x = rows(x, call, "x", 2, kRouteX, true);
     in.v = rows(v, call, "v", 2, kV);
     in.histories = histories(starts, ends, call);
@@ -233,13 +260,13 @@ struct RouteArguments {
   View hold;
 };
 
-void route_tokens(View x, View v, View starts, View ends, View prototypes, View count, nb::handle temperature,
-                  const std::string& normalize, View bias, View spread, View codes, const Codebook* book,
-                  const std::string& method, int refine, const std::string& missing, const std::string& precision,
-                  View x_ids, View v_ids, View x_scale, View tokens, View lse, View refined) {
+void route_tokens(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes, const Codebook* book,
+                  Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count, nb::handle temperature,
+                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int refine,
+                  Lent tokens, Lent lse, Lent refined) {
   Call call("route");
-  const RouteArguments a(call, x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes, book,
-                         method, refine, missing, precision, x_ids, v_ids, x_scale);
+  const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale, prototypes, count,
+                         temperature, normalize, method, missing, precision, refine);
   const Tokens out{rows<MutableRows>(tokens, call, "out tokens", 3, kTokens),
                    array<float, 2>(lse, call, "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, call, "out prototypes", "float32 [B, M, D]", true)};
@@ -248,14 +275,14 @@ void route_tokens(View x, View v, View starts, View ends, View prototypes, View 
       [&](const Context& context) { return route(context, a.params, a.in, out); }, book);
 }
 
-void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, View v, View starts, View ends,
-                     View prototypes, View count, nb::handle temperature, const std::string& normalize, View bias,
-                     View spread, View codes, const Codebook* book, const std::string& method,
-                     const std::string& missing, const std::string& precision, View x_ids, View v_ids, View x_scale,
-                     View dv, View dtemperature, View dbias, View dx, View dprototypes) {
+void route_gradients(Lent d_tokens, Lent d_lse, Lent tokens, Lent lse, Lent x, Lent v, Lent starts, Lent ends,
+                     Lent bias, Lent spread, Lent codes, const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale,
+                     Lent prototypes, Lent count, nb::handle temperature, nb::handle normalize, nb::handle method,
+                     nb::handle missing, nb::handle precision, Lent dv, Lent dtemperature, Lent dbias, Lent dx,
+                     Lent dprototypes) {
   Call call("route_backward");
-  const RouteArguments a(call, x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes, book,
-                         method, 0, missing, precision, x_ids, v_ids, x_scale);
+  const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale, prototypes, count,
+                         temperature, normalize, method, missing, precision, 0);
   const RouteForward forward{
       rows(d_tokens, call, "d_tokens", 3, kTokens), array<const float, 2>(d_lse, call, "d_lse", "float32 [B, M]", true),
       rows(tokens, call, "tokens", 3, kTokens), array<const float, 2>(lse, call, "lse", "float32 [B, M]")};
@@ -272,9 +299,9 @@ void route_gradients(View d_tokens, View d_lse, View tokens, View lse, View x, V
       [&](const Context& context) { return route_backward(context, a.params, a.in, forward, out); }, book);
 }
 
-void sum_leaves(View x, View v, View starts, View ends, View bias, View spread, View codes, const Codebook& book,
-                View x_ids, View v_ids, View x_scale, View out_x, View out_v, View out_offsets, View out_bias,
-                View out_spread, View out_codes) {
+void sum_leaves(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes, const Codebook& book,
+                Lent x_ids, Lent v_ids, Lent x_scale, Lent out_x, Lent out_v, Lent out_offsets, Lent out_bias,
+                Lent out_spread, Lent out_codes) {
   Call call("leaf_sums");
   const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, &book, x_ids, v_ids, x_scale);
   const LeafSums out{array<float, 2>(out_x, call, "out x", "float32 [S, D]"),
@@ -288,7 +315,7 @@ void sum_leaves(View x, View v, View starts, View ends, View bias, View spread, 
       [&](const Context& context) { return leaf_sums(context, a.in, out); }, &book);
 }
 
-void sum_of_rows(View rows, View order, View begin, View out) {
+void sum_of_rows(Lent rows, Lent order, Lent begin, Lent out) {
   Call call("sum_rows");
   const auto from = array<const float, 2>(rows, call, "rows", "float32 [T, V]");
   const auto sorted = array<const int64_t, 1>(order, call, "order", "int64 [N]");
@@ -304,8 +331,7 @@ void sum_of_rows(View rows, View order, View begin, View out) {
 struct AttendArguments {
   AttendInputs in;
 
-  AttendArguments(Call& call, const View& q, const View& keys, const View& values, const View& offsets,
-                  const View& bias, float scale) {
+  AttendArguments(Call& call, Lent q, Lent keys, Lent values, Lent offsets, Lent bias, float scale) {
     in.q = rows(q, call, "q", 3, "float32, bfloat16 or float16 [N, H, d]");
     in.keys = rows(keys, call, "keys", 4, "q's type, [B, M, H, d]");
     in.values = rows(values, call, "values", 4, "q's type, [B, M, H, V]");
@@ -331,8 +357,8 @@ struct AttendArguments {
   }
 };
 
-void attend_candidates(View q, View keys, View values, View candidate_offsets, View bias, float scale, View out,
-                       View lse) {
+void attend_candidates(Lent q, Lent keys, Lent values, Lent candidate_offsets, Lent bias, float scale, Lent out,
+                       Lent lse) {
   Call call("attend");
   const AttendArguments a(call, q, keys, values, candidate_offsets, bias, scale);
   const Attended to{rows<MutableRows>(out, call, "out", 3, "q's type, [N, H, V]"),
@@ -342,8 +368,8 @@ void attend_candidates(View q, View keys, View values, View candidate_offsets, V
       [&](const Context& context) { return attend(context, a.in, to); });
 }
 
-void attend_gradients(View d_out, View d_lse, View out, View lse, View q, View keys, View values,
-                      View candidate_offsets, View bias, float scale, View dq, View dkeys, View dvalues, View dbias) {
+void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent keys, Lent values,
+                      Lent candidate_offsets, Lent bias, float scale, Lent dq, Lent dkeys, Lent dvalues, Lent dbias) {
   Call call("attend_backward");
   const AttendArguments a(call, q, keys, values, candidate_offsets, bias, scale);
   const AttendForward forward{
@@ -394,15 +420,15 @@ NB_MODULE(_core, m) {
                 "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
   m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a.none(), "budget"_a, "fanout"_a,
         "weights"_a.none(), "out_codes"_a, "out_votes"_a, "out_count"_a);
-  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(),
-        "temperature"_a, "normalize"_a, "bias"_a.none(), "spread"_a.none(), "codes"_a.none(), "book"_a.none(),
-        "method"_a, "refine"_a, "missing"_a, "precision"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(),
-        "tokens"_a, "lse"_a, "refined"_a.none());
+  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(),
+        "codes"_a.none(), "book"_a.none(), "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "prototypes"_a,
+        "count"_a.none(), "temperature"_a, "normalize"_a.none(), "method"_a.none(), "missing"_a.none(),
+        "precision"_a.none(), "refine"_a, "tokens"_a, "lse"_a, "refined"_a.none());
   m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "x"_a.none(), "v"_a,
-        "starts"_a, "ends"_a.none(), "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a, "bias"_a.none(),
-        "spread"_a.none(), "codes"_a.none(), "book"_a.none(), "method"_a, "missing"_a, "precision"_a, "x_ids"_a.none(),
-        "v_ids"_a.none(), "x_scale"_a.none(), "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(), "dx"_a.none(),
-        "dprototypes"_a.none());
+        "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(), "codes"_a.none(), "book"_a.none(),
+        "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "prototypes"_a, "count"_a.none(), "temperature"_a,
+        "normalize"_a.none(), "method"_a.none(), "missing"_a.none(), "precision"_a.none(), "dv"_a.none(),
+        "dtemperature"_a.none(), "dbias"_a.none(), "dx"_a.none(), "dprototypes"_a.none());
   m.def("leaf_sums", sum_leaves, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(),
         "codes"_a, "book"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "out_x"_a, "out_v"_a,
         "out_offsets"_a, "out_bias"_a, "out_spread"_a, "out_codes"_a);
@@ -412,6 +438,8 @@ NB_MODULE(_core, m) {
   m.def("attend_backward", attend_gradients, "d_out"_a, "d_lse"_a.none(), "out"_a, "lse"_a, "q"_a, "keys"_a, "values"_a,
         "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "dq"_a, "dkeys"_a, "dvalues"_a, "dbias"_a.none());
 
+  m.def("plain", all_plain, "names"_a, "arrays"_a);
+  m.def("fits", fits, "array"_a, "shape"_a, "like"_a, "number"_a);
   m.def(
       "use_cuda",
       [](nb::capsule verbs, int32_t device_type) {

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .arrays import empty, give, is_torch, take, whole
+from .arrays import FLOAT32, INT32, INT64, empty, give, is_torch, take, whole
 from .results import Agents, Array, FitReport
 
 Progress = Callable[[int, int, float], Any]
@@ -35,7 +35,7 @@ class Codebook:
 
     def __init__(self, centers: Iterable[Array]):
         """centers: 1 to 8 arrays [C_l, D] float32, finite. Raises ValueError, TypeError."""
-        self._wrap(_core.Codebook([take("Codebook", "centers", c) for c in centers]))
+        self._wrap(_core.Codebook([c for given in centers for c in take("Codebook", "centers", given)]))
 
     def _wrap(self, core: _core.Codebook) -> None:
         self._core = core
@@ -66,7 +66,7 @@ class Codebook:
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
         are left out and counted in `report`. progress(level, round, mean squared distance) is called after a round.
         """
-        x = take("fit", "x", x, "T D")
+        (x,) = take("fit", "x T D", x)
         sizes = [whole("fit", "codes", c) for c in codes]
         for level, size in enumerate(sizes):
             if not 1 <= size <= 2**20:
@@ -108,7 +108,7 @@ class Codebook:
             prefix, _, rest = f".{name}".rpartition(".layers.")
             level, _, field = rest.partition(".")
             if field == "_codebook.embed" and level.isdecimal():
-                found.setdefault(prefix[1:], {})[int(level)] = take("from_state_dict", name, value)
+                (found.setdefault(prefix[1:], {})[int(level)],) = take("from_state_dict", name, value)
         if len(found) > 1:
             raise ValueError(f"from_state_dict: expected one quantizer, got layers of {sorted(found)}; pass one's part")
         levels = next(iter(found.values()), {})
@@ -182,8 +182,8 @@ class Codebook:
 
     def encode(self, x: Array, *, out: Array = None) -> Array:
         """x [T, D] -> codes [T, L] int32; see `hisac.encode`."""
-        x = take("encode", "x", x, "T D")
-        codes = give("encode", "out", out, x, (x.shape[0], self.levels), "int32")
+        (x,) = take("encode", "x T D", x)
+        codes = give("encode", "out", out, x, (x.shape[0], self.levels), INT32)
         _core.encode(self._core, x, codes)
         return codes
 
@@ -193,7 +193,7 @@ class Codebook:
         The parent's number is the child's, divided by the child level's size and rounded down.
         """
         codes, rows = _take_rows("leaves", codes)
-        out = empty(codes, tuple(codes.shape[:-1]), "int64")
+        out = empty(codes, tuple(codes.shape[:-1]), INT64)
         _core.leaves(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows))
         return out
 
@@ -207,7 +207,7 @@ class Codebook:
                 )
             codes = codes.codes
         codes, rows = _take_rows("prototypes", codes)
-        out = empty(codes, (*codes.shape[:-1], self.width), "float32")
+        out = empty(codes, (*codes.shape[:-1], self.width), FLOAT32)
         _core.prototypes(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows, self.width))
         return out
 
@@ -220,9 +220,9 @@ def _unpickle(cls: type[Codebook], data: bytes, report: FitReport | None) -> Cod
 
 def _take_rows(verb: str, codes: Array) -> tuple[Array, int]:
     """codes [..., L], and how many they are."""
-    codes = take(verb, "codes", codes)
+    (codes,) = take(verb, "codes", codes)
     if not codes.shape:
-        take(verb, "codes", codes, "... L")
+        take(verb, "codes ... L", codes)
     return codes, math.prod(codes.shape[:-1])
 
 

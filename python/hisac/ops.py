@@ -13,9 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import _core
 from .arrays import (
+    FLOAT32,
+    INT32,
+    INT64,
+    NUMBERS,
     copy_of,
+    core,
     cuda_missing,
     empty,
     give,
@@ -24,7 +28,6 @@ from .arrays import (
     on_host,
     take,
     take_histories,
-    take_optional,
     whole,
 )
 from .codebook import Codebook, Progress
@@ -72,9 +75,8 @@ def vote(
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
     _check(book, Codebook, "vote: book")
-    codes = take("vote", "codes", codes, "T L")
+    codes, weights = take("vote", "codes T L, weights?", codes, weights)
     starts, ends = take_histories("vote", offsets)
-    weights = take_optional("vote", "weights", weights)
     children = [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
     if fanout is not None and (len(children) != book.levels or min(children) < 1):
         raise ValueError(
@@ -86,9 +88,9 @@ def vote(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
     users = starts.shape[0] - (ends is None)
-    agents = empty(codes, (users, seats, book.levels), "int32")
-    votes, count = empty(codes, (users, seats), "int64"), empty(codes, (users,), "int32")
-    _core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
+    agents = empty(codes, (users, seats, book.levels), INT32)
+    votes, count = empty(codes, (users, seats), INT64), empty(codes, (users,), INT32)
+    core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
     return Agents(agents, votes, count, book.fingerprint)
 
 
@@ -115,23 +117,20 @@ def leaf_sums(
     sums and new behaviours, as the rows of one user, are the sums of all. -> LeafSums. Raises ValueError, TypeError.
     """
     verb = "leaf_sums"
-    (x, v, starts, ends), rest, gathered = _rows(
-        verb, x, v, offsets, bias, spread, take(verb, "codes", codes, "T L"), book, x_ids, v_ids, x_scale
-    )
+    (codes,) = take(verb, "codes T L", codes)
+    rows = x, v, starts, ends, *_ = _rows(verb, x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
     n, m = (on_host(starts)[:-1], on_host(starts)[1:]) if ends is None else (on_host(starts), on_host(ends))
-    most = len(rest["codes"])  # the core checks the offsets
-    rows = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
+    most = codes.shape[0]  # the core checks the offsets
+    size = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
     room = LeafSums(
-        empty(v, (rows, book.width if x is None else x.shape[1]), "float32"),
-        empty(v, (rows, v.shape[1]), "float32"),
-        empty(v, (len(n) + 1,), "int64"),
-        empty(v, (rows,), "float32"),
-        empty(v, (rows,), "float32"),
-        empty(v, (rows, book.levels), "int32"),
+        empty(v, (size, book.width if x is None else x.shape[1]), FLOAT32),
+        empty(v, (size, v.shape[1]), FLOAT32),
+        empty(v, (len(n) + 1,), INT64),
+        empty(v, (size,), FLOAT32),
+        empty(v, (size,), FLOAT32),
+        empty(v, (size, book.levels), INT32),
     )
-    _core.leaf_sums(
-        x, v, starts, ends, rest["bias"], rest["spread"], rest["codes"], rest["book"], *gathered, *room
-    )  # fmt: skip
+    core.leaf_sums(*rows, *room)
     used = int(room.offsets[-1])
     return LeafSums(*(a if a is room.offsets else copy_of(a[:used]) for a in room))
 
@@ -180,23 +179,20 @@ def route(
     rounded to float32. `encode` takes a table as it is, once an item. out: Tokens to write into.
     -> Tokens. Raises ValueError, TypeError.
     """
-    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
-        "route", x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, x_ids, v_ids, x_scale
-    )
+    rows = _rows("route", x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    prototypes, count, temperature = _agents("route", prototypes, count, temperature)
     refine = whole("route", "refine", refine)
-    users, m, width = prototypes.shape
-    rows = m + (missing == "token")
-    given = Tokens(None, None, None) if out is None else _check(out, Tokens, "route: out")
+    v, (users, m, width) = rows[1], prototypes.shape
+    seats = m + (missing == "token")
+    given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
     if refine and given.prototypes is prototypes:  # as in what a call without refine returned
         raise ValueError("route: out prototypes expected memory of its own, got the prototypes that came in")
-    tokens = give("route", "out tokens", given.tokens, v, (users, rows, v.shape[1]))
-    lse = give("route", "out lse", given.lse, v, (users, rows), "float32")
+    tokens = give("route", "out tokens", given.tokens, v, (users, seats, v.shape[1]))
+    lse = give("route", "out lse", given.lse, v, (users, seats), FLOAT32)
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
-    _core.route(
-        x, v, starts, ends, prototypes, rest["count"], rest["temperature"], str(normalize), rest["bias"],
-        rest["spread"], rest["codes"], rest["book"], str(method), refine, str(missing), str(precision), *gathered,
-        tokens, lse, refined,
-    )  # fmt: skip
+    core.route(
+        *rows, prototypes, count, temperature, normalize, method, missing, precision, refine, tokens, lse, refined
+    )
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
 
@@ -235,12 +231,11 @@ def route_backward(
     if not set(wanted) <= set(RouteGradients._fields):
         raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {wanted}")
     _check(forward, Tokens, f"{verb}: forward")
-    d_tokens, d_lse = take(verb, "d_tokens", d_tokens), take_optional(verb, "d_lse", d_lse)
-    tokens, lse = take(verb, "tokens", forward.tokens), take(verb, "lse", forward.lse)
-    (x, v, starts, ends, prototypes), rest, gathered = _route_inputs(
-        verb, x, v, offsets, forward.prototypes, count, temperature, bias, spread, codes, book, x_ids, v_ids, x_scale
-    )
-    tau, behaviours = rest["temperature"], v.shape[0] if v_ids is None else math.prod(gathered[1].shape)
+    back = take(verb, "d_tokens, d_lse?, tokens, lse", d_tokens, d_lse, forward.tokens, forward.lse)
+    rows = _rows(verb, x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    prototypes, count, tau = _agents(verb, forward.prototypes, count, temperature)
+    v, v_ids = rows[1], rows[9]
+    behaviours = v.shape[0] if v_ids is None else math.prod(v_ids.shape)
     shapes = {
         "v": (behaviours, v.shape[1]),
         "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
@@ -248,18 +243,13 @@ def route_backward(
         "x": (behaviours, prototypes.shape[2]),
         "prototypes": tuple(prototypes.shape),
     }
-    gradients = RouteGradients(
-        *(empty(v, shapes[f], "float32") if f in wanted else None for f in RouteGradients._fields)
-    )
-    _core.route_backward(
-        d_tokens, d_lse, tokens, lse, x, v, starts, ends, prototypes, rest["count"], rest["temperature"],
-        str(normalize), rest["bias"], rest["spread"], rest["codes"], rest["book"], str(method), str(missing),
-        str(precision), *gathered, *gradients,
-    )  # fmt: skip
+    gradients = RouteGradients(*(empty(v, shapes[f], FLOAT32) if f in wanted else None for f in RouteGradients._fields))
+    core.route_backward(*back, *rows, prototypes, count, tau, normalize, method, missing, precision, *gradients)
     return gradients
 
 
 _Kind = TypeVar("_Kind")
+_NO_TOKENS, _NO_ATTENDED = Tokens(None, None, None), Attended(None, None)
 
 
 def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
@@ -268,38 +258,35 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
     return given
 
 
-def _route_inputs(
-    verb: str, x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, *others: Any
-) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:
-    """What route and its backward share, borrowed."""
-    rows, rest, gathered = _rows(verb, x, v, offsets, *others)
-    prototypes = take(verb, "prototypes", prototypes, "B M D")
-    rest["count"] = take_optional(verb, "count", count)
-    if not isinstance(temperature, int | float | np.number):
-        rest["temperature"] = take(verb, "temperature", temperature)
-    elif is_cuda(prototypes):  # kernels read it where the data is
+def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
+    """Prototypes, count and temperature, borrowed."""
+    prototypes, count = take(verb, "prototypes B M D, count?", prototypes, count)
+    if not isinstance(temperature, NUMBERS):
+        return prototypes, count, *take(verb, "temperature", temperature)
+    if is_cuda(prototypes):  # kernels read it where the data is
         if not 0 < temperature < math.inf:
             raise ValueError(f"{verb}: temperature expected finite and > 0, got {temperature}")
-        rest["temperature"] = number(float(temperature), prototypes)
-    else:
-        rest["temperature"] = float(temperature)
-    return (*rows, prototypes), rest, gathered
+        return prototypes, count, number(float(temperature), prototypes)
+    return prototypes, count, float(temperature)
 
 
 def _rows(
     verb: str, x: Array, v: Array, offsets: Any, bias: Array, spread: Array, codes: Array, book: Codebook | None,
     x_ids: Array, v_ids: Array, x_scale: Any,
-) -> tuple[tuple[Array, ...], dict[str, Any], tuple[Array, Array, Array]]:  # fmt: skip
-    """Behaviours, borrowed."""
-    v, x = take(verb, "v", v, "T V"), take_optional(verb, "x", x, "T D")
+) -> tuple[Array, ...]:  # fmt: skip
+    """Behaviours, borrowed, as the core lists them."""
     if (codes is None) != (book is None):
         raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
     starts, ends = take_histories(verb, offsets)
-    rest = {name: take_optional(verb, name, a) for name, a in (("bias", bias), ("spread", spread), ("codes", codes))}
-    rest["book"] = None if book is None else _check(book, Codebook, f"{verb}: book")._core
-    x_scale = number(float(x_scale), v) if isinstance(x_scale, int | float | np.number) else x_scale
-    ids = take_optional(verb, "x_ids", x_ids), take_optional(verb, "v_ids", v_ids)
-    return (x, v, starts, ends), rest, (*ids, take_optional(verb, "x_scale", x_scale))
+    scale = None if x_scale is None or isinstance(x_scale, NUMBERS) else x_scale
+    v, x, bias, spread, codes, x_ids, v_ids, scale = take(
+        verb, "v T V, x? T D, bias?, spread?, codes?, x_ids?, v_ids?, x_scale?",
+        v, x, bias, spread, codes, x_ids, v_ids, scale,
+    )  # fmt: skip
+    tree = None if book is None else _check(book, Codebook, f"{verb}: book")._core
+    if scale is None and x_scale is not None:
+        scale = number(float(x_scale), v)
+    return x, v, starts, ends, bias, spread, codes, tree, x_ids, v_ids, scale
 
 
 def attend(
@@ -324,12 +311,12 @@ def attend(
     q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
         "attend", q, keys, values, candidate_offsets, bias, scale
     )
-    given = Attended(None, None) if out is None else _check(out, Attended, "attend: out")
+    given = _NO_ATTENDED if out is None else _check(out, Attended, "attend: out")
     result = Attended(
         give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
-        give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), "float32"),
+        give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), FLOAT32),
     )
-    _core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
+    core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
     return result
 
 
@@ -349,36 +336,36 @@ def attend_backward(
     verb = "attend_backward"
     q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
     _check(forward, Attended, f"{verb}: forward")
-    d_out, d_lse = take(verb, "d_out", d_out), take_optional(verb, "d_lse", d_lse)
-    saved = take(verb, "out", forward.out), take(verb, "lse", forward.lse)
+    back = take(verb, "d_out, d_lse?, out, lse", d_out, d_lse, forward.out, forward.lse)
     gradients = AttendGradients(
-        *(None if a is None else empty(d_out, tuple(a.shape), "float32") for a in (q, keys, values, bias))
+        *(None if a is None else empty(back[0], tuple(a.shape), FLOAT32) for a in (q, keys, values, bias))
     )
-    _core.attend_backward(d_out, d_lse, *saved, q, keys, values, offsets, bias, scale, *gradients)
+    core.attend_backward(*back, q, keys, values, offsets, bias, scale, *gradients)
     return gradients
 
 
 def _attend_inputs(
     verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
 ) -> tuple[Any, ...]:
-    q, keys = take(verb, "q", q, "N H d"), take(verb, "keys", keys, "B M H d")
-    values = take(verb, "values", values, "B M H V")
-    offsets, bias = take(verb, "candidate_offsets", candidate_offsets), take_optional(verb, "bias", bias)
+    q, keys, values, offsets, bias = take(
+        verb, "q N H d, keys B M H d, values B M H V, candidate_offsets, bias?",
+        q, keys, values, candidate_offsets, bias,
+    )  # fmt: skip
     return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
 
 
 def set_num_threads(n: int) -> None:
     """Threads that the verbs use, 1 to 256. Results do not depend on it."""
-    _core.set_num_threads(whole("threads", "n", n))
+    core.set_num_threads(whole("threads", "n", n))
 
 
 def get_num_threads() -> int:
     """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors we may use."""
-    return _core.get_num_threads()
+    return int(core.get_num_threads())
 
 
 def backends() -> dict[str, Any]:
     """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one); under "cuda"
     True, or why there is none."""
-    isas = tuple(_core.available_isas().split())
-    return {"cpu": _core.active_isa(), "available": isas, "cuda": cuda_missing() or True}
+    isas = tuple(core.available_isas().split())
+    return {"cpu": core.active_isa(), "available": isas, "cuda": cuda_missing() or True}

@@ -74,14 +74,13 @@ _ROUTE_INPUTS = (
 _ROUTE_WANTED = (1, 5, 7, 0, 4)  # v, temperature, bias, x, prototypes, in the order of `RouteGradients`
 
 
-def _route_arguments(inputs: Sequence[Any]) -> Any:
-    """(The arguments up to the method, those after `refine`) of the core."""
-    x, v, starts, ends, prototypes, temperature, count, bias, codes, *gathered = dense(*inputs[:12])
+def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
+    """The arguments of the core up to the precision."""
+    x, v, starts, ends, prototypes, temperature, count, bias, codes, *gathered, spread = dense(*inputs[:12], inputs[18])
     fingerprint, normalize, method, _, missing, precision = inputs[12:18]
-    (spread,) = dense(inputs[18])
     book = None if fingerprint is None else book_of(fingerprint)._core
-    first = [x, v, starts, ends, prototypes, count, temperature, normalize, bias, spread, codes, book, method]
-    return first, [missing, precision, *gathered]
+    rows = [x, v, starts, ends, bias, spread, codes, book, *gathered]
+    return [*rows, prototypes, count, temperature, normalize, method, missing, precision]
 
 
 @operator(f"route({_ROUTE_INPUTS}, bool sparse) -> (Tensor tokens, Tensor lse, Tensor refined)")
@@ -91,8 +90,7 @@ def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     tokens, lse = v.new_empty((*size, *v.shape[-1:])), v.new_empty(size, dtype=torch.float32)
     refined = prototypes.new_empty(prototypes.shape if refine else (0,))  # empty: an operator cannot return its input
     yield tokens, lse, refined
-    first, rest = _route_arguments(inputs)
-    core.route(*first, refine, *rest, tokens, lse, refined if refine else None)
+    core.route(*_route_arguments(inputs), refine, tokens, lse, refined if refine else None)
 
 
 @operator(
@@ -105,8 +103,7 @@ def _route_backward(
     results = _gradients([inputs[i] for i in _ROUTE_WANTED], need, ((0, inputs[10]), (3, inputs[9])))
     yield results
     wanted = [r if needed else None for r, needed in zip(results, need, strict=True)]
-    first, rest = _route_arguments(inputs)
-    core.route_backward(*dense(d_tokens, d_lse, tokens, lse), *first, *rest, *wanted)
+    core.route_backward(*dense(d_tokens, d_lse, tokens, lse), *_route_arguments(inputs), *wanted)
 
 
 _ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, float scale"

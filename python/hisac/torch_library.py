@@ -8,10 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import Codebook, _core
+from . import Codebook
+from .arrays import core as core
 from .arrays import cuda_missing
-
-core: Any = _core  # starred arguments do not go with its signatures
 
 
 class UnknownCodebookError(LookupError):
