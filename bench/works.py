@@ -453,6 +453,10 @@ WORKS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
         {"rows": 8000, "size": 64, "iterations": 4},
     ),
     "attend/500": (attend, {"candidates": 500, "tokens": 200}, {}),
+    # next to nothing to compute: what a call costs, from NumPy as fp32 and from torch as bf16
+    "call/route": (route, {"users": 1, "rows": 5, "agents": 4, "width": 8, "value": 8}, {}),
+    "call/vote": (vote, {"rows": 5, "sizes": (4, 4), "fanout": (2, 2), "budget": 3}, {}),
+    "call/attend": (attend, {"candidates": 3, "tokens": 4, "width": 8}, {}),
     "request/cold": (
         request,
         {"rows": 10_000, "budget": 200, "candidates": 500, "width": 128, "sizes": CODES},

@@ -33,7 +33,7 @@ ONCE = harness.Effort(share=0.0, least=1, most=1, pause=0.0, sample=0.0)
 NAMES = [
     *("route/1k", "route/10k", "route/100k", "route/ragged", "route/short", "backward/10k", "leaf/100k"),
     *("vote/1k", "vote/10k", "vote/100k", "vote/short", "encode/2x512", "encode/3x256", "fit/512"),
-    *("attend/500", "state/append10", "request/cold", "request/cached"),
+    *("attend/500", "call/route", "call/vote", "call/attend", "state/append10", "request/cold", "request/cached"),
 ]
 ROW = {
     *("work", "variant", "dtype", "threads", "median_ms", "peer", "ratio_to_best_peer"),

@@ -51,7 +51,7 @@ void RowSource::look_ahead(int64_t begin, int64_t end, cpu::Ahead& ahead) const 
     if (has(t)) ahead.add(data_, row_of(t) * bytes_, (row_of(t) + 1) * bytes_);
 }
 
-bool surely_below_limit(const float* x, int64_t width) noexcept {
+bool below_limit_in_float64(const float* x, int64_t width) noexcept {
   double squares = 0;
   for (int64_t d = 0; d < width; ++d) squares += double(x[d]) * x[d];
   return squares < 0x1p100;

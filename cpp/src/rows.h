@@ -46,11 +46,11 @@ class RowSource {
   Array<const float, 1> scale_;
 };
 
-/// The same where float32 is too near to tell.
-bool surely_below_limit(const float* x, int64_t width) noexcept;
+/// Where float32 is too near to tell.
+bool below_limit_in_float64(const float* x, int64_t width) noexcept;
 /// |x|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
 inline bool below_limit(float norm, const float* x, int64_t width) noexcept {
-  return norm < 0x1p99f || (norm < 0x1p101f && surely_below_limit(x, width));
+  return norm < 0x1p99f || (norm < 0x1p101f && below_limit_in_float64(x, width));
 }
 /// No NaN, no infinity.
 bool finite(const float* v, int64_t width) noexcept;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One user at a time, in three steps: votes of parents (the nodes above the leaves), seats of parents, leaves of the
 // seated ones. Two ways to count, both without a branch that depends on a row:
-//   dense   longer histories in trees of few parents: a histogram of parents (a first reading of the rows), seats by
-//   it,
+//   dense   longer histories in trees of few parents: votes of parents (a first reading of the rows), their seats,
 //           then counters only for leaves of parents that may be seated (a second reading). What caps a parent, how
 //           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound; by
 //           budget, should the true caps seat others, they are counted in their turn. Once every seated parent is
