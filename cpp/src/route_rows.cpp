@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 
 #include "checks.h"
 #include "cpu/pack.h"
@@ -79,9 +80,13 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
     float* const x = block.x + n * ldx;
     if (load_x(row, x, block.norm + n)) {
       const int64_t at = n * cpu::pad(cpu::pairs_of(width_));
-      if (operands_ != Operands::floats) k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
-      if (operands_ == Operands::rounded) block.norm[n] = k_.load_row(block.pairs.hi + at, DType::bfloat16, width_, x);
-      if (operands_ == Operands::split) {
+      if (const auto* const given = operands_ == Operands::rounded ? x_.as_bfloat16(row) : nullptr) {
+        std::memcpy(block.pairs.hi + at, given, static_cast<size_t>(2 * width_));
+      } else if (operands_ == Operands::rounded) {
+        k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
+        block.norm[n] = k_.load_row(block.pairs.hi + at, DType::bfloat16, width_, x);
+      } else if (operands_ == Operands::split) {
+        k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
         k_.remainder(width_, x, block.rest);
         k_.round_pairs(width_, block.rest, nullptr, block.pairs.lo + at);
       }

@@ -20,6 +20,11 @@ class RowSource {
   /// out [width] = the row of behaviour t and *norm its sum of squares; false where there is none.
   bool load(int64_t t, float* out, float* norm) const noexcept;
 
+  /// The row of behaviour t, which there is, if it is of bfloat16; else null.
+  const std::byte* as_bfloat16(int64_t t) const noexcept {
+    return data_ && dtype_ == DType::bfloat16 ? data_ + row_of(t) * bytes_ : nullptr;
+  }
+
   /// sum [width] += factor times the row of behaviour t, which there is; room [width].
   void add(int64_t t, float factor, float* sum, float* room) const noexcept;
 
