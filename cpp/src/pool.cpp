@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Condition variables rather than spinning: a service that calls once a millisecond must not burn a core in between.
+// Condition variables rather than spinning: a service that calls once a millisecond must not burn a core in between. A
+// call wakes no more threads than it has ranges for, and does not wait for those that come when all is done: a short
+// one ends before the first is awake.
 #include "hisac/pool.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 
@@ -30,8 +33,8 @@ struct ThreadPool::Crew {
   void (*fn)(void*, int64_t, int64_t, int) = nullptr;
   void* arg = nullptr;
   int64_t n = 0;
-  uint64_t round = 0;
-  int workers = 0, threads = 0, left = 0;
+  int workers = 0, threads = 0;
+  int wanted = 0, working = 0;  // threads that the call still wants, and that have come and work
   bool stop = false;
   pid_t owner = 0;
   Crew* older = nullptr;
@@ -48,16 +51,17 @@ struct ThreadPool::Crew {
   static void* loop(void* p) {
     Seat* const seat = static_cast<Seat*>(p);
     Crew* const crew = seat->crew;
-    for (uint64_t seen = 0;;) {
+    for (;;) {
       {
         Lock lock(&crew->mutex);
-        while (!crew->stop && crew->round == seen) pthread_cond_wait(&crew->wake, &crew->mutex);
+        while (!crew->stop && crew->wanted == 0) pthread_cond_wait(&crew->wake, &crew->mutex);
         if (crew->stop) return nullptr;
-        seen = crew->round;
+        --crew->wanted;
+        ++crew->working;
       }
       crew->work(seat->worker);
       Lock lock(&crew->mutex);
-      if (--crew->left == 0) pthread_cond_signal(&crew->done);
+      if (--crew->working == 0) pthread_cond_signal(&crew->done);
     }
   }
 
@@ -130,20 +134,21 @@ Executor ThreadPool::executor() noexcept {
 void ThreadPool::run(void* self, int64_t n, void (*fn)(void*, int64_t, int64_t, int), void* arg) {
   Crew* const crew = static_cast<Crew*>(self);
   if (!crew || crew->threads == 0 || crew->owner != getpid() || crew->busy.exchange(true)) return fn(arg, 0, n, 0);
+  const int wanted = static_cast<int>(std::clamp<int64_t>(n - 1, 0, crew->threads));
   {
     Lock lock(&crew->mutex);
     crew->fn = fn;
     crew->arg = arg;
     crew->n = n;
     crew->next = 0;
-    crew->left = crew->threads;
-    ++crew->round;
-    pthread_cond_broadcast(&crew->wake);
+    crew->wanted = wanted;
   }
+  for (int i = 0; i < wanted; ++i) pthread_cond_signal(&crew->wake);
   crew->work(0);
   {
     Lock lock(&crew->mutex);
-    while (crew->left) pthread_cond_wait(&crew->done, &crew->mutex);
+    crew->wanted = 0;
+    while (crew->working) pthread_cond_wait(&crew->done, &crew->mutex);
   }
   crew->busy = false;
 }
