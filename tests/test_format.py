@@ -462,7 +462,7 @@ def test_from_faiss_reads_these_fields(monkeypatch):
     assert Codebook.from_faiss(quantizer) == Codebook(levels)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.tokenizer."])
+@pytest.mark.parametrize("prefix", ["", "model.tokenizer.", "a name, of? words."])
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_from_state_dict(prefix, kind):
     make = np.asarray if kind == "numpy" else pytest.importorskip("torch").from_numpy

@@ -3,8 +3,8 @@
 // through DLPack's C exchange API where the type has one (torch 2.10 and later; 50 ns instead of 2 us), else through
 // nanobind (anything with __dlpack__).
 //
-// This caster only borrows; it never converts, copies or judges. What a tensor may be (gradients, conjugates) is the
-// Python layer's business: inside a torch operator tensors still say requires_grad.
+// This caster only borrows; it never converts, copies or judges: inside a torch operator tensors still say
+// requires_grad. What a tensor may be is asked before, by `plain` (arrays.h) and, of what is not, hisac/arrays.py.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

@@ -53,7 +53,7 @@ bool RowLoader::may_be_present(int64_t row) const noexcept {
 bool RowLoader::load_listed_x(int64_t row, float* x, float* norm) const noexcept {
   if (x_) {
     x_.load(row, x, norm);
-  } else if (in_.codes) {
+  } else {
     in_.book->prototype(in_.codes.data + row * in_.codes.shape[1], x);
     *norm = k_.load_row(x, DType::float32, width_, x);
   }

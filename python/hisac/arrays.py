@@ -92,12 +92,13 @@ def take(verb: str, names: str, *arrays: Array) -> tuple[Array, ...]:
         return arrays
     kinds = (name.partition(" ") for name in names.split(", "))
     return tuple(
-        None if x is None and name[-1] == "?" else _take(verb, name.rstrip("?"), x, letters)
+        None if x is None and name[-1] == "?" else take_one(verb, name.rstrip("?"), x, letters)
         for x, (name, _, letters) in zip(arrays, kinds, strict=True)
     )
 
 
-def _take(verb: str, name: str, x: Array, letters: str) -> Array:
+def take_one(verb: str, name: str, x: Array, letters: str = "") -> Array:
+    """`take` of one array, whatever its name."""
     if isinstance(x, np.ndarray):
         if type(x) is not np.ndarray and isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{verb}: {name} expected an array without a mask, got a masked one; fill it")
@@ -110,7 +111,7 @@ def _take(verb: str, name: str, x: Array, letters: str) -> Array:
         taken = x.contiguous()
     elif hasattr(x, "__dlpack__"):
         try:
-            return _take(verb, name, np.from_dlpack(x), letters)
+            return take_one(verb, name, np.from_dlpack(x), letters)
         except (BufferError, RuntimeError) as error:
             raise TypeError(f"{verb}: {name} expected in CPU memory, of a dtype that NumPy has: {error}") from None
     else:

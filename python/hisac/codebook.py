@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .arrays import FLOAT32, INT32, INT64, empty, give, is_torch, take, whole
+from .arrays import FLOAT32, INT32, INT64, empty, give, is_torch, take, take_one, whole
 from .results import Agents, Array, FitReport
 
 Progress = Callable[[int, int, float], Any]
@@ -35,7 +35,7 @@ class Codebook:
 
     def __init__(self, centers: Iterable[Array]):
         """centers: 1 to 8 arrays [C_l, D] float32, finite. Raises ValueError, TypeError."""
-        self._wrap(_core.Codebook([c for given in centers for c in take("Codebook", "centers", given)]))
+        self._wrap(_core.Codebook([take_one("Codebook", "centers", c) for c in centers]))
 
     def _wrap(self, core: _core.Codebook) -> None:
         self._core = core
@@ -108,7 +108,7 @@ class Codebook:
             prefix, _, rest = f".{name}".rpartition(".layers.")
             level, _, field = rest.partition(".")
             if field == "_codebook.embed" and level.isdecimal():
-                (found.setdefault(prefix[1:], {})[int(level)],) = take("from_state_dict", name, value)
+                found.setdefault(prefix[1:], {})[int(level)] = take_one("from_state_dict", name, value)
         if len(found) > 1:
             raise ValueError(f"from_state_dict: expected one quantizer, got layers of {sorted(found)}; pass one's part")
         levels = next(iter(found.values()), {})
@@ -222,7 +222,7 @@ def _take_rows(verb: str, codes: Array) -> tuple[Array, int]:
     """codes [..., L], and how many they are."""
     (codes,) = take(verb, "codes", codes)
     if not codes.shape:
-        take(verb, "codes ... L", codes)
+        take_one(verb, "codes", codes, "... L")
     return codes, math.prod(codes.shape[:-1])
 
 
