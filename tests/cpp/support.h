@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the test programs share: memory that notices a byte too far, executors of several manners, small random data.
 #pragma once
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -51,6 +53,26 @@ inline std::vector<float> uniform(Random& random, int64_t n, float scale = 1) {
   std::vector<float> out(size(n));
   for (float& x : out) x = scale * random.uniform();
   return out;
+}
+
+/// Whether n ranges that wait for one another, 20 seconds at most, were all begun: by as many workers, then.
+inline bool all_come(const hisac::Executor& executor, int64_t n) {
+  struct Meeting {
+    const int64_t wanted;
+    std::atomic<int64_t> here{0};
+    std::atomic<bool> missed{false};
+  } meeting{n};
+  executor.parallel_for(
+      executor.ctx, n,
+      [](void* arg, int64_t begin, int64_t end, int) {
+        Meeting& m = *static_cast<Meeting*>(arg);
+        m.here += end - begin;
+        const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+        while (m.here < m.wanted && std::chrono::steady_clock::now() < late) std::this_thread::yield();
+        if (m.here < m.wanted) m.missed = true;
+      },
+      &meeting);
+  return !meeting.missed;
 }
 
 inline void (*on_guarded)(const void* data, size_t bytes) = nullptr;  // told of each below, and of its end with 0

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <chrono>
 #include <set>
 #include <string>
 
@@ -73,28 +72,11 @@ TEST_CASE("every index once, for any number of workers, call after call") {
 }
 
 TEST_CASE("every worker that a call has a range for comes") {
-  struct Meeting {
-    const int64_t wanted;
-    std::atomic<int64_t> here{0}, missed{0};
-  };
   ThreadPool pool;
   REQUIRE(pool.resize(4).ok());
   const Executor executor = pool.executor();
   for (int64_t n : {2, 4, 3, 4, 2})
-    for (int round = 0; round < 20; ++round) {
-      Meeting meeting{n};
-      executor.parallel_for(
-          executor.ctx, n,
-          [](void* arg, int64_t begin, int64_t end, int) {
-            Meeting& m = *static_cast<Meeting*>(arg);
-            m.here += end - begin;
-            const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-            while (m.here < m.wanted && std::chrono::steady_clock::now() < late) std::this_thread::yield();
-            m.missed += m.here < m.wanted;
-          },
-          &meeting);
-      CHECK(meeting.missed.load() == 0);
-    }
+    for (int round = 0; round < 20; ++round) CHECK(test::all_come(executor, n));
 }
 
 TEST_CASE("the number of workers is 1 to 256") {
