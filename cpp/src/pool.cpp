@@ -38,6 +38,7 @@ struct ThreadPool::Crew {
   bool stop = false;
   pid_t owner = 0;
   Crew* older = nullptr;
+  int apart_cpu = -1, apart = 0;  // the first `apart` threads keep off this processor
   pthread_t thread[kMostWorkers];
   struct Seat {
     Crew* crew;
@@ -72,6 +73,24 @@ struct ThreadPool::Crew {
       seat[threads] = {this, threads + 1};
       if (pthread_create(&thread[threads], nullptr, loop, &seat[threads]) != 0) break;  // fewer threads, same results
     }
+  }
+
+  /// Lets the first `count` threads run where the caller may, but for the processor that it is on now. Woken threads
+  /// are put there, on virtual machines above all, whose idle processors look taken, and then wait until the scheduler
+  /// moves them: 1.2 ms in place of .13 after a rest of 30.
+  void keep_apart(int count) noexcept {
+#ifdef __linux__
+    const int cpu = sched_getcpu();
+    if (cpu != apart_cpu) apart = 0;
+    apart_cpu = cpu;
+    cpu_set_t set;
+    if (apart >= count || sched_getaffinity(0, sizeof set, &set) != 0) return;
+    CPU_CLR(static_cast<size_t>(cpu), &set);
+    if (CPU_COUNT(&set) == 0) return;
+    for (; apart < count; ++apart) pthread_setaffinity_np(thread[apart], sizeof set, &set);
+#else
+    (void)count;
+#endif
   }
 
   void finish() {
@@ -143,6 +162,7 @@ void ThreadPool::run(void* self, int64_t n, void (*fn)(void*, int64_t, int64_t, 
     crew->next = 0;
     crew->wanted = wanted;
   }
+  crew->keep_apart(wanted);
   for (int i = 0; i < wanted; ++i) pthread_cond_signal(&crew->wake);
   crew->work(0);
   {

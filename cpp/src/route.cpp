@@ -132,6 +132,7 @@ class Router {
     parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), refining, worker_[w]);
     });
+    if (units_.slots() == 0) return;
     parallel_for(context_, units_.users(), [&](int64_t begin, int64_t end, int w) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;

@@ -147,7 +147,7 @@ class Backward {
     parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), worker_[w]);
     });
-    if (!sums_) return;
+    if (!sums_ || units_.slots() == 0) return;
     parallel_for(context_, units_.users(), [&](int64_t begin, int64_t end, int w) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;

@@ -79,6 +79,7 @@ class Units {
 
   int64_t count() const noexcept { return unit_[n_]; }
   int64_t users() const noexcept { return n_; }
+  int64_t slots() const noexcept { return slot_[n_]; }
   int64_t user(int64_t i) const noexcept { return order_ ? order_[i] : i; }
 
   Unit unit(int64_t u) const noexcept {

@@ -56,16 +56,20 @@ inline std::vector<float> uniform(Random& random, int64_t n, float scale = 1) {
 }
 
 /// Whether n ranges that wait for one another, 20 seconds at most, were all begun: by as many workers, then.
-inline bool all_come(const hisac::Executor& executor, int64_t n) {
+/// visit(worker) is called in each.
+template <class Visit>
+bool all_come(const hisac::Executor& executor, int64_t n, Visit visit) {
   struct Meeting {
     const int64_t wanted;
+    Visit& visit;
     std::atomic<int64_t> here{0};
     std::atomic<bool> missed{false};
-  } meeting{n};
+  } meeting{n, visit};
   executor.parallel_for(
       executor.ctx, n,
-      [](void* arg, int64_t begin, int64_t end, int) {
+      [](void* arg, int64_t begin, int64_t end, int worker) {
         Meeting& m = *static_cast<Meeting*>(arg);
+        m.visit(worker);
         m.here += end - begin;
         const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(20);
         while (m.here < m.wanted && std::chrono::steady_clock::now() < late) std::this_thread::yield();
@@ -73,6 +77,10 @@ inline bool all_come(const hisac::Executor& executor, int64_t n) {
       },
       &meeting);
   return !meeting.missed;
+}
+
+inline bool all_come(const hisac::Executor& executor, int64_t n) {
+  return all_come(executor, n, [](int) {});
 }
 
 inline void (*on_guarded)(const void* data, size_t bytes) = nullptr;  // told of each below, and of its end with 0

@@ -2,6 +2,7 @@
 // ThreadPool: every index once, few enough at once, after fork, busy, nested, resized.
 #include <doctest/doctest.h>
 
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -78,6 +79,50 @@ TEST_CASE("every worker that a call has a range for comes") {
   for (int64_t n : {2, 4, 3, 4, 2})
     for (int round = 0; round < 20; ++round) CHECK(test::all_come(executor, n));
 }
+
+#ifdef __linux__
+TEST_CASE("threads keep off the processor that the caller is on") {
+  struct Allowed {
+    cpu_set_t set;
+    Allowed() { REQUIRE(::sched_getaffinity(0, sizeof set, &set) == 0); }
+    explicit Allowed(size_t cpu) {
+      CPU_ZERO(&set);
+      CPU_SET(cpu, &set);
+    }
+    void use() const { REQUIRE(::sched_setaffinity(0, sizeof set, &set) == 0); }
+    bool operator==(const Allowed& o) const { return CPU_EQUAL(&set, &o.set); }
+  };
+  const Allowed all;
+  if (CPU_COUNT(&all.set) < 2) {
+    MESSAGE("one processor: not tried");
+    return;
+  }
+  ThreadPool pool;
+  REQUIRE(pool.resize(3).ok());
+  int tried = 0;
+  for (size_t cpu = 0; cpu < CPU_SETSIZE && tried < 4; ++cpu) {
+    if (!CPU_ISSET(cpu, &all.set)) continue;
+    Allowed others = all;
+    CPU_CLR(cpu, &others.set);
+    bool stayed = false;
+    for (int attempt = 0; attempt < 1000 && !stayed; ++attempt) {
+      Allowed(cpu).use();
+      CHECK(test::all_come(pool.executor(), 3));  // from a caller with one processor: where they were before
+      all.use();
+      std::vector<Allowed> seen(3);
+      const auto on_it = [&] { return ::sched_getcpu() == static_cast<int>(cpu); };
+      stayed = on_it();
+      CHECK(test::all_come(pool.executor(), 3, [&](int worker) { seen[test::size(worker)] = Allowed(); }));
+      stayed = stayed && on_it();  // else the scheduler has moved it, and nothing is known
+      if (stayed) CHECK(seen[0] == all);
+      if (stayed) CHECK(seen[1] == others);
+      if (stayed) CHECK(seen[2] == others);
+    }
+    CHECK(stayed);
+    ++tried;
+  }
+}
+#endif
 
 TEST_CASE("the number of workers is 1 to 256") {
   ThreadPool pool;
