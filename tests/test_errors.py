@@ -145,7 +145,7 @@ HISTORIES = [
     (np.array([], int), ValueError, "offsets expected [B+1], got an empty array"),
     (np.array(3), ValueError, "offsets expected [B+1], got int64 []"),
     (OFFSETS[None], ValueError, "offsets expected [B+1], got int64 [1, 3]"),
-    (OFFSETS.astype(float), TypeError, "offsets expected int32 or int64, got float64 [3]"),
+    (OFFSETS.astype(float), TypeError, "offsets expected int32 or int64 [B + 1], got float64 [3]"),
 ]
 
 

@@ -172,7 +172,8 @@ def long_call(verb, scale):
         arrays = {**arrays, "q": np.repeat(arrays["q"], 2000 * scale, axis=0)}
         return partial(function, **{**arrays, "candidate_offsets": arrays["candidate_offsets"] * 2000 * scale})
     if verb == "vote":
-        scale *= 30
+        starts = np.zeros(500 * scale, np.int64)  # users who share one history
+        return partial(function, **{**arrays, "offsets": (starts, starts + arrays["offsets"][-1])})
     rows = {name: np.tile(a, (scale, 1)[: a.ndim]) for name, a in arrays.items() if name in ("x", "v", "codes", "bias")}
     more = {"offsets": arrays["offsets"] * scale} if "offsets" in arrays else {}
     return partial(function, **{**arrays, **rows, **more})

@@ -146,36 +146,31 @@ R rows(const View& view, Call& call, const char* name, int ndim, const char* exp
   return out;
 }
 
-/// None gives null ids.
-inline Ids ids(const View& view, Call& call, const char* name) {
-  constexpr const char* kExpected = "int32 or int64 [T]";
-  if (view.none) return {};
+/// int32 or int64 [n]; None gives null ids where `optional`.
+inline Ids ids(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
+  if (view.none && optional) return {};
   static char empty;
-  void* const data = borrow(view, call, name, 1, kExpected, false);
+  void* const data = borrow(view, call, name, 1, expected, false);
   const bool wide = view.tensor.dtype == dtype_of<int64_t>();
-  if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(call, name, kExpected, describe(view));
+  if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(call, name, expected, describe(view));
   return {data ? data : &empty, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 
-/// starts and ends [B]; ends None: starts are offsets [B + 1].
+/// offsets [B + 1]
+inline Histories histories(const View& offsets, Call& call, const char* name) {
+  const Ids at = ids(offsets, call, name, "int32 or int64 [B + 1]");
+  if (at.size == 0) wrong_value(call, name, "[B + 1]", describe(offsets));
+  return {at.data, static_cast<const char*>(at.data) + bytes_of(at.dtype), at.dtype, at.size - 1};
+}
+
+/// starts and ends [B]; ends None: starts are offsets.
 inline Histories histories(const View& starts, const View& ends, Call& call) {
+  if (ends.none) return histories(starts, call, "offsets");
   constexpr const char* kExpected = "int32 or int64 [B]";
-  Histories h;
-  h.starts = borrow(starts, call, "starts", 1, kExpected, false);
-  const auto type = starts.tensor.dtype;
-  const bool wide = type == dtype_of<int64_t>();
-  if (!wide && type != dtype_of<int32_t>()) wrong_type(call, "offsets", "int32 or int64", describe(starts));
-  h.dtype = wide ? DType::int64 : DType::int32;
-  h.users = starts.tensor.shape[0];
-  if (ends.none) {
-    if (--h.users < 0) wrong_value(call, "offsets", "[B + 1]", describe(starts));
-    h.ends = static_cast<const char*>(h.starts) + (wide ? 8 : 4);
-    return h;
-  }
-  h.ends = borrow(ends, call, "ends", 1, kExpected, false);
-  if (ends.tensor.dtype != type || ends.tensor.shape[0] != h.users)
+  const Ids first = ids(starts, call, "starts", kExpected), last = ids(ends, call, "ends", kExpected);
+  if (last.dtype != first.dtype || last.size != first.size)
     wrong_value(call, "ends", "the type and length of starts, " + describe(starts), describe(ends));
-  return h;
+  return {first.data, last.data, first.dtype, first.size};
 }
 
 /// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`; on a GPU

@@ -250,8 +250,8 @@ struct RouteArguments {
     in.spread = array<const float, 1>(spread, call, "spread", "float32 [T]", true);
     in.codes = array<const int32_t, 2>(codes, call, "codes", kCodes, true);
     in.book = book;
-    in.x_ids = ids(x_ids, call, "x_ids");
-    in.v_ids = ids(v_ids, call, "v_ids");
+    in.x_ids = ids(x_ids, call, "x_ids", "int32 or int64 [T]", true);
+    in.v_ids = ids(v_ids, call, "v_ids", "int32 or int64 [T]", true);
     in.x_scale = array<const float, 1>(x_scale, call, "x_scale", "float32 [1] or [rows of x]", true);
     most = longest(call, in.histories, in.behaviours());
   }
@@ -346,14 +346,9 @@ struct AttendArguments {
                              ": expected q [N, H, d], keys [B, M, H, d] and values [B, M, H, V], got " + describe(q) +
                              ", " + describe(keys) + " and " + describe(values))
                                 .c_str());
-    borrow(offsets, call, "candidate_offsets", 1, "int32 or int64 [B + 1]", false);
-    const bool wide = offsets.tensor.dtype == dtype_of<int64_t>();
-    if (!wide && offsets.tensor.dtype != dtype_of<int32_t>())
-      wrong_type(call, "candidate_offsets", "int32 or int64 [B + 1]", describe(offsets));
-    if (offsets.tensor.shape[0] != k[0] + 1)
+    in.candidates = histories(offsets, call, "candidate_offsets");
+    if (in.candidates.users != k[0])
       wrong_value(call, "candidate_offsets", "[" + std::to_string(k[0] + 1) + "]", describe(offsets));
-    char* const data = static_cast<char*>(offsets.tensor.data) + offsets.tensor.byte_offset;
-    in.candidates = {data, data + (wide ? 8 : 4), wide ? DType::int64 : DType::int32, k[0]};
   }
 };
 

@@ -113,34 +113,25 @@ class Scratch {
 /// Runs verb(context) on a GPU's current stream; Python lends the scratch and, for a book, its image.
 template <class Workspace, class Verb>
 void run_on_cuda(int device, const Codebook* book, Workspace workspace, Verb verb) {
-  const cuda::Verbs& verbs = *cuda_verbs();
-  const int before = verbs.use_device(device);
-  Status status;
-  const auto body = [&] {
-    nb::object given = book ? nb::cast(book, nb::rv_policy::reference) : nb::none();
-    const auto lent = nb::module_::import_("hisac.arrays").attr("lend")(workspace(1, Device::cuda), device, given);
-    View scratch, image;
-    const auto bytes = [](nb::handle array, View* view) -> Array<std::byte, 1> {
-      if (array.is_none()) return {};
-      *view = nb::cast<View>(array);
-      return {static_cast<std::byte*>(view->tensor.data) + view->tensor.byte_offset, {view->tensor.shape[0]}};
-    };
-    const Array<std::byte, 1> workspace_bytes = bytes(lent[0], &scratch), image_bytes = bytes(lent[1], &image);
-    const Context context{workspace_bytes,
-                          nullptr,
-                          Device::cuda,
-                          reinterpret_cast<void*>(nb::cast<uintptr_t>(lent[2])),
-                          {image_bytes.data, {image_bytes.shape[0]}}};
-    status = verb(context);  // puts work on the stream, in whose order the scratch is freed
+  struct OnDevice {
+    int before;
+    ~OnDevice() { cuda_verbs()->use_device(before); }
+  } const on_device{cuda_verbs()->use_device(device)};
+  nb::object given = book ? nb::cast(book, nb::rv_policy::reference) : nb::none();
+  const auto lent = nb::module_::import_("hisac.arrays").attr("lend")(workspace(1, Device::cuda), device, given);
+  View scratch, image;
+  const auto bytes = [](nb::handle array, View* view) -> Array<std::byte, 1> {
+    if (array.is_none()) return {};
+    *view = nb::cast<View>(array);
+    return {static_cast<std::byte*>(view->tensor.data) + view->tensor.byte_offset, {view->tensor.shape[0]}};
   };
-  try {
-    body();
-  } catch (...) {
-    verbs.use_device(before);
-    throw;
-  }
-  verbs.use_device(before);
-  raise(status);
+  const Array<std::byte, 1> workspace_bytes = bytes(lent[0], &scratch), image_bytes = bytes(lent[1], &image);
+  const Context context{workspace_bytes,
+                        nullptr,
+                        Device::cuda,
+                        reinterpret_cast<void*>(nb::cast<uintptr_t>(lent[2])),
+                        {image_bytes.data, {image_bytes.shape[0]}}};
+  raise(verb(context));  // puts work on the stream, in whose order the scratch is freed
 }
 
 /// Runs verb(context) where the call's arrays lie, on a CPU without the GIL, with workspace(workers, device) bytes of
