@@ -63,8 +63,7 @@ class Effort:
     least: int
     most: int
     pause: float
-    """Seconds of sleep before a sample. With more than one thread the pool of the variant before still spins, which
-    slows the next one's threads (measured: 1.6 times)."""
+    """Seconds of sleep before a sample, see `rest`."""
     sample: float = 2e-3
     """Short calls are repeated until a sample takes this long."""
 
@@ -76,6 +75,18 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def rest(
+    pause: float, sleep: Callable[[float], None] = time.sleep, busy: Callable[[], float] = time.process_time
+) -> None:
+    """Sleep `pause` seconds, again and again until no thread of the process is busy meanwhile: with several threads the
+    pool of the variant before still spins (OpenMP's for some 10 ms, OpenBLAS's for 110) and holds the next one up."""
+    for _ in range(100 if pause else 0):
+        before = busy()
+        sleep(pause)
+        if busy() - before <= 0.1 * pause:
+            return
 
 
 def interleave(
@@ -109,7 +120,7 @@ def interleave(
                 if r * rounds[name] // total == (r - 1) * rounds[name] // total:
                     continue  # slow variants sit out some rounds, evenly
                 call, n = calls[name], inner[name]
-                sleep(effort.pause)
+                rest(effort.pause, sleep)
                 result = None
                 start = clock()
                 for k in range(turn, turn + n):

@@ -78,7 +78,7 @@ def measure(ops: ModuleType, chosen: list[str], threads: int, quick: bool) -> di
     absent = {name: NOT_INSTALLED for name, version in found.items() if version is None}
     if quick:
         absent[peers.COMPILE] = "left out by --quick: compiling takes longer than the rest of the run"
-    pause = 0.0 if threads == 1 else 0.01 if quick else 0.03
+    pause = 0.0 if threads == 1 else 0.01
     effort = harness.Effort(0.02, 3, 5, pause) if quick else harness.Effort(0.5, 3, 51, pause)
     rate = peak.measure(threads, quick)
     print(f"threads {threads}: {rate['gflops']:.0f} GFLOP/s, {rate['how']}", flush=True)

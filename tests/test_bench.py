@@ -103,6 +103,17 @@ def test_variants_take_turns_and_slow_ones_sit_rounds_out():
     assert last["slow"][0] == "slow"
 
 
+def test_a_rest_lasts_until_no_thread_is_busy():
+    used, naps = iter([0.0, 0.4, 0.4, 0.45, 0.45, 0.46]), []
+    harness.rest(0.5, naps.append, lambda: next(used))
+    assert naps == [0.5] * 2, "0.4 of 0.5 seconds were somebody's, then 0.05"
+    forever = itertools.count()
+    harness.rest(0.5, naps.append, lambda: next(forever))
+    assert len(naps) == 102
+    harness.rest(0.0, naps.append, lambda: next(forever))
+    assert len(naps) == 102
+
+
 # --------------------------------------------------------------------------------------------------------- parity gate
 
 
