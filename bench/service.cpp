@@ -2,7 +2,7 @@
 // What a C++ service sees, without Python: each verb's latency and a whole request's, inputs coming from memory.
 //
 //   c++ -O2 -std=c++17 bench/service.cpp -I PREFIX/include -L PREFIX/lib -lhisac -pthread -o service
-//   ./service [calls, 2000 by default] [threads, 1]
+//   ./service [calls, 2000 by default] [threads, 1] [milliseconds of rest before each call, 0]
 //
 // The data are those of bench/data.py in kind, not in numbers: users with some thirty Zipf-like interests, a tenth of
 // the rows off them, and long tails of leaves; x near the prototype of its code. Calls go through the users in turn.
@@ -111,12 +111,15 @@ struct User {
   }
 };
 
-/// Calls work(call number) and prints its quantiles; ns a row where rows are given.
+std::chrono::milliseconds rest{0};
+
+/// Calls work(call number), each after a rest, and prints its quantiles; ns a row where rows are given.
 template <class Work>
 void measure(const char* name, int calls, int64_t rows, Work work) {
   using Clock = std::chrono::steady_clock;
   std::vector<double> us;
   for (int i = -calls / 10 - 1; i < calls; ++i) {
+    std::this_thread::sleep_for(rest);
     const auto start = Clock::now();
     work(std::abs(i));
     if (i >= 0) us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
@@ -197,9 +200,10 @@ void requests(Service& s, int64_t rows, int calls) {
 
 int main(int argc, char** argv) {
   const int calls = argc > 1 ? std::max(1, std::atoi(argv[1])) : 2000, threads = argc > 2 ? std::atoi(argv[2]) : 1;
+  if (argc > 3) rest = std::chrono::milliseconds(std::max(0, std::atoi(argv[3])));
   Service s(threads);
-  std::printf("hisac from C++, %d threads of %u, %d calls each; codes 512 x 512, D 128, V 64\n", threads,
-              std::thread::hardware_concurrency(), calls);
+  std::printf("hisac from C++, %d threads of %u, %d calls each, %d ms apart; codes 512 x 512, D 128, V 64\n", threads,
+              std::thread::hardware_concurrency(), calls, static_cast<int>(rest.count()));
   std::printf("%-24s %10s %10s %10s %10s\n", "one user", "median us", "99% us", "most us", "ns a row");
   for (const int64_t rows : {1000, 10000, 100000}) votes(s, rows, calls);
   std::printf("a request: 10,000 behaviours, 200 agents by budget, 500 candidates, 2 heads\n");

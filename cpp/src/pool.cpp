@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Condition variables rather than spinning: a service that calls once a millisecond must not burn a core in between. A
 // call wakes no more threads than it has ranges for, and does not wait for those that come when all is done: a short
-// one ends before the first is awake.
+// one ends before the first is awake. For the last ranges it waits awake, since sleep costs as much as a short call.
 #include "hisac/pool.h"
 
 #include <pthread.h>
@@ -10,12 +10,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <new>
 
 namespace hisac {
 namespace {
 
 constexpr int kMostWorkers = 256;
+constexpr std::chrono::microseconds kPatience{100};  // for the last ranges, before the caller sleeps
 
 struct Lock {
   explicit Lock(pthread_mutex_t* m) noexcept : m_(m) { pthread_mutex_lock(m_); }
@@ -34,7 +36,8 @@ struct ThreadPool::Crew {
   void* arg = nullptr;
   int64_t n = 0;
   int workers = 0, threads = 0;
-  int wanted = 0, working = 0;  // threads that the call still wants, and that have come and work
+  int wanted = 0;               // threads that the call still wants
+  std::atomic<int> working{0};  // threads that have come and work
   bool stop = false;
   pid_t owner = 0;
   Crew* older = nullptr;
@@ -168,6 +171,11 @@ void ThreadPool::run(void* self, int64_t n, void (*fn)(void*, int64_t, int64_t, 
   {
     Lock lock(&crew->mutex);
     crew->wanted = 0;
+  }
+  using Clock = std::chrono::steady_clock;
+  for (const auto late = Clock::now() + kPatience; crew->working && Clock::now() < late;) sched_yield();
+  {
+    Lock lock(&crew->mutex);
     while (crew->working) pthread_cond_wait(&crew->done, &crew->mutex);
   }
   crew->busy = false;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small pool of threads for callers who have none: condition variables, no spinning, usable after fork.
+// A small pool of threads for callers who have none: asleep between calls, usable after fork.
 #pragma once
 #include <atomic>
 
