@@ -104,15 +104,29 @@ TEST_CASE("threads keep off the processor that the caller is on") {
     if (!CPU_ISSET(cpu, &all.set)) continue;
     Allowed others = all;
     CPU_CLR(cpu, &others.set);
+    const auto affinities = [&] {
+      std::vector<Allowed> seen(3);
+      CHECK(test::all_come(pool.executor(), 3, [&](int worker) { seen[test::size(worker)] = Allowed(); }));
+      return seen;
+    };
+    std::vector<Allowed> seen;
+    std::thread([&] {  // a caller that is bound to it
+      Allowed(cpu).use();
+      seen = affinities();
+    })
+        .join();
+    CHECK(seen[0] == Allowed(cpu));
+    CHECK(seen[1] == others);
+    CHECK(seen[2] == others);
+
     bool stayed = false;
     for (int attempt = 0; attempt < 1000 && !stayed; ++attempt) {
       Allowed(cpu).use();
-      CHECK(test::all_come(pool.executor(), 3));  // from a caller with one processor: where they were before
+      CHECK(test::all_come(pool.executor(), 3));  // nothing but this processor to be had: where they were before
       all.use();
-      std::vector<Allowed> seen(3);
       const auto on_it = [&] { return ::sched_getcpu() == static_cast<int>(cpu); };
       stayed = on_it();
-      CHECK(test::all_come(pool.executor(), 3, [&](int worker) { seen[test::size(worker)] = Allowed(); }));
+      seen = affinities();
       stayed = stayed && on_it();  // else the scheduler has moved it, and nothing is known
       if (stayed) CHECK(seen[0] == all);
       if (stayed) CHECK(seen[1] == others);

@@ -11,8 +11,8 @@ namespace hisac {
 /// Owns workers - 1 threads; the calling thread is the last worker. One call runs at a time; a call that finds the pool
 /// busy runs serially in its own thread. After fork the child gets threads of its own with its next executor(). Any
 /// number of threads may call executor() and use what it returned; an executor from before a resize or a fork stays
-/// usable and runs serially. On Linux a call lets its threads run on the processors that the caller may use, without
-/// the one that it is on.
+/// usable and runs serially. On Linux a call lets its threads run on the processors that the caller may use, or, if it
+/// is bound to one, the process's main thread, without the one that it is on.
 class ThreadPool {
  public:
   ThreadPool() noexcept = default;
