@@ -102,9 +102,8 @@ Status Codebook::build(const Array<const float, 2>* centers, int levels, Codeboo
   uint64_t stride = 1;
   for (int l = levels - 1; l >= 0; --l) {
     body->stride[l] = stride;
-    const bool last = l == 0;
     const uint64_t size = static_cast<uint64_t>(body->size[l]);
-    if (last && stride > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / size) body->wide = true;
+    if (l == 0 && stride > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / size) body->wide = true;
     stride *= size;
   }
   destroy(out->body_);

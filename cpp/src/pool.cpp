@@ -87,13 +87,11 @@ struct ThreadPool::Crew {
     const int cpu = sched_getcpu();
     if (cpu != apart_cpu) apart = 0;
     apart_cpu = cpu;
-    if (apart >= count) return;
     for (const pid_t like : {pid_t{0}, owner}) {
       cpu_set_t set;
-      if (sched_getaffinity(like, sizeof set, &set) != 0) return;
+      if (apart >= count || sched_getaffinity(like, sizeof set, &set) != 0) return;
       CPU_CLR(static_cast<size_t>(cpu), &set);
-      if (CPU_COUNT(&set) == 0) continue;
-      for (; apart < count; ++apart) pthread_setaffinity_np(thread[apart], sizeof set, &set);
+      for (; CPU_COUNT(&set) && apart < count; ++apart) pthread_setaffinity_np(thread[apart], sizeof set, &set);
     }
 #else
     (void)count;

@@ -162,12 +162,10 @@ class Codebook:
     @property
     def centers(self) -> tuple[npt.NDArray[np.float32], ...]:
         """The codewords, one array [C_l, D] a level (copies)."""
-        out = []
-        for level, size in enumerate(self.sizes):
-            c = np.empty((size, self.width), np.float32)
+        out = tuple(np.empty((size, self.width), np.float32) for size in self.sizes)
+        for level, c in enumerate(out):
             self._core.copy_centers(level, c)
-            out.append(c)
-        return tuple(out)
+        return out
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Codebook) and self.fingerprint == other.fingerprint
