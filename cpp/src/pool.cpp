@@ -48,8 +48,11 @@ struct ThreadPool::Crew {
     int worker;
   } seat[kMostWorkers];
 
+  /// One by one, or as many together as still balance when there are many.
   void work(int worker) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) fn(arg, i, i + 1, worker);
+    const int64_t step = std::max<int64_t>(1, n / (64 * (threads + 1)));
+    for (int64_t i; (i = next.fetch_add(step, std::memory_order_relaxed)) < n;)
+      fn(arg, i, std::min(i + step, n), worker);
   }
 
   static void* loop(void* p) {
