@@ -129,19 +129,13 @@ class Router {
 
   /// One reading of every history; `refining`: the values are x, and the results new prototypes.
   void pass(bool refining) noexcept {
-    parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
-      for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), refining, worker_[w]);
-    });
-    if (units_.slots() == 0) return;
-    parallel_for(context_, units_.users(), [&](int64_t begin, int64_t end, int w) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;
-        if (shared == 0) continue;
-        load_agents(units_.user(i), worker_[w]);
-        fold_all(shared, slots_ + first, [&](State& into, State& from) { merge(into, from, worker_[w].panel.m); });
-        finish(units_.user(i), slots_[first], refining, worker_[w]);
-      }
-    });
+    units_.run(
+        context_, slots_, [&](const Unit& u, int w) { unit(u, refining, worker_[w]); },
+        [&](int64_t b, State* states, int64_t shared, int w) {
+          load_agents(b, worker_[w]);
+          fold_all(shared, states, [&](State& into, State& from) { merge(into, from, worker_[w].panel.m); });
+          finish(b, states[0], refining, worker_[w]);
+        });
   }
 
   void load_agents(int64_t b, Worker& w) const noexcept {

@@ -144,20 +144,14 @@ class Backward {
   void pass(const int64_t* users, int64_t n, float* dv) noexcept {
     dv_ = dv;
     units_.plan(rows_.histories, users, n, workers_);
-    parallel_for(context_, units_.count(), [&](int64_t begin, int64_t end, int w) {
-      for (int64_t u = begin; u < end; ++u) unit(units_.unit(u), worker_[w]);
-    });
-    if (!sums_ || units_.slots() == 0) return;
-    parallel_for(context_, units_.users(), [&](int64_t begin, int64_t end, int w) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = units_.slots_begin(i), shared = units_.slots_end(i) - first;
-        if (shared == 0) continue;
-        const int64_t b = units_.user(i);
-        worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
-        fold_all(shared, slots_ + first, [&](State& into, const State& from) { merge(into, from); });
-        finish(b, slots_[first], worker_[w].panel);
-      }
-    });
+    units_.run(
+        context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
+        [&](int64_t b, State* states, int64_t shared, int w) {
+          if (!sums_) return;
+          worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+          fold_all(shared, states, [&](State& into, const State& from) { merge(into, from); });
+          finish(b, states[0], worker_[w].panel);
+        });
   }
 
   const float* prototypes(int64_t b) const noexcept { return in_.prototypes.data + b * agents_ * width_; }

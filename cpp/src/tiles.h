@@ -10,6 +10,7 @@
 
 #include "arena.h"
 #include "hisac/array.h"
+#include "parallel.h"
 
 namespace hisac {
 
@@ -77,9 +78,21 @@ class Units {
     }
   }
 
-  int64_t count() const noexcept { return unit_[n_]; }
-  int64_t users() const noexcept { return n_; }
-  int64_t slots() const noexcept { return slot_[n_]; }
+  /// work(unit, worker) for all units; then meet(user, states, shared, worker) for each user whom several units
+  /// shared, with the states that they left in their slots.
+  template <class State, class Work, class Meet>
+  void run(const Context& context, State* slots, Work work, Meet meet) const {
+    parallel_for(context, unit_[n_], [&](int64_t begin, int64_t end, int w) {
+      for (int64_t u = begin; u < end; ++u) work(unit(u), w);
+    });
+    if (slot_[n_] == 0) return;  // nobody is woken for nothing
+    parallel_for(context, n_, [&](int64_t begin, int64_t end, int w) {
+      for (int64_t i = begin; i < end; ++i)
+        if (const int64_t shared = slot_[i + 1] - slot_[i]; shared > 0) meet(user(i), slots + slot_[i], shared, w);
+    });
+  }
+
+ private:
   int64_t user(int64_t i) const noexcept { return order_ ? order_[i] : i; }
 
   Unit unit(int64_t u) const noexcept {
@@ -88,11 +101,6 @@ class Units {
     return {user(i), chunk * chunk_, std::min((chunk + 1) * chunk_, tiles(i)), shared ? slot_[i] + chunk : -1};
   }
 
-  /// The slots of the i-th user, [begin, end); empty where one unit did it all.
-  int64_t slots_begin(int64_t i) const noexcept { return slot_[i]; }
-  int64_t slots_end(int64_t i) const noexcept { return slot_[i + 1]; }
-
- private:
   int64_t tiles(int64_t i) const noexcept { return tiles_of(h_->end(user(i)) - h_->start(user(i))); }
 
   const Histories* h_ = nullptr;

@@ -77,7 +77,7 @@ TEST_CASE("every worker that a call has a range for comes") {
   REQUIRE(pool.resize(4).ok());
   const Executor executor = pool.executor();
   for (int64_t n : {2, 4, 3, 4, 2})
-    for (int round = 0; round < 20; ++round) CHECK(test::all_come(executor, n));
+    for (int round = 0; round < 20; ++round) REQUIRE(test::all_come(executor, n));
 }
 
 #ifdef __linux__
@@ -110,11 +110,11 @@ TEST_CASE("threads keep off the processor that the caller is on") {
       return seen;
     };
     std::vector<Allowed> seen;
-    std::thread([&] {  // a caller that is bound to it
+    std::thread bound([&] {
       Allowed(cpu).use();
       seen = affinities();
-    })
-        .join();
+    });
+    bound.join();
     CHECK(seen[0] == Allowed(cpu));
     CHECK(seen[1] == others);
     CHECK(seen[2] == others);
