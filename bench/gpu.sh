@@ -27,22 +27,22 @@ part_build() {
 assert hisac.backends()["cuda"] is True')
 }
 
-part_conform() { build/gpu/tests/simt/conform_gpu "$out/gpu.bin" && build/gpu/tests/simt/conform_simt "$out/gpu.bin"; }
+part_conform() { build/gpu/tests/cuda/conform_gpu "$out/gpu.bin" && build/gpu/tests/cuda/conform_simt "$out/gpu.bin"; }
 
 part_test() {
-  HISAC_PROFILE=deep HISAC_EMULATED=$(echo "$PWD"/build/gpu/tests/simt/_cuda*.so) "$python" -m pytest -q -rs \
-    -p no:cacheprovider tests/test_cuda.py tests/test_cuda_parity.py -k "not (parity and emulated)"
+  HISAC_PROFILE=deep HISAC_EMULATED=$(echo "$PWD"/build/gpu/tests/cuda/_cuda*.so) "$python" -m pytest -q -rs \
+    -p no:cacheprovider tests/cuda/test_cuda.py tests/cuda/test_cuda_parity.py -k "not (parity and emulated)"
 }
 
 # every tensor its own allocation, so that its end is an end
 small="test_codes or (test_route and not tables) or test_gradients or test_leaf_sums"
 part_memcheck() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "($small) and not emulated"
+    "$python" -m pytest -q -x -p no:cacheprovider tests/cuda/test_cuda.py -k "($small) and not emulated"
 }
 part_racecheck() {
   compute-sanitizer --tool racecheck --error-exitcode 9 --target-processes all \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "($small) and not emulated"
+    "$python" -m pytest -q -x -p no:cacheprovider tests/cuda/test_cuda.py -k "($small) and not emulated"
 }
 
 part_bench() {

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from data import structured
 from harness import Case, Variant
 from torch.nn import functional
 
 import hisac
 import hisac.torch as ht
-from data import structured
 
 Array = Any
 Call = Callable[[int], Any]

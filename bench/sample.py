@@ -7,7 +7,7 @@
 The households with most purchases of complete_journey, every purchase of theirs, and for every product a text (type,
 category, department, brand, size) with its embedding by a text model, reduced to a few dimensions by a PCA that sees
 the purchases of weeks 1 to 43 only and stored as int8 with one scale a row. Licences and origins:
-python/hisac/sample/README.md.
+python/hisac/app/sample/README.md.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLE = Path(__file__).parents[1] / "python" / "hisac" / "sample" / "complete_journey.npz"
+SAMPLE = Path(__file__).parents[1] / "python" / "hisac" / "app" / "sample" / "complete_journey.npz"
 FITTED_WEEKS = 43  # later weeks choose settings and test: nothing may be fitted on them
 FIELDS = ("department", "product_category", "product_type", "brand", "package_size")
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a row is checked against: `hisac.reference` where it is quick enough, else the same formulas in float64 with
-expanded squares, one user or one block of rows at a time (tests/test_bench.py holds the two together)."""
+expanded squares, one user or one block of rows at a time (tests/python/app/test_bench.py holds the two together)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hisac import reference as definition
-from hisac.results import RouteGradients, Tokens
+from hisac.types import RouteGradients, Tokens
 
 Array = Any
 reference: Any = definition  # untyped, to be read

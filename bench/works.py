@@ -15,10 +15,9 @@ import numpy as np
 import peers
 import peers_codes
 import truth
+from data import history, items, lengths, offsets_of, structured, unit
 from harness import Case, Variant
 from truth import reference
-
-from data import history, items, lengths, offsets_of, structured, unit
 
 Array = Any
 TAU = 0.1

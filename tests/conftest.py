@@ -6,9 +6,8 @@ many, and runs what is marked `deep`, so that only a change turns CI red; soak d
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
-
 from cuda_places import on_cuda, place  # noqa: F401
+from hypothesis import HealthCheck, settings
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=25, derandomize=True, **COMMON)

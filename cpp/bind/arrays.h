@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <string>
 
+#include "backend.h"
 #include "dlpack.h"
 #include "hisac/hisac.h"
-#include "on_cuda.h"
 
 namespace hisac::bind {
 
-/// DLPack's number for the devices of cuda_verbs(): CUDA's; the CPU's when tests lend emulated kernels.
+/// DLPack's number for the devices of cuda_backend(): CUDA's; the CPU's when tests lend emulated kernels.
 inline int32_t cuda_device_type = 2;
 
 /// One call: its verb's name, for messages, and where its arrays lie: where the first one does.
@@ -28,7 +28,7 @@ struct Call {
     return call;
   }
   operator const char*() const { return verb; }
-  bool on_cuda() const { return !only_cpu && cuda_verbs() && device.device_type == cuda_device_type; }
+  bool on_cuda() const { return !only_cpu && cuda_backend() && device.device_type == cuda_device_type; }
 };
 
 /// "the CPU"
@@ -82,7 +82,7 @@ inline bool plain(nb::handle array, nb::dlpack::dltensor* t) noexcept {
   PyObject* const self = array.ptr();
   int64_t size;
   const bool yes = !kind.api->tensor_from_object(self, t) && t->dtype.code != 5 && contiguous(*t, &size) &&
-                   (t->device.device_type == 1 || (t->device.device_type == 2 && cuda_verbs())) &&
+                   (t->device.device_type == 1 || (t->device.device_type == 2 && cuda_backend())) &&
                    is_false(PyObject_GetAttr(self, kGrad)) &&
                    is_false(PyObject_VectorcallMethod(kNeg, &self, 1, nullptr)) &&
                    PyLong_AsLong(nb::steal(PyObject_GetAttr(kind.forward_ad, kLevel)).ptr()) < 0;
@@ -95,7 +95,7 @@ inline void* borrow(const View& view, Call& call, const char* name, int ndim, co
   if (view.none) wrong_type(call, name, expected, "None");
   if (view.unreadable) wrong_type(call, name, "an array with memory that DLPack lends", view.unreadable->tp_name);
   const auto device = t.device.device_type == 3 ? nb::dlpack::device{1, 0} : t.device;  // 3: pinned host memory
-  const bool known = device.device_type == 1 || (device.device_type == 2 && cuda_verbs());
+  const bool known = device.device_type == 1 || (device.device_type == 2 && cuda_backend());
   if (known && !call.device.device_type) call.device = device;
   if (call.device.device_type != device.device_type ||
       (device.device_type == 2 && call.device.device_id != device.device_id))

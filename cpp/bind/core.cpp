@@ -124,7 +124,7 @@ void encode_codes(const Codebook& book, Lent x, Lent codes) {
   const Rows rows_x = rows(x, call, "x", 2, kX);
   const auto out = array<int32_t, 2>(codes, call, "out", kCodes);
   run(
-      call, [&](int workers, Device device) { return encode_workspace(book, workers, device); },
+      call, [&](const Context& context) { return encode_workspace(context, book); },
       [&](const Context& context) { return encode(context, book, rows_x, out); }, &book);
 }
 
@@ -139,7 +139,7 @@ void prototype_rows(const Codebook& book, Lent codes, Lent out) {
   const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
   const auto to = array<float, 2>(out, call, "out", "float32 [T, D]");
   run(
-      call, [](int, Device) { return size_t{0}; },
+      call, [](const Context&) { return size_t{0}; },
       [&](const Context& context) { return code_prototypes(context, book, from, to); }, &book);
 }
 
@@ -175,7 +175,7 @@ nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, 
     };
   FitReport report;
   run(
-      call, [&](int workers, Device) { return fit_workspace(params, rows_x.rows, rows_x.width, workers); },
+      call, [&](const Context& context) { return fit_workspace(context, params, rows_x.rows, rows_x.width); },
       [&](const Context& context) { return fit(context, params, rows_x, levels, &report); });
   nb::list rounds, errors, unused;
   for (int l = 0; l < params.levels; ++l) {
@@ -201,7 +201,7 @@ void vote_agents(const Codebook& book, Lent codes, Lent starts, Lent ends, int64
                    array<int32_t, 1>(out_count, call, "out count", "int32 [B]")};
   const int64_t most = longest(call, h, from.shape[0]);
   run(
-      call, [&](int workers, Device device) { return vote_workspace(book, params, most, workers, device); },
+      call, [&](const Context& context) { return vote_workspace(context, book, params, most); },
       [&](const Context& context) { return vote(context, book, params, from, h, weight, out); }, &book);
 }
 
@@ -271,7 +271,7 @@ void route_tokens(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread
                    array<float, 2>(lse, call, "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, call, "out prototypes", "float32 [B, M, D]", true)};
   run(
-      call, [&](int workers, Device device) { return route_workspace(a.params, a.in, a.most, workers, device); },
+      call, [&](const Context& context) { return route_workspace(context, a.params, a.in, a.most); },
       [&](const Context& context) { return route(context, a.params, a.in, out); }, book);
 }
 
@@ -292,10 +292,7 @@ void route_gradients(Lent d_tokens, Lent d_lse, Lent tokens, Lent lse, Lent x, L
                            array<float, 2>(dx, call, "dx", "float32 [T, D]", true),
                            array<float, 3>(dprototypes, call, "dprototypes", "float32 [B, M, D]", true)};
   run(
-      call,
-      [&](int workers, Device device) {
-        return route_backward_workspace(a.params, a.in, out, a.most, workers, device);
-      },
+      call, [&](const Context& context) { return route_backward_workspace(context, a.params, a.in, out, a.most); },
       [&](const Context& context) { return route_backward(context, a.params, a.in, forward, out); }, book);
 }
 
@@ -311,7 +308,7 @@ void sum_leaves(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, 
                      array<float, 1>(out_spread, call, "out spread", "float32 [S]"),
                      array<int32_t, 2>(out_codes, call, "out codes", "int32 [S, L]")};
   run(
-      call, [&](int workers, Device device) { return leaf_sums_workspace(a.in, a.most, workers, device); },
+      call, [&](const Context& context) { return leaf_sums_workspace(context, a.in, a.most); },
       [&](const Context& context) { return leaf_sums(context, a.in, out); }, &book);
 }
 
@@ -322,7 +319,7 @@ void sum_of_rows(Lent rows, Lent order, Lent begin, Lent out) {
   const auto groups = array<const int64_t, 1>(begin, call, "begin", "int64 [G + 1]");
   const auto sums = array<float, 2>(out, call, "sums", "float32 [G, V]");
   run(
-      call, [](int, Device) { return size_t{0}; },
+      call, [](const Context&) { return size_t{0}; },
       [&](const Context& context) { return sum_rows(context, from, sorted, groups, sums); });
 }
 
@@ -359,7 +356,7 @@ void attend_candidates(Lent q, Lent keys, Lent values, Lent candidate_offsets, L
   const Attended to{rows<MutableRows>(out, call, "out", 3, "q's type, [N, H, V]"),
                     array<float, 2>(lse, call, "out lse", "float32 [N, H]")};
   run(
-      call, [&](int workers, Device device) { return attend_workspace(a.in, workers, device); },
+      call, [&](const Context& context) { return attend_workspace(context, a.in); },
       [&](const Context& context) { return attend(context, a.in, to); });
 }
 
@@ -375,7 +372,7 @@ void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent k
                            array<float, 4>(dvalues, call, "dvalues", "float32 [B, M, H, V]"),
                            array<float, 2>(dbias, call, "dbias", "float32 [B, M]", true)};
   run(
-      call, [&](int workers, Device device) { return attend_backward_workspace(a.in, workers, device); },
+      call, [&](const Context& context) { return attend_backward_workspace(context, a.in); },
       [&](const Context& context) { return attend_backward(context, a.in, forward, to); });
 }
 
@@ -437,11 +434,11 @@ NB_MODULE(_core, m) {
   m.def("fits", fits, "array"_a, "shape"_a, "like"_a, "number"_a);
   m.def(
       "use_cuda",
-      [](nb::capsule verbs, int32_t device_type) {
+      [](nb::capsule backend, int32_t device_type) {
         cuda_device_type = device_type;
-        use_cuda(static_cast<const cuda::Verbs*>(verbs.data("hisac.cuda")));
+        set_cuda_backend(static_cast<const Backend*>(backend.data("hisac.cuda")));
       },
-      "verbs"_a, "device_type"_a = 2, nb::sig("def use_cuda(verbs: object, device_type: int = 2) -> None"));
+      "backend"_a, "device_type"_a = 2, nb::sig("def use_cuda(backend: object, device_type: int = 2) -> None"));
   m.def("set_num_threads", [](int n) { Pool::get().resize(n); }, "n"_a);
   m.def("get_num_threads", [] { return Pool::get().workers(); });
   m.def("available_isas", [] { return std::string(available_isas()); });

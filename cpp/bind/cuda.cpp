@@ -3,8 +3,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include "backend.h"
 #include "hisac/cuda.h"
-#include "on_cuda.h"
 
 namespace nb = nanobind;
 
@@ -18,6 +18,6 @@ NB_MODULE(_cuda, m) {
       },
       "Empty, or why there is no GPU to run on.");
   m.def(
-      "verbs", [] { return nb::capsule(static_cast<const void*>(hisac::cuda_verbs()), "hisac.cuda"); },
+      "backend", [] { return nb::capsule(static_cast<const void*>(hisac::cuda_backend()), "hisac.cuda"); },
       "For _core.use_cuda, once enabled.");
 }

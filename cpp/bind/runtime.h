@@ -115,27 +115,26 @@ template <class Workspace, class Verb>
 void run_on_cuda(int device, const Codebook* book, Workspace workspace, Verb verb) {
   struct OnDevice {
     int before;
-    ~OnDevice() { cuda_verbs()->use_device(before); }
-  } const on_device{cuda_verbs()->use_device(device)};
+    ~OnDevice() { cuda_backend()->use_device(before); }
+  } const on_device{cuda_backend()->use_device(device)};
   nb::object given = book ? nb::cast(book, nb::rv_policy::reference) : nb::none();
-  const auto lent = nb::module_::import_("hisac.arrays").attr("lend")(workspace(1, Device::cuda), device, given);
+  Context context;
+  context.device = Device::cuda;
+  const auto lent = nb::module_::import_("hisac.arrays").attr("lend")(workspace(context), device, given);
   View scratch, image;
   const auto bytes = [](nb::handle array, View* view) -> Array<std::byte, 1> {
     if (array.is_none()) return {};
     *view = nb::cast<View>(array);
     return {static_cast<std::byte*>(view->tensor.data) + view->tensor.byte_offset, {view->tensor.shape[0]}};
   };
-  const Array<std::byte, 1> workspace_bytes = bytes(lent[0], &scratch), image_bytes = bytes(lent[1], &image);
-  const Context context{workspace_bytes,
-                        nullptr,
-                        Device::cuda,
-                        reinterpret_cast<void*>(nb::cast<uintptr_t>(lent[2])),
-                        {image_bytes.data, {image_bytes.shape[0]}}};
+  context.workspace = bytes(lent[0], &scratch);
+  const Array<std::byte, 1> image_bytes = bytes(lent[1], &image);
+  context.codebook_image = {image_bytes.data, {image_bytes.shape[0]}};
+  context.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(lent[2]));
   raise(verb(context));  // puts work on the stream, in whose order the scratch is freed
 }
 
-/// Runs verb(context) where the call's arrays lie, on a CPU without the GIL, with workspace(workers, device) bytes of
-/// scratch.
+/// Runs verb(context) where the call's arrays lie, on a CPU without the GIL, with workspace(context) bytes of scratch.
 template <class Workspace, class Verb>
 void run(const Call& call, Workspace workspace, Verb verb, const Codebook* book = nullptr) {
   if (call.on_cuda()) return run_on_cuda(call.device.device_id, book, workspace, verb);
@@ -143,7 +142,9 @@ void run(const Call& call, Workspace workspace, Verb verb, const Codebook* book 
   Scratch scratch(std::move(kept));
   Executor executor;
   std::shared_ptr<ThreadPool> pool = Pool::get().borrow(&executor);
-  const Context context{scratch.take(workspace(executor.workers, Device::cpu)), &executor};
+  Context context;
+  context.executor = &executor;
+  context.workspace = scratch.take(workspace(context));
   Status status;
   {
     nb::gil_scoped_release release;

@@ -14,7 +14,8 @@ from importlib.metadata import version
 
 from ._core import CorruptFileError
 from .codebook import Codebook
-from .ops import (
+from .types import Agents, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
+from .verbs import (
     attend,
     attend_backward,
     backends,
@@ -27,7 +28,6 @@ from .ops import (
     set_num_threads,
     vote,
 )
-from .results import Agents, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
 
 __version__ = version("hisac")
 CorruptFileError.__module__ = "hisac"

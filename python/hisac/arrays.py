@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .results import Array
+from .types import Array
 
 FLOAT32, INT32, INT64 = map(np.dtype, (np.float32, np.int32, np.int64))
 NUMBERS = (int, float, np.number)
@@ -61,7 +61,7 @@ def cuda_missing() -> str:
         return "this build has no CUDA kernels"
     why: str = _cuda.enable()
     if not why:
-        _core.use_cuda(_cuda.verbs())
+        _core.use_cuda(_cuda.backend())
     return why
 
 

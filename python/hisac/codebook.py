@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from . import _core
 from .arrays import FLOAT32, INT32, INT64, empty, give, is_torch, take, take_one, whole
-from .results import Agents, Array, FitReport
+from .types import Agents, Array, FitReport
 
 Progress = Callable[[int, int, float], Any]
 

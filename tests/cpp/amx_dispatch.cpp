@@ -4,10 +4,10 @@
 #include "hisac/hisac.h"
 
 namespace hisac {
-namespace cpu {
+namespace simd {
 const Kernels& kernels() noexcept { return test::amx_twin(); }
-}  // namespace cpu
+}  // namespace simd
 
-const char* active_isa() noexcept { return cpu::kernels().name; }
-const char* available_isas() noexcept { return cpu::kernels().name; }
+const char* active_isa() noexcept { return simd::kernels().name; }
+const char* available_isas() noexcept { return simd::kernels().name; }
 }  // namespace hisac

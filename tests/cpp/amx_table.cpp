@@ -8,16 +8,16 @@
 #define HISAC_PAIRS
 #define HISAC_ISA_TABLE kTwinLoops
 #define HISAC_ISA_NAME "amx-twin"
-namespace hisac::cpu {
+namespace hisac::simd {
 extern const Kernels kTwinLoops;
 }
-#include "cpu/kernels.inl"
+#include "cpu/simd/kernels.inl"
 
 namespace test {
-const hisac::cpu::Kernels& amx_twin() noexcept {
-  static const hisac::cpu::Kernels table = [] {
-    using hisac::cpu::Products, hisac::cpu::Twin;
-    hisac::cpu::Kernels k = hisac::cpu::kTwinLoops;
+const hisac::simd::Kernels& amx_twin() noexcept {
+  static const hisac::simd::Kernels table = [] {
+    using hisac::simd::Products, hisac::simd::Twin;
+    hisac::simd::Kernels k = hisac::simd::kTwinLoops;
     k.matmul_pairs = Products<Twin>::matmul;
     k.accumulate_pairs = Products<Twin>::accumulate;
     k.matmul_split = Products<Twin>::matmul_split;

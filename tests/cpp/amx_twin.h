@@ -6,12 +6,12 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/amx.h"
-#include "cpu/pack.h"
+#include "cpu/simd/amx.h"
+#include "cpu/simd/pack.h"
 
-#include "cpu/amx.inl"
+#include "cpu/simd/amx.inl"
 
-namespace hisac::cpu {
+namespace hisac::simd {
 namespace {
 
 inline float float_of(uint32_t bits) {
@@ -132,4 +132,4 @@ struct Twin {
 };
 
 }  // namespace
-}  // namespace hisac::cpu
+}  // namespace hisac::simd

@@ -107,7 +107,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   Results r;
 
   Guarded<int32_t> codes(t * levels);
-  r.call("encode", encode_workspace(p.book, workers), executor,
+  r.call("encode", encode_workspace(test::sizing(workers), p.book), executor,
          [&](const Context& c) { return encode(c, p.book, x, {codes.data(), {t, levels}}); });
   r.keep("codes", codes);
 
@@ -116,7 +116,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   if (!o.fanout) voting.budget = m;
   Guarded<int32_t> agent_codes(users * m * levels), count(users);
   Guarded<int64_t> votes(users * m);
-  r.call("vote", vote_workspace(p.book, voting, t, workers), executor, [&](const Context& c) {
+  r.call("vote", vote_workspace(test::sizing(workers), p.book, voting, t), executor, [&](const Context& c) {
     return vote(c, p.book, voting, {codes.data(), {t, levels}}, histories, {p.weights.data(), {t}},
                 {{agent_codes.data(), {users, m, levels}}, {votes.data(), {users, m}}, {count.data(), {users}}});
   });
@@ -143,7 +143,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   if (o.without_x) in.x = {};
   Guarded<std::byte> tokens(users * mt * w * bytes_of(o.dtype));
   Guarded<float> lse(users * mt), refined(o.refine ? users * m * d : 0);
-  r.call("route", route_workspace(routing, in, t, workers), executor, [&](const Context& c) {
+  r.call("route", route_workspace(test::sizing(workers), routing, in, t), executor, [&](const Context& c) {
     return route(c, routing, in,
                  {{tokens.data(), o.dtype, users * mt, w},
                   {lse.data(), {users, mt}},
@@ -162,7 +162,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   if (exact) gradients.bias = {d_bias.data(), {t}};
   if (dx) gradients.x = {d_x.data(), {t, d}};
   if (exact) gradients.prototypes = {d_prototypes.data(), {users, m, d}};
-  r.call("route_backward", route_backward_workspace(routing, in, gradients, t, workers), executor,
+  r.call("route_backward", route_backward_workspace(test::sizing(workers), routing, in, gradients, t), executor,
          [&](const Context& c) {
            return route_backward(c, routing, in,
                                  {p.rows_of(p.d_tokens, w),
@@ -188,24 +188,25 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
                                0.5f};
   Guarded<std::byte> out(n * h * w * bytes_of(o.dtype));
   Guarded<float> out_lse(n * h);
-  r.call("attend", attend_workspace(attention, workers), executor, [&](const Context& c) {
+  r.call("attend", attend_workspace(test::sizing(workers), attention), executor, [&](const Context& c) {
     return attend(c, attention, {{out.data(), o.dtype, n * h, w}, {out_lse.data(), {n, h}}});
   });
   r.keep("out", out);
   r.keep("out_lse", out_lse);
 
   Guarded<float> d_q(n * h * key), d_keys(users * mt * h * key), d_values(users * mt * h * w), d_token_bias(users * mt);
-  r.call("attend_backward", attend_backward_workspace(attention, workers), executor, [&](const Context& c) {
-    return attend_backward(c, attention,
-                           {p.rows_of(p.d_out, w),
-                            {p.d_out_lse.data(), {n, h}},
-                            {out.data(), o.dtype, n * h, w},
-                            {out_lse.data(), {n, h}}},
-                           {{d_q.data(), {n, h, key}},
-                            {d_keys.data(), {users, mt, h, key}},
-                            {d_values.data(), {users, mt, h, w}},
-                            {d_token_bias.data(), {users, mt}}});
-  });
+  r.call("attend_backward", attend_backward_workspace(test::sizing(workers), attention), executor,
+         [&](const Context& c) {
+           return attend_backward(c, attention,
+                                  {p.rows_of(p.d_out, w),
+                                   {p.d_out_lse.data(), {n, h}},
+                                   {out.data(), o.dtype, n * h, w},
+                                   {out_lse.data(), {n, h}}},
+                                  {{d_q.data(), {n, h, key}},
+                                   {d_keys.data(), {users, mt, h, key}},
+                                   {d_values.data(), {users, mt, h, w}},
+                                   {d_token_bias.data(), {users, mt}}});
+         });
   r.keep("d_q", d_q);
   r.keep("d_keys", d_keys);
   r.keep("d_values", d_values);

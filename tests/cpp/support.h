@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the test programs share: memory that notices a byte too far, executors of several manners, small random data.
 #pragma once
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -188,6 +189,16 @@ struct Threads {
   }
   hisac::Executor executor() { return {this, workers, run}; }
 };
+
+/// A context of so many workers, for workspace functions alone.
+inline hisac::Context sizing(int workers) {
+  static const std::array<hisac::Executor, 65> executors = [] {
+    std::array<hisac::Executor, 65> all;
+    for (int w = 0; w < 65; ++w) all[size(w)] = {nullptr, w, Backwards::run};
+    return all;
+  }();
+  return {{}, &executors.at(size(workers))};
+}
 
 /// Runs a verb in a workspace of exactly `bytes`; false where it failed or wrote past the end.
 template <class Verb>

@@ -68,7 +68,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       return bytes;
     };
 
-    check("encode", counted_size([&] { return encode_workspace(book, workers); }),
+    check("encode", counted_size([&] { return encode_workspace(test::sizing(workers), book); }),
           [&](const Context& c) { return encode(c, book, xs, {codes.data(), {kRows, 2}}); });
     check("leaves", 0,
           [&](const Context&) { return leaves(book, {codes.data(), {kRows, 2}}, {leaf.data(), {kRows}}); });
@@ -78,10 +78,12 @@ TEST_CASE("no verb allocates, serial or in a pool") {
         params.budget = kSeats;
       else
         params.fanout[0] = 5, params.fanout[1] = 2;
-      check("vote", counted_size([&] { return vote_workspace(book, params, kRows, workers); }), [&](const Context& c) {
-        return vote(c, book, params, {codes.data(), {kRows, 2}}, histories, {bias.data(), {kRows}},
-                    {{agents.data(), {kUsers, kSeats, 2}}, {votes.data(), {kUsers, kSeats}}, {count.data(), {kUsers}}});
-      });
+      check("vote", counted_size([&] { return vote_workspace(test::sizing(workers), book, params, kRows); }),
+            [&](const Context& c) {
+              return vote(
+                  c, book, params, {codes.data(), {kRows, 2}}, histories, {bias.data(), {kRows}},
+                  {{agents.data(), {kUsers, kSeats, 2}}, {votes.data(), {kUsers, kSeats}}, {count.data(), {kUsers}}});
+            });
     }
     check("prototypes", 0, [&](const Context& c) {
       return hisac::code_prototypes(c, book, {agents.data(), {kUsers * kSeats, 2}},
@@ -99,14 +101,14 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                              {codes.data(), {kRows, 2}},
                              &book};
         constexpr int64_t kTokens = kSeats + 1;
-        check("route", counted_size([&] { return route_workspace(params, in, kRows, workers); }),
+        check("route", counted_size([&] { return route_workspace(test::sizing(workers), params, in, kRows); }),
               [&](const Context& c) {
                 return route(c, params, in,
                              {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
                               {lse.data(), {kUsers, kTokens}},
                               {refined.data(), {kUsers, kSeats, kWidth}}});
               });
-        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(in, kRows, workers); }),
+        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), in, kRows); }),
               [&](const Context& c) {
                 return leaf_sums(c, in,
                                  {{dx.data(), {kRows, kWidth}},
@@ -123,8 +125,9 @@ TEST_CASE("no verb allocates, serial or in a pool") {
           gradients.x = {dx.data(), {kRows, kWidth}};
           gradients.prototypes = {dp.data(), {kUsers, kSeats, kWidth}};
         }
-        check("route_backward",
-              counted_size([&] { return route_backward_workspace(params, in, gradients, kRows, workers); }),
+        check("route_backward", counted_size([&] {
+                return route_backward_workspace(test::sizing(workers), params, in, gradients, kRows);
+              }),
               [&](const Context& c) {
                 return route_backward(
                     c, params, in,
@@ -134,10 +137,10 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       }
     const AttendInputs in{xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, histories, {},
                           1};
-    check("attend", counted_size([&] { return attend_workspace(in, workers); }), [&](const Context& c) {
+    check("attend", counted_size([&] { return attend_workspace(test::sizing(workers), in); }), [&](const Context& c) {
       return attend(c, in, {{out.data(), DType::float32, kRows, kWidth}, {out_lse.data(), {kRows, 1}}});
     });
-    check("attend_backward", counted_size([&] { return attend_backward_workspace(in, workers); }),
+    check("attend_backward", counted_size([&] { return attend_backward_workspace(test::sizing(workers), in); }),
           [&](const Context& c) {
             return attend_backward(c, in, {vs, {}, test::rows(out, kWidth), {out_lse.data(), {kRows, 1}}},
                                    {{dx.data(), {kRows, 1, kWidth}},
@@ -151,7 +154,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
     params.iterations = 3;
     const Array<float, 2> levels[] = {{centers.data(), {4, kWidth}}, {centers.data() + 4 * kWidth, {4, kWidth}}};
     FitReport report;
-    check("fit", counted_size([&] { return fit_workspace(params, kRows, kWidth, workers); }),
+    check("fit", counted_size([&] { return fit_workspace(test::sizing(workers), params, kRows, kWidth); }),
           [&](const Context& c) { return fit(c, params, xs, levels, &report); });
   }
 }

@@ -12,7 +12,7 @@
 #include "amx_twin.h"
 #include "support.h"
 
-using namespace hisac::cpu;
+using namespace hisac::simd;
 using test::Guarded;
 using test::Random;
 using test::size;

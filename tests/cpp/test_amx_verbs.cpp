@@ -60,9 +60,9 @@ TEST_CASE("route on the twin, in bfloat16 and in two halves of it") {
     };
     const test::Backwards manner{3, 1};
     const Executor three = const_cast<test::Backwards&>(manner).executor();
-    REQUIRE(
-        test::exactly(route_workspace(params, in, kRows, 3), &three, [&](const Context& c) { return run(c, again); }));
-    REQUIRE(test::exactly(route_workspace(params, in, kRows, 1), nullptr,
+    REQUIRE(test::exactly(route_workspace(test::sizing(3), params, in, kRows), &three,
+                          [&](const Context& c) { return run(c, again); }));
+    REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, kRows), nullptr,
                           [&](const Context& c) { return run(c, tokens); }));
     CHECK((tokens.intact() && lse.intact() && again.intact()));
     CHECK(tokens.values() == again.values());

@@ -19,7 +19,7 @@ void check_vote(const Codebook& book, const VoteParams& params, const std::vecto
   const int64_t m = seats(params, book.levels());
   std::vector<int32_t> agents(test::size(users * m * book.levels())), count(test::size(users));
   std::vector<int64_t> votes(test::size(users * m));
-  REQUIRE(test::exactly(vote_workspace(book, params, t, 1), nullptr, [&](const Context& c) {
+  REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, t), nullptr, [&](const Context& c) {
     return vote(c, book, params, {codes.data(), {t, book.levels()}}, test::histories(offsets), {weights, {t}},
                 {{agents.data(), {users, m, book.levels()}}, {votes.data(), {users, m}}, {count.data(), {users}}});
   }));
@@ -58,7 +58,7 @@ TEST_CASE("encode: codes are the definition's, ties and near-ties included") {
     x[test::size(301 * width)] = -std::numeric_limits<float>::infinity();
     x[test::size(302 * width)] = std::numeric_limits<float>::max();
     std::vector<int32_t> codes(500 * 3);
-    REQUIRE(test::exactly(encode_workspace(book, 1), nullptr, [&](const Context& c) {
+    REQUIRE(test::exactly(encode_workspace(test::sizing(1), book), nullptr, [&](const Context& c) {
       return encode(c, book, test::rows(x, width), {codes.data(), {500, 3}});
     }));
     for (int64_t i = 0; i < 500; ++i) {
@@ -75,7 +75,7 @@ TEST_CASE("encode: equal codewords, the lower code; magnitudes whose squares ove
   REQUIRE(Codebook::build(centers, 2, &book).ok());
   const std::vector<float> x{1, 1, 3e38f, -3e38f, -3e38f, 3e38f, 0, 0};
   std::vector<int32_t> codes(8);
-  REQUIRE(test::exactly(encode_workspace(book, 1), nullptr,
+  REQUIRE(test::exactly(encode_workspace(test::sizing(1), book), nullptr,
                         [&](const Context& c) { return encode(c, book, test::rows(x, 2), {codes.data(), {4, 2}}); }));
   CHECK(codes == std::vector<int32_t>{0, 0, 2, 0, 0, 0, 0, 0});
   for (int64_t i = 0; i < 4; ++i) CHECK(definition::encode(book, x.data() + i * 2)[0] == codes[test::size(i * 2)]);
@@ -192,7 +192,7 @@ TEST_CASE("route: tokens and lse are the definition's") {
                                {count.data(), {kUsers}},   {bias.data(), {kRows}},
                                {codes.data(), {kRows, 2}}, &book};
           Guarded<float> tokens(kUsers * m * kValues), lse(kUsers * m), refined(kUsers * kAgents * kWidth);
-          REQUIRE(test::exactly(route_workspace(params, in, kRows, 1), nullptr, [&](const Context& c) {
+          REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, kRows), nullptr, [&](const Context& c) {
             return route(c, params, in,
                          {{tokens.data(), DType::float32, kUsers * m, kValues},
                           {lse.data(), {kUsers, m}},
@@ -275,7 +275,7 @@ TEST_CASE("attend: outputs and lse are the definition's") {
                         {bias.data(), {kUsers, kTokens}},
                         .4f};
   Guarded<float> out(kPairs * kHeads * kValues), lse(kPairs * kHeads);
-  REQUIRE(test::exactly(attend_workspace(in, 1), nullptr, [&](const Context& c) {
+  REQUIRE(test::exactly(attend_workspace(test::sizing(1), in), nullptr, [&](const Context& c) {
     return attend(c, in, {{out.data(), DType::float32, kPairs * kHeads, kValues}, {lse.data(), {kPairs, kHeads}}});
   }));
   for (int64_t n = 0; n < kPairs; ++n)
@@ -324,7 +324,7 @@ TEST_CASE("values are never errors: a finite bias of any size gives a finite tok
                              {},
                              nullptr};
         float tokens[2], lse[1];
-        REQUIRE(test::exactly(route_workspace(params, in, 2, 1), nullptr, [&](const Context& c) {
+        REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, 2), nullptr, [&](const Context& c) {
           return route(c, params, in, {{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {}});
         }));
         CHECK(tokens[0] == (large > 0 ? 1.f : 2.f));

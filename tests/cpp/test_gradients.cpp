@@ -70,7 +70,7 @@ TEST_CASE("route_backward: v, temperature, bias, x and prototypes") {
                            {},
                            nullptr};
       std::vector<float> tokens(kAgents * kValues), lse(kAgents);
-      REQUIRE(test::exactly(route_workspace(params, in, kRows, 1), nullptr, [&](const Context& c) {
+      REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, kRows), nullptr, [&](const Context& c) {
         return route(c, params, in,
                      {{tokens.data(), DType::float32, kAgents, kValues}, {lse.data(), {1, kAgents}}, {}});
       }));
@@ -80,14 +80,15 @@ TEST_CASE("route_backward: v, temperature, bias, x and prototypes") {
                                {dbias.data(), {kRows}},
                                {dx.data(), {kRows, kWidth}},
                                {dp.data(), {1, kAgents, kWidth}}};
-      REQUIRE(test::exactly(route_backward_workspace(params, in, out, kRows, 1), nullptr, [&](const Context& c) {
-        return route_backward(c, params, in,
-                              {test::rows(d_tokens, kValues),
-                               {d_lse.data(), {1, kAgents}},
-                               test::rows(tokens, kValues),
-                               {lse.data(), {1, kAgents}}},
-                              out);
-      }));
+      REQUIRE(test::exactly(route_backward_workspace(test::sizing(1), params, in, out, kRows), nullptr,
+                            [&](const Context& c) {
+                              return route_backward(c, params, in,
+                                                    {test::rows(d_tokens, kValues),
+                                                     {d_lse.data(), {1, kAgents}},
+                                                     test::rows(tokens, kValues),
+                                                     {lse.data(), {1, kAgents}}},
+                                                    out);
+                            }));
       Doubles dx_at = doubles(x), v_at = doubles(v), bias_at = doubles(bias), p_at = doubles(p),
               tau_at = doubles(temperature);
       const auto loss = [&] {
@@ -122,11 +123,11 @@ TEST_CASE("attend_backward: q, keys, values and bias") {
                         {bias.data(), {1, kTokens}},
                         .7f};
   std::vector<float> out(kPairs * kValues), lse(kPairs);
-  REQUIRE(test::exactly(attend_workspace(in, 1), nullptr, [&](const Context& c) {
+  REQUIRE(test::exactly(attend_workspace(test::sizing(1), in), nullptr, [&](const Context& c) {
     return attend(c, in, {{out.data(), DType::float32, kPairs, kValues}, {lse.data(), {kPairs, 1}}});
   }));
   std::vector<float> dq(q.size()), dk(keys.size()), dv(values.size()), db(bias.size());
-  REQUIRE(test::exactly(attend_backward_workspace(in, 1), nullptr, [&](const Context& c) {
+  REQUIRE(test::exactly(attend_backward_workspace(test::sizing(1), in), nullptr, [&](const Context& c) {
     return attend_backward(
         c, in,
         {test::rows(d_out, kValues), {d_lse.data(), {kPairs, 1}}, test::rows(out, kValues), {lse.data(), {kPairs, 1}}},

@@ -41,7 +41,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
                            nullptr};
       std::vector<float> tokens(test::size(users * m * kWidth), 7.f), lse(test::size(users * m), 7.f),
           refined(test::size(users * agents * kWidth));
-      test::Workspace workspace(route_workspace(params, in, rows, 1));
+      test::Workspace workspace(route_workspace(test::sizing(1), params, in, rows));
       CHECK(what(route({workspace.array(), nullptr}, params, in,
                        {{tokens.data(), DType::float32, users * m, kWidth},
                         {lse.data(), {users, m}},
@@ -59,7 +59,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
                                {dbias.data(), {rows}},
                                {dx.data(), {rows, kWidth}},
                                {dp.data(), {users, agents, kWidth}}};
-      test::Workspace backward(route_backward_workspace(params, in, out, rows, 1));
+      test::Workspace backward(route_backward_workspace(test::sizing(1), params, in, out, rows));
       CHECK(what(route_backward({backward.array(), nullptr}, params, in,
                                 {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {users, m}}},
                                 out)) == "");
@@ -76,7 +76,7 @@ void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<
   const AttendInputs in{
       test::rows(q, kWidth), test::rows(k, kWidth), test::rows(k, kWidth), tokens, 2, test::histories(offsets), {}, 1};
   std::vector<float> out(q.size(), 7.f), lse(test::size(pairs * 2), 7.f);
-  test::Workspace workspace(attend_workspace(in, 1));
+  test::Workspace workspace(attend_workspace(test::sizing(1), in));
   CHECK(what(attend({workspace.array(), nullptr}, in,
                     {{out.data(), DType::float32, pairs * 2, kWidth}, {lse.data(), {pairs, 2}}})) == "");
   if (tokens == 0)
@@ -84,7 +84,7 @@ void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<
   if (tokens == 0)
     for (float f : out) CHECK(f == 0.f);
   std::vector<float> dq(q.size()), dk(k.size(), 7.f), dv(k.size());
-  test::Workspace backward(attend_backward_workspace(in, 1));
+  test::Workspace backward(attend_backward_workspace(test::sizing(1), in));
   CHECK(what(attend_backward({backward.array(), nullptr}, in,
                              {test::rows(out, kWidth), {}, test::rows(out, kWidth), {lse.data(), {pairs, 2}}},
                              {{dq.data(), {pairs, 2, kWidth}},
@@ -100,7 +100,7 @@ void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<
 TEST_CASE("no rows: encode, leaves, prototypes") {
   Random random(22);
   const Codebook book = test::codebook(random, {3, 2}, kWidth);
-  test::Workspace workspace(encode_workspace(book, 1));
+  test::Workspace workspace(encode_workspace(test::sizing(1), book));
   CHECK(what(encode({workspace.array(), nullptr}, book, {nullptr, DType::float32, 0, kWidth}, {nullptr, {0, 2}})) ==
         "");
   CHECK(what(leaves(book, {nullptr, {0, 2}}, {nullptr, {0}})) == "");
@@ -114,7 +114,7 @@ TEST_CASE("no rows or no users: vote") {
   params.budget = 4;
   std::vector<int32_t> agents(2 * 4 * 2), count{7, 7};
   std::vector<int64_t> votes(8, 7), zeros(3);
-  test::Workspace workspace(vote_workspace(book, params, 0, 1));
+  test::Workspace workspace(vote_workspace(test::sizing(1), book, params, 0));
   const Context context{workspace.array(), nullptr};
   CHECK(what(vote(context, book, params, {nullptr, {0, 2}}, test::histories(zeros), {},
                   {{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}})) == "");
@@ -148,7 +148,7 @@ TEST_CASE("candidates outside every user's range have no output") {
   const AttendInputs in{
       test::rows(q, 1), test::rows(k, 1), test::rows(k, 1), 1, 1, {starts.data(), ends.data(), DType::int64, 1}, {}, 1};
   float out[3], lse[3];
-  REQUIRE(test::exactly(attend_workspace(in, 1), nullptr,
+  REQUIRE(test::exactly(attend_workspace(test::sizing(1), in), nullptr,
                         [&](const Context& c) { return attend(c, in, {{out, DType::float32, 3, 1}, {lse, {3, 1}}}); }));
   const float none = -std::numeric_limits<float>::infinity();
   CHECK((out[0] == 0 && out[1] == 1 && out[2] == 0));
@@ -170,7 +170,7 @@ TEST_CASE("int32 and int64 offsets are one") {
   for (const Histories& h : {a, b}) {
     std::vector<int32_t> agents(9), count(3);
     int64_t* const out = votes[i++].data();
-    REQUIRE(test::exactly(vote_workspace(book, params, 9, 1), nullptr, [&](const Context& c) {
+    REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, 9), nullptr, [&](const Context& c) {
       return vote(c, book, params, {codes.data(), {9, 1}}, h, {},
                   {{agents.data(), {3, 3, 1}}, {out, {3, 3}}, {count.data(), {3}}});
     }));
@@ -203,14 +203,14 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
                          nullptr};
     Out out{std::vector<float>(test::size(agents * kWidth)), std::vector<float>(test::size(agents)),
             std::vector<float>(kRows * kWidth), std::vector<float>(kRows * kWidth), std::vector<float>(kRows)};
-    REQUIRE(test::exactly(route_workspace(params, in, kRows, workers), executor, [&](const Context& c) {
+    REQUIRE(test::exactly(route_workspace(test::sizing(workers), params, in, kRows), executor, [&](const Context& c) {
       return route(c, params, in,
                    {{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}});
     }));
     const RouteGradients gradients{
         {out.dv.data(), {kRows, kWidth}}, {}, {out.dbias.data(), {kRows}}, {out.dx.data(), {kRows, kWidth}}, {}};
-    REQUIRE(
-        test::exactly(route_backward_workspace(params, in, gradients, kRows, workers), executor, [&](const Context& c) {
+    REQUIRE(test::exactly(
+        route_backward_workspace(test::sizing(workers), params, in, gradients, kRows), executor, [&](const Context& c) {
           return route_backward(c, params, in,
                                 {{d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
                                  {},

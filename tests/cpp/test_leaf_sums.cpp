@@ -77,7 +77,7 @@ TEST_CASE("leaf_sums: means, masses and spreads are the definition's") {
   Random random(50);
   Batch batch(random, {0, 9000, 9000, 9100});
   Sums sums(batch.rows);
-  REQUIRE(test::exactly(leaf_sums_workspace(batch.in, 9000, 1), nullptr,
+  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), batch.in, 9000), nullptr,
                         [&](const Context& c) { return leaf_sums(c, batch.in, sums.out()); }));
   CHECK(sums.intact());
   CHECK(sums.offsets.data()[1] == sums.offsets.data()[2]);
@@ -121,13 +121,13 @@ TEST_CASE("leaf_sums: the same bits for any workers and any batch") {
   Random random(51);
   Batch batch(random, {0, 30000, 30050, 52000});
   Sums serial(batch.rows);
-  REQUIRE(test::exactly(leaf_sums_workspace(batch.in, 30000, 1), nullptr,
+  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), batch.in, 30000), nullptr,
                         [&](const Context& c) { return leaf_sums(c, batch.in, serial.out()); }));
   for (int workers : {2, 7}) {
     test::Backwards manner{workers, 1};
     const Executor executor = manner.executor();
     Sums shared(batch.rows);
-    REQUIRE(test::exactly(leaf_sums_workspace(batch.in, 30000, workers), &executor,
+    REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(workers), batch.in, 30000), &executor,
                           [&](const Context& c) { return leaf_sums(c, batch.in, shared.out()); }));
     CHECK(std::memcmp(serial.x.data(), shared.x.data(), test::size(serial.x.count()) * 4) == 0);
     CHECK(std::memcmp(serial.v.data(), shared.v.data(), test::size(serial.v.count()) * 4) == 0);
@@ -140,7 +140,7 @@ TEST_CASE("leaf_sums: the same bits for any workers and any batch") {
   Sums one(batch.rows);
   LeafSums out = one.out();
   out.offsets.shape[0] = 2;
-  REQUIRE(test::exactly(leaf_sums_workspace(alone, 21950, 1), nullptr,
+  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), alone, 21950), nullptr,
                         [&](const Context& c) { return leaf_sums(c, alone, out); }));
   const int64_t n = one.offsets.data()[1];
   REQUIRE(n == serial.offsets.data()[3] - first);

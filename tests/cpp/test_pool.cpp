@@ -279,7 +279,7 @@ TEST_CASE("the pool's verbs equal the serial ones while many threads serve reque
   const Executor executor = pool.executor();
   const auto codes_by = [&](const Executor* e) {
     std::vector<int32_t> codes(4000);
-    const bool ok = test::exactly(encode_workspace(book, workers_of({{}, e})), e, [&](const Context& c) {
+    const bool ok = test::exactly(encode_workspace({{}, e}, book), e, [&](const Context& c) {
       return encode(c, book, test::rows(x, 8), {codes.data(), {2000, 2}});
     });
     return ok ? codes : std::vector<int32_t>{};

@@ -21,15 +21,16 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 std::vector<float> run(const RouteParams& params, const RouteInputs& in) {
   const int64_t t = in.behaviours(), m = kAgents + (params.missing == Missing::token);
   Guarded<float> tokens(kUsers * m * kWide), lse(kUsers * m), dv(t * kWide), dx(t * kWidth), dtau(1);
-  REQUIRE(test::exactly(route_workspace(params, in, t, 1), nullptr, [&](const Context& c) {
+  REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, t), nullptr, [&](const Context& c) {
     return route(c, params, in, {{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}, {}});
   }));
   RouteGradients gradients{{dv.data(), {t, kWide}}, {dtau.data(), {1}}, {}, {}, {}};
   if (params.method == Method::exact) gradients.x = {dx.data(), {t, kWidth}};
   const Rows given{tokens.data(), DType::float32, kUsers * m, kWide};
-  REQUIRE(test::exactly(route_backward_workspace(params, in, gradients, t, 1), nullptr, [&](const Context& c) {
-    return route_backward(c, params, in, {given, {}, given, {lse.data(), {kUsers, m}}}, gradients);
-  }));
+  REQUIRE(test::exactly(
+      route_backward_workspace(test::sizing(1), params, in, gradients, t), nullptr, [&](const Context& c) {
+        return route_backward(c, params, in, {given, {}, given, {lse.data(), {kUsers, m}}}, gradients);
+      }));
   std::vector<float> all;
   for (Guarded<float>* out : {&tokens, &lse, &dv, &dx, &dtau}) {
     CHECK(out->intact());

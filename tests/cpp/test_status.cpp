@@ -193,10 +193,10 @@ TEST_CASE("fit_workspace of sizes out of range answers") {
   for (int64_t size :
        {int64_t{-5}, (int64_t{1} << 20) + 1, (int64_t{1} << 61) + 1, std::numeric_limits<int64_t>::max()}) {
     params.sizes[0] = size;
-    CHECK(fit_workspace(params, 10, 3, 2) == 0);
+    CHECK(fit_workspace(test::sizing(2), params, 10, 3) == 0);
   }
   params.levels = 9;
-  CHECK(fit_workspace(params, 10, 3, 2) == 0);
+  CHECK(fit_workspace(test::sizing(2), params, 10, 3) == 0);
 }
 
 TEST_CASE("vote") {
@@ -221,7 +221,7 @@ TEST_CASE("vote") {
   for (int64_t budget : {-1, 4097}) {
     r.voting = {budget, {}};
     invalid(r.vote(), "vote: budget expected 1 to 4096, got " + std::to_string(budget));
-    CHECK(vote_workspace(r.book, r.voting, 6, 1) == 0);
+    CHECK(vote_workspace(test::sizing(1), r.book, r.voting, 6) == 0);
   }
   r.voting = {4, {}};
   r.given.shape[1] = 3;

@@ -26,23 +26,23 @@ class Verbs {
  public:
   std::vector<Verb> all() {
     return {
-        {"encode", [this](int w) { return encode_workspace(book_, w); },
+        {"encode", [this](int w) { return encode_workspace(test::sizing(w), book_); },
          [this](const Context& c) { return encode(c, book_, x_, {codes_.data(), {kRows, 2}}); },
          [this] { return codes_.holds(0x5a); }},
-        {"fit", [this](int w) { return fit_workspace(fit_, kRows, kWidth, w); },
+        {"fit", [this](int w) { return fit_workspace(test::sizing(w), fit_, kRows, kWidth); },
          [this](const Context& c) {
            const Array<float, 2> centers[] = {{centers_.data(), {4, kWidth}}};
            FitReport report;
            return fit(c, fit_, x_, centers, &report);
          },
          [this] { return centers_.holds(0x5a); }},
-        {"vote", [this](int w) { return vote_workspace(book_, vote_, kLongest, w); },
+        {"vote", [this](int w) { return vote_workspace(test::sizing(w), book_, vote_, kLongest); },
          [this](const Context& c) {
            return vote(c, book_, vote_, {given_codes_.data(), {kRows, 2}}, histories_, {},
                        {{agents_.data(), {2, kSeats, 2}}, {votes_.data(), {2, kSeats}}, {count_.data(), {2}}});
          },
          [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
-        {"route", [this](int w) { return route_workspace(route_, inputs_, kLongest, w); },
+        {"route", [this](int w) { return route_workspace(test::sizing(w), route_, inputs_, kLongest); },
          [this](const Context& c) {
            return route(c, route_, inputs_,
                         {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
@@ -51,7 +51,7 @@ class Verbs {
          },
          [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && refined_.holds(0x5a); }},
         {"route_backward",
-         [this](int w) { return route_backward_workspace(plain_, inputs_, gradients(), kLongest, w); },
+         [this](int w) { return route_backward_workspace(test::sizing(w), plain_, inputs_, gradients(), kLongest); },
          [this](const Context& c) {
            return route_backward(
                c, plain_, inputs_,
@@ -59,12 +59,12 @@ class Verbs {
                gradients());
          },
          [this] { return d_v_.holds(0x5a) && d_tau_.holds(0x5a) && d_x_.holds(0x5a) && d_p_.holds(0x5a); }},
-        {"attend", [this](int w) { return attend_workspace(attention_, w); },
+        {"attend", [this](int w) { return attend_workspace(test::sizing(w), attention_); },
          [this](const Context& c) {
            return attend(c, attention_, {{out_.data(), DType::float32, kRows, kWidth}, {out_lse_.data(), {kRows, 1}}});
          },
          [this] { return out_.holds(0x5a) && out_lse_.holds(0x5a); }},
-        {"attend_backward", [this](int w) { return attend_backward_workspace(attention_, w); },
+        {"attend_backward", [this](int w) { return attend_backward_workspace(test::sizing(w), attention_); },
          [this](const Context& c) {
            return attend_backward(c, attention_, {x_, {}, x_, {bias_.data(), {kRows, 1}}},
                                   {{d_q_.data(), {kRows, 1, kWidth}},

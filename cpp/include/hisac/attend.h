@@ -25,7 +25,7 @@ struct Attended {
 };
 
 Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept;
-size_t attend_workspace(const AttendInputs& inputs, int workers, Device device = Device::cpu) noexcept;
+size_t attend_workspace(const Context& context, const AttendInputs& inputs) noexcept;
 
 struct AttendForward {
   Rows d_out;                   // [N * H, V], q's type
@@ -45,6 +45,6 @@ struct AttendGradients {
 /// w = exp(z - lse), dz = w (dout . values - dout . out + dlse), recomputed; deterministic.
 Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
                        const AttendGradients& out) noexcept;
-size_t attend_backward_workspace(const AttendInputs& inputs, int workers, Device device = Device::cpu) noexcept;
+size_t attend_backward_workspace(const Context& context, const AttendInputs& inputs) noexcept;
 
 }  // namespace hisac

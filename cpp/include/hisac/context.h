@@ -18,7 +18,8 @@ struct Executor {
 /// Where a verb's arrays lie, the workspace among them.
 enum class Device : int32_t { cpu, cuda };
 
-/// `workspace` is scratch of at least the bytes that <verb>_workspace names, aligned to 64; null executor: serial.
+/// `workspace` is scratch of at least the bytes that <verb>_workspace(context, ..) names, aligned to 64; that function
+/// reads the device and the executor's number of workers alone. Null executor: serial.
 struct Context {
   Array<std::byte, 1> workspace{};
   const Executor* executor = nullptr;
@@ -27,7 +28,7 @@ struct Context {
   Array<const std::byte, 1> codebook_image{};  // on the device: codebook_image of the verb's codebook
 };
 
-/// The workers of a context, as the workspace functions take them; a device takes any.
+/// The workers of a context on the CPU.
 inline int workers_of(const Context& context) noexcept {
   return context.executor && context.executor->parallel_for && context.executor->workers > 1 ? context.executor->workers
                                                                                              : 1;

@@ -11,6 +11,6 @@ namespace hisac {
 /// backend and the reference agree: float32 scores only screen, and all codes within their proven error are re-scored.
 /// x [T, D] -> codes [T, L]; a row with a NaN or an infinity is -1 at every level.
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept;
-size_t encode_workspace(const Codebook& book, int workers, Device device = Device::cpu) noexcept;
+size_t encode_workspace(const Context& context, const Codebook& book) noexcept;
 
 }  // namespace hisac

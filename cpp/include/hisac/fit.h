@@ -31,6 +31,6 @@ struct FitReport {
 /// report, which may not be null.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
-size_t fit_workspace(const FitParams& params, int64_t rows, int64_t width, int workers) noexcept;
+size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept;
 
 }  // namespace hisac

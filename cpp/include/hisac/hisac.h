@@ -16,6 +16,7 @@
 #include "cuda.h"
 #include "encode.h"
 #include "fit.h"
+#include "leaf_sums.h"
 #include "pool.h"
 #include "route.h"
 #include "status.h"

@@ -56,27 +56,8 @@ struct Tokens {
 /// number of workers and any batch around the user.
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
 /// longest: the longest history of the batch (T will do).
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest, int workers,
-                       Device device = Device::cpu) noexcept;
-
-/// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
-///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
-///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
-/// As inputs of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of kept
-/// sums and new behaviours, as the rows of one user, are the sums of all.
-struct LeafSums {
-  Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
-  Array<float, 2> v;          // [S, V]
-  Array<int64_t, 1> offsets;  // [B + 1]
-  Array<float, 1> bias;       // [S]
-  Array<float, 1> spread;     // [S]
-  Array<int32_t, 2> codes;    // [S, L]
-};
-
-/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
-Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
-size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest, int workers,
-                           Device device = Device::cpu) noexcept;
+size_t route_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                       int64_t longest) noexcept;
 
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
 /// refine), held constant.
@@ -101,8 +82,8 @@ struct RouteGradients {
 /// deterministic.
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept;
-size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
-                                int64_t longest, int workers, Device device = Device::cpu) noexcept;
+size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                                const RouteGradients& out, int64_t longest) noexcept;
 
 /// sums[g] = sum of rows[order[i]] over i in [begin[g], begin[g + 1]), each in float64 and in this order, rounded once:
 /// with behaviours in the order of their ids, the gradient of each row of a table that has any. An order outside

@@ -33,8 +33,7 @@ int64_t seats(const VoteParams& params, int levels) noexcept;
 Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
             Histories histories, Array<const float, 1> weights, Agents agents) noexcept;
 /// longest: the longest history of the batch (T will do).
-size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest, int workers,
-                      Device device = Device::cpu) noexcept;
+size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params, int64_t longest) noexcept;
 
 /// The prototypes [B, M, D] of agents of this codebook; zero for an absent one.
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept;

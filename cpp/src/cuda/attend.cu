@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../arena.h"
-#include "attend_tile.h"
-#include "launcher.h"
-#include "verbs.h"
+#include "base/arena.h"
+#include "cuda/attend_tile.h"
+#include "cuda/device/launcher.h"
+#include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {
@@ -216,7 +216,7 @@ Status launch_all(const Context& context, const char* verb, Task& t, bool gradie
 
 }  // namespace
 
-size_t attend_workspace(const AttendInputs& inputs) noexcept {
+size_t attend_workspace(const Context&, const AttendInputs& inputs) noexcept {
   Task t = describe(inputs);
   Arena arena;
   carve(t, arena, false);
@@ -234,7 +234,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   });
 }
 
-size_t attend_backward_workspace(const AttendInputs& inputs) noexcept {
+size_t attend_backward_workspace(const Context&, const AttendInputs& inputs) noexcept {
   Task t = describe(inputs);
   Arena arena;
   carve(t, arena, true);

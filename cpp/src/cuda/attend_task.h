@@ -3,8 +3,8 @@
 // head, and, where sums over candidates are wanted, spans of kSpan, whose sums meet in the spans' order. The lists of
 // units lie on the device, for only the device knows the offsets; neither depends on the number of processors.
 #pragma once
+#include "cuda/device/product.h"
 #include "hisac/attend.h"
-#include "product.h"
 
 #ifndef HISAC_CUDA_SPAN
 #define HISAC_CUDA_SPAN 1024  // a test of many spans takes small ones

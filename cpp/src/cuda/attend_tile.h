@@ -6,7 +6,7 @@
 // ends there; several blocks a processor hide its latency. A side's chunks turn so that the last one is that of the
 // wanted columns: it is still there when the weights are.
 #pragma once
-#include "attend_task.h"
+#include "cuda/attend_task.h"
 
 namespace hisac::cuda::attention {
 

@@ -1,47 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// `encode` in one launch: x is read once, codes are written once, tiles of the codebook stream from L2. And what reads
-// no more of a codebook's image than its centers.
+// `encode` in one launch: x is read once, codes are written once, tiles of the codebook stream from L2.
 #include <algorithm>
 
-#include "encode_tile.h"
-#include "launcher.h"
-#include "verbs.h"
+#include "cuda/device/launcher.h"
+#include "cuda/encode_tile.h"
+#include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {
 
 constexpr int kMostWarps = 8;  // of a block, and of a processor: 255 registers a thread
-constexpr int kThreads = 256;
 
 template <bool kOnChip>
 SIMT_KERNEL(32 * kMostWarps)
 encode_rows(SIMT_CONSTANT EncodeTask t) {
   EncodeTile<kOnChip>(t).run();
-}
-
-struct PrototypesTask {
-  CodebookImage book;
-  const std::byte* image;
-  const int32_t* codes;
-  float* out;
-  int64_t rows;
-};
-
-/// A warp a row: zero, then the codewords from the root down.
-SIMT_KERNEL(kThreads) sum_codewords(SIMT_CONSTANT PrototypesTask t) {
-  const int64_t warps = int64_t{simt::blocks()} * (kThreads / 32);
-  for (int64_t row = int64_t{simt::block()} * (kThreads / 32) + simt::warp(); row < t.rows; row += warps) {
-    const int32_t* const codes = t.codes + row * t.book.levels;
-    bool valid = true;
-    for (int l = 0; l < t.book.levels; ++l)
-      valid = valid && static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(t.book.level[l].size);
-    for (int d = simt::lane(); d < t.book.width; d += 32) {
-      float sum = 0;
-      for (int l = 0; valid && l < t.book.levels; ++l)
-        sum += reinterpret_cast<const float*>(t.image + t.book.level[l].centers)[int64_t{codes[l]} * t.book.pitch + d];
-      t.out[row * t.book.width + d] = sum;
-    }
-  }
 }
 
 // ---- host
@@ -81,6 +54,8 @@ int choose(EncodeTask& t, bool on_chip, const simt::Machine& machine) {
 
 }  // namespace
 
+size_t encode_workspace(const Context&, const Codebook&) noexcept { return 0; }
+
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
   EncodeTask t(book);
   HISAC_TRY(check_image("encode", context, t.book));
@@ -101,16 +76,6 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
   t.tiles = (x.rows + 32 * t.warps - 1) / (32 * t.warps);
   launch(t.on_chip ? encode_rows<true> : encode_rows<false>, least(t.tiles, machine.processors * blocks), 32 * t.warps,
          bytes, t);
-  return launch.status();
-}
-
-Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
-                       Array<float, 2> out) noexcept {
-  const PrototypesTask t{CodebookImage(book), context.codebook_image.data, codes.data, out.data, codes.shape[0]};
-  HISAC_TRY(check_image("prototypes", context, t.book));
-  Launcher launch("prototypes", context);
-  launch(sum_codewords, least((t.rows + kThreads / 32 - 1) / (kThreads / 32), launch.machine.processors * 8), kThreads,
-         0, t);
   return launch.status();
 }
 

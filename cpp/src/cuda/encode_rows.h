@@ -2,8 +2,8 @@
 // What `encode` is told, and a warp's 32 rows in shared memory: x of any type, width and alignment, residuals, the
 // canonical distance.
 #pragma once
-#include "codebook_image.h"
-#include "elements.h"
+#include "codebook/image.h"
+#include "cuda/device/elements.h"
 
 namespace hisac::cuda {
 

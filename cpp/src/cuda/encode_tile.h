@@ -17,7 +17,7 @@
 // A tile's codes share its largest N_c and F_c. A code survives unless its greatest possible score is below the least
 // possible one of another. Where a square might overflow, every code survives.
 #pragma once
-#include "encode_rows.h"
+#include "cuda/encode_rows.h"
 
 namespace hisac::cuda {
 

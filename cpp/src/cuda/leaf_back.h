@@ -2,8 +2,8 @@
 // What the gradients of leaves' mean v give to behaviours. A warp has 32 behaviours and takes, in their order, the
 // users whose histories hold some of them, so that histories may overlap and nothing is added by two warps.
 #pragma once
-#include "leaf_sums.h"
-#include "route_back_task.h"
+#include "cuda/leaf_sums.h"
+#include "cuda/route_back_task.h"
 
 namespace hisac::cuda {
 

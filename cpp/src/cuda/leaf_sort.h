@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A block's means of order: running sums, and each user's rows sorted by leaf.
 #pragma once
-#include "leaf_sums.h"
+#include "cuda/leaf_sums.h"
 
 namespace hisac::cuda {
 

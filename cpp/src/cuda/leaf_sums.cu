@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "leaf_sums.h"
+#include "cuda/leaf_sums.h"
 
 #include <algorithm>
 
-#include "leaf_sort.h"
-#include "verbs.h"
+#include "cuda/leaf_sort.h"
+#include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {
@@ -373,7 +373,7 @@ Status check_limits(const RouteInputs& in) {
 
 }  // namespace
 
-size_t leaf_sums_workspace(const RouteInputs& inputs, int64_t longest) noexcept {
+size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t longest) noexcept {
   LeafTask t = leaf_task(inputs, width_of(inputs));
   t.room = most_entries(inputs, longest);
   Arena arena;

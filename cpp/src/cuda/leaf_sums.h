@@ -3,9 +3,10 @@
 // (present, its norm, its leaf), then each user's rows are sorted by leaf, then leaves are summed, in float64 over runs
 // of rows that are summed in float32. Histories that overlap have entries each.
 #pragma once
-#include "../arena.h"
-#include "behaviours.h"
-#include "launcher.h"
+#include "base/arena.h"
+#include "cuda/device/launcher.h"
+#include "cuda/histories.h"
+#include "hisac/leaf_sums.h"
 
 namespace hisac::cuda {
 

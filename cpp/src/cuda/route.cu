@@ -2,11 +2,11 @@
 // `route` in four launches a pass: agents packed, work planned, tiles, users with several units merged.
 #include <algorithm>
 
-#include "../arena.h"
-#include "leaf_sums.h"
-#include "route_back_task.h"
-#include "route_tile.h"
-#include "verbs.h"
+#include "base/arena.h"
+#include "cuda/leaf_sums.h"
+#include "cuda/route_back_task.h"
+#include "cuda/route_tile.h"
+#include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {
@@ -323,7 +323,7 @@ void launch_pack_agents(const Task& t, Launcher& launch) {
 }
 void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), t); }
 
-size_t route_workspace(const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
+size_t route_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Arena arena;

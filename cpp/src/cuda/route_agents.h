@@ -2,7 +2,7 @@
 // Agents in registers by rows in shared memory: half squared distances from tensor cores, and what a row's logits of
 // all agents add up to. A lane has agents lane / 4 (+ 8) of every 16 and the rows 2 (lane % 4) (+ 1) of every 8.
 #pragma once
-#include "route_stream.h"
+#include "cuda/route_stream.h"
 
 namespace hisac::cuda {
 

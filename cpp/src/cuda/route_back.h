@@ -5,8 +5,8 @@
 // agents; the prototypes' keeps sums of q times x in registers. Pipelined as the forward: phase s fetches s + 2,
 // prepares s + 1.
 #pragma once
-#include "route_agents.h"
-#include "route_back_task.h"
+#include "cuda/route_agents.h"
+#include "cuda/route_back_task.h"
 
 namespace hisac::cuda {
 

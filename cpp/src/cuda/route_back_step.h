@@ -2,7 +2,7 @@
 // The two longest steps of route_back.h: from logits and products with the gradients of tokens to weights and slopes,
 // and from those to columns of the rows' gradients.
 #pragma once
-#include "route_back.h"
+#include "cuda/route_back.h"
 
 namespace hisac::cuda {
 

@@ -7,8 +7,8 @@
 // are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
 // tree of ../tiles.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
 #pragma once
-#include "launcher.h"
-#include "route_task.h"
+#include "cuda/device/launcher.h"
+#include "cuda/route_task.h"
 
 namespace hisac::cuda {
 

@@ -4,10 +4,10 @@
 // merged.
 #include <algorithm>
 
-#include "../arena.h"
-#include "leaf_back.h"
-#include "route_back_step.h"
-#include "verbs.h"
+#include "base/arena.h"
+#include "cuda/leaf_back.h"
+#include "cuda/route_back_step.h"
+#include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {
@@ -398,8 +398,8 @@ Status check_limits(const RouteInputs& in) {
 
 }  // namespace
 
-size_t route_backward_workspace(const RouteParams& params, const RouteInputs& inputs, const RouteGradients& out,
-                                int64_t longest) noexcept {
+size_t route_backward_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs,
+                                const RouteGradients& out, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Launches l;

@@ -2,7 +2,7 @@
 // Rows and agents into shared memory, for the inner kernel of `route`: any type, width and alignment, absence and norms
 // end here; what follows sees bfloat16 operands, half norms and shifts. 16 lanes have a row.
 #pragma once
-#include "route_task.h"
+#include "cuda/route_task.h"
 
 namespace hisac::cuda {
 

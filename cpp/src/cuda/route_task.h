@@ -7,7 +7,7 @@
 // histories are cut changes no bit. The plan lies on the device, for only the device knows the offsets: nothing waits
 // for the host.
 #pragma once
-#include "behaviours.h"
+#include "cuda/histories.h"
 
 #ifndef HISAC_CUDA_TILE
 #define HISAC_CUDA_TILE 2048  // as in ../tiles.h; a test of many tiles takes small ones

@@ -8,7 +8,7 @@
 // In agents mode logits first lose their log-sum-exp over agents: exchanged between the warps where all agents are in
 // one tile, from a sweep over all agent tiles for every tile of rows otherwise.
 #pragma once
-#include "route_agents.h"
+#include "cuda/route_agents.h"
 
 namespace hisac::cuda {
 

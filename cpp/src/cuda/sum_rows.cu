@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of listed rows in their order and in float64, a thread for a column: neighbours read neighbours.
-#include "elements.h"
-#include "launcher.h"
-#include "verbs.h"
+#include "cuda/device/elements.h"
+#include "cuda/device/launcher.h"
+#include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {

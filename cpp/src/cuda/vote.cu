@@ -4,11 +4,11 @@
 // two levels take 14 us on an H100; the rest is shared memory's and the barriers'.
 #include <algorithm>
 
-#include "../arena.h"
-#include "launcher.h"
-#include "verbs.h"
-#include "vote_fanout.h"
-#include "vote_user.h"
+#include "base/arena.h"
+#include "cuda/device/launcher.h"
+#include "cuda/verbs.h"
+#include "cuda/vote_fanout.h"
+#include "cuda/vote_user.h"
 
 namespace hisac::cuda {
 namespace {
@@ -177,7 +177,7 @@ VoteTask describe(const Codebook& book, const VoteParams& params) {
 
 }  // namespace
 
-size_t vote_workspace(const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
+size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   VoteTask t = describe(book, params);

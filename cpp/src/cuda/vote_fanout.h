@@ -5,7 +5,7 @@
 // node * C + code, are too, and stand for the leaves in the ranks. A level's cells then name the nodes: number + 1 of a
 // kept child, 0 of another.
 #pragma once
-#include "vote_task.h"
+#include "cuda/vote_task.h"
 
 namespace hisac::cuda {
 

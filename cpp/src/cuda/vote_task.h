@@ -7,7 +7,7 @@
 #pragma once
 #include <type_traits>
 
-#include "elements.h"
+#include "cuda/device/elements.h"
 #include "hisac/vote.h"
 
 namespace hisac::cuda {

@@ -12,7 +12,7 @@
 // codes; for fan-outs and leaves the cap is 1, and the key n does. A search by halves finds the least key of the seats;
 // where several children have it, a second one, by n, decides among them, then a count in the order of codes.
 #pragma once
-#include "vote_task.h"
+#include "cuda/vote_task.h"
 
 namespace hisac::cuda {
 

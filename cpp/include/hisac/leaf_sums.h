@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// A user's behaviours summed by leaf of the codebook: rows that stand for them in `route`.
+#pragma once
+#include "route.h"
+
+namespace hisac {
+
+/// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
+///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
+///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
+/// As inputs of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of kept
+/// sums and new behaviours, as the rows of one user, are the sums of all.
+struct LeafSums {
+  Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
+  Array<float, 2> v;          // [S, V]
+  Array<int64_t, 1> offsets;  // [B + 1]
+  Array<float, 1> bias;       // [S]
+  Array<float, 1> spread;     // [S]
+  Array<int32_t, 2> codes;    // [S, L]
+};
+
+/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
+Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
+size_t leaf_sums_workspace(const Context& context, const RouteInputs& inputs, int64_t longest) noexcept;
+
+}  // namespace hisac

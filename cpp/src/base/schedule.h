@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a batch of histories is cut into work. A chunk is an aligned power of two of tiles, that is a subtree of the
+// reduction tree, so a long history can be shared by workers without changing the tree.
+#pragma once
+#include <algorithm>
+
+#include "base/arena.h"
+#include "base/parallel.h"
+#include "base/reduction_tree.h"
+#include "hisac/array.h"
+
+namespace hisac {
+
+/// One piece of work: tiles [first, last) of a user. `slot` is where its state goes when others share the user, else
+/// -1.
+struct Unit {
+  int64_t user, first, last, slot;
+};
+
+/// Units of a list of users; long histories are cut when there are several workers.
+class Units {
+ public:
+  /// Most slots that `workers` can need: a shared user has more than one chunk, each chunk at least
+  /// tiles / (4 workers) tiles.
+  static int64_t most_slots(int workers) noexcept { return workers > 1 ? 8 * workers : 0; }
+
+  void carve(Arena& arena, int64_t users) noexcept {
+    unit_ = arena.take<int64_t>(users + 1);
+    slot_ = arena.take<int64_t>(users + 1);
+  }
+
+  /// order: the users, or null for 0 .. n - 1.
+  void plan(const Histories& h, const int64_t* order, int64_t n, int workers) noexcept {
+    h_ = &h;
+    order_ = order;
+    n_ = n;
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; ++i) total += tiles(i);
+    chunk_ = 1;
+    while (chunk_ < (workers > 1 ? (total + 4 * workers - 1) / (4 * workers) : total)) chunk_ *= 2;
+    unit_[0] = slot_[0] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t chunks = std::max<int64_t>(1, (tiles(i) + chunk_ - 1) / chunk_);
+      unit_[i + 1] = unit_[i] + chunks;
+      slot_[i + 1] = slot_[i] + (chunks > 1 ? chunks : 0);
+    }
+  }
+
+  /// work(unit, worker) for all units; then meet(user, states, shared, worker) for each user whom several units
+  /// shared, with the states that they left in their slots.
+  template <class State, class Work, class Meet>
+  void run(const Context& context, State* slots, Work work, Meet meet) const {
+    parallel_for(context, unit_[n_], [&](int64_t begin, int64_t end, int w) {
+      for (int64_t u = begin; u < end; ++u) work(unit(u), w);
+    });
+    if (slot_[n_] == 0) return;  // nobody is woken for nothing
+    parallel_for(context, n_, [&](int64_t begin, int64_t end, int w) {
+      for (int64_t i = begin; i < end; ++i)
+        if (const int64_t shared = slot_[i + 1] - slot_[i]; shared > 0) meet(user(i), slots + slot_[i], shared, w);
+    });
+  }
+
+ private:
+  int64_t user(int64_t i) const noexcept { return order_ ? order_[i] : i; }
+
+  Unit unit(int64_t u) const noexcept {
+    const int64_t i = std::upper_bound(unit_, unit_ + n_ + 1, u) - unit_ - 1, chunk = u - unit_[i];
+    const bool shared = slot_[i + 1] > slot_[i];
+    return {user(i), chunk * chunk_, std::min((chunk + 1) * chunk_, tiles(i)), shared ? slot_[i] + chunk : -1};
+  }
+
+  int64_t tiles(int64_t i) const noexcept { return tiles_of(h_->end(user(i)) - h_->start(user(i))); }
+
+  const Histories* h_ = nullptr;
+  const int64_t* order_ = nullptr;
+  int64_t n_ = 0, chunk_ = 1;
+  int64_t *unit_ = nullptr, *slot_ = nullptr;
+};
+
+/// Users in waves whose histories do not overlap, so that a wave may add to rows without a race; the waves follow one
+/// another in a fixed order, so the sums have the same bits every time. Ragged batches are a single wave.
+class Waves {
+ public:
+  void carve(Arena& arena, int64_t users) noexcept {
+    order_ = arena.take<int64_t>(users);
+    wave_ = arena.take<int64_t>(users);
+    begin_ = arena.take<int64_t>(users + 2);
+    heap_ = arena.take<Open>(users);
+  }
+
+  void plan(const Histories& h) noexcept {
+    bool ordered = true;
+    for (int64_t b = 0; b < h.users; ++b) {
+      order_[b] = b;
+      wave_[b] = 0;
+      ordered = ordered && (b == 0 || h.start(b) >= h.end(b - 1));
+    }
+    count_ = h.users > 0 ? 1 : 0;
+    if (!ordered) colour(h);
+    std::fill(begin_, begin_ + count_ + 1, int64_t{0});
+    for (int64_t b = 0; b < h.users; ++b) ++begin_[wave_[b] + 1];
+    for (int64_t w = 0; w < count_; ++w) begin_[w + 1] += begin_[w];
+    std::sort(order_, order_ + h.users,
+              [&](int64_t a, int64_t b) { return wave_[a] != wave_[b] ? wave_[a] < wave_[b] : a < b; });
+  }
+
+  int64_t count() const noexcept { return count_; }
+  const int64_t* users(int64_t wave) const noexcept { return order_ + begin_[wave]; }
+  int64_t size(int64_t wave) const noexcept { return begin_[wave + 1] - begin_[wave]; }
+
+ private:
+  struct Open {
+    int64_t end, wave;
+    bool operator<(const Open& o) const noexcept { return end != o.end ? end > o.end : wave > o.wave; }
+  };
+
+  /// Interval colouring in the order of starts: the wave that ended first, or a new one.
+  void colour(const Histories& h) noexcept {
+    std::sort(order_, order_ + h.users,
+              [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });
+    count_ = 0;
+    int64_t open = 0;
+    for (int64_t i = 0; i < h.users; ++i) {
+      const int64_t b = order_[i];
+      if (open && heap_[0].end <= h.start(b)) {
+        std::pop_heap(heap_, heap_ + open);
+        wave_[b] = heap_[open - 1].wave;
+      } else {
+        wave_[b] = count_++;
+        ++open;
+      }
+      heap_[open - 1] = {h.end(b), wave_[b]};
+      std::push_heap(heap_, heap_ + open);
+    }
+  }
+
+  int64_t count_ = 0;
+  int64_t *order_ = nullptr, *wave_ = nullptr, *begin_ = nullptr;
+  Open* heap_ = nullptr;
+};
+
+}  // namespace hisac

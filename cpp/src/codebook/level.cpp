@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "codebook/level.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace hisac {
+namespace {
+
+/// |e| of a row or center with squares and squared rounding errors as given; a float32 difference errs too.
+double rounding_of(simd::Rounded sums, double norm, int64_t width) noexcept {
+  return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUnitRoundoff * norm;
+}
+
+}  // namespace
+
+Level Level::make(int64_t size, int64_t width, const float* centers, float* memory) noexcept {
+  const simd::Kernels& k = simd::kernels();
+  const int64_t padded = simd::pad(size), pairs = simd::pairs_of(width);
+  float* const copy = memory;
+  float* const packed = copy + size * width;
+  float* const mean = packed + (width + 1) * padded;
+  float* const half = mean + simd::pad(width);
+  float* const norm = half + padded;
+  if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
+  Level out{size, width, copy, packed, mean, half, norm};
+  for (int64_t d = 0; d < width; ++d) mean[d] = 0;
+  if (k.matmul_pairs)
+    for (int64_t c = 0; c < size; ++c) k.add_row(width, copy + c * width, 1.f / static_cast<float>(size), mean);
+  uint32_t* const rounded = reinterpret_cast<uint32_t*>(packed + pairs * padded);
+  for (int64_t c = 0; c < padded; ++c) {
+    double squares = 0;
+    for (int64_t d = 0; c < size && d < width; ++d) {
+      const double x = double(copy[c * width + d] - mean[d]);
+      squares += x * x;
+    }
+    const double bound = c < size ? std::sqrt(squares) * 1.0001 + norm_floor(width) : 0;
+    const bool copy_of_last =
+        c > 0 && c < size && std::equal(copy + c * width, copy + (c + 1) * width, copy + (c - 1) * width);
+    half[c] = c < size && !copy_of_last ? static_cast<float>(squares / 2) : INFINITY;
+    norm[c] = static_cast<float>(bound);
+    if (bound > out.largest) out.largest = bound;
+    if (k.matmul_pairs && c < size) {
+      const double error = rounding_of(k.round_pairs(width, copy + c * width, mean, rounded + c * pairs), bound, width);
+      if (error / bound > out.rounding) out.rounding = error / bound;
+    }
+  }
+  if (k.matmul_pairs)
+    k.pack_columns(pairs, size, reinterpret_cast<const float*>(rounded), pairs, packed);
+  else
+    k.pack_columns(width, size, copy, width, packed);
+  return out;
+}
+
+}  // namespace hisac

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Why the screen is safe. With s_c = |c|^2 / 2 - r . c (half the square distance, less a constant of the row), u =
+// 2^-24, n_c the norm bound of c, R of r, and r + e, c + f what is multiplied in place of r and c:
+//   - the product errs by |e| n_c + (R + |e|) |f| before rounding and by (D + 2) u (R + |e|) (n_c + |f|) through it;
+//   - the stored half norm errs by u n_c^2, the steps from product to bounds by 5 u (n_c^2 / 2 + R n_c);
+//   - what underflows, D 2^-125 at most, and what squares lose by it, is below the floors of R and n_c;
+//   - the definition's own float64 sums err by (D + 2) 2^-53 (R + n_c)^2 / 2 each.
+// All but the last are at most `error` n_c below. Where a product might overflow, every code survives.
+#include "cpu/nearest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/simd/pack.h"
+
+namespace hisac::cpu {
+
+void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept {
+  double total[4] = {};
+  for (int64_t d = 0; d < width; ++d)
+    for (int i = 0; i < 4; ++i) {
+      const double step = double(r[i][d]) - double(c[i][d]);
+      total[i] += step * step;
+    }
+  std::memcpy(out, total, sizeof total);
+}
+
+void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
+  r = arena.take<float>(rows * width);
+  screened = arena.take<uint32_t>(rows * screened_width(width));
+  scores = arena.take<float>(rows * simd::pad(largest_size));
+  survivors = arena.take<int32_t>(largest_size);
+}
+
+Bounds::Bounds(const Level& level) noexcept
+    : level_(level),
+      floor_(norm_floor(level.width)),
+      tiny_(level.rounding > 0 ? static_cast<double>(level.width) * 0x1p-124 : 0),
+      product_(static_cast<double>(level.width + 12) * kUnitRoundoff * (1 + level.rounding)),
+      second_(static_cast<double>(level.width + 4) * 0x1p-53) {}
+
+bool Bounds::screen(simd::Rounded sums, simd::Screen* out) const noexcept {
+  const double c = level_.largest, r = 1.01 * std::sqrt(double(sums.squares)) + floor_;
+  const double e = tiny_ > 0 ? 1.01 * std::sqrt(double(sums.errors) + tiny_) + kUnitRoundoff * r : 0;
+  const double error = e + (r + e) * (level_.rounding + product_) + 5 * kUnitRoundoff * (r + c);
+  *out = {level_.half,
+          level_.norm,
+          static_cast<float>(1.02 * error),
+          static_cast<float>(second_ * (r + c) * (r + c)),
+          INFINITY,
+          0};
+  return r * c + c * c < 1e37 && level_.width < (1 << 17);
+}
+
+int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept {
+  const simd::Kernels& k = simd::kernels();
+  const double near = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
+  double least = INFINITY;
+  int64_t kept = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const double d = k.square_distance(level.width, r, level.centers + candidates[j] * level.width);
+    if (d > least * near) continue;
+    if (d * near < least) kept = 0;
+    if (d < least) least = d;
+    candidates[kept++] = candidates[j];
+  }
+  int32_t best = candidates[0];
+  for (int64_t j = 0; j < kept && kept > 1; j += 4) {
+    const float *const row[4] = {r, r, r, r}, *center[4];
+    double exact[4];
+    for (int64_t i = 0; i < 4; ++i) center[i] = level.centers + candidates[j + i < kept ? j + i : j] * level.width;
+    square_distances(row, center, level.width, exact);
+    for (int64_t i = 0; i < 4 && j + i < kept; ++i)
+      if (j + i == 0 || exact[i] < least || (exact[i] == least && candidates[j + i] < best)) {
+        least = exact[i];
+        best = candidates[j + i];
+      }
+  }
+  return best;
+}
+
+simd::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept {
+  const simd::Kernels& k = simd::kernels();
+  if (k.matmul_pairs) return k.round_pairs(level.width, r, level.mean, dst);
+  return {k.load_row(r, DType::float32, level.width, reinterpret_cast<float*>(dst)), 0};
+}
+
+void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
+              int64_t ldz) noexcept {
+  const simd::Kernels& k = simd::kernels();
+  const int64_t width = screened_width(level.width);
+  const float* const packed = level.packed + first * width;
+  if (k.matmul_pairs)
+    k.matmul_pairs(n, width, size, rows, width, reinterpret_cast<const uint32_t*>(packed), z, ldz, nullptr);
+  else
+    k.matmul(n, width, size, reinterpret_cast<const float*>(rows), width, packed, z, ldz, nullptr);
+}
+
+void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64_t stride) noexcept {
+  const simd::Kernels& k = simd::kernels();
+  const int64_t ld = simd::pad(level.size), width = level.width;
+  simd::Rounded sums[NearestScratch::rows];
+  for (int i = 0; i < n; ++i) sums[i] = screened(level, s.r + i * width, s.screened + i * screened_width(width));
+  products(level, n, s.screened, 0, level.size, s.scores, ld);
+  const Bounds bounds(level);
+  for (int i = 0; i < n; ++i) {
+    simd::Screen row;
+    int64_t found = level.size;
+    if (bounds.screen(sums[i], &row))
+      found = k.screen(level.size, s.scores + i * ld, row, s.survivors);
+    else
+      for (int64_t c = 0; c < found; ++c) s.survivors[c] = static_cast<int32_t>(c);
+    codes[i * stride] = found == 1 ? s.survivors[0] : closest(level, s.r + i * width, s.survivors, found);
+  }
+}
+
+}  // namespace hisac::cpu

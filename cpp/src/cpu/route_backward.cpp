@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward: recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size T x M is
+// kept. Gradients of rows (v, x, bias) are local to a block; those of agents (prototypes, temperature) are sums over
+// rows, in the tiles and tree of the forward. Histories that overlap take turns (Waves): no atomics, the same bits
+// every time.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "base/checks.h"
+#include "base/parallel.h"
+#include "cpu/histories.h"
+#include "cpu/leaf_sums.h"
+#include "cpu/simd/pack.h"
+#include "cpu/verbs.h"
+
+namespace hisac::cpu {
+namespace {
+
+/// Sums over a range of rows, by present agent.
+struct State {
+  float* raw = nullptr;    // [pad(M)] dlogit times logit, for the temperature
+  float* total = nullptr;  // [pad(M)] distance gradients
+  float* sum = nullptr;    // [pad(M), pad(D)] distance gradients times x
+};
+
+struct Worker {
+  AgentPanel panel;
+  Block block;
+  float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
+  float *lse = nullptr, *offset = nullptr, *rate = nullptr;  // [pad(M)]
+  float *d_tokens = nullptr, *token = nullptr;               // [M, V], [V]
+  float* packed_d_tokens = nullptr;                          // [V, M]
+  float* packed_rows = nullptr;                              // [M, V], for dv
+  float* packed_prototypes = nullptr;                        // [M, D], for dx
+  float* out = nullptr;                                      // [kBlock, pad(max(V, D))]
+  State* stack = nullptr;
+};
+
+class Backward {
+ public:
+  Backward(const Context& context, const RouteParams& params, const RouteInputs& in, const RouteForward* forward,
+           const RouteGradients& out, int64_t longest) noexcept
+      : context_(context),
+        params_(params),
+        in_(in),
+        forward_(forward),
+        out_(out),
+        rows_(in),
+        leaves_(in, longest, workers_of(context)),
+        operands_(operands_of(params, false)),
+        k_(simd::kernels()),
+        agents_(in.prototypes.shape[1]),
+        width_(in.prototypes.shape[2]),
+        value_width_(in.v.width),
+        longest_(longest),
+        workers_(workers_of(context)),
+        sums_(out.temperature || out.prototypes) {}
+
+  void carve(Arena& arena) noexcept {
+    waves_.carve(arena, in_.histories.users);
+    units_.carve(arena, in_.histories.users);
+    if (leaf()) leaf_input_.carve(arena, leaves_, in_);
+    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.room() * value_width_ : 0);
+    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users * agents_ : 0);
+    slots_ = carve_states(arena, Units::most_slots(workers_));
+    worker_ = arena.take<Worker>(workers_);
+    const int64_t columns = simd::pad(agents_), block = simd::kBlock;
+    for (int w = 0; w < workers_; ++w) {
+      Worker one;
+      one.panel.carve(arena, agents_, width_, Operands::floats, operands_ == Operands::rounded);
+      one.block.carve(arena, width_, value_width_, operands_);
+      one.z = arena.take<float>(block * columns);
+      one.g = arena.take<float>(block * columns);
+      for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
+      for (float** a : {&one.lse, &one.offset, &one.rate}) *a = arena.take<float>(columns);
+      one.d_tokens = arena.take<float>(agents_ * value_width_);
+      one.token = arena.take<float>(value_width_);
+      one.packed_d_tokens = arena.take<float>(simd::packed_size(value_width_, agents_));
+      one.packed_rows = arena.take<float>(out_.v ? simd::packed_size(agents_, value_width_) : 0);
+      one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
+      one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
+      one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
+      if (worker_) worker_[w] = one;
+    }
+  }
+
+  void run() noexcept {
+    const int64_t users = in_.histories.users;
+    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
+    zero(out_.v.data, in_.behaviours() * value_width_);
+    zero(out_.x.data, in_.behaviours() * width_);
+    zero(out_.bias.data, in_.behaviours());
+    zero(out_.prototypes.data, users * agents_ * width_);
+    if (out_.temperature) zero(user_temperature_, users * agents_);
+    waves_.plan(in_.histories);
+    for (int64_t wave = 0; wave < waves_.count(); ++wave) {
+      const int64_t *const list = waves_.users(wave), n = waves_.size(wave);
+      if (!leaf()) pass(list, n, out_.v.data);
+      for (int64_t first = 0, some; leaf() && first < n; first += some) {
+        some = leaves_.fit(list + first, n - first);
+        pass_leaves(list + first, some);
+      }
+    }
+    if (out_.temperature) reduce_temperature();
+  }
+
+ private:
+  static void zero(float* p, int64_t n) noexcept {
+    if (p) std::memset(p, 0, sizeof(float) * static_cast<size_t>(n));
+  }
+
+  State* carve_states(Arena& arena, int64_t n) noexcept {
+    State* const states = arena.take<State>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      State s;
+      s.raw = arena.take<float>(simd::pad(agents_));
+      s.total = arena.take<float>(simd::pad(agents_));
+      s.sum = arena.take<float>(out_.prototypes ? simd::pad(agents_) * simd::pad(width_) : 0);
+      if (states) states[i] = s;
+    }
+    return states;
+  }
+
+  bool leaf() const noexcept { return params_.method == Method::leaf; }
+
+  /// Leaves as rows; then each leaf's dv goes to its behaviours by their shares.
+  void pass_leaves(const int64_t* users, int64_t n) noexcept {
+    leaf_input_.load(context_, leaves_, users, n, &rows_);
+    zero(d_leaf_, out_.v ? leaves_.start(n) * value_width_ : 0);
+    pass(users, n, d_leaf_);
+    if (!out_.v) return;
+    leaves_.give_back(context_, d_leaf_, out_.v.data);
+    if (params_.missing == Missing::token)
+      parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
+        for (int64_t i = begin; i < end; ++i)
+          leaves_.each_absent(i, [&](int64_t row) { missing_row(users[i], row, worker_[w]); });
+      });
+  }
+
+  /// dv: of rows_.v
+  void pass(const int64_t* users, int64_t n, float* dv) noexcept {
+    dv_ = dv;
+    units_.plan(rows_.histories, users, n, workers_);
+    units_.run(
+        context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
+        [&](int64_t b, State* states, int64_t shared, int w) {
+          if (!sums_) return;
+          worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+          fold_all(shared, states, [&](State& into, const State& from) { merge(into, from); });
+          finish(b, states[0], worker_[w].panel);
+        });
+  }
+
+  const float* prototypes(int64_t b) const noexcept { return in_.prototypes.data + b * agents_ * width_; }
+  int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
+
+  void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
+    const int64_t bytes = bytes_of(rows.dtype);
+    k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
+  }
+
+  /// Everything of the user's agents that its rows need.
+  void load_agents(int64_t b, Worker& w) const noexcept {
+    AgentPanel& p = w.panel;
+    p.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+    for (int64_t j = 0; j < simd::pad(agents_); ++j) {
+      w.lse[j] = INFINITY;
+      w.offset[j] = w.rate[j] = 0;
+    }
+    for (int64_t j = 0; j < p.m; ++j) {
+      const int64_t a = p.index[j], row = b * token_rows() + a;
+      float* const d = w.d_tokens + j * value_width_;
+      const float lse = forward_->lse.data[row];
+      load_token(forward_->d_tokens, row, d);
+      load_token(forward_->tokens, row, w.token);
+      if (!(std::fabs(lse) < INFINITY)) continue;
+      double dot = 0;
+      for (int64_t c = 0; c < value_width_; ++c) dot += double(d[c]) * w.token[c];
+      w.lse[j] = simd::base2(lse);
+      w.offset[j] = static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
+      w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
+    }
+    k_.pack_columns(value_width_, p.m, w.d_tokens, value_width_, w.packed_d_tokens);
+    if (out_.v) k_.pack_rows(p.m, value_width_, w.d_tokens, value_width_, w.packed_rows);
+    if (out_.x) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
+  }
+
+  void unit(const Unit& unit, Worker& w) noexcept {
+    const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
+    load_agents(unit.user, w);
+    if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
+    const RowLoader loader(rows_, operands_);
+    fold_rows(
+        loader, rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
+        [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
+        [&](State& into, const State& from) { merge(into, from); });
+    if (out_.v && params_.missing == Missing::token && !leaf())
+      for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
+        if (float norm; !loader.load_x(i, w.block.x, &norm)) missing_row(unit.user, i, w);
+    if (unit.slot >= 0)
+      std::swap(w.stack[0], slots_[unit.slot]);
+    else if (sums_)
+      finish(unit.user, w.stack[0], w.panel);
+  }
+
+  void block(Worker& w, State& state) noexcept {
+    const int n = w.block.n;
+    const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(value_width_);
+    if (n == 0 || m == 0) return;
+    simd::Ahead& ahead = w.block.ahead;
+    if (out_.v) ahead.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    ahead.spread(n, 2 * m);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
+    k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
+    const bool shares = params_.normalize == Normalize::agents;
+    if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
+    for (int i = 0; i < n; ++i) {
+      if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
+      w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
+    }
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &ahead);
+    k_.route_gradient(
+        n, m, w.z, w.g, ldz,
+        {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
+    if (out_.v) {
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
+      for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldv, 1.f, dv_ + w.block.row[i] * value_width_);
+    }
+    if (out_.bias)
+      for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
+    if (out_.x) {
+      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
+      for (int i = 0; i < n; ++i) {
+        float* const dx = out_.x.data + w.block.row[i] * width_;
+        k_.add_row(width_, w.out + i * ldx, 1.f, dx);
+        k_.add_row(width_, w.block.x + i * ldx, -w.row_sum[i], dx);
+      }
+    }
+    if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, state.sum, ldx);
+  }
+
+  /// An absent row shares the gradient of its user's token of them.
+  void missing_row(int64_t b, int64_t i, Worker& w) noexcept {
+    const int64_t row = b * token_rows() + agents_;
+    const double count = std::exp(double(forward_->lse.data[row]));
+    if (!(count > 0) || !(count < 1e18) || !RowLoader(in_, operands_).has_value(i, w.out)) return;
+    load_token(forward_->d_tokens, row, w.token);
+    k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
+  }
+
+  void reset(State& s) const noexcept {
+    zero(s.raw, simd::pad(agents_));
+    zero(s.total, simd::pad(agents_));
+    if (out_.prototypes) zero(s.sum, simd::pad(agents_) * simd::pad(width_));
+  }
+
+  void merge(State& into, const State& from) const noexcept {
+    for (int64_t j = 0; j < agents_; ++j) into.raw[j] += from.raw[j];
+    for (int64_t j = 0; j < agents_; ++j) into.total[j] += from.total[j];
+    for (int64_t j = 0; out_.prototypes && j < agents_ * simd::pad(width_); ++j) into.sum[j] += from.sum[j];
+  }
+
+  void finish(int64_t b, const State& s, const AgentPanel& panel) const noexcept {
+    for (int64_t j = 0; j < panel.m; ++j) {
+      const int64_t a = panel.index[j];
+      if (out_.temperature) user_temperature_[b * agents_ + a] = -simd::kLn2 * s.raw[j] / temperature_of(params_, a);
+      if (!out_.prototypes) continue;
+      float* const dp = out_.prototypes.data + (b * agents_ + a) * width_;
+      k_.add_row(width_, s.sum + j * simd::pad(width_), 1.f, dp);
+      k_.add_row(width_, panel.rows + j * width_, -s.total[j], dp);
+    }
+  }
+
+  void reduce_temperature() noexcept {
+    const int64_t entries = out_.temperature.shape[0], per_entry = entries == 1 ? agents_ : 1;
+    for (int64_t e = 0; e < entries; ++e) {
+      double total = 0;
+      for (int64_t b = 0; b < in_.histories.users; ++b)
+        for (int64_t j = 0; j < per_entry; ++j) total += user_temperature_[b * agents_ + e + j];
+      out_.temperature.data[e] = static_cast<float>(total);
+    }
+  }
+
+  const Context& context_;
+  const RouteParams& params_;
+  const RouteInputs& in_;
+  const RouteForward* forward_;
+  const RouteGradients& out_;
+  RouteInputs rows_;  // what is routed: in_, or its leaf sums
+  LeafSummer leaves_;
+  Operands operands_;
+  LeafInput leaf_input_;
+  float *d_leaf_ = nullptr, *dv_ = nullptr;  // [room, V] of leaves; of the rows
+  const simd::Kernels& k_;
+  int64_t agents_, width_, value_width_, longest_;
+  int workers_;
+  bool sums_;
+  Waves waves_;
+  Units units_;
+  float* user_temperature_ = nullptr;
+  State* slots_ = nullptr;
+  Worker* worker_ = nullptr;
+};
+
+}  // namespace
+
+size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                                const RouteGradients& out, int64_t longest) noexcept {
+  Arena arena;
+  Backward(context, params, inputs, nullptr, out, longest).carve(arena);
+  return arena.used();
+}
+
+Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                      const RouteForward& forward, const RouteGradients& out) noexcept {
+  Backward backward(context, params, inputs, &forward, out, longest_of(inputs.histories));
+  Arena arena(context.workspace);
+  backward.carve(arena);
+  HISAC_TRY(arena.check("route_backward"));
+  backward.run();
+  return {};
+}
+
+}  // namespace hisac::cpu

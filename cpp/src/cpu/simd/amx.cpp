@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pair products on real tiles, and whether this process may use them.
+#include "cpu/simd/amx.h"
+
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/pack.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#include "cpu/simd/amx.inl"
+namespace hisac::simd {
+const PairProducts kAmx = Products<Hardware>::table();
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace hisac::simd {
+namespace {
+
+struct Machine {
+  static uint32_t leaf1_ecx() {
+    uint32_t a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) ? c : 0;
+  }
+  static uint32_t leaf7_edx() {
+    uint32_t a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) ? d : 0;
+  }
+  static uint64_t xcr0() {
+    uint32_t low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return uint64_t{high} << 32 | low;
+  }
+  static bool request() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, the state component
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+  }
+};
+
+}  // namespace
+
+const Kernels& amx_kernels() noexcept {
+  static const Kernels table = [] {
+    Kernels k = kAvx512Bf16;
+    k.name = "amx";
+    k.matmul_pairs = kAmx.matmul;
+    k.accumulate_pairs = kAmx.accumulate;
+    k.matmul_split = kAmx.matmul_split;
+    k.accumulate_split = kAmx.accumulate_split;
+    return k;
+  }();
+  return table;
+}
+
+}  // namespace hisac::simd
+#endif
+
+namespace hisac::simd {
+
+bool amx_available() noexcept {
+#if defined(__x86_64__)
+  static const bool permitted = amx_permitted<Machine>();
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+}  // namespace hisac::simd

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pair products of amx.h, once, over a policy of tile steps: Hardware below, and the scalar twin of the tests. Like
+// kernels.inl in an unnamed namespace, without std::, and included inside a target region where it runs for real.
+//
+// Tiles 0-3 are sums (height x 16 columns), 4 and 5 hold B (depth x 16 columns), 6 and 7 hold A (height x depth pairs).
+
+namespace hisac::simd {
+namespace {
+
+#define HISAC_INLINE static inline __attribute__((always_inline))
+
+/// What ldtilecfg reads.
+struct TileConfig {
+  uint8_t palette, start_row, reserved0[14];
+  uint16_t row_bytes[8], reserved1[8];
+  uint8_t rows[8], reserved2[8];
+};
+static_assert(sizeof(TileConfig) == 64, "the format of palette 1");
+
+#if defined(__x86_64__)
+/// Inline assembly: the intrinsics of GCC 12 neither name the memory that they read nor keep their order with it.
+struct Hardware {
+  HISAC_INLINE void configure(const TileConfig& c) { asm volatile("ldtilecfg %0" ::"m"(c)); }
+  HISAC_INLINE void release() { asm volatile("tilerelease" ::: "memory"); }
+  template <int t>
+  HISAC_INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(t));
+  }
+  template <int t>
+  HISAC_INLINE void load(const void* p, int64_t row_bytes) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(p), "r"(row_bytes) : "memory");
+  }
+  template <int t>
+  HISAC_INLINE void store(void* p, int64_t row_bytes) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(t), "r"(p), "r"(row_bytes) : "memory");
+  }
+  /// tile c += tile a x tile b
+  template <int c, int a, int b>
+  HISAC_INLINE void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+  }
+  static void pack(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
+    kAvx512.pack_columns(k, m, columns, ld, out);
+  }
+};
+#endif
+
+/// A matrix of pairs, or its high and low halves (lo is not read where there is one pass).
+struct Pairs {
+  const uint32_t *hi, *lo;
+  int64_t ld;
+  Pairs at(int64_t elements) const { return {hi + elements, lo + elements, ld}; }
+};
+
+typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+
+/// What becomes of the result: overwrites, starts from what is there, or (split) is made apart and added.
+enum class Into { set, load, add };
+
+/// R x C sums at a time, all of one height.
+template <class Tiles, bool split, int R, int C>
+struct Block {
+  template <int t = 0>
+  HISAC_INLINE void open(Into into, const float* z, int64_t ldz, int height) {
+    if (into == Into::load)
+      Tiles::template load<t>(z + t / C * height * ldz + t % C * 16, ldz * 4);
+    else
+      Tiles::template zero<t>();
+    if constexpr (t + 1 < R * C) open<t + 1>(into, z, ldz, height);
+  }
+
+  template <int t = 0>
+  HISAC_INLINE void close(float* z, int64_t ldz, int height) {
+    Tiles::template store<t>(z + t / C * height * ldz + t % C * 16, ldz * 4);
+    if constexpr (t + 1 < R * C) close<t + 1>(z, ldz, height);
+  }
+
+  HISAC_INLINE void right(const uint32_t* b, int64_t ldb) {
+    Tiles::template load<4>(b, ldb * 4);
+    if constexpr (C == 2) Tiles::template load<5>(b + 16, ldb * 4);
+  }
+
+  /// sums += A B for the B that is there; `held`: so is A.
+  template <bool held, int r = 0>
+  HISAC_INLINE void dots(const uint32_t* a, int64_t lda, int height) {
+    constexpr int left = 6 + r % 2;
+    if constexpr (!held) Tiles::template load<left>(a + r * height * lda, lda * 4);
+    Tiles::template dot<r * C, left, 4>();
+    if constexpr (C == 2) Tiles::template dot<r * C + 1, left, 5>();
+    if constexpr (r + 1 < R) dots<held, r + 1>(a, lda, height);
+  }
+
+  /// `steps` steps of `depth` pairs.
+  static void run(int64_t steps, int depth, int height, Pairs a, Pairs b, float* z, int64_t ldz, Into into,
+                  Ahead* ahead) {
+    if (ahead) ahead->fetch(R * height * C * 16);
+    open(into, z, ldz, height);
+    for (int64_t s = 0; s < steps; ++s, a = a.at(depth), b = b.at(depth * b.ld)) {
+      if constexpr (split) {
+        right(b.lo, b.ld);
+        dots<false>(a.hi, a.ld, height);
+        right(b.hi, b.ld);
+        dots<R <= 2>(a.hi, a.ld, height);
+        dots<false>(a.lo, a.ld, height);
+      } else {
+        right(b.hi, b.ld);
+        dots<false>(a.hi, a.ld, height);
+      }
+    }
+    if (!split || into != Into::add) return close(z, ldz, height);
+    alignas(64) float sum[4 * 16 * 16];
+    close(sum, C * 16, height);
+    for (int i = 0; i < R * height; ++i)
+      for (int j = 0; j < C * 16; j += 16)
+        *reinterpret_cast<Sixteen*>(z + i * ldz + j) += *reinterpret_cast<const Sixteen*>(sum + i * C * 16 + j);
+  }
+};
+
+/// Rows [first, first + steps * depth) of B [k2, m]; B in panels, or as one of the row stride b.ld.
+template <class Tiles, bool split>
+static void sweep(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps, int depth, Pairs a, Pairs b,
+                  bool panels, float* z, int64_t ldz, Into into, Ahead* ahead) {
+  int configured = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int rows = static_cast<int>(n - i < kBlock ? (n - i + kRowStep - 1) / kRowStep * kRowStep : kBlock);
+    const int tiles = rows <= 16 ? 1 : rows <= 32 ? 2 : 4, height = rows / tiles;  // exact: 40 rows are 4 of 10
+    if (height != configured) {
+      TileConfig c = {};
+      c.palette = 1;
+      for (int t = 0; t < 8; ++t) {
+        c.rows[t] = static_cast<uint8_t>(t == 4 || t == 5 ? depth : height);
+        c.row_bytes[t] = static_cast<uint16_t>(t < 6 ? 64 : depth * 4);
+      }
+      Tiles::configure(c);
+      configured = height;
+    }
+    const Pairs left = {a.hi + i * a.ld + first, a.lo + i * a.ld + first, a.ld};
+    float* out = z + i * ldz;
+    Pairs panel = b;
+    for (int64_t rest = pad(m) / kLanes; rest > 0;) {
+      const int64_t group = panels ? panel_group(rest) : rest, width = group * kLanes;
+      if (panels) panel.ld = width;
+      for (int64_t at = 0; at < width;) {
+        const Pairs right = panel.at(first * panel.ld + at);
+        const bool pair = width - at >= 32;
+        if (pair && tiles == 1)
+          Block<Tiles, split, 1, 2>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+        for (int r = 0; pair && r + 2 <= tiles; r += 2)
+          Block<Tiles, split, 2, 2>::run(steps, depth, height, left.at(r * height * a.ld), right,
+                                         out + r * height * ldz, ldz, into, ahead);
+        if (!pair && tiles == 1)
+          Block<Tiles, split, 1, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+        if (!pair && tiles == 2)
+          Block<Tiles, split, 2, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+        if (!pair && tiles == 4)
+          Block<Tiles, split, 4, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+        at += pair ? 32 : 16;
+        out += pair ? 32 : 16;
+      }
+      rest -= group;
+      if (rest > 0) panel = panel.at(k2 * width);
+    }
+  }
+}
+
+template <class Tiles, bool split>
+static void product(int64_t n, int64_t k2, int64_t m, Pairs a, Pairs b, bool panels, float* z, int64_t ldz, Into into,
+                    Ahead* ahead) {
+  const int64_t least = (k2 + 15) / 16;
+  const int depth = k2 % least == 0 ? static_cast<int>(k2 / least) : 16, rest = static_cast<int>(k2 % depth);
+  sweep<Tiles, split>(n, k2, m, 0, k2 / depth, depth, a, b, panels, z, ldz, into, ahead);
+  if (rest > 0)
+    sweep<Tiles, split>(n, k2, m, k2 - rest, 1, rest, a, b, panels, z, ldz, into == Into::set ? Into::load : into,
+                        nullptr);
+}
+
+template <class Tiles, bool split>
+static void accumulate_any(int64_t n2, int64_t w, int64_t m, Pairs v, Pairs e, float* c, int64_t ldc) {
+  constexpr int64_t kDeep = 32;
+  alignas(64) uint32_t turned[1 + split][kBlock * kDeep];
+  for (int64_t k = 0; k < n2; k += kDeep)
+    for (int64_t i = 0; i < w; i += kBlock) {
+      const int64_t deep = n2 - k < kDeep ? n2 - k : kDeep, rows = w - i < kBlock ? w - i : kBlock, ld = pad(deep);
+      for (int half = 0; half <= split; ++half) {
+        uint32_t* out = turned[half];
+        Tiles::pack(rows, deep, reinterpret_cast<const float*>((half ? v.lo : v.hi) + k * v.ld + i), v.ld,
+                    reinterpret_cast<float*>(out));
+        __builtin_memset(out + rows * ld, 0, static_cast<size_t>(-rows & (kRowStep - 1)) * static_cast<size_t>(ld) * 4);
+      }
+      product<Tiles, split>(rows, deep, m, {turned[0], turned[split], ld}, e.at(k * e.ld), false, c + i * ldc, ldc,
+                            split ? Into::add : Into::load, nullptr);
+    }
+  Tiles::release();
+}
+
+/// The four of PairProducts.
+template <class Tiles>
+struct Products {
+  static void matmul(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
+                     int64_t ldz, Ahead* ahead) {
+    product<Tiles, false>(n, k2, m, {a, a, lda}, {packed, packed, 0}, true, z, ldz, Into::set, ahead);
+    Tiles::release();
+  }
+  static void accumulate(int n2, int64_t w, int64_t m, const uint32_t* v, int64_t ldv, const uint32_t* e, int64_t lde,
+                         float* c, int64_t ldc) {
+    accumulate_any<Tiles, false>(n2, w, m, {v, v, ldv}, {e, e, lde}, c, ldc);
+  }
+  static void matmul_split(int n, int64_t k2, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
+                           const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz, Ahead* ahead) {
+    product<Tiles, true>(n, k2, m, {a_hi, a_lo, lda}, {packed_hi, packed_lo, 0}, true, z, ldz, Into::set, ahead);
+    Tiles::release();
+  }
+  static void accumulate_split(int n2, int64_t w, int64_t m, const uint32_t* v_hi, const uint32_t* v_lo, int64_t ldv,
+                               const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc) {
+    accumulate_any<Tiles, true>(n2, w, m, {v_hi, v_lo, ldv}, {e_hi, e_lo, lde}, c, ldc);
+  }
+  static constexpr PairProducts table() {
+    PairProducts p;
+    p.matmul = matmul;
+    p.accumulate = accumulate;
+    p.matmul_split = matmul_split;
+    p.accumulate_split = accumulate_split;
+    return p;
+  }
+};
+
+#undef HISAC_INLINE
+
+}  // namespace
+}  // namespace hisac::simd

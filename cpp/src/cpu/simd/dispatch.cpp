@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which inner loops this process runs: the best the processor has, or what HISAC_ISA names.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/simd/amx.h"
+#include "cpu/simd/kernels.h"
+#include "hisac/hisac.h"
+
+namespace hisac {
+namespace simd {
+
+int supported(const Kernels** out) noexcept {
+  int n = 0;
+#if defined(__aarch64__)
+  out[n++] = &kNeon;
+#else
+  out[n++] = &kBaseline;
+#endif
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    out[n++] = &kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      out[n++] = &kAvx512;
+      // Intel has the pair products too, at less than the rate of FMA
+      const bool pairs = __builtin_cpu_supports("avx512bf16");
+      if (pairs && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+      if (pairs && amx_available()) out[n++] = &amx_kernels();
+    }
+  }
+#endif
+  return n;
+}
+
+namespace {
+
+const Kernels* best() noexcept {
+  const Kernels* have[kMostTables];
+  const int n = supported(have);
+  if (const char* wanted = std::getenv("HISAC_ISA"))
+    for (int i = 0; i < n; ++i)
+      if (std::strcmp(have[i]->name, wanted) == 0) return have[i];
+  return have[n - 1];
+}
+
+const Kernels*& chosen() noexcept {
+  static const Kernels* table = best();
+  return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() noexcept { return *chosen(); }
+
+void choose(const Kernels& table) noexcept { chosen() = &table; }
+
+}  // namespace simd
+
+const char* active_isa() noexcept { return simd::kernels().name; }
+
+const char* available_isas() noexcept {
+  static const struct Names {
+    char text[64];
+    Names() noexcept {
+      const simd::Kernels* have[simd::kMostTables];
+      text[0] = 0;
+      for (int i = 0, n = simd::supported(have); i < n; ++i) {
+        if (i) std::strcat(text, " ");
+        std::strcat(text, have[i]->name);
+      }
+    }
+  } names;
+  return names.text;
+}
+
+}  // namespace hisac

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loops, once, over a vector of W floats; included by isa_*.cpp inside a target region, which defines W.
+// Everything is in an unnamed namespace and uses nothing from std::, so no instruction of this region can reach a weak
+// symbol that another translation unit may pick (tests/python/test_layout.py looks).
+//
+// Products a * b + c are contracted to FMA where the ISA has it (-ffp-contract=fast for these files alone).
+
+namespace hisac::simd {
+namespace {
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));
+typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef float vf_half __attribute__((vector_size(W * 2), aligned(4), may_alias));
+typedef uint16_t vh_loose __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+#define HISAC_INLINE static inline __attribute__((always_inline))
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr int kRows = W == 16 ? 8 : 4;  // rows of a product's register tile, and its columns in vectors
+#if defined(__aarch64__)
+constexpr int kAcross = 4;  // of 32 registers GCC spills with tiles of 8 x 3 and 4 x 6
+#else
+constexpr int kAcross = 3;
+#endif
+
+HISAC_INLINE vf splat(float x) { return x - vf{}; }  // a broadcast; vf{} + x costs an addition
+HISAC_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
+HISAC_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
+HISAC_INLINE vf_half load_half(const float* p) { return *reinterpret_cast<const vf_half*>(p); }
+HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
+
+/// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
+#if defined(__x86_64__) && W > 4
+HISAC_INLINE vf larger(vf a, vf b) {
+  vf out;
+  __asm__("vmaxps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  return out;
+}
+HISAC_INLINE vf smaller(vf a, vf b) {
+  vf out;
+  __asm__("vminps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  return out;
+}
+#else
+HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+HISAC_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+#endif
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using lanes = Lanes<I...>;
+};
+
+/// Lanes i and i ^ step change places.
+template <int step, class V, int... I>
+HISAC_INLINE V crossed(V x, Lanes<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ step)...);
+}
+
+/// op over all lanes, in every lane.
+template <int step, class V, class Op>
+HISAC_INLINE V folded(V x, Op op) {
+  x = op(x, crossed<step>(x, typename Count<static_cast<int>(sizeof(V) / sizeof(x[0]))>::lanes()));
+  if constexpr (step > 1) x = folded<step / 2>(x, op);
+  return x;
+}
+
+template <class V>
+HISAC_INLINE auto sum_of(V x) {
+  return folded<static_cast<int>(sizeof(V) / sizeof(x[0]) / 2)>(
+      x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
+}
+
+HISAC_INLINE float largest_of(vf x) { return folded<W / 2>(x, larger)[0]; }
+
+/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few dependent steps: the processor
+/// keeps several of these going at once.
+HISAC_INLINE vf exp2v(vf x) {
+  x = smaller(larger(x, splat(-127.f)), splat(127.f));
+  constexpr float kRound = 12582912.f + 127.f;  // leaves 127 + round(x), a float's exponent, in the lowest bits
+  const vf n = x + kRound;
+  const vf r = x - (n - kRound), r2 = r * r;
+  const vf low = r * 6.931472028e-1f + 1.f, middle = r * 5.550332548e-2f + 2.402264791e-1f;
+  const vf high = r * 1.339887440e-3f + 9.618437357e-3f + r2 * 1.535336188e-4f;
+  return ((high * r2 + middle) * r2 + low) * (vf)((vi)n << 23);
+}
+
+// clang-format off: each builds on those before it
+#include "cpu/simd/kernels_product.inl"
+#include "cpu/simd/kernels_rows.inl"
+#include "cpu/simd/kernels_softmax.inl"
+#include "cpu/simd/kernels_nearest.inl"
+// clang-format on
+
+#undef HISAC_INLINE
+
+}  // namespace
+
+constexpr Kernels HISAC_ISA_TABLE = [] {
+  Kernels k;
+  k.name = HISAC_ISA_NAME;
+  k.matmul = matmul;
+  k.accumulate = accumulate;
+  k.pack_columns = pack_columns;
+  k.pack_rows = pack_rows;
+  k.load_row = load_row;
+  k.load_int8 = load_int8;
+  k.store_row = store_row;
+  k.transpose = transpose;
+  k.add_row = add_row;
+  k.distance_logits = distance_logits;
+  k.row_lse = row_lse;
+  k.route_weights = route_weights;
+  k.route_gradient = route_gradient;
+  k.row_softmax = row_softmax;
+  k.row_weights = row_weights;
+  k.attend_gradient = attend_gradient;
+  k.screen = screen;
+  k.square_distance = square_distance;
+#if defined(HISAC_PAIRS)
+  k.matmul_pairs = matmul_pairs;
+  k.pack_pairs = pack_pairs;
+  k.accumulate_pairs = accumulate_pairs;
+  k.route_weights_pairs = route_weights_pairs;
+  k.pair_rows = pair_rows;
+  k.remainder = remainder;
+  k.round_pairs = round_pairs;
+  k.route_weights_split = route_weights_split;
+#endif
+  return k;
+}();
+
+}  // namespace hisac::simd

@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: Apache-2.0
+// One user at a time, in three steps: votes of parents (the nodes above the leaves), seats of parents, leaves of the
+// seated ones. Two ways to count, both without a branch that depends on a row:
+//   dense   longer histories in trees of few parents: votes of parents (a first reading of the rows), their seats,
+//           then counters only for leaves of parents that may be seated (a second reading). What caps a parent, how
+//           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound; by
+//           budget, should the true caps seat others, they are counted in their turn. Once every seated parent is
+//           counted, the seats are those of the true caps: keys of absent leaves were never among the chosen.
+//   sorted  everything else: leaf numbers, radix-sorted.
+// Then the leaves of seated parents that may have a seat are radix-sorted by votes, most first, lower codes first among
+// equals, and taken while their parent has a seat: choice and output order in one.
+#include <algorithm>
+#include <cmath>
+
+#include "base/checks.h"
+#include "base/parallel.h"
+#include "codebook/body.h"
+#include "cpu/seats.h"
+#include "cpu/verbs.h"
+
+namespace hisac::cpu {
+namespace {
+
+constexpr int64_t kMostParents = 0xffff;  // to be counted densely, and most codes of the last level,
+constexpr int64_t kDenseRows = 2048;      // with at least so many rows
+constexpr int64_t kCells = 4;             // and at most so many 32-bit counters a row;
+constexpr int64_t kFanoutRows = 512;      // by fan-out, which tells beforehand how many parents have seats, with so
+constexpr int64_t kFanoutCells = 16;      // many rows and so many counters a row
+constexpr int64_t kBlock = 256;           // rows located at a time
+constexpr int kLanes = 4;                 // histograms side by side: equal codes in a row would wait for
+constexpr int64_t kLanesParents = 4096;   // each other's store; up to so many parents
+constexpr int kMostReadings = 3;          // of the rows for their leaves
+constexpr int64_t kNotCounted = -1;
+
+struct Scratch {
+  int64_t parents_possible = 0, last = 0;
+  int64_t fanout_cells = 0;  // counters of all parents that can be seated; 0 by budget
+  // dense
+  uint64_t* histogram = nullptr;  // [kLanes][parents + 1], the last one for rows that do not vote
+  uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
+  // both
+  uint64_t* key = nullptr;   // [rows + 1] located rows; sorted: leaf numbers; then leaves' ranks
+  uint64_t* area = nullptr;  // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
+                             // a spare of `key`, and sorted: votes before a leaf
+  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
+  uint32_t *last_code = nullptr, *owner = nullptr;      // [leaves] last code, place of the parent
+  void* votes = nullptr;                                // [leaves] int32_t, or int64_t where weighted
+  Parent* parents = nullptr;
+  Apportionment apportionment;
+
+  void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
+    const Codebook::Body& body = book.body();
+    const int64_t rows = std::min(longest, kMostVoters);
+    last = body.size[book.levels() - 1];
+    parents_possible = 1;
+    for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
+    int64_t seated = params.budget ? 0 : 1;
+    for (int l = 0; l + 1 < book.levels(); ++l) seated *= params.fanout[l];
+    fanout_cells = std::min(seated, parents_possible) * last;
+    const bool dense = counts_densely(rows);
+    const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
+    histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
+    block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
+    key = arena.take<uint64_t>(rows + 1);
+    area = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells : 0) + (dense ? last : 0));
+    weight = arena.take<uint32_t>(rows);
+    spare_weight = arena.take<uint32_t>(rows);
+    last_code = arena.take<uint32_t>(rows + 1);
+    owner = arena.take<uint32_t>(rows + 1);
+    votes = arena.take<int64_t>(rows + 1);
+    parents = arena.take<Parent>(most_parents + 1);
+    apportionment.carve(arena, book, params, most_parents);
+  }
+
+  /// Grows with `rows`: what is carved for the longest history suffices for all.
+  bool counts_densely(int64_t rows) const noexcept {
+    if (parents_possible > std::min(kMostParents, rows) || last > kMostParents) return false;
+    if (fanout_cells) return rows >= kFanoutRows && fanout_cells <= kFanoutCells * rows;
+    return rows >= kDenseRows && last <= kCells * rows;
+  }
+
+  int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
+};
+
+/// 2^j, looked up: SSE2 has no shift by another count in each lane.
+constexpr struct Bits {
+  uint32_t of[32] = {};
+  constexpr Bits() {
+    for (int j = 0; j < 32; ++j) of[j] = uint32_t{1} << j;
+  }
+} kBits;
+
+uint32_t quantise(float w) noexcept {
+  if (!(w > 0)) return 0;
+  return static_cast<uint32_t>(std::llrint(double(std::min(w, 16.f)) * 4096));
+}
+
+class Voter {
+ public:
+  Voter(const Codebook& book, const VoteParams& params, Scratch& scratch) noexcept
+      : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(s_.last) {
+    leaves_bits_ = bits_of(body_.stride[0] * static_cast<uint64_t>(body_.size[0]) - 1);  // 2^64 leaves wrap to 64 bits
+    reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
+  }
+
+  /// One user: writes the kept leaves, by votes and code; returns how many.
+  int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
+              int64_t* out_votes) noexcept {
+    rows = std::min(rows, kMostVoters);
+    parents_ = candidates_ = seated_ = all_votes_ = 0;
+    key_ = s_.key;
+    spare_ = s_.area;
+    const bool dense = s_.counts_densely(rows);
+    if (weights) {
+      if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
+    } else {
+      if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
+    }
+    return write(out_codes, out_votes);
+  }
+
+ private:
+  // ---- counting
+
+  template <class Count>
+  void count_sorted(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    constexpr bool weighted = sizeof(Count) == 8;
+    const int64_t n =
+        levels_ == 2 ? find_leaves<2, weighted>(codes, weights, rows) : find_leaves<0, weighted>(codes, weights, rows);
+    if (n == 0) return;
+    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, s_.weight, s_.spare_weight);
+    uint64_t* const key = key_;
+    key[n] = ~key[n - 1];
+    int64_t* const votes_before = reinterpret_cast<int64_t*>(s_.area + n + 1);
+    int64_t sum = 0, leaves = 0;
+    votes_before[0] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      sum += weighted ? s_.weight[i] : 1;
+      const uint64_t leaf = key[i];
+      key[leaves] = leaf;
+      votes_before[leaves + 1] = sum;
+      leaves += key[i + 1] != leaf;
+    }
+    Count* const votes = static_cast<Count*>(s_.votes);
+    uint64_t number = parent_of(key[0]);
+    for (int64_t i = 0; i < leaves; ++i) {
+      votes[i] = static_cast<Count>(votes_before[i + 1] - votes_before[i]);
+      s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
+      s_.owner[i] = static_cast<uint32_t>(parents_);
+      s_.parents[parents_].number = number;
+      s_.parents[parents_].begin = i + 1;  // its end, so far
+      const uint64_t following = i + 1 < leaves ? parent_of(key[i + 1]) : ~number;
+      parents_ += following != number;
+      number = following;
+    }
+    for (int64_t p = 0, begin = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      const int64_t end = parent.begin;
+      parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0};
+      begin = end;
+    }
+    s_.apportionment.assign(s_.parents, parents_);
+    for (int64_t p = 0; p < parents_; ++p) {
+      const Parent& parent = s_.parents[p];
+      if (!parent.seats) continue;
+      const Count least = least_votes(parent, votes + parent.begin, parent.leaves);
+      const int64_t before = candidates_;
+      for (int64_t i = parent.begin; i < parent.begin + parent.leaves; ++i) {
+        key[candidates_] = rank_word(votes[i], i);
+        all_votes_ |= votes[i];
+        candidates_ += votes[i] >= least;
+      }
+      seated_ += std::min(parent.seats, candidates_ - before);
+    }
+  }
+
+  /// The numbers of the leaves that have votes, and the votes where weighted, in the order of rows; returns how many.
+  template <int L, bool weighted>
+  int64_t find_leaves(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    const int levels = L ? L : levels_;
+    uint64_t* const key = key_;
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i, codes += levels) {
+      bool ok = true;
+      uint64_t number = 0;
+      for (int l = 0; l < levels; ++l) {
+        ok &= static_cast<uint32_t>(codes[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
+      }
+      key[n] = number;
+      if (weighted) ok &= (s_.weight[n] = quantise(weights[i])) != 0;
+      n += ok;
+    }
+    return n;
+  }
+
+  uint64_t parent_of(uint64_t leaf) const noexcept {
+    if (reciprocal_) return static_cast<uint64_t>(static_cast<unsigned __int128>(reciprocal_) * leaf >> 64);
+    return leaf / static_cast<uint64_t>(last_);
+  }
+
+  /// False, with nothing done, where too many parents would have to be counted.
+  template <class Count>
+  bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+    constexpr bool weighted = sizeof(Count) == 8;
+    const int64_t none = s_.parents_possible, lanes = s_.lanes(), stride = lanes > 1 ? none + 1 : 0;
+    uint32_t* const row = reinterpret_cast<uint32_t*>(key_);  // its parent << 16 | its last code
+    const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(s_.weight[i]) : 1; };
+    Count* const lane = reinterpret_cast<Count*>(s_.histogram);
+    std::fill(lane, lane + (none + 1) * lanes, Count{0});
+    for (int64_t at = 0; at < rows; at += kBlock) {
+      const int64_t end = std::min(at + kBlock, rows);
+      levels_ == 2 ? locate<2>(codes, at, end, row) : locate<0>(codes, at, end, row);
+      for (int64_t i = at; weighted && i < end; ++i) s_.weight[i] = quantise(weights[i]);
+      int64_t i = at;
+      for (; i + kLanes <= end; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
+      for (; i < end; ++i) lane[row[i] >> 16] += votes_of(i);
+    }
+    for (int64_t j = 1; j < lanes; ++j)
+      for (int64_t p = 0; p < none; ++p) lane[p] += lane[j * stride + p];
+    for_each_at_least(lane, none, Count{1}, [&](int64_t p) {
+      const int64_t votes = lane[p];
+      s_.parents[parents_++] = {static_cast<uint64_t>(p), kNotCounted, votes, std::min(votes, last_), 0};
+    });
+    Count* const cells = reinterpret_cast<Count*>(s_.area);
+    const int64_t room = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : s_.fanout_cells;
+    int64_t used = 0;
+    std::fill(cells + room, cells + room + last_, Count{0});
+    for (int round = 0; parents_; ++round) {
+      s_.apportionment.assign(s_.parents, parents_);
+      const int64_t before = used;
+      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(room));
+      for (int64_t p = 0; p < parents_; ++p) {
+        Parent& parent = s_.parents[p];
+        if (!parent.seats || parent.begin != kNotCounted) continue;
+        if (used + last_ > room || round == kMostReadings) return (parents_ = 0);
+        s_.block[parent.number] = static_cast<uint32_t>(parent.begin = used);
+        used += last_;
+      }
+      if (used == before) break;
+      std::fill(cells + before, cells + used, Count{0});
+      const uint32_t* const block = s_.block;
+      const auto cell_of = [&](int64_t i) { return block[row[i] >> 16] + (row[i] & 0xffff); };
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4) {  // four places, then four sums: 1.6 times as fast as one by one
+        const uint32_t at[4] = {cell_of(i), cell_of(i + 1), cell_of(i + 2), cell_of(i + 3)};
+        for (int64_t j = 0; j < 4; ++j) cells[at[j]] += votes_of(i + j);
+      }
+      for (; i < rows; ++i) cells[cell_of(i)] += votes_of(i);
+      bool settled = true;
+      for (int64_t p = 0; p < parents_ && params_.budget; ++p) {
+        Parent& parent = s_.parents[p];
+        if (!parent.seats) continue;
+        const Count* const cell = cells + parent.begin;
+        if (parent.begin >= before) parent.leaves = count_at_least(cell, last_, Count{1});
+        settled &= parent.seats <= parent.leaves;
+      }
+      if (settled) break;
+    }
+    for (int64_t p = 0; p < parents_; ++p) {
+      Parent& parent = s_.parents[p];
+      if (!parent.seats) continue;
+      const Count* const cell = cells + parent.begin;
+      const int64_t before = candidates_;
+      for_each_at_least(cell, last_, least_votes(parent, cell, last_), [&](int64_t code) {
+        s_.last_code[candidates_] = static_cast<uint32_t>(code);
+        s_.owner[candidates_] = static_cast<uint32_t>(p);
+        all_votes_ |= cell[code];
+        key_[candidates_] = rank_word(cell[code], candidates_);
+        ++candidates_;
+      });
+      seated_ += std::min(parent.seats, candidates_ - before);
+    }
+    return true;
+  }
+
+  /// row[i] of rows [at, end): parent << 16 | last code; the parent `parents_possible` where a code is out of range.
+  template <int L>
+  void locate(const int32_t* codes, int64_t at, int64_t end, uint32_t* row) const noexcept {
+    const int levels = L ? L : levels_;
+    const uint32_t none = static_cast<uint32_t>(s_.parents_possible) << 16;
+    for (int64_t i = at; i < end; ++i) {
+      const int32_t* const c = codes + i * levels;
+      const uint32_t last = static_cast<uint32_t>(c[levels - 1]);
+      bool ok = last < static_cast<uint32_t>(last_);
+      uint32_t number = 0;
+      for (int l = 0; l + 1 < levels; ++l) {
+        ok &= static_cast<uint32_t>(c[l]) < static_cast<uint32_t>(body_.size[l]);
+        number = number * static_cast<uint32_t>(body_.size[l]) + static_cast<uint32_t>(c[l]);
+      }
+      row[i] = ok ? number << 16 | last : none;
+    }
+  }
+
+  // ---- leaves
+
+  /// Calls f(i), in order, for each cell[i] >= least.
+  template <class Count, class F>
+  static void for_each_at_least(const Count* cell, int64_t n, Count least, F f) noexcept {
+    const auto mask = [&](const Count* c) {
+      uint32_t bits = 0;
+      for (int j = 0; j < 32; ++j) bits |= c[j] >= least ? kBits.of[j] : 0;
+      return static_cast<uint64_t>(bits);
+    };
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+      for (uint64_t bits = mask(cell + i) | mask(cell + i + 32) << 32; bits; bits &= bits - 1)
+        f(i + __builtin_ctzll(bits));
+    for (; i < n; ++i)
+      if (cell[i] >= least) f(i);
+  }
+
+  /// In Count, so that lanes are not widened; n is below 2^24.
+  template <class Count>
+  static int64_t count_at_least(const Count* cell, int64_t n, Count least) noexcept {
+    Count found = 0;
+    for (int64_t i = 0; i < n; ++i) found += cell[i] >= least;
+    return found;
+  }
+
+  /// At most the votes that a leaf of this parent, which has seats, needs for one; votes [n] of its leaves, or zero.
+  template <class Count>
+  static Count least_votes(const Parent& parent, const Count* votes, int64_t n) noexcept {
+    if (parent.seats >= parent.leaves / 2) return 1;  // little to leave out; from here on votes >= leaves > 2 seats
+    // the seats-th largest is not above the mean of the seats largest
+    Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);
+    while (least > 1 && count_at_least(votes, n, least) < parent.seats) least /= 2;
+    return least;
+  }
+
+  /// The candidates, by votes and code, as long as their parents have seats; returns how many.
+  int64_t write(int32_t* codes, int64_t* out_votes) noexcept {
+    sort_ranks(candidates_, all_votes_, key_, spare_);
+    const uint64_t* word = key_;
+    for (int64_t kept = 0; kept < seated_; ++word) {
+      const int64_t place = place_of(*word);
+      Parent& parent = s_.parents[s_.owner[place]];
+      int32_t* const c = codes + kept * levels_;
+      out_votes[kept] = static_cast<int64_t>(kMostVotes - (*word >> kPlaceBits));
+      c[levels_ - 1] = static_cast<int32_t>(s_.last_code[place]);
+      uint64_t number = parent.number;
+      for (int l = levels_ - 2; l > 0; --l) {
+        c[l] = static_cast<int32_t>(number % static_cast<uint64_t>(body_.size[l]));
+        number /= static_cast<uint64_t>(body_.size[l]);
+      }
+      if (levels_ > 1) c[0] = static_cast<int32_t>(number);
+      const bool seated = parent.seats > 0;
+      parent.seats -= seated;
+      kept += seated;
+    }
+    return seated_;
+  }
+
+  const Codebook::Body& body_;
+  const VoteParams& params_;
+  Scratch& s_;
+  int levels_, leaves_bits_;
+  int64_t last_;
+  uint64_t reciprocal_;
+  int64_t parents_ = 0, candidates_ = 0, seated_ = 0, all_votes_ = 0;
+  uint64_t *key_ = nullptr, *spare_ = nullptr;
+};
+
+}  // namespace
+
+size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
+                      int64_t longest) noexcept {
+  Arena arena;
+  for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
+  return arena.used();
+}
+
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
+            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
+  const int64_t m = out.codes.shape[1], users = histories.users;
+  const int levels = book.levels();
+  const int64_t longest = longest_of(histories);
+  Arena arena(context.workspace);
+  for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
+  HISAC_TRY(arena.check("vote"));
+  const size_t each = arena.used() / static_cast<size_t>(workers_of(context));
+  parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
+    Arena mine({context.workspace.data + static_cast<size_t>(worker) * each, {static_cast<int64_t>(each)}});
+    Scratch scratch;
+    scratch.carve(mine, book, params, longest);
+    Voter voter(book, params, scratch);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = histories.start(b), rows = histories.end(b) - first;
+      const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows,
+                                     out.codes.data + b * m * levels, out.votes.data + b * m);
+      out.count.data[b] = static_cast<int32_t>(kept);
+      std::fill(out.codes.data + (b * m + kept) * levels, out.codes.data + (b + 1) * m * levels, -1);
+      std::fill(out.votes.data + b * m + kept, out.votes.data + (b + 1) * m, int64_t{0});
+    }
+  });
+  return {};
+}
+
+}  // namespace hisac::cpu

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elements of all types as floats, and floats as sums of bfloat16, which is what tensor cores multiply.
+#pragma once
+#include "cuda/device/simt.h"
+#include "hisac/array.h"
+
+namespace hisac::cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLargest = 3.402823466e38f;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr double kLn2 = 0.69314718055994531;
+
+using simt::larger;
+using simt::smaller;
+SIMT_DEVICE bool finite(float x) { return (simt::bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+SIMT_BOTH int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+SIMT_BOTH int size_of(DType type) { return type == DType::float32 ? 4 : type == DType::int8 ? 1 : 2; }
+SIMT_DEVICE float of_bfloat16(uint32_t low) { return simt::float_of(low << 16); }
+
+SIMT_DEVICE float element(const void* p, DType type, int64_t i) {
+  if (type == DType::float32) return static_cast<const float*>(p)[i];
+  if (type == DType::int8) return static_cast<const int8_t*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  return type == DType::bfloat16 ? of_bfloat16(h) : simt::from_half(h);
+}
+
+SIMT_DEVICE void store(void* p, DType type, int64_t i, float x) {
+  if (type == DType::float32)
+    static_cast<float*>(p)[i] = x;
+  else
+    static_cast<uint16_t*>(p)[i] = type == DType::bfloat16 ? static_cast<uint16_t>(simt::pack(x, 0)) : simt::to_half(x);
+}
+
+/// Eight neighbours; p is aligned to 16 bytes, or 8 of int8, in shared memory.
+SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
+  if (type == DType::int8) {
+    SIMT_EACH (i, 8) f[i] = static_cast<const int8_t*>(p)[i];
+    return;
+  }
+  const simt::Quad a = *static_cast<const simt::Quad*>(p);
+  if (type == DType::float32) {
+    const simt::Quad b = static_cast<const simt::Quad*>(p)[1];
+    SIMT_EACH (i, 4) {
+      f[i] = simt::float_of(a.word[i]);
+      f[4 + i] = simt::float_of(b.word[i]);
+    }
+    return;
+  }
+  SIMT_EACH (i, 4) {
+    const uint32_t w = a.word[i];
+    f[2 * i] = type == DType::bfloat16 ? of_bfloat16(w) : simt::from_half(static_cast<uint16_t>(w));
+    f[2 * i + 1] =
+        type == DType::bfloat16 ? simt::float_of(w & 0xffff0000u) : simt::from_half(static_cast<uint16_t>(w >> 16));
+  }
+}
+
+/// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
+struct Spans {
+  const void *starts = nullptr, *ends = nullptr;
+  bool wide = true;  // int64
+  int64_t rows = 0, users = 0;
+
+  SIMT_DEVICE int64_t start(int64_t b) const {
+    const int64_t s = offset(starts, b);
+    return s < 0 ? 0 : s > rows ? rows : s;
+  }
+  SIMT_DEVICE int64_t end(int64_t b) const {
+    const int64_t s = start(b), e = offset(ends, b);
+    return e < s ? s : e > rows ? rows : e;
+  }
+  SIMT_DEVICE int64_t length(int64_t b) const {  // end - start, in fewer registers
+    const int64_t e = offset(ends, b), n = (e > rows ? rows : e) - start(b);
+    return n < 0 ? 0 : n;
+  }
+
+ private:
+  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
+    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
+  }
+};
+
+SIMT_DEVICE float rounded(float x) { return of_bfloat16(simt::pack(x, 0)); }
+
+/// Two floats as bfloat16, and what they lose, in bfloat16 again: x = high + low within 2^-17 |x|.
+SIMT_DEVICE uint32_t split(float x, float y, uint32_t* low) {
+  const uint32_t high = simt::pack(x, y);
+  *low = simt::pack(x - of_bfloat16(high), y - simt::float_of(high & 0xffff0000u));
+  return high;
+}
+
+/// The same for any finite or infinite number: one that would round to infinity is cut, and an infinity loses nothing.
+SIMT_DEVICE uint32_t split_any(float x, float y, uint32_t* low) {
+  constexpr float kTop = 3.38953139e38f;  // the largest bfloat16
+  const float a = finite(x) ? smaller(larger(x, -kTop), kTop) : x, b = finite(y) ? smaller(larger(y, -kTop), kTop) : y;
+  const uint32_t high = simt::pack(a, b);
+  const float da = finite(x) ? x - of_bfloat16(high) : 0.f,
+              db = finite(y) ? y - simt::float_of(high & 0xffff0000u) : 0.f;
+  *low = simt::pack(da, db);
+  return high;
+}
+
+/// A natural logit in base 2; finite stays finite, with room to add another.
+SIMT_DEVICE float base2(float x) { return smaller(larger(x * kLog2e, -1.7e38f), 1.7e38f); }
+
+}  // namespace hisac::cuda

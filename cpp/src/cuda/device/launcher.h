@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// A verb's launches, one after another on its stream, until one fails.
+#pragma once
+#include "base/checks.h"
+#include "cuda/device/simt.h"
+
+namespace hisac::cuda {
+
+class Launcher {
+ public:
+  /// Asks for the current device's facts; after an error nothing is launched.
+  Launcher(const char* verb, const Context& context) noexcept
+      : verb_(verb), stream_(static_cast<simt::Stream>(context.stream)), error_(simt::machine(&machine)) {}
+
+  template <class Kernel, class... Arguments>
+  void operator()(Kernel kernel, int blocks, int threads, size_t shared_bytes, const Arguments&... arguments) {
+    if (error_ == Error{}) error_ = simt::launch(kernel, blocks, threads, shared_bytes, stream_, arguments...);
+  }
+  Status status() const noexcept {
+    if (error_ == Error{}) return {};
+    return Status::error(Code::io_error, "%s: cuda: %s", verb_, simt::describe(error_));
+  }
+
+  simt::Machine machine;
+
+ private:
+  using Error = decltype(simt::machine(nullptr));
+  const char* verb_;
+  simt::Stream stream_;
+  Error error_;
+};
+
+}  // namespace hisac::cuda

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Steps of products on tensor cores: a warp has 16 rows, operands lie in shared memory as P parts of bfloat16, products
+// of two low parts are left out.
+#pragma once
+#include "cuda/device/elements.h"
+
+namespace hisac::cuda {
+
+/// Parts `apart` elements from one to the next; an odd number of 16 bytes a row, so that no bank conflicts.
+template <int P>
+struct Operand {
+  uint16_t* data;
+  int pitch, apart;
+
+  SIMT_DEVICE Operand at(int row, int column) const { return {data + row * pitch + column, pitch, apart}; }
+  /// Where this lane points in the 16 x 16 elements at (row, column) whose four matrices it helps to load.
+  SIMT_DEVICE const uint16_t* place(int part, int row, int column) const {
+    return data + part * apart + (row + (simt::lane() & 15)) * pitch + column + (simt::lane() >> 4) * 8;
+  }
+};
+
+/// As split, for any float: what no bfloat16 holds is left to the low part, infinities and NaN among it.
+SIMT_DEVICE uint32_t split_wide(float x, float y, uint32_t* low) {
+  constexpr float kTop = 3.38953139e38f;  // the largest bfloat16
+  const uint32_t high = simt::pack(smaller(larger(x, -kTop), kTop), smaller(larger(y, -kTop), kTop));
+  *low = simt::pack(x - of_bfloat16(high), y - simt::float_of(high & 0xffff0000u));
+  return high;
+}
+
+/// z[16, 8 N] += a[16, depth] b[8 N, depth]^T; b's rows past `rows`, to the next 16, are left out.
+template <int P, int N>
+SIMT_DEVICE void multiply_rows(float (&z)[N][4], const Operand<P>& a, const Operand<P>& b, int depth, int rows) {
+  SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
+    uint32_t left[P][4];
+    SIMT_EACH (part, P) simt::load_matrices(left[part], a.place(part, 0, k));
+    SIMT_EACH (n, N / 2) {
+      if (n * 16 >= rows) continue;
+      SIMT_EACH (stored, P) {
+        uint32_t right[4];
+        simt::load_matrices(right, b.place(stored, n * 16, k));
+        SIMT_EACH (part, P - stored) {
+          simt::multiply_add(z[2 * n], left[part], right[0], right[2]);
+          simt::multiply_add(z[2 * n + 1], left[part], right[1], right[3]);
+        }
+      }
+    }
+  }
+}
+
+/// sum[16, 8 C] += w[16, 8 N] b[8 N, 8 C], w in two parts; rows of b past `rows` and columns past `columns`, each to
+/// the next 16, are left out.
+template <int C, int P, int N>
+SIMT_DEVICE void multiply_weights(float (*sum)[4], const float (&w)[N][4], const Operand<P>& b, int rows, int columns) {
+  SIMT_EACH (k, N / 2) {
+    if (k * 16 >= rows) continue;
+    uint32_t left[2][4];
+    SIMT_EACH (i, 4) {
+      const float* const pair = &w[2 * k + i / 2][i % 2 * 2];
+      left[0][i] = split(pair[0], pair[1], &left[1][i]);
+    }
+    SIMT_EACH (n, C / 2) {
+      if (n * 16 >= columns) continue;
+      SIMT_EACH (stored, P) {
+        uint32_t right[4];
+        simt::load_matrices_transposed(right, b.place(stored, k * 16, n * 16));
+        SIMT_EACH (part, 2 - stored) {
+          simt::multiply_add(sum[2 * n], left[part], right[0], right[1]);
+          simt::multiply_add(sum[2 * n + 1], left[part], right[2], right[3]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace hisac::cuda

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// A batch's behaviours as the kernels of `route` and `leaf_sums` meet them: which rows a user has, where the row of x
+// and of v of each lies, what makes one absent.
+#pragma once
+#include <algorithm>
+
+#include "codebook/image.h"
+#include "cuda/device/elements.h"
+#include "hisac/route.h"
+
+namespace hisac::cuda {
+
+/// |row|^2 below 2^100, decided in float64 where float32 is too near; NaN is not. element(d): of the row, as loaded.
+template <class Element>
+SIMT_DEVICE bool below_limit(float norm, int64_t width, Element element) {
+  if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
+  double squares = 0;
+  SIMT_ROLLED for (int64_t d = 0; d < width; ++d) {
+    const double y = element(d);
+    squares += y * y;
+  }
+  return squares < 0x1p100;
+}
+
+struct Behaviours : Spans {
+  Rows x, v;  // x.data null: the prototypes of the codes
+  Ids x_ids, v_ids;
+  const float* scale = nullptr;  // of x of int8
+  bool scales = false;           // one for each row of x
+  const float *bias = nullptr, *spread = nullptr;
+  const int32_t* codes = nullptr;
+  int levels = 0;
+  int32_t sizes[kMaxLevels] = {};
+  const float* centers[kMaxLevels] = {};  // [C_l, center_pitch] each
+  int center_pitch = 0;
+
+  SIMT_BOTH bool gathers() const { return x_ids.data || v_ids.data; }
+  SIMT_DEVICE const float* center(int level, int32_t code) const {
+    return centers[level] + int64_t{code} * center_pitch;
+  }
+  SIMT_DEVICE bool valid(const int32_t* of) const {
+    bool ok = true;
+    SIMT_ROLLED for (int l = 0; l < levels; ++l) ok =
+        ok && static_cast<uint32_t>(of[l]) < static_cast<uint32_t>(sizes[l]);
+    return ok;
+  }
+  /// Eight columns of the prototype of codes, added from the root down; zero for invalid ones and beyond D.
+  SIMT_DEVICE void prototype8(const int32_t* of, int64_t column, float (&f)[8]) const {
+    SIMT_EACH (i, 8) f[i] = 0;
+    if (!valid(of)) return;
+    SIMT_ROLLED for (int l = 0; l < levels; ++l) {
+      const float* const c = center(l, of[l]);
+      SIMT_EACH (i, 8) f[i] += column + i < x.width ? c[column + i] : 0.f;
+    }
+  }
+  SIMT_DEVICE float prototype(const int32_t* of, int64_t d) const {
+    float y = 0;
+    SIMT_ROLLED for (int l = 0; l < levels; ++l) y += center(l, of[l])[d];
+    return y;
+  }
+
+  /// The row of x or v that behaviour b has; -1: none.
+  SIMT_DEVICE int64_t x_row(int64_t b) const { return row_of(x_ids, b, x.rows); }
+  SIMT_DEVICE int64_t v_row(int64_t b) const { return row_of(v_ids, b, v.rows); }
+  /// An element of that row of x, as loaded.
+  SIMT_DEVICE float x_at(int64_t b, int64_t row, int64_t d) const {
+    if (!x.data) return prototype(codes + b * levels, d);
+    return element(x.data, x.dtype, row * x.width + d) * (scale ? scale[scales ? row : 0] : 1.f);
+  }
+  SIMT_DEVICE float v_at(int64_t row, int64_t d) const { return element(v.data, v.dtype, row * v.width + d); }
+
+  SIMT_DEVICE static bool limited(float bias, float spread) {
+    return finite(bias) && spread >= 0 && spread <= kLargest;
+  }
+
+ private:
+  SIMT_DEVICE int64_t row_of(Ids ids, int64_t b, int64_t table) const {
+    if (!ids.data) return b;
+    const int64_t id = ids.dtype == DType::int64 ? static_cast<const int64_t*>(ids.data)[b]
+                                                 : int64_t{static_cast<const int32_t*>(ids.data)[b]};
+    return static_cast<uint64_t>(id) < static_cast<uint64_t>(table) ? id : -1;
+  }
+};
+
+// ---- host
+
+inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
+  Behaviours t;
+  t.x = in.x;
+  t.x.width = width;
+  if (!in.x.data) t.x.dtype = DType::float32;
+  t.v = in.v;
+  t.x_ids = in.x_ids;
+  t.v_ids = in.v_ids;
+  t.scale = in.x_scale.data;
+  t.scales = in.x_scale.shape[0] != 1;
+  t.starts = in.histories.starts;
+  t.ends = in.histories.ends;
+  t.wide = in.histories.dtype == DType::int64;
+  t.rows = in.behaviours();
+  t.users = in.histories.users;
+  t.bias = in.bias.data;
+  t.spread = in.spread.data;
+  if (in.codes && in.book && !in.book->empty()) {
+    t.codes = in.codes.data;
+    t.levels = in.book->levels();
+    for (int l = 0; l < t.levels; ++l)
+      t.sizes[l] = static_cast<int32_t>(std::min<int64_t>(in.book->size(l), 0x7fffffff));
+  }
+  return t;
+}
+
+/// Where the levels' centers lie in the codebook's image; needed where there is no x.
+inline Status place_centers(const char* verb, const Context& context, const RouteInputs& in, Behaviours& t) {
+  if (in.x.data || t.levels == 0) return {};
+  const CodebookImage image(*in.book);
+  HISAC_TRY(check_image(verb, context, image));
+  t.center_pitch = image.pitch;
+  for (int l = 0; l < t.levels; ++l)
+    t.centers[l] = reinterpret_cast<const float*>(context.codebook_image.data + image.level[l].centers);
+  return {};
+}
+
+}  // namespace hisac::cuda

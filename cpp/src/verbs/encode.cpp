@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hisac/encode.h"
+
+#include "backend.h"
+
+namespace hisac {
+
+size_t encode_workspace(const Context& context, const Codebook& book) noexcept {
+  if (book.empty()) return 0;
+  return backend_workspace(&Backend::encode_workspace, context, book);
+}
+
+Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
+  HISAC_TRY(check_book("encode", &book));
+  HISAC_TRY(check_float("encode", "x", x.dtype));
+  if (x.width != book.width())
+    return Status::error(Code::invalid_argument,
+                         "encode: x is [%" PRId64 ", %" PRId64 "], the codebook has D = %" PRId64 ": D differs", x.rows,
+                         x.width, book.width());
+  HISAC_TRY(check_codes("encode", book, codes.shape, x.rows));
+  return call_backend("encode", &Backend::encode, context, book, x, codes);
+}
+
+}  // namespace hisac

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hisac/fit.h"
+
+#include "backend.h"
+
+namespace hisac {
+namespace {
+
+Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) noexcept {
+  HISAC_TRY(check_float("fit", "x", x.dtype));
+  if (params.levels < 1 || params.levels > kMaxLevels)
+    return Status::error(Code::invalid_argument, "fit: codes expected 1 to %d levels, got %d", kMaxLevels,
+                         params.levels);
+  if (params.iterations < 0)
+    return Status::error(Code::invalid_argument, "fit: iterations expected 0 or more, got %d", params.iterations);
+  if (x.width < 1 || x.width > (1 << 20))
+    return Status::error(Code::invalid_argument, "fit: x expected [T, D] with D from 1 to 2^20, got D = %" PRId64,
+                         x.width);
+  for (int l = 0; l < params.levels; ++l) {
+    if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20))
+      return Status::error(Code::invalid_argument, "fit: codes expected 1 to 2^20 at level %d, got %" PRId64, l,
+                           params.sizes[l]);
+    if (centers[l].shape[0] != params.sizes[l] || centers[l].shape[1] != x.width)
+      return Status::error(Code::invalid_argument,
+                           "fit: centers of level %d expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
+                           "]",
+                           l, params.sizes[l], x.width, centers[l].shape[0], centers[l].shape[1]);
+  }
+  return {};
+}
+
+}  // namespace
+
+size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept {
+  if (params.levels < 1 || params.levels > kMaxLevels || rows < 0 || width < 1 || width > (1 << 20)) return 0;
+  for (int l = 0; l < params.levels; ++l)
+    if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20)) return 0;
+  return backend_workspace(&Backend::fit_workspace, context, params, rows, width);
+}
+
+Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
+           FitReport* report) noexcept {
+  HISAC_TRY(check(params, x, centers));
+  return call_backend("fit", &Backend::fit, context, params, x, centers, report);
+}
+
+}  // namespace hisac

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "backend.h"
+#include "verbs/route_inputs.h"
+
+namespace hisac {
+namespace {
+
+Status check_gradients(const RouteParams& params, const RouteInputs& in, const RouteForward& f,
+                       const RouteGradients& out) noexcept {
+  const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
+  const int64_t rows = m + (params.missing == Missing::token), t = in.behaviours(), v = in.v.width;
+  if (params.refine != 0)
+    return Status::error(Code::invalid_argument,
+                         "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);
+  if (f.d_tokens.rows != users * rows || f.d_tokens.width != v || f.tokens.rows != users * rows ||
+      f.tokens.width != v || f.lse.shape[0] != users || f.lse.shape[1] != rows ||
+      (f.d_lse && (f.d_lse.shape[0] != users || f.d_lse.shape[1] != rows)))
+    return Status::error(Code::invalid_argument,
+                         "route_backward: expected tokens and d_tokens [%" PRId64 ", %" PRId64 ", %" PRId64
+                         "], lse and d_lse [%" PRId64 ", %" PRId64 "]",
+                         users, rows, v, users, rows);
+  HISAC_TRY(check_float("route_backward", "d_tokens", f.d_tokens.dtype));
+  HISAC_TRY(check_float("route_backward", "tokens", f.tokens.dtype));
+  const bool fits =
+      (!out.v || (out.v.shape[0] == t && out.v.shape[1] == v)) &&
+      (!out.x || (out.x.shape[0] == t && out.x.shape[1] == width)) && (!out.bias || out.bias.shape[0] == t) &&
+      (!out.temperature || out.temperature.shape[0] == params.temperature.shape[0]) &&
+      (!out.prototypes ||
+       (out.prototypes.shape[0] == users && out.prototypes.shape[1] == m && out.prototypes.shape[2] == width));
+  if (!fits)
+    return Status::error(Code::invalid_argument, "route_backward: gradients expected the shapes of their arguments");
+  if (out.x && !in.x.data)
+    return Status::error(Code::invalid_argument, "route_backward: a gradient of x expected x, got none");
+  if (params.method == Method::leaf && (out.bias || out.x || out.prototypes))
+    return Status::error(Code::not_implemented,
+                         "route_backward: method='leaf' has gradients for v and temperature only");
+  return {};
+}
+
+}  // namespace
+
+size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                                const RouteGradients& out, int64_t longest) noexcept {
+  return backend_workspace(&Backend::route_backward_workspace, context, params, inputs, out, longest);
+}
+
+Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
+                      const RouteForward& forward, const RouteGradients& out) noexcept {
+  HISAC_TRY(check_route("route_backward", params, inputs, context.device));
+  HISAC_TRY(check_gradients(params, inputs, forward, out));
+  return call_backend("route_backward", &Backend::route_backward, context, params, inputs, forward, out);
+}
+
+}  // namespace hisac

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// The check of a batch of histories and of what routes it, which `route`, its backward and `leaf_sums` share.
+#pragma once
+#include "hisac/route.h"
+
+namespace hisac {
+
+/// Shapes, types and ranges; `verb` opens the message.
+Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept;
+
+}  // namespace hisac

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hisac/vote.h"
+
+#include <algorithm>
+
+#include "backend.h"
+
+namespace hisac {
+namespace {
+
+Status check_params(const Codebook& book, const VoteParams& params) noexcept {
+  bool fanout = false;
+  for (int64_t k : params.fanout) fanout |= k != 0;
+  if ((params.budget != 0) == fanout)
+    return Status::error(Code::invalid_argument, "vote: expected either budget or fanout, got %s",
+                         fanout ? "both" : "neither");
+  if (fanout) {
+    int64_t product = 1;
+    for (int l = 0; l < kMaxLevels; ++l) {
+      const int64_t k = params.fanout[l];
+      if ((l < book.levels()) != (k != 0) || k < 0)
+        return Status::error(Code::invalid_argument, "vote: fanout expected one number >= 1 for each of %d levels",
+                             book.levels());
+      if (l < book.levels()) product = k > kMaxSeats ? kMaxSeats + 1 : std::min(product * k, kMaxSeats + 1);
+    }
+    if (product > kMaxSeats)
+      return Status::error(Code::invalid_argument, "vote: fanout expected a product of at most %" PRId64 ", got more",
+                           kMaxSeats);
+  } else if (params.budget < 1 || params.budget > kMaxSeats) {
+    return Status::error(Code::invalid_argument, "vote: budget expected 1 to %" PRId64 ", got %" PRId64, kMaxSeats,
+                         params.budget);
+  }
+  return {};
+}
+
+Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
+  if (agents.fingerprint == book.fingerprint()) return {};
+  return Status::error(Code::invalid_argument, "%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
+                       book.fingerprint(), agents.fingerprint);
+}
+
+}  // namespace
+
+int64_t seats(const VoteParams& params, int levels) noexcept {
+  int64_t product = 1;
+  for (int l = 0; l < levels && !params.budget; ++l) product *= params.fanout[l];
+  return params.budget ? params.budget : product;
+}
+
+size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
+                      int64_t longest) noexcept {
+  if (book.empty() || !check_params(book, params).ok()) return 0;
+  return backend_workspace(&Backend::vote_workspace, context, book, params, longest);
+}
+
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
+            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
+  HISAC_TRY(check_book("vote", &book));
+  HISAC_TRY(check_params(book, params));
+  HISAC_TRY(check_codes("vote", book, codes.shape, codes.shape[0]));
+  HISAC_TRY(check_histories("vote", histories, codes.shape[0], context.device));
+  if (weights) HISAC_TRY(check_length("vote", "weights", codes.shape[0], weights.shape[0]));
+  const int64_t m = seats(params, book.levels()), users = histories.users;
+  const int levels = book.levels();
+  if (out.codes.shape[0] != users || out.codes.shape[1] != m || out.codes.shape[2] != levels ||
+      out.votes.shape[0] != users || out.votes.shape[1] != m || out.count.shape[0] != users)
+    return Status::error(Code::invalid_argument,
+                         "vote: out expected codes [%" PRId64 ", %" PRId64 ", %d], votes [%" PRId64 ", %" PRId64
+                         "] and count [%" PRId64 "]",
+                         users, m, levels, users, m, users);
+  if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
+  return call_backend("vote", &Backend::vote, context, book, params, codes, histories, weights, out);
+}
+
+Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {
+  HISAC_TRY(check_book("prototypes", &book));
+  HISAC_TRY(check_fingerprint("prototypes", book, agents));
+  const int64_t *const c = agents.codes.shape, *const o = out.shape;
+  if (o[0] != c[0] || o[1] != c[1])
+    return Status::error(Code::invalid_argument,
+                         "prototypes: out expected [%" PRId64 ", %" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
+                         ", %" PRId64 "]",
+                         c[0], c[1], book.width(), o[0], o[1], o[2]);
+  return code_prototypes(context, book, {agents.codes.data, {c[0] * c[1], c[2]}}, {out.data, {o[0] * o[1], o[2]}});
+}
+
+}  // namespace hisac

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m hisac`: the demo, and the verbs over a user's files. Exit codes: 0, 2 for bad input (one line), 130."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import hisac
+
+from . import commands, demo
+
+TOP = """\
+Compress long user histories into a few hundred tokens (HiSAC, arXiv 2602.21009).
+
+  item embeddings --fit--> codebook
+  x --encode--> codes --vote--> interest-agents --route--> tokens
+"""
+
+FILES = """\
+Arrays: PATH or PATH:KEY, of .npy, .npz, .parquet or .safetensors. KEY is the array's name; in a .parquet file a column
+of numbers or lists, or several (a,b,c or e*). Values are float16 or float32 (float64 is converted)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """'512,512' -> (512, 512)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas, such as 512,512, got {text!r}") from None
+
+
+def whole(text: str) -> int:
+    """A number from 1 to a million."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= 10**6):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 1,000,000, got {text!r}")
+    return int(text)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m hisac", description=TOP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"hisac {hisac.__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def verb(name: str, text: str, more: str = FILES) -> argparse.ArgumentParser:
+        p = verbs.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        p.add_argument("--threads", type=whole, metavar="N", help="threads to use (default: all processors)")
+        return p
+
+    p = verb("demo", "the whole way on bundled real data, in seconds: start here", "")
+    p.add_argument(
+        "--quick", action="store_true", help="a few requests only: shows the output, its numbers mean little"
+    )
+    p.add_argument("--png", default="hisac-demo.png", metavar="PATH", help="picture to write (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the codebook, the requests and the negatives (default: 0)")
+
+    p = verb("fit", "learn a codebook from item embeddings")
+    p.add_argument("x", metavar="X", help="embeddings [items, width]")
+    p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
+    p.add_argument(
+        "--codes", type=numbers, default=(512, 512), metavar="C,C", help="codes of each level (default: 512,512)"
+    )
+    p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
+    p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
+
+    p = verb("encode", "give each embedding its codes, one a level")
+    p.add_argument("book", metavar="BOOK", help="codebook of `fit`")
+    p.add_argument("x", metavar="X", help="embeddings [rows, width]")
+    p.add_argument("-o", "--out", required=True, metavar="CODES", help="codes [rows, levels] to write, .npy")
+
+    p = verb("compress", "turn each user's history into tokens")
+    p.add_argument("book", metavar="BOOK", help="codebook of `fit`")
+    p.add_argument("--x", required=True, metavar="X", help="semantic embedding of each behaviour [rows, width]")
+    p.add_argument("--v", metavar="V", help="what is aggregated, of each behaviour [rows, any width] (default: x)")
+    p.add_argument("--codes", metavar="CODES", help="codes of each behaviour, of `encode` (default: encode x now)")
+    users = p.add_mutually_exclusive_group(required=True)
+    users.add_argument("--user", metavar="IDS", help="user of each behaviour [rows]; a user's rows stand together")
+    users.add_argument("--offsets", metavar="OFFSETS", help="[users + 1]: user b has rows OFFSETS[b] .. OFFSETS[b + 1]")
+    rule = p.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--budget", type=whole, metavar="M", help="M tokens a user, seats in proportion to votes")
+    rule.add_argument("--fanout", type=numbers, metavar="K,K", help="children kept a node and level (the paper's rule)")
+    p.add_argument("--temperature", type=float, default=0.1, metavar="TAU", help="softness of routing (default: 0.1)")
+    p.add_argument(
+        "--normalize", choices=("history", "agents"), default="history",
+        help="softmax over the history, as the paper (default), or over the agents, better in the demo with --budget",
+    )  # fmt: skip
+    p.add_argument(
+        "-o", "--out", required=True, metavar="TOKENS",
+        help="tokens, lse, codes, votes, count, users and fingerprint to write, .npz or .safetensors",
+    )  # fmt: skip
+
+    p = verb("inspect", "the health of a codebook: use of codes, dead codes, collisions, error")
+    p.add_argument("book", metavar="BOOK", help="codebook of `fit`")
+    p.add_argument("--x", metavar="X", help="embeddings [items, width] to try it on")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.threads:
+        hisac.set_num_threads(args.threads)
+    if args.command == "demo":
+        demo.run(demo.QUICK if args.quick else demo.FULL, png=Path(args.png), seed=args.seed)
+    elif args.command == "fit":
+        commands.fit(args.x, args.out, codes=args.codes, iterations=args.iterations, seed=args.seed)
+    elif args.command == "encode":
+        commands.encode(args.book, args.x, args.out)
+    elif args.command == "compress":
+        commands.compress(
+            args.book, args.x, args.out, v=args.v, codes=args.codes, users=args.user, offsets=args.offsets,
+            budget=args.budget, fanout=args.fanout, temperature=args.temperature, normalize=args.normalize,
+        )  # fmt: skip
+    else:
+        commands.inspect(args.book, args.x)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, NotImplementedError, MemoryError, hisac.CorruptFileError) as error:
+        text = " ".join(str(error).split()).removeprefix(f"{args.command}: ") or type(error).__name__
+        print(f"hisac {args.command}: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hisac {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

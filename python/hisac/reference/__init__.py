@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of every hisac operation: NumPy, float64, written to be read.
+
+Whatever a kernel does, it must agree with this page: codes, votes and agents exactly, floats within a bound derived
+from sizes and rounding. Arrays follow one naming: B users, T behaviours, D semantic width, V value width, L levels,
+M agents a user, N candidates, H heads. Values never raise: invalid codes mean absent, NaN loses, an empty sum is a zero
+token with lse -inf. codebook.py has `Codebook`, `encode` and `fit`; verbs.py
+the other verbs; state.py what is kept between requests; bounds.py how far a float32 kernel may be from all this.
+
+Source: HiSAC, arXiv 2602.21009. Semantic IDs and the code tree: its hierarchical codebook; `vote`: hierarchical
+voting (`fanout`) and our apportionment (`budget`); `route`: soft-routing attention; `attend`: target attention.
+"""
+
+from .codebook import FIT_LIMIT, Codebook, encode, first_distinct, fit, priorities, valid_codes
+from .verbs import (
+    ABSENT_NORM,
+    MAX_SEATS,
+    MAX_VOTERS,
+    MAX_WEIGHT,
+    WEIGHT_UNIT,
+    History,
+    attend,
+    attend_backward,
+    attend_logits,
+    by_budget,
+    by_fanout,
+    children,
+    float64,
+    gather,
+    histories,
+    leaf_sums,
+    leaf_votes,
+    log_softmax,
+    logsumexp,
+    quantise_weights,
+    ranges,
+    route,
+    route_backward,
+    square_distances,
+    vote,
+)
+
+__all__ = [
+    "ABSENT_NORM",
+    "FIT_LIMIT",
+    "MAX_SEATS",
+    "MAX_VOTERS",
+    "MAX_WEIGHT",
+    "WEIGHT_UNIT",
+    "Codebook",
+    "History",
+    "attend",
+    "attend_backward",
+    "attend_logits",
+    "by_budget",
+    "by_fanout",
+    "children",
+    "encode",
+    "first_distinct",
+    "fit",
+    "float64",
+    "gather",
+    "histories",
+    "leaf_sums",
+    "leaf_votes",
+    "log_softmax",
+    "logsumexp",
+    "priorities",
+    "quantise_weights",
+    "ranges",
+    "route",
+    "route_backward",
+    "square_distances",
+    "valid_codes",
+    "vote",
+]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of the codebook and its two verbs, `fit` and `encode`; part of `hisac.reference`, read first.
+
+Source: HiSAC, arXiv 2602.21009, its hierarchical codebook.
+"""
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from ..types import Agents, Array, FitReport
+
+FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
+
+
+class Codebook:
+    """L arrays of centers [C_l, D] float32. A leaf is a full code; its prototype is the sum of its codewords."""
+
+    def __init__(self, centers: Any) -> None:
+        self.centers = tuple(np.array(c, dtype=np.float32) for c in centers)
+        self.sizes = tuple(len(c) for c in self.centers)
+        self.report: FitReport | None = None
+
+    @property
+    def fingerprint(self) -> int:
+        """FNV-1a, 64 bits, over D, then for each level C_l and its float32 values; little-endian, integers 64 bits."""
+        data = struct.pack("<q", self.centers[0].shape[1])
+        for c in self.centers:
+            data += struct.pack("<q", len(c)) + c.astype("<f4").tobytes()
+        h = 0xCBF29CE484222325
+        for byte in data:
+            h = (h ^ byte) * 0x100000001B3 % 2**64
+        return h
+
+    def leaves(self, codes: Array) -> Array:
+        """codes [..., L] -> [...] int64: mixed-radix number of the leaf, -1 for an invalid code. A parent's number is
+        its child's, divided by the child level's size and rounded down."""
+        codes = np.asarray(codes, np.int64)
+        leaf = np.zeros(codes.shape[:-1], np.int64)
+        for level, size in enumerate(self.sizes):
+            leaf = leaf * size + codes[..., level]
+        return np.where(valid_codes(self, codes), leaf, -1)
+
+    def prototypes(self, codes: Array) -> Array:
+        """codes [..., L] (or Agents) -> [..., D] float32: the codewords on the path, added from the root down."""
+        codes = np.asarray(codes.codes if isinstance(codes, Agents) else codes, np.int64)
+        ok = valid_codes(self, codes)
+        total = np.zeros((*codes.shape[:-1], self.centers[0].shape[1]), np.float32)
+        for level, c in enumerate(self.centers):
+            total = total + c[np.where(ok, codes[..., level], 0)]
+        return np.where(ok[..., None], total, np.float32(0))
+
+
+def valid_codes(book: Any, codes: Array) -> Array:
+    """codes [..., L] -> [...] bool: every level in range."""
+    codes = np.asarray(codes)
+    return ((codes >= 0) & (codes < np.asarray(book.sizes))).all(-1)
+
+
+def distances(r: Array, c: Array) -> Array:
+    """r [T, D], c [C, D] float32 -> [T, C] float64: sum over d, in index order, of (r_d - c_d)^2. The order is part of
+    the definition (no pairwise sums, no contraction), so that codes are integers everyone agrees on."""
+    total = np.zeros((len(r), len(c)))
+    for d in range(r.shape[1]):
+        step = np.subtract.outer(r[:, d].astype(np.float64), c[:, d].astype(np.float64))
+        total = total + step * step
+    return total
+
+
+def encode(book: Any, x: Array) -> Array:
+    """Greedy residual quantisation: at level l the code c minimising |r - c|^2, then r <- r - c in float32.
+
+    x [T, D] -> codes [T, L] int32. The lower code wins a tie; a row with a NaN or an infinity is -1 at every level.
+    """
+    r = np.asarray(x).astype(np.float32)
+    ok: Array = np.isfinite(r).all(1)
+    r = np.where(ok[:, None], r, np.float32(0))
+    codes = np.empty((len(r), len(book.centers)), np.int32)
+    for level, c in enumerate(book.centers):
+        codes[:, level] = distances(r, c).argmin(1)
+        with np.errstate(over="ignore"):
+            r = r - c[codes[:, level]]
+    codes[~ok] = -1
+    return codes
+
+
+def mix64(z: Any) -> Any:
+    """The splitmix64 finaliser on uint64: the counter-based random numbers of `fit`."""
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def priorities(seed: int, level: int, rows: Array) -> Array:
+    """uint64 per global row: mix(mix(seed + (level + 1) g) + (row + 1) g), g the golden ratio's 64 bits."""
+    g = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key = mix64(np.uint64(seed % 2**64) + np.uint64(level + 1) * g)
+        return mix64(key + (rows.astype(np.uint64) + np.uint64(1)) * g)
+
+
+def first_distinct(r: Array, order: Array, n: int) -> list[int]:
+    """The first n rows of r, in `order`, that differ from those before; -0 equals 0."""
+    seen: set[bytes] = set()
+    picked: list[int] = []
+    for i in order:
+        key = (r[i] + np.float32(0)).tobytes()
+        if len(picked) < n and key not in seen:
+            seen.add(key)
+            picked.append(i)
+    return picked
+
+
+def fixed_point_bits(biggest: float, rows: int) -> int:
+    """k such that the sum of `rows` values, each at most `biggest`, stays below 2^62 in units of 2^-k."""
+    return 61 - math.frexp(biggest)[1] - int(rows).bit_length()
+
+
+def fit(x: Array, codes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
+    """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
+
+    Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
+    centers = sum of rint(r 2^k) in int64 / count. A code without rows takes the worst-quantised row not yet taken
+    (distance down, row up); if every row is met exactly, it copies the lowest used code and so is never chosen.
+    Stops early when no center changes. x [T, D] -> Codebook with a FitReport.
+    """
+    x = np.asarray(x).astype(np.float32)
+    rows = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
+    r, centers = x[rows], []
+    rounds: list[int] = []
+    error: list[float] = []
+    unused: list[int] = []
+    if len(rows) == 0:
+        raise ValueError(f"fit: x is {list(x.shape)} without a usable row, expected at least one")
+    for level, size in enumerate(codes):
+        order = np.lexsort((rows, priorities(seed, level, rows)))
+        start = r[first_distinct(r, order, size)]
+        c = np.concatenate([start, np.repeat(start[:1], size - len(start), 0)])
+        k = fixed_point_bits(float(np.abs(r).max()), len(r))
+        fixed = np.rint(np.ldexp(r.astype(np.float64), k)).astype(np.int64)
+        rounds.append(0)
+        for _ in range(iterations):
+            d = distances(r, c)
+            near = d.argmin(1)
+            count = np.bincount(near, minlength=size)
+            total = np.zeros((size, r.shape[1]), np.int64)
+            np.add.at(total, near, fixed)
+            used = count > 0
+            new = c.copy()
+            new[used] = np.ldexp(total[used].astype(np.float64), -k) / count[used, None]
+            dead = np.flatnonzero(~used)
+            worst = d[np.arange(len(r)), near]
+            far = np.flatnonzero(worst > 0)
+            seeds = first_distinct(r, far[np.lexsort((far, -worst[far]))], len(dead))
+            new[dead] = new[used.argmax()]
+            new[dead[: len(seeds)]] = r[seeds]
+            rounds[-1] += 1
+            if progress:
+                progress(level, rounds[-1], float(worst.mean()))
+            if (new == c).all():
+                break
+            c = new
+        d = distances(r, c)
+        near = d.argmin(1)
+        error.append(float(d.min(1).mean()))
+        unused.append(int(size - len(np.unique(near))))
+        r = r - c[near]
+        centers.append(c)
+    book = Codebook(centers)
+    book.report = FitReport(len(rows), len(x) - len(rows), tuple(rounds), tuple(error), tuple(unused))
+    return book

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For people who test their own systems by properties: Hypothesis strategies, and comparators with derived bounds.
+
+    @given(hisac.testing.problems(max_history=64))
+    def test_mine(p):
+        assert_tokens_close(mine(**p.route_args()), p.reference(), p)
+
+Strategies draw the sizes and options, and one seed for the arrays: examples are quick to make and shrink to small
+sizes. Codes, votes and agents are integers and are compared exactly; floats within `hisac.reference.bounds`. Needs
+hypothesis.
+"""
+
+
+def _register() -> None:
+    """The `hypothesis` entry point: `st.from_type` learns Codebook and Problem. It stands above the imports because
+    importing this module first makes hypothesis call it while the module is still half loaded."""
+    from hypothesis import strategies
+
+    from .. import Codebook
+
+    strategies.register_type_strategy(Codebook, lambda _: codebooks())
+
+
+# ruff: noqa: E402
+from .compare import (
+    assert_agents_equal,
+    assert_attended_close,
+    assert_close,
+    assert_codes_equal,
+    assert_gradients_close,
+    assert_leaf_sums_close,
+    assert_tokens_close,
+)
+from .problems import (
+    DTYPES,
+    SPECIAL,
+    Attention,
+    Problem,
+    attentions,
+    codebooks,
+    codes,
+    embeddings,
+    generators,
+    histories,
+    offsets,
+    problems,
+    rounded,
+    shuffled,
+    sprinkle,
+    to_torch,
+)
+
+__all__ = [
+    "DTYPES",
+    "SPECIAL",
+    "Attention",
+    "Problem",
+    "assert_agents_equal",
+    "assert_attended_close",
+    "assert_close",
+    "assert_codes_equal",
+    "assert_gradients_close",
+    "assert_leaf_sums_close",
+    "assert_tokens_close",
+    "attentions",
+    "codebooks",
+    "codes",
+    "embeddings",
+    "generators",
+    "histories",
+    "offsets",
+    "problems",
+    "rounded",
+    "shuffled",
+    "sprinkle",
+    "to_torch",
+]

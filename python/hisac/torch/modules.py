@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules of a ranking model: histories to tokens, candidates that attend to them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import Codebook
+from ..types import Agents, Attended, Tokens
+from .functions import Offsets, attend, encode, prototypes, route, row_tensors, spans_of, tau_tensor, vote
+from .library import register
+
+
+class KeysValues(NamedTuple):
+    """The tokens of a request, projected once for all its candidates: keys [B, M, H, d], values [B, M, H, V]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Compressed(NamedTuple):
+    """The fields of `Tokens`; the agents, of which `log_share` makes the paper's bias; codes [T, L] to use again."""
+
+    tokens: Tensor
+    lse: Tensor
+    prototypes: Tensor
+    agents: Agents
+    codes: Tensor
+
+
+for _type in (Agents, Tokens, Attended, KeysValues, Compressed):  # as results of a saved torch.export program
+    torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
+
+
+class Compressor(nn.Module):
+    """Histories to tokens: encode and vote without gradient, route with, under a learned temperature (log tau, [1]).
+
+    The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
+    the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
+
+    >>> compress = Compressor(Codebook([torch.eye(2)]), budget=2, normalize="agents")
+    >>> out = compress(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2]))
+    >>> out.tokens.shape, out.agents.count.tolist()
+    (torch.Size([1, 2, 3]), [2])
+    """
+
+    def __init__(
+        self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
+        temperature: float = 0.1, learn_temperature: bool = True, normalize: str = "history", method: str = "exact",
+        refine: int = 0, missing: str = "drop", precision: str = "float32", sparse: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.book, self.budget, self.fanout = book, budget, fanout
+        self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
+        self.precision, self.sparse = precision, sparse
+        self.log_tau = nn.Parameter(tau_tensor(temperature).log(), learn_temperature)
+        rows = torch.empty(0, book.width, dtype=torch.float32)
+        self(rows, rows, torch.zeros(1, dtype=torch.int64))  # checks every option
+
+    def forward(
+        self, x: Tensor | None, v: Tensor, offsets: Offsets, *, codes: Tensor | None = None,
+        weights: Tensor | None = None, bias: Tensor | None = None, x_ids: Tensor | None = None,
+        v_ids: Tensor | None = None, x_scale: float | Tensor | None = None,
+    ) -> Compressed:  # fmt: skip
+        """x [T, D] (None: codes), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, codes [T, L] of an
+        earlier call, weights [T] of the votes, bias [T] of the routing (log weight, time decay); x_ids, v_ids, x_scale
+        of gathered x and v as in `route`: with x_ids, codes are those of a table encoded once -> Compressed."""
+        if codes is None:
+            if x is None:
+                raise ValueError("Compressor: neither x nor codes given, expected one of them")
+            if x_ids is not None:
+                raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once, index it")
+            codes = encode(self.book, x)
+        (codes,), spans = (
+            row_tensors("Compressor", codes),
+            spans_of("Compressor", offsets, v if v_ids is None else v_ids),
+        )
+        agents = vote(self.book, codes, spans, budget=self.budget, fanout=self.fanout, weights=weights)
+        out = route(
+            x, v, spans, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
+            normalize=self.normalize, bias=bias, codes=codes, book=self.book, method=self.method, refine=self.refine,
+            missing=self.missing, precision=self.precision, x_ids=x_ids, v_ids=v_ids, x_scale=x_scale,
+            sparse=self.sparse,
+        )  # fmt: skip
+        return Compressed(*out, agents, codes)
+
+    def get_extra_state(self) -> Tensor:
+        """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""
+        return torch.frombuffer(bytearray(self.book.to_bytes()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the codebook of a state dict; ValueError where its sizes differ."""
+        book = Codebook.from_bytes(state.cpu().numpy().tobytes())
+        got, expected = ((*b.sizes, b.width) for b in (book, self.book))
+        if got != expected:
+            raise ValueError(f"load_state_dict: codebook (C_1, .., C_L, D) is {got}, expected {expected}")
+        self.book = book
+        register(book)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        register(self.book)
+
+    def extra_repr(self) -> str:
+        names = "budget", "fanout", "normalize", "method", "refine", "missing", "precision"
+        return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
+
+
+class TargetAttention(nn.Module):
+    """Multi-head attention of candidates on cached tokens, with the log-sum-exp of the logits as a feature.
+
+    Softmax hides how similar the best match is: give the scoring net `lse` beside `out`.
+
+    >>> attention = TargetAttention(6, 3, heads=2, head_width=4)
+    >>> cached = attention.keys_values(torch.randn(1, 5, 3))
+    >>> out, lse = attention(torch.randn(7, 6), cached, torch.tensor([0, 7]))
+    >>> out.shape, lse.shape
+    (torch.Size([7, 8]), torch.Size([7, 2]))
+    """
+
+    def __init__(
+        self, candidate_width: int, token_width: int, *, heads: int = 4, head_width: int = 16,
+        value_width: int | None = None, bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(candidate_width, heads * head_width, bias=bias)
+        self.key = nn.Linear(token_width, heads * head_width, bias=bias)
+        self.value = nn.Linear(token_width, heads * (value_width or head_width), bias=bias)
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """tokens [B, M, W] -> KeysValues, to be passed to `forward` in place of the tokens."""
+        keys, values = (f(tokens).unflatten(-1, (self.heads, -1)) for f in (self.key, self.value))
+        return KeysValues(keys, values)
+
+    def forward(
+        self, candidates: Tensor, tokens: Tensor | KeysValues, candidate_offsets: Tensor, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """candidates [N, C], tokens [B, M, W] or KeysValues, candidate_offsets [B + 1], bias [B, M], that is `lse` or
+        `log_share` (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]."""
+        keys, values = tokens if isinstance(tokens, KeysValues) else self.keys_values(tokens)
+        q = self.query(candidates).unflatten(-1, (self.heads, -1))
+        out, lse = attend(q, keys, values, candidate_offsets, bias=bias)
+        return out.flatten(1), lse

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs over NumPy arrays and torch tensors (without gradients; `hisac.torch` has those).
+
+Arguments, meaning and order are those of `hisac.reference`, which defines each verb; here they run compiled, in float32
+accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL, or on a GPU's current stream.
+Results live where x lives; all arrays of a call lie in one place. `fit` and `Codebook.leaves` are the CPU's.
+Letters: B users, T behaviours, D semantic width, V value width, L levels, M agents a user, N candidates, H heads.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .arrays import (
+    FLOAT32,
+    INT32,
+    INT64,
+    NUMBERS,
+    copy_of,
+    core,
+    cuda_missing,
+    empty,
+    give,
+    is_cuda,
+    number,
+    on_host,
+    take,
+    take_histories,
+    whole,
+)
+from .codebook import Codebook, Progress
+from .types import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
+
+
+def fit(
+    x: Array,
+    codes: Iterable[int] = (512, 512),
+    *,
+    iterations: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Codebook:
+    """Learn a codebook by residual k-means; see `Codebook.fit`."""
+    return Codebook.fit(x, codes, iterations=iterations, seed=seed, progress=progress)
+
+
+def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
+    """Multi-level semantic IDs: at level l the code c minimising |r - c|^2, then r <- r - c.
+
+    x [T, D] float32, bfloat16 or float16 -> codes [T, L] int32. Exact: ties go to the lower code, every backend and the
+    reference agree. A row with a NaN or an infinity is -1. Raises ValueError, TypeError.
+    """
+    return _check(book, Codebook, "encode: book").encode(x, out=out)
+
+
+def vote(
+    book: Codebook,
+    codes: Array,
+    offsets: Any,
+    *,
+    budget: int | None = None,
+    fanout: Iterable[int] | None = None,
+    weights: Array = None,
+) -> Agents:
+    """The interest-agents of each user: the leaves of the code tree kept by their behaviours' votes.
+
+    `budget` M: seats in proportion to votes at every node (D'Hondt). `fanout` (k_1, .., k_L): the paper's rule, the k_l
+    children with most votes under every kept node. codes [T, L] int32; offsets [B + 1] or (starts, ends) [B], int32 or
+    int64; weights [T] float32 or None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code do not vote.
+    -> Agents of M = budget or the product of the fan-outs, at most 4096; blind to the order of rows.
+    Raises ValueError, TypeError.
+    """
+    if (budget is None) == (fanout is None):
+        raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
+    _check(book, Codebook, "vote: book")
+    codes, weights = take("vote", "codes T L, weights?", codes, weights)
+    starts, ends = take_histories("vote", offsets)
+    children = [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
+    if fanout is not None and (len(children) != book.levels or min(children) < 1):
+        raise ValueError(
+            f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}"
+        )
+    seats = math.prod(children) if budget is None else whole("vote", "budget", budget)
+    if not 1 <= seats <= 4096:
+        raise ValueError(
+            f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
+        )
+    users = starts.shape[0] - (ends is None)
+    agents = empty(codes, (users, seats, book.levels), INT32)
+    votes, count = empty(codes, (users, seats), INT64), empty(codes, (users,), INT32)
+    core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
+    return Agents(agents, votes, count, book.fingerprint)
+
+
+def leaf_sums(
+    x: Array,
+    v: Array,
+    offsets: Any,
+    codes: Array,
+    book: Codebook,
+    *,
+    bias: Array = None,
+    spread: Array = None,
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
+) -> LeafSums:
+    """The present behaviours of each user, one row a leaf, sorted by code: with weights w_i = e^bias_i,
+
+        W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
+        spread = sum w_i (spread_i + |x_i - x|^2) / W
+
+    Arguments as in `route`, which gives from sums, `route(*sums[:3], prototypes, bias=sums.bias, spread=sums.spread)`,
+    what it gives by method="leaf" from the behaviours. Sums may be kept between requests. They add up: those of kept
+    sums and new behaviours, as the rows of one user, are the sums of all. -> LeafSums. Raises ValueError, TypeError.
+    """
+    verb = "leaf_sums"
+    (codes,) = take(verb, "codes T L", codes)
+    rows = x, v, starts, ends, *_ = _rows(verb, x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    n, m = (on_host(starts)[:-1], on_host(starts)[1:]) if ends is None else (on_host(starts), on_host(ends))
+    most = codes.shape[0]  # the core checks the offsets
+    size = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
+    room = LeafSums(
+        empty(v, (size, book.width if x is None else x.shape[1]), FLOAT32),
+        empty(v, (size, v.shape[1]), FLOAT32),
+        empty(v, (len(n) + 1,), INT64),
+        empty(v, (size,), FLOAT32),
+        empty(v, (size,), FLOAT32),
+        empty(v, (size, book.levels), INT32),
+    )
+    core.leaf_sums(*rows, *room)
+    used = int(room.offsets[-1])
+    return LeafSums(*(a if a is room.offsets else copy_of(a[:used]) for a in room))
+
+
+def route(
+    x: Array,
+    v: Array,
+    offsets: Any,
+    prototypes: Array,
+    *,
+    count: Array = None,
+    temperature: Any = 0.1,
+    normalize: str = "history",
+    bias: Array = None,
+    spread: Array = None,
+    codes: Array = None,
+    book: Codebook | None = None,
+    method: str = "exact",
+    refine: int = 0,
+    missing: str = "drop",
+    precision: str = "float32",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
+    out: Tokens | None = None,
+) -> Tokens:
+    """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
+
+        d_ai = |x_i - p_a|^2 + spread_i
+        normalize="history": u_ai = exp(bias_i - d_ai / tau)
+        normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
+        token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
+
+    x [T, D] and v [T, V] float32, bfloat16 or float16 (x None: the prototypes of `codes`); offsets [B + 1] or (starts,
+    ends) [B]; prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or
+    [M] float32, where an entry that is not positive empties its tokens; bias and spread [T] float32; codes [T, L] int32
+    with their book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that
+    is NaN, infinite or negative. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of
+    p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
+    precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
+    faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32. `hisac.reference.bounds` has the
+    error of both.
+
+    Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
+    bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not
+    counted as missing either. x may be int8 then and otherwise, times x_scale, a number or float32 [1] or [rows of x],
+    rounded to float32. `encode` takes a table as it is, once an item. out: Tokens to write into.
+    -> Tokens. Raises ValueError, TypeError.
+    """
+    rows = _rows("route", x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    prototypes, count, temperature = _agents("route", prototypes, count, temperature)
+    refine = whole("route", "refine", refine)
+    v, (users, m, width) = rows[1], prototypes.shape
+    seats = m + (missing == "token")
+    given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
+    if refine and given.prototypes is prototypes:  # as in what a call without refine returned
+        raise ValueError("route: out prototypes expected memory of its own, got the prototypes that came in")
+    tokens = give("route", "out tokens", given.tokens, v, (users, seats, v.shape[1]))
+    lse = give("route", "out lse", given.lse, v, (users, seats), FLOAT32)
+    refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
+    core.route(
+        *rows, prototypes, count, temperature, normalize, method, missing, precision, refine, tokens, lse, refined
+    )
+    return Tokens(tokens, lse, prototypes if refined is None else refined)
+
+
+def route_backward(
+    d_tokens: Array,
+    d_lse: Array,
+    forward: Tokens,
+    x: Array,
+    v: Array,
+    offsets: Any,
+    *,
+    count: Array = None,
+    temperature: Any = 0.1,
+    normalize: str = "history",
+    bias: Array = None,
+    spread: Array = None,
+    codes: Array = None,
+    book: Codebook | None = None,
+    method: str = "exact",
+    missing: str = "drop",
+    precision: str = "float32",
+    x_ids: Array = None,
+    v_ids: Array = None,
+    x_scale: Any = None,
+    need: Iterable[str] = ("v", "temperature", "bias"),
+) -> RouteGradients:
+    """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
+
+    d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
+    (constant during `refine`). method="leaf" has v and temperature. precision as in the forward: x and prototypes are
+    rounded alike; the products with gradients are float32 on the CPU, and rounded too on CUDA. Those of gathered x and
+    v are of each behaviour's row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
+    Raises ValueError, TypeError, NotImplementedError.
+    """
+    verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)
+    if not set(wanted) <= set(RouteGradients._fields):
+        raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {wanted}")
+    _check(forward, Tokens, f"{verb}: forward")
+    back = take(verb, "d_tokens, d_lse?, tokens, lse", d_tokens, d_lse, forward.tokens, forward.lse)
+    rows = _rows(verb, x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    prototypes, count, tau = _agents(verb, forward.prototypes, count, temperature)
+    v, v_ids = rows[1], rows[9]
+    behaviours = v.shape[0] if v_ids is None else math.prod(v_ids.shape)
+    shapes = {
+        "v": (behaviours, v.shape[1]),
+        "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
+        "bias": (behaviours,),
+        "x": (behaviours, prototypes.shape[2]),
+        "prototypes": tuple(prototypes.shape),
+    }
+    gradients = RouteGradients(*(empty(v, shapes[f], FLOAT32) if f in wanted else None for f in RouteGradients._fields))
+    core.route_backward(*back, *rows, prototypes, count, tau, normalize, method, missing, precision, *gradients)
+    return gradients
+
+
+_Kind = TypeVar("_Kind")
+_NO_TOKENS, _NO_ATTENDED = Tokens(None, None, None), Attended(None, None)
+
+
+def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} expected hisac.{kind.__name__}, got {type(given).__name__}")
+    return given
+
+
+def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
+    """Prototypes, count and temperature, borrowed."""
+    prototypes, count = take(verb, "prototypes B M D, count?", prototypes, count)
+    if not isinstance(temperature, NUMBERS):
+        return prototypes, count, *take(verb, "temperature", temperature)
+    if is_cuda(prototypes):  # kernels read it where the data is
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{verb}: temperature expected finite and > 0, got {temperature}")
+        return prototypes, count, number(float(temperature), prototypes)
+    return prototypes, count, float(temperature)
+
+
+def _rows(
+    verb: str, x: Array, v: Array, offsets: Any, bias: Array, spread: Array, codes: Array, book: Codebook | None,
+    x_ids: Array, v_ids: Array, x_scale: Any,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Behaviours, borrowed, as the core lists them."""
+    if (codes is None) != (book is None):
+        raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
+    starts, ends = take_histories(verb, offsets)
+    scale = None if x_scale is None or isinstance(x_scale, NUMBERS) else x_scale
+    v, x, bias, spread, codes, x_ids, v_ids, scale = take(
+        verb, "v T V, x? T D, bias?, spread?, codes?, x_ids?, v_ids?, x_scale?",
+        v, x, bias, spread, codes, x_ids, v_ids, scale,
+    )  # fmt: skip
+    tree = None if book is None else _check(book, Codebook, f"{verb}: book")._core
+    if scale is None and x_scale is not None:
+        scale = number(float(x_scale), v)
+    return x, v, starts, ends, bias, spread, codes, tree, x_ids, v_ids, scale
+
+
+def attend(
+    q: Array,
+    keys: Array,
+    values: Array,
+    candidate_offsets: Array,
+    *,
+    bias: Array = None,
+    scale: float | None = None,
+    out: Attended | None = None,
+) -> Attended:
+    """Target attention of candidates on their user's tokens.
+
+        z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
+
+    q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets
+    [B + 1]; bias [B, M] float32, where NaN or infinite means an absent token; scale 1 / sqrt(d) by default.
+    -> Attended; lse tells how well the best tokens match, which softmax attention alone hides.
+    Raises ValueError, TypeError.
+    """
+    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
+        "attend", q, keys, values, candidate_offsets, bias, scale
+    )
+    given = _NO_ATTENDED if out is None else _check(out, Attended, "attend: out")
+    result = Attended(
+        give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
+        give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), FLOAT32),
+    )
+    core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
+    return result
+
+
+def attend_backward(
+    d_out: Array,
+    d_lse: Array,
+    forward: Attended,
+    q: Array,
+    keys: Array,
+    values: Array,
+    candidate_offsets: Array,
+    *,
+    bias: Array = None,
+    scale: float | None = None,
+) -> AttendGradients:
+    """Gradients of `attend`, given what it returned: d_out as out, d_lse as lse or None -> AttendGradients."""
+    verb = "attend_backward"
+    q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    _check(forward, Attended, f"{verb}: forward")
+    back = take(verb, "d_out, d_lse?, out, lse", d_out, d_lse, forward.out, forward.lse)
+    gradients = AttendGradients(
+        *(None if a is None else empty(back[0], tuple(a.shape), FLOAT32) for a in (q, keys, values, bias))
+    )
+    core.attend_backward(*back, q, keys, values, offsets, bias, scale, *gradients)
+    return gradients
+
+
+def _attend_inputs(
+    verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
+) -> tuple[Any, ...]:
+    q, keys, values, offsets, bias = take(
+        verb, "q N H d, keys B M H d, values B M H V, candidate_offsets, bias?",
+        q, keys, values, candidate_offsets, bias,
+    )  # fmt: skip
+    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
+
+
+def set_num_threads(n: int) -> None:
+    """Threads that the verbs use, 1 to 256. Results do not depend on it."""
+    core.set_num_threads(whole("threads", "n", n))
+
+
+def get_num_threads() -> int:
+    """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors we may use."""
+    return int(core.get_num_threads())
+
+
+def backends() -> dict[str, Any]:
+    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one); under "cuda"
+    True, or why there is none."""
+    isas = tuple(core.available_isas().split())
+    return {"cpu": core.active_isa(), "available": isas, "cuda": cuda_missing() or True}

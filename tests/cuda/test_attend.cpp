@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0
+// `attend` and its backward of cuda/attend.cu, run by the emulator, beside the CPU's: every cell within the bound of
+// split products; what is not finite spoils its own candidate, or its own user's head, only; everything bit-identical
+// for any order of threads and any machine.
+#include "simt_test.h"
+
+namespace {
+
+using namespace hisac;
+using test::Random;
+
+struct Problem {
+  std::vector<int64_t> starts, ends;              // as given to CUDA
+  std::vector<int64_t> clean_starts, clean_ends;  // as they count: in order, inside
+  int64_t candidates = 0, tokens = 0, heads = 0, width = 0, values = 0;
+  DType type = DType::float32;
+  float scale = 1;
+  std::vector<float> q, k, v, bias, d_out, d_lse;
+  int64_t no_mass = -1;  // a candidate's head whose lse the backward is told is -inf
+  bool narrow = false;   // int32 offsets
+  bool d_bias = true;    // wanted
+  int64_t users() const { return static_cast<int64_t>(starts.size()); }
+  int64_t token(int64_t b, int64_t m, int64_t h) const { return (b * tokens + m) * heads + h; }
+};
+
+struct Result {
+  std::vector<float> out, lse, d_q, d_k, d_v, d_bias;
+  bool operator==(const Result& o) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * 4) == 0);
+    };
+    return same(out, o.out) && same(lse, o.lse) && same(d_q, o.d_q) && same(d_k, o.d_k) && same(d_v, o.d_v) &&
+           same(d_bias, o.d_bias);
+  }
+};
+
+void fill(Problem& p, Random& r) {
+  const int64_t rows = p.users() * p.tokens * p.heads;
+  p.q = test::rounded(test::uniform(r, p.candidates * p.heads * p.width), p.type);
+  p.k = test::rounded(test::uniform(r, rows * p.width), p.type);
+  p.v = test::rounded(test::uniform(r, rows * p.values), p.type);
+  p.d_out = test::rounded(test::uniform(r, p.candidates * p.heads * p.values), p.type);
+  p.scale = 6 / std::sqrt(static_cast<float>(p.width));
+  int64_t ended = 0;
+  for (size_t b = 0; b < p.starts.size(); ++b) {
+    const auto clamp = [&](int64_t x) { return std::min(std::max<int64_t>(x, 0), p.candidates); };
+    const int64_t end = std::max(clamp(p.starts[b]), clamp(p.ends[b]));
+    p.clean_starts.push_back(std::max(clamp(p.starts[b]), ended));
+    ended = std::max(end, ended);
+    p.clean_ends.push_back(ended);
+  }
+}
+
+Problem random_problem(uint64_t seed) {
+  Random r(seed);
+  Problem p;
+  const int64_t b = r.below(9) ? 1 + r.below(5) : 0, many = r.below(b + 1);
+  for (int64_t i = 0; i < b; ++i) {
+    p.candidates += r.below(4) ? 0 : r.below(20);  // nobody's
+    p.starts.push_back(p.candidates);
+    p.candidates += i == many ? r.below(200) : r.below(4);
+    p.ends.push_back(p.candidates);
+  }
+  p.candidates += r.below(2) ? 0 : r.below(90);
+  if (b && r.below(4) == 0) {  // offsets in no order, and outside
+    for (int64_t i = 0; i < b; ++i) p.starts[test::size(r.below(b))] = r.below(p.candidates + 9) - 4;
+    p.ends[test::size(r.below(b))] = r.below(2) ? -7 : p.candidates + 100;
+  }
+  const int64_t tokens[] = {0, 1, 5, 16, 33, 64, 70}, wide[] = {1, 7, 16, 24, 40, 64, 72, 136};
+  p.tokens = tokens[r.below(7)];
+  p.heads = 1 + r.below(3);
+  p.width = wide[r.below(8)];
+  p.values = wide[r.below(8)];
+  const DType types[] = {DType::float32, DType::bfloat16, DType::float16};
+  p.type = types[r.below(3)];
+  p.narrow = r.below(2);
+  p.d_bias = r.below(4);
+  fill(p, r);
+  if (r.below(3)) {
+    p.bias = test::uniform(r, b * p.tokens, 3);
+    for (float& y : p.bias)
+      if (r.below(6) == 0) y = r.below(2) ? NAN : r.below(2) ? INFINITY : -INFINITY;
+    const int64_t none = r.below(3 * b + 1);  // a user without tokens
+    for (int64_t m = 0; none < b && m < p.tokens; ++m) p.bias[test::size(none * p.tokens + m)] = -INFINITY;
+  }
+  if (r.below(2)) p.d_lse = test::uniform(r, p.candidates * p.heads);
+  if (p.candidates && r.below(4) == 0) p.no_mass = r.below(p.candidates * p.heads);
+  const float odd[] = {NAN, INFINITY, -INFINITY, p.type == DType::float16 ? 6e4f : 3.4e38f, 1e-40f};
+  for (int i = 0; i < 3 && r.below(2); ++i) {  // whatever a value is
+    std::vector<float>* const arrays[] = {&p.q, &p.k, &p.v, &p.d_out};
+    std::vector<float>& a = *arrays[r.below(4)];
+    if (!a.empty()) a[test::size(r.below(static_cast<int64_t>(a.size())))] = odd[r.below(5)];
+  }
+  for (size_t i = 0; i < p.bias.size(); ++i)  // absent tokens may hold anything
+    for (int64_t h = 0; !std::isfinite(p.bias[i]) && h < p.heads; ++h) {
+      const int64_t row = static_cast<int64_t>(i) * p.heads + h;
+      if (r.below(3) == 0) p.k[test::size(row * p.width + r.below(p.width))] = odd[r.below(4)];
+      if (r.below(3) == 0) p.v[test::size(row * p.values + r.below(p.values))] = odd[r.below(4)];
+    }
+  for (std::vector<float>* a : {&p.q, &p.k, &p.v, &p.d_out}) *a = test::rounded(*a, p.type);
+  return p;
+}
+
+/// Wide rows in several chunks, several tiles and spans; then a user of numbers near the largest, whose outputs are
+/// finite all the same, and one whose only candidate is NaN.
+Problem large() {
+  Random r(1);
+  Problem p;
+  p.starts = {0, 70, 71};
+  p.ends = {70, 71, 72};
+  p.candidates = 75;
+  p.tokens = 70;
+  p.heads = 1;
+  p.width = 140;
+  p.values = 136;
+  fill(p, r);
+  p.bias = test::uniform(r, 3 * p.tokens);
+  for (int64_t m = 0; m < p.tokens; ++m) p.v[test::size(p.token(1, m, 0) * p.values)] = 3.4e38f;
+  p.q[test::size(71 * p.width + 139)] = NAN;
+  p.no_mass = 3;
+  return p;
+}
+
+/// verb(inputs, forward, gradients), every array of its exact size.
+template <class Forward, class Backward>
+Result run(const Problem& p, bool clean, const Result* of, Forward attend, Backward backward) {
+  test::Guarded<std::byte> q(test::encoded(p.q, p.type)), k(test::encoded(p.k, p.type)), v(test::encoded(p.v, p.type)),
+      d_out(test::encoded(p.d_out, p.type));
+  const std::vector<int64_t>&starts = clean ? p.clean_starts : p.starts, &ends = clean ? p.clean_ends : p.ends;
+  test::Guarded<int64_t> wide_starts(starts), wide_ends(ends);
+  test::Guarded<int32_t> narrow_starts(std::vector<int32_t>(starts.begin(), starts.end())),
+      narrow_ends(std::vector<int32_t>(ends.begin(), ends.end()));
+  test::Guarded<float> bias(p.bias), d_lse(p.d_lse);
+  const int64_t n = p.candidates, h = p.heads, b = p.users(), rows = b * p.tokens * h;
+  AttendInputs in;
+  in.q = {q.data(), p.type, n * h, p.width};
+  in.keys = {k.data(), p.type, rows, p.width};
+  in.values = {v.data(), p.type, rows, p.values};
+  in.agents = p.tokens;
+  in.heads = h;
+  in.candidates = {p.narrow ? (void*)narrow_starts.data() : (void*)wide_starts.data(),
+                   p.narrow ? (void*)narrow_ends.data() : (void*)wide_ends.data(),
+                   p.narrow ? DType::int32 : DType::int64, b};
+  if (!p.bias.empty()) in.bias = {bias.data(), {b, p.tokens}};
+  in.scale = p.scale;
+  const int64_t bytes = p.type == DType::float32 ? 4 : 2;
+  test::Guarded<std::byte> out(n * h * p.values * bytes);
+  test::Guarded<float> lse(n * h), d_q(n * h * p.width), d_k(rows * p.width), d_v(rows * p.values),
+      d_bias(static_cast<int64_t>(p.bias.size()));
+  Status status = attend(in, Attended{{out.data(), p.type, n * h, p.values}, {lse.data(), {n, h}}});
+  if (!status.ok()) test::fail("%s", status.what());
+  const Result own{test::decoded(out.values(), p.type), lse.values(), {}, {}, {}, {}};
+  Result forward = of ? *of : own;  // both backwards from the same outputs
+  if (p.no_mass >= 0) forward.lse[test::size(p.no_mass)] = -INFINITY;
+  test::Guarded<std::byte> given_out(test::encoded(forward.out, p.type));
+  test::Guarded<float> given_lse(forward.lse);
+  AttendForward given{{d_out.data(), p.type, n * h, p.values},
+                      {},
+                      {given_out.data(), p.type, n * h, p.values},
+                      {given_lse.data(), {n, h}}};
+  if (!p.d_lse.empty()) given.d_lse = {d_lse.data(), {n, h}};
+  AttendGradients gradients{{d_q.data(), {n, h, p.width}},
+                            {d_k.data(), {b, p.tokens, h, p.width}},
+                            {d_v.data(), {b, p.tokens, h, p.values}},
+                            {}};
+  if (in.bias && p.d_bias) gradients.bias = {d_bias.data(), {b, p.tokens}};
+  status = backward(in, given, gradients);
+  if (!status.ok()) test::fail("%s", status.what());
+  if (!out.intact() || !lse.intact() || !d_q.intact() || !d_k.intact() || !d_v.intact() || !d_bias.intact())
+    test::fail("a result's end was overwritten");
+  return {own.out, own.lse, d_q.values(), d_k.values(), d_v.values(), d_bias.values()};
+}
+
+Result on_cpu(const Problem& p) {
+  return run(
+      p, true, nullptr,
+      [](const AttendInputs& in, const Attended& out) {
+        test::Workspace workspace(attend_workspace(test::sizing(1), in));
+        return hisac::attend({workspace.array(), nullptr}, in, out);
+      },
+      [](const AttendInputs& in, const AttendForward& forward, const AttendGradients& out) {
+        test::Workspace workspace(attend_backward_workspace(test::sizing(1), in));
+        return hisac::attend_backward({workspace.array(), nullptr}, in, forward, out);
+      });
+}
+
+Result on_cuda(const Problem& p, const Result& of) {
+  return run(
+      p, false, &of,
+      [](const AttendInputs& in, const Attended& out) {
+        test::Workspace workspace(cuda::attend_workspace({}, in));
+        const Status status = cuda::attend({workspace.array()}, in, out);
+        if (!workspace.intact()) test::fail("the workspace's end was overwritten");
+        return status;
+      },
+      [](const AttendInputs& in, const AttendForward& forward, const AttendGradients& out) {
+        test::Workspace workspace(cuda::attend_backward_workspace({}, in));
+        const Status status = cuda::attend_backward({workspace.array()}, in, forward, out);
+        if (!workspace.intact()) test::fail("the workspace's end was overwritten");
+        return status;
+      });
+}
+
+/// How far each cell may be from the CPU's: twice what a kernel of split products may be from the definition. With
+/// n terms of |a_i b_i|: (part + 3 (n + 16) 2^-23) sum |a_i b_i|, where two parts of a number miss it by 2^-17 and the
+/// product of two low parts by 2^-16; NaN: anything will do.
+struct Bounds {
+  std::vector<double> out, lse, d_q, d_k, d_v, d_bias;
+};
+
+Bounds bounds(const Problem& p, const Result& forward) {
+  const int64_t n_all = p.candidates, heads = p.heads, d = p.width, w = p.values;
+  const auto cells = [](int64_t n) { return std::vector<double>(test::size(n)); };
+  const int64_t rows = p.users() * p.tokens * heads;
+  Bounds e{cells(n_all * heads * w), cells(n_all * heads), cells(n_all * heads * d),
+           cells(rows * d),          cells(rows * w),      cells(p.users() * p.tokens)};
+  const double split = 0x1p-15, part = p.type == DType::bfloat16 ? 0 : split;
+  const auto sum = [](double parts, int64_t n) { return parts + 3 * double(n + 16) * 0x1p-23; };
+  const double rounding = p.type == DType::float32 ? 0 : p.type == DType::bfloat16 ? 0x1p-7 : 0x1p-10;
+  const double tiny = p.type == DType::float16 ? 0x1p-24 : 0x1p-120, huge = 0x1p120;
+  const auto at = [](const std::vector<float>& a, int64_t i) { return double(a[test::size(i)]); };
+  std::vector<double> z(test::size(p.tokens)), wrong(z), weight(z);
+  for (int64_t b = 0; b < p.users(); ++b)
+    for (int64_t n = p.clean_starts[test::size(b)]; n < p.clean_ends[test::size(b)]; ++n)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t row = n * heads + h;
+        double top = -INFINITY, worst = 0, total = 0,
+               dot = at(p.d_lse.empty() ? std::vector<float>{0} : p.d_lse, p.d_lse.empty() ? 0 : row),
+               moduli = std::fabs(dot);
+        for (int64_t m = 0; m < p.tokens; ++m) {
+          const double bias = p.bias.empty() ? 0 : at(p.bias, b * p.tokens + m);
+          double y = 0, size = 0;
+          for (int64_t c = 0; std::isfinite(bias) && c < d; ++c) {
+            const double term = at(p.q, row * d + c) * at(p.k, p.token(b, m, h) * d + c);
+            y += term;
+            size += std::fabs(term);
+          }
+          size *= std::fabs(double(p.scale));
+          const size_t i = test::size(m);
+          z[i] = std::isfinite(bias) ? double(p.scale) * y + bias : -INFINITY;
+          wrong[i] = size * sum(part, d) + (size + std::fabs(bias)) * 0x1p-20 + 0x1p-19;
+          if (size > huge) wrong[i] = NAN;
+          if (!std::isfinite(bias)) continue;
+          top = std::max(top, z[i]);
+          if (z[i] != z[i] || wrong[i] != wrong[i]) worst = NAN;
+          worst = worst != worst ? worst : std::max(worst, wrong[i]);
+        }
+        if (worst != worst) top = NAN;
+        for (double y : z) total += top == -INFINITY ? 0 : std::exp(y - top);
+        const double lse = top + std::log(total), given = row == p.no_mass ? -INFINITY : at(forward.lse, row);
+        e.lse[test::size(row)] = top == -INFINITY ? 0 : 2 * worst + std::fabs(lse) * 0x1p-20 + sum(0, p.tokens);
+        if (p.tokens == 0)
+          for (int64_t c = 0; c < d; ++c)  // spoilt with nothing to spoil: the definition and the CPU differ
+            if (!std::isfinite(at(p.q, row * d + c))) e.lse[test::size(row)] = NAN;
+        for (int64_t c = 0; c < w; ++c) {
+          double most = 0, mean = 0;
+          for (int64_t m = 0; m < p.tokens; ++m) {
+            if (z[test::size(m)] == -INFINITY) continue;
+            const double y = at(p.v, p.token(b, m, h) * w + c);
+            most = most != most || y != y ? NAN : std::max(most, std::fabs(y));
+            mean += std::exp(z[test::size(m)] - lse) * y;
+          }
+          double& cell = e.out[test::size(row * w + c)];
+          cell = top == -INFINITY ? 0 : most * (2 * std::expm1(2 * worst) + 2 * sum(split, p.tokens));
+          cell += std::fabs(mean) * rounding + tiny * (top != -INFINITY);
+          if (!(most < INFINITY) || e.lse[test::size(row)] != e.lse[test::size(row)]) cell = NAN;
+          moduli += std::fabs(at(p.d_out, row * w + c) * at(forward.out, row * w + c));
+          dot -= at(p.d_out, row * w + c) * at(forward.out, row * w + c);
+        }
+        for (int64_t m = 0; m < p.tokens; ++m) {
+          const double y = z[test::size(m)];
+          // an absent token is zero, whatever it holds
+          const bool here = p.bias.empty() || std::isfinite(p.bias[test::size(b * p.tokens + m)]);
+          const int64_t token = p.token(b, m, h);
+          double slope = dot, size = moduli;
+          for (int64_t c = 0; here && c < w; ++c) {
+            const double term = at(p.d_out, row * w + c) * at(p.v, token * w + c);
+            slope += term;
+            size += std::fabs(term);
+          }
+          const double of = given == -INFINITY ? 0 : std::exp(y - given), dz = of * std::fabs(slope);
+          const double off = here && given != -INFINITY
+                                 ? of * std::expm1(wrong[test::size(m)] + std::fabs(given) * 0x1p-20) + 0x1p-120
+                                 : 0;
+          double dz_off = off * std::fabs(slope) + (of + off) * size * sum(part, w) + dz * sum(split, 1);
+          if (given == -INFINITY) dz_off = 0;
+          if (!(size < huge)) dz_off = NAN;
+          const double scale = 2 * std::fabs(double(p.scale));
+          for (int64_t c = 0; c < d; ++c) {
+            const double key = here ? std::fabs(at(p.k, token * d + c)) : 0, query = std::fabs(at(p.q, row * d + c));
+            e.d_q[test::size(row * d + c)] += scale * (dz_off + dz * sum(split, p.tokens)) * key;
+            e.d_k[test::size(token * d + c)] += scale * (dz_off + dz * sum(split, n_all)) * query;
+          }
+          for (int64_t c = 0; c < w; ++c)
+            e.d_v[test::size(token * w + c)] +=
+                2 * (off + of * sum(split, n_all)) * std::fabs(at(p.d_out, row * w + c));
+          e.d_bias[test::size(b * p.tokens + m)] += 2 * (dz_off + dz * sum(0, n_all * heads));
+        }
+      }
+  for (std::vector<double>* all : {&e.d_q, &e.d_k, &e.d_v, &e.d_bias})
+    for (double& x : *all) x = x < huge ? x + (x > 0) * 0x1p-110 : NAN;
+  return e;
+}
+
+void compare(const char* what, const std::vector<float>& cpu, const std::vector<float>& cuda,
+             const std::vector<double>& bound) {
+  for (size_t i = 0; i < cpu.size(); ++i) {
+    if (bound[i] != bound[i] || cpu[i] == cuda[i]) continue;
+    const double off = std::fabs(double(cpu[i]) - double(cuda[i]));
+    if (!(off <= bound[i]))
+      test::fail("%s %zu: %g, expected %g within %g", what, i, double(cuda[i]), double(cpu[i]), bound[i]);
+  }
+}
+
+/// One user of a batch, and what the batch gave it.
+Problem alone(const Problem& p, int64_t b) {
+  Problem o = p;
+  const int64_t first = p.clean_starts[test::size(b)], n = p.clean_ends[test::size(b)] - first;
+  o.candidates = n;
+  o.starts = o.clean_starts = {0};
+  o.ends = o.clean_ends = {n};
+  o.no_mass = p.no_mass - first * p.heads;
+  if (o.no_mass < 0 || o.no_mass >= n * p.heads) o.no_mass = -1;
+  return o;
+}
+
+void cut(std::vector<float>& a, int64_t first, int64_t n) {
+  if (a.empty()) return;
+  a = std::vector<float>(a.begin() + first, a.begin() + first + n);
+}
+
+/// No bit depends on who else is in the batch.
+void check_alone(const Problem& p, int64_t b, Result cpu, Result cuda) {
+  Problem o = alone(p, b);
+  const int64_t rows = p.tokens * p.heads, n = o.candidates * p.heads, first = p.clean_starts[test::size(b)] * p.heads;
+  for (auto* a : {&o.q, &cuda.d_q}) cut(*a, first * p.width, n * p.width);
+  for (auto* a : {&o.d_out, &cpu.out, &cuda.out}) cut(*a, first * p.values, n * p.values);
+  for (auto* a : {&o.d_lse, &cpu.lse, &cuda.lse}) cut(*a, first, n);
+  for (auto* a : {&o.k, &cuda.d_k}) cut(*a, b * rows * p.width, rows * p.width);
+  for (auto* a : {&o.v, &cuda.d_v}) cut(*a, b * rows * p.values, rows * p.values);
+  for (auto* a : {&o.bias, &cuda.d_bias}) cut(*a, b * p.tokens, p.tokens);
+  if (!(on_cuda(o, cpu) == cuda)) test::fail("user %lld has other bits alone", static_cast<long long>(b));
+}
+
+void check(const Problem& p) {
+  const Result cpu = on_cpu(p), first = on_cuda(p, cpu);
+  const Bounds e = bounds(p, cpu);
+  compare("out", cpu.out, first.out, e.out);
+  compare("lse", cpu.lse, first.lse, e.lse);
+  compare("d q", cpu.d_q, first.d_q, e.d_q);
+  compare("d keys", cpu.d_k, first.d_k, e.d_k);
+  compare("d values", cpu.d_v, first.d_v, e.d_v);
+  compare("d bias", cpu.d_bias, first.d_bias, e.d_bias);
+  for (size_t i = 0; i < cpu.lse.size(); ++i) {  // a NaN of q is never silent
+    bool nan = false;
+    for (int64_t c = 0; c < p.width; ++c) nan = nan || std::isnan(p.q[i * test::size(p.width) + test::size(c)]);
+    if (nan && std::isnan(cpu.lse[i]) &&
+        (!std::isnan(first.lse[i]) || !std::isnan(first.out[i * test::size(p.values)])))
+      test::fail("a NaN of q was lost");
+  }
+  const simt::Options kept = simt::options;
+  simt::options.order = simt::Order::random;
+  simt::options.seed += 18;
+  simt::options.machine = {1, size_t{72} << 10};  // other tiles, where rows are wide
+  if (!(on_cuda(p, cpu) == first)) test::fail("other bits for another order of threads and another machine");
+  if (p.users() > 1) check_alone(p, static_cast<int64_t>(simt::options.seed) % p.users(), cpu, first);
+  simt::options = kept;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  test::options(argc, argv);
+  for (uint64_t seed = test::first; seed < test::last && !(simt::planted && test::faults); ++seed) {
+    test::name("attend %llu", static_cast<unsigned long long>(seed));
+    const size_t sizes[] = {size_t{99} << 10, size_t{163} << 10, size_t{227} << 10};
+    simt::options.machine = {2, sizes[(seed + 2) % 3]};
+    simt::options.seed = seed;
+    check(seed ? random_problem(seed) : large());
+  }
+  return test::done();
+}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every verb of CUDA against `hisac.reference`, as tests/python/parity has it for the CPU: integers exactly, floats
+within `hisac.reference.bounds`, any option and hostile values; on a GPU, or over the emulated kernels
+(cuda_places.py)."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hisac
+from hisac import reference, testing
+from hisac.reference import bounds
+
+pytest.importorskip("torch")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
+PLACED = settings(suppress_health_check=list(HealthCheck))  # the place is one for all examples
+HOSTILE = st.booleans()
+PROBLEMS = HOSTILE.flatmap(lambda hostile: testing.problems(hostile=hostile, gathered=True))
+
+
+@PLACED
+@given(p=PROBLEMS)
+def test_encode_and_vote(p, on_cuda):
+    args = p.encode_args()
+    book = args.pop("book")
+    mine = on_cuda(book.encode, **testing.to_torch(args, p.dtype))
+    testing.assert_codes_equal(mine, reference.encode(**p.by_reference(p.encode_args())))
+    args = p.vote_args()
+    agents = on_cuda(hisac.vote, **testing.to_torch(args, p.dtype))
+    testing.assert_agents_equal(agents, reference.vote(**p.by_reference(args)))
+    mine = on_cuda(book.prototypes, agents)
+    np.testing.assert_array_equal(bounds.as_numpy(mine), book.prototypes(hisac.vote(**args)))
+
+
+@PLACED
+@given(p=PROBLEMS)
+def test_route(p, on_cuda):
+    args = p.route_args()
+    mine = on_cuda(hisac.route, **testing.to_torch(args, p.dtype))
+    limit = bounds.route_bound(p.by_reference(args), p.dtype, cuda=True)
+    testing.assert_tokens_close(mine, p.reference(), limit)
+
+
+@PLACED
+@given(p=PROBLEMS.filter(lambda p: p.refine == 0))
+def test_route_backward(p, on_cuda):
+    args = p.backward_args(hisac.route(**testing.to_torch(p.route_args(), p.dtype)))
+    mine = on_cuda(hisac.route_backward, **testing.to_torch(args, p.dtype))
+    exact = p.by_reference(args)
+    testing.assert_gradients_close(mine, reference.route_backward(**exact), exact, cuda=True)
+
+
+@PLACED
+@given(p=PROBLEMS)
+def test_leaf_sums(p, on_cuda):
+    args = p.leaf_args()
+    mine = on_cuda(hisac.leaf_sums, **testing.to_torch(args, p.dtype))
+    exact = p.by_reference(args)
+    testing.assert_leaf_sums_close(mine, reference.leaf_sums(**exact), bounds.leaf_sums_bound(exact))
+
+
+@PLACED
+@given(a=HOSTILE.flatmap(lambda hostile: testing.attentions(hostile=hostile)))
+def test_attend_and_its_backward(a, on_cuda):
+    args = a.attend_args()
+    mine = on_cuda(hisac.attend, **testing.to_torch(args, a.dtype))
+    testing.assert_attended_close(mine, a.reference(), bounds.attend_bound(args, a.dtype, cuda=True))
+    back = a.backward_args(hisac.attend(**testing.to_torch(args, a.dtype)))
+    mine = on_cuda(hisac.attend_backward, **testing.to_torch(back, a.dtype))
+    testing.assert_gradients_close(mine, reference.attend_backward(**back), back, cuda=True)
+
+
+def test_subnormal_values_at_a_tiny_temperature(on_cuda):
+    """No bfloat16 holds v; divided by tau^2 what is lost of it is not small."""
+    v, spread, bias = np.float32([[4e-44], [3e-44]]), np.float32([8.8e-44, 2e-44]), np.float32([-1.5, 0])
+    args = {"x": np.zeros((2, 1), np.float32), "v": v, "offsets": np.array([0, 2]), "temperature": 1e-30}
+    args |= {"bias": bias, "spread": spread, "precision": "bfloat16"}
+    out = hisac.route(prototypes=np.full((1, 1, 1), -6e-45, np.float32), **args)
+    back = {"d_tokens": np.ones((1, 1, 1), np.float32), "d_lse": None, "forward": out, **args}
+    mine = on_cuda(hisac.route_backward, **back)
+    testing.assert_gradients_close(mine, reference.route_backward(**back), back, cuda=True)

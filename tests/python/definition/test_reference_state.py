@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the definition, third part: the state of a user between requests."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hisac import reference, testing
+from hisac.reference import state as reference_state
+from hisac.types import Agents
+
+
+@st.composite
+def streams(draw):
+    """A book, rows of one user, the state's options."""
+    p = draw(testing.problems(max_users=1, max_history=20).filter(lambda p: p.x is not None and p.bias is None))
+    options = {"budget": 4, "normalize": p.normalize, "temperature": 0.5}
+    return p, p.by_reference(p.vote_args())["book"], options
+
+
+def feed(state, p, rows):
+    state.append(p.x[rows], p.v[rows], p.codes[rows], weights=None if p.weights is None else p.weights[rows])
+    return state
+
+
+def check_states(a, b):
+    testing.assert_agents_equal(a.agents, b.agents)
+    for x, y in zip(a.tokens(), b.tokens(), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+@given(streams(), st.integers(0, 20), st.integers(0, 20))
+def test_state_appends_in_parts(stream, i, j):
+    p, book, options = stream
+    n, (i, j) = len(p.v), sorted((i, j))
+    whole = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(n))
+    parts = reference_state.UserState(book, revote="always", **options)
+    for rows in np.split(np.arange(n), [min(i, n), min(j, n)]):
+        feed(parts, p, rows)
+    check_states(whole, parts)
+    pinned = feed(reference_state.UserState(book, **options), p, np.arange(min(i, n)))
+    before = pinned.agents
+    feed(pinned, p, np.arange(min(i, n), n))
+    assert pinned.agents is before
+    pinned.refresh()
+    check_states(whole, pinned)
+
+
+@given(streams(), st.sets(st.integers(0, 19)))
+def test_state_forgets(stream, gone):
+    p, book, options = stream
+    gone = sorted(row for row in gone if row < len(p.v))
+    state = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(len(p.v)))
+    state.forget(gone)
+    check_states(
+        state,
+        feed(reference_state.UserState(book, revote="always", **options), p, np.delete(np.arange(len(p.v)), gone)),
+    )
+
+
+@given(streams(), st.integers(0, 20), st.integers(0, 20))
+def test_state_merges(stream, i, j):
+    p, book, options = stream
+    n = len(p.v)
+    cuts = [0, *sorted((min(i, n), min(j, n))), n]
+    whole = feed(reference_state.UserState(book, **options), p, np.arange(n))
+
+    def part(k):
+        state = feed(reference_state.UserState(book, **options), p, np.arange(cuts[k], cuts[k + 1]))
+        state.agents = whole.agents
+        return state
+
+    left, right, inner = part(0), part(0), part(1)
+    left.merge(part(1))
+    left.merge(part(2))
+    inner.merge(part(2))
+    right.merge(inner)
+    empty = reference_state.UserState(book, **options)
+    left.merge(empty)
+    if n:
+        empty.merge(left)
+        check_states(whole, empty)
+    check_states(whole, left)
+    check_states(whole, right)
+
+
+def test_state_refuses_other_versions():
+    book, other = reference.Codebook([[[0.0]]]), reference.Codebook([[[1.0]]])
+    state = reference_state.UserState(book, budget=1)
+    with pytest.raises(ValueError, match=f"codebook differs: expected {book.fingerprint}, got {other.fingerprint}"):
+        state.merge(reference_state.UserState(other, budget=1))
+    with pytest.raises(ValueError, match="model_tag differs: expected 0, got 7"):
+        state.merge(reference_state.UserState(book, budget=1, model_tag=7))
+    rows = np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1), np.int32)
+    theirs = reference_state.UserState(book, budget=1)
+    state.append(*rows)
+    theirs.append(*rows)
+    theirs.agents = Agents(theirs.agents.codes - 1, *theirs.agents[1:])
+    with pytest.raises(ValueError, match="agents differ"):
+        state.merge(theirs)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathered inputs of `route` and its backward: against the reference, and bit for bit what copied rows give."""
+
+import numpy as np
+import pytest
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+from support import kinds, with_threads
+
+import hisac
+from hisac import reference, testing
+from hisac.reference import bounds
+from hisac.types import RouteGradients
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
+GATHERED = ("x_ids", "v_ids", "x_scale")
+PROBLEMS = st.booleans().flatmap(lambda hostile: testing.problems(gathered=True, hostile=hostile))
+MANY = 3 * settings().max_examples  # of the profile: so many options meet
+SEARCH = settings(max_examples=3000, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+
+
+def bits(result):
+    """Raw bytes, with one kind of NaN."""
+    arrays = [bounds.as_numpy(a) for a in result if a is not None]
+    return [np.where(np.isnan(a), a.dtype.type("nan"), a).tobytes() for a in arrays]
+
+
+def copied(args):
+    """The same arguments with the rows copied out in the types they had, int8 as float32: NaN where there is none."""
+    args = dict(args)
+    x_ids, v_ids, scale = (args.pop(name, None) for name in GATHERED)
+    x, v = args["x"], args["v"]
+    bias = np.zeros(len(v if v_ids is None else v_ids), "f4") if args["bias"] is None else args["bias"].copy()
+    if x is not None and x.dtype == np.int8:
+        args["x"] = x.astype(np.float32) * (np.float32(1) if scale is None else scale[:, None])
+    for name, ids in (("x", x_ids), ("v", v_ids)):
+        if ids is not None:
+            table, outside = args[name], (ids < 0) | (ids >= len(args[name]))
+            rows = np.concatenate([table, np.full((1, table.shape[1]), np.nan, table.dtype)])
+            args[name] = rows[np.where(outside, len(table), ids)]
+            bias[outside] = np.nan
+    return args | {"bias": bias}
+
+
+@settings(max_examples=MANY)
+@given(PROBLEMS)
+def test_route(p):
+    for convert, dtype in kinds(p):
+        mine = with_threads(lambda: hisac.route(**convert(p.route_args())))  # noqa: B023
+        testing.assert_tokens_close(mine, p.reference(), bounds.route_bound(p.by_reference(p.route_args()), dtype))
+    if p.dtype != "bfloat16":
+        assert bits(hisac.route(**p.route_args())) == bits(hisac.route(**copied(p.route_args())))
+
+
+@settings(max_examples=MANY)
+@given(PROBLEMS.filter(lambda p: p.refine == 0))
+def test_route_backward(p):
+    for convert, _ in kinds(p):
+        args = p.backward_args(hisac.route(**convert(p.route_args())))
+        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
+        exact = p.by_reference(args)
+        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+        for name, g, size in zip(("v", "bias", "x"), (mine.v, mine.bias, mine.x), (2, 1, 2), strict=True):
+            assert g is None or (g.shape[0] == behaviours(p) and len(g.shape) == size), name
+    if p.dtype == "float32":
+        assert bits(mine) == bits(hisac.route_backward(**copied(args)))
+
+
+def behaviours(p):
+    return len(p.v if p.v_ids is None else p.v_ids)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda p: p.x_ids is not None and p.v_ids is not None and not np.array_equal(p.x_ids, p.v_ids),
+        lambda p: p.x_ids is not None and p.v_ids is None and p.x_ids.dtype == np.int32 and (p.x_ids < 0).any(),
+        lambda p: p.v_ids is not None and len(p.v) > 0 and (p.v_ids == len(p.v)).any() and p.missing == "token",
+        lambda p: p.v_ids is not None and len(p.v) == 0 and len(p.v_ids) > 0,
+        lambda p: p.x is not None and p.x.dtype == np.int8 and p.x_ids is None and len(p.x_scale) > 1,
+        lambda p: p.x is not None and p.x.dtype == np.int8 and p.x_ids is not None and len(p.x_scale) == len(p.x) > 1,
+        lambda p: p.x is not None and p.x.dtype == np.int8 and np.abs(p.x.astype(int)).max(initial=0) > 50,
+        lambda p: p.x_scale is not None and not np.isfinite(p.x_scale).all(),
+    ],
+)
+def test_problems_reach(wanted):
+    find(testing.problems(gathered=True, hostile=True, max_history=12), wanted, settings=SEARCH)
+
+
+# ------------------------------------------------------------------------------------------------------ small and exact
+
+X = np.array([[0, 0], [4, 0], [0, 4]], np.float32)
+ONE = {"offsets": np.array([0, 4]), "prototypes": np.array([[[0, 0], [4, 0], [0, 4]]], np.float32), "temperature": 0.1}
+
+
+def test_an_id_outside_its_table_is_an_absent_behaviour():
+    v = np.float32([[1], [2], [4], [8]])
+    for bad in (-1, 3, -(2**31), 2**31 - 1):
+        for dtype in (np.int32, np.int64):
+            ids = np.array([0, bad, 2, 1], dtype)
+            out = hisac.route(X, v, x_ids=ids, missing="token", **ONE)
+            assert out.tokens[0].ravel().tolist() == [1, 8, 4, 2]  # it has a value: counted as missing
+            out = hisac.route(X[np.array([0, 1, 2, 1])], v[:3], v_ids=ids, missing="token", **ONE)
+            assert out.tokens[0].ravel().tolist() == [1, 2, 4, 0] and out.lse[0, 3] == -np.inf  # it has none
+    for bad in (2**62, 2**63 - 1, -(2**63)):
+        out = hisac.route(X, v, x_ids=np.array([0, bad, 2, 1]), **ONE)
+        assert out.tokens[0].ravel().tolist() == [1, 8, 4]
+
+
+def test_an_empty_table_makes_everyone_absent():
+    ids, v = np.zeros(4, np.int64), np.float32([[1], [2], [3], [4]])
+    assert hisac.route(X[:0], v, x_ids=ids, missing="token", **ONE).tokens.ravel().tolist() == [0, 0, 0, 2.5]
+    assert not hisac.route(X[[0, 1, 2, 0]], v[:0], v_ids=ids, missing="token", **ONE).tokens.any()
+
+
+def test_no_behaviours():
+    none, p = np.zeros(0, np.int32), ONE["prototypes"]
+    for offsets in (np.array([0]), np.array([0, 0])):
+        out = hisac.route(X, X, offsets, p[: len(offsets) - 1], x_ids=none, v_ids=none)
+        assert out.tokens.shape == (len(offsets) - 1, 3, 2) and not out.tokens.any()
+
+
+@pytest.mark.parametrize("scale", [0.5, np.float32(0.5), 2, np.float32([0.5]), np.float32([0.5, 0.25, 3.0]), None])
+def test_int8_is_scaled_and_rounded(scale):
+    x = np.array([[-128, 127], [1, -1], [100, 3]], np.int8)
+    ids, v = np.array([2, 0, 1, 2]), np.float32([[1], [2], [4], [8]])
+    rows = x.astype(np.float32) * np.reshape(np.float32(1 if scale is None else scale), (-1, 1))
+    args = ONE | {"temperature": 1000.0}
+    mine = hisac.route(x, v, x_ids=ids, x_scale=scale, **args)
+    assert bits(mine) == bits(hisac.route(rows[ids], v, **args))
+    exact = args | {"x": x, "v": v, "x_ids": ids, "x_scale": scale}
+    testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact))
+
+
+@pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan, 3e38])
+def test_a_scale_that_is_not_finite_or_absurd_makes_absent(scale):
+    x = np.array([[0, 0], [1, 0], [0, 5]], np.int8)
+    v, ids = np.float32([[1], [2], [4]]), np.array([0, 1, 2, 0])
+    out = hisac.route(x, v, v_ids=ids, x_ids=ids, x_scale=np.float32([1, scale, 0.8]), **ONE)
+    assert out.tokens[0, [0, 2]].ravel().tolist() == [1, 4] and out.lse[0, 1] < -100
+    zeros = hisac.route(x[:1], v, x_ids=np.zeros(3, int), x_scale=scale, **ONE | {"offsets": np.array([0, 3])})
+    assert np.isfinite(zeros.lse).any() == np.isfinite(scale)  # 0 times infinity is no row
+
+
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+@pytest.mark.parametrize("method", ["exact", "leaf"])
+def test_subnormal_rows_and_values(method, normalize):
+    rng, n = np.random.default_rng(0), 150
+    book = hisac.Codebook(tuple(rng.normal(size=(2, 3)).astype(np.float32) for _ in range(3)))
+    args = {"x": rng.integers(-128, 128, (n, 3)).astype(np.int8), "x_scale": np.float32([1e-45]), "refine": 1}
+    args |= {"v": rng.normal(size=(n, 4)).astype(np.float32) * np.float32(1e-43), "offsets": np.array([0, n])}
+    args |= {"prototypes": rng.normal(size=(1, 4, 3)).astype(np.float32), "method": method, "normalize": normalize}
+    if method == "leaf":
+        args |= {"codes": rng.integers(0, 2, (n, 3)).astype(np.int32), "book": book}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 64, 130])
+def test_every_width_of_int8(width, precision):
+    rng = np.random.default_rng(width)
+    x, scale = rng.integers(-128, 128, (50, width)).astype(np.int8), rng.uniform(0, 0.02, 50).astype(np.float32)
+    ids, v = rng.integers(0, 50, 300), rng.normal(size=(300, 3)).astype(np.float32)
+    p = rng.normal(size=(2, 5, width)).astype(np.float32)
+    args = {"offsets": np.array([0, 100, 300]), "prototypes": p, "temperature": 5.0, "precision": precision}
+    gathered, dense = (x, v), (x.astype(np.float32)[ids] * scale[ids, None], v)
+    assert bits(hisac.route(*gathered, x_ids=ids, x_scale=scale, **args)) == bits(hisac.route(*dense, **args))
+
+
+def test_many_tiles_and_overlapping_histories():
+    rng = np.random.default_rng(0)
+    items, n = rng.normal(size=(900, 12)).astype(np.float32) / 4, 9000
+    values, ids = rng.normal(size=(700, 6)).astype(np.float32), rng.integers(-5, 905, n)
+    v_ids = rng.integers(-5, 705, n).astype(np.int32)
+    args = {"x": items, "v": values, "offsets": (np.array([0, 10, 2000]), np.array([9000, 5000, 2000]))}
+    args |= {"prototypes": items[:24].reshape(3, 8, 12), "x_ids": ids, "v_ids": v_ids, "bias": None}
+    args["missing"] = "token"
+    out = with_threads(lambda: hisac.route(**args))
+    assert bits(out) == bits(hisac.route(**copied(args)))
+    testing.assert_tokens_close(out, reference.route(**args), bounds.route_bound(args))
+    back = {name: a for name, a in args.items() if name != "prototypes"} | {"forward": out}
+    back |= {"d_tokens": np.cos(50 * out.tokens), "d_lse": None, "need": RouteGradients._fields}
+    mine = with_threads(lambda: hisac.route_backward(**back))
+    testing.assert_gradients_close(mine, reference.route_backward(**back), back)
+    assert bits(mine) == bits(hisac.route_backward(**copied(back)))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+IDS, V = np.array([0, 1, 2, 0]), np.zeros((4, 1), np.float32)
+RIGHT = {"x": X, "v": V, "x_ids": IDS, **ONE}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ({"x_ids": IDS[:3]}, ValueError, "x_ids is [3], v is [4, 1]: T differs (3, 4)"),
+        ({"v_ids": IDS[:3]}, ValueError, "x_ids is [4], v_ids is [3]: T differs (4, 3)"),
+        ({"x_ids": None, "v_ids": IDS}, ValueError, "x is [3, 2], v_ids is [4]: T differs (3, 4)"),
+        ({"x_ids": IDS[None]}, ValueError, "x_ids expected int32 or int64 [T], got int64 [1, 4]"),
+        ({"v_ids": IDS * 1.0}, TypeError, "v_ids expected int32 or int64 [T], got float64 [4]"),
+        ({"x_ids": IDS.astype(np.uint32)}, TypeError, "x_ids expected int32 or int64 [T], got uint32 [4]"),
+        (
+            {"x_ids": [0, 1, 2, 0]},
+            TypeError,
+            "x_ids expected a NumPy array, a torch tensor or anything with DLPack, got list",
+        ),
+        ({"x": None}, ValueError, "x_ids expected with x, got none"),
+        ({"x_scale": 0.5}, ValueError, "x_scale expected with x of int8, got another"),
+        ({"x": None, "x_ids": None, "x_scale": 0.5}, ValueError, "x_scale expected with x of int8, got another"),
+        ({"x": X.astype(np.int8), "x_scale": np.ones(2, "f4")}, ValueError, "x_scale expected [1] or [3], got [2]"),
+        (
+            {"x": X.astype(np.int8), "x_scale": np.ones(3)},
+            TypeError,
+            "x_scale expected float32 [1] or [rows of x], got float64 [3]",
+        ),
+        (
+            {"x": X.astype(np.int16)},
+            TypeError,
+            "x expected float32, bfloat16, float16 or int8 [T, D], got int16 [3, 2]",
+        ),
+        ({"v": V.astype(np.int8)}, TypeError, "v expected float32, bfloat16 or float16 [T, V], got int8 [4, 1]"),
+        ({"bias": np.zeros(3, "f4"), "v_ids": IDS}, ValueError, "bias expected [4], got [3]"),
+        (
+            {"offsets": np.array([0, 5])},
+            ValueError,
+            "offsets expected 0 <= start <= end <= 4 for every user, got [0, 5) for user 0",
+        ),
+    ],
+)
+def test_refusals(change, kind, text):
+    forward = hisac.route(**RIGHT)
+    args = {**RIGHT, **change}
+    back = {name: a for name, a in args.items() if name != "prototypes"}
+    back |= {"d_tokens": forward.tokens, "d_lse": None, "forward": forward}
+    for verb, given_ in (("route", args), ("route_backward", back)):
+        with pytest.raises(kind) as error:
+            getattr(hisac, verb)(**given_)
+        assert str(error.value) == f"{verb}: {text}"

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`leaf_sums` against `hisac.reference`: codes exactly, sums within `hisac.reference.bounds`; what they mean to
+`route`; that they add up; and the same bits whatever the threads."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import flat, kinds, with_threads
+
+import hisac
+from hisac import reference, testing
+from hisac.reference import bounds
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
+
+
+@given(testing.problems())
+def test_leaf_sums(p):
+    check_leaf_sums(p)
+
+
+@given(testing.problems(gathered=True, hostile=True))
+def test_leaf_sums_hostile(p):
+    check_leaf_sums(p)
+
+
+def check_leaf_sums(p):
+    args = p.leaf_args()
+    exact = p.by_reference(args)
+    expected, bound = reference.leaf_sums(**exact), bounds.leaf_sums_bound(exact)
+    for convert, _ in kinds(p):
+        mine = with_threads(lambda: hisac.leaf_sums(**convert(args)))  # noqa: B023
+        testing.assert_leaf_sums_close(mine, expected, bound)
+
+
+@given(testing.problems(methods=("leaf",), dtypes=("float32",), gathered=True))
+def test_route_from_leaf_sums_is_the_leaf_method(p):
+    sums, args = hisac.leaf_sums(**p.leaf_args()), p.route_args() | {"missing": "drop"}
+    kept = {name: getattr(sums, name) for name in ("x", "v", "offsets", "bias", "spread")}
+    behaviours = ("codes", "book", "method", "x_ids", "v_ids", "x_scale")
+    options = {name: a for name, a in args.items() if name not in behaviours}
+    assert flat(hisac.route(**options | kept)) == flat(hisac.route(**args))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1023, 2048, 7000, 20000])
+def test_leaf_sums_of_long_leaves(rows, biased):
+    """Few leaves, so that each is summed in pieces by whoever is free; far inside the bound on average."""
+    rng = np.random.default_rng(rows)
+    book = hisac.Codebook([rng.normal(size=(2, 9)).astype(np.float32), rng.normal(size=(2, 9)).astype(np.float32)])
+    codes = np.minimum(rng.integers(0, 9, (rows, 2)) // 4, 2).astype(np.int32)  # 2: invalid
+    x, v = rng.normal(size=(rows, 9)).astype(np.float32), rng.normal(size=(rows, 5)).astype(np.float32)
+    x[::97] = np.nan
+    bias = 5 * rng.normal(size=rows).astype(np.float32) if biased else None
+    args = {"x": x, "v": v, "offsets": np.array([0, 7, rows]), "codes": codes, "book": book, "bias": bias}
+    exact = args | {"book": reference.Codebook(book.centers)}
+    mine, expected = with_threads(lambda: hisac.leaf_sums(**args)), reference.leaf_sums(**exact)
+    testing.assert_leaf_sums_close(mine, expected, bounds.leaf_sums_bound(exact))
+    for a, b in zip(mine, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
+
+
+def test_leaf_sums_under_an_absent_row_of_the_largest_weight():
+    """Whether a row is present shows only when x is read; weights relative to an absent row's would all be 0."""
+    book = hisac.Codebook([np.zeros((1, 2), np.float32)])
+    x = np.float32([[1e20, 0], [3, 0], [5, 0]])
+    args = {"v": x[:, :1], "offsets": np.array([0, 3]), "codes": np.zeros((3, 1), np.int32), "book": book}
+    sums = hisac.leaf_sums(x, bias=np.float32([1e6, 0, 0]), **args)
+    assert sums.x.tolist() == [[4, 0]] and sums.spread.tolist() == [1]
+    np.testing.assert_allclose(sums.bias, np.log(2), rtol=1e-6)
+
+
+def test_leaf_sums_of_large_values_stay_finite():
+    book, big = hisac.Codebook([np.zeros((1, 1), np.float32)]), np.full((3000, 1), 3e38, np.float32)
+    sums = hisac.leaf_sums(np.zeros_like(big), big, np.array([0, 3000]), np.zeros((3000, 1), np.int32), book)
+    np.testing.assert_allclose(sums.v, 3e38, rtol=1e-5)
+
+
+@given(testing.problems(), st.integers(0, 64))
+def test_leaf_sums_add_up(p, cut):
+    """The sums of kept sums and new rows are those of all, to the rounding of both."""
+    args = p.leaf_args()
+    rows = len(p.v)
+    x = np.asarray(p.book.prototypes(p.codes)) if p.x is None else p.x
+    whole = {**args, "x": np.asarray(x, np.float32), "v": np.asarray(p.v, np.float32), "offsets": np.array([0, rows])}
+    cut = min(cut, rows)
+    kept = hisac.leaf_sums(**whole | {"offsets": np.array([0, cut])})
+    bias, spread = (np.zeros(rows, np.float32) if a is None else a for a in (p.bias, p.spread))
+    old_and_new = {
+        "x": np.concatenate([kept.x, whole["x"][cut:]]),
+        "v": np.concatenate([kept.v, whole["v"][cut:]]),
+        "codes": np.concatenate([kept.codes, p.codes[cut:]]),
+        "bias": np.concatenate([kept.bias, bias[cut:]]),
+        "spread": np.concatenate([kept.spread, spread[cut:]]),
+        "offsets": np.array([0, len(kept.x) + rows - cut]),
+    }
+    exact = p.by_reference(whole)
+    limit = type(kept)(*(4 * a for a in bounds.leaf_sums_bound(exact)))
+    testing.assert_leaf_sums_close(hisac.leaf_sums(**args | old_and_new), reference.leaf_sums(**exact), limit)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""route and attend, compiled, against `hisac.reference`: within `hisac.reference.bounds`, for NumPy and torch, every
+dtype and option; and the same bits whatever the threads, the batch or the run."""
+
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support import flat, kinds, with_threads
+
+import hisac
+from hisac import reference, testing
+from hisac.reference import bounds
+from hisac.types import RouteGradients
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
+VERBS = ("fit", "encode", "vote", "leaf_sums", "route", "route_backward", "attend", "attend_backward")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_signatures_equal_the_references(verb):
+    def contract(function):
+        found = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in found if p.name != "out"]
+
+    assert contract(getattr(hisac, verb)) == contract(getattr(reference, verb))
+
+
+# ------------------------------------------------------------------------------------------------------------- route
+
+
+def check_route(p):
+    args, expected = p.route_args(), p.reference()
+    for convert, dtype in kinds(p):
+        mine = hisac.route(**convert(args))
+        testing.assert_tokens_close(mine, expected, bounds.route_bound(p.by_reference(args), dtype))
+    return mine
+
+
+@given(testing.problems())
+def test_route(p):
+    mine = check_route(p)
+    assert bounds.as_numpy(mine.lse).dtype == np.float32 and bounds.as_numpy(mine.prototypes).dtype == np.float32
+    with_threads(lambda: hisac.route(**p.route_args()))
+
+
+@given(testing.problems(hostile=True))
+def test_route_hostile(p):
+    check_route(p)
+
+
+@given(testing.problems(max_refine=0))
+def test_route_backward(p):
+    check_backward(p)
+
+
+@given(testing.problems(max_refine=0, hostile=True))
+def test_route_backward_hostile(p):
+    check_backward(p)
+
+
+def check_backward(p):
+    for convert, _ in kinds(p):
+        args = p.backward_args(hisac.route(**convert(p.route_args())))
+        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
+        exact = p.by_reference(args)
+        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+
+
+@given(testing.problems(max_refine=0, methods=("exact",)), st.sets(st.sampled_from(RouteGradients._fields)))
+def test_route_backward_gives_what_is_needed(p, need):
+    assume(p.x is not None)
+    args = p.backward_args(hisac.route(**p.route_args())) | {"need": tuple(need)}
+    every = hisac.route_backward(**args | {"need": RouteGradients._fields})
+    some = hisac.route_backward(**args)
+    for name, a, b in zip(RouteGradients._fields, some, every, strict=True):
+        assert (a is not None) == (name in need)
+        assert a is None or flat(a) == flat(b)
+
+
+def test_refined_prototypes_are_constant_in_the_backward():
+    p = long_problem(300, "history", refine=2)
+    forward = hisac.route(**p)
+    args = {name: a for name, a in p.items() if name not in ("refine", "prototypes")}
+    args |= {"d_tokens": np.ones_like(forward.tokens), "d_lse": np.ones_like(forward.lse), "forward": forward}
+    testing.assert_gradients_close(hisac.route_backward(**args), reference.route_backward(**args), args)
+
+
+def long_problem(rows, normalize, seed=0, **options):
+    """Unit rows of two users, one of them almost everything; a bias; 8 agents."""
+    rng = np.random.default_rng(seed)
+    x, p = rng.normal(size=(rows, 12)).astype(np.float32), rng.normal(size=(2, 8, 12)).astype(np.float32)
+    x, p = x / np.linalg.norm(x, axis=-1, keepdims=True), p / np.linalg.norm(p, axis=-1, keepdims=True)
+    v, bias = rng.uniform(-1, 1, (rows, 6)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
+    offsets = np.array([0, rows // 50, rows])
+    return {"x": x, "v": v, "offsets": offsets, "prototypes": p, "bias": bias, "normalize": normalize, **options}
+
+
+@pytest.mark.parametrize("normalize", ["history", "agents"])
+@pytest.mark.parametrize("rows", [2047, 2049, 6145, 13000])
+def test_long_histories(rows, normalize):
+    """Several tiles, merged in a tree: within the bound, far inside it on average, the bits of any thread count."""
+    args = long_problem(rows, normalize)
+    mine, expected = with_threads(lambda: hisac.route(**args)), reference.route(**args)
+    testing.assert_tokens_close(mine, expected, bounds.route_bound(args))
+    for a, b in zip(mine, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+    back = {name: a for name, a in args.items() if name != "prototypes"} | {
+        "forward": mine,
+        "need": RouteGradients._fields,
+    }
+    back |= {"d_tokens": np.cos(mine.tokens * 50), "d_lse": np.sin(mine.lse * 50)}
+    mine, expected = with_threads(lambda: hisac.route_backward(**back)), reference.route_backward(**back)
+    testing.assert_gradients_close(mine, expected, back)
+    for name, a, b in zip(RouteGradients._fields, mine, expected, strict=True):
+        # the one temperature is a sum of terms that nearly cancel
+        assert np.linalg.norm(a - b) <= (1e-3 if name == "temperature" else 1e-4) * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_long_leaf_histories(refine):
+    args, rng = long_problem(9000, "history", refine=refine), np.random.default_rng(1)
+    centers = [rng.normal(size=(70, 12)).astype(np.float32), rng.normal(size=(50, 12)).astype(np.float32) / 4]
+    book = hisac.Codebook(centers)
+    args |= {"codes": book.encode(args["x"]), "book": book, "method": "leaf", "missing": "token"}
+    args["codes"][::100, 1] = -1
+    exact = args | {"book": reference.Codebook(centers)}
+    mine = with_threads(lambda: hisac.route(**args))
+    testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact))
+
+
+@pytest.mark.parametrize("rows", [2048, 2048 * 16])
+def test_sums_of_equal_rows_keep_their_digits(rows):
+    """Equal terms round the same way every time: a sum of n in one run may lose n / 4 units in the last place, so one
+    of 2,048 loses 500 where runs of 64 lose 16."""
+    x = np.zeros((rows, 1), np.float32)
+    v = np.float32([[0.50949097, 0.99237823, 0.6950989]]).repeat(rows, 0)
+    args = {"x": x, "v": v, "offsets": np.array([0, rows]), "prototypes": np.zeros((1, 1, 1), np.float32)}
+    args |= {"bias": np.full(rows, 0.3, np.float32)}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+
+
+@given(testing.problems())
+def test_route_ragged_equals_one_by_one(p):
+    args, out = p.route_args(), hisac.route(**p.route_args())
+    starts, ends = p.offsets if isinstance(p.offsets, tuple) else (p.offsets[:-1], p.offsets[1:])
+    for b in range(len(starts)):
+        one = {"offsets": (starts[b : b + 1], ends[b : b + 1]), "prototypes": p.prototypes[b : b + 1]}
+        one |= {"count": None if p.count is None else p.count[b : b + 1]}
+        assert flat(hisac.route(**args | one)) == flat(tuple(a[b : b + 1] for a in out))
+
+
+@given(testing.problems(hostile=True), st.data())
+def test_one_users_nan_spoils_nobody_else(p, data):
+    assume(not isinstance(p.offsets, tuple) and p.offsets[-1] > p.offsets[0])
+    row = data.draw(st.integers(int(p.offsets[0]), int(p.offsets[-1]) - 1))
+    b = int(np.searchsorted(p.offsets, row, "right")) - 1
+    v, prototypes = p.v.copy(), p.prototypes.copy()
+    v[row], prototypes[b] = np.nan, np.inf
+    clean = hisac.route(**p.route_args())
+    spoiled = hisac.route(**p.route_args() | {"v": v, "prototypes": prototypes})
+    for mine, other in zip(spoiled, clean, strict=True):
+        assert flat(np.delete(mine, b, 0)) == flat(np.delete(other, b, 0))
+
+
+def test_absence_is_decided_exactly():
+    """|x|^2 against 2^100 in float64: float32 would round the first row up to absence."""
+    below, above = np.nextafter(np.float32(2.0**50), np.float32(0)), np.float32(2.0**50)
+    x = np.array([[below, 2.0**38.5 * (1 - 2.0**-20)], [below, 2.0**38.6], [above, 0], [0, below]], np.float32)
+    present = (np.square(x.astype(np.float64)).sum(1) < 2.0**100).tolist()
+    assert present == [True, False, False, True]
+    options = {"v": np.float32([[1], [2], [4], [8]]), "missing": "token", "temperature": np.float32([3e38])}
+    args = {"x": x, "offsets": np.array([0, 4]), "prototypes": np.zeros((1, 1, 2), np.float32), **options}
+    mine, expected = hisac.route(**args), reference.route(**args)
+    assert expected.tokens[0, 1, 0] == 3
+    testing.assert_tokens_close(mine, expected, bounds.route_bound(args))
+    agents = args | {"x": np.zeros((4, 2), np.float32), "prototypes": x[None]}
+    np.testing.assert_array_equal(np.isfinite(hisac.route(**agents).lse[0, :4]), present)
+
+
+# ------------------------------------------------------------------------------------------------------------ attend
+
+
+@given(testing.attentions())
+def test_attend(p):
+    check_attend(p)
+
+
+@given(testing.attentions(hostile=True))
+def test_attend_hostile(p):
+    check_attend(p)
+
+
+def check_attend(p):
+    args = p.attend_args()
+    for convert, dtype in kinds(p):
+        mine = with_threads(lambda: hisac.attend(**convert(args)))  # noqa: B023
+        testing.assert_attended_close(mine, p.reference(), bounds.attend_bound(args, dtype))
+        back = p.backward_args(mine)
+        gradients = with_threads(lambda: hisac.attend_backward(**convert(back)))  # noqa: B023
+        testing.assert_gradients_close(gradients, reference.attend_backward(**back), back)
+
+
+@pytest.mark.parametrize("shape", [(700, 1, 16, 64, 8), (65, 4, 33, 257, 5), (300, 2, 1, 1, 1)])
+def test_attend_shapes(shape):
+    n, h, d, m, wide = shape
+    rng = np.random.default_rng(n)
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((n, h, d), (2, m, h, d), (2, m, h, wide)))
+    bias = rng.normal(size=(2, m)).astype(np.float32)
+    args = {"q": q, "keys": k, "values": v, "candidate_offsets": np.array([0, n // 3, n]), "bias": bias}
+    mine, expected = with_threads(lambda: hisac.attend(**args)), reference.attend(**args)
+    testing.assert_attended_close(mine, expected, bounds.attend_bound(args))
+    back = {"d_out": np.cos(50 * mine.out), "d_lse": np.sin(50 * mine.lse), "forward": mine, **args}
+    mine, expected = with_threads(lambda: hisac.attend_backward(**back)), reference.attend_backward(**back)
+    testing.assert_gradients_close(mine, expected, back)
+    for a, b in zip(mine, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
+
+
+def test_attend_subnormal_values():
+    rng, m = np.random.default_rng(0), 150
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((20, 2, 8), (1, m, 2, 8), (1, m, 2, 3)))
+    args = {"q": q, "keys": k, "values": v * np.float32(1e-43), "candidate_offsets": np.array([0, 20])}
+    testing.assert_attended_close(hisac.attend(**args), reference.attend(**args), bounds.attend_bound(args))
+
+
+# --------------------------------------------------------------------------------------------------------------- out
+
+
+@given(testing.problems(max_history=8))
+def test_results_may_be_given(p):
+    """`out` is filled, wholly, and returned; with the bits of a result of its own."""
+    codes = filled(own := hisac.encode(**p.encode_args()))
+    assert hisac.encode(**p.encode_args(), out=codes) is codes and flat(codes) == flat(own)
+    tokens = filled(own := hisac.route(**p.route_args()))
+    result = hisac.route(**p.route_args(), out=tokens)
+    assert flat(result) == flat(own) and result.tokens is tokens.tokens and result.lse is tokens.lse
+    assert (result.prototypes is tokens.prototypes) == (p.refine > 0)  # else they are the argument
+
+
+@given(testing.attentions())
+def test_attended_may_be_given(p):
+    own = hisac.attend(**p.attend_args())
+    given_out = filled(own)
+    result = hisac.attend(**p.attend_args(), out=given_out)
+    assert flat(result) == flat(own) and all(a is b for a, b in zip(result, given_out, strict=True))
+
+
+def filled(result):
+    """Arrays like these, full of sevens."""
+    return type(result)(*map(filled, result)) if isinstance(result, tuple) else np.full_like(result, 7)
+
+
+def test_bfloat16_may_take_subnormals_for_zero():
+    x, v, p = np.float32([[0.07]]), np.float32([[1, -9.9e-39]]), np.float32([[[0.3]]])
+    args = {"x": x, "v": v, "offsets": np.array([0, 1]), "prototypes": p, "precision": "bfloat16"}
+    testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+
+
+def test_slopes_beyond_float32_ask_nothing_of_what_they_multiply():
+    """Gradients of x and prototypes are finite by the definition, 2 dz / tau is not: one user's beside another's."""
+    x, v = np.full((4, 3), 1e-43, np.float32), np.float32([[1], [5e14], [1], [2]])
+    args = {"x": x, "v": v, "offsets": np.array([0, 2, 4]), "temperature": 1e-30}
+    out = hisac.route(prototypes=2 * x.reshape(2, 2, 3), **args)
+    back = {"d_tokens": np.cos(out.tokens), "d_lse": None, "forward": out, **args, "need": ("x", "prototypes")}
+    bound = bounds.route_backward_bound(back)
+    assert np.isnan(bound.x).all(1).tolist() == [True, True, False, False]
+    testing.assert_gradients_close(hisac.route_backward(**back), reference.route_backward(**back), back)

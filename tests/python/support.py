@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of compiled operations share: the ways into the core, and the same bits whatever the threads."""
+
+import numpy as np
+
+import hisac
+from hisac import testing
+from hisac.reference import bounds
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+def kinds(p):
+    """The ways into the core that hold the problem's values: (convert, dtype of its results)."""
+    if p.dtype != "bfloat16":
+        yield lambda args: args, p.dtype
+    if torch is not None:
+        yield lambda args: testing.to_torch(args, p.dtype), p.dtype
+
+
+def flat(result):
+    """The arrays of a result as raw bytes."""
+    if isinstance(result, tuple):
+        return [b for a in result for b in flat(a)]
+    return [b"" if result is None else np.ascontiguousarray(bounds.as_numpy(result)).tobytes()]
+
+
+def with_threads(call):
+    """call() with 1, 2 and 7 threads, and once more: the same bits; returns the result."""
+    threads, results = hisac.get_num_threads(), []
+    try:
+        for n in (1, 2, 7, 1):
+            hisac.set_num_threads(n)
+            results.append(call())
+    finally:
+        hisac.set_num_threads(threads)
+    assert all(flat(r) == flat(results[0]) for r in results[1:])
+    return results[0]

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hisac.torch with tables and ids: gradients of tables, dense and sparse, against the reference and nn.Embedding."""
+
+import importlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+import hisac
+from hisac import reference, testing
+from hisac.reference import bounds
+
+torch = pytest.importorskip("torch")
+hisac_torch = importlib.import_module("hisac.torch")
+table_gradient = importlib.import_module("hisac.torch.library").table_gradient
+
+OFFSETS = torch.tensor([0, 7, 7, 20])  # the user in the middle has no history
+IDS = torch.tensor([3, 1, 3, -1, 0, 3, 6, 2, 2, 9, 3, 3, 5, 1, 0, 2, 5, 6, 6, 1])  # 9 is outside
+BOTH = pytest.mark.parametrize("sparse", [False, True])
+
+
+def tables(seed=0, width=8, value=5):
+    """Items [8, D], values [7, V], prototypes [3, 2, D]."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(size, generator=g) for size in ((8, width), (7, value), (3, 2, width)))
+
+
+def wanted(t):
+    return t.clone().requires_grad_()
+
+
+def summed(d, ids, size):
+    """What a table's gradient is: the sum of its rows'."""
+    total, inside = np.zeros((size, d.shape[1])), (ids >= 0) & (ids < size)
+    np.add.at(total, ids[inside], d[inside])
+    return total
+
+
+@given(testing.problems(gathered=True, dtypes=("float32",), max_refine=0))
+def test_gradients_meet_the_reference(p):
+    args = testing.to_torch(p.route_args())
+    names = [name for name in ("x", "v") if args[name] is not None and args[name].is_floating_point()]
+    names = ["v"] if p.method == "leaf" else names
+    for name in names:
+        args[name].requires_grad_()
+    out = hisac_torch.route(**args)
+    testing.assert_tokens_close(type(out)(*(t.detach() for t in out)), p.reference(), p)
+    back = p.by_reference(p.backward_args(type(out)(*(t.detach() for t in out)))) | {"need": names}
+    d_lse = np.zeros(out.lse.shape) if back["d_lse"] is None else back["d_lse"]
+    given_ = [torch.from_numpy(back["d_tokens"]), torch.from_numpy(d_lse).float()]
+    found = torch.autograd.grad(out[:2], [args[name] for name in names], given_)
+    back["d_lse"] = d_lse
+    expected, bound = reference.route_backward(**back), bounds.route_backward_bound(back)
+    for name, grad in zip(names, found, strict=True):
+        value, limit = getattr(expected, name), getattr(bound, name)
+        if (ids := getattr(p, f"{name}_ids")) is not None:
+            limit = summed(limit, ids, len(grad)) + 2.0**-24 * summed(np.abs(value), ids, len(grad))
+            value = summed(value, ids, len(grad))
+        testing.assert_close(grad, value, limit, name)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_table_is_an_embeddings_weight(dtype, sparse):
+    """The tokens of rows looked up by nn.Embedding bit for bit, its gradient up to rounding, in its types and forms."""
+    items, values, p = tables()
+    ids = IDS.clamp(0, 6)
+    embedding = torch.nn.Embedding.from_pretrained(values.to(dtype, copy=True), freeze=False, sparse=sparse)
+    looked_up = hisac_torch.route(items[ids], embedding(ids), OFFSETS, p, temperature=5.0)
+    looked_up.tokens.float().square().sum().backward()
+    expected, embedding.weight.grad = embedding.weight.grad, None
+    out = hisac_torch.route(
+        items, embedding.weight, OFFSETS, p, x_ids=ids, v_ids=ids.int(), temperature=5.0, sparse=sparse
+    )
+    assert torch.equal(out.tokens, looked_up.tokens) and torch.equal(out.lse, looked_up.lse)
+    out.tokens.float().square().sum().backward()
+    grad = embedding.weight.grad
+    assert grad.dtype == dtype and grad.layout == expected.layout
+    assert not sparse or grad._indices().tolist() == [[0, 1, 2, 3, 5, 6]]
+    tolerance = {} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(grad.to_dense(), expected.to_dense(), **tolerance)
+    torch.optim.SGD(embedding.parameters(), lr=0.1).step()
+    assert (embedding.weight != values.to(dtype)).any(1).tolist() == [True] * 4 + [False] + [True] * 2
+
+
+@BOTH
+def test_both_tables_have_gradients(sparse):
+    items, values, p = tables()
+    x, v = wanted(items), wanted(values)
+    out = hisac_torch.route(x, v, OFFSETS, p, x_ids=IDS, v_ids=IDS.flip(0), temperature=5.0, sparse=sparse)
+    (out.tokens.sum() + out.lse[[0, 2]].sum()).backward()
+    outside = (IDS < 0) | (IDS > 7) | (IDS.flip(0) < 0) | (IDS.flip(0) > 6)
+    rows = wanted(items[IDS.clamp(0, 7)]), wanted(values[IDS.flip(0).clamp(0, 6)])
+    bias = torch.where(outside, torch.nan, 0.0)
+    out = hisac_torch.route(*rows, OFFSETS, p, bias=bias, temperature=5.0)
+    (out.tokens.sum() + out.lse[[0, 2]].sum()).backward()
+    for grad, row, ids in ((x.grad, rows[0].grad, IDS), (v.grad, rows[1].grad, IDS.flip(0))):
+        expected = summed(row.numpy(), ids.numpy(), len(grad))
+        torch.testing.assert_close(grad.to_dense(), torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6)
+        assert not sparse or grad._indices().tolist() == [ids[(ids >= 0) & (ids < len(grad))].unique().tolist()]
+
+
+class InFloat(torch.autograd.Function):
+    """v.float() for gradients of any layout: torch itself casts no sparse ones."""
+
+    @staticmethod
+    def forward(ctx, v):
+        return v.float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to_dense().double()
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["exact", "leaf"])
+def test_gradcheck(method, sparse):
+    items, values, p = tables()
+    book = hisac.Codebook([items[:4].numpy()])
+    codes = hisac_torch.encode(book, items)[IDS.clamp(0, 7)]
+    options = {"method": method, "missing": "token", "v_ids": IDS, "x_ids": IDS.flip(0), "codes": codes, "book": book}
+
+    def run(v, tau):
+        found = hisac_torch.route(
+            items, InFloat.apply(v), OFFSETS, p, temperature=tau.float(), sparse=sparse, **options
+        )
+        return found.tokens.double()[[0, 2]], found.lse.double()[[0, 2], :2]
+
+    inputs = wanted(values.double()), wanted(torch.tensor([5.0], dtype=torch.float64))
+    assert torch.autograd.gradcheck(run, inputs, eps=1e-3, atol=5e-3, rtol=5e-3, nondet_tol=0.0)
+
+
+@BOTH
+def test_a_hot_row_keeps_its_digits(sparse):
+    """100,000 behaviours of one item among a few of others, summed in float64 and rounded once, on any threads."""
+    n, rng = 100_000, np.random.default_rng(0)
+    ids = torch.from_numpy(np.where(rng.random(n) < 0.99, 4, rng.integers(-1, 10, n)))
+    d = torch.from_numpy(rng.normal(1, 0.1, (n, 70)).astype(np.float32))
+    threads, found = hisac.get_num_threads(), []
+    for count in (1, 2, 5):
+        hisac.set_num_threads(count)
+        found.append(table_gradient(d, ids, 9, sparse).to_dense())
+    hisac.set_num_threads(threads)
+    assert all(torch.equal(f, found[0]) for f in found)
+    expected = summed(d.double().numpy(), ids.numpy(), 9)
+    np.testing.assert_array_equal(found[0].numpy(), expected.astype(np.float32))
+
+
+@BOTH
+@pytest.mark.parametrize("ids", [[], [-1, 9, 7], [7] * 3])
+def test_no_row_of_the_table(ids, sparse):
+    grad = table_gradient(torch.ones(len(ids), 3), torch.tensor(ids, dtype=torch.int64), 7, sparse)
+    assert grad.shape == (7, 3) and not grad.to_dense().any() and (not sparse or grad._nnz() == 0)
+
+
+def test_compiles_in_one_graph():
+    torch.compiler.reset()
+    items, values, p = tables()
+
+    def run(x, v, ids):
+        out = hisac_torch.route(x, v, OFFSETS, p, x_ids=ids, v_ids=ids, temperature=5.0)
+        return out.tokens.sum() + out.lse[[0, 2]].sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ids in (IDS, IDS.flip(0)):
+        inputs = [(wanted(items), wanted(values)) for _ in range(2)]
+        expected, found = run(*inputs[0], ids), compiled(*inputs[1], ids)
+        expected.backward()
+        found.backward()
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(*inputs, strict=True))
+
+
+def test_a_compiled_program_steps_out_for_sparse_gradients():
+    torch.compiler.reset()
+    items, values, p = tables()
+    v = wanted(values)
+
+    def run(v):
+        return hisac_torch.route(items, v * 1, OFFSETS, p, x_ids=IDS, v_ids=IDS, sparse=True).tokens.sum()
+
+    torch.compile(run, backend="aot_eager")(v).backward()
+    expected = wanted(values)
+    run(expected).backward()
+    assert torch.equal(v.grad.to_dense(), expected.grad.to_dense())
+
+
+@BOTH
+def test_double_backward_raises(sparse):
+    items, values, p = tables()
+    v, tau = wanted(values), wanted(torch.tensor([5.0]))
+    out = hisac_torch.route(items, v, OFFSETS, p, x_ids=IDS, v_ids=IDS, temperature=tau, sparse=sparse)
+    (grad,) = torch.autograd.grad(out.tokens.square().sum(), v, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not supported"):
+        grad.to_dense().sum().backward()
+
+
+def test_a_scale_has_no_gradient():
+    items, values, p = tables()
+    x, scale = (items * 10).to(torch.int8), torch.tensor([0.1])
+    with pytest.raises(NotImplementedError, match=r"x_scale has no gradient, expected x_scale.detach\(\)"):
+        hisac_torch.route(x, values, OFFSETS, p, x_ids=IDS, v_ids=IDS, x_scale=wanted(scale))
+    found = hisac_torch.route(x, wanted(values), OFFSETS, p, x_ids=IDS, v_ids=IDS, x_scale=scale)
+    again = hisac_torch.route(x, values, OFFSETS, p, x_ids=IDS, v_ids=IDS, x_scale=0.1)
+    assert torch.equal(found.tokens, again.tokens)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_compressor_takes_tables(sparse):
+    items, values, _ = tables()
+    book = hisac.Codebook([items[:4].numpy(), items[4:6].numpy() / 4])
+    compress = hisac_torch.Compressor(book, budget=3, temperature=5.0, sparse=sparse)
+    codes, v = hisac_torch.encode(book, items)[IDS.clamp(0, 6)], wanted(values)
+    found = compress(items, v, OFFSETS, codes=codes, x_ids=IDS.clamp(0, 6), v_ids=IDS.clamp(0, 6))
+    rows = wanted(values[IDS.clamp(0, 6)])
+    expected = compress(items[IDS.clamp(0, 6)], rows, OFFSETS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    found.tokens.sum().backward()
+    expected.tokens.sum().backward()
+    assert v.grad.is_sparse == sparse
+    summed_rows = torch.from_numpy(summed(rows.grad.numpy(), IDS.clamp(0, 6).numpy(), 7)).float()
+    torch.testing.assert_close(v.grad.to_dense(), summed_rows, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="codes expected with x_ids, got none"):
+        compress(items, v, OFFSETS, x_ids=IDS, v_ids=IDS)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_jagged_ids():
+    items, values, p = tables()
+    ids = torch.nested.nested_tensor_from_jagged(IDS, OFFSETS)
+    found = hisac_torch.route(items, values, None, p, x_ids=ids, v_ids=ids)
+    expected = hisac_torch.route(items, values, OFFSETS, p, x_ids=IDS, v_ids=IDS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
