@@ -12,32 +12,33 @@
 
 namespace hisac {
 
-/// Functions with the signatures of the public verbs; null where a backend does not have the verb.
+// clang-format off
+/// The verbs that a backend has, by the names of the public ones.
+#define HISAC_EACH_VERB(X)                                                     \
+  X(encode) X(encode_workspace) X(code_prototypes) X(vote) X(vote_workspace)   \
+  X(leaf_sums) X(leaf_sums_workspace) X(route) X(route_workspace)              \
+  X(route_backward) X(route_backward_workspace) X(sum_rows)                    \
+  X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)
+// clang-format on
+
+/// Functions with the signatures of the public verbs; null where a backend does not have one.
 struct Backend {
-  decltype(&hisac::encode) encode = nullptr;
-  decltype(&hisac::encode_workspace) encode_workspace = nullptr;
-  decltype(&hisac::code_prototypes) code_prototypes = nullptr;
+#define HISAC_MEMBER(verb) decltype(&hisac::verb) verb = nullptr;
+  HISAC_EACH_VERB(HISAC_MEMBER)
+#undef HISAC_MEMBER
   decltype(&hisac::fit) fit = nullptr;
   decltype(&hisac::fit_workspace) fit_workspace = nullptr;
-  decltype(&hisac::vote) vote = nullptr;
-  decltype(&hisac::vote_workspace) vote_workspace = nullptr;
-  decltype(&hisac::leaf_sums) leaf_sums = nullptr;
-  decltype(&hisac::leaf_sums_workspace) leaf_sums_workspace = nullptr;
-  decltype(&hisac::route) route = nullptr;
-  decltype(&hisac::route_workspace) route_workspace = nullptr;
-  decltype(&hisac::route_backward) route_backward = nullptr;
-  decltype(&hisac::route_backward_workspace) route_backward_workspace = nullptr;
-  decltype(&hisac::sum_rows) sum_rows = nullptr;
-  decltype(&hisac::attend) attend = nullptr;
-  decltype(&hisac::attend_workspace) attend_workspace = nullptr;
-  decltype(&hisac::attend_backward) attend_backward = nullptr;
-  decltype(&hisac::attend_backward_workspace) attend_backward_workspace = nullptr;
   /// Makes a device the current one and returns the one before; null on the CPU.
   int (*use_device)(int device) noexcept = nullptr;
 };
 
+/// Inside a backend's namespace: declares its verbs.
+#define HISAC_DECLARE_VERB(verb) decltype(hisac::verb) verb;
+/// Fills `backend` with the verb of the same name.
+#define HISAC_FILL_VERB(verb) backend.verb = verb;
+
 namespace cpu {
-extern const Backend backend;
+extern const Backend kBackend;
 }
 
 /// The table that enable_cuda (hisac/cuda.h) has set; null before.
@@ -45,7 +46,7 @@ const Backend* cuda_backend() noexcept;
 void set_cuda_backend(const Backend* backend) noexcept;
 
 inline const Backend* backend_of(const Context& context) noexcept {
-  return context.device == Device::cpu ? &cpu::backend : cuda_backend();
+  return context.device == Device::cpu ? &cpu::kBackend : cuda_backend();
 }
 
 /// Calls `function` of the context's backend; an error where there is none.

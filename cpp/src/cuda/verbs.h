@@ -7,21 +7,6 @@
 
 namespace hisac::cuda {
 
-decltype(hisac::encode) encode;
-decltype(hisac::encode_workspace) encode_workspace;
-decltype(hisac::code_prototypes) code_prototypes;
-decltype(hisac::vote) vote;
-decltype(hisac::vote_workspace) vote_workspace;
-decltype(hisac::leaf_sums) leaf_sums;
-decltype(hisac::leaf_sums_workspace) leaf_sums_workspace;
-decltype(hisac::route) route;
-decltype(hisac::route_workspace) route_workspace;
-decltype(hisac::route_backward) route_backward;
-decltype(hisac::route_backward_workspace) route_backward_workspace;
-decltype(hisac::sum_rows) sum_rows;
-decltype(hisac::attend) attend;
-decltype(hisac::attend_workspace) attend_workspace;
-decltype(hisac::attend_backward) attend_backward;
-decltype(hisac::attend_backward_workspace) attend_backward_workspace;
+HISAC_EACH_VERB(HISAC_DECLARE_VERB)
 
 }  // namespace hisac::cuda
