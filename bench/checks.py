@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests that tests/test_bench.py collects: no kernel is forced, a table needs their records."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import blas
+import pytest
+import run
+import table
+
+import data
+
+BENCH = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+needs_threadpoolctl = pytest.mark.skipif(not blas.available(), reason="threadpoolctl is not installed")
+FORCING = (
+    "OPENBLAS_CORETYPE OPENBLAS_L2_SIZE MKL_ENABLE_INSTRUCTIONS MKL_DEBUG_CPU_TYPE MKL_CBWR ONEDNN_MAX_CPU_ISA "
+    "DNNL_MAX_CPU_ISA ATEN_CPU_CAPABILITY BLIS_ARCH_TYPE GOTO_NUM_THREADS NPY_DISABLE_CPU_FEATURES HISAC_ISA"
+).split()
+
+
+def test_no_variable_that_forces_a_kernel_reaches_a_child():
+    harmless = {"PATH": "/bin", "OPENBLAS_VERBOSE": "2", "OMP_WAIT_POLICY": "passive", "HISAC_NUM_THREADS": "2"}
+    kept, removed = blas.scrub(dict.fromkeys(FORCING, "x") | harmless | {"MKL_NUM_THREADS": "9"}, 2)
+    assert removed == dict.fromkeys(FORCING, "x")
+    assert kept == harmless | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+
+
+def kernel(environment: dict[str, str]) -> str | None:
+    """Of NumPy's BLAS in a process of that environment; None if it is not OpenBLAS."""
+    code = "import numpy, threadpoolctl as t; print([i['architecture'] for i in t.threadpool_info() if 'openblas' in i"
+    code += "['internal_api']])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return next(iter(json.loads(done.stdout.replace("'", '"'))), None)
+
+
+@needs_threadpoolctl
+def test_a_forced_kernel_is_not_the_one_that_a_child_runs():
+    asked = os.environ | {"OPENBLAS_CORETYPE": "Haswell"}
+    if kernel(asked) != "Haswell":
+        pytest.skip("NumPy's BLAS here does not obey OPENBLAS_CORETYPE=Haswell")
+    found = kernel(blas.scrub(asked, 1)[0])
+    if found == "Haswell":
+        assert kernel(blas.scrub(os.environ, 1)[0]) == "Haswell"
+        pytest.skip("Haswell's kernel is this machine's own")
+    assert found
+
+
+@needs_threadpoolctl
+def test_records_name_the_forced_and_the_loaded(monkeypatch: pytest.MonkeyPatch):
+    for name in FORCING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    record = blas.records(2, {"numpy": "any", "torch": None, "not_there": None})
+    assert record["threads"] == 2 and record["torch"] is None
+    assert record["forced"].items() >= {"OPENBLAS_CORETYPE": "Haswell"}.items()
+    assert all(set(one) >= {"owner", "api", "kernel", "version", "threading"} for one in record["libraries"])
+    assert "/" not in json.dumps(record["libraries"])
+
+
+def test_owners_of_libraries():
+    folder = "/a/lib/python3.11/site-packages"
+    assert blas.owner(Path(f"{folder}/numpy.libs/libscipy_openblas64_-1.so")) == "numpy"
+    assert blas.owner(Path(f"{folder}/faiss_cpu.libs/libopenblaso.so")) == "faiss"
+    assert blas.owner(Path(f"{folder}/torch/lib/libgomp.so.1")) == "torch"
+    assert blas.owner(Path("/usr/lib/libblas.so")) == "lib"
+
+
+def test_what_torch_says_of_its_build():
+    text = (
+        "  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 1\n  - Intel(R) MKL-DNN v3.12.0 (Git Hash"
+    )
+    text += " 80)\n  - OpenMP 201511 (a.k.a.)\n  - Build settings: BLAS_INFO=mkl, BUILD_TYPE=Release"
+    expected = {"capability": "AVX2", "blas": "mkl", "mkl": "2024.2-Product", "onednn": "3.12.0", "openmp": "201511"}
+    assert blas.torch_record(text, "AVX2") == expected
+    assert blas.torch_record("", "NEON") == dict.fromkeys(expected) | {"capability": "NEON"}
+
+
+def test_without_threadpoolctl_there_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(blas, "available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--suite=vote/1k"])
+    assert run.main() == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "pip install threadpoolctl" in err
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def blas_record(threads: int, **more: Any) -> dict[str, Any]:
+    numpy = {"owner": "numpy", "api": "openblas", "kernel": "SkylakeX", "version": "0.3.31", "threading": "pthreads"}
+    torch = {"capability": "AVX512", "blas": "mkl", "mkl": "2024.2", "onednn": "3.12.0", "openmp": "201511"}
+    openmp = {"owner": "torch", "api": "openmp", "kernel": None, "version": None, "threading": None}
+    return {"threads": threads, "forced": {}, "libraries": [numpy, openmp], "torch": torch} | more
+
+
+def result_of_a_run(ratio: float = 2.5) -> dict[str, Any]:
+    def row(work: str, name: str, threads: int, **more: Any) -> dict[str, Any]:
+        base = {"work": work, "variant": name, "threads": threads, "role": "hisac", "median_ms": 1234.5, "peer": "SDPA"}
+        base["data"] = data.CLUSTERED if work.startswith("vote") else data.UNIT
+        return base | {"ratio_to_best_peer": ratio, "share_of_peak": 0.756, "error": 1.2e-6} | more
+
+    return {
+        "commit": "0123456789abcdef-dirty",
+        "date": "2026-01-02T03:04:05+00:00",
+        "quick": False,
+        "threads": [1, 2],
+        "machine": {"cpu": "A CPU", "cores": 2, "removed_variables": {}, "blas": [blas_record(1), blas_record(2)]},
+        "versions": {"numpy": "2.0", "hisac": "0.1", "faiss-cpu": "not installed"},
+        "peak": [{"threads": 1, "gflops": 100.0, "how": "float32 product"}],
+        "rows": [
+            row("route/1k", "fp32", 1),
+            row("route/1k", "fp32", 2, error=3e-6, ratio_to_best_peer=0.5),
+            row("route/1k", "SDPA", 1, role="peer"),
+            row("vote/1k", "fanout", 2, error=0.0, share_of_peak=None, ratio_to_best_peer=None, median_ms=0.0123),
+        ],
+    }
+
+
+def test_the_table():
+    lines = table.render(result_of_a_run()).splitlines()
+    assert lines[0].split(" | ")[2:5] == ["ms, 1 thread", "against the best peer", "of peak"]
+    assert lines[2] == "| route/1k | fp32 | 1230 | 2.5 x SDPA | 76% | 1230 | 0.5 x SDPA | 76% | 3.0e-06 |"
+    assert lines[3] == "| vote/1k | fanout | - | - | - | 0.0123 | - | - | 0 |"
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert "A CPU, 2 cores, 2026-01-02, commit 0123456789ab-dirty; numpy 2.0, faiss-cpu not installed." in lines[5]
+    kernels = "Kernels: numpy: openblas 0.3.31 SkylakeX (pthreads); torch: MKL 2024.2, oneDNN 3.12.0, AVX512. "
+    assert lines[5].endswith(f"{kernels}Data: route: random unit vectors; vote: clustered codes.")
+
+
+def test_data_is_named_by_suites_where_all_works_share_it():
+    rows = [("route/1k", "u"), ("route/10k", "u"), ("vote/1k", "c"), ("vote/2k", "c"), ("route/real", "r")]
+    found = table.data_of([{"work": work, "data": kind} for work, kind in rows])
+    assert found == "route/1k, route/10k: u; vote: c; route/real: r"
+
+
+REFUSED = {
+    "no record": lambda d: d["machine"].pop("blas"),
+    "not of two threads": lambda d: d["machine"]["blas"].pop(),
+    "no word of what was removed": lambda d: d["machine"].pop("removed_variables"),
+    "no kernels": lambda d: d["machine"]["blas"][0].pop("libraries"),
+    "forced": lambda d: d["machine"]["blas"][1].update(forced={"OPENBLAS_CORETYPE": "Haswell"}),
+    "no machine": lambda d: d.pop("machine"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_run_with_forced_or_unknown_kernels_makes_no_table(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    result, rows, readme = result_of_a_run(), tmp_path / "rows.json", tmp_path / "README.md"
+    assert blas.problem(result) is None
+    REFUSED[why](result)
+    rows.write_text(json.dumps(result))
+    readme.write_text(before := f"{table.BEGIN}\nold\n{table.END}\n")
+    for more in ([], ["--readme", str(readme)], ["--readme", str(readme), "--check"]):
+        monkeypatch.setattr(sys, "argv", ["table.py", str(rows), *more])
+        assert table.main() == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and str(rows) in err
+        assert ("OPENBLAS_CORETYPE=Haswell" in err) == (why == "forced")
+    assert readme.read_text() == before
+
+
+def test_the_readme_is_updated_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, readme = tmp_path / "rows.json", tmp_path / "README.md"
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+
+    def call(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["table.py", str(rows), "--readme", str(readme), *more])
+        return table.main()
+
+    rows.write_text(json.dumps(result_of_a_run()))
+    assert call("--check") == 1 and "old" in readme.read_text()
+    assert call() == 0 and call("--check") == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| route/1k |" in text
+    rows.write_text(json.dumps(result_of_a_run(ratio=7.0)))
+    assert call("--check") == 1
+    readme.write_text("no markers\n")
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == 2
