@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that tests/test_bench.py collects: no kernel is forced, a table needs their records."""
+"""Tests that tests/test_bench.py collects: no kernel is forced, a table needs their records, two builds take turns."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import blas
+import numpy as np
+import pair
 import pytest
 import run
 import table
@@ -191,3 +193,158 @@ def test_the_readme_is_updated_and_checked(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SystemExit) as ended:
         call()
     assert ended.value.code == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- pair
+
+
+def test_the_median_ratio_of_pairs_and_its_interval():
+    old = np.linspace(1.0, 2.0, 21)
+    row = pair.statistics(old, 1.25 * old)
+    assert row["old_ms"] == pytest.approx(1500) and row["new_ms"] == pytest.approx(1875) and row["pairs"] == 21
+    assert row["ratio"] == row["low"] == row["high"] == pytest.approx(1.25), "drift that both share is no difference"
+    ratios = np.linspace(0.9, 1.1, 21)
+    row = pair.statistics(np.ones(21), np.random.default_rng(5).permutation(ratios))
+    assert row["ratio"] == pytest.approx(1.0) and 0.94 <= row["low"] < 1 < row["high"] <= 1.06
+    assert row == pair.statistics(np.ones(21), np.random.default_rng(5).permutation(ratios))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "slower"),
+    [
+        ([1.0] * 15, False),
+        ([1.04] * 15, False),
+        ([1.06] * 15, True),
+        ([0.5] * 15, False),
+        ([1.0] * 8 + [1.2] * 7, True),  # the median is 1, but might as well be 1.2
+    ],
+)
+def test_slower_by_the_median_or_by_the_upper_end(ratios: list[float], slower: bool):
+    assert pair.statistics([1.0] * 15, ratios)["slower"] is slower
+
+
+def test_the_order_is_swapped_from_pair_to_pair():
+    log: list[str] = []
+
+    def ask(side: str) -> float:
+        log.append(side)
+        return float(len(log))
+
+    assert pair.alternate(ask, 3) == {"old": [1.0, 4.0, 5.0], "new": [2.0, 3.0, 6.0]}
+    assert log == ["old", "new", "new", "old", "old", "new"]
+
+
+def test_processes_of_one_thread_share_a_processor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 3}, raising=False)
+    assert [pair.processor(n, 1) for n in range(3)] == [3, 7, 3] and pair.processor(0, 2) is None
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert pair.processor(0, 1) is None
+
+
+def test_short_calls_are_repeated_alike_in_both():
+    assert pair.repeats([1e-3, 2e-3], 5e-3) == 5 and pair.repeats([1.0, 0.9], 5e-3) == 1
+    assert pair.repeats([0.0, 1.0], 5e-3) == 5000
+
+
+HARNESS = """
+def rest(pause): pass
+def parity(variant, result, copy):
+    if result != "right": raise ValueError("parity: wrong")
+"""
+WORKS = """
+import os, time
+from types import SimpleNamespace as New
+WORKS = {works}
+def names(chosen): return [w for w in WORKS if w in chosen or "all" in chosen]
+def cases(work, ops, threads, quick):
+    print("noise on stdout")
+    if WORKS[work] is None: raise TypeError("no such verb")
+    variants = []
+    for name, seconds, result in WORKS[work]:
+        def call(i, seconds=seconds, result=result):
+            if result == "crash": os._exit(3)
+            time.sleep(seconds)
+            return result
+        role = "peer" if name == "peer" else "hisac"
+        variants.append(New(name=name, role=role, make=lambda call=call: call))
+    yield New(work=work, dtype="float32", copies=2, variants=variants)
+"""
+
+
+def in_turn(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], *more: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:  # fmt: skip
+    """pair.py over made works, work -> [(variant, seconds, result)], of a package without anything in it."""
+    (folder / "package" / "nothing").mkdir(parents=True)
+    (folder / "package" / "nothing" / "__init__.py").write_text("__version__ = '7'\n")
+    command = [sys.executable, BENCH / "pair.py", "--module=nothing", "--quick", f"--json={folder / 'pair.json'}"]
+    for side, made in (("old", old), ("new", new)):
+        (folder / side).mkdir()
+        (folder / side / "harness.py").write_text(HARNESS)
+        (folder / side / "works.py").write_text(WORKS.replace("{works}", repr(made)))
+        command += [f"--{side}={sys.executable}", f"--{side}-bench={folder / side}"]
+    path = os.pathsep.join([str(folder / "package"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, *more], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False
+    )
+    found = folder / "pair.json"
+    return done, json.loads(found.read_text()) if found.exists() else {}
+
+
+def test_a_slower_row_is_measured_again_and_ends_with_exit_code_1(tmp_path: Path):
+    right = "right"
+    old = {"a/1": [("v", 2e-3, right), ("gone", 0, right), ("peer", 9, right)], "a/2": [("v", 0, right)], "old": []}
+    new = {"a/1": [("v", 5e-3, right), ("come", 0, right)], "a/2": None, "new": []}
+    done, result = in_turn(tmp_path, old, new, "--pairs=3", "--restarts=2")
+    assert done.returncode == 1, done.stderr
+    (row,) = result["rows"]
+    assert (row["work"], row["variant"], row["dtype"], row["slower"]) == ("a/1", "v", "float32", True)
+    assert row["pairs"] == 3 * 2 * pair.MORE and row["first"]["pairs"] == 3 * 2 and len(row["restart_ratios"]) == 2
+    assert row["old_ms"] >= 2 and row["new_ms"] >= 5 and 1.3 < row["low"] <= row["ratio"] <= row["high"]
+    assert "slower: a/1 v float32" in done.stderr and "failed: a/2: TypeError: no such verb" in done.stderr
+    assert result["only"] == {"old": ["old", "a/1 gone float32", "a/2 v float32"], "new": ["new", "a/1 come float32"]}
+    assert "| a/1 | v float32 |" in done.stdout and "Only in old, not compared: old, a/1 gone" in done.stdout
+    assert "noise on stdout" not in done.stdout and "noise on stdout" in done.stderr
+    assert result["old"]["version"] == "7" and result["null"] is True and "Null run" in done.stdout
+
+
+def test_a_faster_row_and_a_row_that_was_broken_before_fail_nothing(tmp_path: Path):
+    old = {"a/1": [("v", 6e-3, "right"), ("w", 0, "wrong")]}
+    new = {"a/1": [("v", 1e-3, "right"), ("w", 0, "wrong")]}
+    done, result = in_turn(tmp_path, old, new, "--pairs=3", "--restarts=1")
+    assert done.returncode == 0, done.stderr
+    assert [(r["variant"], r["slower"], "first" in r) for r in result["rows"]] == [("v", False, False)]
+    assert {f["side"]: f["reason"] for f in result["failures"]} == dict.fromkeys(
+        pair.SIDES, "ValueError: parity: wrong"
+    )
+
+
+def test_a_crash_is_a_clear_error(tmp_path: Path):
+    works = {"a/1": [("v", 0, "right")]}
+    done, result = in_turn(tmp_path, works, {"a/1": [("v", 0, "crash")]}, "--suite=a/1")
+    assert done.returncode == 2 and not result
+    assert "pair: new: the process ended with 3 while open a/1 True" in done.stderr
+
+
+def test_wrong_calls_of_pair_end_with_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    done, _ = in_turn(tmp_path, {"a/1": []}, {"a/1": []}, "--suite=b")
+    assert done.returncode == 2 and "no work is named b" in done.stderr
+    with pytest.raises(pair.Broken, match="old: /no/such/python: No such file"):
+        pair.Process("old", "/no/such/python", BENCH, 1, True)
+    with pytest.raises(pair.Broken, match="old: the process ended with 1 while starting"):
+        pair.Process("old", sys.executable, tmp_path, 1, True)
+    assert "No module named 'harness'" in capfd.readouterr().err
+
+
+def test_a_build_against_itself_takes_the_same_time(tmp_path: Path):
+    found = tmp_path / "pair.json"
+    command = [sys.executable, BENCH / "pair.py", f"--old={sys.executable}", f"--new={sys.executable}", "--quick"]
+    command += ["--suite=call/vote", "--pairs=5", "--restarts=1", f"--json={found}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr  # 1: other work on this machine was in the way
+    result = json.loads(found.read_text())
+    assert result["null"] is True and result["failures"] == [] and not any(result["only"].values())
+    assert [r["variant"] for r in result["rows"]] == ["fanout", "budget"]
+    assert all(0.4 < r["ratio"] < 2.5 and r["old_ms"] < 1 for r in result["rows"])
+    assert (done.returncode == 1) == any(r["slower"] for r in result["rows"])
+    assert result["old"] == result["new"] and len(result["old"]["digest"]) == 16 and result["old"]["bench_commit"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bench: its arithmetic, its parity gate, its truths and peers on small data, the JSON; and what bench/checks.py
-tests: kernels and table."""
+tests: kernels, table, and the timing of two builds in turn."""
 
 import itertools
 import json
