@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from support import kinds, with_threads
 
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
 from hisac.types import RouteGradients
+from support import kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 GATHERED = ("x_ids", "v_ids", "x_scale")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import flat, kinds, with_threads
 
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
+from support import flat, kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import flat, kinds, with_threads
 
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
 from hisac.types import RouteGradients
+from support import flat, kinds, with_threads
 
 try:
     import torch

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import kinds, with_threads
 
 import hisac
 from hisac import reference, testing
+from support import kinds, with_threads
 
 try:
     import torch
