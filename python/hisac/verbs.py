@@ -305,7 +305,8 @@ def attend(
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
     q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets
-    [B + 1]; bias [B, M] float32, where NaN or infinite means an absent token; scale 1 / sqrt(d) by default.
+    [B + 1]; bias [B, M] float32; scale 1 / sqrt(d) by default. A token whose bias or key holds a NaN or an infinity is
+    absent, and for a q that holds one every token is. Without tokens: zero and -inf.
     -> Attended; lse tells how well the best tokens match, which softmax attention alone hides.
     Raises ValueError, TypeError.
     """

@@ -8,6 +8,7 @@
 #include "base/checks.h"
 #include "base/parallel.h"
 #include "base/reduction_tree.h"
+#include "cpu/rows.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -48,10 +49,10 @@ struct Head {
     };
     std::fill(bias, bias + simd::pad(s.tokens), -INFINITY);
     for (int64_t m = 0; m < s.tokens; ++m) {
-      k.load_row(at(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
+      const float squares = k.load_row(at(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
       k.load_row(at(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
       const float x = in.bias ? in.bias.data[b * s.tokens + m] : 0.f;
-      if (std::isfinite(x)) {
+      if (std::isfinite(x) && finite(keys + m * s.width, s.width, squares)) {
         bias[m] = simd::base2(x);
       } else {  // absent: whatever it holds must not meet a zero weight
         std::fill(keys + m * s.width, keys + (m + 1) * s.width, 0.f);
@@ -63,15 +64,18 @@ struct Head {
   }
 };
 
-/// n candidates of one head, [n, stride] with zero padding; squares, where wanted: NaN for a row that holds one.
+/// n candidates of one head, [n, stride] with zero padding. A row that holds a NaN or an infinity becomes zero where
+/// `present` [n] is wanted, and is not present.
 void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out,
-                     float* squares = nullptr) noexcept {
-  const simd::Kernels& k = simd::kernels();
+                     bool* present = nullptr) noexcept {
   for (int i = 0; i < n; ++i) {
-    const float sum = k.load_row(
+    float* const row = out + i * simd::pad(rows.width);
+    const float squares = simd::kernels().load_row(
         static_cast<const std::byte*>(rows.data) + ((first + i) * s.heads + h) * rows.width * bytes_of(rows.dtype),
-        rows.dtype, rows.width, out + i * simd::pad(rows.width));
-    if (squares) squares[i] = sum;
+        rows.dtype, rows.width, row);
+    if (!present) continue;
+    present[i] = finite(row, rows.width, squares);
+    if (!present[i]) std::fill(row, row + rows.width, 0.f);
   }
 }
 
@@ -79,7 +83,7 @@ void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int
 
 struct ForwardWorker {
   Head head;
-  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr, *squares = nullptr;
+  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr;
 };
 
 struct Forward {
@@ -95,7 +99,6 @@ struct Forward {
       one.q = arena.take<float>(simd::kBlock * simd::pad(s.width));
       one.z = arena.take<float>(simd::kBlock * simd::pad(s.tokens));
       one.lse = arena.take<float>(simd::kBlock);
-      one.squares = arena.take<float>(simd::kBlock);
       one.out = arena.take<float>(simd::kBlock * simd::pad(s.value_width));
       if (worker) worker[w] = one;
     }
@@ -109,15 +112,16 @@ void attend_span(const AttendInputs& in, const Shape& s, const Attended& out, in
   const int64_t bytes = bytes_of(out.out.dtype);
   for (int64_t i = first; i < last; i += simd::kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(simd::kBlock, last - i));
-    load_candidates(in.q, s, i, n, h, w.q, w.squares);
+    bool present[simd::kBlock];
+    load_candidates(in.q, s, i, n, h, w.q, present);
     k.matmul(n, s.width, s.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz, nullptr);
     k.row_softmax(n, s.tokens, w.z, ldz, in.scale * simd::kLog2e, w.head.bias, w.lse);
     k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv, nullptr);
     for (int j = 0; j < n; ++j) {
       const int64_t row = (i + j) * s.heads + h;
-      if (w.squares[j] != w.squares[j]) {  // a NaN in q is the candidate's own
-        std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, w.squares[j]);
-        w.lse[j] = w.squares[j];
+      if (!present[j]) {
+        std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, 0.f);
+        w.lse[j] = -INFINITY;
       }
       k.store_row(static_cast<std::byte*>(out.out.data) + row * s.value_width * bytes, out.out.dtype, s.value_width,
                   w.out + j * ldv, 1.f);
@@ -217,7 +221,8 @@ class Backward {
 
   void block(int64_t first, int n, int64_t h, BackwardWorker& w, State& state) noexcept {
     const int64_t ldq = simd::pad(s_.width), ldz = simd::pad(s_.tokens), ldv = simd::pad(s_.value_width);
-    load_candidates(in_.q, s_, first, n, h, w.q);
+    bool present[simd::kBlock];
+    load_candidates(in_.q, s_, first, n, h, w.q, present);
     load_candidates(forward_->d_out, s_, first, n, h, w.d_out);
     load_candidates(forward_->out, s_, first, n, h, w.out);
     for (int i = 0; i < n; ++i) {

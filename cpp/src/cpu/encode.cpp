@@ -34,7 +34,7 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
     const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
-    ok[i] = std::isfinite(squares) || finite(r, width);  // a finite row's squares may overflow
+    ok[i] = finite(r, width, squares);
     if (!ok[i])
       for (int64_t d = 0; d < width; ++d) r[d] = 0;
   }

@@ -51,9 +51,9 @@ bool below_limit_in_float64(const float* x, int64_t width) noexcept {
   return squares < 0x1p100;
 }
 
-bool finite(const float* v, int64_t width) noexcept {
+bool finite(const float* x, int64_t width) noexcept {
   bool ok = true;
-  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
+  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(x[d]) <= FLT_MAX;
   return ok;
 }
 

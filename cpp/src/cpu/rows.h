@@ -2,6 +2,7 @@
 // The loading of a behaviour's row of x or v. Types, scales, ids and their absence end here: what comes out is float32
 // and its sum of squares, the same bits whether a row was gathered or stood in order.
 #pragma once
+#include <cfloat>
 #include <cstddef>
 
 #include "cpu/simd/kernels.h"
@@ -58,6 +59,10 @@ inline bool below_limit(float norm, const float* x, int64_t width) noexcept {
   return norm < 0x1p99f || (norm < 0x1p101f && below_limit_in_float64(x, width));
 }
 /// No NaN, no infinity.
-bool finite(const float* v, int64_t width) noexcept;
+bool finite(const float* x, int64_t width) noexcept;
+/// The same, given the sum of squares, which decides unless it overflows.
+inline bool finite(const float* x, int64_t width, float squares) noexcept {
+  return squares <= FLT_MAX || finite(x, width);
+}
 
 }  // namespace hisac::cpu

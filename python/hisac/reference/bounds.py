@@ -345,8 +345,8 @@ def _attend_errors(
 ) -> tuple[Array, Array]:
     """One user's logits [n, H, M] and their errors; split: of a product, relative."""
     z = reference.attend_logits(q, keys, bias, b, rows, scale)
-    moduli = np.einsum("nhd,mhd->nhm", np.abs(q[rows].astype(np.float64)), np.abs(keys[b].astype(np.float64)))
-    shift = 0.0 if bias is None else np.abs(np.nan_to_num(bias[b].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0))
+    moduli = np.einsum("nhd,mhd->nhm", *(np.abs(reference.verbs.finite(a)) for a in (q[rows], keys[b])))
+    shift = 0.0 if bias is None else np.abs(reference.verbs.finite(bias[b]))
     e = (
         ((q.shape[2] + 8) * U + split) * abs(scale) * moduli
         + 4 * U * np.where(np.isfinite(z), np.abs(z), 0.0)
@@ -365,19 +365,14 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
         for b, rows in enumerate(reference.ranges(args["candidate_offsets"])):
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             for h in range(q.shape[1]):
-                odd = (
-                    ~np.isfinite(q[rows, h].astype(np.float64)).all(1)
-                    | ~np.isfinite(keys[b, :, h].astype(np.float64)).all()
-                )
-                here = ~np.isneginf(z[:, h]).all(0) if len(z) else np.zeros(keys.shape[1], bool)
-                zt, et, some = z[:, h, here].T, e[:, h, here].T, values[b, here, h]
+                absent, none = np.isneginf(z[:, h]).all(0), np.isneginf(z[:, h]).all(1)  # tokens, candidates
+                zt, et, some = z[:, h, ~absent].T, e[:, h, ~absent].T, values[b, ~absent, h]
                 mean, bound, off = _sums(
-                    np.where(odd, 0.0, zt), np.where(odd, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
+                    np.where(none, 0.0, zt), np.where(none, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
                 )
-                bound = _in_type(mean, bound + TINY * cuda, dtype) if here.any() else np.zeros_like(bound)
-                # a value that is not finite spoils its user, present or not
-                bound[:, ~np.isfinite(values[b, :, h]).all(0)] = np.nan
-                out[rows, h], lse[rows, h] = np.where(odd[:, None], np.nan, bound), np.where(odd, np.nan, off)
+                bound = _in_type(mean, bound + TINY * cuda, dtype)
+                bound[:, ~np.isfinite(some).all(0)] = np.nan  # a value that is not finite spoils its user
+                out[rows, h], lse[rows, h] = np.where(none[:, None], 0.0, bound), np.where(none, 0.0, off)
     return Attended(out, lse)
 
 
@@ -396,19 +391,20 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             w, wrong = _weights(z, total[..., None], e)
             wrong = wrong + TINY * (wrong > 0)
-            term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(values[b].astype(np.float64)))
+            read = reference.verbs.read(values[b], z)
+            term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(read))
             term = term + (np.abs(g * out).sum(2) + np.abs(dl))[..., None]
             term = np.where(term > HUGE / 8, np.inf, term)
             long = (g.shape[2] + 16) * U + split
-            slope = np.einsum("nhv,mhv->nhm", g, values[b].astype(np.float64)) + (dl - (g * out).sum(2))[..., None]
+            slope = np.einsum("nhv,mhv->nhm", g, read) + (dl - (g * out).sum(2))[..., None]
             dz = w * np.abs(np.where(np.isfinite(total)[..., None], slope, 0.0))
             off = (
                 wrong * np.abs(slope)
                 + (w + wrong) * long * term
                 + ((_steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
             )
-            dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(keys[b].astype(np.float64))) + TINY
-            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(q[rows].astype(np.float64))) + TINY
+            dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(reference.verbs.finite(keys[b]))) + TINY
+            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(reference.verbs.finite(q[rows]))) + TINY
             dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((_steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
             db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
     exact: Any = reference.attend_backward(**args)

@@ -224,6 +224,31 @@ def test_attend_shapes(shape):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("module", [hisac, reference])
+def test_attend_keys_and_queries_that_are_no_numbers(module, odd):
+    """A token whose key holds a NaN or an infinity is absent, whatever its value is; a candidate whose q holds one has
+    no token; nobody else is touched, backward too. The kernel dropped such a key and the definition gave NaN: no test
+    had looked, for the bound of both was NaN."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((6, 2, 8), (1, 5, 2, 8), (1, 5, 2, 3)))
+    at, kept = np.array([0, 6]), [0, 1, 3, 4]
+    k[0, 2, :, 5], v[0, 2] = odd, np.nan
+    mine, without = module.attend(q, k, v, at), module.attend(q, k[:, kept], v[:, kept], at)
+    np.testing.assert_allclose(mine.out, without.out, rtol=1e-5)
+    np.testing.assert_allclose(mine.lse, without.lse, rtol=1e-5)
+    q[1, 0, 2] = odd
+    spoilt = module.attend(q, k, v, at)
+    assert not spoilt.out[1, 0].any() and spoilt.lse[1, 0] == -np.inf
+    others = np.array([[True] * 2] * 6)
+    others[1, 0] = False
+    assert np.array_equal(spoilt.out[others], mine.out[others])
+    d_out = np.ones_like(mine.out)
+    gradients = module.attend_backward(d_out, None, spoilt, q, k, v, at)
+    assert all(np.isfinite(g).all() for g in gradients[:3])
+    assert not gradients.keys[0, 2].any() and not gradients.values[0, 2].any() and not gradients.q[1, 0].any()
+
+
 def test_attend_subnormal_values():
     rng, m = np.random.default_rng(0), 150
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((20, 2, 8), (1, m, 2, 8), (1, m, 2, 3)))
