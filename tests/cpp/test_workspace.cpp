@@ -172,6 +172,16 @@ TEST_CASE("exactly the bytes named are enough, and more workers need no less") {
   }
 }
 
+TEST_CASE("fit: scratch does not grow with workers times codes times width") {
+  FitParams params;
+  params.levels = 1;
+  params.sizes[0] = 4096;
+  constexpr size_t kSums = size_t{4096} * 256 * sizeof(int64_t);
+  CHECK(fit_workspace(test::sizing(1), params, 6000, 256) > kSums);
+  CHECK(fit_workspace(test::sizing(64), params, 6000, 256) <
+        fit_workspace(test::sizing(1), params, 6000, 256) + 8 * kSums);
+}
+
 TEST_CASE("misaligned: an error that says so, nothing touched") {
   Verbs verbs;
   for (const Verb& verb : verbs.all()) {

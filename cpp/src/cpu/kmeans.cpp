@@ -2,10 +2,12 @@
 // Residual k-means whose result does not depend on how the work is cut: codes are exact, sums are integers, random
 // numbers belong to rows, and every choice is made in a stated order.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 
 #include "base/parallel.h"
+#include "base/radix_sort.h"
 #include "cpu/kmeans_bounds.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
@@ -14,7 +16,9 @@ namespace hisac::cpu {
 namespace {
 
 constexpr float kFitLimit = 0x1p100f;
+constexpr int kFitRange = 46;
 constexpr int64_t kChunk = 4096;  // rows of one unit of work
+constexpr int64_t kSlice = 16;    // columns of one, a cache line of a row, where sums are shared
 
 uint64_t mix64(uint64_t z) noexcept {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -30,9 +34,7 @@ struct Ranked {
 
 struct Worker {
   Tracker::Scratch scratch;
-  int32_t biggest = 0;       // the bits of the largest |r|
-  int64_t* sums = nullptr;   // [C, D]
-  int64_t* count = nullptr;  // [C]
+  int32_t biggest = 0;  // the bits of the largest |r|
 };
 
 struct Fit {
@@ -44,10 +46,13 @@ struct Fit {
   float* r = nullptr;         // [rows, D] their residuals
   int64_t* origin = nullptr;  // [rows] their numbers in x
   Tracker tracker;
-  double* distance = nullptr;  // [rows]
-  Ranked* ranked = nullptr;    // [rows]
-  int64_t* picked = nullptr;   // [C]
-  int64_t* table = nullptr;    // hash of distinct rows
+  int32_t* previous = nullptr;  // [rows] their codes before the round
+  int64_t* sums = nullptr;      // [C, D]
+  int64_t* count = nullptr;     // [C] rows of each code
+  double* distance = nullptr;   // [rows]
+  Ranked* ranked = nullptr;     // [rows]
+  int64_t* picked = nullptr;    // [C]
+  int64_t* table = nullptr;     // hash of distinct rows
   int64_t slots = 0;
   float* level_memory = nullptr;
   float* fresh = nullptr;  // [C, D]
@@ -63,6 +68,9 @@ struct Fit {
     r = arena.take<float>(rows * width);
     origin = arena.take<int64_t>(rows);
     tracker.carve(arena, rows, largest);
+    previous = arena.take<int32_t>(rows);
+    sums = arena.take<int64_t>(largest * width);
+    count = arena.take<int64_t>(largest);
     distance = arena.take<double>(rows);
     ranked = arena.take<Ranked>(rows);
     picked = arena.take<int64_t>(largest);
@@ -73,8 +81,6 @@ struct Fit {
     for (int w = 0; w < workers; ++w) {
       Worker one;
       one.scratch.carve(arena, width, largest);
-      one.sums = arena.take<int64_t>(largest * width);
-      one.count = arena.take<int64_t>(largest);
       if (worker) worker[w] = one;
     }
   }
@@ -86,6 +92,8 @@ struct Fit {
     });
   }
 
+  /// r = the rows that take part: their values are below kFitLimit, and not so much larger than the median row's that
+  /// the grid of the sums would be coarser than 2^-16 of that.
   void gather(Rows x) noexcept {
     const simd::Kernels& k = simd::kernels();
     const int64_t bytes = bytes_of(x.dtype);
@@ -94,48 +102,81 @@ struct Fit {
       for (int64_t i = begin; i < end; ++i) {
         float* const row = r + i * width;
         k.load_row(static_cast<const std::byte*>(x.data) + i * width * bytes, x.dtype, width, row);
-        bool ok = true;
-        for (int64_t d = 0; d < width; ++d) ok &= std::fabs(row[d]) < kFitLimit;
-        origin[i] = ok ? i : -1;
+        float largest = 0;
+        bool usable = true;
+        for (int64_t d = 0; d < width; ++d) {
+          largest = std::max(largest, std::fabs(row[d]));
+          usable &= std::fabs(row[d]) < kFitLimit;
+        }
+        distance[i] = usable ? largest : INFINITY;
       }
     });
+    const int most = most_exponent();
     n = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      if (origin[i] < 0) continue;
+      if (distance[i] == INFINITY || exponent_of(distance[i]) > most) continue;
       if (n < i) std::memcpy(r + n * width, r + i * width, sizeof(float) * static_cast<size_t>(width));
       origin[n++] = i;
     }
   }
 
-  /// Nearest codes; sums of rint(r 2^bits) and counts follow the rows that change theirs, in the first worker's arrays.
-  void assign(const Level& level, int bits) noexcept {
-    const double unit = std::ldexp(1.0, bits);
-    for_chunks([&](int64_t begin, int64_t end, Worker& w) {
-      for (int64_t at = begin; at < end; at += Tracker::kPart)
-        tracker.assign(level, r, at, std::min(end, at + Tracker::kPart), w.scratch,
-                       [&](int64_t i, int32_t from, int32_t to) {
-                         const float* const row = r + i * width;
-                         int64_t* const into = w.sums + to * width;
-                         int64_t* const out = from < 0 ? nullptr : w.sums + from * width;
-                         ++w.count[to];
-                         if (out) --w.count[from];
-                         for (int64_t d = 0; d < width; ++d) {
-                           const int64_t x = std::llrint(double(row[d]) * unit);
-                           into[d] += x;
-                           if (out) out[d] -= x;
-                         }
-                       });
-    });
-    for (int w = 1; w < workers; ++w) {
-      for (int64_t i = 0; i < level.size * width; ++i) worker[0].sums[i] += worker[w].sums[i];
-      for (int64_t c = 0; c < level.size; ++c) worker[0].count[c] += worker[w].count[c];
-      clear(worker[w], level.size);
-    }
+  static int exponent_of(double x) noexcept {
+    int exponent = 0;
+    std::frexp(x, &exponent);
+    return exponent;
   }
 
-  void clear(Worker& w, int64_t size) noexcept {
-    std::memset(w.sums, 0, sizeof(int64_t) * static_cast<size_t>(size * width));
-    std::memset(w.count, 0, sizeof(int64_t) * static_cast<size_t>(size));
+  /// The largest binary exponent of a row that takes part: kFitRange above the upper median of the rows that are not
+  /// zero, less the bits of the number of rows.
+  int most_exponent() const noexcept {
+    constexpr int kLeast = -148;  // of float32, 2^-149
+    int64_t found[250] = {}, usable = 0, nonzero = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      usable += distance[i] < INFINITY;
+      if (!(distance[i] > 0) || distance[i] == INFINITY) continue;
+      ++found[exponent_of(distance[i]) - kLeast];
+      ++nonzero;
+    }
+    int median = 0;
+    for (int64_t below = 0; median < 249 && below + found[median] <= nonzero / 2; ++median) below += found[median];
+    return nonzero ? median + kLeast + kFitRange - bits_of(static_cast<uint64_t>(usable)) : INT_MAX;
+  }
+
+  /// Nearest codes; sums of rint(r 2^bits) and counts follow the rows that change theirs.
+  void assign(const Level& level, int bits) noexcept {
+    for_chunks([&](int64_t begin, int64_t end, Worker& w) {
+      std::copy(tracker.near + begin, tracker.near + end, previous + begin);
+      for (int64_t at = begin; at < end; at += Tracker::kPart)
+        tracker.assign(level, r, at, std::min(end, at + Tracker::kPart), w.scratch);
+    });
+    const int64_t slice = workers == 1 ? width : kSlice, slices = (width + slice - 1) / slice;
+    const int64_t groups = workers == 1 ? 1 : std::min<int64_t>(level.size, (4 * workers + slices - 1) / slices);
+    const int64_t codes = (level.size + groups - 1) / groups;
+    parallel_for(context, slices * groups, [&](int64_t begin, int64_t end, int) {
+      for (int64_t unit = begin; unit < end; ++unit)
+        move_sums(unit % slices * slice, slice, unit / slices * codes, codes, std::ldexp(1.0, bits));
+    });
+  }
+
+  /// The part of the sums' change in columns [first, first + columns) of the codes [code, code + codes): no two parts
+  /// write the same memory, so the sums need no copy a worker.
+  void move_sums(int64_t first, int64_t columns, int64_t code, int64_t codes, double unit) noexcept {
+    const int64_t last = std::min(first + columns, width);
+    const auto inside = [&](int32_t c) { return c >= code && c < code + codes; };
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t from = previous[i], to = tracker.near[i];
+      if (from == to || !(inside(from) || inside(to))) continue;
+      int64_t* const into = inside(to) ? sums + to * width : nullptr;
+      int64_t* const out = inside(from) ? sums + from * width : nullptr;
+      for (int64_t d = first; d < last; ++d) {
+        const int64_t x = std::llrint(double(r[i * width + d]) * unit);
+        if (into) into[d] += x;
+        if (out) out[d] -= x;
+      }
+      if (first > 0) continue;
+      if (into) ++count[to];
+      if (out) --count[from];
+    }
   }
 
   /// distance = from each row to its code; returns the mean, added in row order.
@@ -158,11 +199,11 @@ struct Fit {
     return total / static_cast<double>(n);
   }
 
-  /// The first `most` rows of ranked[0, count) that differ in value from those before; into picked.
-  int64_t first_distinct(int64_t count, int64_t most) noexcept {
+  /// The first `most` rows of ranked[0, found_rows) that differ in value from those before; into picked.
+  int64_t first_distinct(int64_t found_rows, int64_t most) noexcept {
     std::fill(table, table + slots, int64_t{-1});
     int64_t found = 0;
-    for (int64_t i = 0; i < count && found < most; ++i) {
+    for (int64_t i = 0; i < found_rows && found < most; ++i) {
       const float* const row = r + ranked[i].row * width;
       uint64_t hash = 0;
       for (int64_t d = 0; d < width; ++d) {
@@ -202,7 +243,6 @@ struct Fit {
 
   /// Codes without rows: the worst-quantised rows first; then copies of the lowest used code, which never win.
   void revive(const Level& level, float* out) noexcept {
-    const int64_t* const count = worker[0].count;
     int64_t dead = 0, used = 0;
     while (count[used] == 0) ++used;
     for (int64_t c = 0; c < level.size; ++c) dead += count[c] == 0;
@@ -241,10 +281,7 @@ struct Fit {
     for (int w = 0; w < workers; ++w) bits = std::max(bits, worker[w].biggest);
     float biggest;
     std::memcpy(&biggest, &bits, 4);
-    int exponent = 0, length = 0;
-    std::frexp(biggest, &exponent);
-    for (int64_t rest = n; rest; rest /= 2) ++length;
-    return 61 - exponent - length;
+    return 61 - exponent_of(biggest) - bits_of(static_cast<uint64_t>(n));
   }
 
   Status run_level(int l, float* centers, FitReport* report) noexcept {
@@ -254,14 +291,15 @@ struct Fit {
     start(l, centers);
     Level level = Level::make(size, width, centers, level_memory);
     tracker.start(level, n);
-    for (int w = 0; w < workers; ++w) clear(worker[w], size);
+    std::fill(sums, sums + size * width, int64_t{0});
+    std::fill(count, count + size, int64_t{0});
     bool settled = false;
     for (int round = 1; round <= params.iterations; ++round) {
       assign(level, bits);
       for (int64_t c = 0; c < size; ++c)
-        for (int64_t d = 0; d < width && worker[0].count[c]; ++d)
-          fresh[c * width + d] = static_cast<float>(static_cast<double>(worker[0].sums[c * width + d]) * unit /
-                                                    static_cast<double>(worker[0].count[c]));
+        for (int64_t d = 0; d < width && count[c]; ++d)
+          fresh[c * width + d] =
+              static_cast<float>(static_cast<double>(sums[c * width + d]) * unit / static_cast<double>(count[c]));
       revive(level, fresh);
       report->iterations[l] = round;
       if ((params.progress && !params.progress(params.ctx, l, round, measure(level))) ||
@@ -278,7 +316,7 @@ struct Fit {
       for (int64_t i = begin; i < end && l + 1 < params.levels; ++i)
         simd::kernels().add_row(width, level.centers + tracker.near[i] * width, -1.f, r + i * width);
     });
-    report->unused[l] = std::count(worker[0].count, worker[0].count + size, int64_t{0});
+    report->unused[l] = std::count(count, count + size, int64_t{0});
     std::memcpy(centers, level.centers, sizeof(float) * static_cast<size_t>(size * width));
     return {};
   }

@@ -34,16 +34,10 @@ class Tracker {
   void start(const Level& level, int64_t rows) noexcept;
   /// The centers go from level.centers to `fresh`; to be called before the next assign.
   void move(const Level& level, const float* fresh) noexcept;
-  /// near of rows [begin, end) of r [rows, D], at most kPart; changed(row, from, to) of each that another code takes.
-  template <class Changed>
-  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s, Changed changed) noexcept {
+  /// near of rows [begin, end) of r [rows, D], at most kPart.
+  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
     look(level, r, begin, end, s);
-    for (int64_t i = begin; i < end; ++i) {
-      const Row& row = s.row[i - begin];
-      if (row.best == near[i]) continue;
-      changed(i, near[i], row.best);
-      near[i] = row.best;
-    }
+    for (int64_t i = begin; i < end; ++i) near[i] = s.row[i - begin].best;
   }
 
   int32_t* near = nullptr;  // [rows]
