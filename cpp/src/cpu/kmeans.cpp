@@ -102,13 +102,13 @@ struct Fit {
       for (int64_t i = begin; i < end; ++i) {
         float* const row = r + i * width;
         k.load_row(static_cast<const std::byte*>(x.data) + i * width * bytes, x.dtype, width, row);
-        float largest = 0;
+        float biggest = 0;
         bool usable = true;
         for (int64_t d = 0; d < width; ++d) {
-          largest = std::max(largest, std::fabs(row[d]));
+          biggest = std::max(biggest, std::fabs(row[d]));
           usable &= std::fabs(row[d]) < kFitLimit;
         }
-        distance[i] = usable ? largest : INFINITY;
+        distance[i] = usable ? biggest : INFINITY;
       }
     });
     const int most = most_exponent();
