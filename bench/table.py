@@ -2,8 +2,8 @@
 """Renders hisac's rows of a run as a Markdown table.
 
 python bench/table.py rows.json
-python bench/table.py rows.json --readme README.md            # replaces what is between the markers
-python bench/table.py rows.json --readme README.md --check    # fails if that differs
+python bench/table.py rows.json --readme bench/README.md            # replaces what is between the markers
+python bench/table.py rows.json --readme bench/README.md --check    # fails if that differs
 
 A run without records of the kernels that its BLAS ran, or whose kernels were forced, makes no table.
 """

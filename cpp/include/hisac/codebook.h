@@ -41,7 +41,7 @@ class Codebook {
   void prototype(const int32_t* codes, float* out) const noexcept;  // [L] -> [D]; zero for an invalid code
 
   struct Body;
-  const Body& body() const noexcept { return *body_; }  // the kernels' packed form; src/codebook_body.h
+  const Body& body() const noexcept { return *body_; }  // the kernels' packed form; src/codebook/body.h
 
  private:
   Body* body_ = nullptr;
