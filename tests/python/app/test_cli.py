@@ -229,7 +229,7 @@ def replaced(command, old, new):
             replaced(FIT, "{x}", "two.npz:c"),
             "hisac fit: two.npz: no array 'c'; expected two.npz:KEY with KEY one of a, b",
         ),
-        (replaced(FIT, "{x}", "text.npz"), "hisac fit: text.npz: not a .npz file"),
+        (replaced(FIT, "{x}", "text.npz"), "hisac fit: text.npz: not a readable .npz file (File is not a zip file)"),
         (replaced(FIT, "{x}", "nan.npy"), "hisac fit: x is [3, 4] without a usable row, expected at least one"),
         (
             replaced(replaced(FIT, "{x}", "items.npy"), "b.safetensors", "b.npy"),
