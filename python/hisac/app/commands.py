@@ -90,7 +90,8 @@ def fit(spec: str, out: str, *, codes: tuple[int, ...], iterations: int, seed: i
     x = matrix(spec, "x")
     with fit_progress(len(codes), iterations) as tell:
         book = hisac.fit(x, codes, iterations=iterations, seed=seed, progress=tell)
-    book.save(out)
+    with files.aside(out) as f:
+        f.write(book.to_bytes())
     report = book.report
     assert report is not None  # `fit` always leaves one
     left_out = f" ({report.left_out:,} left out: NaN or too large)" if report.left_out else ""

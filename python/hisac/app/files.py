@@ -7,17 +7,20 @@ Without KEY the file must hold one array; a .parquet file without KEY gives all 
 """
 
 import difflib
+import fcntl
 import json
 import math
 import os
 import re
+import secrets
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +38,7 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
 READABLE = (".npy", ".npz", ".parquet", ".safetensors")
+PART = re.compile(r"\.hisac-(?P<pid>[1-9]\d{0,8})-[0-9a-f]{16}\.part")
 SPEC = re.compile(r"(?P<path>.*\.(npy|npz|parquet|safetensors))(:(?P<key>.+))?", re.DOTALL)
 
 
@@ -268,39 +272,78 @@ def to_safetensors(arrays: Mapping[str, Array]) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-@contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed onto `path` at the end, removed if anything fails before."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+def destination(path: str | Path) -> tuple[Path, os.stat_result | None]:
+    """Where writing to `path` goes, behind links, and the regular file there or None. Raises OSError."""
+    place = Path(os.path.realpath(path) if os.path.islink(path) else path)
     try:
-        yield part
-        os.replace(part, path)
+        old = place.stat()
+    except FileNotFoundError:
+        return place, None
+    if not stat.S_ISREG(old.st_mode):
+        kind = "a folder" if stat.S_ISDIR(old.st_mode) else "a device, FIFO or socket"
+        raise OSError(f"{path}: is {kind}, expected a file")
+    return place, old
+
+
+@contextmanager
+def aside(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which takes the place of `path` at the end and goes if anything fails before.
+
+    A link stays, and what it leads to is replaced. The mode stays too, and where the system lets us the owner. Nobody
+    can foretell the new file's name, or put a link there. It is locked while it is written: see `sweep`.
+    """
+    place, old = destination(path)
+    sweep(place.parent)
+    part = place.with_name(f".hisac-{os.getpid()}-{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with os.fdopen(os.open(part, flags, 0o600 if old else 0o666), "wb") as f:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(f, fcntl.LOCK_EX)
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+            if old:
+                with suppress(OSError):
+                    os.fchown(f.fileno(), old.st_uid, old.st_gid)
+                os.fchmod(f.fileno(), stat.S_IMODE(old.st_mode))
+            os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`: regular files of our name and user, of no process and unlocked."""
+    with suppress(OSError):
+        for part in folder.glob(".hisac-*.part"):
+            found, info = PART.fullmatch(part.name), part.lstat()
+            if found and stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+                try:
+                    os.kill(int(found["pid"]), 0)
+                except ProcessLookupError:
+                    with open(part, "rb") as f, suppress(BlockingIOError):
+                        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer in another container
+                        part.unlink()
 
 
 def check_out(path: str, endings: tuple[str, ...]) -> None:
     """Before any work: can `path` be written, and is it one of the kinds we write? Raises ValueError, OSError."""
     if not path.endswith(endings):
         raise ValueError(f"{path}: unknown kind of output, expected {' or '.join(endings)}")
-    folder = Path(path).parent
+    folder = destination(path)[0].parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, expected a file")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder}: cannot write here")
 
 
 def write(path: str, arrays: Mapping[str, Array]) -> None:
     """Write .npy (one array), .npz or .safetensors, by the ending; whole or not at all."""
-    with aside(path) as part:
+    with aside(path) as f:
         if path.endswith(".npy"):
             (array,) = arrays.values()
-            np.save(part, array, allow_pickle=False)
+            np.save(f, array, allow_pickle=False)
         elif path.endswith(".npz"):
-            np.savez(part, **dict(arrays))  # type: ignore[arg-type]  # NumPy's stub takes a name for allow_pickle
+            np.savez(f, **dict(arrays))  # type: ignore[arg-type]  # NumPy's stub takes a name for allow_pickle
         else:
-            with open(part, "wb") as f:
-                f.writelines(to_safetensors(arrays))
+            f.writelines(to_safetensors(arrays))

@@ -397,8 +397,7 @@ def test_no_half_written_output(book, capsys, monkeypatch):
     old = open("t.npz", "rb").read()
 
     def fails(file, **arrays):
-        with open(file, "wb") as f:
-            f.write(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     before = sorted(os.listdir())
