@@ -145,6 +145,15 @@ def test_compress_takes_values_of_another_width_and_type(book, capsys):
     assert out.startswith("tokens.npz: tokens [4, 3, 7] float16 ")
 
 
+def test_compress_takes_ids_of_any_byte_order(book, capsys):
+    for name in ("users", "offsets"):
+        np.save(f"{name}.npy", np.load(f"{name}.npy").astype(">i8"))
+    command = ("compress", "book.safetensors", "--x", "events.npy", "--budget", "3", "-o", "tokens.safetensors")
+    done(capsys, *command, "--user", "users.npy")
+    assert files.read("tokens.safetensors:users").tolist() == [7, 3, 11, 2]
+    done(capsys, *command, "--offsets", "offsets.npy")
+
+
 def test_steps_cover_all_users_in_order():
     offsets = np.array([0, 0, 100_000, 100_001, 100_002, 300_000, 300_000])
     found = list(commands.steps(offsets))
