@@ -5,7 +5,7 @@
 #include "amx_twin.h"
 
 #define W 4
-#define HISAC_PAIRS
+#define HISAC_BF16
 #define HISAC_ISA_TABLE kTwinLoops
 #define HISAC_ISA_NAME "amx-twin"
 namespace hisac::simd {
@@ -18,10 +18,10 @@ const hisac::simd::Kernels& amx_twin() noexcept {
   static const hisac::simd::Kernels table = [] {
     using hisac::simd::Products, hisac::simd::Twin;
     hisac::simd::Kernels k = hisac::simd::kTwinLoops;
-    k.matmul_pairs = Products<Twin>::matmul;
-    k.accumulate_pairs = Products<Twin>::accumulate;
-    k.matmul_split = Products<Twin>::matmul_split;
-    k.accumulate_split = Products<Twin>::accumulate_split;
+    k.matmul_bf16 = Products<Twin>::matmul;
+    k.accumulate_bf16 = Products<Twin>::accumulate;
+    k.matmul_bf16x3 = Products<Twin>::matmul_bf16x3;
+    k.accumulate_bf16x3 = Products<Twin>::accumulate_bf16x3;
     return k;
   }();
   return table;

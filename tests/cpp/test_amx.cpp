@@ -20,7 +20,7 @@ using test::size;
 namespace {
 
 constexpr double kU = 0x1p-24, kSecondOrder = 1 + 0x1p-14, kNormal = 0x1p-126;
-constexpr PairProducts kTwin = Products<Twin>::table();
+constexpr Bf16Products kTwin = Products<Twin>::table();
 
 uint32_t bf16(float x) {
   const uint32_t bits = bits_of(x);
@@ -104,7 +104,7 @@ struct Largest {
 };
 
 /// z = a B on `table`; returns z's bits.
-std::vector<float> matmul(const PairProducts& table, Random random, int64_t n, int64_t k2, int64_t m, bool split,
+std::vector<float> matmul(const Bf16Products& table, Random random, int64_t n, int64_t k2, int64_t m, bool split,
                           Kind kind, Largest* largest = nullptr) {
   std::vector<std::pair<float, float>> av(size(n * k2)), bv(size(k2 * m));
   for (auto* side : {&av, &bv})
@@ -116,8 +116,8 @@ std::vector<float> matmul(const PairProducts& table, Random random, int64_t n, i
   Guarded<uint32_t> b_hi = packed(b.hi, k2, m), b_lo = packed(b.lo, k2, m);
   Guarded<float> z(rows8(n) * ldz);
   if (split)
-    table.matmul_split(static_cast<int>(n), k2, m, a_hi.data(), a_lo.data(), lda, b_hi.data(), b_lo.data(), z.data(),
-                       ldz, nullptr);
+    table.matmul_bf16x3(static_cast<int>(n), k2, m, a_hi.data(), a_lo.data(), lda, b_hi.data(), b_lo.data(), z.data(),
+                        ldz, nullptr);
   else
     table.matmul(static_cast<int>(n), k2, m, a_hi.data(), lda, b_hi.data(), z.data(), ldz, nullptr);
   CHECK((z.intact() && a_hi.intact() && b_hi.intact()));
@@ -137,7 +137,7 @@ std::vector<float> matmul(const PairProducts& table, Random random, int64_t n, i
 }
 
 /// c += v^T e on `table`; returns c's bits.
-std::vector<float> accumulate(const PairProducts& table, Random random, int64_t n2, int64_t w, int64_t m, bool split,
+std::vector<float> accumulate(const Bf16Products& table, Random random, int64_t n2, int64_t w, int64_t m, bool split,
                               Kind kind, Largest* largest = nullptr) {
   std::vector<std::pair<float, float>> vv(size(n2 * w)), ev(size(n2 * m));
   for (auto* side : {&vv, &ev})
@@ -151,8 +151,8 @@ std::vector<float> accumulate(const PairProducts& table, Random random, int64_t 
   for (float& x : before) x = value(random, kind, true);
   Guarded<float> c(before);
   if (split)
-    table.accumulate_split(static_cast<int>(n2), w, m, v_hi.data(), v_lo.data(), ldv, e_hi.data(), e_lo.data(), lde,
-                           c.data(), ldc);
+    table.accumulate_bf16x3(static_cast<int>(n2), w, m, v_hi.data(), v_lo.data(), ldv, e_hi.data(), e_lo.data(), lde,
+                            c.data(), ldc);
   else
     table.accumulate(static_cast<int>(n2), w, m, v_hi.data(), ldv, e_hi.data(), lde, c.data(), ldc);
   CHECK((c.intact() && v_hi.intact() && e_hi.intact()));
@@ -185,7 +185,7 @@ struct Made<Template<Tiles>> {
 };
 #if defined(__x86_64__)
 static_assert(std::is_same_v<Made<Products<Hardware>>::by<Twin>, Products<Twin>>);
-[[maybe_unused]] constexpr PairProducts kInstructions = Products<Hardware>::table();  // compiles for both
+[[maybe_unused]] constexpr Bf16Products kInstructions = Products<Hardware>::table();  // compiles for both
 #endif
 
 TEST_CASE("products of any shape: within the bounds, exact where sums are exact") {

@@ -121,21 +121,21 @@ void route_weights(Bytes& in) {
         },
         0, [&](int64_t i, int64_t j) { return e.data()[i * ldz + j]; });
     CHECK(e.intact());
-    if (kernels->route_weights_pairs) {
+    if (kernels->route_weights_bf16) {
       Guarded<uint32_t> pairs((n + 1) / 2 * ldz);
       check(
           [&](const float* x, const simd::RouteWeights& p) {
-            return kernels->route_weights_pairs(static_cast<int>(n), m, x, ldz, p, pairs.data(), ldz);
+            return kernels->route_weights_bf16(static_cast<int>(n), m, x, ldz, p, pairs.data(), ldz);
           },
           0x1p-8, [&](int64_t i, int64_t j) { return half_of(pairs.data() + i / 2 * ldz + j, i % 2); });
       CHECK(pairs.intact());
       for (int64_t j = 0; n % 2 && j < m; ++j) CHECK(half_of(pairs.data() + n / 2 * ldz + j, 1) == 0);
     }
-    if (kernels->route_weights_split) {
+    if (kernels->route_weights_bf16x3) {
       Guarded<uint32_t> high((n + 1) / 2 * ldz), low((n + 1) / 2 * ldz);
       check(
           [&](const float* x, const simd::RouteWeights& p) {
-            return kernels->route_weights_split(static_cast<int>(n), m, x, ldz, p, high.data(), low.data(), ldz);
+            return kernels->route_weights_bf16x3(static_cast<int>(n), m, x, ldz, p, high.data(), low.data(), ldz);
           },
           0x1p-16,
           [&](int64_t i, int64_t j) {

@@ -33,7 +33,7 @@ void products(const Level& level, int n, const uint32_t* rows, int64_t first, in
               int64_t ldz) noexcept;
 /// Elements of a row for products.
 inline int64_t screened_width(int64_t width) noexcept {
-  return simd::kernels().matmul_pairs ? simd::pairs_of(width) : width;
+  return simd::kernels().matmul_bf16 ? simd::pairs_of(width) : width;
 }
 /// dst = r for products.
 simd::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept;

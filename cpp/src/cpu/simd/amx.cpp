@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pair products on real tiles, and whether this process may use them.
+// The bfloat16 products on real tiles, and whether this process may use them.
 #include "cpu/simd/amx.h"
 
 #include "cpu/simd/kernels.h"
@@ -21,7 +21,7 @@
 #endif
 #include "cpu/simd/amx.inl"
 namespace hisac::simd {
-const PairProducts kAmx = Products<Hardware>::table();
+const Bf16Products kAmx = Products<Hardware>::table();
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -62,10 +62,10 @@ const Kernels& amx_kernels() noexcept {
   static const Kernels table = [] {
     Kernels k = kAvx512Bf16;
     k.name = "amx";
-    k.matmul_pairs = kAmx.matmul;
-    k.accumulate_pairs = kAmx.accumulate;
-    k.matmul_split = kAmx.matmul_split;
-    k.accumulate_split = kAmx.accumulate_split;
+    k.matmul_bf16 = kAmx.matmul;
+    k.accumulate_bf16 = kAmx.accumulate;
+    k.matmul_bf16x3 = kAmx.matmul_bf16x3;
+    k.accumulate_bf16x3 = kAmx.accumulate_bf16x3;
     return k;
   }();
   return table;
