@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small blocks of rows go through all levels while their residuals stay in cache: x is read once, codes written once.
+// A small block of rows goes through all levels while its residuals stay in cache. So x is read once, and codes are
+// written once.
 #include <cmath>
 
 #include "base/parallel.h"
@@ -34,11 +35,11 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
     const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
-    ok[i] = std::isfinite(squares) || finite(r, width);  // a finite row's squares may overflow
+    ok[i] = std::isfinite(squares) || finite(r, width);  // the squares of a finite row may overflow
     if (!ok[i])
       for (int64_t d = 0; d < width; ++d) r[d] = 0;
   }
-  for (int64_t at = n * width * bytes; at < last; at += 64) __builtin_prefetch(rows + at);  // the next block's
+  for (int64_t byte = n * width * bytes; byte < last; byte += 64) __builtin_prefetch(rows + byte);  // the next block's
   for (int l = 0; l < levels; ++l) {
     const Level& level = book.body().level[l];
     nearest(level, n, s, codes + l, levels);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Residual k-means whose result does not depend on how the work is cut: codes are exact, sums are integers, random
-// numbers belong to rows, and every choice is made in a stated order.
+// Residual k-means. Its result does not depend on how the work is divided: codes are exact, sums are integers, each
+// row's random number follows from its index, and every choice is made in a fixed order.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -22,15 +22,15 @@ uint64_t mix64(uint64_t z) noexcept {
   return z ^ (z >> 31);
 }
 
-struct Ranked {
+struct KeyedRow {
   uint64_t key;  // priorities ascending, or distances descending by the bits of the (positive) double
   int64_t row;
-  bool operator<(const Ranked& o) const noexcept { return key != o.key ? key < o.key : row < o.row; }
+  bool operator<(const KeyedRow& o) const noexcept { return key != o.key ? key < o.key : row < o.row; }
 };
 
 struct Worker {
-  Tracker::Scratch scratch;
-  int32_t biggest = 0;       // the bits of the largest |r|
+  KMeansBounds::Scratch scratch;
+  int32_t largest_bits = 0;  // the bits of the largest |r|
   int64_t* sums = nullptr;   // [C, D]
   int64_t* count = nullptr;  // [C]
 };
@@ -43,14 +43,14 @@ struct Fit {
   int64_t n = 0;              // rows that take part
   float* r = nullptr;         // [rows, D] their residuals
   int64_t* origin = nullptr;  // [rows] their numbers in x
-  Tracker tracker;
+  KMeansBounds bounds;
   double* distance = nullptr;  // [rows]
-  Ranked* ranked = nullptr;    // [rows]
+  KeyedRow* keyed = nullptr;   // [rows]
   int64_t* picked = nullptr;   // [C]
-  int64_t* table = nullptr;    // hash of distinct rows
+  int64_t* table = nullptr;    // hash table of distinct rows
   int64_t slots = 0;
   float* level_memory = nullptr;
-  float* fresh = nullptr;  // [C, D]
+  float* new_centers = nullptr;  // [C, D]
   Worker* worker = nullptr;
 
   Fit(const Context& c, const FitParams& p, int64_t rows_, int64_t width_) noexcept
@@ -62,13 +62,13 @@ struct Fit {
   void carve(Arena& arena) noexcept {
     r = arena.take<float>(rows * width);
     origin = arena.take<int64_t>(rows);
-    tracker.carve(arena, rows, largest);
+    bounds.carve(arena, rows, largest);
     distance = arena.take<double>(rows);
-    ranked = arena.take<Ranked>(rows);
+    keyed = arena.take<KeyedRow>(rows);
     picked = arena.take<int64_t>(largest);
     table = arena.take<int64_t>(slots);
     level_memory = arena.take<float>(Level::floats(largest, width));
-    fresh = arena.take<float>(largest * width);
+    new_centers = arena.take<float>(largest * width);
     worker = arena.take<Worker>(workers);
     for (int w = 0; w < workers; ++w) {
       Worker one;
@@ -107,24 +107,25 @@ struct Fit {
     }
   }
 
-  /// Nearest codes; sums of rint(r 2^bits) and counts follow the rows that change theirs, in the first worker's arrays.
+  /// Assigns nearest codes. Rows whose code changes update the sums of rint(r 2^bits) and the counts of both codes, in
+  /// the first worker's arrays.
   void assign(const Level& level, int bits) noexcept {
     const double unit = std::ldexp(1.0, bits);
     for_chunks([&](int64_t begin, int64_t end, Worker& w) {
-      for (int64_t at = begin; at < end; at += Tracker::kPart)
-        tracker.assign(level, r, at, std::min(end, at + Tracker::kPart), w.scratch,
-                       [&](int64_t i, int32_t from, int32_t to) {
-                         const float* const row = r + i * width;
-                         int64_t* const into = w.sums + to * width;
-                         int64_t* const out = from < 0 ? nullptr : w.sums + from * width;
-                         ++w.count[to];
-                         if (out) --w.count[from];
-                         for (int64_t d = 0; d < width; ++d) {
-                           const int64_t x = std::llrint(double(row[d]) * unit);
-                           into[d] += x;
-                           if (out) out[d] -= x;
-                         }
-                       });
+      for (int64_t part = begin; part < end; part += KMeansBounds::kPart)
+        bounds.assign(level, r, part, std::min(end, part + KMeansBounds::kPart), w.scratch,
+                      [&](int64_t i, int32_t old_code, int32_t new_code) {
+                        const float* const row = r + i * width;
+                        int64_t* const added = w.sums + new_code * width;
+                        int64_t* const removed = old_code < 0 ? nullptr : w.sums + old_code * width;
+                        ++w.count[new_code];
+                        if (removed) --w.count[old_code];
+                        for (int64_t d = 0; d < width; ++d) {
+                          const int64_t x = std::llrint(double(row[d]) * unit);
+                          added[d] += x;
+                          if (removed) removed[d] -= x;
+                        }
+                      });
     });
     for (int w = 1; w < workers; ++w) {
       for (int64_t i = 0; i < level.size * width; ++i) worker[0].sums[i] += worker[w].sums[i];
@@ -138,16 +139,16 @@ struct Fit {
     std::memset(w.count, 0, sizeof(int64_t) * static_cast<size_t>(size));
   }
 
-  /// distance = from each row to its code; returns the mean, added in row order.
-  double measure(const Level& level) noexcept {
+  /// distance = the square distance of each row to its code; returns the mean, summed in row order.
+  double measure_distances(const Level& level) noexcept {
     for_chunks([&](int64_t begin, int64_t end, Worker&) {
       for (int64_t i = begin; i < end; i += 4) {
         const float *row[4], *center[4];
         double square[4];
         for (int64_t j = 0; j < 4; ++j) {
-          const int64_t at = std::min(i + j, end - 1);
-          row[j] = r + at * width;
-          center[j] = level.centers + tracker.near[at] * width;
+          const int64_t row_index = std::min(i + j, end - 1);
+          row[j] = r + row_index * width;
+          center[j] = level.centers + bounds.assigned[row_index] * width;
         }
         square_distances(row, center, width, square);
         std::copy_n(square, std::min<int64_t>(4, end - i), distance + i);
@@ -159,11 +160,11 @@ struct Fit {
   }
 
   /// The first `most` rows of ranked[0, count) that differ in value from those before; into picked.
-  int64_t first_distinct(int64_t count, int64_t most) noexcept {
+  int64_t pick_distinct(int64_t count, int64_t wanted) noexcept {
     std::fill(table, table + slots, int64_t{-1});
     int64_t found = 0;
-    for (int64_t i = 0; i < count && found < most; ++i) {
-      const float* const row = r + ranked[i].row * width;
+    for (int64_t i = 0; i < count && found < wanted; ++i) {
+      const float* const row = r + keyed[i].row * width;
       uint64_t hash = 0;
       for (int64_t d = 0; d < width; ++d) {
         const float x = row[d] + 0.f;  // -0 equals 0
@@ -176,8 +177,8 @@ struct Fit {
       while (table[slot] >= 0 && !std::equal(row, row + width, r + table[slot] * width))
         slot = (slot + 1) & (slots - 1);
       if (table[slot] >= 0) continue;
-      table[slot] = ranked[i].row;
-      picked[found++] = ranked[i].row;
+      table[slot] = keyed[i].row;
+      picked[found++] = keyed[i].row;
     }
     return found;
   }
@@ -185,64 +186,65 @@ struct Fit {
   void start(int l, float* centers) noexcept {
     constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
     const uint64_t key = mix64(params.seed + static_cast<uint64_t>(l + 1) * kGolden);
-    for (int64_t i = 0; i < n; ++i) ranked[i] = {mix64(key + (static_cast<uint64_t>(origin[i]) + 1) * kGolden), i};
-    // as few as are likely to be needed come in order first
-    const int64_t few = std::min(n, 2 * params.sizes[l]);
-    std::nth_element(ranked, ranked + few - 1, ranked + n);
-    std::sort(ranked, ranked + few);
-    int64_t found = first_distinct(few, params.sizes[l]);
-    if (found < params.sizes[l] && few < n) {
-      std::sort(ranked + few, ranked + n);
-      found = first_distinct(n, params.sizes[l]);
+    for (int64_t i = 0; i < n; ++i) keyed[i] = {mix64(key + (static_cast<uint64_t>(origin[i]) + 1) * kGolden), i};
+    // first only as many rows are sorted as are likely to be needed
+    const int64_t sorted = std::min(n, 2 * params.sizes[l]);
+    std::nth_element(keyed, keyed + sorted - 1, keyed + n);
+    std::sort(keyed, keyed + sorted);
+    int64_t found = pick_distinct(sorted, params.sizes[l]);
+    if (found < params.sizes[l] && sorted < n) {
+      std::sort(keyed + sorted, keyed + n);
+      found = pick_distinct(n, params.sizes[l]);
     }
     for (int64_t c = 0; c < params.sizes[l]; ++c)
       std::memcpy(centers + c * width, r + picked[c < found ? c : 0] * width,
                   sizeof(float) * static_cast<size_t>(width));
   }
 
-  /// Codes without rows: the worst-quantised rows first; then copies of the lowest used code, which never win.
-  void revive(const Level& level, float* out) noexcept {
+  /// Gives codes without rows new centers: the rows farthest from theirs, then copies of the lowest used code, which
+  /// are never assigned.
+  void reseed_empty_codes(const Level& level, float* out) noexcept {
     const int64_t* const count = worker[0].count;
-    int64_t dead = 0, used = 0;
+    int64_t empty = 0, used = 0;
     while (count[used] == 0) ++used;
-    for (int64_t c = 0; c < level.size; ++c) dead += count[c] == 0;
-    if (dead == 0) return;
-    measure(level);
-    int64_t far = 0;
+    for (int64_t c = 0; c < level.size; ++c) empty += count[c] == 0;
+    if (empty == 0) return;
+    measure_distances(level);
+    int64_t candidates = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (!(distance[i] > 0)) continue;
       uint64_t bits;
       std::memcpy(&bits, &distance[i], 8);
-      ranked[far++] = {~bits, i};
+      keyed[candidates++] = {~bits, i};
     }
-    std::sort(ranked, ranked + far);
-    const int64_t seeds = first_distinct(far, dead);
+    std::sort(keyed, keyed + candidates);
+    const int64_t seeds = pick_distinct(candidates, empty);
     for (int64_t c = 0, j = 0; c < level.size; ++c) {
       if (count[c] != 0) continue;
-      const float* const from = j < seeds ? r + picked[j] * width : out + used * width;
-      std::memcpy(out + c * width, from, sizeof(float) * static_cast<size_t>(width));
+      const float* const source = j < seeds ? r + picked[j] * width : out + used * width;
+      std::memcpy(out + c * width, source, sizeof(float) * static_cast<size_t>(width));
       ++j;
     }
   }
 
-  /// |r| < 2^e and n rows: units of 2^-bits keep every sum below 2^62.
+  /// The bits for which units of 2^-bits keep every sum below 2^62, given |r| < 2^exponent and n rows.
   int fixed_point_bits() noexcept {
-    for (int w = 0; w < workers; ++w) worker[w].biggest = 0;
+    for (int w = 0; w < workers; ++w) worker[w].largest_bits = 0;
     for_chunks([&](int64_t begin, int64_t end, Worker& w) {
-      int32_t most = 0;  // positive floats are ordered as their bits
+      int32_t largest_in_range = 0;  // positive floats are ordered as their bits
       for (int64_t i = begin * width; i < end * width; ++i) {
         int32_t bits;
         std::memcpy(&bits, r + i, 4);
-        most = std::max(most, bits & 0x7fffffff);
+        largest_in_range = std::max(largest_in_range, bits & 0x7fffffff);
       }
-      w.biggest = std::max(w.biggest, most);
+      w.largest_bits = std::max(w.largest_bits, largest_in_range);
     });
     int32_t bits = 0;
-    for (int w = 0; w < workers; ++w) bits = std::max(bits, worker[w].biggest);
-    float biggest;
-    std::memcpy(&biggest, &bits, 4);
+    for (int w = 0; w < workers; ++w) bits = std::max(bits, worker[w].largest_bits);
+    float largest_value;
+    std::memcpy(&largest_value, &bits, 4);
     int exponent = 0, length = 0;
-    std::frexp(biggest, &exponent);
+    std::frexp(largest_value, &exponent);
     for (int64_t rest = n; rest; rest /= 2) ++length;
     return 61 - exponent - length;
   }
@@ -253,30 +255,30 @@ struct Fit {
     const double unit = std::ldexp(1.0, -bits);
     start(l, centers);
     Level level = Level::make(size, width, centers, level_memory);
-    tracker.start(level, n);
+    bounds.start(level, n);
     for (int w = 0; w < workers; ++w) clear(worker[w], size);
     bool settled = false;
     for (int round = 1; round <= params.iterations; ++round) {
       assign(level, bits);
       for (int64_t c = 0; c < size; ++c)
         for (int64_t d = 0; d < width && worker[0].count[c]; ++d)
-          fresh[c * width + d] = static_cast<float>(static_cast<double>(worker[0].sums[c * width + d]) * unit /
-                                                    static_cast<double>(worker[0].count[c]));
-      revive(level, fresh);
+          new_centers[c * width + d] = static_cast<float>(static_cast<double>(worker[0].sums[c * width + d]) * unit /
+                                                          static_cast<double>(worker[0].count[c]));
+      reseed_empty_codes(level, new_centers);
       report->iterations[l] = round;
-      if ((params.progress && !params.progress(params.ctx, l, round, measure(level))) ||
+      if ((params.progress && !params.progress(params.ctx, l, round, measure_distances(level))) ||
           (params.keep_going && !params.keep_going(params.ctx)))
         return Status::error(Code::cancelled, "fit: cancelled at level %d, round %d", l, round);
-      settled = std::equal(fresh, fresh + size * width, level.centers);
+      settled = std::equal(new_centers, new_centers + size * width, level.centers);
       if (settled) break;
-      tracker.move(level, fresh);
-      level = Level::make(size, width, fresh, level_memory);
+      bounds.move(level, new_centers);
+      level = Level::make(size, width, new_centers, level_memory);
     }
     if (!settled) assign(level, bits);
-    report->error[l] = measure(level);
+    report->error[l] = measure_distances(level);
     for_chunks([&](int64_t begin, int64_t end, Worker&) {
       for (int64_t i = begin; i < end && l + 1 < params.levels; ++i)
-        simd::kernels().add_row(width, level.centers + tracker.near[i] * width, -1.f, r + i * width);
+        simd::kernels().add_row(width, level.centers + bounds.assigned[i] * width, -1.f, r + i * width);
     });
     report->unused[l] = std::count(worker[0].count, worker[0].count + size, int64_t{0});
     std::memcpy(centers, level.centers, sizeof(float) * static_cast<size_t>(size * width));

@@ -55,13 +55,13 @@ bool Bounds::screen(simd::Rounded sums, simd::Screen* out) const noexcept {
 
 int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept {
   const simd::Kernels& k = simd::kernels();
-  const double near = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
+  const double tie = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
   double least = INFINITY;
   int64_t kept = 0;
   for (int64_t j = 0; j < count; ++j) {
     const double d = k.square_distance(level.width, r, level.centers + candidates[j] * level.width);
-    if (d > least * near) continue;
-    if (d * near < least) kept = 0;
+    if (d > least * tie) continue;
+    if (d * tie < least) kept = 0;
     if (d < least) least = d;
     candidates[kept++] = candidates[j];
   }
