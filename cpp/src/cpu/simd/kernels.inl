@@ -108,8 +108,8 @@ HISAC_INLINE vf exp2v(vf x) {
 constexpr Kernels HISAC_ISA_TABLE = [] {
   Kernels k;
   k.name = HISAC_ISA_NAME;
-  k.matmul = matmul;
-  k.accumulate = accumulate;
+  k.matmul = matmul<float>;
+  k.accumulate = accumulate<float>;
   k.pack_columns = pack_columns;
   k.pack_rows = pack_rows;
   k.load_row = load_row;
@@ -127,9 +127,9 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.screen = screen;
   k.square_distance = square_distance;
 #if defined(HISAC_BF16)
-  k.matmul_bf16 = matmul_bf16;
+  k.matmul_bf16 = matmul<uint32_t>;
   k.pack_bf16 = pack_bf16;
-  k.accumulate_bf16 = accumulate_bf16;
+  k.accumulate_bf16 = accumulate<uint32_t>;
   k.route_weights_bf16 = route_weights_bf16;
   k.pair_rows_bf16 = pair_rows_bf16;
   k.bf16_remainder = bf16_remainder;

@@ -36,8 +36,8 @@ HISAC_INLINE void matmul_tile(int64_t k, const T* a, int64_t lda, const T* b, in
 }
 
 template <class T>
-HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
-                          Prefetcher* prefetcher) {
+static void matmul(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
+                   Prefetcher* prefetcher) {
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left);
     left -= group;
@@ -60,18 +60,6 @@ HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, 
   }
 }
 
-static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
-                   Prefetcher* prefetcher) {
-  product(n, k, m, a, lda, packed, z, ldz, prefetcher);
-}
-
-#if defined(HISAC_BF16)
-static void matmul_bf16(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
-                        int64_t ldz, Prefetcher* prefetcher) {
-  product(n, k2, m, a, lda, packed, z, ldz, prefetcher);
-}
-#endif
-
 /// The block is summed from 0 and added to c once: added row by row, a large c would lose the last digits of each row.
 template <int R, int V, class T>
 HISAC_INLINE void accumulate_tile(int n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc) {
@@ -92,8 +80,8 @@ HISAC_INLINE void accumulate_tile(int n, const T* a, int64_t lda, const T* b, in
 }
 
 template <class T>
-HISAC_INLINE void transposed_product(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                     float* c, int64_t ldc) {
+static void accumulate(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                       int64_t ldc) {
   for (int64_t column = 0; column < pad(w);) {
     const int64_t vectors = tile_vectors((pad(w) - column) / W);
     for (int64_t r = 0; r < m; r += kRows) {
@@ -106,15 +94,3 @@ HISAC_INLINE void transposed_product(int n, int64_t m, int64_t w, const T* a, in
     column += vectors * W;
   }
 }
-
-static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                       int64_t ldc) {
-  transposed_product(n, m, w, a, lda, b, ldb, c, ldc);
-}
-
-#if defined(HISAC_BF16)
-static void accumulate_bf16(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e,
-                            int64_t lde, float* c, int64_t ldc) {
-  transposed_product(n2, w, m, a, lda, e, lde, c, ldc);
-}
-#endif
