@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops of every instruction set that this processor has, and of the AMX unit's twin, on the same bytes and
+// The inner loops of every instruction set that this processor has, and of the AMX emulation, on the same bytes and
 // in exact-size memory: copies and conversions equal to the bit what plain scalar code makes of them; sums, screens and
 // exponentials within a bound that is carried along with their values in double.
 #include "fuzz_kernels.h"

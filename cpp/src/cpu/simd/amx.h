@@ -38,13 +38,6 @@
 
 namespace hisac::simd {
 
-struct Bf16Products {
-  decltype(Kernels::matmul_bf16) matmul = nullptr;
-  decltype(Kernels::accumulate_bf16) accumulate = nullptr;
-  decltype(Kernels::matmul_bf16x3) matmul_bf16x3 = nullptr;
-  decltype(Kernels::accumulate_bf16x3) accumulate_bf16x3 = nullptr;
-};
-
 /// The order matters: xgetbv faults without OSXSAVE, and the system is asked for permission only where AMX can be used.
 template <class Machine>
 bool amx_permitted() {
@@ -55,13 +48,8 @@ bool amx_permitted() {
          (Machine::xcr0() & kTileState) == kTileState && Machine::request();
 }
 
-/// Whether this process may use kAmx: the processor has AMX, the system saves the tiles, and it gave permission when
-/// asked. Asks once per process.
+/// Whether this process may use amx_kernels(): the processor has AMX, the system saves the tiles, and it gave
+/// permission when asked. Asks once per process.
 bool amx_available() noexcept;
-
-#if defined(__x86_64__)
-/// Leaves the tiles released. Needs AVX-512.
-extern const Bf16Products kAmx;
-#endif
 
 }  // namespace hisac::simd

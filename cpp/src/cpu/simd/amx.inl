@@ -196,7 +196,7 @@ static void accumulate_product(int64_t n2, int64_t w, int64_t m, Bf16Matrix v, B
   Tiles::release();
 }
 
-/// The four of Bf16Products.
+/// The bfloat16 products of a table of kernels.
 template <class Tiles>
 struct Products {
   static void matmul(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
@@ -219,13 +219,12 @@ struct Products {
                                 const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc) {
     accumulate_product<Tiles, true>(n2, w, m, {v_hi, v_lo, ldv}, {e_hi, e_lo, lde}, c, ldc);
   }
-  static constexpr Bf16Products table() {
-    Bf16Products p;
-    p.matmul = matmul;
-    p.accumulate = accumulate;
-    p.matmul_bf16x3 = matmul_bf16x3;
-    p.accumulate_bf16x3 = accumulate_bf16x3;
-    return p;
+  static constexpr Kernels replaced_in(Kernels k) {
+    k.matmul_bf16 = matmul;
+    k.accumulate_bf16 = accumulate;
+    k.matmul_bf16x3 = matmul_bf16x3;
+    k.accumulate_bf16x3 = accumulate_bf16x3;
+    return k;
   }
 };
 
