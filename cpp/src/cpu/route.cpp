@@ -69,8 +69,7 @@ class Router {
       one.block.carve(arena, width_, value_width_, operands_);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
       one.e = arena.take<float>(simd::kBlock * simd::kPanel);
-      one.lse = arena.take<float>(simd::kBlock);
-      one.shift = arena.take<float>(simd::kBlock);
+      for (float** a : {&one.lse, &one.shift}) *a = arena.take<float>(simd::kBlock);
       one.factor = arena.take<float>(simd::kPanel);
       one.rows = arena.take<float>(simd::kLanes * sum_width_);
       one.values_bf16.carve(arena, simd::kBlock / 2 * sum_width_, operands_);
@@ -103,8 +102,7 @@ class Router {
     State* const states = arena.take<State>(n);
     for (int64_t i = 0; i < n; ++i) {
       State s;
-      s.max_logit = arena.take<float>(simd::pad(agents_));
-      s.denominator = arena.take<float>(simd::pad(agents_));
+      for (float** a : {&s.max_logit, &s.denominator}) *a = arena.take<float>(simd::pad(agents_));
       s.numerator = arena.take<float>(sum_width_ * simd::pad(agents_));
       if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
       if (states) states[i] = s;
@@ -183,17 +181,10 @@ class Router {
                                  state.denominator + first,
                                  w.factor};
       float* const sum = state.numerator + first;
-      bool changed = false;
-      switch (operands_) {
-        case Operands::float32:
-          changed = k_.route_weights(n, width, z, ldz, p, w.e, width);
-          break;
-        case Operands::bf16:
-          changed = k_.route_weights_bf16(n, width, z, ldz, p, w.weights_bf16.hi, width);
-          break;
-        case Operands::bf16x3:
-          changed = k_.route_weights_bf16x3(n, width, z, ldz, p, w.weights_bf16.hi, w.weights_bf16.lo, width);
-      }
+      const bool changed =
+          operands_ == Operands::float32
+              ? k_.route_weights(n, width, z, ldz, p, w.e, width)
+              : k_.route_weights_bf16(n, width, z, ldz, p, w.weights_bf16.hi, w.weights_bf16.lo, width);
       if (changed) scale_rows(sum, value_width, width, w.factor);
       switch (operands_) {
         case Operands::float32:

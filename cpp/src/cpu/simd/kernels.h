@@ -163,9 +163,10 @@ struct Kernels {
   /// + 1.
   void (*accumulate_bf16)(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e, int64_t lde,
                           float* c, int64_t ldc) = nullptr;
-  /// As route_weights; e [(n + 1) / 2, m] is rounded, and denominator its sum; an odd n gets a row of zeros.
-  bool (*route_weights_bf16)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
-                             int64_t lde) = nullptr;
+  /// As route_weights; e_hi [(n + 1) / 2, m] holds rounded weights of two rows each, e_lo, which may be null, the lo of
+  /// bf16x3. denominator is the sum of what they hold. An odd n gets a row of zeros.
+  bool (*route_weights_bf16)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
+                             uint32_t* e_lo, int64_t lde) = nullptr;
   /// dst [pad(width)] = two rows, rounded, in the lower and upper halves; odd may be null: zeros.
   void (*pair_rows_bf16)(int64_t width, const float* even, const float* odd, uint32_t* dst) = nullptr;
   /// dst [width] = src - bf16(src), rounded as round_bf16 rounds: the lo of bf16x3 before its own rounding.
@@ -180,9 +181,6 @@ struct Kernels {
                         Prefetcher* prefetcher) = nullptr;
   void (*accumulate_bf16x3)(int n2, int64_t w, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
                             const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc) = nullptr;
-  /// As route_weights; denominator is the sum of the rounded e_hi + e_lo.
-  bool (*route_weights_bf16x3)(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
-                               uint32_t* e_lo, int64_t lde) = nullptr;
 };
 
 #if defined(__aarch64__)

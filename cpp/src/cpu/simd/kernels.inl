@@ -134,7 +134,6 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.pair_rows_bf16 = pair_rows_bf16;
   k.bf16_remainder = bf16_remainder;
   k.round_bf16 = round_bf16;
-  k.route_weights_bf16x3 = route_weights_bf16x3;
 #endif
   return k;
 }();

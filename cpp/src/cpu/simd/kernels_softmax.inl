@@ -112,16 +112,11 @@ static bool route_weights(int n, int64_t m, const float* z, int64_t ldz, const R
 }
 
 #if defined(HISAC_BF16)
-static bool route_weights_bf16x3(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
-                                 uint32_t* e_lo, int64_t lde) {
+static bool route_weights_bf16(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
+                               uint32_t* e_lo, int64_t lde) {
   const Bf16Weights e{e_hi, e_lo};
   return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
                     : route_weights_of<false>(n, m, z, ldz, p, e, lde);
-}
-
-static bool route_weights_bf16(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
-                               int64_t lde) {
-  return route_weights_bf16x3(n, m, z, ldz, p, e, nullptr, lde);
 }
 #endif
 
