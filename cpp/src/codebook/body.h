@@ -11,7 +11,6 @@ struct Codebook::Body {
   int64_t width = 0;
   int64_t size[kMaxLevels] = {};
   uint64_t stride[kMaxLevels] = {};  // leaves below a node of the level: the product of the later sizes
-  const float* centers[kMaxLevels] = {};
   Level level[kMaxLevels];
   uint64_t fingerprint = 0;
   bool wide = false;  // 2^64 leaves or fewer, but more than int64 holds
