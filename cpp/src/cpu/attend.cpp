@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys and values of one user and head are packed once and serve all its candidates, 64 at a time; the logits of a
-// block stay in cache. The backward runs a user's head whole, in the candidates' order, so its sums need no atomics.
+// Target attention. Keys and values of one user and head are packed once and serve all its candidates, 64 at a time.
+// The logits of such a block stay in cache. The backward processes all candidates of a user and head in order in one
+// worker, so its sums need no atomics.
 #include <algorithm>
 #include <cmath>
 
@@ -42,18 +43,18 @@ struct Head {
 
   void load(const AttendInputs& in, const Shape& s, int64_t b, int64_t h) noexcept {
     const simd::Kernels& k = simd::kernels();
-    const auto at = [&](const Rows& rows, int64_t m) {
+    const auto row_of = [&](const Rows& rows, int64_t m) {
       return static_cast<const std::byte*>(rows.data) +
              ((b * s.tokens + m) * s.heads + h) * rows.width * bytes_of(rows.dtype);
     };
     std::fill(bias, bias + simd::pad(s.tokens), -INFINITY);
     for (int64_t m = 0; m < s.tokens; ++m) {
-      k.load_row(at(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
-      k.load_row(at(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
+      k.load_row(row_of(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
+      k.load_row(row_of(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
       const float x = in.bias ? in.bias.data[b * s.tokens + m] : 0.f;
       if (std::isfinite(x)) {
         bias[m] = simd::base2(x);
-      } else {  // absent: whatever it holds must not meet a zero weight
+      } else {  // absent: 0 times what it holds could be NaN
         std::fill(keys + m * s.width, keys + (m + 1) * s.width, 0.f);
         std::fill(values + m * s.value_width, values + (m + 1) * s.value_width, 0.f);
       }
@@ -63,7 +64,7 @@ struct Head {
   }
 };
 
-/// n candidates of one head, [n, stride] with zero padding; squares, where wanted: NaN for a row that holds one.
+/// Loads n candidates of one head as [n, stride] with zero padding, and their sums of squares where wanted.
 void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out,
                      float* squares = nullptr) noexcept {
   const simd::Kernels& k = simd::kernels();
@@ -94,8 +95,7 @@ struct Forward {
       one.head.carve(arena, s);
       one.q = arena.take<float>(simd::kBlock * simd::pad(s.width));
       one.z = arena.take<float>(simd::kBlock * simd::pad(s.tokens));
-      one.lse = arena.take<float>(simd::kBlock);
-      one.squares = arena.take<float>(simd::kBlock);
+      for (float** a : {&one.lse, &one.squares}) *a = arena.take<float>(simd::kBlock);
       one.out = arena.take<float>(simd::kBlock * simd::pad(s.value_width));
       if (worker) worker[w] = one;
     }
@@ -115,7 +115,7 @@ void attend_span(const AttendInputs& in, const Shape& s, const Attended& out, in
     k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv, nullptr);
     for (int j = 0; j < n; ++j) {
       const int64_t row = (i + j) * s.heads + h;
-      if (w.squares[j] != w.squares[j]) {  // a NaN in q is the candidate's own
+      if (w.squares[j] != w.squares[j]) {  // a NaN in q makes NaN of its own candidate alone
         std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, w.squares[j]);
         w.lse[j] = w.squares[j];
       }
@@ -163,8 +163,8 @@ class Backward {
       one.stack = arena.take<State>(depth);
       for (int d = 0; d < depth; ++d) {
         State state;
-        state.keys = arena.take<float>(simd::pad(s_.tokens) * simd::pad(s_.width));
-        state.values = arena.take<float>(simd::pad(s_.tokens) * simd::pad(s_.value_width));
+        state.keys = arena.take<float>(key_floats());
+        state.values = arena.take<float>(value_floats());
         state.bias = arena.take<float>(simd::pad(s_.tokens));
         if (one.stack) one.stack[d] = state;
       }
@@ -291,7 +291,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   parallel_for(context, forward.unit[s.users], [&](int64_t begin, int64_t end, int worker) {
     ForwardWorker& w = forward.worker[worker];
     int64_t loaded = -1;
-    for (int64_t u = begin; u < end; ++u) {  // spans of one head follow one another
+    for (int64_t u = begin; u < end; ++u) {  // spans of one head are consecutive
       const int64_t b = std::upper_bound(forward.unit, forward.unit + s.users + 1, u) - forward.unit - 1;
       const int64_t spans = (forward.unit[b + 1] - forward.unit[b]) / s.heads;
       const int64_t h = (u - forward.unit[b]) / spans, span = (u - forward.unit[b]) % spans;

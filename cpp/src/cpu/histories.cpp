@@ -15,8 +15,7 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands ope
   if (operands == Operands::bf16x3) remainder = arena.take<float>(width);
   x = arena.take<float>(simd::kBlock * simd::pad(width));
   v = arena.take<float>(simd::kBlock * simd::pad(value_width));
-  norm = arena.take<float>(simd::kBlock);
-  bias = arena.take<float>(simd::kBlock);
+  for (float** a : {&norm, &bias}) *a = arena.take<float>(simd::kBlock);
   row = arena.take<int64_t>(simd::kBlock);
 }
 
@@ -109,8 +108,7 @@ void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands ope
   if (operands == Operands::bf16x3) remainders = arena.take<float>(agents * width);
   if (round_to_bf16) rounding_scratch = arena.take<uint32_t>(simd::pairs_of(width));
   rows = arena.take<float>(agents * width);
-  norm = arena.take<float>(simd::pad(agents));
-  rate = arena.take<float>(simd::pad(agents));
+  for (float** a : {&norm, &rate}) *a = arena.take<float>(simd::pad(agents));
 }
 
 void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width,

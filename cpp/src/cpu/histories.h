@@ -136,8 +136,7 @@ struct AgentPanel {
 /// The present agents of user b by count alone, clamped to [0, M].
 inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {
   const int64_t m = in.prototypes.shape[1];
-  const int64_t c = in.count ? in.count.data[b] : m;
-  return c < 0 ? 0 : c > m ? m : c;
+  return in.count ? std::clamp<int64_t>(in.count.data[b], 0, m) : m;
 }
 
 inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {

@@ -102,7 +102,7 @@ struct Fit {
     n = 0;
     for (int64_t i = 0; i < rows; ++i) {
       if (origin[i] < 0) continue;
-      if (n < i) std::memcpy(r + n * width, r + i * width, sizeof(float) * static_cast<size_t>(width));
+      if (n < i) std::copy_n(r + i * width, width, r + n * width);
       origin[n++] = i;
     }
   }
@@ -135,8 +135,8 @@ struct Fit {
   }
 
   void clear(Worker& w, int64_t size) noexcept {
-    std::memset(w.sums, 0, sizeof(int64_t) * static_cast<size_t>(size * width));
-    std::memset(w.count, 0, sizeof(int64_t) * static_cast<size_t>(size));
+    std::fill_n(w.sums, size * width, 0);
+    std::fill_n(w.count, size, 0);
   }
 
   /// distance = the square distance of each row to its code; returns the mean, summed in row order.
@@ -197,8 +197,7 @@ struct Fit {
       found = pick_distinct(n, params.sizes[l]);
     }
     for (int64_t c = 0; c < params.sizes[l]; ++c)
-      std::memcpy(centers + c * width, r + picked[c < found ? c : 0] * width,
-                  sizeof(float) * static_cast<size_t>(width));
+      std::copy_n(r + picked[c < found ? c : 0] * width, width, centers + c * width);
   }
 
   /// Gives codes without rows new centers: the rows farthest from theirs, then copies of the lowest used code, which
@@ -222,7 +221,7 @@ struct Fit {
     for (int64_t c = 0, j = 0; c < level.size; ++c) {
       if (count[c] != 0) continue;
       const float* const source = j < seeds ? r + picked[j] * width : out + used * width;
-      std::memcpy(out + c * width, source, sizeof(float) * static_cast<size_t>(width));
+      std::copy_n(source, width, out + c * width);
       ++j;
     }
   }
@@ -281,7 +280,7 @@ struct Fit {
         simd::kernels().add_row(width, level.centers + bounds.assigned[i] * width, -1.f, r + i * width);
     });
     report->unused[l] = std::count(worker[0].count, worker[0].count + size, int64_t{0});
-    std::memcpy(centers, level.centers, sizeof(float) * static_cast<size_t>(size * width));
+    std::copy_n(level.centers, size * width, centers);
     return {};
   }
 };

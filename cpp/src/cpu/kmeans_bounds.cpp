@@ -15,8 +15,8 @@ namespace {
 
 constexpr float kRoundUp = 1 + 0x1p-20f, kRoundDown = 1 - 0x1p-20f;
 
-float distance_rounded_up(double square) noexcept { return static_cast<float>(std::sqrt(square)) * kRoundUp; }
-float distance_rounded_down(double square) noexcept {
+float upper_distance(double square) noexcept { return static_cast<float>(std::sqrt(square)) * kRoundUp; }
+float lower_distance(double square) noexcept {
   return static_cast<float>(std::sqrt(std::max(square, 0.0))) * kRoundDown;
 }
 
@@ -56,7 +56,7 @@ void KMeansBounds::move(const Level& level, const float* new_centers) noexcept {
   for (int g = 0; g < groups_; ++g) {
     group_drift_[g] = 0;
     for (int64_t c = first_[g]; c < first_[g + 1]; ++c) {
-      drift_[c] = distance_rounded_up(
+      drift_[c] = upper_distance(
           k.square_distance(level.width, level.centers + c * level.width, new_centers + c * level.width));
       // a copy of another center was never compared
       group_drift_[g] = std::max(group_drift_[g], std::isinf(level.half[c]) ? INFINITY : drift_[c]);
@@ -98,7 +98,7 @@ void KMeansBounds::find_nearest(const Level& level, const float* r, int64_t begi
       for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(r + (begin + undecided[j + 4]) * width + d);
     if (row.best >= 0) {
       row.distance = k.square_distance(width, x, level.centers + row.best * width);
-      upper_[i] = distance_rounded_up(row.distance);
+      upper_[i] = upper_distance(row.distance);
       for (int g = 0; g < groups_; ++g)
         if (lower[g] > upper_[i]) row.groups &= ~(1u << g);
       if (row.groups == 0) continue;
@@ -127,7 +127,7 @@ void KMeansBounds::find_nearest(const Level& level, const float* r, int64_t begi
     }
   }
   for (int j = 0; j < rows; ++j)
-    if (s.row[undecided[j]].groups) upper_[begin + undecided[j]] = distance_rounded_up(s.row[undecided[j]].distance);
+    if (s.row[undecided[j]].groups) upper_[begin + undecided[j]] = upper_distance(s.row[undecided[j]].distance);
 }
 
 void KMeansBounds::scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
@@ -148,7 +148,7 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
     const int64_t found = simd::kernels().screen(size, z, screen, s.survivors);
     float* const lower = lower_ + tile_row[j] * kGroups;
     if (found == 0) {
-      lower[g] = distance_rounded_down(2 * double(screen.low) + row.squares);
+      lower[g] = lower_distance(2 * double(screen.low) + row.squares);
       continue;
     }
     for (int64_t c = 0; c < found; ++c) {
@@ -157,7 +157,7 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
     }
     screen.threshold = -INFINITY;
     simd::kernels().screen(size, z, screen, s.survivors + found);
-    lower[g] = distance_rounded_down(2 * double(screen.low) + row.squares);
+    lower[g] = lower_distance(2 * double(screen.low) + row.squares);
     int64_t candidates = found;
     if (row.best >= 0) s.survivors[candidates++] = row.best;
     const float* const x = r + tile_row[j] * level.width;
@@ -169,7 +169,7 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
       if (code == row.best)
         row.distance = d;
       else
-        lower[group_of(code)] = std::min(lower[group_of(code)], distance_rounded_down(d));
+        lower[group_of(code)] = std::min(lower[group_of(code)], lower_distance(d));
     }
   }
 }

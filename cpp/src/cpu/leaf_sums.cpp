@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 
 #include "base/checks.h"
 #include "base/parallel.h"
@@ -274,8 +273,7 @@ void LeafInput::carve(Arena& arena, LeafSummer& leaves, const RouteInputs& in) n
   leaves.carve(arena);
   sums.x = arena.take<float>(capacity * in.prototypes.shape[2]);
   sums.v = arena.take<float>(capacity * in.v.width);
-  sums.bias = arena.take<float>(capacity);
-  sums.spread = arena.take<float>(capacity);
+  for (float** a : {&sums.bias, &sums.spread}) *a = arena.take<float>(capacity);
   for (int64_t** a : {&users, &starts, &ends}) *a = arena.take<int64_t>(n);
   for (int64_t b = 0; users && ends && b < n; ++b) users[b] = b;
 }
@@ -343,14 +341,11 @@ Status leaf_sums(const Context& context, const RouteInputs& in, const LeafSums& 
         if (!(*a.bias > -INFINITY)) continue;
         ++kept;
         if (a.bias == b.bias) continue;
-        const auto move = [](auto* target, const auto* source, int64_t count) {
-          std::memmove(target, source, sizeof(*target) * size_t(count));
-        };
-        move(b.x, a.x, out.x.shape[1]);
-        move(b.v, a.v, out.v.shape[1]);
-        move(b.bias, a.bias, 1);
-        move(b.spread, a.spread, 1);
-        move(b.codes, a.codes, out.codes.shape[1]);
+        std::copy_n(a.x, out.x.shape[1], b.x);  // an earlier row: they do not overlap
+        std::copy_n(a.v, out.v.shape[1], b.v);
+        std::copy_n(a.codes, out.codes.shape[1], b.codes);
+        *b.bias = *a.bias;
+        *b.spread = *a.spread;
       }
       out.offsets.data[first + i + 1] = kept;
     }

@@ -34,7 +34,7 @@ struct Worker {
   float* factor = nullptr;                 // [48]
   float* rows = nullptr;                   // [kLanes, sum_width] numerators of 16 agents
   Bf16Operand values_bf16;                 // [kBlock / 2, sum_width] v or x, two rows an element
-  Bf16Operand weights_bf16;                // [kBlock / 2, kPanel] in place of e
+  Bf16Operand e_bf16;                      // [kBlock / 2, kPanel] in place of e
   float* remainders = nullptr;             // [2, sum_width]
   State* stack = nullptr;
 };
@@ -73,7 +73,7 @@ class Router {
       one.factor = arena.take<float>(simd::kPanel);
       one.rows = arena.take<float>(simd::kLanes * sum_width_);
       one.values_bf16.carve(arena, simd::kBlock / 2 * sum_width_, operands_);
-      one.weights_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
+      one.e_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
       if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * sum_width_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
       if (worker_) worker_[w] = one;
@@ -181,22 +181,20 @@ class Router {
                                  state.denominator + first,
                                  w.factor};
       float* const sum = state.numerator + first;
-      const bool changed =
-          operands_ == Operands::float32
-              ? k_.route_weights(n, width, z, ldz, p, w.e, width)
-              : k_.route_weights_bf16(n, width, z, ldz, p, w.weights_bf16.hi, w.weights_bf16.lo, width);
+      const bool changed = operands_ == Operands::float32
+                               ? k_.route_weights(n, width, z, ldz, p, w.e, width)
+                               : k_.route_weights_bf16(n, width, z, ldz, p, w.e_bf16.hi, w.e_bf16.lo, width);
       if (changed) scale_rows(sum, value_width, width, w.factor);
       switch (operands_) {
         case Operands::float32:
           k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
           break;
         case Operands::bf16:
-          k_.accumulate_bf16(simd::pairs_of(n), value_width, width, w.values_bf16.hi, ldv, w.weights_bf16.hi, width,
-                             sum, ld);
+          k_.accumulate_bf16(simd::pairs_of(n), value_width, width, w.values_bf16.hi, ldv, w.e_bf16.hi, width, sum, ld);
           break;
         case Operands::bf16x3:
           k_.accumulate_bf16x3(simd::pairs_of(n), value_width, width, w.values_bf16.hi, w.values_bf16.lo, ldv,
-                               w.weights_bf16.hi, w.weights_bf16.lo, width, sum, ld);
+                               w.e_bf16.hi, w.e_bf16.lo, width, sum, ld);
       }
     });
   }
@@ -258,8 +256,8 @@ class Router {
   void merge(State& into, State& from, int64_t m) const noexcept {
     const int64_t ld = simd::pad(agents_);
     for (int64_t a = 0; a < m; ++a) {
-      const float max_logit = std::max(into.max_logit[a], from.max_logit[a]),
-                  safe = max_logit == -INFINITY ? 0.f : max_logit;
+      const float max_logit = std::max(into.max_logit[a], from.max_logit[a]);
+      const float safe = max_logit == -INFINITY ? 0.f : max_logit;
       const float f = std::exp2(into.max_logit[a] - safe), g = std::exp2(from.max_logit[a] - safe);
       into.denominator[a] = into.denominator[a] * f + from.denominator[a] * g;
       into.max_logit[a] = max_logit;

@@ -28,10 +28,8 @@ class SeatAllocation {
     levels_ = book.levels();
     children_ = arena.take<Node>(most_parents);
     heap_ = arena.take<Quotient>(most_parents);
-    key_ = arena.take<uint64_t>(most_parents);
-    spare_key_ = arena.take<uint64_t>(most_parents);
-    nodes_ = arena.take<Node>(m);
-    next_ = arena.take<Node>(m);
+    for (uint64_t** a : {&key_, &spare_key_}) *a = arena.take<uint64_t>(most_parents);
+    for (Node** a : {&nodes_, &next_}) *a = arena.take<Node>(m);
   }
 
   /// Sets the seats of every parent from its votes and leaves.

@@ -66,10 +66,8 @@ struct Scratch {
     block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
     key = arena.take<uint64_t>(rows + 1);
     buffer = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells : 0) + (dense ? last : 0));
-    weight = arena.take<uint32_t>(rows);
-    spare_weight = arena.take<uint32_t>(rows);
-    last_code = arena.take<uint32_t>(rows + 1);
-    owner = arena.take<uint32_t>(rows + 1);
+    for (uint32_t** a : {&weight, &spare_weight}) *a = arena.take<uint32_t>(rows);
+    for (uint32_t** a : {&last_code, &owner}) *a = arena.take<uint32_t>(rows + 1);
     votes = arena.take<int64_t>(rows + 1);
     parents = arena.take<Parent>(most_parents + 1);
     allocation.carve(arena, book, params, most_parents);
@@ -113,12 +111,9 @@ class Voter {
     parents_ = candidates_ = seated_ = all_votes_ = 0;
     key_ = s_.key;
     spare_ = s_.buffer;
-    const bool dense = s_.counts_densely(rows);
-    if (weights) {
-      if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
-    } else {
-      if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
-    }
+    const bool counted = s_.counts_densely(rows) && (weights ? count_dense<int64_t>(codes, weights, rows)
+                                                             : count_dense<int32_t>(codes, weights, rows));
+    if (!counted) weights ? count_sorted<int64_t>(codes, weights, rows) : count_sorted<int32_t>(codes, weights, rows);
     return write(out_codes, out_votes);
   }
 
