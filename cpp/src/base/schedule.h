@@ -118,18 +118,18 @@ class Waves {
     std::sort(order_, order_ + h.users,
               [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });
     count_ = 0;
-    int64_t open = 0;
+    int64_t waves = 0;
     for (int64_t i = 0; i < h.users; ++i) {
       const int64_t b = order_[i];
-      if (open && heap_[0].end <= h.start(b)) {
-        std::pop_heap(heap_, heap_ + open);
-        wave_[b] = heap_[open - 1].wave;
+      if (waves && heap_[0].end <= h.start(b)) {
+        std::pop_heap(heap_, heap_ + waves);
+        wave_[b] = heap_[waves - 1].wave;
       } else {
         wave_[b] = count_++;
-        ++open;
+        ++waves;
       }
-      heap_[open - 1] = {h.end(b), wave_[b]};
-      std::push_heap(heap_, heap_ + open);
+      heap_[waves - 1] = {h.end(b), wave_[b]};
+      std::push_heap(heap_, heap_ + waves);
     }
   }
 

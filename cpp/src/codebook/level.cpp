@@ -7,7 +7,8 @@
 namespace hisac {
 namespace {
 
-/// |e| of a row or center with squares and squared rounding errors as given; a float32 difference errs too.
+/// A bound of the rounding error |e| of a center with these sums of squares; the float32 difference to the mean errs
+/// too.
 double rounding_of(simd::Rounded sums, double norm, int64_t width) noexcept {
   return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUnitRoundoff * norm;
 }

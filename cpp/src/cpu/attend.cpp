@@ -203,7 +203,7 @@ class Backward {
           for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, count); i += simd::kBlock)
             block(start + i, static_cast<int>(std::min<int64_t>(simd::kBlock, count - i)), h, w, state);
         },
-        [&](State& into, const State& from) { merge(into, from); });
+        [&](State& state, const State& later) { merge(state, later); });
     const State& s = w.stack[0];
     for (int64_t m = 0; m < s_.tokens; ++m) {
       const int64_t row = (b * s_.tokens + m) * s_.heads + h;
@@ -251,10 +251,10 @@ class Backward {
     std::fill(s.bias, s.bias + simd::pad(s_.tokens), 0.f);
   }
 
-  void merge(State& into, const State& from) const noexcept {
-    k_.add_row(key_floats(), from.keys, 1.f, into.keys);
-    k_.add_row(value_floats(), from.values, 1.f, into.values);
-    k_.add_row(simd::pad(s_.tokens), from.bias, 1.f, into.bias);
+  void merge(State& state, const State& later) const noexcept {
+    k_.add_row(key_floats(), later.keys, 1.f, state.keys);
+    k_.add_row(value_floats(), later.values, 1.f, state.values);
+    k_.add_row(simd::pad(s_.tokens), later.bias, 1.f, state.bias);
   }
 
   const AttendInputs& in_;

@@ -244,7 +244,7 @@ struct Fit {
     std::memcpy(&largest_value, &bits, 4);
     int exponent = 0, length = 0;
     std::frexp(largest_value, &exponent);
-    for (int64_t rest = n; rest; rest /= 2) ++length;
+    for (int64_t remaining = n; remaining; remaining /= 2) ++length;
     return 61 - exponent - length;
   }
 

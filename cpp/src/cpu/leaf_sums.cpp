@@ -213,11 +213,11 @@ void LeafSummer::add_sums(const float* x, const float* v, Sum& sum) const noexce
 void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   const int64_t *const first = begin_of(i), row = start_[i] + g, rows = first[g + 1] - first[g];
   Sum& sum = sum_of(i, g, 0, w);
-  fold_all(pieces_of(i, g), &sum, [&](Sum& into, const Sum& later) {
-    add_sums(later.x, later.v, into);
-    into.present += later.present;
-    into.total_weight += later.total_weight;
-    into.squares += later.squares;
+  fold_all(pieces_of(i, g), &sum, [&](Sum& state, const Sum& later) {
+    add_sums(later.x, later.v, state);
+    state.present += later.present;
+    state.total_weight += later.total_weight;
+    state.squares += later.squares;
   });
   const double scale = double(scale_of(rows));
   if (sum.present > 0 &&

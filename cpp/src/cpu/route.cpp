@@ -129,7 +129,7 @@ class Router {
         context_, slots_, [&](const Unit& u, int w) { unit(u, refining, worker_[w]); },
         [&](int64_t b, State* states, int64_t shared, int w) {
           load_agents(b, worker_[w]);
-          fold_all(shared, states, [&](State& into, State& from) { merge(into, from, worker_[w].panel.m); });
+          fold_all(shared, states, [&](State& state, State& later) { merge(state, later, worker_[w].panel.m); });
           write_tokens(b, states[0], refining, worker_[w]);
         });
   }
@@ -145,7 +145,7 @@ class Router {
     fold_rows(
         RowLoader(routed_, operands_), routed_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
-        [&](State& into, State& from) { merge(into, from, w.panel.m); });
+        [&](State& state, State& later) { merge(state, later, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else
@@ -253,23 +253,23 @@ class Router {
   }
 
   /// Adds a later state, whose denominator and max_logit are overwritten by the factors of `into` and `from`.
-  void merge(State& into, State& from, int64_t m) const noexcept {
+  void merge(State& state, State& later, int64_t m) const noexcept {
     const int64_t ld = simd::pad(agents_);
     for (int64_t a = 0; a < m; ++a) {
-      const float max_logit = std::max(into.max_logit[a], from.max_logit[a]);
+      const float max_logit = std::max(state.max_logit[a], later.max_logit[a]);
       const float safe = max_logit == -INFINITY ? 0.f : max_logit;
-      const float f = std::exp2(into.max_logit[a] - safe), g = std::exp2(from.max_logit[a] - safe);
-      into.denominator[a] = into.denominator[a] * f + from.denominator[a] * g;
-      into.max_logit[a] = max_logit;
-      from.denominator[a] = f;
-      from.max_logit[a] = g;
+      const float f = std::exp2(state.max_logit[a] - safe), g = std::exp2(later.max_logit[a] - safe);
+      state.denominator[a] = state.denominator[a] * f + later.denominator[a] * g;
+      state.max_logit[a] = max_logit;
+      later.denominator[a] = f;
+      later.max_logit[a] = g;
     }
     for (int64_t d = 0; d < sum_width_; ++d)
       for (int64_t a = 0; a < m; ++a)
-        into.numerator[d * ld + a] =
-            into.numerator[d * ld + a] * from.denominator[a] + from.numerator[d * ld + a] * from.max_logit[a];
-    into.absent.count += from.absent.count;
-    for (int64_t d = 0; into.absent.sum && d < value_width_; ++d) into.absent.sum[d] += from.absent.sum[d];
+        state.numerator[d * ld + a] =
+            state.numerator[d * ld + a] * later.denominator[a] + later.numerator[d * ld + a] * later.max_logit[a];
+    state.absent.count += later.absent.count;
+    for (int64_t d = 0; state.absent.sum && d < value_width_; ++d) state.absent.sum[d] += later.absent.sum[d];
   }
 
   void write_tokens(int64_t b, const State& s, bool refining, const Worker& w) const noexcept {

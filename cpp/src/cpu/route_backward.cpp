@@ -148,7 +148,7 @@ class Backward {
         [&](int64_t b, State* states, int64_t shared, int w) {
           if (!agent_gradients_) return;
           worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
-          fold_all(shared, states, [&](State& into, const State& from) { merge(into, from); });
+          fold_all(shared, states, [&](State& state, const State& later) { merge(state, later); });
           write_agent_gradients(b, states[0], worker_[w].panel);
         });
   }
@@ -195,7 +195,7 @@ class Backward {
     fold_rows(
         loader, routed_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
-        [&](State& into, const State& from) { merge(into, from); });
+        [&](State& state, const State& later) { merge(state, later); });
     if (out_.v && params_.missing == Missing::token && !leaf())
       for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
         if (float norm; !loader.load_x(i, w.block.x, &norm)) add_absent_gradient(unit.user, i, w);
@@ -256,11 +256,11 @@ class Backward {
     if (out_.prototypes) zero(s.d_distance_x, simd::pad(agents_) * simd::pad(width_));
   }
 
-  void merge(State& into, const State& from) const noexcept {
-    for (int64_t j = 0; j < agents_; ++j) into.d_temperature[j] += from.d_temperature[j];
-    for (int64_t j = 0; j < agents_; ++j) into.d_distance[j] += from.d_distance[j];
+  void merge(State& state, const State& later) const noexcept {
+    for (int64_t j = 0; j < agents_; ++j) state.d_temperature[j] += later.d_temperature[j];
+    for (int64_t j = 0; j < agents_; ++j) state.d_distance[j] += later.d_distance[j];
     for (int64_t j = 0; out_.prototypes && j < agents_ * simd::pad(width_); ++j)
-      into.d_distance_x[j] += from.d_distance_x[j];
+      state.d_distance_x[j] += later.d_distance_x[j];
   }
 
   void write_agent_gradients(int64_t b, const State& s, const AgentPanel& panel) const noexcept {

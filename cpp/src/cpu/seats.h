@@ -95,15 +95,15 @@ class SeatAllocation {
 
   /// Writes the k of children_ with most votes to `out`, most votes first; returns how many.
   int64_t most_voted(int64_t found, int64_t k, Node* out) noexcept {
-    int64_t all = 0;
+    int64_t all_votes = 0;
     for (int64_t j = 0; j < found; ++j) {
       key_[j] = sort_key(children_[j].votes, j);
-      all |= children_[j].votes;
+      all_votes |= children_[j].votes;
     }
-    sort_by_votes(found, all, key_, spare_key_);
-    const int64_t most = std::min(k, found);
-    for (int64_t j = 0; j < most; ++j) out[j] = children_[index_of(key_[j])];
-    return most;
+    sort_by_votes(found, all_votes, key_, spare_key_);
+    const int64_t voted = std::min(k, found);
+    for (int64_t j = 0; j < voted; ++j) out[j] = children_[index_of(key_[j])];
+    return voted;
   }
 
   /// Allocates a node's seats to children_ by D'Hondt, each capped by its leaves. Writes the children with seats to

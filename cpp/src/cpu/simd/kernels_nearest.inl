@@ -8,9 +8,9 @@ static int64_t screen(int64_t m, const float* z, Screen& row, int32_t* out) {
   vf low = splat(kInfinity), high = splat(kInfinity);
   for (int64_t j = 0; j < m; j += W) {
     const vf score = load(row.half + j) - load(z + j), error = row.error * load(row.norm + j);
-    const vf least = score - error, most = score + error;
-    low = smaller(least, low);
-    high = smaller(most, high);
+    const vf lower = score - error, upper = score + error;
+    low = smaller(lower, low);
+    high = smaller(upper, high);
   }
   row.low = smallest_of(low);
   const float most_possible = smallest_of(high) + row.slack;
