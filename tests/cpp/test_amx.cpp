@@ -66,32 +66,32 @@ int64_t rows8(int64_t n) { return (n + kRowStep - 1) / kRowStep * kRowStep; }
 
 enum class Kind { integers, any, tiny };
 
-float value(Random& random, Kind kind, bool split) {
-  if (kind == Kind::integers) return static_cast<float>(random.below(split ? 2001 : 17) - (split ? 1000 : 8));
+float value(Random& random, Kind kind, bool bf16x3) {
+  if (kind == Kind::integers) return static_cast<float>(random.below(bf16x3 ? 2001 : 17) - (bf16x3 ? 1000 : 8));
   const float x = std::ldexp(random.uniform(), static_cast<int>(random.below(kind == Kind::tiny ? 12 : 20)) - 10);
-  return (split ? x : wide(bf16(x))) * (kind == Kind::tiny ? 0x1p-65f : 1.f);
+  return (bf16x3 ? x : wide(bf16(x))) * (kind == Kind::tiny ? 0x1p-65f : 1.f);
 }
 
 /// One entry's exact sum over the contraction of what was given (bf16x3: of hi + lo), its size and flush.
 struct Exact {
   double sum = 0, products = 0, operands = 0, three = 0;
-  void add(float a, float b, bool split) {
+  void add(float a, float b, bool bf16x3) {
     sum += double(a) * double(b);
     products += std::fabs(double(a) * double(b));
     operands += std::fabs(double(a)) + std::fabs(double(b));
     const float ah = wide(bf16(a)), bh = wide(bf16(b)), al = wide(bf16(a - ah)), bl = wide(bf16(b - bh));
     three +=
-        split ? double(ah) * double(bh) + double(ah) * double(bl) + double(al) * double(bh) : double(a) * double(b);
+        bf16x3 ? double(ah) * double(bh) + double(ah) * double(bl) + double(al) * double(bh) : double(a) * double(b);
   }
 };
 
 /// The bounds of amx.h; `added`: |c| where the product is added to it.
-double bound(const Exact& x, int64_t k2, bool split, double added, bool adds) {
+double bound(const Exact& x, int64_t k2, bool bf16x3, double added, bool adds) {
   const double s = static_cast<double>((k2 + 15) / 16), d = static_cast<double>(std::min<int64_t>(k2, 16));
   const double flush = kNormal * (x.operands + (2 * d + 3) * s);
-  const double roundings = split ? 1.016 * (d + 3 * s - 1 + adds) : d + s - 1 + adds;
-  return kSecondOrder * ((split ? 0x1p-15 : 0) + roundings * kU) * x.products + (split ? 2 : s) * kU * added +
-         (split ? 3 : 1) * flush;
+  const double roundings = bf16x3 ? 1.016 * (d + 3 * s - 1 + adds) : d + s - 1 + adds;
+  return kSecondOrder * ((bf16x3 ? 0x1p-15 : 0) + roundings * kU) * x.products + (bf16x3 ? 2 : s) * kU * added +
+         (bf16x3 ? 3 : 1) * flush;
 }
 
 struct Largest {
@@ -104,18 +104,18 @@ struct Largest {
 };
 
 /// z = a B on `table`; returns z's bits.
-std::vector<float> matmul(const Kernels& table, Random random, int64_t n, int64_t k2, int64_t m, bool split, Kind kind,
+std::vector<float> matmul(const Kernels& table, Random random, int64_t n, int64_t k2, int64_t m, bool bf16x3, Kind kind,
                           Largest* largest = nullptr) {
   std::vector<std::pair<float, float>> av(size(n * k2)), bv(size(k2 * m));
   for (auto* side : {&av, &bv})
-    for (auto& x : *side) x = {value(random, kind, split), value(random, kind, split)};
+    for (auto& x : *side) x = {value(random, kind, bf16x3), value(random, kind, bf16x3)};
   const Bf16x3 a = to_bf16x3(n * k2, [&](int64_t i) { return av[size(i)]; });
   const Bf16x3 b = to_bf16x3(k2 * m, [&](int64_t i) { return bv[size(i)]; });
   const int64_t lda = k2 + random.below(20), ldz = pad(m) + 16 * random.below(2);
   Guarded<uint32_t> a_hi = strided(a.hi, n, k2, lda, rows8(n)), a_lo = strided(a.lo, n, k2, lda, rows8(n));
   Guarded<uint32_t> b_hi = packed(b.hi, k2, m), b_lo = packed(b.lo, k2, m);
   Guarded<float> z(rows8(n) * ldz);
-  if (split)
+  if (bf16x3)
     table.matmul_bf16x3(static_cast<int>(n), k2, m, a_hi.data(), a_lo.data(), lda, b_hi.data(), b_lo.data(), z.data(),
                         ldz, nullptr);
   else
@@ -128,20 +128,20 @@ std::vector<float> matmul(const Kernels& table, Random random, int64_t n, int64_
       if (!largest) continue;
       Exact x;
       for (int64_t k = 0; k < k2; ++k) {
-        x.add(av[size(i * k2 + k)].first, bv[size(k * m + j)].first, split);
-        x.add(av[size(i * k2 + k)].second, bv[size(k * m + j)].second, split);
+        x.add(av[size(i * k2 + k)].first, bv[size(k * m + j)].first, bf16x3);
+        x.add(av[size(i * k2 + k)].second, bv[size(k * m + j)].second, bf16x3);
       }
-      largest->entry(double(out.back()), x.sum, bound(x, k2, split, 0, false), x.three, kind == Kind::integers);
+      largest->entry(double(out.back()), x.sum, bound(x, k2, bf16x3, 0, false), x.three, kind == Kind::integers);
     }
   return out;
 }
 
 /// c += v^T e on `table`; returns c's bits.
-std::vector<float> accumulate(const Kernels& table, Random random, int64_t n2, int64_t w, int64_t m, bool split,
+std::vector<float> accumulate(const Kernels& table, Random random, int64_t n2, int64_t w, int64_t m, bool bf16x3,
                               Kind kind, Largest* largest = nullptr) {
   std::vector<std::pair<float, float>> vv(size(n2 * w)), ev(size(n2 * m));
   for (auto* side : {&vv, &ev})
-    for (auto& x : *side) x = {value(random, kind, split), value(random, kind, split)};
+    for (auto& x : *side) x = {value(random, kind, bf16x3), value(random, kind, bf16x3)};
   const Bf16x3 v = to_bf16x3(n2 * w, [&](int64_t i) { return vv[size(i)]; });
   const Bf16x3 e = to_bf16x3(n2 * m, [&](int64_t i) { return ev[size(i)]; });
   const int64_t ldv = w + random.below(20), lde = pad(m) + 16 * random.below(2), ldc = pad(m);
@@ -150,7 +150,7 @@ std::vector<float> accumulate(const Kernels& table, Random random, int64_t n2, i
   std::vector<float> before(size(rows8(w) * ldc));
   for (float& x : before) x = value(random, kind, true);
   Guarded<float> c(before);
-  if (split)
+  if (bf16x3)
     table.accumulate_bf16x3(static_cast<int>(n2), w, m, v_hi.data(), v_lo.data(), ldv, e_hi.data(), e_lo.data(), lde,
                             c.data(), ldc);
   else
@@ -163,11 +163,11 @@ std::vector<float> accumulate(const Kernels& table, Random random, int64_t n2, i
       if (!largest) continue;
       Exact x;
       for (int64_t k = 0; k < n2; ++k) {
-        x.add(vv[size(k * w + i)].first, ev[size(k * m + j)].first, split);
-        x.add(vv[size(k * w + i)].second, ev[size(k * m + j)].second, split);
+        x.add(vv[size(k * w + i)].first, ev[size(k * m + j)].first, bf16x3);
+        x.add(vv[size(k * w + i)].second, ev[size(k * m + j)].second, bf16x3);
       }
       const double start = double(before[size(i * ldc + j)]);
-      largest->entry(double(out.back()), start + x.sum, bound(x, n2, split, std::fabs(start), true), start + x.three,
+      largest->entry(double(out.back()), start + x.sum, bound(x, n2, bf16x3, std::fabs(start), true), start + x.three,
                      kind == Kind::integers);
     }
   return out;
@@ -190,33 +190,33 @@ static_assert(std::is_same_v<Made<Products<Hardware>>::by<EmulatedTiles>, Produc
 
 TEST_CASE("products of any shape: within the bounds, exact where sums are exact") {
   Random random(1);
-  Largest plain, split;
+  Largest one_pass, three_passes;
   for (int round = 0; round < 60; ++round) {
     const int64_t n = 1 + random.below(round % 10 ? 66 : 140), k2 = 1 + random.below(70), m = 1 + random.below(90);
-    const bool two = round % 2;
+    const bool bf16x3 = round % 2;
     const Kind kind = kKinds[round % 3];
     CAPTURE(n);
     CAPTURE(k2);
     CAPTURE(m);
-    CAPTURE(two);
-    matmul(kEmulated, random, n, k2, m, two, kind, two ? &split : &plain);
+    CAPTURE(bf16x3);
+    matmul(kEmulated, random, n, k2, m, bf16x3, kind, bf16x3 ? &three_passes : &one_pass);
     CHECK(!EmulatedTiles::state().configured);
-    accumulate(kEmulated, random, 1 + k2 % 32, 1 + random.below(round % 10 ? 66 : 140), m, two, kind,
-               two ? &split : &plain);
+    accumulate(kEmulated, random, 1 + k2 % 32, 1 + random.below(round % 10 ? 66 : 140), m, bf16x3, kind,
+               bf16x3 ? &three_passes : &one_pass);
     CHECK(!EmulatedTiles::state().configured);
   }
-  MESSAGE("largest share of the bound: one pass ", plain.error, ", three passes ", split.error);
+  MESSAGE("largest share of the bound: one pass ", one_pass.error, ", three passes ", three_passes.error);
 }
 
 TEST_CASE("products at the edges of tiles") {
   Largest largest;
   for (int64_t n : {1, 8, 9, 16, 17, 24, 25, 40, 48, 56, 64, 65})
     for (int64_t k2 : {1, 15, 16, 17, 18, 33, 50})
-      for (bool split : {false, true}) {
+      for (bool bf16x3 : {false, true}) {
         CAPTURE(n);
         CAPTURE(k2);
-        matmul(kEmulated, Random(static_cast<uint64_t>(n)), n, k2, n % 3 * 16 + 33, split, Kind::integers, &largest);
-        accumulate(kEmulated, Random(static_cast<uint64_t>(k2)), k2, n, k2 + 1, split, Kind::integers, &largest);
+        matmul(kEmulated, Random(static_cast<uint64_t>(n)), n, k2, n % 3 * 16 + 33, bf16x3, Kind::integers, &largest);
+        accumulate(kEmulated, Random(static_cast<uint64_t>(k2)), k2, n, k2 + 1, bf16x3, Kind::integers, &largest);
       }
 }
 
@@ -233,7 +233,7 @@ TEST_CASE("bf16x3: what it leaves out is at most 2^-15 of a product, and can be 
   CHECK(left_out > 0.95 * 0x1p-15);
 }
 
-TEST_CASE("the emulation's arithmetic: two chains a dot, rounded to nearest even, without denormals") {
+TEST_CASE("the emulation's arithmetic: bf16x3 chains a dot, rounded to nearest even, without denormals") {
   TileConfig c{};
   c.palette = 1;
   for (int t : {0, 1, 2}) c.rows[t] = t == 2 ? 2 : 1, c.row_bytes[t] = t == 1 ? 8 : 4;
@@ -375,9 +375,9 @@ TEST_CASE("AMX is used where processor, system and permission agree; permission 
   CHECK((!amx_permitted<Old>() && Old::asked == 0 && Old::read == 0));  // xgetbv would fault
   CHECK((!amx_permitted<Int8>() && Int8::asked == 0));
   bool first = false, second = false;
-  std::thread one([&] { first = amx_available(); }), two([&] { second = amx_available(); });
+  std::thread one([&] { first = amx_available(); }), bf16x3([&] { second = amx_available(); });
   one.join();
-  two.join();
+  bf16x3.join();
   CHECK((first == second && first == amx_available()));
 }
 
@@ -391,10 +391,10 @@ TEST_CASE("the instructions give the emulation's bits, where the processor has t
   for (int round = 0; round < 40; ++round) {
     const int64_t n = 1 + random.below(140), k2 = 1 + random.below(70), m = 1 + random.below(90);
     const Kind kind = kKinds[round % 3];
-    for (bool split : {false, true}) {
-      CHECK(matmul(amx_kernels(), random, n, k2, m, split, kind) == matmul(kEmulated, random, n, k2, m, split, kind));
-      CHECK(accumulate(amx_kernels(), random, k2, n, m, split, kind) ==
-            accumulate(kEmulated, random, k2, n, m, split, kind));
+    for (bool bf16x3 : {false, true}) {
+      CHECK(matmul(amx_kernels(), random, n, k2, m, bf16x3, kind) == matmul(kEmulated, random, n, k2, m, bf16x3, kind));
+      CHECK(accumulate(amx_kernels(), random, k2, n, m, bf16x3, kind) ==
+            accumulate(kEmulated, random, k2, n, m, bf16x3, kind));
     }
   }
 #else
