@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whole verbs on the AMX unit's twin (amx_dispatch.cpp): route's tokens are those of the rounded inputs' definition to
-// bfloat16's precision, or in two halves those of the inputs' to nearly float32's; the same bits for every executor.
+// Whole verbs on the AMX emulation (amx_dispatch.cpp). In bfloat16, route's tokens are those of the rounded inputs'
+// definition to bfloat16's precision; in bf16x3 those of the inputs' definition to nearly float32's. The bits are the
+// same for every executor.
 #include <doctest/doctest.h>
 
 #include <string>
@@ -27,8 +28,8 @@ std::vector<float> rounded(std::vector<float> values) {
 
 }  // namespace
 
-TEST_CASE("route on the twin, in bfloat16 and in two halves of it") {
-  REQUIRE(std::string(active_isa()) == "amx-twin");
+TEST_CASE("route on emulated AMX tiles, in bfloat16 and in bf16x3") {
+  REQUIRE(std::string(active_isa()) == "amx-emulation");
   Random random(6);
   constexpr int64_t kRows = 2300, kWidth = 70, kValues = 9, kAgents = 61, kUsers = 4;
   const auto x = uniform(random, kRows * kWidth), v = uniform(random, kRows * kValues), bias = uniform(random, kRows);
@@ -38,14 +39,14 @@ TEST_CASE("route on the twin, in bfloat16 and in two halves of it") {
   const auto rounded_x = rounded(x), rounded_p = rounded(p);
   for (int manner_of = 0; manner_of < 4; ++manner_of) {
     const Normalize normalize = manner_of % 2 ? Normalize::agents : Normalize::history;
-    const bool halves = manner_of >= 2;
-    const auto &near_x = halves ? x : rounded_x, &near_p = halves ? p : rounded_p;
-    // of halves: twice a product's 2^-15 of at most D, over tau; the weights' and v's own 2^-15
-    const double e = halves ? 2 * 0x1.1p-15 * kWidth / 3 + 0x1p-14 : 0;
+    const bool bf16x3 = manner_of >= 2;
+    const auto &near_x = bf16x3 ? x : rounded_x, &near_p = bf16x3 ? p : rounded_p;
+    // of bf16x3: twice a product's 2^-15 of at most D, over tau; the weights' and v's own 2^-15
+    const double e = bf16x3 ? 2 * 0x1.1p-15 * kWidth / 3 + 0x1p-14 : 0;
     double squares = 0, errors = 0;
     RouteParams params;
     params.normalize = normalize;
-    params.precision = halves ? Precision::float32 : Precision::bfloat16;
+    params.precision = bf16x3 ? Precision::float32 : Precision::bfloat16;
     params.temperature = {temperature.data(), {1}};
     RouteInputs in;
     in.x = test::rows(x, kWidth);
@@ -88,16 +89,16 @@ TEST_CASE("route on the twin, in bfloat16 and in two halves of it") {
         if (user.x.empty())
           CHECK(std::isinf(sum));
         else
-          CHECK(std::fabs(sum - exact) <= (halves ? 2 * e : 0x1.04p-8));  // each weight is rounded: 2^-8 of itself
+          CHECK(std::fabs(sum - exact) <= (bf16x3 ? 2 * e : 0x1.04p-8));  // each weight is rounded: 2^-8 of itself
         for (int64_t d = 0; d < kValues; ++d) {                           // |v| <= 1, apart by at most 2
           const double token = expected.tokens[test::size(a)][test::size(d)];
           const double apart = double(tokens.data()[(b * kAgents + a) * kValues + d]) - token;
-          CHECK(std::fabs(apart) <= (halves ? 4 * e : 0x1p-7 + 0x1p-9));
+          CHECK(std::fabs(apart) <= (bf16x3 ? 4 * e : 0x1p-7 + 0x1p-9));
           squares += token * token;
           errors += apart * apart;
         }
       }
     }
-    CHECK(std::sqrt(errors / squares) <= (halves ? 2e-5 : 1e-2));
+    CHECK(std::sqrt(errors / squares) <= (bf16x3 ? 2e-5 : 1e-2));
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Carves scratch out of the caller's workspace, or only counts: the same code does both, so the size a verb names and
-// the size it uses cannot drift apart.
+// Takes scratch from the caller's workspace, or only counts bytes. The same code does both, so the size that a verb
+// names is the size that it uses.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,11 +13,11 @@ namespace hisac {
 
 class Arena {
  public:
-  Arena() noexcept = default;  // counts
+  Arena() noexcept = default;  // only counts bytes
   explicit Arena(Array<std::byte, 1> memory) noexcept
       : base_(memory.data), capacity_(memory.data && aligned() ? static_cast<size_t>(memory.shape[0]) : 0) {}
 
-  /// n of T, aligned to 64; null when counting, or once the workspace is exhausted.
+  /// n elements of T, aligned to 64 bytes; null when counting, or once the workspace is exhausted.
   template <class T>
   T* take(int64_t n) noexcept {
     const size_t count = n > 0 ? static_cast<size_t>(n) : 0;
@@ -25,9 +25,9 @@ class Arena {
       used_ = kLimit;
       return nullptr;
     }
-    const size_t at = used_;
+    const size_t offset = used_;
     used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
   }
 
   size_t used() const noexcept { return used_; }

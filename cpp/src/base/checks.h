@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks that several verbs share; each message says what was expected and what came.
+// Checks that several verbs share. Each message says what was expected and what was given.
 #pragma once
 #include <cinttypes>
 
@@ -14,7 +14,7 @@ namespace hisac {
     if (Status s_ = (expression); !s_.ok()) return s_; \
   } while (0)
 
-/// Every [start, end) inside [0, rows), in order; on a device they are not seen.
+/// Every [start, end) lies in [0, rows) with start <= end. On a device the ranges cannot be read and are not checked.
 inline Status check_histories(const char* verb, const Histories& h, int64_t rows, Device device,
                               const char* name = "offsets") noexcept {
   if (h.users < 0 || (h.users > 0 && (!h.starts || !h.ends)))
@@ -41,7 +41,7 @@ inline Status check_book(const char* verb, const Codebook* book) noexcept {
   return Status::error(Code::invalid_argument, "%s: codebook expected, got an empty one", verb);
 }
 
-/// codes [rows, L] of this book.
+/// codes is [rows, L] of this book.
 inline Status check_codes(const char* verb, const Codebook& book, const int64_t* shape, int64_t rows) noexcept {
   if (shape[0] == rows && shape[1] == book.levels()) return {};
   return Status::error(Code::invalid_argument, "%s: codes expected [%" PRId64 ", %d], got [%" PRId64 ", %" PRId64 "]",

@@ -40,7 +40,7 @@ size_t fit_workspace(const Context& context, const FitParams& params, int64_t ro
 
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept {
-  if (context.device == Device::cpu) HISAC_TRY(check(params, x, centers));  // the only one that has it
+  if (context.device == Device::cpu) HISAC_TRY(check(params, x, centers));  // no other backend has fit
   return call_backend("fit", &Backend::fit, context, params, x, centers, report);
 }
 

@@ -7,7 +7,7 @@
 namespace hisac {
 namespace {
 
-/// The inputs with as many agents as are needed, none, and the width where `route` expects it.
+/// The inputs with no agents, but with prototypes whose shape holds D, where `route` expects it.
 RouteInputs without_agents(const RouteInputs& inputs) noexcept {
   RouteInputs in = inputs;
   const int64_t width = in.x.data ? in.x.width : in.book && !in.book->empty() ? in.book->width() : 0;
@@ -24,7 +24,7 @@ Status check(const RouteInputs& in, const LeafSums& out, Device device) noexcept
   HISAC_TRY(check_route("leaf_sums", params, in, device));
   HISAC_TRY(check_book("leaf_sums", in.book));
   const int64_t users = in.histories.users, levels = in.book->levels();
-  int64_t rows = 0;  // of all histories; on a device they are not seen
+  int64_t rows = 0;  // of all histories; on a device their lengths cannot be read
   for (int64_t b = 0; b < users && device == Device::cpu; ++b) rows += in.histories.end(b) - in.histories.start(b);
   const bool fits = out.x.shape[0] >= rows && out.v.shape[0] >= rows && out.bias.shape[0] >= rows &&
                     out.spread.shape[0] >= rows && out.codes.shape[0] >= rows && out.offsets.shape[0] == users + 1 &&

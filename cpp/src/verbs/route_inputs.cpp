@@ -20,7 +20,7 @@ struct Extent {
   }
 };
 
-/// Types of x, v, their ids and scale, and that all name as many behaviours.
+/// The types of x, v, their ids and the scale, and that all have the same number of behaviours.
 Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
   const bool int8 = in.x.data && in.x.dtype == DType::int8;
   if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
@@ -35,10 +35,10 @@ Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
   if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
     return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
                          in.x.rows, in.x_scale.shape[0]);
-  const int64_t of_x = in.x_ids ? in.x_ids.size : in.x.rows, of_v = in.behaviours();
-  if (in.x.data && of_x != of_v)
+  const int64_t x_rows = in.x_ids ? in.x_ids.size : in.x.rows, v_rows = in.behaviours();
+  if (in.x.data && x_rows != v_rows)
     return Status::error(Code::invalid_argument, "%s: %s, %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
-                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, of_x, of_v);
+                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, x_rows, v_rows);
   return {};
 }
 

@@ -5,7 +5,7 @@
 
 namespace hisac {
 
-/// Shapes, types and ranges; `verb` opens the message.
+/// Checks shapes, types and ranges; the message begins with `verb`.
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept;
 
 }  // namespace hisac
