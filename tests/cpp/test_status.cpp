@@ -292,8 +292,8 @@ TEST_CASE("route") {
   invalid(spoiled([](Right& r) { r.in.x.rows = 5; }), "route: x is [5, 3], v is [6, 2]: T differs (5, 6)");
   invalid(spoiled([](Right& r) { r.in.x.width = 4; }), "route: prototypes is [2, 4, 3], x is [6, 4]: D differs (3, 4)");
   invalid(spoiled([](Right& r) { r.in.x.width = r.in.prototypes.shape[2] = 0; }),
-          "route: expected D and V of at least 1, got 0 and 2");
-  invalid(spoiled([](Right& r) { r.in.v.width = 0; }), "route: expected D and V of at least 1, got 3 and 0");
+          "route: expected D and V of 1 to 2^20, got 0 and 2");
+  invalid(spoiled([](Right& r) { r.in.v.width = 0; }), "route: expected D and V of 1 to 2^20, got 3 and 0");
   invalid(spoiled([](Right& r) { r.in.histories.users = 1; }),
           "route: prototypes is [2, 4, 3], offsets name 1 users: B differs (2, 1)");
   invalid(spoiled([](Right& r) { r.in.prototypes.shape[1] = (1 << 24) + 1; }),
@@ -410,9 +410,9 @@ TEST_CASE("attend and attend_backward") {
   is(spoiled([](Right& r) { r.attention.keys.dtype = DType::float16; }), Code::wrong_type,
      "attend: keys and values expected q's type");
   invalid(spoiled([](Right& r) { r.attention.heads = 0; }),
-          "attend: expected H, d and V of at least 1, got 0, 2 and 3");
+          "attend: expected H, d and V of 1 to 2^20, got 0, 2 and 3");
   invalid(spoiled([](Right& r) { r.attention.values.width = 0; }),
-          "attend: expected H, d and V of at least 1, got 1, 2 and 0");
+          "attend: expected H, d and V of 1 to 2^20, got 1, 2 and 0");
   invalid(spoiled([](Right& r) { r.attention.heads = 4; }), "attend: q expected rows for all of H = 4 heads, got 6");
   const char* const keys =
       "attend: expected keys [2, 2, 1, 2] and values with the same first three, by "

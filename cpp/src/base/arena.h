@@ -17,11 +17,15 @@ class Arena {
   explicit Arena(Array<std::byte, 1> memory) noexcept
       : base_(memory.data), capacity_(memory.data && aligned() ? static_cast<size_t>(memory.shape[0]) : 0) {}
 
-  /// n elements of T, aligned to 64 bytes; null when counting, or once the workspace is exhausted.
+  /// More than any workspace has: what a verb names for sizes that no call may have.
+  static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
+
+  /// rows * columns elements of T, aligned to 64 bytes; null when counting, or once the workspace is exhausted.
   template <class T>
-  T* take(int64_t n) noexcept {
-    const size_t count = n > 0 ? static_cast<size_t>(n) : 0;
-    if (count > (kLimit - used_) / sizeof(T)) {
+  T* take(int64_t rows, int64_t columns = 1) noexcept {
+    const size_t r = rows > 0 ? static_cast<size_t>(rows) : 0, c = columns > 0 ? static_cast<size_t>(columns) : 0;
+    size_t count;
+    if (__builtin_mul_overflow(r, c, &count) || count > (kLimit - used_) / sizeof(T)) {
       used_ = kLimit;
       return nullptr;
     }
@@ -44,7 +48,6 @@ class Arena {
 
  private:
   bool aligned() const noexcept { return reinterpret_cast<uintptr_t>(base_) % 64 == 0; }  // nothing is taken otherwise
-  static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
   std::byte* base_ = nullptr;
   size_t used_ = 0, capacity_ = 0;
 };

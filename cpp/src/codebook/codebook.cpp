@@ -7,8 +7,8 @@
 #include <limits>
 #include <new>
 
-#include "base/checks.h"
 #include "codebook/body.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 namespace {

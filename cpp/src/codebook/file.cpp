@@ -17,8 +17,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "base/checks.h"
 #include "codebook/body.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 namespace {

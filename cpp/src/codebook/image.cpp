@@ -8,7 +8,7 @@
 #include <cstring>
 #include <limits>
 
-#include "base/checks.h"
+#include "codebook/checks.h"
 #include "cpu/simd/kernels.h"
 
 namespace hisac {

@@ -152,7 +152,7 @@ class Backward {
       : in_(in), s_(in), forward_(forward), out_(out), k_(simd::kernels()), workers_(workers) {}
 
   void carve(Arena& arena) noexcept {
-    head_bias_ = arena.take<float>(s_.users * s_.heads * s_.tokens);
+    head_bias_ = arena.take<float>(s_.users * s_.heads, s_.tokens);
     worker_ = arena.take<BackwardWorker>(workers_);
     const int64_t block = simd::kBlock;
     for (int w = 0; w < workers_; ++w) {

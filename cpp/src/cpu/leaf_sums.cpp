@@ -58,9 +58,12 @@ void LeafSummer::carve(Arena& arena) noexcept {
   absent_ = arena.take<bool>(capacity_);
   const int64_t piece_sums = capacity_ / kPiece + 1;
   piece_sum_ = arena.take<Sum>(piece_sums);
-  for (int64_t s = 0; s < piece_sums; ++s) {
-    const Sum one = carve_sum(arena);
-    if (piece_sum_) piece_sum_[s] = one;
+  float* const x = arena.take<float>(piece_sums, width_);
+  float* const v = arena.take<float>(piece_sums, value_width_);
+  for (int64_t s = 0; v && s < piece_sums; ++s) {
+    piece_sum_[s] = {};
+    piece_sum_[s].x = x + s * width_;
+    piece_sum_[s].v = v + s * value_width_;
   }
   worker_ = arena.take<Worker>(workers_);
   for (int w = 0; w < workers_; ++w) {
@@ -271,8 +274,8 @@ int64_t LeafSummer::absent(int64_t i, int worker, float* v) const noexcept {
 void LeafInput::carve(Arena& arena, LeafSummer& leaves, const RouteInputs& in) noexcept {
   const int64_t capacity = leaves.capacity(), n = in.histories.users;
   leaves.carve(arena);
-  sums.x = arena.take<float>(capacity * in.prototypes.shape[2]);
-  sums.v = arena.take<float>(capacity * in.v.width);
+  sums.x = arena.take<float>(capacity, in.prototypes.shape[2]);
+  sums.v = arena.take<float>(capacity, in.v.width);
   for (float** a : {&sums.bias, &sums.spread}) *a = arena.take<float>(capacity);
   for (int64_t** a : {&users, &starts, &ends}) *a = arena.take<int64_t>(n);
   for (int64_t b = 0; users && ends && b < n; ++b) users[b] = b;

@@ -62,8 +62,8 @@ class Backward {
     waves_.carve(arena, in_.histories.users);
     units_.carve(arena, in_.histories.users);
     if (leaf()) leaf_input_.carve(arena, leaves_, in_);
-    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() * value_width_ : 0);
-    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users * agents_ : 0);
+    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() : 0, value_width_);
+    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users : 0, agents_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take<Worker>(workers_);
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;

@@ -4,23 +4,36 @@
 #include <cmath>
 
 #include "backend.h"
+#include "base/arena.h"
 
 namespace hisac {
 namespace {
+
+/// Whether a workspace may be sized by these inputs.
+bool sizes_fit(const AttendInputs& in) noexcept {
+  return within({in.heads, in.q.width, in.values.width}, 1, kMostWidth) && within({in.agents}, 0, kMostAgents) &&
+         within({in.q.rows, in.candidates.users}, 0, kMostRows);
+}
 
 Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   HISAC_TRY(check_float(verb, "q", in.q.dtype));
   if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
     return Status::error(Code::wrong_type, "%s: keys and values expected q's type", verb);
-  if (in.heads < 1 || in.agents < 0 || in.q.width < 1 || in.values.width < 1)
+  if (!within({in.heads, in.q.width, in.values.width}, 1, kMostWidth))
     return Status::error(Code::invalid_argument,
-                         "%s: expected H, d and V of at least 1, got %" PRId64 ", %" PRId64 " and %" PRId64, verb,
+                         "%s: expected H, d and V of 1 to 2^20, got %" PRId64 ", %" PRId64 " and %" PRId64, verb,
                          in.heads, in.q.width, in.values.width);
+  if (!sizes_fit(in))
+    return Status::error(Code::invalid_argument,
+                         "%s: expected at most 2^40 rows of q and users and 2^24 tokens, got %" PRId64 ", %" PRId64
+                         " and %" PRId64,
+                         verb, in.q.rows, in.candidates.users, in.agents);
   if (in.q.rows % in.heads != 0)
     return Status::error(Code::invalid_argument, "%s: q expected rows for all of H = %" PRId64 " heads, got %" PRId64,
                          verb, in.heads, in.q.rows);
-  const int64_t rows = in.candidates.users * in.agents * in.heads;
-  if (in.keys.rows != rows || in.values.rows != rows || in.keys.width != in.q.width)
+  int64_t rows;
+  if (__builtin_mul_overflow(in.candidates.users * in.heads, in.agents, &rows) || in.keys.rows != rows ||
+      in.values.rows != rows || in.keys.width != in.q.width)
     return Status::error(Code::invalid_argument,
                          "%s: expected keys [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
                          "] and values with the same first three, by candidate_offsets and q",
@@ -32,7 +45,7 @@ Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
   HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / in.heads, device, "candidate_offsets"));
-  for (int64_t b = 1; b < in.candidates.users; ++b)
+  for (int64_t b = 1; b < in.candidates.users && device == Device::cpu; ++b)
     if (in.candidates.start(b) < in.candidates.end(b - 1))
       return Status::error(Code::invalid_argument,
                            "%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
@@ -42,6 +55,7 @@ Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
 }  // namespace
 
 size_t attend_workspace(const Context& context, const AttendInputs& inputs) noexcept {
+  if (!sizes_fit(inputs)) return Arena::kLimit;
   return backend_workspace(&Backend::attend_workspace, context, inputs);
 }
 
@@ -58,6 +72,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
 }
 
 size_t attend_backward_workspace(const Context& context, const AttendInputs& inputs) noexcept {
+  if (!sizes_fit(inputs)) return Arena::kLimit;
   return backend_workspace(&Backend::attend_backward_workspace, context, inputs);
 }
 

@@ -2,6 +2,8 @@
 #include "hisac/leaf_sums.h"
 
 #include "backend.h"
+#include "base/arena.h"
+#include "codebook/checks.h"
 #include "verbs/route_inputs.h"
 
 namespace hisac {
@@ -40,7 +42,9 @@ Status check(const RouteInputs& in, const LeafSums& out, Device device) noexcept
 }  // namespace
 
 size_t leaf_sums_workspace(const Context& context, const RouteInputs& inputs, int64_t longest) noexcept {
-  return backend_workspace(&Backend::leaf_sums_workspace, context, without_agents(inputs), longest);
+  const RouteInputs in = without_agents(inputs);
+  if (!sizes_fit(in, longest)) return Arena::kLimit;
+  return backend_workspace(&Backend::leaf_sums_workspace, context, in, longest);
 }
 
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {

@@ -210,7 +210,7 @@ ROUTE = [
     ({"v": None}, TypeError, f"v {KIND} NoneType"),
     ({"x": X[:9]}, ValueError, "x is [9, 6], v is [10, 3]: T differs (9, 10)"),
     ({"x": X[:, :5]}, ValueError, "prototypes is [2, 4, 6], x is [10, 5]: D differs (6, 5)"),
-    ({"v": VALUE[:, :0]}, ValueError, "expected D and V of at least 1, got 6 and 0"),
+    ({"v": VALUE[:, :0]}, ValueError, "expected D and V of 1 to 2^20, got 6 and 0"),
     ({"offsets": np.array([0, 10])}, ValueError, "prototypes is [2, 4, 6], offsets name 1 users: B differs (2, 1)"),
     ({"count": AGENTS.count[:1]}, ValueError, "count expected [2], got [1]"),
     ({"count": AGENTS.count.astype(int)}, TypeError, "count expected int32 [B], got int64 [2]"),
@@ -343,7 +343,7 @@ ATTEND = [
     ({"bias": ONE[:4, 0]}, ValueError, "bias expected float32 [B, M], got float32 [4]"),
     ({"scale": NAN}, ValueError, "scale expected finite, got nan"),
     ({"scale": INF}, ValueError, "scale expected finite, got inf"),
-    ({"q": Q[..., :0], "keys": KEYS[..., :0]}, ValueError, "expected H, d and V of at least 1, got 2, 0 and 5"),
+    ({"q": Q[..., :0], "keys": KEYS[..., :0]}, ValueError, "expected H, d and V of 1 to 2^20, got 2, 0 and 5"),
 ]
 RIGHT = {"q": Q, "keys": KEYS, "values": VALUES, "candidate_offsets": CANDIDATES}
 
