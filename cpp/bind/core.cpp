@@ -75,7 +75,7 @@ Codebook load_codebook(const std::string& path) {
   Status status;
   int os_error = 0;
   {
-    nb::gil_scoped_release release;
+    Unlocked unlocked;
     errno = 0;
     status = Codebook::load(path.c_str(), &book);
     os_error = errno;
@@ -157,21 +157,15 @@ nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, 
     levels[l] = array<float, 2>(centers[l], call, "centers", "float32 [C, D]");
     params.sizes[l] = levels[l].shape[0];
   }
-  params.ctx = &progress;
-  params.keep_going = [](void*) {
-    nb::gil_scoped_acquire acquire;
-    return PyErr_CheckSignals() == 0;
-  };
+  params.ctx = progress.ptr();
+  params.keep_going = [](void*) { return with_gil([] { return PyErr_CheckSignals() == 0; }); };
   if (!progress.is_none())
     params.progress = [](void* ctx, int level, int round, double error) {
-      nb::gil_scoped_acquire acquire;
-      try {
-        (*static_cast<nb::object*>(ctx))(level, round, error);
-        return true;
-      } catch (nb::python_error& e) {
-        e.restore();
-        return false;
-      }
+      return with_gil([=] {
+        PyObject* const result = PyObject_CallFunction(static_cast<PyObject*>(ctx), "iid", level, round, error);
+        Py_XDECREF(result);
+        return result != nullptr;
+      });
     };
   FitReport report;
   run(
