@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "arrays.h"
+#include "module.h"
 #include "runtime.h"
 
 namespace hisac::bind {
@@ -370,11 +371,9 @@ void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent k
       [&](const Context& context) { return attend_backward(context, a.in, forward, to); });
 }
 
-}  // namespace
-
-NB_MODULE(_core, m) {
+void fill(nb::module_& m) {
   nb::set_leak_warnings(false);  // torch's registry may keep codebooks to the end
-  m.doc() = "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.";
+  m.attr("VERSION") = HISAC_VERSION;
   nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
       "The bytes are no hisac codebook, or a damaged one.";
 
@@ -440,3 +439,9 @@ NB_MODULE(_core, m) {
 }
 
 }  // namespace hisac::bind
+}  // namespace
+
+extern "C" NB_EXPORT PyObject* PyInit__core() {
+  return hisac::bind::define_module<hisac::bind::fill>(
+      "_core", "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.");
+}

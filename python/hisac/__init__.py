@@ -10,8 +10,8 @@
 
 import os
 import warnings
-from importlib.metadata import version
 
+from ._core import VERSION as __version__
 from ._core import CorruptFileError
 from .codebook import Codebook
 from .types import Agents, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
@@ -29,7 +29,6 @@ from .verbs import (
     vote,
 )
 
-__version__ = version("hisac")
 CorruptFileError.__module__ = "hisac"
 __all__ = [
     "Agents",
@@ -41,6 +40,7 @@ __all__ = [
     "LeafSums",
     "RouteGradients",
     "Tokens",
+    "__version__",
     "attend",
     "attend_backward",
     "backends",
