@@ -361,7 +361,8 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors we may use."""
+    """Threads that the verbs use. By default HISAC_NUM_THREADS or OMP_NUM_THREADS, the first number of a list, else the
+    processors that affinity and the container's quota allow; at most 256."""
     return int(core.get_num_threads())
 
 
