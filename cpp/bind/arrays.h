@@ -20,6 +20,12 @@ struct Call {
   bool only_cpu = false;
 
   explicit Call(const char* name) : verb(name) {}
+  struct Range {
+    const char* name;
+    uintptr_t begin, end;
+    bool written;
+  } range[32];  // the memory of the arrays so far
+  int ranges = 0;
   /// A verb that only the CPU has.
   static Call on_cpu(const char* name) {
     Call call(name);
@@ -89,7 +95,16 @@ inline bool plain(nb::handle array, nb::dlpack::dltensor* t) noexcept {
   return PyErr_Occurred() ? PyErr_Clear(), false : yes;
 }
 
-/// Checks place, rank and layout; returns the address of the first element. `expected` is the contract in words.
+/// Refuses an array that is written and shares memory with another of the call.
+inline void apart(Call& call, const char* name, uintptr_t begin, uintptr_t end, bool written) {
+  for (const auto *r = call.range, *last = r + call.ranges; r < last; ++r)
+    if ((written || r->written) && begin < r->end && r->begin < end)
+      wrong_value(call, name, "memory of its own", std::string("that of ") + r->name);
+  if (call.ranges < static_cast<int>(std::size(call.range))) call.range[call.ranges++] = {name, begin, end, written};
+}
+
+/// Checks place, rank, layout and overlap; returns the address of the first element. `expected` is the contract in
+/// words.
 inline void* borrow(const View& view, Call& call, const char* name, int ndim, const char* expected, bool write) {
   const auto& t = view.tensor;
   if (view.none) wrong_type(call, name, expected, "None");
@@ -107,7 +122,10 @@ inline void* borrow(const View& view, Call& call, const char* name, int ndim, co
     wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
   if (!t.data && size != 0) wrong_type(call, name, "an array with data", "a fake tensor");
   if (write && !view.writable) wrong_type(call, name, "a writable array", "a read-only one");
-  return static_cast<char*>(t.data) + t.byte_offset;
+  char* const data = static_cast<char*>(t.data) + t.byte_offset;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  if (size) apart(call, name, begin, begin + static_cast<uintptr_t>(size) * t.dtype.bits / 8, write);
+  return data;
 }
 
 /// T is const-qualified for inputs. None gives a null array where `optional`.

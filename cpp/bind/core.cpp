@@ -131,8 +131,8 @@ void encode_codes(const Codebook& book, Lent x, Lent codes) {
 
 void leaf_numbers(const Codebook& book, Lent codes, Lent out) {
   Call call = Call::on_cpu("leaves");
-  raise(leaves(book, array<const int32_t, 2>(codes, call, "codes", kCodes),
-               array<int64_t, 1>(out, call, "out", "int64 [T]")));
+  const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
+  raise(leaves(book, from, array<int64_t, 1>(out, call, "out", "int64 [T]")));
 }
 
 void prototype_rows(const Codebook& book, Lent codes, Lent out) {

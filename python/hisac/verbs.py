@@ -186,8 +186,6 @@ def route(
     v, (users, m, width) = rows[1], prototypes.shape
     seats = m + (missing == "token")
     given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
-    if refine and given.prototypes is prototypes:  # as in what a call without refine returned
-        raise ValueError("route: out prototypes expected memory of its own, got the prototypes that came in")
     tokens = give("route", "out tokens", given.tokens, v, (users, seats, v.shape[1]))
     lse = give("route", "out lse", given.lse, v, (users, seats), FLOAT32)
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None

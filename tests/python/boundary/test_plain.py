@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain arrays, which go straight into the core, beside all that must not; and the callers' results of every verb."""
+"""Plain arrays, which go straight into the core, beside all that must not; the callers' results of every verb."""
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from test_boundary import (
     REFUSED,
     ROUTE,
     TOKENS,
+    VALUE,
     D,
     T,
     X,
@@ -130,3 +131,114 @@ def test_out_may_be_of_a_subclass(name):
     expected = bits((call_with(None),))
     for out in (np.zeros_like(right).view(Mine), torch.nn.Parameter(torch.zeros(right.shape), requires_grad=False)):
         assert call_with(out) is out and bits((out,)) == expected
+
+
+# -------------------------------------------------------------------------------------------------------------- overlap
+
+
+def at(address, a, memory=None):
+    """A copy of an array at this byte of some memory."""
+    memory = np.zeros(1 << 12, np.uint8) if memory is None else memory
+    view = memory[address : address + a.nbytes].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+OUTS = {  # the output: what it holds, the call with it, the inputs
+    "encode: out": (CODES, lambda a, x=X: hisac.encode(BOOK, x, out=a), {"x": X}),
+    "route: out tokens": (
+        TOKENS.tokens,
+        lambda a, **new: hisac.route(**{**ROUTE, **new}, out=Tokens(a, None, None)),
+        ROUTE,
+    ),
+    "route: out lse": (TOKENS.lse, lambda a, **new: hisac.route(**{**ROUTE, **new}, out=Tokens(None, a, None)), ROUTE),
+    "route: out prototypes": (
+        PROTOTYPES,
+        lambda a, **new: hisac.route(**{**ROUTE, **new}, refine=1, out=Tokens(None, None, a)),
+        ROUTE,
+    ),
+    "attend: out": (ATTENDED.out, lambda a, **new: hisac.attend(**{**ATTEND, **new}, out=Attended(a, None)), ATTEND),
+    "attend: out lse": (
+        ATTENDED.lse,
+        lambda a, **new: hisac.attend(**{**ATTEND, **new}, out=Attended(None, a)),
+        ATTEND,
+    ),
+}
+
+
+@pytest.mark.parametrize("convert", [lambda a: a, torch.from_numpy])
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name, (*_, inputs) in OUTS.items() for other in inputs])
+def test_an_output_shares_no_memory_with_an_input(name, other, convert):
+    """Not a byte, whoever begins first, nor all of it; but they may touch."""
+    right, call_with, inputs = OUTS[name]
+    given, start = inputs[other], 1024
+    for first, shared in ((start, True), (start + given.nbytes - 8, True), (start + 8 - right.nbytes, True),
+                          (start + given.nbytes, False), (start - right.nbytes, False)):  # fmt: skip
+        memory = np.zeros(1 << 12, np.uint8)
+        out = at(first, right, memory)
+        array = at(start, given, memory)
+        before = memory.copy()
+        if not shared:
+            call_with(convert(out), **{other: convert(array)})
+            continue
+        with pytest.raises(ValueError) as error:
+            call_with(convert(out), **{other: convert(array)})
+        assert str(error.value) == f"{name} expected memory of its own, got that of {other}"
+        np.testing.assert_array_equal(memory, before)
+
+
+def test_outputs_share_no_memory():
+    memory = np.zeros(1 << 12, np.uint8)
+    tokens, lse, refined = (at(0, a, memory) for a in (TOKENS.tokens, TOKENS.lse, PROTOTYPES))
+    apart = at(1024, TOKENS.tokens, memory)
+    for given, name, other in (
+        (Tokens(tokens, lse, None), "lse", "tokens"),
+        (Tokens(tokens, None, refined), "prototypes", "tokens"),
+        (Tokens(apart, lse, refined), "prototypes", "lse"),
+    ):
+        with pytest.raises(ValueError) as error:
+            hisac.route(**ROUTE, refine=1, out=given)
+        assert str(error.value) == f"route: out {name} expected memory of its own, got that of out {other}"
+    with pytest.raises(ValueError, match=r"^attend: out lse expected memory of its own, got that of out$"):
+        hisac.attend(**ATTEND, out=Attended(at(0, ATTENDED.out, memory), at(0, ATTENDED.lse, memory)))
+    first = hisac.route(**ROUTE)  # returns the prototypes that came in
+    with pytest.raises(ValueError, match=r"^route: out prototypes expected memory of its own, got that of prototypes$"):
+        hisac.route(**ROUTE, refine=1, out=first)
+
+
+def test_arrays_without_elements_share_nothing():
+    """An empty array may lie anywhere, in the middle of another too."""
+    memory = np.zeros(96, np.uint8)
+    x = memory.view(np.float32)[: 2 * D].reshape(2, D)
+    out = memory[8:8].view(np.int32).reshape(0, 2)
+    assert hisac.encode(BOOK, x[1:1], out=out) is out
+    tokens = Tokens(memory[8:8].view(np.float32).reshape(0, 4, D), memory[8:8].view(np.float32).reshape(0, 4), None)
+    assert hisac.route(x, x, np.zeros(1, int), PROTOTYPES[:0], out=tokens).tokens is tokens.tokens
+
+
+def test_the_core_s_own_outputs():
+    """Of verbs whose results Python allocates."""
+    memory, book = np.zeros(1 << 12, np.uint8), BOOK._core
+    codes, wide = at(0, CODES, memory), np.empty((T, 2), np.int64)
+    rows, groups = at(0, X, memory), np.array([0, T])
+    none = dict.fromkeys(("x_ids", "v_ids", "x_scale"))
+    sums = dict(out_x=np.empty((T, D), "f4"), out_v=np.empty((T, 3), "f4"), out_offsets=np.empty(2, int))
+    sums |= dict(out_bias=np.empty(T, "f4"), out_spread=at(0, X[0], memory), out_codes=CODES.copy())
+    for call_core, text in (
+        (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
+        (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
+        (lambda: _core.fit(X, [X[:2], X[1:3].copy(), X[2:4]], 1, 0, None), "fit: centers {} x"),
+        (lambda: _core.fit(X, [rows[:2], rows[1:3]], 1, 0, None), "fit: centers {} centers"),
+        (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
+        (
+            lambda: _core.vote(book, CODES, groups, None, 1, [], None, codes[:1, None], wide[:1, :1], codes[0, :1]),
+            "vote: out count {} out codes",
+        ),
+        (
+            lambda: _core.leaf_sums(rows, VALUE, groups, None, None, None, CODES, book, **none, **sums),
+            "leaf_sums: out spread {} x",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            call_core()
+        assert str(error.value) == text.format("expected memory of its own, got that of")
