@@ -50,6 +50,18 @@ bool all_plain(const char* names, nb::typed<nb::tuple, nb::object, nb::ellipsis>
 
 /// Whether a caller's array may take a result of this shape and NumPy type number, or, below 0, of the type of `like`.
 bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, nb::handle like, int number) {
+/// The bits, uint16, of a bfloat16 array on the CPU that only DLPack lends; None for any other.
+nb::object bfloat16_bits(nb::handle source) {
+  nb::ndarray<nb::ro> array;
+  if (!nb::try_cast(source, array, false) || array.dtype() != nb::dlpack::dtype{4, 16, 1} || array.device_type() != 1)
+    return nb::none();
+  using Lender = nb::ndarray<nb::ro>;
+  const nb::capsule lender(new Lender(array), [](void* p) noexcept { delete static_cast<Lender*>(p); });
+  const std::vector<size_t> shape(array.shape_ptr(), array.shape_ptr() + array.ndim());
+  return nb::cast(nb::ndarray<nb::numpy, nb::ro>(array.data(), array.ndim(), shape.data(), lender, array.stride_ptr(),
+                                                 nb::dtype<uint16_t>()));
+}
+
   nb::dlpack::dltensor t;
   if (!plain(array, &t) || t.ndim != static_cast<int>(shape.size())) return false;
   for (int i = 0; i < t.ndim; ++i)
@@ -429,6 +441,7 @@ void fill(nb::module_& m) {
       "use_cuda",
       [](nb::capsule backend, int32_t device_type) {
         cuda_device_type = device_type;
+  m.def("bfloat16_bits", bfloat16_bits, "source"_a);
         set_cuda_backend(static_cast<const Backend*>(backend.data("hisac.cuda")));
       },
       "backend"_a, "device_type"_a = 2, nb::sig("def use_cuda(backend: object, device_type: int = 2) -> None"));

@@ -56,11 +56,17 @@ inline nb::dlpack::dtype numpy_type(int number) noexcept {
   return {static_cast<uint8_t>(kCodes[number] - '0'), kBits[number], 1};
 }
 
+/// That of a NumPy dtype. A user's type has a number drawn at run time; of those, ml_dtypes' bfloat16 is known.
+inline nb::dlpack::dtype numpy_type(const NumpyDtype& d) noexcept {
+  if (d.number < 256) return numpy_type(d.number);
+  return std::strcmp(d.scalar->tp_name, "ml_dtypes.bfloat16") ? nb::dlpack::dtype{} : nb::dlpack::dtype{4, 16, 1};
+}
+
 /// A contiguous, aligned ndarray of a native type that DLPack names; false for any other.
 inline bool see_numpy(PyObject* source, nb::dlpack::dltensor* out, bool* writable) noexcept {
   constexpr int kContiguous = 0x1, kAligned = 0x100, kWritable = 0x400, kWarnsOfWrites = INT_MIN;
   const auto* const a = reinterpret_cast<const NumpyArray*>(source);
-  const auto type = numpy_type(a->dtype->number);
+  const auto type = numpy_type(*a->dtype);
   *writable = a->flags & kWritable;
   *out = {a->data, {1, 0}, a->ndim, type, reinterpret_cast<int64_t*>(a->shape), nullptr, 0};
   return (a->flags & (kContiguous | kAligned | kWarnsOfWrites)) == (kContiguous | kAligned) && type.bits &&

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain arrays, which go straight into the core, beside all that must not; the callers' results of every verb."""
 
+import gc
+import sys
+
 import numpy as np
 import pytest
 from test_boundary import (
@@ -15,6 +18,7 @@ from test_boundary import (
     TOKENS,
     VALUE,
     D,
+    Producer,
     T,
     X,
     bits,
@@ -83,7 +87,7 @@ def test_builtin_types_by_their_names(letter):
 def test_types_of_others_are_no_builtin_ones():
     """ml_dtypes gives its types letters of NumPy's own, "L" among them."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    for name in ("bfloat16", "float8_e4m3b11fnuz", "float8_e5m2", "int4"):
+    for name in ("float8_e4m3b11fnuz", "float8_e5m2", "int4"):
         with pytest.raises(TypeError, match=r"^encode: x "):
             hisac.encode(BOOK, np.zeros((T, D), getattr(ml_dtypes, name)))
 
@@ -242,3 +246,77 @@ def test_the_core_s_own_outputs():
         with pytest.raises(ValueError) as error:
             call_core()
         assert str(error.value) == text.format("expected memory of its own, got that of")
+
+
+# ------------------------------------------------------------------------------------------------------------- bfloat16
+
+
+def other_bfloat16(a):
+    """As ml_dtypes has it: contiguous, sliced; and as producers other than torch lend it."""
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    tensor = torch.from_numpy(a).bfloat16()
+    return [
+        a.astype(dtype),
+        sliced(a.astype(dtype)),
+        locked(a.astype(dtype)),
+        Producer(tensor),
+        Producer(tensor.T.contiguous().T if a.ndim == 2 else tensor),
+        Producer(torch.from_numpy(sliced(a)).bfloat16()),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_bfloat16_of_others_is_torch_s(kind):
+    """The same bits in every verb; results are NumPy's, of ml_dtypes' type where they have the input's."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+
+    def both(function, like=ml_dtypes.bfloat16, **arrays):
+        tensors = {name: torch.from_numpy(a).bfloat16() for name, a in arrays.items()}
+        want = function(**tensors)
+        got = function(**{name: other_bfloat16(a)[kind] for name, a in arrays.items()})
+        got, want = ((r,) if hasattr(r, "shape") else [a for a in r if hasattr(a, "shape")] for r in (got, want))
+        assert all(type(a) is np.ndarray for a in got) and got[0].dtype == like
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float64), b.double().numpy())
+
+    rest = {"offsets": ROUTE["offsets"], "prototypes": PROTOTYPES}
+    both(lambda x: hisac.encode(BOOK, x), np.int32, x=X)
+    both(lambda x, v: hisac.route(x, v, **rest)[:2], x=X, v=ROUTE["v"])
+    both(lambda v: hisac.route(X, v, **rest, missing="token")[:2], v=ROUTE["v"]) if kind < 3 else None
+    both(lambda x, v: hisac.leaf_sums(x, v, rest["offsets"], CODES, BOOK), np.float32, x=X, v=ROUTE["v"])
+    qkv = {name: ATTEND[name] for name in ("q", "keys", "values")}
+    both(lambda **a: hisac.attend(**a, candidate_offsets=ATTEND["candidate_offsets"]), **qkv)
+    tensor, array = torch.from_numpy(X).bfloat16(), other_bfloat16(X)[kind]
+    assert hisac.fit(array, (3, 2)) == hisac.fit(tensor, (3, 2))
+
+
+def test_bfloat16_results_of_the_caller():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    x, v = X.astype(bfloat16), ROUTE["v"].astype(bfloat16)
+    fresh = hisac.route(x, v, ROUTE["offsets"], PROTOTYPES)
+    assert _core.plain("a T D", (x,))
+    out = Tokens(np.zeros_like(fresh.tokens), None, None)
+    assert hisac.route(x, v, ROUTE["offsets"], PROTOTYPES, out=out).tokens is out.tokens
+    assert out.tokens.tobytes() == fresh.tokens.tobytes()
+    with pytest.raises(ValueError, match=r"^route: out tokens expected bfloat16 .*, got float16 "):
+        hisac.route(x, v, ROUTE["offsets"], PROTOTYPES, out=Tokens(fresh.tokens.astype(np.float16), None, None))
+
+
+def test_bfloat16_by_dlpack_needs_ml_dtypes(monkeypatch):
+    lent = Producer(MATRIX.bfloat16())
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(TypeError) as error:
+        hisac.encode(BOOK, lent)
+    assert str(error.value) == "encode: x expected ml_dtypes beside bfloat16 by DLPack, got no such module"
+
+
+def test_bfloat16_by_dlpack_is_borrowed():
+    """Until the array that sees it is gone."""
+    pytest.importorskip("ml_dtypes")
+    tensor = torch.zeros(T, D, dtype=torch.bfloat16)
+    seen = arrays.take_one("encode", "x", Producer(tensor))
+    tensor[0, 0] = 3
+    assert seen[0, 0] == 3 and seen.ctypes.data == tensor.data_ptr()
+    del tensor
+    gc.collect()
+    assert seen[0, 0] == 3
