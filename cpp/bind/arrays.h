@@ -13,19 +13,21 @@ namespace hisac::bind {
 /// DLPack's number for the devices of cuda_backend(): CUDA's; the CPU's when tests lend emulated kernels.
 inline int32_t cuda_device_type = 2;
 
+constexpr int64_t kMostWidth = 1 << 20;  // of D and V
+
 /// One call: its verb's name, for messages, and where its arrays lie: where the first one does.
 struct Call {
   const char* verb;
   nb::dlpack::device device{0, 0};
   bool only_cpu = false;
-
-  explicit Call(const char* name) : verb(name) {}
   struct Range {
     const char* name;
     uintptr_t begin, end;
     bool written;
   } range[32];  // the memory of the arrays so far
   int ranges = 0;
+
+  explicit Call(const char* name) : verb(name) {}
   /// A verb that only the CPU has.
   static Call on_cpu(const char* name) {
     Call call(name);
@@ -86,8 +88,7 @@ inline bool plain(nb::handle array, nb::dlpack::dltensor* t) noexcept {
   static PyObject* const kLevel = PyUnicode_InternFromString("_current_level");
   const auto is_false = [](PyObject* got) { return nb::steal(got).ptr() == Py_False; };
   PyObject* const self = array.ptr();
-  int64_t size;
-  const bool yes = !kind.api->tensor_from_object(self, t) && t->dtype.code != 5 && contiguous(*t, &size) &&
+  const bool yes = !kind.api->tensor_from_object(self, t) && t->dtype.code != 5 && contiguous(*t) &&
                    (t->device.device_type == 1 || (t->device.device_type == 2 && cuda_backend())) &&
                    is_false(PyObject_GetAttr(self, kGrad)) &&
                    is_false(PyObject_VectorcallMethod(kNeg, &self, 1, nullptr)) &&
@@ -117,10 +118,9 @@ inline void* borrow(const View& view, Call& call, const char* name, int ndim, co
     wrong_type(call, name, "an array on " + place(call.device.device_type ? call.device : nb::dlpack::device{1, 0}),
                "one on " + place(device));
   if (t.ndim != ndim) wrong_value(call, name, expected, describe(view));
-  int64_t size;
-  if (!contiguous(t, &size))
-    wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
-  if (!t.data && size != 0) wrong_type(call, name, "an array with data", "a fake tensor");
+  if (!contiguous(t)) wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
+  const int64_t size = product(t.shape, ndim);
+  if (!t.data && size) wrong_type(call, name, "an array with data", "a fake tensor");
   if (write && !view.writable) wrong_type(call, name, "a writable array", "a read-only one");
   char* const data = static_cast<char*>(t.data) + t.byte_offset;
   const auto begin = reinterpret_cast<uintptr_t>(data);
@@ -158,9 +158,10 @@ R rows(const View& view, Call& call, const char* name, int ndim, const char* exp
   out.data = data ? data : &empty;
   const bool is_int8 = int8 && view.tensor.dtype == dtype_of<int8_t>();
   out.dtype = is_int8 ? DType::int8 : float_type(view, call, name, expected);
-  out.rows = 1;
-  for (int i = 0; i + 1 < ndim; ++i) out.rows *= view.tensor.shape[i];
+  out.rows = product(view.tensor.shape, ndim - 1);
   out.width = view.tensor.shape[ndim - 1];
+  if (out.rows < 0 || out.width > kMostWidth)
+    wrong_value(call, name, std::string(expected) + ", fewer than 2^63 rows of at most 2^20 numbers", describe(view));
   return out;
 }
 

@@ -43,13 +43,13 @@ bool all_plain(const char* names, nb::typed<nb::tuple, nb::object, nb::ellipsis>
     names += std::min(name.size() + 2, std::strlen(names));
     if (array.is_none() && name.find('?') != name.npos) continue;
     const auto rank = std::count(name.begin(), name.end(), ' ');
-    if (!plain(array, &t) || (rank && rank != t.ndim) || (name.find('+') != name.npos && !t.shape[0])) return false;
+    if (!plain(array, &t) || (rank && rank != t.ndim) || (name.find('+') != name.npos && !t.shape[0]) ||
+        (rank > 1 && t.shape[rank - 1] > kMostWidth))
+      return false;
   }
   return true;
 }
 
-/// Whether a caller's array may take a result of this shape and NumPy type number, or, below 0, of the type of `like`.
-bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, nb::handle like, int number) {
 /// The bits, uint16, of a bfloat16 array on the CPU that only DLPack lends; None for any other.
 nb::object bfloat16_bits(nb::handle source) {
   nb::ndarray<nb::ro> array;
@@ -62,6 +62,8 @@ nb::object bfloat16_bits(nb::handle source) {
                                                  nb::dtype<uint16_t>()));
 }
 
+/// Whether a caller's array may take a result of this shape and NumPy type number, or, below 0, of the type of `like`.
+bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, nb::handle like, int number) {
   nb::dlpack::dltensor t;
   if (!plain(array, &t) || t.ndim != static_cast<int>(shape.size())) return false;
   for (int i = 0; i < t.ndim; ++i)
@@ -224,14 +226,17 @@ struct RouteArguments {
   RouteArguments(Call& call, Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes,
                  const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count,
                  nb::handle tau, nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision,
-                 int refine)
+                 int64_t refine)
       : RouteArguments(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale) {
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
     params.missing = static_cast<Missing>(either(call, "missing", missing, "drop", "token"));
     params.precision = static_cast<Precision>(either(call, "precision", precision, "float32", "bfloat16"));
-    params.refine = refine;
+    if (refine < 0 || refine > 1'000'000) wrong_value(call, "refine", "0 to 1000000", std::to_string(refine));
+    params.refine = static_cast<int>(refine);
     in.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
+    if (in.prototypes.shape[2] > kMostWidth)
+      wrong_value(call, "prototypes", "float32 [B, M, D], D at most 2^20", describe(prototypes));
     in.count = array<const int32_t, 1>(count, call, "count", "int32 [B]", true);
     if (PyFloat_Check(tau.ptr()) || PyLong_Check(tau.ptr())) {
       temperature = static_cast<float>(nb::cast<double>(tau));
@@ -269,7 +274,7 @@ struct RouteArguments {
 
 void route_tokens(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes, const Codebook* book,
                   Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count, nb::handle temperature,
-                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int refine,
+                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine,
                   Lent tokens, Lent lse, Lent refined) {
   Call call("route");
   const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale, prototypes, count,
@@ -436,12 +441,12 @@ void fill(nb::module_& m) {
         "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "dq"_a, "dkeys"_a, "dvalues"_a, "dbias"_a.none());
 
   m.def("plain", all_plain, "names"_a, "arrays"_a);
+  m.def("bfloat16_bits", bfloat16_bits, "source"_a);
   m.def("fits", fits, "array"_a, "shape"_a, "like"_a, "number"_a);
   m.def(
       "use_cuda",
       [](nb::capsule backend, int32_t device_type) {
         cuda_device_type = device_type;
-  m.def("bfloat16_bits", bfloat16_bits, "source"_a);
         set_cuda_backend(static_cast<const Backend*>(backend.data("hisac.cuda")));
       },
       "backend"_a, "device_type"_a = 2, nb::sig("def use_cuda(backend: object, device_type: int = 2) -> None"));
@@ -451,8 +456,8 @@ void fill(nb::module_& m) {
   m.def("active_isa", [] { return std::string(active_isa()); });
 }
 
-}  // namespace hisac::bind
 }  // namespace
+}  // namespace hisac::bind
 
 extern "C" NB_EXPORT PyObject* PyInit__core() {
   return hisac::bind::define_module<hisac::bind::fill>(

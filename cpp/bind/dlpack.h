@@ -131,15 +131,27 @@ inline Kind kind_of(PyTypeObject* type) noexcept {
   return kind;
 }
 
-/// Row-major without gaps, as an array without elements is.
-inline bool contiguous(const nb::dlpack::dltensor& t, int64_t* size) noexcept {
-  bool yes = true;
-  *size = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    yes = yes && (!t.strides || t.shape[i] == 1 || t.strides[i] == *size);
-    *size *= t.shape[i];
+/// The product of n lengths; -1 where int64 cannot hold it.
+inline int64_t product(const int64_t* lengths, int n) noexcept {
+  int64_t size = 1;
+  bool over = false;
+  for (int i = 0; i < n; ++i) {
+    if (!lengths[i]) return 0;
+    over |= __builtin_mul_overflow(size, lengths[i], &size);
   }
-  return yes || !*size;
+  return over ? -1 : size;
+}
+
+/// Row-major without gaps, as an array without elements is.
+inline bool contiguous(const nb::dlpack::dltensor& t) noexcept {
+  const int64_t size = product(t.shape, t.ndim);
+  bool yes = size >= 0;
+  int64_t step = 1;
+  for (int i = t.strides && size > 0 ? t.ndim - 1 : -1; i >= 0; --i) {
+    yes = yes && (t.shape[i] == 1 || t.strides[i] == step);
+    step *= t.shape[i];
+  }
+  return yes;
 }
 
 /// A borrowed array; `none` where Python passed None.

@@ -128,7 +128,9 @@ class Scratch {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
   }
+  /// None where no machine has so many: the verb then names the argument that asks for them.
   Array<std::byte, 1> take(size_t bytes) {
+    if (bytes > PTRDIFF_MAX - 4096) return {};
     if (bytes > size_) {
       std::free(data_);
       size_ = (bytes + 4095) / 4096 * 4096;

@@ -124,13 +124,13 @@ def take_one(verb: str, name: str, x: Array, letters: str = "") -> Array:
     if letters and x.ndim != letters.count(" ") + 1:
         shape = ", ".join(letters.split())
         raise ValueError(f"{verb}: {name} expected [{shape}], got {dtype_name(x)} {list(x.shape)}")
+    if letters[-1:] in tuple("DVd") and x.shape[-1] > 2**20:
+        raise ValueError(f"{verb}: {name} expected {letters[-1]} of at most 2^20, got {x.shape[-1]}")
     if letters == "B+1" and not x.shape[0]:
         raise ValueError(f"{verb}: {name} expected [B+1], got an empty array")
     return taken
 
 
-def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
-    """An uninitialised result beside `like`, of a dtype of NumPy's, or of like's own."""
 def _from_bfloat16(verb: str, name: str, x: Array, error: Exception) -> Array:
     """What NumPy refused with this error, as ml_dtypes.bfloat16 if it is bfloat16 on the CPU."""
     bits = core.bfloat16_bits(x)
@@ -142,6 +142,8 @@ def _from_bfloat16(verb: str, name: str, x: Array, error: Exception) -> Array:
         raise TypeError(f"{verb}: {name} expected ml_dtypes beside bfloat16 by DLPack, got no such module") from None
 
 
+def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
+    """An uninitialised result beside `like`, of a dtype of NumPy's, or of like's own."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, like.dtype if dtype is None else dtype)
     if dtype is None:
@@ -193,12 +195,15 @@ def dtype_name(x: Array) -> str:
     return str(x.dtype).replace("torch.", "")
 
 
-def whole(verb: str, name: str, n: Any) -> int:
-    """A whole number; a float is refused rather than cut."""
+def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = math.inf) -> int:
+    """A whole number in a range; a float is refused rather than cut."""
     try:
-        return operator.index(n)
+        number = operator.index(n)
     except TypeError:
         raise TypeError(f"{verb}: {name} expected a whole number, got {n!r}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{verb}: {name} expected {least} to {most}, got {number}")
+    return number
 
 
 def take_histories(verb: str, offsets: Any) -> tuple[Array, ...]:

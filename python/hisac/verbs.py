@@ -182,7 +182,7 @@ def route(
     """
     rows = _rows("route", x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
     prototypes, count, temperature = _agents("route", prototypes, count, temperature)
-    refine = whole("route", "refine", refine)
+    refine = whole("route", "refine", refine, 0, 10**6)
     v, (users, m, width) = rows[1], prototypes.shape
     seats = m + (missing == "token")
     given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
@@ -355,7 +355,7 @@ def _attend_inputs(
 
 def set_num_threads(n: int) -> None:
     """Threads that the verbs use, 1 to 256. Results do not depend on it."""
-    core.set_num_threads(whole("threads", "n", n))
+    core.set_num_threads(whole("threads", "n", n, 1, 256))
 
 
 def get_num_threads() -> int:

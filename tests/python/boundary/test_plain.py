@@ -320,3 +320,45 @@ def test_bfloat16_by_dlpack_is_borrowed():
     del tensor
     gc.collect()
     assert seen[0, 0] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("convert", [lambda a: a, torch.from_numpy])
+@pytest.mark.parametrize("width", [2**20 + 1, 2**57 + 1024, 2**57 + 16])
+def test_empty_arrays_of_absurd_widths(width, convert):
+    """Refused before anything of that size is asked for or counted."""
+    x, prototypes, v = (convert(np.empty(s, "f4")) for s in ((0, width), (2, 0, width), (0, 3)))
+    offsets, codes = convert(np.zeros(3, int)), convert(np.empty((0, 2), np.int32))
+    none, lse = convert(np.empty((2, 0, 3), "f4")), convert(np.empty((2, 0), "f4"))
+    right = {"x": x[:, :1], "v": v, "offsets": offsets, "prototypes": prototypes[:, :, :1]}
+    q, keys = (convert(np.empty(s, "f4")) for s in ((0, 1, width), (2, 0, 1, width)))
+    for function, name in (
+        (lambda: hisac.encode(BOOK, x), "encode: x"),
+        (lambda: hisac.fit(x, (2,)), "fit: x"),
+        (lambda: hisac.route(**{**right, "x": x}), "route: x"),
+        (lambda: hisac.route(**{**right, "v": x}), "route: v"),
+        (lambda: hisac.route(**{**right, "prototypes": prototypes}), "route: prototypes"),
+        (lambda: hisac.route_backward(none, None, Tokens(none, lse, prototypes), x, v, offsets), "route_backward: x"),
+        (lambda: hisac.leaf_sums(x, v, offsets, codes, BOOK), "leaf_sums: x"),
+        (lambda: hisac.attend(q, keys, keys, offsets), "attend: q"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} expected [DVd] of at most 2\^20, got {width}$"):
+            function()
+
+
+def test_the_core_checks_widths_itself():
+    """As torch's operators call it."""
+    wide, v, offsets = np.empty((0, 2**57 + 1024), "f4"), np.empty((0, 3), "f4"), np.zeros(3, int)
+    out = np.empty((2, 0, 3), "f4"), np.empty((2, 0), "f4")
+    rest = [offsets, None, None, None, None, None, None, None, None]
+    options = [None, 1.0, "history", "exact", "drop", "float32", 0]
+    with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
+        _core.route(wide, v, *rest, np.empty((2, 0, 1), "f4"), *options, *out, None)
+    with pytest.raises(ValueError, match=r"^route: prototypes expected .* D at most 2\^20, got float32 \[2, 0, 144"):
+        _core.route(v, v, *rest, np.empty((2, 0, 2**57), "f4"), *options, *out, None)
+    from hisac.torch import route
+
+    with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
+        route(*map(torch.from_numpy, (wide, v, offsets, np.empty((2, 0, 2**57 + 1024), "f4"))))
