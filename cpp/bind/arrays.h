@@ -88,7 +88,8 @@ inline bool plain(nb::handle array, nb::dlpack::dltensor* t) noexcept {
   static PyObject* const kLevel = PyUnicode_InternFromString("_current_level");
   const auto is_false = [](PyObject* got) { return nb::steal(got).ptr() == Py_False; };
   PyObject* const self = array.ptr();
-  const bool yes = !kind.api->tensor_from_object(self, t) && t->dtype.code != 5 && contiguous(*t) &&
+  int64_t size;
+  const bool yes = !kind.api->tensor_from_object(self, t) && t->dtype.code != 5 && contiguous(*t, &size) &&
                    (t->device.device_type == 1 || (t->device.device_type == 2 && cuda_backend())) &&
                    is_false(PyObject_GetAttr(self, kGrad)) &&
                    is_false(PyObject_VectorcallMethod(kNeg, &self, 1, nullptr)) &&
@@ -104,8 +105,8 @@ inline void apart(Call& call, const char* name, uintptr_t begin, uintptr_t end, 
   if (call.ranges < static_cast<int>(std::size(call.range))) call.range[call.ranges++] = {name, begin, end, written};
 }
 
-/// Checks place, rank, layout and overlap; returns the address of the first element. `expected` is the contract in
-/// words.
+/// Checks place, rank, layout and overlap; returns the address of the first element, or any where there is none.
+/// `expected` is the contract in words.
 inline void* borrow(const View& view, Call& call, const char* name, int ndim, const char* expected, bool write) {
   const auto& t = view.tensor;
   if (view.none) wrong_type(call, name, expected, "None");
@@ -118,14 +119,16 @@ inline void* borrow(const View& view, Call& call, const char* name, int ndim, co
     wrong_type(call, name, "an array on " + place(call.device.device_type ? call.device : nb::dlpack::device{1, 0}),
                "one on " + place(device));
   if (t.ndim != ndim) wrong_value(call, name, expected, describe(view));
-  if (!contiguous(t)) wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
-  const int64_t size = product(t.shape, ndim);
+  int64_t size;
+  if (!contiguous(t, &size))
+    wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
   if (!t.data && size) wrong_type(call, name, "an array with data", "a fake tensor");
   if (write && !view.writable) wrong_type(call, name, "a writable array", "a read-only one");
   char* const data = static_cast<char*>(t.data) + t.byte_offset;
   const auto begin = reinterpret_cast<uintptr_t>(data);
   if (size) apart(call, name, begin, begin + static_cast<uintptr_t>(size) * t.dtype.bits / 8, write);
-  return data;
+  alignas(64) static char nothing[64];
+  return data ? data : nothing;
 }
 
 /// T is const-qualified for inputs. None gives a null array where `optional`.
@@ -133,10 +136,8 @@ template <class T, int N>
 Array<T, N> array(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
   Array<T, N> out;
   if (view.none && optional) return out;
-  void* const data = borrow(view, call, name, N, expected, !std::is_const_v<T>);
+  out.data = static_cast<T*>(borrow(view, call, name, N, expected, !std::is_const_v<T>));
   if (view.tensor.dtype != dtype_of<std::remove_const_t<T>>()) wrong_type(call, name, expected, describe(view));
-  static char empty;
-  out.data = data ? static_cast<T*>(data) : reinterpret_cast<T*>(&empty);
   for (int i = 0; i < N; ++i) out.shape[i] = view.tensor.shape[i];
   return out;
 }
@@ -153,9 +154,7 @@ inline DType float_type(const View& view, const Call& call, const char* name, co
 template <class R = Rows>
 R rows(const View& view, Call& call, const char* name, int ndim, const char* expected, bool int8 = false) {
   R out;
-  void* const data = borrow(view, call, name, ndim, expected, std::is_same_v<R, MutableRows>);
-  static char empty;
-  out.data = data ? data : &empty;
+  out.data = borrow(view, call, name, ndim, expected, std::is_same_v<R, MutableRows>);
   const bool is_int8 = int8 && view.tensor.dtype == dtype_of<int8_t>();
   out.dtype = is_int8 ? DType::int8 : float_type(view, call, name, expected);
   out.rows = product(view.tensor.shape, ndim - 1);
@@ -168,11 +167,10 @@ R rows(const View& view, Call& call, const char* name, int ndim, const char* exp
 /// int32 or int64 [n]; None gives null ids where `optional`.
 inline Ids ids(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
   if (view.none && optional) return {};
-  static char empty;
-  void* const data = borrow(view, call, name, 1, expected, false);
+  const void* const data = borrow(view, call, name, 1, expected, false);
   const bool wide = view.tensor.dtype == dtype_of<int64_t>();
   if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(call, name, expected, describe(view));
-  return {data ? data : &empty, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
+  return {data, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 
 /// offsets [B + 1]

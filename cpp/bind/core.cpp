@@ -87,14 +87,13 @@ void make_codebook(Codebook* self, const std::vector<View>& centers) {
 
 Codebook load_codebook(const std::string& path) {
   Codebook book;
-  Status status;
   int os_error = 0;
-  {
-    Unlocked unlocked;
+  const Status status = without_gil([&] {
     errno = 0;
-    status = Codebook::load(path.c_str(), &book);
+    const Status done = Codebook::load(path.c_str(), &book);
     os_error = errno;
-  }
+    return done;
+  });
   raise(status, os_error);
   return book;
 }

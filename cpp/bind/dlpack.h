@@ -142,12 +142,12 @@ inline int64_t product(const int64_t* lengths, int n) noexcept {
   return over ? -1 : size;
 }
 
-/// Row-major without gaps, as an array without elements is.
-inline bool contiguous(const nb::dlpack::dltensor& t) noexcept {
-  const int64_t size = product(t.shape, t.ndim);
-  bool yes = size >= 0;
+/// Row-major without gaps, as an array without elements is; its size.
+inline bool contiguous(const nb::dlpack::dltensor& t, int64_t* size) noexcept {
+  *size = product(t.shape, t.ndim);
+  bool yes = *size >= 0;
   int64_t step = 1;
-  for (int i = t.strides && size > 0 ? t.ndim - 1 : -1; i >= 0; --i) {
+  for (int i = t.strides && *size > 0 ? t.ndim - 1 : -1; i >= 0; --i) {
     yes = yes && (t.shape[i] == 1 || t.strides[i] == step);
     step *= t.shape[i];
   }

@@ -62,18 +62,14 @@ auto survive(F f) noexcept {
   }
 }
 
-/// The GIL is free while this lives.
-class Unlocked {
- public:
-  Unlocked() noexcept : state_(PyEval_SaveThread()) {}
-  Unlocked(const Unlocked&) = delete;
-  ~Unlocked() {
-    survive([this] { PyEval_RestoreThread(state_); });
-  }
-
- private:
-  PyThreadState* const state_;
-};
+/// f() while other threads may have the GIL.
+template <class F>
+auto without_gil(F f) noexcept {
+  PyThreadState* const state = PyEval_SaveThread();
+  const auto result = f();
+  survive([=] { PyEval_RestoreThread(state); });
+  return result;
+}
 
 /// f() with the GIL, from code without.
 template <class F>
@@ -190,12 +186,11 @@ void run(const Call& call, Workspace workspace, Verb verb, const Codebook* book 
   Context context;
   context.executor = &executor;
   context.workspace = scratch.take(workspace(context));
-  Status status;
-  {
-    Unlocked unlocked;
-    status = verb(context);
-    pool.reset();  // the last call of a pool joins its threads: without the GIL
-  }
+  const Status status = without_gil([&] {
+    const Status done = verb(context);
+    pool.reset();  // the last call of a pool joins its threads
+    return done;
+  });
   if (scratch.worth_keeping()) kept.swap(scratch);
   raise(status);
 }
