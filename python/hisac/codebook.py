@@ -72,12 +72,9 @@ class Codebook:
         for level, size in enumerate(sizes):
             if not 1 <= size <= 2**20:
                 raise ValueError(f"fit: codes expected 1 to 2^20 at level {level}, got {size}")
-        if not 0 <= int(iterations) <= 10**6:
-            raise ValueError(f"fit: iterations expected 0 to 1000000, got {iterations}")
+        iterations = whole("fit", "iterations", iterations, 0, 10**6)
         centers = [np.empty((size, x.shape[1]), np.float32) for size in sizes]
-        report = _core.fit(
-            x, centers, whole("fit", "iterations", iterations), whole("fit", "seed", seed) % 2**64, progress
-        )
+        report = _core.fit(x, centers, iterations, whole("fit", "seed", seed) % 2**64, progress)
         book = cls(centers)
         book.report = FitReport(*report)
         return book

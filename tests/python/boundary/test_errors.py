@@ -69,6 +69,7 @@ def test_codebook(centers, kind, text):
         ({"iterations": 1.5}, TypeError, "iterations expected a whole number, got 1.5"),
         ({"seed": "a"}, TypeError, "seed expected a whole number, got 'a'"),
         ({"codes": (2**21,)}, ValueError, "codes expected 1 to 2^20 at level 0, got 2097152"),
+        ({"iterations": "x"}, TypeError, "iterations expected a whole number, got 'x'"),
         ({"iterations": -1}, ValueError, "iterations expected 0 to 1000000, got -1"),
         ({"iterations": 2**20}, ValueError, "iterations expected 0 to 1000000, got 1048576"),
         ({"x": X[:0]}, ValueError, "x is [0, 6] without a usable row, expected at least one"),
@@ -258,8 +259,9 @@ ROUTE = [
         *ROUTE,
         ({"prototypes": PROTOTYPES[0]}, ValueError, "prototypes expected [B, M, D], got float32 [4, 6]"),
         ({"prototypes": AGENTS}, TypeError, f"prototypes {KIND} Agents"),
-        ({"refine": -1}, ValueError, "refine expected 0 or more, got -1"),
+        ({"refine": -1}, ValueError, "refine expected 0 to 1000000, got -1"),
         ({"refine": 1.5}, TypeError, "refine expected a whole number, got 1.5"),
+        ({"refine": 10**30}, ValueError, f"refine expected 0 to 1000000, got {10**30}"),
         ({"out": PROTOTYPES}, TypeError, "out expected hisac.Tokens, got ndarray"),
         (
             {"out": Tokens(PROTOTYPES, None, None)},
@@ -386,9 +388,10 @@ def test_attend_backward(change, kind, text):
 @pytest.mark.parametrize(
     ("n", "kind", "text"),
     [
-        (0, ValueError, "threads: expected 1 to 256, got 0"),
-        (-1, ValueError, "threads: expected 1 to 256, got -1"),
-        (257, ValueError, "threads: expected 1 to 256, got 257"),
+        (0, ValueError, "threads: n expected 1 to 256, got 0"),
+        (-1, ValueError, "threads: n expected 1 to 256, got -1"),
+        (257, ValueError, "threads: n expected 1 to 256, got 257"),
+        (10**20, ValueError, f"threads: n expected 1 to 256, got {10**20}"),
         (2.5, TypeError, "threads: n expected a whole number, got 2.5"),
         ("2", TypeError, "threads: n expected a whole number, got '2'"),
     ],
