@@ -9,18 +9,29 @@
 #include "cpu/simd/pack.h"
 
 namespace hisac::cpu {
+namespace {
 
-void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept {
+float median(float a, float b, float c) noexcept { return std::max(std::min(a, b), std::min(std::max(a, b), c)); }
+
+float median(float a, float b, float c, float d, float e) noexcept {
+  return median(std::max(std::min(a, b), std::min(c, d)), std::min(std::max(a, b), std::max(c, d)), e);
+}
+
+}  // namespace
+
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands, bool keep_x) noexcept {
   x_bf16.carve(arena, simd::kBlock * simd::pad(simd::pairs_of(width)), operands);
   if (operands == Operands::bf16x3) remainder = arena.take<float>(width);
   x = arena.take<float>(simd::kBlock * simd::pad(width));
+  if (keep_x) values_x = arena.take<float>(simd::kBlock * simd::pad(width));
   v = arena.take<float>(simd::kBlock * simd::pad(value_width));
   for (float** a : {&norm, &bias}) *a = arena.take<float>(simd::kBlock);
   row = arena.take<int64_t>(simd::kBlock);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
-  std::fill(x, x + simd::kBlock * simd::pad(width), 0.f);
+  for (float* rows : {x, values_x})
+    if (rows) std::fill(rows, rows + simd::kBlock * simd::pad(width), 0.f);
   std::fill(v, v + simd::kBlock * simd::pad(value_width), 0.f);
   for (uint32_t* part : {x_bf16.hi, x_bf16.lo})
     if (part) std::fill(part, part + simd::kBlock * simd::pad(simd::pairs_of(width)), 0u);
@@ -32,13 +43,14 @@ Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept {
   return allow_bf16x3 && k.matmul_bf16x3 ? Operands::bf16x3 : Operands::float32;
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs, Operands operands) noexcept
+RowLoader::RowLoader(const RouteInputs& inputs, Operands operands, const float* origin) noexcept
     : in_(inputs),
       k_(simd::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_(inputs.x, inputs.x_ids, inputs.x_scale),
       v_(inputs.v, inputs.v_ids),
-      operands_(operands) {}
+      operands_(operands),
+      origin_(origin) {}
 
 bool RowLoader::may_be_present(int64_t row) const noexcept {
   if (!v_.has(row) || (x_ && !x_.has(row))) return false;
@@ -76,6 +88,8 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   for (int64_t row = begin; row < end; ++row) {
     float* const x = block.x + n * ldx;
     if (load_x(row, x, block.norm + n)) {
+      if (block.values_x) std::copy_n(x, width_, block.values_x + n * ldx);
+      if (origin_) block.norm[n] = k_.subtract_row(width_, origin_, x);
       const int64_t offset = n * simd::pad(simd::pairs_of(width_));
       if (const auto* const given = operands_ == Operands::bf16 ? x_.as_bfloat16(row) : nullptr) {
         std::memcpy(block.x_bf16.hi + offset, given, static_cast<size_t>(2 * width_));
@@ -107,6 +121,7 @@ void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands ope
   if (operands == Operands::float32) packed = arena.take<float>(simd::packed_size(width, agents));
   if (operands == Operands::bf16x3) remainders = arena.take<float>(agents * width);
   if (round_to_bf16) rounding_scratch = arena.take<uint32_t>(simd::pairs_of(width));
+  if (!round_to_bf16) origin = arena.take<float>(width);
   rows = arena.take<float>(agents * width);
   for (float** a : {&norm, &rate}) *a = arena.take<float>(simd::pad(agents));
 }
@@ -119,7 +134,6 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
-    if (remainders) k.bf16_remainder(width, rows + m * width, remainders + m * width);
     if (rounding_scratch) {
       k.round_bf16(width, rows + m * width, nullptr, rounding_scratch);
       norm[m] = k.load_row(rounding_scratch, DType::bfloat16, width, rows + m * width);
@@ -127,6 +141,13 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     rate[m] = std::min(simd::kLog2e / tau, FLT_MAX);  // finite, since infinity times a distance of 0 is NaN
     index[m++] = static_cast<int32_t>(a);
   }
+  if (origin) {
+    const float* p[5];
+    for (int64_t j = 0; j < 5; ++j) p[j] = rows + (j < m && m >= 5 ? j : 0) * width;
+    for (int64_t d = 0; d < width && m > 0; ++d) origin[d] = median(p[0][d], p[1][d], p[2][d], p[3][d], p[4][d]);
+    for (int64_t j = 0; j < m; ++j) norm[j] = k.subtract_row(width, origin, rows + j * width);
+  }
+  for (int64_t j = 0; j < m && remainders; ++j) k.bf16_remainder(width, rows + j * width, remainders + j * width);
   for (int64_t a = m; a < simd::pad(agents); ++a) {
     norm[a] = INFINITY;
     rate[a] = 1;

@@ -35,7 +35,8 @@ Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept;
 /// Up to kBlock present rows of one user.
 struct Block {
   int n = 0;
-  float* x = nullptr;           // [kBlock, pad(D)]; padding columns stay zero
+  float* x = nullptr;           // [kBlock, pad(D)] x less the origin; padding columns stay zero
+  float* values_x = nullptr;    // [kBlock, pad(D)] x itself, where it is summed; null: not kept
   float* v = nullptr;           // [kBlock, pad(V)]
   float* norm = nullptr;        // [kBlock] |x|^2 + spread
   float* bias = nullptr;        // [kBlock] natural logarithm
@@ -45,7 +46,7 @@ struct Block {
   simd::Prefetcher prefetcher;  // the rows after this block
   bool last = false;            // the last block of its user
 
-  void carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept;
+  void carve(Arena& arena, int64_t width, int64_t value_width, Operands operands, bool keep_x) noexcept;
   void clear_padding(int64_t width, int64_t value_width) noexcept;
 };
 
@@ -57,7 +58,8 @@ struct Absent {
 
 class RowLoader {
  public:
-  RowLoader(const RouteInputs& inputs, Operands operands) noexcept;
+  /// origin [D] is subtracted from the x of blocks; null: zero.
+  RowLoader(const RouteInputs& inputs, Operands operands, const float* origin = nullptr) noexcept;
 
   /// Loads rows [begin, end) of x and v as a block without the absent ones, which it adds to `absent` where that has a
   /// sum.
@@ -95,6 +97,7 @@ class RowLoader {
   int64_t width_;
   RowSource x_, v_;
   Operands operands_;
+  const float* origin_;
 };
 
 /// Loads a unit's rows tile by tile and block by block: stack[0] = the merge of all tiles' states. reset(state) empties
@@ -117,7 +120,10 @@ void fold_rows(const RowLoader& loader, const Histories& h, const Unit& unit, Bl
   fold(unit.first, unit.last, stack, tile, merge);
 }
 
-/// The present agents of one user, packed for products with x.
+/// The present agents of one user, packed for products with x. Distances do not depend on the origin, but |x|^2 + |p|^2
+/// - 2 x . p loses the digits of large terms. So, unless products round to bfloat16, prototypes and rows are taken from
+/// an origin among them: in each dimension the median of the first five present prototypes (of the first where there
+/// are fewer), which one far prototype does not move.
 struct AgentPanel {
   int64_t m = 0;
   int32_t* index = nullptr;              // [M] the agent of a column
@@ -125,7 +131,8 @@ struct AgentPanel {
   Bf16Operand packed_bf16;               // [(D + 1) / 2, m] in place of packed
   uint32_t* rounding_scratch = nullptr;  // [(D + 1) / 2]; null: prototypes are not rounded
   float* remainders = nullptr;           // [M, D] of bf16x3: what rounding leaves of rows
-  float* rows = nullptr;                 // [m, D] the present prototypes
+  float* origin = nullptr;               // [D]; null: zero
+  float* rows = nullptr;                 // [m, D] the present prototypes, less the origin
   float* norm = nullptr;                 // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
   float* rate = nullptr;                 // [pad(M)] log2(e) / tau
 

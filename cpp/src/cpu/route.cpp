@@ -66,7 +66,7 @@ class Router {
     for (int w = 0; w < workers_; ++w) {
       Worker one;
       one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::bf16);
-      one.block.carve(arena, width_, value_width_, operands_);
+      one.block.carve(arena, width_, value_width_, operands_, params_.refine && operands_ != Operands::bf16);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
       one.e = arena.take<float>(simd::kBlock * simd::kPanel);
       for (float** a : {&one.lse, &one.shift}) *a = arena.take<float>(simd::kBlock);
@@ -143,9 +143,9 @@ class Router {
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        RowLoader(routed_, operands_), routed_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
-        [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
-        [&](State& state, State& later) { merge(state, later, w.panel.m); });
+        RowLoader(routed_, operands_, w.panel.origin), routed_.histories, unit, w.block, w.stack,
+        [&](State& s) { reset(s); }, [&](State& s) { return leaf() ? nullptr : &s.absent; },
+        [&](State& s) { block(refining, w, s); }, [&](State& state, State& later) { merge(state, later, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else
@@ -167,7 +167,8 @@ class Router {
     for (int i = 0; i < n; ++i)
       w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     const int64_t value_width = refining ? width_ : value_width_, ldv = simd::pad(value_width);
-    const float* const values = refining ? w.block.x : w.block.v;
+    const float* const x = w.block.values_x ? w.block.values_x : w.block.x;
+    const float* const values = refining ? x : w.block.v;
     if (operands_ != Operands::float32) round_values(w, values, ldv);
     simd::for_panels(m, [&](int64_t first, int64_t width) {
       if (!softmax_over_agents) products(w, first, width, width);

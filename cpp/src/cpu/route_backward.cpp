@@ -70,7 +70,7 @@ class Backward {
     for (int w = 0; w < workers_; ++w) {
       Worker one;
       one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
-      one.block.carve(arena, width_, value_width_, operands_);
+      one.block.carve(arena, width_, value_width_, operands_, false);
       one.z = arena.take<float>(block * columns);
       one.g = arena.take<float>(block * columns);
       for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
@@ -191,7 +191,7 @@ class Backward {
     const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    const RowLoader loader(routed_, operands_);
+    const RowLoader loader(routed_, operands_, w.panel.origin);
     fold_rows(
         loader, routed_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },

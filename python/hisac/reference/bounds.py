@@ -4,8 +4,9 @@
 With u = 2^-24 and c(n) = 64 + 2 min(n / 64, 32) + log2 n, the roundings on a term's way into a sum of n: runs of 64
 terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 
-- Logits are computed as bias - max(0, |x|^2 + |p|^2 - 2 x.p) / tau. The three sums have D terms, so
-      e = |dz| <= (D + 8) u (|x| + |p|)^2 / tau + 6 u d / tau + 4 u |bias|.
+- Logits are computed as bias - max(0, |x|^2 + |p|^2 - 2 x.p) / tau, x and p from an origin c among the prototypes (from
+  zero with precision="bfloat16" and on CUDA). The three sums have D terms and the differences 4 roundings, so
+      e = |dz| <= (D + 12) u (|x - c| + |p - c|)^2 / tau + 6 u d / tau + 4 u |bias|.
   Agents mode subtracts a log-sum-exp over agents, whose error is at most log(1 + sum_a s_a (exp(e_a) - 1)) and its own
   rounding. A prototype moved by |dp| in `refine` adds (2 |x - p| |dp| + |dp|^2) / tau.
 - A weight w_i then becomes w_i exp(+-e_i) / S with |S - 1| <= f = sum_i w_i (exp(e_i) - 1), so a token moves by at most
@@ -159,21 +160,29 @@ def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
     return skew + (_steps(len(raw.x)) + 8) * U, _largest(h, reach)
 
 
+def _from_origin(h: Any) -> Array:
+    """|x - c| + |p - c| [n, m] for the origin c that the CPU takes: in each dimension the median of the first five present
+    prototypes, or the first where there are fewer."""
+    c = np.median(h.p[:5], 0) if len(h.p) >= 5 else h.p[0] if len(h.p) else 0.0
+    return np.sqrt(np.square(h.x - c).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p - c).sum(1))
+
+
 class _Logits:
     """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
 
-    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float) -> None:
+    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float, cuda: bool) -> None:
         self.skew, reach = _leaf_errors(h, raw)
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
         far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
+        near = far if cuda or rounding == U16 else _from_origin(h)
         if rounding == U16:
             drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
-        far = np.square(far + drift)
-        e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        far, near = np.square(far + drift), np.square(near + drift)
+        e = (width + 12) * U * near + 4 * self.skew[:, None] * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
         e = e + (2 * width + len(raw.x) + 8) * LEAST
         if rounding == HALVES:
-            e = e + HALVES * far + 2 * np.sqrt(width) * TINY * np.sqrt(far)  # 2 sum |x p| <= far / 2
+            e = e + HALVES * near + 2 * np.sqrt(width) * TINY * np.sqrt(near)  # 2 sum |x p| <= near / 2
         self.wrong = e  # of d
         self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
@@ -218,7 +227,7 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
         for b, _, h, raw in _users(args):
             drift = np.zeros(len(h.agents))
             for step in range(refine + 1):
-                logits = _Logits(h, raw, normalize, drift, rounding)
+                logits = _Logits(h, raw, normalize, drift, rounding, cuda)
                 e = logits.e + 2 * logits.rounding
                 extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
                 if step == refine:
@@ -260,7 +269,7 @@ def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
 def unit_bound(expected: Tokens) -> Tokens:
     """The bound of `route` for |x|, |p| and |v| at most 1, temperature at least 0.1 and at most 2^24 rows."""
     _, m, width = expected.prototypes.shape
-    e = (2 * (width + 8) * 4 + 12 * 4) * U / 0.1 + (m + 2 * 40 + 16) * U
+    e = ((width + 12) * 16 + 6 * 4) * U / 0.1 + (m + 2 * 40 + 16) * U  # |x - c| + |p - c| <= 4
     f = np.expm1(e)
     tokens = 2 * f / (1 - f) + (2 * _steps(2**24) + 8) * U
     tokens = _in_type(expected.tokens, np.full(expected.tokens.shape, tokens), "float32")
@@ -280,7 +289,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
-            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding)
+            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding, cuda)
             token, total, dt, dl = (
                 np.asarray(a)[b, h.agents].astype(np.float64)
                 for a in (forward.tokens, forward.lse, args["d_tokens"], d_lse)

@@ -121,6 +121,8 @@ struct Kernels {
   void (*store_row)(void* dst, DType type, int64_t width, const float* src, float scale) = nullptr;
   /// dst[c, r] = src[r, c] of 16 columns c and w rows r, w rounded up to kLanes.
   void (*transpose)(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd) = nullptr;
+  /// row -= origin; returns the sum of squares of what is left.
+  float (*subtract_row)(int64_t width, const float* origin, float* row) = nullptr;
   /// dst += factor * src
   void (*add_row)(int64_t width, const float* src, float factor, float* dst) = nullptr;
 

@@ -116,6 +116,7 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.load_int8 = load_int8;
   k.store_row = store_row;
   k.transpose = transpose;
+  k.subtract_row = subtract_row;
   k.add_row = add_row;
   k.distance_logits = distance_logits;
   k.row_lse = row_lse;

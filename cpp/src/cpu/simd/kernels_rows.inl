@@ -149,6 +149,12 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   });
 }
 
+static float subtract_row(int64_t width, const float* origin, float* row) {
+  return load_row_of(width, row, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+    return load_partial(row + d, have) - load_partial(origin + d, have);
+  });
+}
+
 /// A scalar loop, because GCC widens vectors of int8 lane by lane.
 static float load_int8(const int8_t* __restrict src, float scale, int64_t width, float* __restrict dst) {
   for (int64_t d = 0; d < width; ++d) dst[d] = scale * static_cast<float>(src[d]);
