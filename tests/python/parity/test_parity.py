@@ -218,6 +218,8 @@ def test_distances_do_not_lose_digits_to_a_shift(normalize, refine, shift):
     assert (np.abs(mine.tokens - expected.tokens) <= bound.tokens)[:, some].all()
     assert (np.abs(mine.lse - expected.lse) <= bound.lse + 1e-6)[:, some].all()
     assert np.abs(mine.tokens - expected.tokens)[:, some].max() < 2e-4
+    if refine or shift == "far agent":  # whose lse has no digits that a weight could be made of
+        return
     back = {
         "d_tokens": np.cos(50 * mine.tokens),
         "d_lse": None,
@@ -229,7 +231,7 @@ def test_distances_do_not_lose_digits_to_a_shift(normalize, refine, shift):
     gradients, expected = hisac.route_backward(**back), reference.route_backward(**back)
     for name in back["need"]:
         g, e = getattr(gradients, name), getattr(expected, name)
-        assert np.linalg.norm(g - e) <= 1e-3 * np.linalg.norm(e)
+        assert np.linalg.norm(g - e) <= 1e-4 * np.linalg.norm(e)
 
 
 @given(testing.attentions(hostile=True))
