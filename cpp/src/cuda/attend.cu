@@ -171,8 +171,9 @@ Status lay_out(Task& t, const char* verb, bool gradients, const simt::Machine& m
     if (t.shared_bytes <= machine.shared) return {};
     if (t.warps == 1)
       return Status::error(Code::not_implemented,
-                           "%s: expected a device with %zu bytes of shared memory a block, got %zu", verb,
-                           t.shared_bytes, machine.shared);
+                           "%s: expected d and V that need at most %zu bytes of shared memory a block on this device, "
+                           "got %d and %d, which need %zu",
+                           verb, machine.shared, t.q.width, t.values.width, t.shared_bytes);
   }
 }
 

@@ -110,6 +110,21 @@ inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
   return t;
 }
 
+constexpr int64_t kMostColumns = 4096;  // D of `route`, D and V of its backward
+
+/// What the public verbs allow and CUDA's do not.
+inline Status check_counts(const char* verb, const RouteInputs& in) {
+  if (in.histories.users <= 1 << 30 && in.behaviours() < int64_t{1} << 31) return {};
+  return Status::error(Code::not_implemented,
+                       "%s: expected B up to 2^30 and T below 2^31 on CUDA, got %" PRId64 " and %" PRId64, verb,
+                       in.histories.users, in.behaviours());
+}
+inline Status check_columns(const char* verb, const char* name, int64_t columns) {
+  if (columns <= kMostColumns) return {};
+  return Status::error(Code::not_implemented, "%s: expected %s up to %" PRId64 " on CUDA, got %" PRId64, verb, name,
+                       kMostColumns, columns);
+}
+
 /// Where the levels' centers lie in the codebook's image; needed where there is no x.
 inline Status place_centers(const char* verb, const Context& context, const RouteInputs& in, Behaviours& t) {
   if (in.x.data || t.levels == 0) return {};

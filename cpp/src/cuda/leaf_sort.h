@@ -61,6 +61,7 @@ class Sorter {
     first = t.first[b];
     start = t.start(b);
     n = t.first[b + 1] - first;
+    SIMT_UNLESS_PLANTED(17, n = n < t.length(b) ? 0 : n);  // a history that does not fit whole has no sums
     const int passes = t.bits > 8 ? (t.bits + 7) / 8 : 1;
     for (int p = 0; p < passes; ++p) {
       to = ((passes - p) % 2 ? t.entry : t.spare) + first;

@@ -53,13 +53,12 @@ SIMT_KERNEL(kThreads) plan_entries(SIMT_CONSTANT LeafTask t) {
   if (simt::thread() == 0) t.first[t.users] = capped(all);
 }
 
-/// One block: where each user's sums go.
+/// One block: where each user's sums go. All of them fit: there are at most as many as entries, and as leaves.
 SIMT_KERNEL(kThreads) plan_sums(SIMT_CONSTANT LeafTask t) {
-  const auto capped = [&](int64_t n) { return n < t.sums ? n : t.sums; };
   const int64_t all = scan(
       t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.leaves[b]; },
-      [&](int64_t b, int64_t at) { t.out.offsets.data[b] = capped(at); });
-  if (simt::thread() == 0) t.out.offsets.data[t.users] = capped(all);
+      [&](int64_t b, int64_t at) { t.out.offsets.data[b] = at; });
+  if (simt::thread() == 0) t.out.offsets.data[t.users] = all;
 }
 
 /// A block a user.
@@ -365,12 +364,6 @@ int64_t width_of(const RouteInputs& in) {
   return in.x.data ? in.x.width : in.book && !in.book->empty() ? in.book->width() : 0;
 }
 
-Status check_limits(const RouteInputs& in) {
-  if (in.behaviours() < int64_t{1} << 31) return {};
-  return Status::error(Code::not_implemented, "leaf_sums: expected T below 2^31 on CUDA, got %" PRId64,
-                       in.behaviours());
-}
-
 }  // namespace
 
 size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t longest) noexcept {
@@ -382,20 +375,21 @@ size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t lo
 }
 
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {
-  HISAC_TRY(check_limits(inputs));
+  HISAC_TRY(check_counts("leaf_sums", inputs));
   LeafTask t = leaf_task(inputs, width_of(inputs));
   HISAC_TRY(place_centers("leaf_sums", context, inputs, t));
-  const int64_t most = most_entries(inputs, std::min(t.rows, out.x.shape[0]));
+  t.out = out;
+  t.sums = std::min({out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.codes.shape[0]});
+  const int64_t most = most_entries(inputs, std::min(t.rows, t.sums));
   t.room = entries_that_fit(context, inputs, most, [&](int64_t entries, Arena& arena) {
     LeafTask other = t;
     other.room = entries;
     carve(other, arena);
   });
+  t.room = std::min(t.room, t.sums);  // sums of more entries might not fit
   Arena arena(context.workspace);
   carve(t, arena);
   HISAC_TRY(arena.check("leaf_sums"));
-  t.out = out;
-  t.sums = out.x.shape[0];
   Launcher launch("leaf_sums", context);
   HISAC_TRY(launch.status());
   sum_leaves(t, launch);

@@ -303,17 +303,6 @@ void launch_all(Task& t, const RouteParams& params, Launcher& launch, const Toke
   }
 }
 
-/// What the public verb allows and this one does not.
-Status check_limits(const RouteInputs& in) {
-  const int64_t* const p = in.prototypes.shape;
-  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
-    return Status::error(Code::not_implemented,
-                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
-                         ", %" PRId64 " and %" PRId64,
-                         p[2], in.histories.users, in.behaviours());
-  return {};
-}
-
 }  // namespace
 
 Task describe_route(const RouteParams& params, const RouteInputs& in) { return describe(params, in); }
@@ -339,7 +328,8 @@ size_t route_workspace(const Context&, const RouteParams& params, const RouteInp
 }
 
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  HISAC_TRY(check_limits(inputs));
+  HISAC_TRY(check_counts("route", inputs));
+  HISAC_TRY(check_columns("route", "D", inputs.prototypes.shape[2]));
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
   Arena arena(context.workspace);

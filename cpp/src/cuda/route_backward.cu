@@ -13,9 +13,8 @@ namespace hisac::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kLeastChunk = 256;    // behaviours
-constexpr int kChunks = 2048;       // that chunks below kTile come to, at most
-constexpr int kMostColumns = 4096;  // of D and V
+constexpr int kLeastChunk = 256;  // behaviours
+constexpr int kChunks = 2048;     // that chunks below kTile come to, at most
 
 /// A warp an agent: its gradient in bfloat16 parts and what its weights need; absent and padding agents are zero.
 SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
@@ -384,18 +383,6 @@ int64_t most_leaves(const RouteParams& params, const RouteInputs& in, int64_t lo
   return params.method == Method::exact ? 0 : std::min<int64_t>(most_entries(in, longest), 0x7fffffff);
 }
 
-/// What the public verb allows and this one does not.
-Status check_limits(const RouteInputs& in) {
-  const int64_t* const p = in.prototypes.shape;
-  if (std::max(p[2], in.v.width) > kMostColumns || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
-    return Status::error(
-        Code::not_implemented,
-        "route_backward: expected D and V up to %d, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64 ", %" PRId64
-        ", %" PRId64 " and %" PRId64,
-        kMostColumns, p[2], in.v.width, in.histories.users, in.behaviours());
-  return {};
-}
-
 }  // namespace
 
 size_t route_backward_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs,
@@ -410,7 +397,9 @@ size_t route_backward_workspace(const Context&, const RouteParams& params, const
 
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept {
-  HISAC_TRY(check_limits(inputs));
+  HISAC_TRY(check_counts("route_backward", inputs));
+  HISAC_TRY(check_columns("route_backward", "D", inputs.prototypes.shape[2]));
+  HISAC_TRY(check_columns("route_backward", "V", inputs.v.width));
   Launcher launch("route_backward", context);
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;

@@ -85,13 +85,15 @@ vote_users(SIMT_CONSTANT VoteTask t) {
   if (simt::block() >= plan.slices) return;
   Slice& slice = *reinterpret_cast<Slice*>(simt::shared() + kSliceAt);
   if (simt::thread() == 0) t.slice(plan.capacity, t.slices + simt::block() * plan.slice_bytes, &slice);
-  // against the contract a user may be longer than any slice: the last pass cuts it
+  // Against the contract a user may have more rows than any slice can sort. The last pass gives it no agents.
   const auto wanted = [&](int64_t user) {
     const int64_t rows = t.voters(user);
     return rows > plan.above && (t.pass || rows <= plan.capacity);
   };
   each_user(t, wanted, [&](int64_t user) {
-    const int64_t voters = t.voters(user), rows = voters < plan.capacity ? voters : plan.capacity;
+    const int64_t voters = t.voters(user);
+    int64_t rows = voters < plan.capacity ? voters : plan.capacity;
+    SIMT_UNLESS_PLANTED(39, rows = rows < voters ? 0 : rows);
     if (kBitmap && rows <= t.shared_rows)
       UserVote<uint32_t, true>(t, slice, user, rows).run();
     else
@@ -185,7 +187,8 @@ size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& pa
   arena.take<Plan>(2);
   if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
     const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
-    arena.take<std::byte>(std::max(each, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
+    const int64_t least = t.pairs ? t.slice_bytes(kMostVoters) : each;  // a bitmap: enough for any history
+    arena.take<std::byte>(std::max(least, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
   }
   return arena.used();
 }
@@ -208,7 +211,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   Arena arena(context.workspace);
   t.plan = arena.take<Plan>(2);
   const size_t head = arena.used();
-  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(0));
+  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(t.pairs ? std::min<int64_t>(t.rows, kMostVoters) : 0));
   HISAC_TRY(arena.check("vote"));
   t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
   t.out_codes = out.codes.data;

@@ -92,13 +92,14 @@ struct VoteTask : Spans {
       p = reinterpret_cast<std::decay_t<decltype(p)>>(reinterpret_cast<uintptr_t>(base) + static_cast<size_t>(used));
       used += (bytes + 63) / 64 * 64;
     };
-    take(s->number, capacity * (pairs ? 4 : 8));
+    const int64_t leaves = pairs && capacity > int64_t{64} * pairs ? int64_t{64} * pairs : capacity;
+    take(s->number, leaves * (pairs ? 4 : 8));
     take(s->key, pairs ? 0 : capacity * 8);
     take(s->weight, pairs ? 0 : capacity * 4);
     take(s->spare_weight, pairs ? 0 : capacity * 4);
-    take(s->before, (capacity + 1) * 8);
-    take(s->mark, capacity * 2);
-    take(s->child, capacity * int64_t{sizeof(Child)});
+    take(s->before, (leaves + 1) * 8);
+    take(s->mark, leaves * 2);
+    take(s->child, leaves * int64_t{sizeof(Child)});
     take(s->node, seats > kMostShared ? seats * int64_t{sizeof(Node)} : 0);
     take(s->search, seats > kMostShared ? seats * int64_t{sizeof(Search)} : 0);
     return used;
