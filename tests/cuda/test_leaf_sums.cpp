@@ -104,15 +104,15 @@ void compare_sums(const Problem& p, const Sums& cpu, const Sums& cuda) {
   if (cpu.offsets != cuda.offsets || cpu.codes != cuda.codes) return test::fail("other leaves");
   const float x = p.codes_only ? 1.4f : largest(p.x, 1e6f) * (p.scale.empty() ? 1 : largest(p.scale, INFINITY));
   const float reach = x * x * static_cast<float>(p.width) + largest(p.spread, INFINITY);
-  const auto near = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound) {
+  const auto within = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound) {
     for (size_t i = 0; i < a.size(); ++i)
       if (!(a[i] == b[i] || std::fabs(a[i] - b[i]) <= bound || !(std::fabs(a[i]) < INFINITY || std::isfinite(b[i]))))
         test::fail("%s %zu: %g, expected %g within %g", what, i, double(b[i]), double(a[i]), double(bound));
   };
-  near("x", cpu.x, cuda.x, kSkew * x);
-  near("v", cpu.v, cuda.v, kSkew);
-  near("bias", cpu.bias, cuda.bias, kSkew);
-  near("spread", cpu.spread, cuda.spread, 4 * kSkew * reach);
+  within("x", cpu.x, cuda.x, kSkew * x);
+  within("v", cpu.v, cuda.v, kSkew);
+  within("bias", cpu.bias, cuda.bias, kSkew);
+  within("spread", cpu.spread, cuda.spread, 4 * kSkew * reach);
 }
 
 /// The tokens of `route` from kept sums, absent behaviours left out.

@@ -52,13 +52,13 @@
 //
 // Precision. Tensor cores multiply bfloat16 numbers, so on CUDA
 //
-//   Precision::float32       splits x, prototypes, v and weights into two bfloat16 numbers each. x . p is a sum of three
-//   of route                 products, within 2^-15 sum_d |x_d p_d| and the rounding of float32 sums. Where x and v are
-//                            both bfloat16, they are exact.
-//   Precision::bfloat16      rounds each of them, by at most 2^-8 of itself, and multiplies once. Norms are those of the
-//   of route                 rounded numbers, so an agent in a behaviour's place has distance 0.
+//   Precision::float32       writes x, prototypes, v and weights as sums of two bfloat16 numbers each. x . p is a sum
+//   of route                 of three products, within 2^-15 sum_d |x_d p_d| and the rounding of float32 sums. Where x
+//                            and v are both bfloat16, they are exact.
+//   Precision::bfloat16      rounds each of them, by at most 2^-8 of itself, and multiplies once. Norms are those of
+//   of route                 the rounded numbers, so an agent in a behaviour's place has distance 0.
 //   route_backward           does the same, with the gradients of tokens in the place of v.
-//   attend and its backward  split as Precision::float32 does. Where all inputs are bfloat16, they are exact.
+//   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
 //   leaf_sums                adds 64 rows in float32, and those sums in float64.
 //   encode, vote, code_prototypes, prototypes and sum_rows have the CPU's bits.
 #pragma once

@@ -20,23 +20,23 @@ constexpr int64_t kPart = 64;  // columns at a time
 /// its normal numbers can lose, in B or in tensor cores.
 void fill(const Codebook& book, int l, const CodebookImage& image, std::byte* out) noexcept {
   const simd::Kernels& k = simd::kernels();
-  const CodebookImage::Level& at = image.level[l];
+  const CodebookImage::Level& level = image.level[l];
   const int64_t width = image.width;
-  auto* const centers = reinterpret_cast<float*>(out + at.centers);
-  auto* const screen = reinterpret_cast<CodebookImage::Screen*>(out + at.screen);
+  auto* const centers = reinterpret_cast<float*>(out + level.centers);
+  auto* const screen = reinterpret_cast<CodebookImage::Screen*>(out + level.screen);
   auto* const mean = reinterpret_cast<float*>(screen + 1);
-  auto* const heads = reinterpret_cast<float*>(out + at.heads);
-  auto* const panels = reinterpret_cast<uint16_t*>(out + at.panels);
+  auto* const heads = reinterpret_cast<float*>(out + level.heads);
+  auto* const panels = reinterpret_cast<uint16_t*>(out + level.panels);
   const double t = std::sqrt(static_cast<double>(width)) * 0x1p-14;
   const auto center = [&](int64_t c) { return book.centers(l) + c * width; };
   double most = 0;  // |center - mean|
-  for (int64_t c = 0; c < at.size; ++c) std::copy_n(center(c), width, centers + c * image.pitch);
+  for (int64_t c = 0; c < level.size; ++c) std::copy_n(center(c), width, centers + c * image.pitch);
   for (int64_t d = 0; d < width; ++d) {
     double sum = 0;
-    for (int64_t c = 0; c < at.size; ++c) sum += double(center(c)[d]);
-    mean[d] = static_cast<float>(sum / static_cast<double>(at.size));
+    for (int64_t c = 0; c < level.size; ++c) sum += double(center(c)[d]);
+    mean[d] = static_cast<float>(sum / static_cast<double>(level.size));
   }
-  for (int64_t c = 0; c < at.size; ++c) {
+  for (int64_t c = 0; c < level.size; ++c) {
     double squares = 0;
     for (int64_t d = 0; d < width; ++d) {
       const double y = double(center(c)[d] - mean[d]);
@@ -48,11 +48,11 @@ void fill(const Codebook& book, int l, const CodebookImage& image, std::byte* ou
   screen->scale = 1;
   if (usable && most > 0) screen->scale = static_cast<float>(std::ldexp(1, std::min(6 - std::ilogb(most), 100)));
   screen->largest = usable ? 0.f : kInfinity;
-  for (int64_t c = 0; c < at.tiles * CodebookImage::kCodes; ++c) {
+  for (int64_t c = 0; c < level.tiles * CodebookImage::kCodes; ++c) {
     float* const head = heads + c / CodebookImage::kCodes * CodebookImage::kHead;
     float &half = head[c % CodebookImage::kCodes], *const bounds = head + CodebookImage::kCodes;
-    half = c >= at.size || (c > 0 && std::equal(center(c), center(c) + width, center(c - 1))) ? -kInfinity : 0.f;
-    if (c >= at.size || !usable) continue;
+    half = c >= level.size || (c > 0 && std::equal(center(c), center(c) + width, center(c - 1))) ? -kInfinity : 0.f;
+    if (c >= level.size || !usable) continue;
     double squares = 0, errors = 0;
     for (int64_t first = 0; first < width; first += kPart) {
       const int64_t n = std::min(kPart, width - first);
@@ -83,9 +83,9 @@ CodebookImage::CodebookImage(const Codebook& book) noexcept
       pitch((width + 3) / 4 * 4),
       depth((width + 15) / 16 * 16) {
   const auto take = [&](int64_t n) {
-    const int64_t at = bytes;
+    const int64_t offset = bytes;
     bytes += (n + 63) / 64 * 64;
-    return at;
+    return offset;
   };
   for (int l = 0; l < levels; ++l) {
     const int64_t size = book.size(l), tiles = (size + kCodes - 1) / kCodes;

@@ -22,7 +22,7 @@ constexpr int64_t kFixed = kFoundAt + 2 * kMostThreads;
 
 static_assert(kSliceAt + sizeof(Slice) <= kFoundAt);
 
-/// One block: the longest history, and so how many users the workspace has room for at a time.
+/// One block: the longest history, and from it how many users the workspace can hold at a time.
 SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
   auto* const longest = reinterpret_cast<int64_t*>(simt::shared());  // [32]
   if (t.cells) {
@@ -107,56 +107,52 @@ vote_in_cells(SIMT_CONSTANT VoteTask t) {
   each_user(t, [](int64_t) { return true; }, [&](int64_t user) { FanoutVote<Sum>(t, user).run(); });
 }
 
-/// Offsets for a vote by fan-out in cells; false where they are not for it, or leave no room for a second block.
+/// Offsets for a vote by fan-out in cells; false where the vote is not by fan-out, or its counters are too many for two
+/// blocks a processor.
 bool lay_out_cells(VoteTask& t, const simt::Machine& machine, int64_t sum) {
   if (t.budget) return false;
-  const int64_t room = static_cast<int64_t>(machine.shared) / 2 - 1024;
-  int64_t ranks = 1, kept = 1, cells = 0;
-  while (ranks < t.seats) ranks *= 2;
+  const int64_t available = static_cast<int64_t>(machine.shared) / 2 - 1024;
+  int64_t padded_seats = 1, kept = 1, cells = 0;
+  while (padded_seats < t.seats) padded_seats *= 2;
   for (int l = 0; l < t.levels; ++l) {
     t.cells_before[l] = static_cast<int>(cells);
     cells += kept * t.size[l];
-    if (cells * sum > room) return false;
+    if (cells * sum > available) return false;
     kept *= t.fanout[l];
   }
-  t.at.sums = static_cast<int>(kFixed);
-  t.at.nodes = t.at.sums + 16;
-  t.at.area = t.at.nodes + 16 * t.seats;
-  t.at.before = t.at.area + static_cast<int>(8 * ranks);
-  t.shared_bytes = t.at.before + cells * sum;
-  return t.shared_bytes <= room;
+  t.offset.sums = static_cast<int>(kFixed);
+  t.offset.nodes = t.offset.sums + 16;
+  t.offset.area = t.offset.nodes + 16 * t.seats;
+  t.offset.before = t.offset.area + static_cast<int>(8 * padded_seats);
+  t.shared_bytes = t.offset.before + cells * sum;
+  return t.shared_bytes <= available;
 }
 
-/// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
-/// ones.
+/// Offsets in shared memory: for two blocks of many threads a processor where users are long, for four of few where
+/// they are short.
 void lay_out(VoteTask& t, const simt::Machine& machine) {
   t.threads = t.rows > t.users * kShortRows ? kMostThreads : 128;
   const int blocks = t.threads == kMostThreads ? kBlocksLong : kBlocksShort;
   t.blocks = machine.processors * blocks;
   t.cells = lay_out_cells(t, machine, t.weights ? sizeof(uint64_t) : sizeof(uint32_t));
   if (t.cells) return;
-  int64_t used = kFixed;
-  const auto take = [&](int64_t bytes) {
-    const int64_t from = used;
-    used += (bytes + 15) / 16 * 16;
-    return static_cast<int>(from);
-  };
-  int64_t ranks = 1;
-  while (ranks < t.seats) ranks *= 2;
+  SharedLayout shared(kFixed);
+  int64_t padded_seats = 1;
+  while (padded_seats < t.seats) padded_seats *= 2;
   const int64_t few = t.seats > kMostShared ? 0 : t.seats;
-  t.at.sums = take(t.seats * 4);
-  t.at.nodes = take(few * int64_t{sizeof(Node)});
-  t.at.searches = take(few * int64_t{sizeof(Search)});
-  t.at.area =
-      take(std::max({int64_t{8} * t.pairs, ranks * 8, t.pairs ? 0 : (t.threads / 32) * (int64_t{4} << kDigit)}));
-  t.at.prefix = static_cast<int>(used);
-  const int64_t least = used + int64_t{4} * t.pairs;  // of a user who is not in shared memory
-  const int64_t room = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
-  take(int64_t{2} * t.pairs);
-  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((room - used - 64) / 6, 0, 0xffff)) : 0;
-  t.at.before = take((t.shared_rows + 1) * 4);
-  t.at.mark = take(t.shared_rows * 2);
-  t.shared_bytes = std::max(used, least);
+  t.offset.sums = shared.take(t.seats * 4);
+  t.offset.nodes = shared.take(few * int64_t{sizeof(Node)});
+  t.offset.searches = shared.take(few * int64_t{sizeof(Search)});
+  t.offset.area = shared.take(
+      std::max({int64_t{8} * t.pairs, padded_seats * 8, t.pairs ? 0 : (t.threads / 32) * (int64_t{4} << kDigit)}));
+  t.offset.prefix = static_cast<int>(shared.bytes());
+  const int64_t least = shared.bytes() + int64_t{4} * t.pairs;  // of a user who is not in shared memory
+  const int64_t available = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
+  shared.take(int64_t{2} * t.pairs);
+  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((available - shared.bytes() - 64) / 6, 0, 0xffff)) : 0;
+  t.offset.before = shared.take((t.shared_rows + 1) * 4);
+  t.offset.mark = shared.take(t.shared_rows * 2);
+  t.shared_bytes = std::max(shared.bytes(), least);
 }
 
 VoteTask describe(const Codebook& book, const VoteParams& params) {
