@@ -45,7 +45,8 @@
 //                            with more rows than the workspace is made for has no agents: its count is 0.
 //   workspace of leaf_sums   It holds T rows where ends = starts + 1 element (ragged offsets), else B * longest. The
 //   and of Method::leaf      first user whose rows do not fit, and all users after it, have no sums: for `route` their
-//                            histories are empty. Ragged offsets that never step back always fit.
+//                            histories are empty. Ragged offsets that never step back always fit. `route_backward` has
+//                            at most 2^31 - 1 such rows, whatever the workspace.
 //   rows of LeafSums         Fewer than all histories have: as with too small a workspace.
 //   codebook_image           Its size and alignment are checked, its bytes are not. Those of another codebook of the
 //                            same sizes give that codebook's codes and prototypes.

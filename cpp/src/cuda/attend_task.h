@@ -49,7 +49,7 @@ struct Matrix {
         type(m.dtype),
         width(static_cast<int>(m.width)),
         depth((width + 15) / 16 * 16),
-        aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 && m.width * size_of(type) % 16 == 0) {}
+        aligned(cuda::aligned(m)) {}
   SIMT_BOTH int chunks() const { return (depth + kChunk - 1) / kChunk; }
 };
 

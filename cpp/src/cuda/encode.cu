@@ -58,7 +58,7 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;
   t.x = x;
-  t.aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.width * bytes_of(x.dtype) % 16 == 0;
+  t.aligned = aligned(x);
   t.codes = codes.data;
   t.image = context.codebook_image.data;
   int blocks = choose(t, true, machine);

@@ -85,7 +85,6 @@ class EncodeTile : EncodeRows<kOnChip> {
     return *Base::template part<CodebookImage::Screen>(t.book.level[level].screen);
   }
   SIMT_DEVICE int columns(int chunk) const { return least(t.book.depth - chunk * t.chunk(), t.chunk()); }
-  static SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (~bits + 1)) - 1); }
 
   SIMT_DEVICE void fetch(Step s) const {
     const CodebookImage::Level& level = t.book.level[s.level];
@@ -304,12 +303,7 @@ class EncodeTile : EncodeRows<kOnChip> {
   /// `pairs` of each lane's row and a survivor, in rounds of one pair for each lane.
   SIMT_DEVICE void rescore(int level, uint32_t counts, int pairs, Found& found) {
     const int lane = simt::lane();
-    int end = pairs;
-    for (int m = 1; m < 32; m *= 2) {
-      const int left = simt::shuffle(end, lane < m ? lane : lane - m);
-      if (lane >= m) end += left;
-    }
-    const int first = end - pairs, total = simt::shuffle(end, 31);
+    const int end = sum_so_far(pairs), first = end - pairs, total = simt::shuffle(end, 31);
     SIMT_ROLLED for (int begin = 0; begin < total; begin += 32) {
       const int pair = begin + lane;
       int row = 0;  // the first whose end is above

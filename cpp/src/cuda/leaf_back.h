@@ -38,7 +38,6 @@ struct LeafBack {
     uint64_t leaf;
   };
   SIMT_DEVICE int width() const { return static_cast<int>(t.v.width); }
-  SIMT_DEVICE static int lowest(uint32_t bits) { return simt::count_bits((bits & (0u - bits)) - 1); }
 
   /// Adds what a user's history holds of a warp's behaviours, a lane each; `given`, with these.
   SIMT_DEVICE uint32_t give(int user, const Behaviour& behaviour, uint32_t given) const {

@@ -15,11 +15,7 @@ SIMT_DEVICE int64_t scan(int64_t n, int64_t* sums, Count count, Store store) {
   int64_t before = 0;
   for (int64_t first = 0; first < n; first += kThreads) {
     const int64_t i = first + simt::thread(), number = i < n ? count(i) : 0;
-    int64_t sum = number;
-    for (int m = 1; m < 32; m *= 2) {
-      const int64_t left = simt::shuffle(sum, lane < m ? lane : lane - m);
-      if (lane >= m) sum += left;
-    }
+    const int64_t sum = sum_so_far(number);
     simt::sync();
     if (lane == 31) sums[warp] = sum;
     simt::sync();

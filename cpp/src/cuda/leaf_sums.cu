@@ -253,7 +253,7 @@ SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
       uint32_t absent = simt::ballot(first + lane < end && t.norm[first + lane] == t.kAbsent);
       count += simt::count_bits(absent);
       for (; absent; absent &= absent - 1) {
-        const int64_t row = t.v_row(first + simt::count_bits((absent & -absent) - 1));
+        const int64_t row = t.v_row(first + lowest(absent));
         SIMT_EACH (j, 2)
           if (column + 32 * j < t.v.width) sum[j] += static_cast<double>(t.v_element(row, column + 32 * j));
       }

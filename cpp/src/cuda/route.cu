@@ -70,12 +70,8 @@ SIMT_KERNEL(kThreads) plan_units(SIMT_CONSTANT Task t) {
     const int64_t b = first + thread, tiles = b < t.users ? t.tiles(b) : 0;
     const int64_t units = b >= t.users ? 0 : tiles > chunk ? (tiles + chunk - 1) / chunk : 1;
     const int64_t number[3] = {units, units > 1 ? units : 0, units > 1};
-    int64_t sum[3] = {number[0], number[1], number[2]};
-    for (int i = 0; i < 3; ++i)
-      for (int m = 1; m < 32; m *= 2) {
-        const int64_t left = simt::shuffle(sum[i], lane < m ? lane : lane - m);
-        if (lane >= m) sum[i] += left;
-      }
+    int64_t sum[3];
+    for (int i = 0; i < 3; ++i) sum[i] = sum_so_far(number[i]);
     simt::sync();
     if (lane == 31)
       for (int i = 0; i < 3; ++i) sums[warp * 3 + i] = sum[i];
@@ -244,10 +240,6 @@ void carve(Task& t, Arena& arena) {
   t.rate = arena.take<float>(t.users * padded);
   t.stack = arena.take<float>(int64_t{g.blocks} * g.levels * g.state_floats());
   t.slots = arena.take<float>(8 * workers * g.agent_tiles * g.value_tiles * g.state_floats());
-}
-
-bool aligned(const Rows& m) {
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;
 }
 
 Task describe(const RouteParams& params, const RouteInputs& in) {

@@ -2,21 +2,22 @@
 // The inner kernels of `route_backward`: one for the gradients of rows and of the temperature, one for those of
 // prototypes. Both go through blocks of R rows by phases, each with one tile of agents:
 //
-//   phases      rows' kernel                            prototypes' kernel
-//   chunks of D z += prototypes . x, then logits        the same
-//   chunks of V y += d_tokens . v, then weights w and   the same; then moment += q x, total += q
-//               distance gradients q in z and y, and
-//               from there, as operands, in shared memory
-//   chunks of V dv = w d_tokens, by all warps
-//   chunks of D dx = q (prototypes - x), by all warps
+//   phases         rows' kernel                             prototypes' kernel
+//   chunks of D    z += prototypes . x, in the end logits   the same
+//   chunks of V    y += d_tokens . v; in the end weights w  the same; in the end moment += q x and total += q
+//                  and distance gradients q, which go to
+//                  shared memory as operands
+//   chunks of V    dv = w d_tokens, by all warps
+//   chunks of D    dx = q (prototypes - x), by all warps
 //
 //   warp w         agents 16 MT w .. 16 MT (w + 1) of the tile. In registers: z and y [16 MT, R]; for prototypes moment
 //                  [16 MT, 64] too.
 //   shared memory  prototypes and d_tokens of the tile, as operands; x and v of a block, raw and as operands, each in
 //                  one buffer or two; for rows w and q [agents of the tile, R].
 //
-// Between the barriers of phases s and s + 1, as in route_tile.h: what phase s + 2 reads begins to arrive, that of
-// s + 1 becomes operands, that of s is multiplied.
+// Between the barriers of phases s and s + 1, as in route_tile.h: the rows of phase s + 2 begin to arrive, those of
+// s + 1 become operands, those of s are multiplied. Where agents are in several tiles, agents mode sweeps over all of
+// them first, for every tile of rows: for row_lse, then for the rows' sums of dz.
 #pragma once
 #include "cuda/route_agents.h"
 #include "cuda/route_back_task.h"
@@ -50,15 +51,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     for (;;) {
       if (simt::thread() == 0) {
         if (kAgents) {
-          const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
-          w.found = unit < t.plan->units;
-          if (w.found) {
-            w.unit = t.unit[unit];
-            w.start = t.start(w.unit.user);
-            w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
-            w.agent_tile = item % t.items() % g.agent_tiles;
-            w.value_tile = item % t.items() / g.agent_tiles;
-          }
+          this->take_item(w);
         } else {
           w.value_tile = simt::atomic_add(b.next, 1);
           w.found = w.value_tile < b.chunks.count;
@@ -96,7 +89,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       if (simt::lane() == 0) users[simt::warp()] = reaching;
       simt::sync();
       SIMT_ROLLED for (int w = 0; w < g.warps; ++w) SIMT_ROLLED for (uint32_t bits = users[w]; bits; bits &= bits - 1)
-          history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1));
+          history(first + 32 * w + lowest(bits));
       simt::sync();
     }
     simt::sync();

@@ -32,6 +32,18 @@ class RouteStream {
   static_assert(sizeof(Work) <= kWorkBytes, "Work has its place");
   SIMT_DEVICE const Work& work() const { return *reinterpret_cast<const Work*>(simt::shared() + g.offset.work); }
 
+  /// By one thread: the next item of the plan, that is a unit, a tile of agents and one of value columns.
+  SIMT_DEVICE void take_item(Work& w) const {
+    const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
+    w.found = unit < t.plan->units;
+    if (!w.found) return;
+    w.unit = t.unit[unit];
+    w.start = t.start(w.unit.user);
+    w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
+    w.agent_tile = item % t.items() % g.agent_tiles;
+    w.value_tile = item % t.items() / g.agent_tiles;
+  }
+
   // in shared memory: from offsets that lie in constant memory, so that no register holds a pointer
   static SIMT_DEVICE float* floats(int offset) { return reinterpret_cast<float*>(simt::shared() + offset); }
   static SIMT_DEVICE uint16_t* halves(int offset) { return reinterpret_cast<uint16_t*>(simt::shared() + offset); }

@@ -13,6 +13,7 @@
 //   operand buffer (s + 1) % 2  here
 //   operand buffer s % 2        the rows of step s are multiplied by the prototypes; after D's last chunk their logits
 //                               become weights, and multiply v
+//   prototypes                  stay, if D is one chunk; else those of step s + 1 begin to arrive in one of two buffers
 //
 // Products start at -(|x|^2 + |p|^2) / 2, so what leaves the tensor cores is -d / 2. An absent behaviour has a logit of
 // -inf whatever its product is: the clamp at 0 takes NaN away. Weights become operands without leaving their registers.
@@ -39,17 +40,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
   SIMT_DEVICE void run() {
     Work& w = *reinterpret_cast<Work*>(simt::shared() + g.offset.work);
     for (;;) {
-      if (simt::thread() == 0) {
-        const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
-        w.found = unit < t.plan->units;
-        if (w.found) {
-          w.unit = t.unit[unit];
-          w.start = t.start(w.unit.user);
-          w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
-          w.agent_tile = item % t.items() % g.agent_tiles;
-          w.value_tile = item % t.items() / g.agent_tiles;
-        }
-      }
+      if (simt::thread() == 0) this->take_item(w);
       simt::sync();
       if (!w.found) return;
       unit();

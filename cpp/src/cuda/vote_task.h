@@ -172,11 +172,7 @@ SIMT_DEVICE T scan(int n, Value value, Emit emit) {
   for (int first = begin; first < end; first += 32) {
     const int i = first + lane;
     const T number = i < end ? value(i) : T{0};
-    T up_to = number;
-    for (int m = 1; m < 32; m *= 2) {
-      const T left = simt::shuffle(up_to, lane < m ? lane : lane - m);
-      if (lane >= m) up_to += left;
-    }
+    const T up_to = sum_so_far(number);
     if (i < end) emit(i, before + up_to - number, number);
     before += simt::shuffle(up_to, 31);
   }

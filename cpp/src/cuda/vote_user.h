@@ -110,7 +110,7 @@ class UserVote {
           prefix()[p] = static_cast<Prefix>(place);
           for (int w = 2 * p; w < 2 * p + 2; ++w)
             for (uint32_t left = bits()[w]; left; left &= left - 1)
-              number[place++] = static_cast<uint32_t>(32 * w + simt::count_bits((left & (0 - left)) - 1));
+              number[place++] = static_cast<uint32_t>(32 * w + lowest(left));
         }));
     each(found + 1, [&](int i) { before()[i] = 0; });
     each(found, [&](int i) { mark()[i] = static_cast<uint16_t>(t.levels - 1); });

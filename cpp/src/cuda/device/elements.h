@@ -57,6 +57,24 @@ SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
   }
 }
 
+/// The number of the lowest bit that is set.
+SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (0u - bits)) - 1); }
+
+/// The sum of x over this lane and the lanes before it.
+template <class T>
+SIMT_DEVICE T sum_so_far(T x) {
+  for (int m = 1; m < 32; m *= 2) {
+    const T left = simt::shuffle(x, simt::lane() < m ? simt::lane() : simt::lane() - m);
+    if (simt::lane() >= m) x += left;
+  }
+  return x;
+}
+
+/// Whether rows are of whole 16 bytes, and at multiples of 16.
+inline bool aligned(const Rows& m) {
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;
+}
+
 /// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
 struct Spans {
   const void *starts = nullptr, *ends = nullptr;
