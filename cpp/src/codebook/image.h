@@ -3,7 +3,7 @@
 // from the codebook's shape, so a kernel's parameters carry them. All parts begin at multiples of 64.
 //
 // The screen of a level works on centers and rows less the centers' mean, times a power of two that brings the largest
-// norm to [64, 128) or so: in float16 that leaves room for rows of 2^15 and small elements whole.
+// norm to [64, 128) or so: float16 then holds rows of up to 2^15, and small elements whole.
 #pragma once
 #include "base/checks.h"
 #include "hisac/codebook.h"
