@@ -168,6 +168,21 @@ TEST_CASE("errors do not allocate either") {
   CHECK(status.code() == Code::invalid_argument);
 }
 
+TEST_CASE("a resize allocates nothing once there are threads" * doctest::skip(!counting::kCanFail)) {
+  ThreadPool pool;
+  const auto resize = [&] {
+    for (int workers : {2, 4, 3, 1}) {
+      CHECK(pool.resize(workers).ok());
+      pool.executor();
+    }
+  };
+  resize();
+  resize();  // a C library keeps the first threads' stacks for the next
+  Scope scope;
+  for (int round = 0; round < 50; ++round) resize();
+  CHECK(scope.count() == 0);
+}
+
 TEST_CASE("out of memory is a Status and loses nothing" * doctest::skip(!counting::kCanFail)) {
   Random random(13);
   const auto centers = uniform(random, 12);
