@@ -262,6 +262,23 @@ print(len(wrong), sum(t.is_alive() for t in crowd))
     assert python(code) == "0 0"
 
 
+def test_bits_do_not_depend_on_the_threads_where_torch_flushes_subnormals():
+    """The mode is the calling thread's, and the pool's threads are older than each change of it."""
+    pytest.importorskip("torch")
+    code = """
+import numpy as np, torch, hisac
+tiny, codes, seen = np.full((4, 8), 2.0**-130, "f4"), np.zeros((300_000, 2), "i4"), set()
+book = hisac.Codebook([tiny, tiny])
+for n in (1, 2, 4):
+    hisac.set_num_threads(n)
+    for flush in (False, True, False):
+        torch.set_flush_denormal(flush)
+        seen |= {(flush, book.prototypes(codes).tobytes()) for _ in range(5)}
+print(sorted((flush, int(np.frombuffer(sums, "u4").max())) for flush, sums in seen))
+"""
+    assert python(code) == "[(False, 1048576), (True, 0)]"
+
+
 def test_a_progress_callback_may_call_the_same_verb():
     """The call that waits for its callback keeps its scratch; a call from inside, larger or smaller, has its own."""
     code = """
