@@ -33,7 +33,7 @@ def book_of(seed: int, sizes: tuple[int, ...], width: int) -> dict[str, Any]:
 
 def centers(records: dict[str, Any]) -> list[Any]:
     seed, width, *sizes = records["book"].array().tolist()
-    return [Uniform(seed + l, (size, width), scale=0.25**l).array() for l, size in enumerate(sizes)]
+    return [Uniform(seed + level, (size, width), scale=0.25**level).array() for level, size in enumerate(sizes)]
 
 
 def built(records: dict[str, Any]) -> Any:
@@ -153,9 +153,7 @@ def route_case(name: str, records: dict[str, Any], options: dict[str, Any], stri
     found = reference.route(**args)
     fields = Tokens._fields if options.get("refine") else Tokens._fields[:2]
     limits = bounded(bounds.route_bound, args, dtype, fields=fields)
-    expected = {
-        f: Floats(getattr(found, f), *limit, stride=stride) for f, limit in zip(fields, limits, strict=True)
-    }
+    expected = {f: Floats(getattr(found, f), *limit, stride=stride) for f, limit in zip(fields, limits, strict=True)}
     refined = {"refined": expected.pop("prototypes")} if "prototypes" in expected else {}
     return f"route/{name}", records | {"options": options_record(options), **expected, **refined}
 
@@ -217,7 +215,9 @@ def route_cases() -> Iterator[Case]:
                     yield route_case(" ".join(map(str, options.values())), long, options)
         tails = usual(130, 2, 21, 35, 19, offsets_of(0, 113, 130)) | {"temperature": number(3, kind=np.float32)}
         for precision in ("float32", "bfloat16"):
-            yield route_case(f"tails {normalize} {precision}", tails, {"normalize": normalize, "precision": precision}, 9)
+            yield route_case(
+                f"tails {normalize} {precision}", tails, {"normalize": normalize, "precision": precision}, 9
+            )
         # of the AMX unit: without bounds of its own; bfloat16 has inputs that are bfloat16's
         for exact in (False, True):
             agents = 33
@@ -238,7 +238,7 @@ def route_cases() -> Iterator[Case]:
         yield route_case(f"{name} leaf", records, options | {"method": "leaf"})
 
 
-# ------------------------------------------------------------------------------------------- leaf sums, route's gradients
+# ------------------------------------------------------------------------------------------- leaf sums and gradients
 
 
 def leaf_sums_cases() -> Iterator[Case]:
