@@ -218,14 +218,17 @@ def route_cases() -> Iterator[Case]:
             yield route_case(
                 f"tails {normalize} {precision}", tails, {"normalize": normalize, "precision": precision}, 9
             )
+        # logits that rise within a tile, so that sums made before are scaled down
+        rising = usual(300, 1, 5, 6, 5, offsets_of(0, 300)) | {"temperature": number(0.3, kind=np.float32)}
+        rising["bias"] = Uniform(415, (300,), {i: -9.0 - 30.0 * (i < 100) for i in range(200)})
+        yield route_case(f"rising {normalize}", rising, {"normalize": normalize})
         # of the AMX unit: without bounds of its own; bfloat16 has inputs that are bfloat16's
         for exact in (False, True):
-            agents = 33
             inputs = {
                 "x": Uniform(430, (2300, 70), bfloat16=not exact),
                 "v": Uniform(431, (2300, 9)),
                 "bias": Uniform(432, (2300,)),
-                "prototypes": Uniform(433, (3, agents, 70), bfloat16=not exact),
+                "prototypes": Uniform(433, (3, 33, 70), bfloat16=not exact),
                 "temperature": number(3, kind=np.float32),
                 **offsets_of(0, 2100, 2100, 2300),
             }
