@@ -7,6 +7,7 @@
 #   simt             the CUDA kernels, emulated: as built for release, under ASan + UBSan and under clang's TSan
 #   fuzz             every fuzz target under clang's libFuzzer with ASan + UBSan, HISAC_FUZZ_SECONDS (300) in all, as
 #                    many at a time as there are processors; each runs every instruction set on the same bytes
+# HISAC_JOBS: how many compilers or tests at a time, all processors unless given.
 # usage: tests/sanitize.sh [CHECK..]    needs g++, clang++ with its sanitizer runtime, doctest, CMake, and for neon
 # aarch64-linux-gnu-g++ and qemu-aarch64-static
 set -euo pipefail
@@ -14,7 +15,7 @@ seconds=${HISAC_FUZZ_SECONDS:-300}
 top=$(cd "$(dirname "$0")/.." && pwd)
 build=$(mktemp -d /tmp/hisac-sanitize.XXXXXX)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$build"' EXIT
-jobs=$(nproc)
+jobs=${HISAC_JOBS:-$(nproc)}
 # without detect_stack_use_after_return: GCC's fake stack misaligns 64-byte vectors (GCC bug 110027)
 export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=0
 export UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1

@@ -4,9 +4,11 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -54,6 +56,23 @@ inline std::vector<float> uniform(Random& random, int64_t n, float scale = 1) {
   std::vector<float> out(size(n));
   for (float& x : out) x = scale * random.uniform();
   return out;
+}
+
+/// Any float or half, by its bits; or an int8.
+inline float decode(const std::byte* from, DType type) {
+  uint32_t bits = 0;
+  if (type == DType::int8) return static_cast<float>(static_cast<int8_t>(*from));
+  std::memcpy(&bits, from, type == DType::float32 ? 4 : 2);
+  if (type == DType::bfloat16) bits <<= 16;
+  if (type == DType::float16) {
+    const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
+    float x = std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
+    if (exponent == 31) x = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+    return bits >> 15 ? -x : x;
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 /// Whether n ranges, at most the executor's workers, were all begun before the first ended, 20 seconds at most: by n

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Leaf sums are the definition's, stand in order, add up, and are the same bits for any number of workers.
+// Leaf sums are what hisac.reference says, and the same bits for any number of workers.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <cstring>
-#include <string>
 
-#include "definition.h"
 #include "support.h"
+#include "vectors.h"
 
 using namespace hisac;
 using test::Guarded;
@@ -73,47 +71,38 @@ struct Batch {
 
 }  // namespace
 
-TEST_CASE("leaf_sums: means, masses and spreads are the definition's") {
-  Random random(50);
-  Batch batch(random, {0, 9000, 9000, 9100});
-  Sums sums(batch.rows);
-  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), batch.in, 9000), nullptr,
-                        [&](const Context& c) { return leaf_sums(c, batch.in, sums.out()); }));
-  CHECK(sums.intact());
-  CHECK(sums.offsets.data()[1] == sums.offsets.data()[2]);
-  for (int64_t b = 0; b < kUsers; ++b) {
-    definition::User user;
-    std::vector<uint64_t> leaf;
-    for (int64_t i = batch.offsets[test::size(b)]; i < batch.offsets[test::size(b + 1)]; ++i) {
-      const float *const x = batch.x.data() + i * kWidth, *const v = batch.v.data() + i * kValues;
-      const int32_t* const codes = batch.codes.data() + i * 2;
-      if (!batch.book.valid(codes) || std::isnan(x[0]) || std::isinf(batch.bias[test::size(i)])) continue;
-      user.x.push_back({x, x + kWidth});
-      user.v.push_back({v, v + kValues});
-      user.bias.push_back(double(batch.bias[test::size(i)]));
-      user.spread.push_back(double(batch.spread[test::size(i)]));
-      leaf.push_back(batch.book.leaf(codes));
-    }
-    const int64_t first = sums.offsets.data()[b], n = sums.offsets.data()[b + 1] - first;
-    if (leaf.empty()) {
-      CHECK(n == 0);
-      continue;
-    }
-    const definition::User expected = definition::by_leaf(user, leaf);
-    REQUIRE(n == static_cast<int64_t>(expected.x.size()));
-    std::sort(leaf.begin(), leaf.end());
-    leaf.erase(std::unique(leaf.begin(), leaf.end()), leaf.end());
-    for (int64_t g = 0; g < n; ++g) {
-      CHECK(batch.book.leaf(sums.codes.data() + (first + g) * 2) == leaf[test::size(g)]);
-      CHECK(double(sums.bias.data()[first + g]) == doctest::Approx(expected.bias[test::size(g)]).epsilon(1e-6));
-      CHECK(double(sums.spread.data()[first + g]) == doctest::Approx(expected.spread[test::size(g)]).epsilon(1e-5));
-      for (int64_t d = 0; d < kWidth; ++d)
-        CHECK(double(sums.x.data()[(first + g) * kWidth + d]) ==
-              doctest::Approx(expected.x[test::size(g)][test::size(d)]).epsilon(2e-6).scale(1));
-      for (int64_t d = 0; d < kValues; ++d)
-        CHECK(double(sums.v.data()[(first + g) * kValues + d]) ==
-              doctest::Approx(expected.v[test::size(g)][test::size(d)]).epsilon(2e-6).scale(1));
-    }
+TEST_CASE("leaf_sums: what the reference says") {
+  for (const vectors::Case& c : vectors::cases("leaf_sums")) {
+    const vectors::Routing r(c);
+    const int64_t width = r.codebook->width(), wide = r.in.v.width, levels = r.codebook->levels();
+    int64_t rows = 0;
+    for (int64_t b = 0; b < r.users; ++b) rows += r.in.histories.end(b) - r.in.histories.start(b);
+    Guarded<float> x(rows * width), v(rows * wide), bias(rows), spread(rows);
+    Guarded<int64_t> offsets(r.users + 1);
+    Guarded<int32_t> codes(rows * levels);
+    REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), r.in, vectors::longest(c)), nullptr,
+                          [&](const Context& context) {
+                            return leaf_sums(context, r.in,
+                                             {{x.data(), {rows, width}},
+                                              {v.data(), {rows, wide}},
+                                              {offsets.data(), {r.users + 1}},
+                                              {bias.data(), {rows}},
+                                              {spread.data(), {rows}},
+                                              {codes.data(), {rows, levels}}});
+                          }));
+    c.check_integers("sum offsets", offsets.values());
+    const int64_t sums = offsets.data()[r.users];
+    const auto first = [&](auto& a, int64_t n) {
+      CHECK(a.intact());
+      auto values = a.values();
+      values.resize(test::size(sums * n));
+      return values;
+    };
+    c.check_integers("sum codes", first(codes, levels));
+    c.check_floats("sum x", first(x, width));
+    c.check_floats("sum v", first(v, wide));
+    c.check_floats("sum bias", first(bias, 1));
+    c.check_floats("sum spread", first(spread, 1));
   }
 }
 
@@ -146,36 +135,4 @@ TEST_CASE("leaf_sums: the same bits for any workers and any batch") {
   REQUIRE(n == serial.offsets.data()[3] - first);
   CHECK(std::memcmp(one.x.data(), serial.x.data() + first * kWidth, test::size(n * kWidth) * 4) == 0);
   CHECK(std::memcmp(one.bias.data(), serial.bias.data() + first, test::size(n) * 4) == 0);
-}
-
-TEST_CASE("leaf_sums: errors") {
-  Random random(52);
-  Batch batch(random, {0, 10, 10, 20});
-  Sums sums(20);
-  test::Workspace workspace(1 << 20);
-  const Context context{workspace.array(), nullptr};
-  const auto error = [&](auto spoil) {
-    RouteInputs in = batch.in;
-    LeafSums out = sums.out();
-    spoil(in, out);
-    const Status status = leaf_sums(context, in, out);
-    CHECK(status.code() == Code::invalid_argument);
-    return std::string(status.what());
-  };
-  const char* const shapes =
-      "leaf_sums: out expected offsets [4] and at least 20 rows of x [7], v [5], bias, spread and codes [2]";
-  CHECK(error([](RouteInputs&, LeafSums& out) { out.x.shape[0] = 19; }) == shapes);
-  CHECK(error([](RouteInputs&, LeafSums& out) { out.v.shape[1] = 4; }) == shapes);
-  CHECK(error([](RouteInputs&, LeafSums& out) { out.bias.shape[0] = 19; }) == shapes);
-  CHECK(error([](RouteInputs&, LeafSums& out) { out.spread.shape[0] = 0; }) == shapes);
-  CHECK(error([](RouteInputs&, LeafSums& out) { out.offsets.shape[0] = 3; }) == shapes);
-  CHECK(error([](RouteInputs&, LeafSums& out) { out.codes.shape[1] = 3; }) == shapes);
-  CHECK(error([](RouteInputs& in, LeafSums&) { in.spread.shape[0] = 19; }) ==
-        "leaf_sums: spread expected [20], got [19]");
-  CHECK(error([](RouteInputs& in, LeafSums&) { in.codes = {}; }) ==
-        "leaf_sums: codes expected where x is not given and with the leaf method, got none");
-  CHECK(error([](RouteInputs& in, LeafSums&) { in.book = nullptr; }) ==
-        "leaf_sums: codebook expected, got an empty one");
-  const Status small = leaf_sums({}, batch.in, sums.out());
-  CHECK(std::string(small.what()).find("leaf_sums: workspace expected at least ") == 0);
 }

@@ -67,22 +67,7 @@ class Bytes {
   const uint8_t *data_, *end_;
 };
 
-/// Any float or half, by its bits; or an int8.
-inline float decode(const std::byte* from, hisac::DType type) {
-  uint32_t bits = 0;
-  if (type == hisac::DType::int8) return static_cast<float>(static_cast<int8_t>(*from));
-  std::memcpy(&bits, from, type == hisac::DType::float32 ? 4 : 2);
-  if (type == hisac::DType::bfloat16) bits <<= 16;
-  if (type == hisac::DType::float16) {
-    const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
-    float x = std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
-    if (exponent == 31) x = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-    return bits >> 15 ? -x : x;
-  }
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
+using test::decode;
 
 /// Floats as rows of a type, by truncation; NaN stays NaN in float32 and float16. int8: their bits.
 class Typed {

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small shapes and hostile floats through every verb, in exact-size memory, under every instruction set that this
-// processor has and on the AMX emulation. No crash; encode and vote equal the definition; one worker, two and seven
-// give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is NaN and
-// the sets agree (tolerance.h).
+// processor has and on the AMX emulation. No crash; encode and vote keep their laws (laws.h); one worker, two and
+// seven give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is NaN
+// and the sets agree (tolerance.h).
 #include <cfloat>
 #include <cmath>
 
 #include "amx_table.h"
 #include "cpu/simd/kernels.h"
-#include "definition.h"
 #include "fuzz.h"
 #include "fuzz_outputs.h"
+#include "laws.h"
 #include "tolerance.h"
 
 using namespace hisac;
@@ -75,11 +75,8 @@ Codes encode_some(Bytes& in, bool hostile) {
             });
   codes.equal();
   out.codes = codes.crew[0].values();
-  for (int64_t i = 0; ledger.first() && i < out.rows && i < 200; ++i) {
-    const auto expected = definition::encode(out.book, out.x.data() + i * width);
-    for (int64_t l = 0; l < out.levels; ++l)
-      CHECK(out.codes[test::size(i * out.levels + l)] == expected[test::size(l)]);
-  }
+  for (int64_t i = 0; ledger.first() && i < out.rows && i < 200; ++i)
+    laws::nearest(out.book, out.x.data() + i * width, out.codes.data() + i * out.levels);
   return out;
 }
 
@@ -139,15 +136,13 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   count.equal();
   for (int64_t b = 0; ledger.first() && b < n; ++b) {
     const int64_t first = u.starts[test::size(b)];
-    const auto expected = definition::vote(c.book, params, codes.data() + first * c.levels,
-                                           weighted ? weights.data() + first : nullptr, u.ends[test::size(b)] - first);
-    CHECK(test::size(count[0][b]) == expected.size());
-    for (size_t a = 0; a < expected.size(); ++a) {
-      CHECK(votes[0][b * m + static_cast<int64_t>(a)] == expected[a].votes);
-      for (size_t l = 0; l < test::size(c.levels); ++l)
-        CHECK(agents[0][(b * m + static_cast<int64_t>(a)) * c.levels + static_cast<int64_t>(l)] ==
-              expected[a].codes[l]);
-    }
+    laws::Tree tree(c.book, codes.data() + first * c.levels, weighted ? weights.data() + first : nullptr,
+                    u.ends[test::size(b)] - first);
+    tree.seat(agents[0] + b * m * c.levels, votes[0] + b * m, count[0][b]);
+    if (params.budget)
+      tree.fair(params.budget);
+    else
+      tree.fullest(params.fanout);
   }
 }
 
@@ -276,7 +271,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          params.normalize == Normalize::agents,
                          params.method == Method::leaf,
                          params.precision == Precision::bfloat16 ? tolerance::kRounded
-                         : simd::kernels().matmul_bf16x3         ? tolerance::kBf16x3
+                         : simd::kernels().matmul_split          ? tolerance::kSplit
                                                                  : 0,
                          type};
   double path = 0;  // of a code, no prototype is longer

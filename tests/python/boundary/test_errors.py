@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every refusal of the verbs, word for word: what was expected and what came. One table a verb."""
+"""Every refusal of the verbs that Python sees, word for word: what was expected and what came. One table a verb; what
+only C++ sees stands in tests/cpp/test_status.cpp."""
 
 import numpy as np
 import pytest
@@ -217,6 +218,7 @@ ROUTE = [
     ({"count": AGENTS.count.astype(int)}, TypeError, "count expected int32 [B], got int64 [2]"),
     ({"bias": ONE[:9, 0]}, ValueError, "bias expected [10], got [9]"),
     ({"bias": ONE}, ValueError, "bias expected float32 [T], got float32 [10, 1]"),
+    ({"spread": ONE[:9, 0]}, ValueError, "spread expected [10], got [9]"),
     ({"codes": CODES}, ValueError, "codes and book go together, got only codes"),
     ({"book": BOOK}, ValueError, "codes and book go together, got only book"),
     ({"codes": CODES, "book": "b"}, TypeError, "book expected hisac.Codebook, got str"),
@@ -278,6 +280,19 @@ ROUTE = [
 def test_route(change, kind, text):
     right = {"x": X, "v": VALUE, "offsets": OFFSETS, "prototypes": PROTOTYPES}
     said(lambda: hisac.route(**{**right, **change}), kind, f"route: {text}")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ({"spread": ONE[:9, 0]}, ValueError, "spread expected [10], got [9]"),
+        ({"codes": CODES[:9]}, ValueError, "codes expected [10, 2], got [9, 2]"),
+        ({"v": VALUE[:9]}, ValueError, "x is [10, 6], v is [9, 3]: T differs (10, 9)"),
+    ],
+)
+def test_leaf_sums(change, kind, text):
+    right = {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "book": BOOK}
+    said(lambda: hisac.leaf_sums(**{**right, **change}), kind, f"leaf_sums: {text}")
 
 
 TOKENS = hisac.route(X, VALUE, OFFSETS, PROTOTYPES)

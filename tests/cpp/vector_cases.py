@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The problems of vectors.bin, and what the reference says of them: every verb, all of its options."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from vectors import Case, Codes, Floats, Integers, Stored, Uniform, to_bfloat16
+
+from hisac import reference
+from hisac.reference import bounds
+from hisac.types import Attended, Tokens
+
+NAN, INF = float("nan"), float("inf")
+METHODS = {"normalize": ("history", "agents"), "method": ("exact", "leaf"), "missing": ("drop", "token")}
+
+
+def bounded(function: Any, *args: Any, fields: Any) -> list[tuple[Any, Any]]:
+    """A bound without products of halves, and that on AMX, field by field; the same on every machine."""
+    both = []
+    for isa in ("baseline", "amx"):
+        with mock.patch.object(bounds, "_core", SimpleNamespace(active_isa=lambda isa=isa: isa)):
+            both.append(function(*args))
+    return [(getattr(both[0], f), getattr(both[1], f)) for f in fields]
+
+
+def book_of(seed: int, sizes: tuple[int, ...], width: int) -> dict[str, Any]:
+    """A codebook, finer from level to level."""
+    return {"book": number(seed, width, *sizes)}
+
+
+def centers(records: dict[str, Any]) -> list[Any]:
+    seed, width, *sizes = records["book"].array().tolist()
+    return [Uniform(seed + level, (size, width), scale=0.25**level).array() for level, size in enumerate(sizes)]
+
+
+def built(records: dict[str, Any]) -> Any:
+    return reference.Codebook(centers(records))
+
+
+def offsets_of(*offsets: int) -> dict[str, Any]:
+    return {"starts": Stored(np.array(offsets[:-1])), "ends": Stored(np.array(offsets[1:]))}
+
+
+def number(*values: Any, kind: Any = np.int64) -> Stored:
+    return Stored(np.array(values, kind))
+
+
+# --------------------------------------------------------------------------------------------------------------- encode
+
+
+def encode_cases() -> Iterator[Case]:
+    def case(name: str, records: dict[str, Any], x: Any) -> Case:
+        return f"encode/{name}", {**records, "codes": Integers(reference.encode(built(records), x))}
+
+    for width in (1, 3, 16, 65):
+        book = book_of(100 + width, (40, 7, 20), width)
+        odd = {7 * width: NAN, 8 * width: -INF, 9 * width: 3.4028234663852886e38}
+        x = Uniform(200 + width, (180, width), odd)
+        yield case(f"{width}", book | {"x": x}, x.array())
+        # halfway between two codewords, to the last bit or nearly
+        first = centers(book)[0]
+        pairs = Codes(220, (30 if width < 65 else 12, 2), {}, (40, 40), ("even", "even")).array()
+        mid = (first[pairs[:, 0]] + first[pairs[:, 1]]) / np.float32(2)
+        mid[1::2] = np.nextafter(mid[1::2], np.float32(2))
+        yield case(f"{width} halfway", book | {"x": Stored(mid)}, mid)
+    for name in ("float16", "bfloat16"):
+        book, x = book_of(110, (33, 9), 17), Uniform(111, (40, 17)).array()
+        x = x.astype(np.float16) if name == "float16" else to_bfloat16(x)
+        stored = x if name == "float16" else (x.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        yield case(name, book | {"x": Stored(stored)}, x)
+
+
+# ----------------------------------------------------------------------------------------------------------------- vote
+
+
+def vote_case(name: str, records: dict[str, Any], levels: int, rule: dict[str, Any]) -> Case:
+    weights = records.get("weights")
+    offsets = (records["starts"].array(), records["ends"].array())
+    found = reference.vote(
+        built(records), records["codes"].array(), offsets, weights=None if weights is None else weights.array(), **rule
+    )
+    options = number(rule.get("budget") or 0, *(rule.get("fanout") or (0,) * levels))
+    expected = {name: Integers(getattr(found, name)) for name in ("votes", "count")}
+    return f"vote/{name}", records | {"rule": options, "agents": Integers(found.codes), **expected}
+
+
+def vote_cases() -> Iterator[Case]:
+    offsets = offsets_of(0, 300, 300, 301, 700)
+    for sizes in ((9,), (4, 5), (3, 4, 5), (2,) * 8):
+        levels = len(sizes)
+        wrong = {i * levels + i % levels: -1 if i % 40 else 1 << 30 for i in range(3, 700, 61)}
+        codes = Codes(300 + levels, (700, levels), wrong, sizes, ("skewed",) * levels)
+        records = book_of(310 + levels, sizes, 2) | offsets | {"codes": codes}
+        weighed = {"weights": Uniform(320, (700,), {5: NAN, 6: INF}, 20.0)}
+        for kind, extra in (("", {}), (" weighed", weighed)):
+            for budget in (1, 7, 30, 400):
+                yield vote_case(f"{sizes} {budget}{kind}", records | extra, levels, {"budget": budget})
+            for k in (1, 2, 3):
+                fanout = tuple(k if level < 5 else 1 for level in range(levels))
+                yield vote_case(f"{sizes} {fanout}{kind}", records | extra, levels, {"fanout": fanout})
+    # long histories, whose leaves are counted and not sorted; the second one is too short
+    offsets, zeros = offsets_of(0, 2100, 4147, 4147, 9000), {i: 0.0 for i in range(1, 9000, 37)}
+    shapes = ((90,), (30, 20), (5, 6, 30), (1500, 3), (3, 9000))
+    manners = (("halved", "skewed"), ("skewed", "skewed"), ("one", "one"), ("halved", "heavy in one"))
+    for i, sizes in enumerate(shapes):
+        levels = len(sizes)
+        for k, (first, below) in enumerate(manners):
+            wrong = {j * levels: -1 if j % 2 else 1 << 20 for j in range(5, 9000, 491)}
+            codes = Codes(330 + 10 * i + k, (9000, levels), wrong, sizes, (first, *(below,) * (levels - 1)))
+            records = book_of(340 + i, sizes, 1) | offsets | {"codes": codes}
+            if (i + k) % 2:
+                records["weights"] = Uniform(350, (9000,), zeros | {7: NAN}, 20.0)
+            for rule in ({"fanout": (6, 4, 2)[:levels]}, {"budget": 5}, {"budget": 60}, {"budget": (700, 4096)[k % 2]}):
+                (limit,) = rule.values()
+                yield vote_case(f"{sizes} {first} {limit}", records, levels, rule)
+    # 2^63 leaves and more
+    for i, sizes in enumerate(((65536, 65536, 65536, 32768), (65536,) * 4, (1 << 20, 1, 1 << 20, 1 << 20, 16))):
+        levels = len(sizes)
+        ends = Codes(360 + i, (50, levels), {}, (4,) * levels, ("skewed",) * levels).array()
+        codes = np.where(ends < 2, np.array(sizes) - 1 - np.minimum(ends, np.array(sizes) - 1), 0).astype(np.int32)
+        records = book_of(370 + i, sizes, 1) | offsets_of(0, 40, 50) | {"codes": Stored(codes)}
+        yield vote_case(f"{sizes}", records, levels, {"budget": 16})
+
+
+# ---------------------------------------------------------------------------------------------------------------- route
+
+
+def as_numpy(record: Any) -> Any:
+    a = record.array()
+    return (a.astype(np.uint32) << np.uint32(16)).view(np.float32) if a.dtype == np.uint16 else a
+
+
+def route_args(records: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `reference.route` that the records and options stand for."""
+    names = ("x", "v", "prototypes", "count", "temperature", "bias", "spread", "codes", "x_ids", "v_ids", "x_scale")
+    args: dict[str, Any] = {name: as_numpy(records[name]) if name in records else None for name in names}
+    book = built(records) if "codes" in records else None
+    return {**args, **options, "book": book, "offsets": (records["starts"].array(), records["ends"].array())}
+
+
+def options_record(options: dict[str, Any]) -> Stored:
+    index = [choices.index(options.get(name, choices[0])) for name, choices in METHODS.items()]
+    return number(*index, options.get("refine", 0), int(options.get("precision") == "bfloat16"))
+
+
+def route_case(name: str, records: dict[str, Any], options: dict[str, Any], stride: int = 1) -> Case:
+    args = route_args(records, options)
+    v = records["v"].array()
+    dtype = {"float16": "float16", "uint16": "bfloat16"}.get(str(v.dtype), "float32")
+    found = reference.route(**args)
+    fields = Tokens._fields if options.get("refine") else Tokens._fields[:2]
+    limits = bounded(bounds.route_bound, args, dtype, fields=fields)
+    expected = {f: Floats(getattr(found, f), *limit, stride=stride) for f, limit in zip(fields, limits, strict=True)}
+    refined = {"refined": expected.pop("prototypes")} if "prototypes" in expected else {}
+    return f"route/{name}", records | {"options": options_record(options), **expected, **refined}
+
+
+def usual(rows: int, users: int, agents: int, width: int, wide: int, offsets: dict[str, Any]) -> dict[str, Any]:
+    """Codes in two levels, absent rows and agents, a temperature for each agent."""
+    wrong = {2 * i + i % 2: -1 for i in range(11, rows, 97)}
+    return {
+        **book_of(400, (3, 4), width),
+        "x": Uniform(410, (rows, width), {i * width: NAN for i in range(0, rows, 50)}),
+        "v": Uniform(411, (rows, wide)),
+        "bias": Uniform(412, (rows,), {i: -INF for i in range(1, rows, 70)}, 2.0),
+        "codes": Codes(413, (rows, 2), wrong, (3, 4), ("even", "skewed")),
+        "prototypes": Uniform(414, (users, agents, width)),
+        **offsets,
+    }
+
+
+def small(rows: int = 60) -> dict[str, Any]:
+    """Two users of few rows, one of whom has none, and one more that overlaps."""
+    records = usual(rows, 3, 4, 6, 5, {"starts": number(0, 30, 10), "ends": number(30, 30, rows)})
+    return records | {"temperature": number(0.8, kind=np.float32)}
+
+
+def gathered() -> dict[str, Any]:
+    records = {name: r for name, r in small().items() if name not in ("x", "v")}
+    records["x"] = Stored(Codes(420, (25, 6), {}, (256,) * 6, ("even",) * 6).array().astype(np.uint8).view(np.int8))
+    records["v"] = Uniform(421, (20, 5))
+    records["x_ids"] = Stored(Codes(422, (60, 1), {3: 25, 4: -1}, (25,), ("even",)).array()[:, 0].astype(np.int64))
+    records["v_ids"] = Stored(Codes(423, (60, 1), {3: 20, 9: -7}, (20,), ("even",)).array()[:, 0])
+    return records | {"x_scale": Stored(np.abs(Uniform(424, (25,), scale=0.01).array()))}
+
+
+def odd_inputs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Small problems, each with something else that an input may be."""
+    yield "a spread", small() | {"spread": Stored(np.abs(Uniform(425, (60,)).array()))}, {"missing": "token"}
+    yield "without x", {name: r for name, r in small().items() if name != "x"}, {"normalize": "agents"}
+    yield "gathered", gathered(), {"missing": "token"}
+    yield "gathered, one scale", gathered() | {"x_scale": number(0.01, kind=np.float32)}, {"normalize": "agents"}
+    for name in ("float16", "bfloat16"):
+        halves = {}
+        for of in ("x", "v"):
+            a = np.nan_to_num(small()[of].array())
+            upper = (to_bfloat16(a).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+            halves[of] = Stored(a.astype(np.float16) if name == "float16" else upper)
+        yield name, small() | halves, {"normalize": "agents", "missing": "token"}
+
+
+def route_cases() -> Iterator[Case]:
+    long = usual(4500, 3, 9, 6, 5, offsets_of(0, 4400, 4400, 4500)) | {
+        "count": number(8, 9, 5, kind=np.int32),
+        "temperature": number(0.3, 0.5, 1, 2, 0.3, 0, 0.7, 0.2, 1, kind=np.float32),  # agent 5 is absent
+    }
+    for normalize in METHODS["normalize"]:
+        for method in METHODS["method"]:
+            for missing in METHODS["missing"]:
+                for refine in (0, 2) if missing == "drop" else (1,):
+                    options = {"normalize": normalize, "method": method, "missing": missing, "refine": refine}
+                    yield route_case(" ".join(map(str, options.values())), long, options)
+        tails = usual(130, 2, 21, 35, 19, offsets_of(0, 113, 130)) | {"temperature": number(3, kind=np.float32)}
+        for precision in ("float32", "bfloat16"):
+            yield route_case(
+                f"tails {normalize} {precision}", tails, {"normalize": normalize, "precision": precision}, 9
+            )
+        # logits that rise within a tile, so that sums made before are scaled down
+        rising = usual(300, 1, 5, 6, 5, offsets_of(0, 300)) | {"temperature": number(0.3, kind=np.float32)}
+        rising["bias"] = Uniform(415, (300,), {i: -9.0 - 30.0 * (i < 100) for i in range(200)})
+        yield route_case(f"rising {normalize}", rising, {"normalize": normalize})
+        # of the AMX unit: without bounds of its own; bfloat16 has inputs that are bfloat16's
+        for exact in (False, True):
+            inputs = {
+                "x": Uniform(430, (2300, 70), bfloat16=not exact),
+                "v": Uniform(431, (2300, 9)),
+                "bias": Uniform(432, (2300,)),
+                "prototypes": Uniform(433, (3, 33, 70), bfloat16=not exact),
+                "temperature": number(3, kind=np.float32),
+                **offsets_of(0, 2100, 2100, 2300),
+            }
+            options = {"normalize": normalize, "precision": "float32" if exact else "bfloat16"}
+            _, records = route_case("", inputs, options, 5)
+            yield f"amx/{normalize} {options['precision']}", records
+    for name, records, options in odd_inputs():
+        for refine in (0, 1):
+            yield route_case(f"{name} {refine}", records, options | {"refine": refine})
+        yield route_case(f"{name} leaf", records, options | {"method": "leaf"})
+
+
+# ------------------------------------------------------------------------------------------- leaf sums and gradients
+
+
+def leaf_sums_cases() -> Iterator[Case]:
+    rows, width, wide = 9100, 7, 5
+    records = usual(rows, 3, 1, width, wide, offsets_of(0, 9000, 9000, 9100))
+    records["bias"] = Uniform(440, (rows,), {i: INF for i in range(1, rows, 370)}, 3.0)
+    records["spread"] = Uniform(441, (rows,), {i: -1.0 for i in range(3, rows, 911)}, 1.0)
+    for name, given in (("long", records), ("gathered", gathered()), ("without x", small())):
+        given = {of: r for of, r in given.items() if of not in ("prototypes", "temperature") and (name, of) != (
+            "without x", "x")}  # fmt: skip
+        args = route_args(given | {"prototypes": number(0)}, {})
+        args = {of: a for of, a in args.items() if of not in ("prototypes", "count", "temperature")}
+        found = reference.leaf_sums(**args)
+        limit = bounds.leaf_sums_bound(args)
+        sums = {f: Floats(getattr(found, f), getattr(limit, f)) for f in ("x", "v", "bias", "spread")}
+        sums = {f"sum {f}": r for f, r in sums.items()}
+        integers = {f"sum {f}": Integers(getattr(found, f)) for f in ("offsets", "codes")}
+        yield f"leaf_sums/{name}", given | sums | integers
+
+
+def backward_case(name: str, records: dict[str, Any], options: dict[str, Any], stride: int = 1) -> Case:
+    args = route_args(records, options)
+    forward = reference.route(**args)
+    v = records["v"].array()
+    kind = str(v.dtype)
+
+    def in_type(a: Any) -> Any:
+        if kind == "uint16":
+            return Stored((to_bfloat16(a).view(np.uint32) >> np.uint32(16)).astype(np.uint16))
+        return Stored(np.asarray(a, np.float16 if kind == "float16" else np.float32))
+
+    given = {
+        "tokens": in_type(forward.tokens),
+        "lse": Stored(forward.lse.astype(np.float32)),
+        "d_tokens": in_type(Uniform(450, forward.tokens.shape).array()),
+        "d_lse": Uniform(451, forward.lse.shape),
+    }
+    need = ["v", "temperature", *(("bias", "x", "prototypes") if options.get("method") != "leaf" else ())]
+    need = [of for of in need if of != "x" or args["x"] is not None]
+    prototypes = args.pop("prototypes")
+    args.pop("refine", None)
+    args |= {of: as_numpy(given[of]) for of in ("d_tokens", "d_lse")}
+    args["forward"] = Tokens(as_numpy(given["tokens"]), given["lse"].array(), prototypes)
+    args["need"] = tuple(need)
+    found = reference.route_backward(**args)
+    limits = bounded(bounds.route_backward_bound, args, fields=need)
+    expected = {
+        f"grad {f}": Floats(getattr(found, f), *limit, stride=stride if f in ("v", "x", "bias") else 1)
+        for f, limit in zip(need, limits, strict=True)
+    }
+    return f"route_backward/{name}", records | {"options": options_record(options), **given, **expected}
+
+
+def backward_cases() -> Iterator[Case]:
+    for normalize in METHODS["normalize"]:
+        for method in METHODS["method"]:
+            options = {"normalize": normalize, "method": method, "missing": "token"}
+            each = small() | {"temperature": number(0.5, 0.6, 0.7, 0.8, kind=np.float32)}
+            yield backward_case(f"each tau {normalize} {method}", each, options, 7)
+            yield backward_case(f"one tau {normalize} {method}", small(), options, 7)
+        long = usual(2400, 2, 5, 6, 5, offsets_of(0, 2300, 2400)) | {"temperature": number(0.9, kind=np.float32)}
+        yield backward_case(f"long {normalize}", long, {"normalize": normalize}, 97)
+        tails = usual(50, 1, 17, 35, 19, offsets_of(0, 50)) | {"temperature": number(3, kind=np.float32)}
+        yield backward_case(f"tails {normalize}", tails, {"normalize": normalize}, 7)
+    for name, records, options in odd_inputs():
+        yield backward_case(name, records, options, 7)
+
+
+# --------------------------------------------------------------------------------------------------------------- attend
+
+
+def attend_case(name: str, pairs: tuple[int, ...], agents: int, heads: int, key: int, wide: int, stride: int) -> Case:
+    users, n = len(pairs) - 1, pairs[-1]
+    absent = {i: -INF for i in range(agents, 2 * agents - 1)} | {3: NAN}
+    bias = Uniform(503, (users, agents), {i: a for i, a in absent.items() if i < users * agents})
+    records: dict[str, Any] = {
+        "q": Uniform(500, (n, heads, key), scale=3.0),
+        "keys": Uniform(501, (users, agents, heads, key), scale=3.0),
+        "values": Uniform(502, (users, agents, heads, wide)),
+        "bias": bias,
+        "scale": number(0.4, kind=np.float32),
+        **offsets_of(*pairs),
+    }
+    args = {of: records[of].array() for of in ("q", "keys", "values", "bias")}
+    args |= {"candidate_offsets": np.array(pairs), "scale": float(np.float32(0.4))}
+    found = reference.attend(**args)
+    limit = bounds.attend_bound(args)
+    expected = {f: Floats(getattr(found, f), getattr(limit, f), stride=stride) for f in Attended._fields}
+    given = {
+        "given out": Stored(found.out.astype(np.float32)[: 0 if stride > 1 else None]),
+        "given lse": Stored(found.lse.astype(np.float32)[: 0 if stride > 1 else None]),
+        "d_out": Uniform(504, found.out.shape),
+        "d_lse": Uniform(505, found.lse.shape),
+    }
+    if stride > 1:  # forward alone
+        return f"attend/{name}", records | expected
+    forward = Attended(given["given out"].array(), given["given lse"].array())
+    args |= {"d_out": given["d_out"].array(), "d_lse": given["d_lse"].array(), "forward": forward}
+    back, limits = reference.attend_backward(**args), bounds.attend_backward_bound(args)
+    grads = {f"grad {f}": Floats(getattr(back, f), getattr(limits, f)) for f in back._fields}
+    return f"attend/{name}", records | expected | given | grads
+
+
+def attend_cases() -> Iterator[Case]:
+    yield attend_case("long", (0, 650, 700), 21, 2, 7, 9, 17)
+    yield attend_case("two heads", (0, 8, 8, 13), 5, 2, 3, 4, 1)
+    yield attend_case("tails", (0, 11), 19, 1, 17, 21, 1)
+
+
+def cases() -> Iterator[Case]:
+    yield from encode_cases()
+    yield from vote_cases()
+    yield from route_cases()
+    yield from leaf_sums_cases()
+    yield from backward_cases()
+    yield from attend_cases()

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// What encode and vote promise of any input, in a form that is not how they compute it.
+#pragma once
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+#include "fuzz.h"
+
+namespace laws {
+
+/// One row's codes: level by level no codeword is nearer to what is left of it, and none of a lower code as near.
+inline void nearest(const hisac::Codebook& book, const float* x, const int32_t* codes) {
+  std::vector<float> left(x, x + book.width());
+  const bool finite = std::all_of(left.begin(), left.end(), [](float f) { return std::isfinite(f); });
+  for (int l = 0; l < book.levels(); ++l) {
+    const auto distance = [&](int64_t c) {  // in index order
+      double out = 0;
+      for (size_t d = 0; d < left.size(); ++d) {
+        const double step = double(left[d]) - double(book.centers(l)[test::size(c * book.width()) + d]);
+        out += step * step;
+      }
+      return out;
+    };
+    if (!finite) {
+      CHECK(codes[l] == -1);
+      continue;
+    }
+    CHECK(codes[l] >= 0 && codes[l] < book.size(l));
+    const double least = distance(codes[l]);
+    for (int64_t c = 0; c < book.size(l); ++c) CHECK(c < codes[l] ? !(distance(c) <= least) : !(distance(c) < least));
+    for (size_t d = 0; d < left.size(); ++d) left[d] -= book.centers(l)[test::size(codes[l] * book.width()) + d];
+  }
+}
+
+/// One user's votes in the code tree, and the leaves that got a seat.
+class Tree {
+ public:
+  Tree(const hisac::Codebook& book, const int32_t* codes, const float* weights, int64_t rows)
+      : levels_(test::size(book.levels())) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int32_t* const row = codes + i * book.levels();
+      const int64_t votes = !weights ? 1 : weights[i] > 0 ? std::llrint(double(std::min(weights[i], 16.f)) * 4096) : 0;
+      if (book.valid(row) && votes) add({row, row + levels_}, votes, 0);
+    }
+  }
+
+  /// Counts the agents: leaves with their votes, each once, in order.
+  void seat(const int32_t* agents, const int64_t* votes, int64_t count) {
+    for (int64_t a = 0; a < count; ++a) {
+      const Prefix leaf(agents + a * static_cast<int64_t>(levels_), agents + (a + 1) * static_cast<int64_t>(levels_));
+      CHECK(nodes_.count(leaf) && nodes_[leaf].votes == votes[a] && !nodes_[leaf].seats);
+      CHECK(a == 0 || std::tie(votes[a], before_) < std::tie(votes[a - 1], leaf));
+      before_ = leaf;
+      add(leaf, 0, 1);
+    }
+  }
+
+  /// By budget: all that there is room for, and at no node would a seat be better with another child (D'Hondt).
+  void fair(int64_t budget) const {
+    siblings([](const Node& a, int32_t a_code, const Node& b, int32_t b_code) {
+      if (!a.seats || b.seats == b.leaves) return;
+      const uint64_t last = key(a.votes, a.seats), next = key(b.votes, b.seats + 1);  // of a's last seat and b's next
+      CHECK(std::tie(next, b.votes, a_code) <= std::tie(last, a.votes, b_code));
+    });
+    if (!nodes_.empty()) CHECK(nodes_.at({}).seats == std::min(budget, nodes_.at({}).leaves));
+  }
+
+  /// By fan-out: of a node with seats the fullest children have some, as many as its level says.
+  void fullest(const int64_t* fanout) const {
+    std::map<Prefix, int64_t> children, seated;
+    for (const auto& [prefix, node] : nodes_) {
+      if (prefix.empty()) continue;
+      const Prefix parent(prefix.begin(), prefix.end() - 1);
+      ++children[parent];
+      seated[parent] += node.seats > 0;
+    }
+    for (const auto& [parent, n] : children)
+      if (nodes_.at(parent).seats) CHECK(seated[parent] == std::min(n, fanout[parent.size()]));
+    if (!nodes_.empty()) CHECK(nodes_.at({}).seats > 0);
+    siblings([](const Node& a, int32_t a_code, const Node& b, int32_t b_code) {
+      if (a.seats && !b.seats) CHECK(std::tie(b.votes, a_code) < std::tie(a.votes, b_code));
+    });
+  }
+
+ private:
+  using Prefix = std::vector<int32_t>;
+  struct Node {
+    int64_t votes = 0, leaves = 0, seats = 0;
+  };
+  static uint64_t key(int64_t votes, int64_t seats) {
+    return (static_cast<uint64_t>(votes) << 24) / static_cast<uint64_t>(seats);
+  }
+  void add(const Prefix& leaf, int64_t votes, int64_t seats) {
+    const bool is_new = !nodes_.count(leaf);
+    for (size_t l = 0; l <= levels_; ++l) {
+      Node& node = nodes_[Prefix(leaf.begin(), leaf.begin() + static_cast<std::ptrdiff_t>(l))];
+      node.votes += votes;
+      node.leaves += is_new;
+      node.seats += seats;
+    }
+  }
+  /// Every ordered pair of children of one node, of which the first has a seat.
+  template <class Visit>
+  void siblings(Visit visit) const {
+    std::map<Prefix, std::vector<std::pair<int32_t, const Node*>>> families;
+    for (const auto& [prefix, node] : nodes_)
+      if (!prefix.empty()) families[Prefix(prefix.begin(), prefix.end() - 1)].emplace_back(prefix.back(), &node);
+    for (const auto& [parent, children] : families) {
+      if (!nodes_.at(parent).seats) continue;
+      for (const auto& [a_code, a] : children)
+        for (const auto& [b_code, b] : children)
+          if (a != b) visit(*a, a_code, *b, b_code);
+    }
+  }
+
+  size_t levels_;
+  std::map<Prefix, Node> nodes_;
+  Prefix before_;
+};
+
+}  // namespace laws
