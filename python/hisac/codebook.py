@@ -64,8 +64,9 @@ class Codebook:
 
         A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
-        are left out and counted in `report`, and so are rows whose largest value is so far above the median row's (by a
-        factor of 2^(46 - b), b the bits of the number of rows) that the grid of the sums would be too coarse. progress(level, round, mean squared distance) is called after a round.
+        are left out and counted in `report`, and so are rows so large that they would coarsen the grid of the sums: a
+        row's largest value is 2^(46 - b) times that of the median row, b the bits of the number of rows.
+        progress(level, round, mean squared distance) is called after a round.
         """
         (x,) = take("fit", "x T D", x)
         sizes = [whole("fit", "codes", c) for c in codes]

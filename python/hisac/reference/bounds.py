@@ -161,8 +161,8 @@ def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
 
 
 def _from_origin(h: Any) -> Array:
-    """|x - c| + |p - c| [n, m] for the origin c that the CPU takes: in each dimension the median of the first five present
-    prototypes, or the first where there are fewer."""
+    """|x - c| + |p - c| [n, m] for the origin c that the CPU takes: in each dimension the median of the first five
+    present prototypes, or the first where there are fewer."""
     c = np.median(h.p[:5], 0) if len(h.p) >= 5 else h.p[0] if len(h.p) else 0.0
     return np.sqrt(np.square(h.x - c).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p - c).sum(1))
 
@@ -179,7 +179,12 @@ class _Logits:
         if rounding == U16:
             drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
         far, near = np.square(far + drift), np.square(near + drift)
-        e = (width + 12) * U * near + 4 * self.skew[:, None] * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        e = (
+            (width + 12) * U * near
+            + 4 * self.skew[:, None] * far
+            + 6 * U * self.d
+            + (2 * np.sqrt(self.d) + drift) * drift
+        )
         e = e + (2 * width + len(raw.x) + 8) * LEAST
         if rounding == HALVES:
             e = e + HALVES * near + 2 * np.sqrt(width) * TINY * np.sqrt(near)  # 2 sum |x p| <= near / 2
