@@ -125,6 +125,19 @@ void expect_limits() {
   expect(code_prototypes(on_device, book, codes, {number, {3, 4}}), Code::invalid_argument,
          "prototypes: context.codebook_image expected [1408] on CUDA, got [0]");
 
+  test::name("offsets that lie on the device are not read by the host");
+  const int64_t* const elsewhere = reinterpret_cast<const int64_t*>(uintptr_t{4096});
+  AttendInputs two{{number, DType::float32, 3, 4},
+                   {number, DType::float32, 4, 4},
+                   {number, DType::float32, 4, 4},
+                   2,
+                   1,
+                   {elsewhere, elsewhere + 1, DType::int64, 2},
+                   {}};
+  if (!std::strstr(attend(on_device, two, {{nullptr, DType::float32, 3, 4}, {nullptr, {3, 1}}}).what(),
+                   "workspace expected at least"))
+    test::fail("attend did not get as far as its workspace");
+
   test::name("limits of attend");
   simt::options.machine.shared = size_t{227} << 10;  // an H100's
   const auto refused = [&](int64_t rows, int64_t d, int64_t v, DType type, bool back) {

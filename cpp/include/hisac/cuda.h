@@ -40,6 +40,8 @@
 //   offsets (starts, ends)   A start is clamped to [0, T], an end to [start, T].
 //   candidates of attend     A user's range begins, at the earliest, where all earlier users' ranges have ended. A
 //                            candidate outside every range has a zero row and an lse of -inf.
+//   NaN in attend            A NaN or an infinity in q, keys or values may spoil all results of its user's head, where
+//                            the CPU takes the token, or the tokens of the candidate, for absent.
 //   workspace of vote        Any accepted workspace serves histories of any length, if the codebook has at most 2^18
 //                            leaves, or if the counters of a vote by fan-out fit in shared memory. Otherwise a user
 //                            with more rows than the workspace is made for has no agents: its count is 0.
@@ -55,7 +57,8 @@
 //
 //   Precision::float32       writes x, prototypes, v and weights as sums of two bfloat16 numbers each. x . p is a sum
 //   of route                 of three products, within 2^-15 sum_d |x_d p_d| and the rounding of float32 sums. Where x
-//                            and v are both bfloat16, they are exact.
+//                            and v are both bfloat16, they are exact. Distances are taken from zero, not from an origin
+//                            among the prototypes as on the CPU: center x and prototypes that lie far from zero.
 //   Precision::bfloat16      rounds each of them, by at most 2^-8 of itself, and multiplies once. Norms are those of
 //   of route                 the rounded numbers, so an agent in a behaviour's place has distance 0.
 //   route_backward           does the same, with the gradients of tokens in the place of v.

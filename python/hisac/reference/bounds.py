@@ -36,6 +36,7 @@ from .. import reference as _reference
 from ..types import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 reference: Any = _reference
+float64 = _reference.float64
 
 U = 2.0**-24
 U16 = 2.0**-8
@@ -387,6 +388,13 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
                 bound = _in_type(mean, bound + TINY * cuda, dtype)
                 bound[:, ~np.isfinite(some).all(0)] = np.nan  # a value that is not finite spoils its user
                 out[rows, h], lse[rows, h] = np.where(none[:, None], 0.0, bound), np.where(none, 0.0, off)
+                if cuda:  # whose products meet what the CPU leaves out
+                    odd = ~np.isfinite(float64(q[rows, h])).all(1) | ~np.isfinite(float64(keys[b, :, h])).all()
+                    spoilt = odd[:, None] | ~np.isfinite(float64(values[b, :, h])).all(0)
+                    out[rows, h], lse[rows, h] = (
+                        np.where(spoilt, np.nan, out[rows, h]),
+                        np.where(odd, np.nan, lse[rows, h]),
+                    )
     return Attended(out, lse)
 
 
@@ -421,6 +429,8 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
             dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(reference.verbs.finite(q[rows]))) + TINY
             dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((_steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
             db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
+            if cuda and not all(np.isfinite(float64(a)).all() for a in (q[rows], keys[b], values[b])):
+                dq[rows] = dk[b] = dv[b] = db[b] = np.nan
     exact: Any = reference.attend_backward(**args)
     return AttendGradients(
         *(

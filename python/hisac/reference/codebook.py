@@ -122,8 +122,9 @@ def fixed_point_bits(biggest: float, rows: int) -> int:
 
 def fit_rows(x: Array) -> Array:
     """The rows of x [T, D] float32 that take part in `fit`: those without a NaN or a value of 2^100 and more, less
-    those that are too large for the sums' grid. With e the binary exponent of a row's largest value (2^(e - 1) <= |x| < 2^e),
-    E the upper median of e over the rows that are not zero, and b the bits of the number of rows: e <= E + 46 - b."""
+    those that are too large for the grid of the sums. With e the binary exponent of a row's largest value
+    (2^(e - 1) <= |x| < 2^e), E the upper median of e over the rows that are not zero, and b the bits of the number of
+    rows: e <= E + 46 - b."""
     rows: Array = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
     largest = np.abs(x[rows]).max(1, initial=0)
     exponent: Array = np.frexp(largest)[1]
