@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import pickle
+import stat
 import struct
 import sys
 import threading
@@ -340,7 +341,39 @@ def test_loading_what_is_no_file_does_not_wait(tmp_path):
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(10)
-    assert said == [f"[Errno 22] codebook file: cannot read {tmp_path / 'pipe'}: Invalid argument"]
+    assert said == [f"[Errno 22] codebook file: cannot read {tmp_path / 'pipe'}: expected a regular file, got a pipe"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("head", [b"\x93NUMPY", file(HEADER, b"")])
+def test_a_large_file_of_another_kind_takes_no_memory(tmp_path, head):
+    """3 GB that hold nothing but the first bytes."""
+
+    def peak():
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM"))
+
+    with open(tmp_path / "large", "wb") as f:
+        f.write(head)
+        f.truncate(3 << 30)
+    before = peak()
+    with pytest.raises(CorruptFileError):
+        Codebook.load(tmp_path / "large")
+    assert peak() - before < 64 << 20
+
+
+def test_save_keeps_modes_and_links_and_refuses_what_is_no_file(tmp_path):
+    book, link, pipe = tmp_path / "book", tmp_path / "link", tmp_path / "pipe"
+    BOOK.save(book)
+    book.chmod(0o600)
+    link.symlink_to("book")
+    golden().save(link)
+    assert link.is_symlink() and stat.S_IMODE(book.stat().st_mode) == 0o600 and Codebook.load(book) == BOOK
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=f"cannot write {pipe}: expected a regular file, got a pipe") as error:
+        BOOK.save(pipe)
+    assert error.value.errno == errno.EINVAL and pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["book", "link", "pipe"]
 
 
 def test_from_bytes_takes_bytes():
