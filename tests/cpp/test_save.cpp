@@ -96,7 +96,7 @@ extern "C" int fsync(int file) {
   if (on_sync && ::fstat(file, &info) == 0) on_sync(info.st_mode);
   return real(file);
 }
-extern "C" int getentropy(void* out, size_t size) noexcept {
+extern "C" int getentropy(void* out, size_t size) {
   static const auto real = reinterpret_cast<int (*)(void*, size_t)>(::dlsym(RTLD_NEXT, "getentropy"));
   if (!random_bytes || size != 8) return real(out, size);
   std::memcpy(out, random_bytes, 8);
@@ -195,7 +195,7 @@ TEST_CASE("save keeps the mode of the file that it replaces, from its first byte
   const mode_t mask = ::umask(022);
   REQUIRE(some(1).save(path.c_str()).ok());
   CHECK(mode_of(path) == 0644);
-  for (mode_t mode : {0600, 0640, 0664, 0400, 0777}) {
+  for (mode_t mode : {0600u, 0640u, 0664u, 0400u, 0777u}) {
     REQUIRE(::chmod(path.c_str(), mode) == 0);
     REQUIRE(some(2).save(path.c_str()).ok());
     CHECK(mode_of(path) == mode);
