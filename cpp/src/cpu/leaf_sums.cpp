@@ -70,7 +70,7 @@ void LeafSummer::carve(Arena& arena) noexcept {
     Worker one;
     one.sum = carve_sum(arena);
     one.absent = arena.take<double>(value_width_);
-    for (float** a : {&one.x, &one.run_x}) *a = arena.take<float>(width_);
+    for (float** a : {&one.origin, &one.x, &one.run_x}) *a = arena.take<float>(width_);
     for (float** a : {&one.v, &one.run_v}) *a = arena.take<float>(value_width_);
     if (worker_) worker_[w] = one;
   }
@@ -167,12 +167,23 @@ void LeafSummer::sum_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) no
   }
 }
 
+/// The origin of a leaf's sums: its first present row, or zero. The spread is a difference of squares, which would lose
+/// its digits where rows lie far from zero and near each other.
+void LeafSummer::find_origin(int64_t i, int64_t g, Worker& w) const noexcept {
+  const int64_t* const first = begin_of(i);
+  float norm;
+  for (int64_t e = first[g]; e < first[g + 1]; ++e)
+    if (loader_.load_x_unchecked(row_[start_[i] + e], w.origin, &norm)) return;
+  std::fill_n(w.origin, width_, 0.f);
+}
+
 void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept {
   const int64_t *const first = begin_of(i), pieces = pieces_of(i, g);
   const int64_t begin = first[g] + p * kPiece, end = p + 1 < pieces ? begin + kPiece : first[g + 1];
   const int64_t* const rows = row_ + start_[i];
   const float max_bias = max_bias_[start_[i] + g], scale = scale_of(first[g + 1] - first[g]);
   Sum& sum = sum_of(i, g, p, w);
+  find_origin(i, g, w);
   sum.present = 0;
   sum.total_weight = sum.squares = 0;
   for (int64_t run = begin; run < end; run += kRun) {
@@ -188,6 +199,7 @@ void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
         weight_[start_[i] + e] = -1;
         continue;
       }
+      norm = k_.subtract_row(width_, w.origin, w.x);
       const float weight = in_.bias ? scale * std::exp(loader_.bias_of(row) - max_bias) : scale;
       weight_[start_[i] + e] = weight;
       sum.total_weight += double(weight);
@@ -212,7 +224,8 @@ void LeafSummer::add_sums(const float* x, const float* v, Sum& sum) const noexce
   k_.add_row(value_width_, v, 1.f, sum.v);
 }
 
-/// Merges the pieces of leaf g and writes its row: means, log of the total weight, and E|x|^2 - |mean|^2.
+/// Merges the pieces of leaf g and writes its row: means, log of the total weight, and, about the origin of its sums,
+/// E|x|^2 - |mean|^2.
 void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   const int64_t *const first = begin_of(i), row = start_[i] + g, rows = first[g + 1] - first[g];
   Sum& sum = sum_of(i, g, 0, w);
@@ -233,19 +246,18 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   }
   total_weight_[row] = sum.total_weight;
   float *const x = out_.x + row * width_, *const v = out_.v + row * value_width_;
-  double inverse = sum.present ? 1 / sum.total_weight : 0;
+  const double inverse = sum.present ? 1 / sum.total_weight : 0;
   const auto mean = [&](int64_t width, const float* sums, float* means) {
     std::fill(means, means + width, 0.f);
     k_.add_row(width, sums, static_cast<float>(inverse), means);
   };
   mean(value_width_, sum.v, v);
   mean(width_, sum.x, x);
-  float square = k_.load_row(x, DType::float32, width_, w.x);
-  if (square > 0x1.fffff0p99f) {  // every row is below 2^100: rounding must not raise their mean to that limit
-    inverse *= 1 - 0x1p-20;
-    mean(width_, sum.x, x);
-    square = k_.load_row(x, DType::float32, width_, w.x);
-  }
+  const float square = k_.load_row(x, DType::float32, width_, w.x);
+  if (pieces_of(i, g) > 1) find_origin(i, g, w);  // the worker may have summed another leaf since
+  if (sum.present) k_.add_row(width_, w.origin, 1.f, x);
+  if (k_.load_row(x, DType::float32, width_, w.x) > 0x1.fffff0p99f)  // rows are below 2^100, and so must their mean be
+    k_.store_row(x, DType::float32, width_, w.x, 1 - 0x1p-20f);
   out_.bias[row] =
       sum.present ? static_cast<float>(double(max_bias_[row]) + std::log(sum.total_weight / scale)) : -INFINITY;
   out_.spread[row] =

@@ -48,12 +48,13 @@ class LeafSummer {
   static constexpr int64_t kPiece = 1024;  // rows of a leaf summed at a time
   struct Sum {
     int64_t present = 0;
-    double total_weight = 0, squares = 0;  // squares: of weighted |x|^2 and spreads
-    float *x = nullptr, *v = nullptr;      // [D], [V]
+    double total_weight = 0, squares = 0;  // squares: of weighted |x - origin|^2 and spreads
+    float *x = nullptr, *v = nullptr;      // [D] of x - origin, [V]
   };
   struct Worker {
     Sum sum;
     double* absent = nullptr;  // [V]
+    float* origin = nullptr;   // [D] of the leaf that is summed
     float *x = nullptr, *v = nullptr, *run_x = nullptr, *run_v = nullptr;
   };
 
@@ -71,6 +72,7 @@ class LeafSummer {
   void sort_by_leaf(int64_t i, int64_t n) noexcept;
   template <class Part>
   void each_user_part(int64_t begin, int64_t end, Part part) const noexcept;
+  void find_origin(int64_t i, int64_t g, Worker& w) const noexcept;
   void sum_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) noexcept;
   void sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept;
   void add_sums(const float* x, const float* v, Sum& sum) const noexcept;

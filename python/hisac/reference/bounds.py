@@ -151,6 +151,12 @@ def _largest(h: Any, rows: Array) -> Array:
     return most
 
 
+def first_of(leaf: Array) -> Array:
+    """leaf [n] of each row -> the first row of the same leaf."""
+    _, first, number = np.unique(leaf, return_index=True, return_inverse=True)
+    return np.asarray(first[number])
+
+
 def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
     """The relative error of each leaf's sums, and how far its rows reach; of single rows: none, and |x|."""
     skew, reach = np.zeros(len(h.x)), np.sqrt(np.square(raw.x).sum(1) + raw.spread)
@@ -182,7 +188,7 @@ class _Logits:
         far, near = np.square(far + drift), np.square(near + drift)
         e = (
             (width + 12) * U * near
-            + 4 * self.skew[:, None] * far
+            + (4 if cuda else 16) * self.skew[:, None] * far  # the CPU sums x less the first row of a leaf
             + 6 * U * self.d
             + (2 * np.sqrt(self.d) + drift) * drift
         )
@@ -255,8 +261,9 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
     return Tokens(tokens, lse, moved)
 
 
-def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
-    """args: the arguments of `leaf_sums` -> the largest |difference| of x, v, bias and spread; codes are exact."""
+def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> LeafSums:
+    """args: the arguments of `leaf_sums`; cuda: on a GPU -> the largest |difference| of x, v, bias and spread; codes
+    are exact."""
     args = _dense(args)
     users, book = len(reference.ranges(args["offsets"])), args["book"]
     width = book.centers[0].shape[1] if args["x"] is None else args["x"].shape[1]
@@ -265,8 +272,14 @@ def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
     with np.errstate(over="ignore", invalid="ignore"):
         for *_, h, raw in _users(args | {"prototypes": np.zeros((users, 0, width)), "method": "leaf"}):
             skew, reach = _leaf_errors(h, raw)
-            x, v = (2 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
-            rest = skew + 4 * U * np.abs(h.bias) + 4 * U, 4 * skew * np.square(reach) + U * h.spread + TINY
+            float64_mean = np.square(2.0**-50 * reach)  # of the definition itself
+            if not cuda:  # sums are those of x less the leaf's first row
+                reach = _largest(h, np.sqrt(np.square(raw.x - raw.x[first_of(h.leaf)]).sum(1) + raw.spread))
+            x, v = (4 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
+            rest = (
+                skew + 4 * U * np.abs(h.bias) + 4 * U,
+                4 * skew * np.square(reach) + U * h.spread + float64_mean + TINY,
+            )
             parts.append((_in_float32(h.x, x), _in_float32(h.v, v), *rest))
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
     return LeafSums(x, v, np.zeros(users + 1), bias, spread, np.zeros((len(bias), len(book.centers))))
