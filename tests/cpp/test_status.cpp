@@ -311,8 +311,12 @@ TEST_CASE("leaf_sums") {
   invalid(spoiled([](Right& r, LeafSums&) { r.in.codes = {}; }),
           "leaf_sums: codes expected where x is not given and with the leaf method, got none");
   invalid(spoiled([](Right& r, LeafSums&) { r.in.book = nullptr; }), "leaf_sums: codebook expected, got an empty one");
-  const Status small = spoiled([](Right& r, LeafSums&) { r.context.workspace = {}; });
-  CHECK(std::string(small.what()).find("leaf_sums: workspace expected at least ") == 0);
+  Right r;
+  r.in.codes = r.given;
+  r.in.book = &r.book;
+  const size_t need = leaf_sums_workspace(test::sizing(1), r.in, 3);
+  invalid(spoiled([](Right& right, LeafSums&) { right.context.workspace = {}; }),
+          "leaf_sums: workspace expected at least " + std::to_string(need) + " bytes, got 0");
 }
 
 TEST_CASE("route_backward") {

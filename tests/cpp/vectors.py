@@ -85,7 +85,9 @@ class Uniform(Recipe):
 
     def array(self) -> Any:
         n = int(np.prod(self.shape))
-        a = np.float32(self.scale) * ((bits(self.seed, n) >> np.uint64(40)).astype(np.float32) / 2**23 - np.float32(1))
+        a = np.float32(self.scale) * (
+            (bits(self.seed, n) >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - np.float32(1)
+        )
         return self.patched(to_bfloat16(a) if self.bfloat16 else a)
 
     def payload(self) -> tuple[bytes, bytes]:
