@@ -332,17 +332,22 @@ def route_backward(
     return RouteGradients(*(every[name] if name in need else None for name in RouteGradients._fields))
 
 
+def present_tokens(keys: Array, bias: Array, b: int) -> Array:
+    """Of one user [M, H]: whether its bias and its key hold neither NaN nor an infinity."""
+    present: Array = np.isfinite(keys[b]).all(2)
+    return present if bias is None else present & np.isfinite(float64(bias[b]))[:, None]
+
+
+def present_values(values: Array, keys: Array, bias: Array, b: int) -> Array:
+    """One user's values [M, H, V], zero for absent tokens."""
+    return np.where(present_tokens(keys, bias, b)[..., None], float64(values[b]), 0.0)
+
+
 def attend_logits(q: Array, keys: Array, bias: Array, b: int, rows: slice, scale: float) -> Array:
     """One user's logits [n, H, M], -inf where a token is absent: its bias, its key or q is NaN or infinite."""
-    row = np.zeros(keys.shape[1]) if bias is None else float64(bias[b])
-    present = np.isfinite(row) & np.isfinite(q[rows]).all(2)[..., None] & np.isfinite(keys[b]).all(2).T
-    z = scale * np.einsum("nhd,mhd->nhm", finite(q[rows]), finite(keys[b])) + finite(row)
-    return np.where(present, z, -np.inf)
-
-
-def read(values: Array, z: Array) -> Array:
-    """The values [M, H, V] of one user's tokens, zero for a token that is absent for every candidate."""
-    return np.where(np.isfinite(z).any(0).T[..., None], float64(values), 0.0)
+    z = scale * np.einsum("nhd,mhd->nhm", finite(q[rows]), finite(keys[b]))
+    z = z if bias is None else z + finite(bias[b])
+    return np.where(present_tokens(keys, bias, b).T & np.isfinite(q[rows]).all(2)[..., None], z, -np.inf)
 
 
 def attend(
@@ -362,7 +367,9 @@ def attend(
         z = attend_logits(q, keys, bias, b, rows, scale)
         lse[rows] = logsumexp(z, 2)
         w = np.exp(log_softmax(z, 2))
-        out[rows] = np.where(np.isfinite(lse[rows])[..., None], np.einsum("nhm,mhv->nhv", w, read(values[b], z)), 0.0)
+        out[rows] = np.where(
+            np.isfinite(lse[rows])[..., None], np.einsum("nhm,mhv->nhv", w, present_values(values, keys, bias, b)), 0.0
+        )
     return Attended(out, lse)
 
 
@@ -385,7 +392,7 @@ def attend_backward(
         g, out, total, dl = (float64(a[rows]) for a in (d_out, forward.out, forward.lse, d_lse))
         some, z = np.isfinite(total), attend_logits(q, keys, bias, b, rows, scale)
         w = np.where(some[..., None], np.exp(z - np.where(some, total, 0.0)[..., None]), 0.0)
-        dw = np.einsum("nhv,mhv->nhm", g, read(values[b], z))
+        dw = np.einsum("nhv,mhv->nhm", g, present_values(values, keys, bias, b))
         dz = w * (dw + np.where(some, dl - (g * out).sum(2), 0.0)[..., None])
         dq[rows] = scale * np.einsum("nhm,mhd->nhd", dz, finite(keys[b]))
         dk[b] = scale * np.einsum("nhm,nhd->mhd", dz, finite(q[rows]))
