@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The works' inputs, by seed."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = Any
+
+UNIT = "random unit vectors"
+NORMAL = "random normal vectors"
+CLUSTERED = "clustered codes"
+NEAR = "clustered codes, x near their prototypes"
+MIXTURE = "a mixture of Gaussian mixtures"
+JOURNEY = "longest household of Complete Journey, 64-d text embeddings, random values"
+"""What a work's inputs are, as its rows say."""
 
 
 def unit(rng: np.random.Generator, *shape: int) -> Array:
@@ -55,3 +63,26 @@ def items(rng: np.random.Generator, rows: int, width: int) -> Array:
     b = a * 64 + rng.integers(0, 64, rows)
     x = top[a] + low[b] + 0.35 * rng.standard_normal((rows, width), dtype=np.float32)
     return (x / np.sqrt(width)).astype(np.float32)
+
+
+class Household(NamedTuple):
+    """The longest history of the sample in the package, by ids."""
+
+    table: Array
+    """[I, 64] float32: an item's text embedding, of norm 1."""
+    item: Array
+    """[T] int32: rows of the table, oldest first."""
+    fitted: Array
+    """[n, 64]: purchases of all households in the fitted weeks, as the demo fits its codebook on."""
+
+
+def household(fit_rows: int) -> Household:
+    """The bundled sample, read as `python -m hisac demo` reads it."""
+    from hisac.app import protocol
+
+    events = protocol.load()
+    user = int(np.diff(events.offsets).argmax())
+    text = events.text_of_item[events.item]
+    rows = np.random.default_rng(0).permutation(text[events.week <= protocol.FITTED_WEEKS])[:fit_rows]
+    item = events.item[events.offsets[user] : events.offsets[user + 1]].astype(np.int32)
+    return Household(events.x[events.text_of_item], item, events.x[rows])

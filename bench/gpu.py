@@ -18,10 +18,9 @@ from typing import Any
 
 import gpu_works
 import harness
+import hisac
 import torch
 from run import SCHEMA, commit
-
-import hisac
 
 
 def median_seconds(f: Any, clock: Any, rounds: int = 7) -> float:

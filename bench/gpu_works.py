@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from data import structured
-from harness import Case, Variant
 from torch.nn import functional
 
 import hisac
 import hisac.torch as ht
+import torch
+from data import CLUSTERED, NORMAL, UNIT, structured
+from harness import Case, Variant
 
 Array = Any
 Call = Callable[[int], Any]
@@ -217,7 +217,7 @@ def route_case(work: str, dtype: str, size: str, flops: float, h: Histories, dev
         if dtype == "bfloat16":
             needs = ("flash_attn_interface",)
             variants.append(Variant("FlashAttention-3 packed", made(lambda: flash3(h)), check, bound, "packed", needs))
-    return Case(work, dtype, size, len(h.x), flops, "float64", tuple(variants))
+    return Case(work, dtype, size, UNIT, len(h.x), flops, "float64", tuple(variants))
 
 
 def backward(work: str, lengths: Array, device: str, *, agents: int, width: int, value: int = 64) -> Iterator[Case]:
@@ -263,7 +263,8 @@ def backward(work: str, lengths: Array, device: str, *, agents: int, width: int,
         Variant("SDPA autograd, v only", autograd, check, PEER),
     ]  # fmt: skip
     size = f"{len(lengths)} users, T {len(h.x)}, M {agents}, D {width}, V {value}"
-    yield Case(work, "bfloat16", size, len(h.x), pair * (width + 2 * value), "float64", tuple(variants))
+    flops = pair * (width + 2 * value)
+    yield Case(work, "bfloat16", size, UNIT, len(h.x), flops, "float64", tuple(variants))
 
 
 def vote(work: str, users: int, rows: int, device: str, sizes: tuple[int, int] = (512, 512)) -> Iterator[Case]:
@@ -312,7 +313,7 @@ def vote(work: str, users: int, rows: int, device: str, sizes: tuple[int, int] =
     variants.append(peer("bincount, leaves only", bincount, right, 0, device))
     variants.append(peer("unique, leaves only", unique, right_unique, 0, device))
     size = f"{users} users of {rows}, levels {sizes}"
-    yield Case(work, "int32", size, users * rows, 0, "hisac on the CPU", tuple(variants))
+    yield Case(work, "int32", size, CLUSTERED, users * rows, 0, "hisac on the CPU", tuple(variants))
 
 
 def encode(
@@ -355,7 +356,8 @@ def encode(
         variants += [peer("product, argmin", by(product), check, 2e-2, device)]
         name = str(dtype).removeprefix("torch.")
         flops = 2.0 * rows * width * sum(sizes)
-        yield Case(work, name, f"{rows} x {width}, levels {sizes}", rows, flops, "hisac on the CPU", tuple(variants))
+        size = f"{rows} x {width}, levels {sizes}"
+        yield Case(work, name, size, UNIT, rows, flops, "hisac on the CPU", tuple(variants))
 
 
 def attend(work: str, users: int, candidates: int, device: str, *, agents: int = 200, heads: int = 4, width: int = 64) \
@@ -385,7 +387,7 @@ def attend(work: str, users: int, candidates: int, device: str, *, agents: int =
         variants = [*both("attend", mine, check, GRADE[name], device), peer("SDPA", sdpa, check, PEER, device)]
         flops = 4.0 * users * candidates * heads * agents * width
         size = f"{users} users, {candidates} candidates, M {agents}, H {heads}, d {width}"
-        yield Case(work, name, size, users * candidates, flops, "float64", tuple(variants))
+        yield Case(work, name, size, NORMAL, users * candidates, flops, "float64", tuple(variants))
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:

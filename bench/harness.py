@@ -33,7 +33,7 @@ class Variant:
     """hisac; peer: end to end, from hisac's inputs; packed: from inputs prepared beforehand, never the best peer."""
     needs: tuple[str, ...] = ()
     """Packages without which it cannot run."""
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Callable[[], Mapping[str, float]] = dict
     """More columns of its row."""
     flops: float | None = None
     """Floating-point operations of one run by formula, where they differ from the case's; 0: none worth counting."""
@@ -46,6 +46,8 @@ class Case:
     work: str
     dtype: str
     size: str
+    data: str
+    """What the inputs are, in a few words."""
     rows: int
     """Behaviours, items or candidates of one run, for ns_per_row."""
     flops: float
@@ -223,9 +225,10 @@ def rows(
                 "bound": v.bound,
                 "truth": case.truth,
                 "size": case.size,
+                "data": case.data,
                 "gflops": flops / m / 1e9 if flops else None,
                 "share_of_peak": flops / m / 1e9 / peak if flops else None,
-                **v.extra,
+                **v.extra(),
             }
         )
     return found

@@ -4,8 +4,9 @@
     python bench/run.py --suite route --suite vote --json rows.json
     python bench/run.py --suite all --quick --json rows.json
 
-One process for each thread count: OpenMP and BLAS read theirs when they are loaded. In it every work's variants take
-turns. A row is printed only after its result agreed with the truth; if one of hisac's does not, the exit code is 1.
+One process for each thread count: OpenMP and BLAS read theirs when they are loaded, and no library may be told which
+kernels to run (bench/blas.py). In it every work's variants take turns. A row is printed only after its result agreed
+with the truth; if one of hisac's does not, the exit code is 1.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-SCHEMA = 1
+import blas
+
+SCHEMA = 2
 NOT_INSTALLED = "not installed"
 QUICK_WAIT = "passive"  # threads that spin are the peers at their fastest, but stall a smoke test on a busy machine
 HERE = Path(__file__).resolve().parent
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 # ------------------------------------------------------------------------------------------------------------ machine
@@ -68,8 +70,9 @@ def load() -> float:
 
 def measure(ops: ModuleType, chosen: list[str], threads: int, quick: bool) -> dict[str, Any]:
     """Rows, peers left out, failures, peak and versions at one thread count."""
-    import harness
     import numpy as np
+
+    import harness
     import peak
     import peers
     import works
@@ -121,7 +124,8 @@ def child(arguments: argparse.Namespace) -> int:
     if hasattr(ops, "set_num_threads"):
         ops.set_num_threads(threads)
     peers.settle(threads)
-    write(arguments.json, measure(ops, arguments.suite, threads, arguments.quick))
+    record = blas.records(threads, peers.installed())
+    write(arguments.json, measure(ops, arguments.suite, threads, arguments.quick) | {"blas": record})
     return 0
 
 
@@ -145,6 +149,8 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "suites": arguments.suite,
         "threads": arguments.threads,
         "machine": {
+            "removed_variables": blas.forced(os.environ),
+            "blas": [],
             "cpu": cpu(),
             "cores": os.cpu_count(),
             "system": f"{platform.system()} {platform.machine()}",
@@ -171,7 +177,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
             ]
             command += ["--threads", str(threads), *(f"--suite={s}" for s in arguments.suite)]
             command += ["--quick"] * arguments.quick
-            environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
+            environment, _ = blas.scrub(os.environ, threads)
             if arguments.quick:
                 environment.setdefault("OMP_WAIT_POLICY", QUICK_WAIT)
             code = subprocess.run(command, env=environment, check=False).returncode
@@ -183,6 +189,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
             found = json.loads(part.read_text())
         result["peak"].append(found["peak"])
         result["versions"], result["machine"]["backends"] = found["versions"], found["backends"]
+        result["machine"]["blas"].append(found["blas"])
         for name in ("rows", "left_out", "failures"):
             result[name] += found[name]
     return result
@@ -228,6 +235,9 @@ def main() -> int:
     """The exit code: 0, 1 if a row failed, 2 for a wrong call."""
     arguments = parser().parse_args()
     arguments.suite = arguments.suite or ["all"]
+    if not blas.available():
+        print(blas.MISSING, file=sys.stderr)
+        return 2
     if arguments.child:
         return child(arguments)
     if arguments.json:  # a folder that cannot be made must not be found out at the end

@@ -2,8 +2,10 @@
 """Renders hisac's rows of a run as a Markdown table.
 
 python bench/table.py rows.json
-python bench/table.py rows.json --readme README.md            # replaces what is between the markers
-python bench/table.py rows.json --readme README.md --check    # fails if that differs
+python bench/table.py rows.json --readme bench/README.md            # replaces what is between the markers
+python bench/table.py rows.json --readme bench/README.md --check    # fails if that differs
+
+A run without records of the kernels that its BLAS ran, or whose kernels were forced, makes no table.
 """
 
 import argparse
@@ -12,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import blas
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 MARKED = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
@@ -42,6 +46,19 @@ def cells(row: Row | None) -> list[str]:
     ]
 
 
+def data_of(rows: list[Row]) -> str:
+    """Which works have which data: suites where all of a suite has the same."""
+    of = {r["work"]: r["data"] for r in rows}
+    suites: dict[str, set[str]] = {}
+    for work, kind in of.items():
+        suites.setdefault(work.split("/")[0], set()).add(kind)
+    names: dict[str, list[str]] = {}
+    for work, kind in of.items():
+        suite = work.split("/")[0]
+        names.setdefault(kind, []).append(suite if len(suites[suite]) == 1 else work)
+    return "; ".join(f"{', '.join(dict.fromkeys(works))}: {kind}" for kind, works in names.items())
+
+
 def caption(data: dict[str, Any]) -> str:
     """Where the figures are from."""
     machine, versions = data["machine"], data["versions"]
@@ -54,7 +71,9 @@ def caption(data: dict[str, Any]) -> str:
         f"{kind}{machine['cpu']}, {machine['cores']} cores, {data['date'][:10]}, commit {data['commit'][:12]}{dirty}; "
         f"{used}. "
         "Medians in ms; ratios above 1 mean that hisac is faster than the fastest peer from the same inputs. "
-        f"Peak: {peaks}, {how}."
+        f"Peak: {peaks}, {how}. "
+        f"Kernels: {blas.described(data)}. "
+        f"Data: {data_of(data['rows'])}."
     )
 
 
@@ -83,7 +102,12 @@ def main() -> int:
     arguments = text.parse_args()
     if arguments.check and arguments.readme is None:
         text.error("--check needs --readme")
-    table = render(json.loads(arguments.json.read_text()))
+    data = json.loads(arguments.json.read_text())
+    problem = blas.problem(data)
+    if problem:
+        print(f"{arguments.json}: {problem}", file=sys.stderr)
+        return 2
+    table = render(data)
     if arguments.readme is None:
         print(table, end="")
         return 0

@@ -42,32 +42,50 @@ def differing(result: Array, truth: Array) -> float:
     return float((a != b).mean())
 
 
-def weights(x: Array, p: Array, tau: float, spread: Array, bias: Array) -> tuple[Array, Array, Array]:
-    """x [n, D], p [m, D] -> softmax over n of bias - (|x - p|^2 + spread) / tau as [m, n], its lse [m], |x - p|^2."""
+def weights(
+    x: Array, p: Array, tau: float, spread: Array, bias: Array, normalize: str = "history"
+) -> tuple[Array, Array, Array]:
+    """x [n, D], p [m, D] -> softmax over n of z = bias - (|x - p|^2 + spread) / tau as [m, n], its lse [m], |x - p|^2;
+    normalize="agents": of bias + log softmax over m of z."""
     d = np.square(x).sum(1) - 2 * (p @ x.T) + np.square(p).sum(1)[:, None]
-    z = bias - (d + spread) / tau
+    z = -(d + spread) / tau
+    if normalize == "agents":
+        z -= z.max(0)
+        z -= np.log(np.exp(z).sum(0))
+    z += bias
     top = z.max(1, keepdims=True)
     w = np.exp(z - top)
     total = w.sum(1, keepdims=True)
     return w / total, (np.log(total) + top)[:, 0], d
 
 
-def route64(x: Array, v: Array, offsets: Array, p: Array, tau: float, count: Array | None) -> Tokens:
-    """History mode without bias; every user has a behaviour."""
+def route64(
+    x: Array, v: Array, offsets: Array, p: Array, tau: float, count: Array | None, normalize: str = "history"
+) -> Tokens:
+    """Either mode without bias; every user has a behaviour."""
     tokens, lse = np.zeros((*p.shape[:2], v.shape[1])), np.full(p.shape[:2], -np.inf)
     for b in range(len(p)):
         s, m = slice(offsets[b], offsets[b + 1]), p.shape[1] if count is None else int(count[b])
-        w, lse[b, :m], _ = weights(x[s].astype(np.float64), p[b, :m].astype(np.float64), tau, 0.0, 0.0)
+        w, lse[b, :m], _ = weights(x[s].astype(np.float64), p[b, :m].astype(np.float64), tau, 0.0, 0.0, normalize)
         tokens[b, :m] = w @ v[s].astype(np.float64)
     return Tokens(tokens, lse, p)
 
 
-def route(x: Array, v: Array, offsets: Array, p: Array, tau: float, count: Array | None = None) -> tuple[Tokens, str]:
-    """The tokens and which truth they are."""
+def which(rows: int, p: Array) -> str:
+    """Which truth a route of so many rows has."""
+    quick = rows * p.shape[1] * p.shape[2] <= REFERENCE_PAIRS and len(p) <= 64
+    return REFERENCE if quick else EXPANDED
+
+
+def route(
+    x: Array, v: Array, offsets: Array, p: Array, tau: float, count: Array | None = None, normalize: str = "history"
+) -> Tokens:
+    """The tokens by the truth that `which` names."""
     x, v = dense(x), dense(v)
-    if len(x) * p.shape[1] * p.shape[2] <= REFERENCE_PAIRS and len(p) <= 64:
-        return reference.route(x, v, offsets, p, count=count, temperature=tau), REFERENCE
-    return route64(x, v, offsets, p, tau, count), EXPANDED
+    if which(len(x), p) == REFERENCE:
+        tokens: Tokens = reference.route(x, v, offsets, p, count=count, temperature=tau, normalize=normalize)
+        return tokens
+    return route64(x, v, offsets, p, tau, count, normalize)
 
 
 def leaf64(x: Array, v: Array, leaf: Array, p: Array, tau: float) -> Tokens:
@@ -82,12 +100,17 @@ def leaf64(x: Array, v: Array, leaf: Array, p: Array, tau: float) -> Tokens:
     return Tokens((w @ mean_v)[None], lse[None], p[None])
 
 
-def backward64(d_tokens: Array, forward: Tokens, x: Array, v: Array, p: Array, tau: float) -> tuple[Any, float]:
+def backward64(
+    d_tokens: Array, forward: Tokens, x: Array, v: Array, p: Array, tau: float, normalize: str = "history"
+) -> tuple[Any, float]:
     """Gradients of v and temperature for one user with d_lse = 0, and the sum of the sizes of the latter's terms;
     d_tokens, forward and p are batches of one."""
     v, dt = v.astype(np.float64), d_tokens[0].astype(np.float64)
-    w, _, d = weights(x.astype(np.float64), p[0].astype(np.float64), tau, 0.0, 0.0)
-    terms = w * (dt @ v.T - (forward.tokens[0] * dt).sum(1)[:, None]) * d / tau**2
+    w, lse, d = weights(x.astype(np.float64), p[0].astype(np.float64), tau, 0.0, 0.0, normalize)
+    dz = w * (dt @ v.T - (forward.tokens[0] * dt).sum(1)[:, None])
+    if normalize == "agents":
+        dz -= w * np.exp(lse)[:, None] * dz.sum(0)
+    terms = dz * d / tau**2
     return RouteGradients(w.T @ dt, np.array([terms.sum()]), None, None, None), float(np.abs(terms).sum())
 
 

@@ -13,11 +13,19 @@ namespace hisac::bind {
 /// DLPack's number for the devices of cuda_backend(): CUDA's; the CPU's when tests lend emulated kernels.
 inline int32_t cuda_device_type = 2;
 
+constexpr int64_t kMostWidth = 1 << 20;  // of D and V
+
 /// One call: its verb's name, for messages, and where its arrays lie: where the first one does.
 struct Call {
   const char* verb;
   nb::dlpack::device device{0, 0};
   bool only_cpu = false;
+  struct Range {
+    const char* name;
+    uintptr_t begin, end;
+    bool written;
+  } range[32];  // the memory of the arrays so far
+  int ranges = 0;
 
   explicit Call(const char* name) : verb(name) {}
   /// A verb that only the CPU has.
@@ -89,7 +97,16 @@ inline bool plain(nb::handle array, nb::dlpack::dltensor* t) noexcept {
   return PyErr_Occurred() ? PyErr_Clear(), false : yes;
 }
 
-/// Checks place, rank and layout; returns the address of the first element. `expected` is the contract in words.
+/// Refuses an array that is written and shares memory with another of the call.
+inline void apart(Call& call, const char* name, uintptr_t begin, uintptr_t end, bool written) {
+  for (const auto *r = call.range, *last = r + call.ranges; r < last; ++r)
+    if ((written || r->written) && begin < r->end && r->begin < end)
+      wrong_value(call, name, "memory of its own", std::string("that of ") + r->name);
+  if (call.ranges < static_cast<int>(std::size(call.range))) call.range[call.ranges++] = {name, begin, end, written};
+}
+
+/// Checks place, rank, layout and overlap; returns the address of the first element, or any where there is none.
+/// `expected` is the contract in words.
 inline void* borrow(const View& view, Call& call, const char* name, int ndim, const char* expected, bool write) {
   const auto& t = view.tensor;
   if (view.none) wrong_type(call, name, expected, "None");
@@ -105,9 +122,13 @@ inline void* borrow(const View& view, Call& call, const char* name, int ndim, co
   int64_t size;
   if (!contiguous(t, &size))
     wrong_value(call, name, std::string(expected) + ", row-major and contiguous", "other strides");
-  if (!t.data && size != 0) wrong_type(call, name, "an array with data", "a fake tensor");
+  if (!t.data && size) wrong_type(call, name, "an array with data", "a fake tensor");
   if (write && !view.writable) wrong_type(call, name, "a writable array", "a read-only one");
-  return static_cast<char*>(t.data) + t.byte_offset;
+  char* const data = static_cast<char*>(t.data) + t.byte_offset;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  if (size) apart(call, name, begin, begin + static_cast<uintptr_t>(size) * t.dtype.bits / 8, write);
+  alignas(64) static char nothing[64];
+  return data ? data : nothing;
 }
 
 /// T is const-qualified for inputs. None gives a null array where `optional`.
@@ -115,10 +136,8 @@ template <class T, int N>
 Array<T, N> array(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
   Array<T, N> out;
   if (view.none && optional) return out;
-  void* const data = borrow(view, call, name, N, expected, !std::is_const_v<T>);
+  out.data = static_cast<T*>(borrow(view, call, name, N, expected, !std::is_const_v<T>));
   if (view.tensor.dtype != dtype_of<std::remove_const_t<T>>()) wrong_type(call, name, expected, describe(view));
-  static char empty;
-  out.data = data ? static_cast<T*>(data) : reinterpret_cast<T*>(&empty);
   for (int i = 0; i < N; ++i) out.shape[i] = view.tensor.shape[i];
   return out;
 }
@@ -135,25 +154,23 @@ inline DType float_type(const View& view, const Call& call, const char* name, co
 template <class R = Rows>
 R rows(const View& view, Call& call, const char* name, int ndim, const char* expected, bool int8 = false) {
   R out;
-  void* const data = borrow(view, call, name, ndim, expected, std::is_same_v<R, MutableRows>);
-  static char empty;
-  out.data = data ? data : &empty;
+  out.data = borrow(view, call, name, ndim, expected, std::is_same_v<R, MutableRows>);
   const bool is_int8 = int8 && view.tensor.dtype == dtype_of<int8_t>();
   out.dtype = is_int8 ? DType::int8 : float_type(view, call, name, expected);
-  out.rows = 1;
-  for (int i = 0; i + 1 < ndim; ++i) out.rows *= view.tensor.shape[i];
+  out.rows = product(view.tensor.shape, ndim - 1);
   out.width = view.tensor.shape[ndim - 1];
+  if (out.rows < 0 || out.width > kMostWidth)
+    wrong_value(call, name, std::string(expected) + ", fewer than 2^63 rows of at most 2^20 numbers", describe(view));
   return out;
 }
 
 /// int32 or int64 [n]; None gives null ids where `optional`.
 inline Ids ids(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
   if (view.none && optional) return {};
-  static char empty;
-  void* const data = borrow(view, call, name, 1, expected, false);
+  const void* const data = borrow(view, call, name, 1, expected, false);
   const bool wide = view.tensor.dtype == dtype_of<int64_t>();
   if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(call, name, expected, describe(view));
-  return {data ? data : &empty, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
+  return {data, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 
 /// offsets [B + 1]

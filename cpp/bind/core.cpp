@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "arrays.h"
+#include "module.h"
 #include "runtime.h"
 
 namespace hisac::bind {
@@ -42,9 +43,23 @@ bool all_plain(const char* names, nb::typed<nb::tuple, nb::object, nb::ellipsis>
     names += std::min(name.size() + 2, std::strlen(names));
     if (array.is_none() && name.find('?') != name.npos) continue;
     const auto rank = std::count(name.begin(), name.end(), ' ');
-    if (!plain(array, &t) || (rank && rank != t.ndim) || (name.find('+') != name.npos && !t.shape[0])) return false;
+    if (!plain(array, &t) || (rank && rank != t.ndim) || (name.find('+') != name.npos && !t.shape[0]) ||
+        (rank > 1 && t.shape[rank - 1] > kMostWidth))
+      return false;
   }
   return true;
+}
+
+/// The bits, uint16, of a bfloat16 array on the CPU that only DLPack lends; None for any other.
+nb::object bfloat16_bits(nb::handle source) {
+  nb::ndarray<nb::ro> array;
+  if (!nb::try_cast(source, array, false) || array.dtype() != nb::dlpack::dtype{4, 16, 1} || array.device_type() != 1)
+    return nb::none();
+  using Lender = nb::ndarray<nb::ro>;
+  const nb::capsule lender(new Lender(array), [](void* p) noexcept { delete static_cast<Lender*>(p); });
+  const std::vector<size_t> shape(array.shape_ptr(), array.shape_ptr() + array.ndim());
+  return nb::cast(nb::ndarray<nb::numpy, nb::ro>(array.data(), array.ndim(), shape.data(), lender, array.stride_ptr(),
+                                                 nb::dtype<uint16_t>()));
 }
 
 /// Whether a caller's array may take a result of this shape and NumPy type number, or, below 0, of the type of `like`.
@@ -72,14 +87,13 @@ void make_codebook(Codebook* self, const std::vector<View>& centers) {
 
 Codebook load_codebook(const std::string& path) {
   Codebook book;
-  Status status;
   int os_error = 0;
-  {
-    nb::gil_scoped_release release;
+  const Status status = without_gil([&] {
     errno = 0;
-    status = Codebook::load(path.c_str(), &book);
+    const Status done = Codebook::load(path.c_str(), &book);
     os_error = errno;
-  }
+    return done;
+  });
   raise(status, os_error);
   return book;
 }
@@ -130,8 +144,8 @@ void encode_codes(const Codebook& book, Lent x, Lent codes) {
 
 void leaf_numbers(const Codebook& book, Lent codes, Lent out) {
   Call call = Call::on_cpu("leaves");
-  raise(leaves(book, array<const int32_t, 2>(codes, call, "codes", kCodes),
-               array<int64_t, 1>(out, call, "out", "int64 [T]")));
+  const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
+  raise(leaves(book, from, array<int64_t, 1>(out, call, "out", "int64 [T]")));
 }
 
 void prototype_rows(const Codebook& book, Lent codes, Lent out) {
@@ -157,21 +171,15 @@ nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, 
     levels[l] = array<float, 2>(centers[l], call, "centers", "float32 [C, D]");
     params.sizes[l] = levels[l].shape[0];
   }
-  params.ctx = &progress;
-  params.keep_going = [](void*) {
-    nb::gil_scoped_acquire acquire;
-    return PyErr_CheckSignals() == 0;
-  };
+  params.ctx = progress.ptr();
+  params.keep_going = [](void*) { return with_gil([] { return PyErr_CheckSignals() == 0; }); };
   if (!progress.is_none())
     params.progress = [](void* ctx, int level, int round, double error) {
-      nb::gil_scoped_acquire acquire;
-      try {
-        (*static_cast<nb::object*>(ctx))(level, round, error);
-        return true;
-      } catch (nb::python_error& e) {
-        e.restore();
-        return false;
-      }
+      return with_gil([=] {
+        PyObject* const result = PyObject_CallFunction(static_cast<PyObject*>(ctx), "iid", level, round, error);
+        Py_XDECREF(result);
+        return result != nullptr;
+      });
     };
   FitReport report;
   run(
@@ -217,14 +225,17 @@ struct RouteArguments {
   RouteArguments(Call& call, Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes,
                  const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count,
                  nb::handle tau, nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision,
-                 int refine)
+                 int64_t refine)
       : RouteArguments(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale) {
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
     params.missing = static_cast<Missing>(either(call, "missing", missing, "drop", "token"));
     params.precision = static_cast<Precision>(either(call, "precision", precision, "float32", "bfloat16"));
-    params.refine = refine;
+    if (refine < 0 || refine > 1'000'000) wrong_value(call, "refine", "0 to 1000000", std::to_string(refine));
+    params.refine = static_cast<int>(refine);
     in.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
+    if (in.prototypes.shape[2] > kMostWidth)
+      wrong_value(call, "prototypes", "float32 [B, M, D], D at most 2^20", describe(prototypes));
     in.count = array<const int32_t, 1>(count, call, "count", "int32 [B]", true);
     if (PyFloat_Check(tau.ptr()) || PyLong_Check(tau.ptr())) {
       temperature = static_cast<float>(nb::cast<double>(tau));
@@ -262,7 +273,7 @@ struct RouteArguments {
 
 void route_tokens(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes, const Codebook* book,
                   Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count, nb::handle temperature,
-                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int refine,
+                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine,
                   Lent tokens, Lent lse, Lent refined) {
   Call call("route");
   const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale, prototypes, count,
@@ -376,11 +387,9 @@ void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent k
       [&](const Context& context) { return attend_backward(context, a.in, forward, to); });
 }
 
-}  // namespace
-
-NB_MODULE(_core, m) {
+void fill(nb::module_& m) {
   nb::set_leak_warnings(false);  // torch's registry may keep codebooks to the end
-  m.doc() = "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.";
+  m.attr("VERSION") = HISAC_VERSION;
   nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
       "The bytes are no hisac codebook, or a damaged one.";
 
@@ -431,6 +440,7 @@ NB_MODULE(_core, m) {
         "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "dq"_a, "dkeys"_a, "dvalues"_a, "dbias"_a.none());
 
   m.def("plain", all_plain, "names"_a, "arrays"_a);
+  m.def("bfloat16_bits", bfloat16_bits, "source"_a);
   m.def("fits", fits, "array"_a, "shape"_a, "like"_a, "number"_a);
   m.def(
       "use_cuda",
@@ -445,4 +455,10 @@ NB_MODULE(_core, m) {
   m.def("active_isa", [] { return std::string(active_isa()); });
 }
 
+}  // namespace
 }  // namespace hisac::bind
+
+extern "C" NB_EXPORT PyObject* PyInit__core() {
+  return hisac::bind::define_module<hisac::bind::fill>(
+      "_core", "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.");
+}

@@ -56,11 +56,17 @@ inline nb::dlpack::dtype numpy_type(int number) noexcept {
   return {static_cast<uint8_t>(kCodes[number] - '0'), kBits[number], 1};
 }
 
+/// That of a NumPy dtype. A user's type has a number drawn at run time; of those, ml_dtypes' bfloat16 is known.
+inline nb::dlpack::dtype numpy_type(const NumpyDtype& d) noexcept {
+  if (d.number < 256) return numpy_type(d.number);
+  return std::strcmp(d.scalar->tp_name, "ml_dtypes.bfloat16") ? nb::dlpack::dtype{} : nb::dlpack::dtype{4, 16, 1};
+}
+
 /// A contiguous, aligned ndarray of a native type that DLPack names; false for any other.
 inline bool see_numpy(PyObject* source, nb::dlpack::dltensor* out, bool* writable) noexcept {
   constexpr int kContiguous = 0x1, kAligned = 0x100, kWritable = 0x400, kWarnsOfWrites = INT_MIN;
   const auto* const a = reinterpret_cast<const NumpyArray*>(source);
-  const auto type = numpy_type(a->dtype->number);
+  const auto type = numpy_type(*a->dtype);
   *writable = a->flags & kWritable;
   *out = {a->data, {1, 0}, a->ndim, type, reinterpret_cast<int64_t*>(a->shape), nullptr, 0};
   return (a->flags & (kContiguous | kAligned | kWarnsOfWrites)) == (kContiguous | kAligned) && type.bits &&
@@ -125,15 +131,27 @@ inline Kind kind_of(PyTypeObject* type) noexcept {
   return kind;
 }
 
-/// Row-major without gaps, as an array without elements is.
-inline bool contiguous(const nb::dlpack::dltensor& t, int64_t* size) noexcept {
-  bool yes = true;
-  *size = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    yes = yes && (!t.strides || t.shape[i] == 1 || t.strides[i] == *size);
-    *size *= t.shape[i];
+/// The product of n lengths; -1 where int64 cannot hold it.
+inline int64_t product(const int64_t* lengths, int n) noexcept {
+  int64_t size = 1;
+  bool over = false;
+  for (int i = 0; i < n; ++i) {
+    if (!lengths[i]) return 0;
+    over |= __builtin_mul_overflow(size, lengths[i], &size);
   }
-  return yes || !*size;
+  return over ? -1 : size;
+}
+
+/// Row-major without gaps, as an array without elements is; its size.
+inline bool contiguous(const nb::dlpack::dltensor& t, int64_t* size) noexcept {
+  *size = product(t.shape, t.ndim);
+  bool yes = *size >= 0;
+  int64_t step = 1;
+  for (int i = t.strides && *size > 0 ? t.ndim - 1 : -1; i >= 0; --i) {
+    yes = yes && (t.shape[i] == 1 || t.strides[i] == step);
+    step *= t.shape[i];
+  }
+  return yes;
 }
 
 /// A borrowed array; `none` where Python passed None.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What Python lends the core: a pool of threads, scratch per thread, exceptions for Status.
 #pragma once
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -48,6 +50,38 @@ inline void raise(const Status& status, int os_error = 0) {
   }
 }
 
+/// f(), which waits for the GIL or runs Python's code, and leaves nothing to destroy. Python before 3.14 ends a daemon
+/// thread that does so in an interpreter at its end by unwinding the stack; C++ frames above do not survive that, so
+/// the thread sleeps here instead until the process ends, as it does in later Pythons.
+template <class F>
+auto survive(F f) noexcept {
+  try {
+    return f();
+  } catch (...) {
+    for (;;) pause();
+  }
+}
+
+/// f() while other threads may have the GIL.
+template <class F>
+auto without_gil(F f) noexcept {
+  PyThreadState* const state = PyEval_SaveThread();
+  const auto result = f();
+  survive([=] { PyEval_RestoreThread(state); });
+  return result;
+}
+
+/// f() with the GIL, from code without.
+template <class F>
+bool with_gil(F f) noexcept {
+  return survive([&] {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool result = f();
+    PyGILState_Release(state);
+    return result;
+  });
+}
+
 /// The process's threads. A call keeps the pool that it began with, so the number may change meanwhile; the object
 /// outlives Python's, since threads of a service may still run at exit.
 class Pool {
@@ -90,7 +124,9 @@ class Scratch {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
   }
+  /// None where no machine has so many: the verb then names the argument that asks for them.
   Array<std::byte, 1> take(size_t bytes) {
+    if (bytes > PTRDIFF_MAX - 4096) return {};
     if (bytes > size_) {
       std::free(data_);
       size_ = (bytes + 4095) / 4096 * 4096;
@@ -120,7 +156,12 @@ void run_on_cuda(int device, const Codebook* book, Workspace workspace, Verb ver
   nb::object given = book ? nb::cast(book, nb::rv_policy::reference) : nb::none();
   Context context;
   context.device = Device::cuda;
-  const auto lent = nb::module_::import_("hisac.arrays").attr("lend")(workspace(context), device, given);
+  const nb::object arrays = nb::module_::import_("hisac.arrays");
+  const nb::object lent = nb::steal(survive([&] {
+    return PyObject_CallMethod(arrays.ptr(), "lend", "KiO", static_cast<unsigned long long>(workspace(context)), device,
+                               given.ptr());
+  }));
+  if (!lent.is_valid()) nb::raise_python_error();
   View scratch, image;
   const auto bytes = [](nb::handle array, View* view) -> Array<std::byte, 1> {
     if (array.is_none()) return {};
@@ -145,12 +186,11 @@ void run(const Call& call, Workspace workspace, Verb verb, const Codebook* book 
   Context context;
   context.executor = &executor;
   context.workspace = scratch.take(workspace(context));
-  Status status;
-  {
-    nb::gil_scoped_release release;
-    status = verb(context);
-    pool.reset();  // the last call of a pool joins its threads: without the GIL
-  }
+  const Status status = without_gil([&] {
+    const Status done = verb(context);
+    pool.reset();  // the last call of a pool joins its threads
+    return done;
+  });
   if (scratch.worth_keeping()) kept.swap(scratch);
   raise(status);
 }

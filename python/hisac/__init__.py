@@ -8,10 +8,12 @@
 `hisac.testing` has Hypothesis strategies for tests of your own. `python -m hisac demo` shows it all on real data.
 """
 
+import math
 import os
 import warnings
-from importlib.metadata import version
 
+from . import _core
+from ._core import VERSION as __version__
 from ._core import CorruptFileError
 from .codebook import Codebook
 from .types import Agents, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
@@ -29,7 +31,6 @@ from .verbs import (
     vote,
 )
 
-__version__ = version("hisac")
 CorruptFileError.__module__ = "hisac"
 __all__ = [
     "Agents",
@@ -41,6 +42,7 @@ __all__ = [
     "LeafSums",
     "RouteGradients",
     "Tokens",
+    "__version__",
     "attend",
     "attend_backward",
     "backends",
@@ -55,19 +57,54 @@ __all__ = [
 ]
 
 
+def _quota(root: str = "/") -> float:
+    """Processors that the control groups of this process allow, of versions 1 and 2; infinite without a quota."""
+
+    def text(path: str) -> str:
+        try:
+            with open(root + path, errors="surrogateescape") as file:
+                return file.read()
+        except OSError:
+            return ""
+
+    least = math.inf
+    for line in text("proc/self/cgroup").splitlines():
+        kinds, _, group = line.partition(":")[2].partition(":")
+        if kinds and "cpu" not in kinds.split(","):
+            continue
+        folder = "sys/fs/cgroup/cpu" if kinds else "sys/fs/cgroup"
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
+        while True:  # the group and those that hold it; of a path from outside the container only the last is seen
+            quota, _, period = " ".join(text(f"{folder}{group}/{name}") for name in names).partition(" ")
+            if quota.strip().isdecimal() and period.strip().isdecimal():  # neither "max" nor -1
+                least = min(least, int(quota) / max(int(period), 1))
+            if group in ("", "/"):
+                break
+            group = os.path.dirname(group)
+    return least
+
+
+def _warn(name: str, expected: str, used: str) -> None:
+    got = f"{os.environ[name][:20]!r}"
+    warnings.warn(f"{name} expected {expected}, got {got}; using {used}", RuntimeWarning, stacklevel=3)
+
+
 def _default_threads() -> int:
-    for name in ("HISAC_NUM_THREADS", "OMP_NUM_THREADS"):
-        if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 0:
-            return min(int(os.environ[name]), 256)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, 256)
+    threads, refused = max(math.ceil(min(available, _quota(), 256)), 1), []
+    for name in ("HISAC_NUM_THREADS", "OMP_NUM_THREADS"):
+        first = os.environ.get(name, "").partition(",")[0].strip()
+        number = int(first.lstrip("0")[:4] or 0) if first.isdecimal() else 0
+        if os.environ.get(name) and not 1 <= number <= 256:
+            refused.append(name)
+        if number:
+            threads = min(number, 256)
+            break
+    for name in refused:
+        _warn(name, "1 to 256", f"{threads} threads")
+    return threads
 
 
 set_num_threads(_default_threads())
-if os.environ.get("HISAC_ISA", backends()["cpu"]) != backends()["cpu"]:
-    warnings.warn(
-        f"HISAC_ISA={os.environ['HISAC_ISA']} is not to be had here (there is {', '.join(backends()['available'])});"
-        f" using {backends()['cpu']}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+if os.environ.get("HISAC_ISA", "") not in ("", _core.active_isa()):
+    _warn("HISAC_ISA", f"one of {_core.available_isas()}", _core.active_isa())

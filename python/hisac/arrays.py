@@ -2,11 +2,13 @@
 """Arrays in, arrays out: what kinds the verbs take, and results of the same kind in the same place.
 
 NumPy arrays and torch tensors come as they are, the latter from a GPU too; anything else with DLPack on the CPU is seen
-as NumPy. A non-contiguous input is copied once; dtypes are never converted, devices never changed. torch is not
-imported here: a tensor brings its own module.
+as NumPy, and bfloat16 as ml_dtypes' where that is installed. A non-contiguous input is copied once; dtypes are never
+converted, devices never changed. torch is not imported here: a tensor brings its own module.
 """
 
 import functools
+import importlib
+import math
 import operator
 import sys
 from typing import Any
@@ -20,7 +22,7 @@ FLOAT32, INT32, INT64 = map(np.dtype, (np.float32, np.int32, np.int64))
 NUMBERS = (int, float, np.number)
 plain, fits = _core.plain, _core.fits
 core: Any = _core  # starred arguments do not go with its signatures
-DLPACK_TYPES = "?bBhHiIlLqQefdFD"  # NumPy's letters for them; not longdouble, dates, structures, or bfloat16
+DLPACK_TYPES = "?bBhHiIlLqQefdFD"  # NumPy's letters for them; not longdouble, dates, structures
 
 
 def is_torch(x: Array) -> bool:
@@ -103,7 +105,7 @@ def take_one(verb: str, name: str, x: Array, letters: str = "") -> Array:
         if type(x) is not np.ndarray and isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{verb}: {name} expected an array without a mask, got a masked one; fill it")
         dtype, flags = x.dtype, x.flags
-        if dtype.char not in DLPACK_TYPES or not dtype.isnative:
+        if (dtype.char not in DLPACK_TYPES and dtype.name != "bfloat16") or not dtype.isnative:
             raise TypeError(f"{verb}: {name} expected a native dtype that DLPack names, got {dtype!r}")
         taken = x if flags.c_contiguous and flags.aligned else x.copy()
     elif is_torch(x):
@@ -111,9 +113,10 @@ def take_one(verb: str, name: str, x: Array, letters: str = "") -> Array:
         taken = x.contiguous()
     elif hasattr(x, "__dlpack__"):
         try:
-            return take_one(verb, name, np.from_dlpack(x), letters)
+            seen = np.from_dlpack(x)
         except (BufferError, RuntimeError) as error:
-            raise TypeError(f"{verb}: {name} expected in CPU memory, of a dtype that NumPy has: {error}") from None
+            seen = _from_bfloat16(verb, name, x, error)
+        return take_one(verb, name, seen, letters)
     else:
         raise TypeError(
             f"{verb}: {name} expected a NumPy array, a torch tensor or anything with DLPack, got {type(x).__name__}"
@@ -121,9 +124,22 @@ def take_one(verb: str, name: str, x: Array, letters: str = "") -> Array:
     if letters and x.ndim != letters.count(" ") + 1:
         shape = ", ".join(letters.split())
         raise ValueError(f"{verb}: {name} expected [{shape}], got {dtype_name(x)} {list(x.shape)}")
+    if letters[-1:] in tuple("DVd") and x.shape[-1] > 2**20:
+        raise ValueError(f"{verb}: {name} expected {letters[-1]} of at most 2^20, got {x.shape[-1]}")
     if letters == "B+1" and not x.shape[0]:
         raise ValueError(f"{verb}: {name} expected [B+1], got an empty array")
     return taken
+
+
+def _from_bfloat16(verb: str, name: str, x: Array, error: Exception) -> Array:
+    """What NumPy refused with this error, as ml_dtypes.bfloat16 if it is bfloat16 on the CPU."""
+    bits = core.bfloat16_bits(x)
+    if bits is None:
+        raise TypeError(f"{verb}: {name} expected in CPU memory, of a dtype that NumPy has: {error}") from None
+    try:
+        return bits.view(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        raise TypeError(f"{verb}: {name} expected ml_dtypes beside bfloat16 by DLPack, got no such module") from None
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
@@ -179,12 +195,15 @@ def dtype_name(x: Array) -> str:
     return str(x.dtype).replace("torch.", "")
 
 
-def whole(verb: str, name: str, n: Any) -> int:
-    """A whole number; a float is refused rather than cut."""
+def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = math.inf) -> int:
+    """A whole number in a range; a float is refused rather than cut."""
     try:
-        return operator.index(n)
+        number = operator.index(n)
     except TypeError:
         raise TypeError(f"{verb}: {name} expected a whole number, got {n!r}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{verb}: {name} expected {least} to {most}, got {number}")
+    return number
 
 
 def take_histories(verb: str, offsets: Any) -> tuple[Array, ...]:

@@ -64,19 +64,18 @@ class Codebook:
 
         A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
-        are left out and counted in `report`. progress(level, round, mean squared distance) is called after a round.
+        are left out and counted in `report`, and so are rows so large that they would coarsen the grid of the sums: a
+        row's largest value is 2^(46 - b) times that of the median row, b the bits of the number of rows.
+        progress(level, round, mean squared distance) is called after a round.
         """
         (x,) = take("fit", "x T D", x)
         sizes = [whole("fit", "codes", c) for c in codes]
         for level, size in enumerate(sizes):
             if not 1 <= size <= 2**20:
                 raise ValueError(f"fit: codes expected 1 to 2^20 at level {level}, got {size}")
-        if not 0 <= int(iterations) <= 10**6:
-            raise ValueError(f"fit: iterations expected 0 to 1000000, got {iterations}")
+        iterations = whole("fit", "iterations", iterations, 0, 10**6)
         centers = [np.empty((size, x.shape[1]), np.float32) for size in sizes]
-        report = _core.fit(
-            x, centers, whole("fit", "iterations", iterations), whole("fit", "seed", seed) % 2**64, progress
-        )
+        report = _core.fit(x, centers, iterations, whole("fit", "seed", seed) % 2**64, progress)
         book = cls(centers)
         book.report = FitReport(*report)
         return book

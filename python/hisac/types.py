@@ -97,7 +97,7 @@ class FitReport(NamedTuple):
     rows: int
     """Rows that took part."""
     left_out: int
-    """Rows with a NaN or a value of 2^100 and more, which did not."""
+    """Rows with a NaN, or with values too large to be summed beside the others (see `Codebook.fit`), which did not."""
     iterations: tuple[int, ...]
     """Rounds a level until nothing moved, or the most allowed."""
     error: tuple[float, ...]

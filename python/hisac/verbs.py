@@ -182,12 +182,10 @@ def route(
     """
     rows = _rows("route", x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
     prototypes, count, temperature = _agents("route", prototypes, count, temperature)
-    refine = whole("route", "refine", refine)
+    refine = whole("route", "refine", refine, 0, 10**6)
     v, (users, m, width) = rows[1], prototypes.shape
     seats = m + (missing == "token")
     given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
-    if refine and given.prototypes is prototypes:  # as in what a call without refine returned
-        raise ValueError("route: out prototypes expected memory of its own, got the prototypes that came in")
     tokens = give("route", "out tokens", given.tokens, v, (users, seats, v.shape[1]))
     lse = give("route", "out lse", given.lse, v, (users, seats), FLOAT32)
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
@@ -305,7 +303,8 @@ def attend(
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
     q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets
-    [B + 1]; bias [B, M] float32, where NaN or infinite means an absent token; scale 1 / sqrt(d) by default.
+    [B + 1]; bias [B, M] float32; scale 1 / sqrt(d) by default. A token whose bias or key holds a NaN or an infinity is
+    absent, and for a q that holds one every token is. Without tokens: zero and -inf.
     -> Attended; lse tells how well the best tokens match, which softmax attention alone hides.
     Raises ValueError, TypeError.
     """
@@ -357,11 +356,12 @@ def _attend_inputs(
 
 def set_num_threads(n: int) -> None:
     """Threads that the verbs use, 1 to 256. Results do not depend on it."""
-    core.set_num_threads(whole("threads", "n", n))
+    core.set_num_threads(whole("threads", "n", n, 1, 256))
 
 
 def get_num_threads() -> int:
-    """Threads that the verbs use: HISAC_NUM_THREADS or OMP_NUM_THREADS if set, else the processors we may use."""
+    """Threads that the verbs use. By default HISAC_NUM_THREADS or OMP_NUM_THREADS, the first number of a list, else the
+    processors that affinity and the container's quota allow; at most 256."""
     return int(core.get_num_threads())
 
 

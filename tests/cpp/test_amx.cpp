@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The AMX unit on its scalar twin: within the bounds of amx.h for any shape, bit for bit where sums are exact, never
-// out of memory's bounds nor against the architecture's rules, and no more tile steps than its limit model counts.
-// Where the processor has AMX, the instructions give the twin's bits.
+// Products on the scalar emulation of the AMX unit. They are within the bounds of amx.h for any shape and exact where
+// sums are exact. They read and write no memory out of bounds, break no rule of the architecture, and take the tile
+// steps that the limit model counts. Where the processor has AMX, the instructions give the bits of the emulation.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <thread>
 #include <type_traits>
 
-#include "amx_twin.h"
+#include "amx_emulation.h"
 #include "support.h"
 
 using namespace hisac::simd;
@@ -20,7 +20,7 @@ using test::size;
 namespace {
 
 constexpr double kU = 0x1p-24, kSecondOrder = 1 + 0x1p-14, kNormal = 0x1p-126;
-constexpr PairProducts kTwin = Products<Twin>::table();
+constexpr Kernels kEmulated = Products<EmulatedTiles>::replaced_in({});
 
 uint32_t bf16(float x) {
   const uint32_t bits = bits_of(x);
@@ -29,15 +29,15 @@ uint32_t bf16(float x) {
 
 float wide(uint32_t half) { return float_of(half << 16); }
 
-/// Values [rows, 2 k] in pairs along the contraction, as high and low halves.
-struct Halves {
+/// Values [rows, 2 k] in pairs along the contraction, as the hi and lo of bf16x3.
+struct Bf16x3 {
   std::vector<uint32_t> hi, lo;
 };
 
 /// pair(i) gives the two values of element i.
 template <class Pair>
-Halves halves(int64_t n, Pair pair) {
-  Halves out{std::vector<uint32_t>(size(n)), std::vector<uint32_t>(size(n))};
+Bf16x3 to_bf16x3(int64_t n, Pair pair) {
+  Bf16x3 out{std::vector<uint32_t>(size(n)), std::vector<uint32_t>(size(n))};
   for (int64_t i = 0; i < n; ++i) {
     const std::pair<float, float> x = pair(i);
     const uint32_t a = bf16(x.first), b = bf16(x.second);
@@ -66,32 +66,32 @@ int64_t rows8(int64_t n) { return (n + kRowStep - 1) / kRowStep * kRowStep; }
 
 enum class Kind { integers, any, tiny };
 
-float value(Random& random, Kind kind, bool split) {
-  if (kind == Kind::integers) return static_cast<float>(random.below(split ? 2001 : 17) - (split ? 1000 : 8));
+float value(Random& random, Kind kind, bool bf16x3) {
+  if (kind == Kind::integers) return static_cast<float>(random.below(bf16x3 ? 2001 : 17) - (bf16x3 ? 1000 : 8));
   const float x = std::ldexp(random.uniform(), static_cast<int>(random.below(kind == Kind::tiny ? 12 : 20)) - 10);
-  return (split ? x : wide(bf16(x))) * (kind == Kind::tiny ? 0x1p-65f : 1.f);
+  return (bf16x3 ? x : wide(bf16(x))) * (kind == Kind::tiny ? 0x1p-65f : 1.f);
 }
 
-/// One entry's exact sum over the contraction of what was given (split: of both halves' values), its size and flush.
+/// One entry's exact sum over the contraction of what was given (bf16x3: of hi + lo), its size and flush.
 struct Exact {
   double sum = 0, products = 0, operands = 0, three = 0;
-  void add(float a, float b, bool split) {
+  void add(float a, float b, bool bf16x3) {
     sum += double(a) * double(b);
     products += std::fabs(double(a) * double(b));
     operands += std::fabs(double(a)) + std::fabs(double(b));
     const float ah = wide(bf16(a)), bh = wide(bf16(b)), al = wide(bf16(a - ah)), bl = wide(bf16(b - bh));
     three +=
-        split ? double(ah) * double(bh) + double(ah) * double(bl) + double(al) * double(bh) : double(a) * double(b);
+        bf16x3 ? double(ah) * double(bh) + double(ah) * double(bl) + double(al) * double(bh) : double(a) * double(b);
   }
 };
 
 /// The bounds of amx.h; `added`: |c| where the product is added to it.
-double bound(const Exact& x, int64_t k2, bool split, double added, bool adds) {
+double bound(const Exact& x, int64_t k2, bool bf16x3, double added, bool adds) {
   const double s = static_cast<double>((k2 + 15) / 16), d = static_cast<double>(std::min<int64_t>(k2, 16));
   const double flush = kNormal * (x.operands + (2 * d + 3) * s);
-  const double roundings = split ? 1.016 * (d + 3 * s - 1 + adds) : d + s - 1 + adds;
-  return kSecondOrder * ((split ? 0x1p-15 : 0) + roundings * kU) * x.products + (split ? 2 : s) * kU * added +
-         (split ? 3 : 1) * flush;
+  const double roundings = bf16x3 ? 1.016 * (d + 3 * s - 1 + adds) : d + s - 1 + adds;
+  return kSecondOrder * ((bf16x3 ? 0x1p-15 : 0) + roundings * kU) * x.products + (bf16x3 ? 2 : s) * kU * added +
+         (bf16x3 ? 3 : 1) * flush;
 }
 
 struct Largest {
@@ -104,22 +104,22 @@ struct Largest {
 };
 
 /// z = a B on `table`; returns z's bits.
-std::vector<float> matmul(const PairProducts& table, Random random, int64_t n, int64_t k2, int64_t m, bool split,
-                          Kind kind, Largest* largest = nullptr) {
+std::vector<float> matmul(const Kernels& table, Random random, int64_t n, int64_t k2, int64_t m, bool bf16x3, Kind kind,
+                          Largest* largest = nullptr) {
   std::vector<std::pair<float, float>> av(size(n * k2)), bv(size(k2 * m));
   for (auto* side : {&av, &bv})
-    for (auto& x : *side) x = {value(random, kind, split), value(random, kind, split)};
-  const Halves a = halves(n * k2, [&](int64_t i) { return av[size(i)]; });
-  const Halves b = halves(k2 * m, [&](int64_t i) { return bv[size(i)]; });
+    for (auto& x : *side) x = {value(random, kind, bf16x3), value(random, kind, bf16x3)};
+  const Bf16x3 a = to_bf16x3(n * k2, [&](int64_t i) { return av[size(i)]; });
+  const Bf16x3 b = to_bf16x3(k2 * m, [&](int64_t i) { return bv[size(i)]; });
   const int64_t lda = k2 + random.below(20), ldz = pad(m) + 16 * random.below(2);
   Guarded<uint32_t> a_hi = strided(a.hi, n, k2, lda, rows8(n)), a_lo = strided(a.lo, n, k2, lda, rows8(n));
   Guarded<uint32_t> b_hi = packed(b.hi, k2, m), b_lo = packed(b.lo, k2, m);
   Guarded<float> z(rows8(n) * ldz);
-  if (split)
-    table.matmul_split(static_cast<int>(n), k2, m, a_hi.data(), a_lo.data(), lda, b_hi.data(), b_lo.data(), z.data(),
-                       ldz, nullptr);
+  if (bf16x3)
+    table.matmul_bf16x3(static_cast<int>(n), k2, m, a_hi.data(), a_lo.data(), lda, b_hi.data(), b_lo.data(), z.data(),
+                        ldz, nullptr);
   else
-    table.matmul(static_cast<int>(n), k2, m, a_hi.data(), lda, b_hi.data(), z.data(), ldz, nullptr);
+    table.matmul_bf16(static_cast<int>(n), k2, m, a_hi.data(), lda, b_hi.data(), z.data(), ldz, nullptr);
   CHECK((z.intact() && a_hi.intact() && b_hi.intact()));
   std::vector<float> out;
   for (int64_t i = 0; i < n; ++i)
@@ -128,33 +128,33 @@ std::vector<float> matmul(const PairProducts& table, Random random, int64_t n, i
       if (!largest) continue;
       Exact x;
       for (int64_t k = 0; k < k2; ++k) {
-        x.add(av[size(i * k2 + k)].first, bv[size(k * m + j)].first, split);
-        x.add(av[size(i * k2 + k)].second, bv[size(k * m + j)].second, split);
+        x.add(av[size(i * k2 + k)].first, bv[size(k * m + j)].first, bf16x3);
+        x.add(av[size(i * k2 + k)].second, bv[size(k * m + j)].second, bf16x3);
       }
-      largest->entry(double(out.back()), x.sum, bound(x, k2, split, 0, false), x.three, kind == Kind::integers);
+      largest->entry(double(out.back()), x.sum, bound(x, k2, bf16x3, 0, false), x.three, kind == Kind::integers);
     }
   return out;
 }
 
 /// c += v^T e on `table`; returns c's bits.
-std::vector<float> accumulate(const PairProducts& table, Random random, int64_t n2, int64_t w, int64_t m, bool split,
+std::vector<float> accumulate(const Kernels& table, Random random, int64_t n2, int64_t w, int64_t m, bool bf16x3,
                               Kind kind, Largest* largest = nullptr) {
   std::vector<std::pair<float, float>> vv(size(n2 * w)), ev(size(n2 * m));
   for (auto* side : {&vv, &ev})
-    for (auto& x : *side) x = {value(random, kind, split), value(random, kind, split)};
-  const Halves v = halves(n2 * w, [&](int64_t i) { return vv[size(i)]; });
-  const Halves e = halves(n2 * m, [&](int64_t i) { return ev[size(i)]; });
+    for (auto& x : *side) x = {value(random, kind, bf16x3), value(random, kind, bf16x3)};
+  const Bf16x3 v = to_bf16x3(n2 * w, [&](int64_t i) { return vv[size(i)]; });
+  const Bf16x3 e = to_bf16x3(n2 * m, [&](int64_t i) { return ev[size(i)]; });
   const int64_t ldv = w + random.below(20), lde = pad(m) + 16 * random.below(2), ldc = pad(m);
   Guarded<uint32_t> v_hi = strided(v.hi, n2, w, ldv), v_lo = strided(v.lo, n2, w, ldv);
   Guarded<uint32_t> e_hi = strided(e.hi, n2, m, lde, n2), e_lo = strided(e.lo, n2, m, lde, n2);
   std::vector<float> before(size(rows8(w) * ldc));
   for (float& x : before) x = value(random, kind, true);
   Guarded<float> c(before);
-  if (split)
-    table.accumulate_split(static_cast<int>(n2), w, m, v_hi.data(), v_lo.data(), ldv, e_hi.data(), e_lo.data(), lde,
-                           c.data(), ldc);
+  if (bf16x3)
+    table.accumulate_bf16x3(static_cast<int>(n2), w, m, v_hi.data(), v_lo.data(), ldv, e_hi.data(), e_lo.data(), lde,
+                            c.data(), ldc);
   else
-    table.accumulate(static_cast<int>(n2), w, m, v_hi.data(), ldv, e_hi.data(), lde, c.data(), ldc);
+    table.accumulate_bf16(static_cast<int>(n2), w, m, v_hi.data(), ldv, e_hi.data(), lde, c.data(), ldc);
   CHECK((c.intact() && v_hi.intact() && e_hi.intact()));
   std::vector<float> out;
   for (int64_t i = 0; i < w; ++i)
@@ -163,11 +163,11 @@ std::vector<float> accumulate(const PairProducts& table, Random random, int64_t 
       if (!largest) continue;
       Exact x;
       for (int64_t k = 0; k < n2; ++k) {
-        x.add(vv[size(k * w + i)].first, ev[size(k * m + j)].first, split);
-        x.add(vv[size(k * w + i)].second, ev[size(k * m + j)].second, split);
+        x.add(vv[size(k * w + i)].first, ev[size(k * m + j)].first, bf16x3);
+        x.add(vv[size(k * w + i)].second, ev[size(k * m + j)].second, bf16x3);
       }
       const double start = double(before[size(i * ldc + j)]);
-      largest->entry(double(out.back()), start + x.sum, bound(x, n2, split, std::fabs(start), true), start + x.three,
+      largest->entry(double(out.back()), start + x.sum, bound(x, n2, bf16x3, std::fabs(start), true), start + x.three,
                      kind == Kind::integers);
     }
   return out;
@@ -175,7 +175,7 @@ std::vector<float> accumulate(const PairProducts& table, Random random, int64_t 
 
 constexpr Kind kKinds[] = {Kind::integers, Kind::any, Kind::tiny};
 
-// One template makes both tables: what the twin is tested for is what the instructions run.
+// One template makes both tables: what the emulation is tested for is what the instructions run.
 template <class>
 struct Made;
 template <template <class> class Template, class Tiles>
@@ -184,43 +184,43 @@ struct Made<Template<Tiles>> {
   using by = Template<Other>;
 };
 #if defined(__x86_64__)
-static_assert(std::is_same_v<Made<Products<Hardware>>::by<Twin>, Products<Twin>>);
-[[maybe_unused]] constexpr PairProducts kInstructions = Products<Hardware>::table();  // compiles for both
+static_assert(std::is_same_v<Made<Products<Hardware>>::by<EmulatedTiles>, Products<EmulatedTiles>>);
+[[maybe_unused]] constexpr Kernels kInstructions = Products<Hardware>::replaced_in({});  // compiles for both
 #endif
 
 TEST_CASE("products of any shape: within the bounds, exact where sums are exact") {
   Random random(1);
-  Largest plain, split;
+  Largest one_pass, three_passes;
   for (int round = 0; round < 60; ++round) {
     const int64_t n = 1 + random.below(round % 10 ? 66 : 140), k2 = 1 + random.below(70), m = 1 + random.below(90);
-    const bool two = round % 2;
+    const bool bf16x3 = round % 2;
     const Kind kind = kKinds[round % 3];
     CAPTURE(n);
     CAPTURE(k2);
     CAPTURE(m);
-    CAPTURE(two);
-    matmul(kTwin, random, n, k2, m, two, kind, two ? &split : &plain);
-    CHECK(!Twin::state().configured);
-    accumulate(kTwin, random, 1 + k2 % 32, 1 + random.below(round % 10 ? 66 : 140), m, two, kind,
-               two ? &split : &plain);
-    CHECK(!Twin::state().configured);
+    CAPTURE(bf16x3);
+    matmul(kEmulated, random, n, k2, m, bf16x3, kind, bf16x3 ? &three_passes : &one_pass);
+    CHECK(!EmulatedTiles::state().configured);
+    accumulate(kEmulated, random, 1 + k2 % 32, 1 + random.below(round % 10 ? 66 : 140), m, bf16x3, kind,
+               bf16x3 ? &three_passes : &one_pass);
+    CHECK(!EmulatedTiles::state().configured);
   }
-  MESSAGE("largest share of the bound: one pass ", plain.error, ", three passes ", split.error);
+  MESSAGE("largest share of the bound: one pass ", one_pass.error, ", three passes ", three_passes.error);
 }
 
 TEST_CASE("products at the edges of tiles") {
   Largest largest;
   for (int64_t n : {1, 8, 9, 16, 17, 24, 25, 40, 48, 56, 64, 65})
     for (int64_t k2 : {1, 15, 16, 17, 18, 33, 50})
-      for (bool split : {false, true}) {
+      for (bool bf16x3 : {false, true}) {
         CAPTURE(n);
         CAPTURE(k2);
-        matmul(kTwin, Random(static_cast<uint64_t>(n)), n, k2, n % 3 * 16 + 33, split, Kind::integers, &largest);
-        accumulate(kTwin, Random(static_cast<uint64_t>(k2)), k2, n, k2 + 1, split, Kind::integers, &largest);
+        matmul(kEmulated, Random(static_cast<uint64_t>(n)), n, k2, n % 3 * 16 + 33, bf16x3, Kind::integers, &largest);
+        accumulate(kEmulated, Random(static_cast<uint64_t>(k2)), k2, n, k2 + 1, bf16x3, Kind::integers, &largest);
       }
 }
 
-TEST_CASE("halves: what they leave out is at most 2^-15 of a product, and can be nearly that") {
+TEST_CASE("bf16x3: what it leaves out is at most 2^-15 of a product, and can be nearly that") {
   double rest = 0, left_out = 0;
   for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += 61) {
     const float x = float_of(0x3f800000u | mantissa), hi = wide(bf16(x)), lo = wide(bf16(x - hi));
@@ -230,10 +230,10 @@ TEST_CASE("halves: what they leave out is at most 2^-15 of a product, and can be
   }
   CHECK(rest <= 0x1p-17);
   CHECK(left_out <= 0x1p-15);
-  CHECK(left_out > .95 * 0x1p-15);
+  CHECK(left_out > 0.95 * 0x1p-15);
 }
 
-TEST_CASE("the twin's arithmetic: two chains a dot, rounded to nearest even, without denormals") {
+TEST_CASE("the emulation's arithmetic: bf16x3 chains a dot, rounded to nearest even, without denormals") {
   TileConfig c{};
   c.palette = 1;
   for (int t : {0, 1, 2}) c.rows[t] = t == 2 ? 2 : 1, c.row_bytes[t] = t == 1 ? 8 : 4;
@@ -242,13 +242,13 @@ TEST_CASE("the twin's arithmetic: two chains a dot, rounded to nearest even, wit
   const auto dot = [&](float a0, float a1, float a2, float a3, float start) {
     a[0] = bf16(a1) << 16 | bf16(a0);
     a[1] = bf16(a3) << 16 | bf16(a2);
-    Twin::configure(c);
-    Twin::load<0>(&start, 4);
-    Twin::load<1>(a, 8);
-    Twin::load<2>(b, 4);
-    Twin::dot<0, 1, 2>();
-    Twin::store<0>(&sum, 4);
-    Twin::release();
+    EmulatedTiles::configure(c);
+    EmulatedTiles::load<0>(&start, 4);
+    EmulatedTiles::load<1>(a, 8);
+    EmulatedTiles::load<2>(b, 4);
+    EmulatedTiles::dot<0, 1, 2>();
+    EmulatedTiles::store<0>(&sum, 4);
+    EmulatedTiles::release();
     return sum;
   };
   b[0] = b[1] = bf16(1) << 16 | bf16(1);
@@ -266,7 +266,7 @@ TEST_CASE("the twin's arithmetic: two chains a dot, rounded to nearest even, wit
   CHECK(std::isnan(dot(std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), 0, 0, 0)));
 }
 
-TEST_CASE("the twin finds misuse") {
+TEST_CASE("the emulation finds misuse") {
   const auto good = [] {
     TileConfig c{};
     c.palette = 1;
@@ -274,9 +274,9 @@ TEST_CASE("the twin finds misuse") {
     return c;
   };
   static float data[256] = {};
-  const auto refused = [&](TileConfig c) { CHECK_THROWS_AS(Twin::configure(c), Twin::Fault); };
-  Twin::release();
-  CHECK_THROWS_AS(Twin::zero<0>(), Twin::Fault);
+  const auto refused = [&](TileConfig c) { CHECK_THROWS_AS(EmulatedTiles::configure(c), EmulatedTiles::Fault); };
+  EmulatedTiles::release();
+  CHECK_THROWS_AS(EmulatedTiles::zero<0>(), EmulatedTiles::Fault);
   TileConfig c = good();
   c.palette = 2;
   refused(c);
@@ -298,10 +298,10 @@ TEST_CASE("the twin finds misuse") {
   c = good();
   c.reserved0[13] = c.reserved2[7] = 1;
   refused(c);
-  Twin::configure(good());
-  CHECK_NOTHROW(Twin::load<0>(data, 64));
-  CHECK_NOTHROW((Twin::dot<0, 1, 2>()));
-  CHECK_THROWS_AS(Twin::load<3>(data, 64), Twin::Fault);
+  EmulatedTiles::configure(good());
+  CHECK_NOTHROW(EmulatedTiles::load<0>(data, 64));
+  CHECK_NOTHROW((EmulatedTiles::dot<0, 1, 2>()));
+  CHECK_THROWS_AS(EmulatedTiles::load<3>(data, 64), EmulatedTiles::Fault);
   struct Shape {
     int tile, rows, bytes;
   };
@@ -310,11 +310,11 @@ TEST_CASE("the twin finds misuse") {
     c = good();
     c.rows[tile] = static_cast<uint8_t>(rows);
     c.row_bytes[tile] = static_cast<uint16_t>(bytes);
-    Twin::configure(c);
-    CHECK_THROWS_AS((Twin::dot<0, 1, 2>()), Twin::Fault);
+    EmulatedTiles::configure(c);
+    CHECK_THROWS_AS((EmulatedTiles::dot<0, 1, 2>()), EmulatedTiles::Fault);
   }
-  Twin::release();
-  CHECK_THROWS_AS(Twin::store<0>(data, 64), Twin::Fault);
+  EmulatedTiles::release();
+  CHECK_THROWS_AS(EmulatedTiles::store<0>(data, 64), EmulatedTiles::Fault);
 }
 
 TEST_CASE("tile steps are those of the limit model") {
@@ -322,9 +322,9 @@ TEST_CASE("tile steps are those of the limit model") {
     int64_t configures, dots, loads, stores;
   };
   const auto count = [](auto run) {
-    Twin::state() = {};
+    EmulatedTiles::state() = {};
     run();
-    const Twin::State& s = Twin::state();
+    const EmulatedTiles::State& s = EmulatedTiles::state();
     CHECK(s.releases == 1);
     return Steps{s.configures, s.dots, s.loads, s.stores};
   };
@@ -335,14 +335,14 @@ TEST_CASE("tile steps are those of the limit model") {
     CHECK(got.stores == expected.stores);
   };
   const Random random(3);  // k2 = 64: four steps
-  check(count([&] { matmul(kTwin, random, 64, 64, 48, false, Kind::any); }), {1, 4 * 12, 4 * 13, 12});
-  check(count([&] { matmul(kTwin, random, 64, 64, 48, true, Kind::any); }), {1, 4 * 36, 4 * 30, 12});
-  check(count([&] { matmul(kTwin, random, 64, 64, 200, false, Kind::any); }), {1, 4 * 52, 4 * 55, 52});
-  check(count([&] { matmul(kTwin, random, 20, 10, 32, false, Kind::any); }), {1, 4, 4, 4});
-  check(count([&] { matmul(kTwin, random, 64, 50, 32, false, Kind::any); }), {2, 4 * 8, 4 * 8 + 8, 16});
-  check(count([&] { accumulate(kTwin, random, 32, 64, 64, false, Kind::any); }), {1, 2 * 16, 2 * 16 + 16, 16});
-  check(count([&] { accumulate(kTwin, random, 32, 64, 64, true, Kind::any); }), {1, 2 * 48, 2 * 32, 16});
-  check(count([&] { accumulate(kTwin, random, 22, 64, 64, true, Kind::any); }), {1, 2 * 48, 2 * 32, 16});
+  check(count([&] { matmul(kEmulated, random, 64, 64, 48, false, Kind::any); }), {1, 4 * 12, 4 * 13, 12});
+  check(count([&] { matmul(kEmulated, random, 64, 64, 48, true, Kind::any); }), {1, 4 * 36, 4 * 30, 12});
+  check(count([&] { matmul(kEmulated, random, 64, 64, 200, false, Kind::any); }), {1, 4 * 52, 4 * 55, 52});
+  check(count([&] { matmul(kEmulated, random, 20, 10, 32, false, Kind::any); }), {1, 4, 4, 4});
+  check(count([&] { matmul(kEmulated, random, 64, 50, 32, false, Kind::any); }), {2, 4 * 8, 4 * 8 + 8, 16});
+  check(count([&] { accumulate(kEmulated, random, 32, 64, 64, false, Kind::any); }), {1, 2 * 16, 2 * 16 + 16, 16});
+  check(count([&] { accumulate(kEmulated, random, 32, 64, 64, true, Kind::any); }), {1, 2 * 48, 2 * 32, 16});
+  check(count([&] { accumulate(kEmulated, random, 22, 64, 64, true, Kind::any); }), {1, 2 * 48, 2 * 32, 16});
 }
 
 /// A processor and system of which this and that is missing.
@@ -375,13 +375,13 @@ TEST_CASE("AMX is used where processor, system and permission agree; permission 
   CHECK((!amx_permitted<Old>() && Old::asked == 0 && Old::read == 0));  // xgetbv would fault
   CHECK((!amx_permitted<Int8>() && Int8::asked == 0));
   bool first = false, second = false;
-  std::thread one([&] { first = amx_available(); }), two([&] { second = amx_available(); });
+  std::thread one([&] { first = amx_available(); }), bf16x3([&] { second = amx_available(); });
   one.join();
-  two.join();
+  bf16x3.join();
   CHECK((first == second && first == amx_available()));
 }
 
-TEST_CASE("the instructions give the twin's bits, where the processor has them") {
+TEST_CASE("the instructions give the emulation's bits, where the processor has them") {
 #if defined(__x86_64__)
   if (!amx_available()) {
     MESSAGE("no AMX here, or no permission: the instructions did not run");
@@ -391,9 +391,10 @@ TEST_CASE("the instructions give the twin's bits, where the processor has them")
   for (int round = 0; round < 40; ++round) {
     const int64_t n = 1 + random.below(140), k2 = 1 + random.below(70), m = 1 + random.below(90);
     const Kind kind = kKinds[round % 3];
-    for (bool split : {false, true}) {
-      CHECK(matmul(kAmx, random, n, k2, m, split, kind) == matmul(kTwin, random, n, k2, m, split, kind));
-      CHECK(accumulate(kAmx, random, k2, n, m, split, kind) == accumulate(kTwin, random, k2, n, m, split, kind));
+    for (bool bf16x3 : {false, true}) {
+      CHECK(matmul(amx_kernels(), random, n, k2, m, bf16x3, kind) == matmul(kEmulated, random, n, k2, m, bf16x3, kind));
+      CHECK(accumulate(amx_kernels(), random, k2, n, m, bf16x3, kind) ==
+            accumulate(kEmulated, random, k2, n, m, bf16x3, kind));
     }
   }
 #else

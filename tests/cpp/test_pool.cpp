@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// ThreadPool: every index once, few enough at once, after fork, busy, nested, resized.
+// ThreadPool: every index once, few enough at once, after fork, busy, nested, resized; its caller's floating-point
+// mode; where its threads may run, and how often that is changed.
 #include <doctest/doctest.h>
 
+#include <dlfcn.h>
 #include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #include <atomic>
-#include <set>
+#include <cfenv>
 #include <string>
 
 #include "support.h"
@@ -81,17 +86,31 @@ TEST_CASE("every worker that a call has a range for comes") {
 }
 
 #ifdef __linux__
-TEST_CASE("threads keep off the processor that the caller is on") {
-  struct Allowed {
-    cpu_set_t set;
-    Allowed() { REQUIRE(::sched_getaffinity(0, sizeof set, &set) == 0); }
-    explicit Allowed(size_t cpu) {
-      CPU_ZERO(&set);
-      CPU_SET(cpu, &set);
-    }
-    void use() const { REQUIRE(::sched_setaffinity(0, sizeof set, &set) == 0); }
-    bool operator==(const Allowed& o) const { return CPU_EQUAL(&set, &o.set); }
-  };
+namespace {
+
+std::atomic<int> affinity_calls{0};
+
+struct Allowed {
+  cpu_set_t set;
+  Allowed() { REQUIRE(::sched_getaffinity(0, sizeof set, &set) == 0); }
+  explicit Allowed(size_t cpu) {
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+  }
+  void use() const { REQUIRE(::sched_setaffinity(0, sizeof set, &set) == 0); }
+  bool operator==(const Allowed& o) const { return CPU_EQUAL(&set, &o.set); }
+};
+
+}  // namespace
+
+/// The pool's calls come here first.
+extern "C" int pthread_setaffinity_np(pthread_t thread, size_t size, const cpu_set_t* set) noexcept {
+  static const auto real = reinterpret_cast<decltype(&pthread_setaffinity_np)>(::dlsym(RTLD_NEXT, __func__));
+  ++affinity_calls;
+  return real(thread, size, set);
+}
+
+TEST_CASE("threads keep off the processor of a caller that is the only one") {
   const Allowed all;
   if (CPU_COUNT(&all.set) < 2) {
     MESSAGE("one processor: not tried");
@@ -105,6 +124,8 @@ TEST_CASE("threads keep off the processor that the caller is on") {
     Allowed others = all;
     CPU_CLR(cpu, &others.set);
     const auto affinities = [&] {
+      for (int call = 0; call < 20; ++call) covers(pool.executor(), 3);  // the only caller for a while
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));         // and the last change is long ago
       std::vector<Allowed> seen(3);
       CHECK(test::all_come(pool.executor(), 3, [&](int worker) { seen[test::size(worker)] = Allowed(); }));
       return seen;
@@ -136,7 +157,147 @@ TEST_CASE("threads keep off the processor that the caller is on") {
     ++tried;
   }
 }
+
+TEST_CASE("threads that a bound caller starts may run where the main thread may") {
+  const Allowed all;
+  ThreadPool pool;
+  REQUIRE(pool.resize(3).ok());
+  std::vector<Allowed> seen(3);
+  std::thread bound([&] {
+    size_t cpu = 0;
+    while (!CPU_ISSET(cpu, &all.set)) ++cpu;
+    Allowed(cpu).use();
+    CHECK(test::all_come(pool.executor(), 3, [&](int worker) { seen[test::size(worker)] = Allowed(); }));
+  });
+  bound.join();
+  CHECK(seen[1] == all);
+  CHECK(seen[2] == all);
+}
+
+TEST_CASE("callers that alternate move no thread, and get all of them everywhere") {
+  const Allowed all;
+  ThreadPool pool;
+  REQUIRE(pool.resize(4).ok());
+  const Executor executor = pool.executor();
+  for (int call = 0; call < 40; ++call) covers(executor, 4);  // moved once for the one caller that there was
+  std::vector<Allowed> seen(4);
+  std::atomic<int> turn{0}, before{0}, after{0};
+  constexpr int kCalls = 200;
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 2; ++t)
+    callers.emplace_back([&, t] {
+      for (int call = 0; call < kCalls; ++call) {
+        while (turn != 2 * call + t) std::this_thread::yield();
+        if (2 * call + t == 1) before = affinity_calls.load();
+        covers(executor, 4);
+        after = affinity_calls.load();
+        ++turn;
+      }
+    });
+  for (std::thread& t : callers) t.join();
+  CHECK(after == before);
+  CHECK(test::all_come(executor, 4, [&](int worker) { seen[test::size(worker)] = Allowed(); }));
+  for (const Allowed& each : seen) CHECK(each == all);
+}
+
+TEST_CASE("a caller that moves all the time, or many at once, move threads seldom") {
+  const Allowed all;
+  for (int count : {1, 4}) {
+    CAPTURE(count);
+    ThreadPool pool;
+    constexpr int kThreads = 3;
+    REQUIRE(pool.resize(kThreads + 1).ok());
+    const Executor executor = pool.executor();
+    const auto start = std::chrono::steady_clock::now();
+    const int before = affinity_calls;
+    std::vector<std::thread> callers;
+    for (int t = 0; t < count; ++t)
+      callers.emplace_back([&] {
+        size_t cpu = 0;
+        for (int call = 0; call < 1000; ++call) {
+          do cpu = (cpu + 1) % CPU_SETSIZE;
+          while (!CPU_ISSET(cpu, &all.set));
+          Allowed(cpu).use();
+          covers(executor, 4);
+        }
+      });
+    for (std::thread& t : callers) t.join();
+    const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    CHECK(affinity_calls - before <= 2 * (ms + kThreads));  // one thread a millisecond, there and back
+  }
+}
 #endif
+
+TEST_CASE("threads compute in their caller's floating-point mode") {
+  ThreadPool pool;
+  REQUIRE(pool.resize(4).ok());
+  const auto results = [&] {
+    std::vector<float> out(8);
+    CHECK(test::all_come(pool.executor(), 4, [&](int worker) {
+      const volatile float one = 1, three = 3, least = 0x1p-126f, half = .5f;
+      out[test::size(worker * 2)] = one / three;
+      out[test::size(worker * 2 + 1)] = least * half;
+    }));
+    return out;
+  };
+  const auto all_are = [&](float third, float subnormal) {
+    const std::vector<float> out = results();
+    for (size_t i = 0; i < out.size(); i += 2) {
+      CHECK(out[i] == third);
+      CHECK(std::memcmp(&out[i + 1], &subnormal, 4) == 0);
+    }
+  };
+  const float down = 0x1.555554p-2f, nearest = 0x1.555556p-2f;
+  const auto in_mode = [&](auto set, float third, float subnormal) {
+    std::thread caller([&] {  // a thread's own: the next caller's is its own again
+      set();
+      all_are(third, subnormal);
+    });
+    caller.join();
+    all_are(nearest, 0x1p-127f);
+  };
+  in_mode([] { std::fesetround(FE_TOWARDZERO); }, down, 0x1p-127f);
+#ifdef __SSE__
+  in_mode([] { _mm_setcsr(_mm_getcsr() | 0x8040); }, nearest, 0);
+#elif defined(__aarch64__)
+  in_mode([] { __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24)); }, nearest, 0);
+#endif
+}
+
+TEST_CASE("a verb's bits do not depend on the number of threads where subnormals count as zero") {
+  constexpr int64_t kCodes = 400000, kWidth = 8;
+  const std::vector<float> tiny(4 * kWidth, 0x1p-130f);
+  const Array<const float, 2> centers[] = {test::matrix(tiny, 4, kWidth), test::matrix(tiny, 4, kWidth)};
+  Codebook book;
+  REQUIRE(Codebook::build(centers, 2, &book).ok());
+  std::vector<int32_t> codes(kCodes * 2, 3);
+  ThreadPool pools[2];
+  for (int i : {0, 1}) REQUIRE(pools[i].resize(2 + 2 * i).ok());
+  for (ThreadPool& pool : pools) pool.executor();  // a thread begins in the mode of the one that starts it
+  const auto sums = [&](const Executor* executor) {
+    std::vector<float> out(kCodes * kWidth, 1);
+    const Array<float, 2> all{out.data(), {kCodes, kWidth}};
+    REQUIRE(code_prototypes({{}, executor}, book, {codes.data(), {kCodes, 2}}, all).ok());
+    return out;
+  };
+  std::thread flushing([&] {
+#ifdef __SSE__
+    _mm_setcsr(_mm_getcsr() | 0x8040);
+    CHECK(sums(nullptr)[0] == 0);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24));
+    CHECK(sums(nullptr)[0] == 0);
+#endif
+    const std::vector<float> serial = sums(nullptr);
+    for (ThreadPool& pool : pools) {
+      const Executor executor = pool.executor();
+      REQUIRE(test::all_come(executor, executor.workers));  // awake, or nearly
+      const std::vector<float> out = sums(&executor);
+      CHECK(std::memcmp(serial.data(), out.data(), out.size() * sizeof(float)) == 0);
+    }
+  });
+  flushing.join();
+}
 
 TEST_CASE("the number of workers is 1 to 256") {
   ThreadPool pool;
@@ -158,14 +319,20 @@ TEST_CASE("resize up, down and to the same") {
   }
 }
 
-TEST_CASE("an executor from before a resize stays within its own workers") {
+TEST_CASE("an executor from before a resize stays within its own workers, and has them") {
   ThreadPool pool;
   REQUIRE(pool.resize(2).ok());
-  const Executor before = pool.executor();
+  const Executor two = pool.executor();
   REQUIRE(pool.resize(7).ok());
-  const Executor after = pool.executor();
-  CHECK(covers(after, 500));
-  for (int round = 0; round < 50; ++round) CHECK(covers(before, 500));
+  const Executor seven = pool.executor();
+  CHECK(covers(seven, 500));
+  for (int round = 0; round < 50; ++round) CHECK(covers(two, 500));
+  CHECK(test::all_come(two, 2));
+  REQUIRE(pool.resize(3).ok());
+  for (int round = 0; round < 50; ++round) CHECK(covers(seven, 500));
+  CHECK(test::all_come(seven, 3));
+  REQUIRE(pool.resize(1).ok());
+  for (const Executor& executor : {two, seven, pool.executor()}) CHECK(covers(executor, 500));
 }
 
 TEST_CASE("a resize waits for the calls of other threads") {

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <functional>
+#include <limits>
 #include <string>
 
 #include "pipeline.h"
@@ -170,6 +171,71 @@ TEST_CASE("exactly the bytes named are enough, and more workers need no less") {
     }
     CHECK(verbs.intact());
   }
+}
+
+TEST_CASE("fit: scratch does not grow with workers times codes times width") {
+  FitParams params;
+  params.levels = 1;
+  params.sizes[0] = 4096;
+  constexpr size_t kSums = size_t{4096} * 256 * sizeof(int64_t);
+  CHECK(fit_workspace(test::sizing(1), params, 6000, 256) > kSums);
+  CHECK(fit_workspace(test::sizing(64), params, 6000, 256) <
+        fit_workspace(test::sizing(1), params, 6000, 256) + 8 * kSums);
+}
+
+TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and the call is refused") {
+  constexpr int64_t kHuge = int64_t{1} << 60, kWide = (int64_t{1} << 57) + 1024;
+  constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
+  const Context none;
+  const float tau = 1;
+  const int64_t nobody[] = {0, 0};
+  test::Random random{1};
+  const Codebook book = test::codebook(random, {3, 2}, 4);
+  for (const Method method : {Method::exact, Method::leaf})
+    for (int which = 0; which < 6; ++which) {
+      CAPTURE(which);
+      RouteParams params;
+      params.method = method;
+      params.temperature = {&tau, {1}};
+      RouteInputs in;
+      int64_t longest = 10;
+      in.x = {&tau, DType::float32, 0, 4};
+      in.v = {&tau, DType::float32, 0, 4};
+      in.histories = {nobody, nobody + 1, DType::int64, 1};
+      in.prototypes = {&tau, {1, 0, 4}};
+      in.codes = {reinterpret_cast<const int32_t*>(&tau), {0, 2}};
+      in.book = &book;
+      if (which == 0) in.x.width = in.prototypes.shape[2] = kWide;
+      if (which == 1) in.v.width = kWide - 1008;
+      if (which == 2) in.prototypes.shape[1] = kHuge;
+      if (which == 3) longest = kHuge;
+      if (which == 4) in.histories.users = in.prototypes.shape[0] = kHuge;
+      if (which == 5) in.x.rows = in.v.rows = in.codes.shape[0] = kHuge;
+      CHECK(route_workspace(none, params, in, longest) == kLimit);
+      CHECK(route_backward_workspace(none, params, in, {}, longest) == kLimit);
+      if (which != 2) CHECK(leaf_sums_workspace(none, in, longest) == kLimit);
+      if (which == 0 || which == 1) {
+        const Status status =
+            route(none, params, in, {{nullptr, DType::float32, 0, in.v.width}, {nullptr, {1, 0}}, {}});
+        CHECK(std::string(status.what()).find("route: expected D and V of 1 to 2^20, got ") == 0);
+      }
+    }
+  for (int64_t AttendInputs::* size : {&AttendInputs::agents, &AttendInputs::heads}) {
+    AttendInputs in;
+    in.q = in.keys = in.values = {&tau, DType::float32, 0, 4};
+    in.heads = 1;
+    in.*size = kHuge;
+    CHECK(attend_workspace(none, in) == kLimit);
+    CHECK(attend_backward_workspace(none, in) == kLimit);
+    CHECK(attend(none, in, {}).code() == Code::invalid_argument);
+  }
+  VoteParams votes;
+  votes.budget = 3;
+  CHECK(vote_workspace(none, book, votes, kHuge) == kLimit);
+  FitParams fitting;
+  fitting.levels = 1;
+  fitting.sizes[0] = 4;
+  CHECK(fit_workspace(none, fitting, kHuge, 4) == kLimit);
 }
 
 TEST_CASE("misaligned: an error that says so, nothing touched") {

@@ -73,8 +73,8 @@ SIMT_KERNEL(kThreads) exercise(SIMT_CONSTANT Task t) {
     out += kThreads;
   };
   const auto put_float = [&](float x) { put(simt::bits_of(x)); };
-  const int own[] = {thread, lane, simt::warp(), simt::block(), simt::threads(), simt::blocks()};
-  for (int n : own) put(static_cast<uint32_t>(n));
+  const int positions[] = {thread, lane, simt::warp(), simt::block(), simt::threads(), simt::blocks()};
+  for (int n : positions) put(static_cast<uint32_t>(n));
 
   put(simt::shuffle(seed, static_cast<int>(mix(static_cast<uint32_t>(simt::block())) & 31u)));
   put(simt::shuffle_xor(seed, 5));
@@ -185,20 +185,21 @@ bool agree(Kind kind, uint32_t a, uint32_t b, float moduli) {
   return kind == Kind::product && std::fabs(x - y) <= moduli * 0x1p-21f;  // a tensor core may cut what it adds
 }
 
-int compare(const std::vector<uint32_t>& mine, const std::vector<uint32_t>& theirs) {
+int compare(const std::vector<uint32_t>& here, const std::vector<uint32_t>& expected) {
   int faults = 0;
   for (int round = 0; round < kRounds; ++round) {
-    size_t at = static_cast<size_t>(round) * kWords * kThreads;
+    size_t first = static_cast<size_t>(round) * kWords * kThreads;
     for (const Section& s : kSections) {
       const size_t n = static_cast<size_t>(s.words) * kThreads;
-      for (size_t i = at; i < at + n; ++i)
-        if (!agree(s.kind, mine[i], theirs[i], s.kind == Kind::product ? as_float(theirs[i + n]) : 0) && ++faults < 20)
+      for (size_t i = first; i < first + n; ++i)
+        if (!agree(s.kind, here[i], expected[i], s.kind == Kind::product ? as_float(expected[i + n]) : 0) &&
+            ++faults < 20)
           std::fprintf(stderr, "conform: %s: block %d, word %zu, thread %zu: %08x, on the GPU %08x\n", s.name, round,
-                       (i - at) / kThreads, i % kThreads, mine[i], theirs[i]);
-      at += n;
+                       (i - first) / kThreads, i % kThreads, here[i], expected[i]);
+      first += n;
     }
   }
-  std::printf("conform: %zu words of %zu wrappers' results, %d differ\n", mine.size(), std::size(kSections), faults);
+  std::printf("conform: %zu words of %zu wrappers' results, %d differ\n", here.size(), std::size(kSections), faults);
   return faults != 0;
 }
 
@@ -213,16 +214,16 @@ int write(const char* path, const std::vector<uint32_t>& words) {
 }
 
 int main(int argc, char** argv) {
-  const std::vector<uint32_t> mine = results();
-  if (argc < 2 || mine.empty()) return 2;
+  const std::vector<uint32_t> here = results();
+  if (argc < 2 || here.empty()) return 2;
 #ifdef __CUDACC__
-  return write(argv[1], mine);
+  return write(argv[1], here);
 #else
-  if (argc > 2) return write(argv[1], mine);  // for a test of the comparison
-  std::vector<uint32_t> theirs(mine.size());
+  if (argc > 2) return write(argv[1], here);  // for a test of the comparison
+  std::vector<uint32_t> expected(here.size());
   std::FILE* const file = std::fopen(argv[1], "rb");
-  if (!file || std::fread(theirs.data(), 4, theirs.size(), file) != theirs.size()) return 2;
+  if (!file || std::fread(expected.data(), 4, expected.size(), file) != expected.size()) return 2;
   std::fclose(file);
-  return compare(mine, theirs);
+  return compare(here, expected);
 #endif
 }

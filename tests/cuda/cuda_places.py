@@ -27,7 +27,7 @@ def emulated_verbs():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.enable() == ""
-    return module.verbs()
+    return module.backend()
 
 
 def lend_on_cpu(size, index, book):

@@ -238,10 +238,11 @@ void load(uint32_t (&r)[4], const void* row, bool transposed, const char* file, 
   meet(reinterpret_cast<uint64_t>(row), 0, 0, file, line);
   const int outer = current->lane >> 2, inner = (current->lane & 3) * 2;
   for (int j = 0; j < 4; ++j) {
-    const auto at = [&](int i, int k) {
+    const auto element = [&](int i, int k) {
       return static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(given(8 * j + i, 0))[k]);
     };
-    r[j] = transposed ? at(inner, outer) | at(inner + 1, outer) << 16 : at(outer, inner) | at(outer, inner + 1) << 16;
+    r[j] = transposed ? element(inner, outer) | element(inner + 1, outer) << 16
+                      : element(outer, inner) | element(outer, inner + 1) << 16;
   }
 }
 

@@ -4,10 +4,10 @@
 // parameters, what the compiler did. Every access is checked for alignment and range, shared memory for races between
 // threads that no barrier orders; an instruction or a modifier that is not known stops the program by name.
 //
-//   ptx_parse.cpp  text to instructions
-//   ptx_frame.h    a thread's registers, memory and meetings
-//   ptx_run.cpp    what each instruction does
-//   ptx_twin.cpp   every simt::launch twice, its C++ and its PTX, which must leave the same bytes
+//   ptx_parse.cpp      text to instructions
+//   ptx_frame.h        a thread's registers, memory and meetings
+//   ptx_run.cpp        what each instruction does
+//   ptx_emulation.cpp  every simt::launch twice, its C++ and its PTX, which must leave the same bytes
 #pragma once
 #include <deque>
 #include <string>
@@ -104,8 +104,8 @@ void run(const Module& module, const Function& kernel, const std::vector<Range>&
 /// From here on every simt::launch runs twice, emulated and then as PTX, from the same memory, and the program stops
 /// where they leave different bytes in the arrays that its parameters point to: those that operator new gave or that a
 /// test::Guarded holds. A kernel that reads others is out of range. May be called for several texts.
-void twin(std::string name, std::string text);
-void twin_files(const std::string& paths);  // separated by colons
+void load_ptx(std::string name, std::string text);
+void load_ptx_files(const std::string& paths);  // separated by colons
 std::string read(const std::string& path);
 
 }  // namespace ptx

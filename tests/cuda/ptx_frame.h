@@ -161,13 +161,13 @@ class Frame {
     };
     if (!ordered(write) && !(atomic && write.atomic)) stop("a race in shared memory, with a write");
     if (writes && !ordered(read)) stop("a race in shared memory, with a read");
-    Touch own = {static_cast<int16_t>(t.thread), static_cast<int16_t>(t.warp), passed_.syncs, passed_.warp_syncs,
-                 atomic};
+    Touch touch = {static_cast<int16_t>(t.thread), static_cast<int16_t>(t.warp), passed_.syncs, passed_.warp_syncs,
+                   atomic};
     if (!writes && !ordered(read)) {  // several readers, for all of whom a write must wait
-      own.thread = -2;
-      if (read.warp != own.warp) own.warp = -2;
+      touch.thread = -2;
+      if (read.warp != touch.warp) touch.warp = -2;
     }
-    (writes ? write : read) = own;
+    (writes ? write : read) = touch;
     if (writes) read = {};
   }
   void load() {

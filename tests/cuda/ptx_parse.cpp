@@ -220,19 +220,19 @@ class Parser {
 
   void function() {
     extern_ = false;
-    Function own;
-    f_ = &own;
+    Function parsed;
+    f_ = &parsed;
     const auto outer = names_;
     labels_.clear();
     jumps_.clear();
-    parameters(&own.results);
-    own.name = until("(;{ \t\n");
-    Function& kept = m_.functions[own.name];  // calls, its own too, know this address
-    parameters(&own.parameters);
+    parameters(&parsed.results);
+    parsed.name = until("(;{ \t\n");
+    Function& kept = m_.functions[parsed.name];  // calls, its own too, know this address
+    parameters(&parsed.parameters);
     until("{;");  // .maxntid and the like
-    own.defined = take('{');
-    for (int depth = own.defined; depth > 0;) {
-      if (at_end()) fail("a function that does not end: " + own.name);
+    parsed.defined = take('{');
+    for (int depth = parsed.defined; depth > 0;) {
+      if (at_end()) fail("a function that does not end: " + parsed.name);
       if (take('{'))
         ++depth;
       else if (take('}'))
@@ -240,13 +240,13 @@ class Parser {
       else
         line();
     }
-    if (!own.defined) take(';');
-    for (const auto& [at, label] : jumps_) {
-      if (!labels_.count(label)) refuse("no label " + label, m_.file.c_str(), own.code[at].line);
-      own.code[at].target = labels_[label];
+    if (!parsed.defined) take(';');
+    for (const auto& [index, label] : jumps_) {
+      if (!labels_.count(label)) refuse("no label " + label, m_.file.c_str(), parsed.code[index].line);
+      parsed.code[index].target = labels_[label];
     }
     names_ = outer;
-    if (own.defined || !kept.defined) kept = std::move(own);
+    if (parsed.defined || !kept.defined) kept = std::move(parsed);
   }
 
   void line() {

@@ -104,9 +104,9 @@ void extract(Frame& f) {
   integers(f, [&](auto a, auto, auto) {
     using T = decltype(a);
     const unsigned bits = 8 * sizeof(T), place = f.in<uint8_t>(2), length = f.in<uint8_t>(3);
-    const unsigned kept = std::min(length, bits - std::min(place, bits)), top = std::min(place + length, bits) - 1;
+    const unsigned kept = std::min(length, bits - std::min(place, bits)), top_bit = std::min(place + length, bits) - 1;
     const uint64_t y = kept ? bits_of(a) >> place & low(kept) : 0;
-    return static_cast<T>(std::is_signed_v<T> && length && bits_of(a) >> top & 1 ? y | ~low(kept) : y);
+    return static_cast<T>(std::is_signed_v<T> && length && bits_of(a) >> top_bit & 1 ? y | ~low(kept) : y);
   });
 }
 void insert(Frame& f) {
@@ -117,8 +117,8 @@ void find_top(Frame& f) {
   with_integer(f.i->type, [&](auto zero) {
     using T = decltype(zero);
     const uint64_t x = bits_of(f.in<T>(1)) ^ (f.in<T>(1) < 0 ? ~0ull : 0), bits = 8 * sizeof(T);
-    const uint64_t top = x ? 63 - static_cast<uint64_t>(__builtin_clzll(x)) : ~0ull;
-    f.out(x && f.i->words[1] == "shiftamt"_w ? bits - 1 - top : top);
+    const uint64_t top_bit = x ? 63 - static_cast<uint64_t>(__builtin_clzll(x)) : ~0ull;
+    f.out(x && f.i->words[1] == "shiftamt"_w ? bits - 1 - top_bit : top_bit);
   });
 }
 void permute(Frame& f) {
@@ -338,8 +338,8 @@ void (*meaning(const std::string& first, const std::string& rest))(Frame&) {
     if (first != row.word) continue;
     std::string pattern = row.rest;
     for (const auto& [from, to] : shorthand)
-      for (size_t at = 0; (at = pattern.find(from, at)) != std::string::npos; at += from[0] == '.' ? 2 : 0)
-        pattern.replace(at, std::strlen(from), to);
+      for (size_t place = 0; (place = pattern.find(from, place)) != std::string::npos; place += from[0] == '.' ? 2 : 0)
+        pattern.replace(place, std::strlen(from), to);
     if (std::regex_match(rest, std::regex(pattern))) return row.run;
   }
   return nullptr;

@@ -93,12 +93,12 @@ SIMT_DEVICE int64_t high(int64_t a, int64_t b) { return __mul64hi(a, b); }
 SIMT_DEVICE uint64_t high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
 #define BITS(T, type, letter)                                                                 \
-  SIMT_DEVICE int top(T x) {                                                                  \
+  SIMT_DEVICE int top_bit(T x) {                                                              \
     int y;                                                                                    \
     asm("bfind." type " %0, %1;" : "=r"(y) : letter(x));                                      \
     return y;                                                                                 \
   }                                                                                           \
-  SIMT_DEVICE int room(T x) {                                                                 \
+  SIMT_DEVICE int free_bits(T x) {                                                            \
     int y;                                                                                    \
     asm("bfind.shiftamt." type " %0, %1;" : "=r"(y) : letter(x));                             \
     return y;                                                                                 \
@@ -251,13 +251,13 @@ T high(T a, T b) {
                                             : static_cast<__int128>(static_cast<unsigned __int128>(a) * b >> kBits<T>));
 }
 template <class T>
-int top(T x) {  // the highest bit that is not the sign's
+int top_bit(T x) {  // the highest bit that is not the sign's
   using U = std::make_unsigned_t<T>;
   return kBits<U> - 1 - zeros(static_cast<U>(x < 0 ? ~x : x));
 }
 template <class T>
-int room(T x) {
-  return top(x) < 0 ? -1 : kBits<T> - 1 - top(x);
+int free_bits(T x) {
+  return top_bit(x) < 0 ? -1 : kBits<T> - 1 - top_bit(x);
 }
 template <class T>
 T field(T x, uint32_t place, uint32_t length) {  // bit by bit; beyond its end and the number's it goes on as its sign
@@ -265,8 +265,8 @@ T field(T x, uint32_t place, uint32_t length) {  // bit by bit; beyond its end a
   const uint32_t last = std::min<uint32_t>(place + length, kBits<T>);
   for (uint32_t i = 0; i < kBits<T>; ++i) {
     const bool inside = i < length && place + i < kBits<T>;
-    const uint32_t at = inside ? place + i : last - 1;
-    if ((inside || (std::is_signed_v<T> && length)) && static_cast<uint64_t>(x) >> at & 1) y |= uint64_t{1} << i;
+    const uint32_t bit = inside ? place + i : last - 1;
+    if ((inside || (std::is_signed_v<T> && length)) && static_cast<uint64_t>(x) >> bit & 1) y |= uint64_t{1} << i;
   }
   return static_cast<T>(y);
 }
@@ -290,11 +290,11 @@ inline uint32_t chosen_bytes(uint32_t a, uint32_t b, uint32_t choice) {
   return a;
 }
 template <bool kRight, bool kClamp>
-uint32_t funnel(uint32_t low, uint32_t top, uint32_t n) {
+uint32_t funnel(uint32_t low, uint32_t high, uint32_t n) {
   n = kClamp ? std::min(n, 32u) : n % 32;
-  if (n == 0) return kRight ? low : top;
-  if (n == 32) return kRight ? top : low;
-  return kRight ? low >> n | top << (32 - n) : top << n | low >> (32 - n);
+  if (n == 0) return kRight ? low : high;
+  if (n == 32) return kRight ? high : low;
+  return kRight ? low >> n | high << (32 - n) : high << n | low >> (32 - n);
 }
 inline uint32_t majority(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | (a & c) | (b & c); }
 

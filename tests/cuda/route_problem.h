@@ -204,8 +204,8 @@ class Held {
         narrow_x_ids(narrowed(p.x_ids)),
         narrow_v_ids(narrowed(p.v_ids)) {
     const DType type = p.narrow ? DType::int32 : DType::int64;
-    const auto array = [&](Guarded<int64_t>& wide, Guarded<int32_t>& narrow, int64_t at) {
-      return p.narrow ? static_cast<void*>(narrow.data() + at) : static_cast<void*>(wide.data() + at);
+    const auto array = [&](Guarded<int64_t>& wide, Guarded<int32_t>& narrow, int64_t offset) {
+      return p.narrow ? static_cast<void*>(narrow.data() + offset) : static_cast<void*>(wide.data() + offset);
     };
     in.x = {p.codes_only ? nullptr : x_.data(), p.x_type, table(p, p.x, p.width), p.width};
     in.v = {v_.data(), p.v_type, table(p, p.v, p.values), p.values};
@@ -324,17 +324,17 @@ inline void compare(const Problem& p, const Result& cpu, const Result& cuda, flo
   const float type = p.v_type == DType::bfloat16 ? 0x1p-7f : p.v_type == DType::float16 ? 0x1p-10f : 0;
   const float token = 2 * (std::exp(4 * e) - 1) + 4 * part + type + 1e-5f;
   const float lse = 2 * e + 1e-5f;
-  const auto near = [](float a, float b, float bound) { return a == b || std::fabs(a - b) <= bound; };
+  const auto within = [](float a, float b, float bound) { return a == b || std::fabs(a - b) <= bound; };
   // by an infinite v of a present row: what is left depends on the parts of both
   const auto spoiled = [](float a, float b) { return !(std::fabs(a) < 1e20f) && !std::isfinite(b); };
   for (size_t i = 0; i < cpu.lse.size(); ++i)
-    if (!near(cpu.lse[i], cuda.lse[i], lse + std::fabs(cpu.lse[i]) * 1e-5f))
+    if (!within(cpu.lse[i], cuda.lse[i], lse + std::fabs(cpu.lse[i]) * 1e-5f))
       fail("lse %zu: %g, expected %g within %g", i, double(cuda.lse[i]), double(cpu.lse[i]), double(lse));
   for (size_t i = 0; i < cpu.tokens.size(); ++i)
-    if (!(near(cpu.tokens[i], cuda.tokens[i], token) || spoiled(cpu.tokens[i], cuda.tokens[i])))
+    if (!(within(cpu.tokens[i], cuda.tokens[i], token) || spoiled(cpu.tokens[i], cuda.tokens[i])))
       fail("token %zu: %g, expected %g within %g", i, double(cuda.tokens[i]), double(cpu.tokens[i]), double(token));
   for (size_t i = 0; i < cpu.refined.size(); ++i)
-    if (!near(cpu.refined[i], cuda.refined[i], token))
+    if (!within(cpu.refined[i], cuda.refined[i], token))
       fail("refined %zu: %g, expected %g within %g", i, double(cuda.refined[i]), double(cpu.refined[i]), double(token));
 }
 

@@ -46,7 +46,7 @@ inline void options(int argc, char** argv) {
   last = static_cast<uint64_t>(number(3, 40));
   simt::planted = number(4, 0);
 #ifdef HISAC_TEST_PTX
-  ptx::twin_files(HISAC_TEST_PTX);
+  ptx::load_ptx_files(HISAC_TEST_PTX);
 #endif
 }
 

@@ -123,7 +123,7 @@ Problem large() {
 
 /// verb(inputs, forward, gradients), every array of its exact size.
 template <class Forward, class Backward>
-Result run(const Problem& p, bool clean, const Result* of, Forward attend, Backward backward) {
+Result run(const Problem& p, bool clean, const Result* first, Forward attend, Backward backward) {
   test::Guarded<std::byte> q(test::encoded(p.q, p.type)), k(test::encoded(p.k, p.type)), v(test::encoded(p.v, p.type)),
       d_out(test::encoded(p.d_out, p.type));
   const std::vector<int64_t>&starts = clean ? p.clean_starts : p.starts, &ends = clean ? p.clean_ends : p.ends;
@@ -149,8 +149,8 @@ Result run(const Problem& p, bool clean, const Result* of, Forward attend, Backw
       d_bias(static_cast<int64_t>(p.bias.size()));
   Status status = attend(in, Attended{{out.data(), p.type, n * h, p.values}, {lse.data(), {n, h}}});
   if (!status.ok()) test::fail("%s", status.what());
-  const Result own{test::decoded(out.values(), p.type), lse.values(), {}, {}, {}, {}};
-  Result forward = of ? *of : own;  // both backwards from the same outputs
+  const Result result{test::decoded(out.values(), p.type), lse.values(), {}, {}, {}, {}};
+  Result forward = first ? *first : result;  // both backwards from the same outputs
   if (p.no_mass >= 0) forward.lse[test::size(p.no_mass)] = -INFINITY;
   test::Guarded<std::byte> given_out(test::encoded(forward.out, p.type));
   test::Guarded<float> given_lse(forward.lse);
@@ -168,7 +168,7 @@ Result run(const Problem& p, bool clean, const Result* of, Forward attend, Backw
   if (!status.ok()) test::fail("%s", status.what());
   if (!out.intact() || !lse.intact() || !d_q.intact() || !d_k.intact() || !d_v.intact() || !d_bias.intact())
     test::fail("a result's end was overwritten");
-  return {own.out, own.lse, d_q.values(), d_k.values(), d_v.values(), d_bias.values()};
+  return {result.out, result.lse, d_q.values(), d_k.values(), d_v.values(), d_bias.values()};
 }
 
 Result on_cpu(const Problem& p) {
@@ -184,9 +184,9 @@ Result on_cpu(const Problem& p) {
       });
 }
 
-Result on_cuda(const Problem& p, const Result& of) {
+Result on_cuda(const Problem& p, const Result& first) {
   return run(
-      p, false, &of,
+      p, false, &first,
       [](const AttendInputs& in, const Attended& out) {
         test::Workspace workspace(cuda::attend_workspace({}, in));
         const Status status = cuda::attend({workspace.array()}, in, out);
@@ -218,20 +218,20 @@ Bounds bounds(const Problem& p, const Result& forward) {
   const auto sum = [](double parts, int64_t n) { return parts + 3 * double(n + 16) * 0x1p-23; };
   const double rounding = p.type == DType::float32 ? 0 : p.type == DType::bfloat16 ? 0x1p-7 : 0x1p-10;
   const double tiny = p.type == DType::float16 ? 0x1p-24 : 0x1p-120, huge = 0x1p120;
-  const auto at = [](const std::vector<float>& a, int64_t i) { return double(a[test::size(i)]); };
+  const auto element = [](const std::vector<float>& a, int64_t i) { return double(a[test::size(i)]); };
   std::vector<double> z(test::size(p.tokens)), wrong(z), weight(z);
   for (int64_t b = 0; b < p.users(); ++b)
     for (int64_t n = p.clean_starts[test::size(b)]; n < p.clean_ends[test::size(b)]; ++n)
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t row = n * heads + h;
-        double top = -INFINITY, worst = 0, total = 0,
-               dot = at(p.d_lse.empty() ? std::vector<float>{0} : p.d_lse, p.d_lse.empty() ? 0 : row),
+        double max_logit = -INFINITY, worst = 0, total = 0,
+               dot = element(p.d_lse.empty() ? std::vector<float>{0} : p.d_lse, p.d_lse.empty() ? 0 : row),
                moduli = std::fabs(dot);
         for (int64_t m = 0; m < p.tokens; ++m) {
-          const double bias = p.bias.empty() ? 0 : at(p.bias, b * p.tokens + m);
+          const double bias = p.bias.empty() ? 0 : element(p.bias, b * p.tokens + m);
           double y = 0, size = 0;
           for (int64_t c = 0; std::isfinite(bias) && c < d; ++c) {
-            const double term = at(p.q, row * d + c) * at(p.k, p.token(b, m, h) * d + c);
+            const double term = element(p.q, row * d + c) * element(p.k, p.token(b, m, h) * d + c);
             y += term;
             size += std::fabs(term);
           }
@@ -241,31 +241,32 @@ Bounds bounds(const Problem& p, const Result& forward) {
           wrong[i] = size * sum(part, d) + (size + std::fabs(bias)) * 0x1p-20 + 0x1p-19;
           if (size > huge) wrong[i] = NAN;
           if (!std::isfinite(bias)) continue;
-          top = std::max(top, z[i]);
+          max_logit = std::max(max_logit, z[i]);
           if (z[i] != z[i] || wrong[i] != wrong[i]) worst = NAN;
           worst = worst != worst ? worst : std::max(worst, wrong[i]);
         }
-        if (worst != worst) top = NAN;
-        for (double y : z) total += top == -INFINITY ? 0 : std::exp(y - top);
-        const double lse = top + std::log(total), given = row == p.no_mass ? -INFINITY : at(forward.lse, row);
-        e.lse[test::size(row)] = top == -INFINITY ? 0 : 2 * worst + std::fabs(lse) * 0x1p-20 + sum(0, p.tokens);
+        if (worst != worst) max_logit = NAN;
+        for (double y : z) total += max_logit == -INFINITY ? 0 : std::exp(y - max_logit);
+        const double lse = max_logit + std::log(total),
+                     given = row == p.no_mass ? -INFINITY : element(forward.lse, row);
+        e.lse[test::size(row)] = max_logit == -INFINITY ? 0 : 2 * worst + std::fabs(lse) * 0x1p-20 + sum(0, p.tokens);
         if (p.tokens == 0)
           for (int64_t c = 0; c < d; ++c)  // spoilt with nothing to spoil: the definition and the CPU differ
-            if (!std::isfinite(at(p.q, row * d + c))) e.lse[test::size(row)] = NAN;
+            if (!std::isfinite(element(p.q, row * d + c))) e.lse[test::size(row)] = NAN;
         for (int64_t c = 0; c < w; ++c) {
           double most = 0, mean = 0;
           for (int64_t m = 0; m < p.tokens; ++m) {
             if (z[test::size(m)] == -INFINITY) continue;
-            const double y = at(p.v, p.token(b, m, h) * w + c);
+            const double y = element(p.v, p.token(b, m, h) * w + c);
             most = most != most || y != y ? NAN : std::max(most, std::fabs(y));
             mean += std::exp(z[test::size(m)] - lse) * y;
           }
           double& cell = e.out[test::size(row * w + c)];
-          cell = top == -INFINITY ? 0 : most * (2 * std::expm1(2 * worst) + 2 * sum(split, p.tokens));
-          cell += std::fabs(mean) * rounding + tiny * (top != -INFINITY);
+          cell = max_logit == -INFINITY ? 0 : most * (2 * std::expm1(2 * worst) + 2 * sum(split, p.tokens));
+          cell += std::fabs(mean) * rounding + tiny * (max_logit != -INFINITY);
           if (!(most < INFINITY) || e.lse[test::size(row)] != e.lse[test::size(row)]) cell = NAN;
-          moduli += std::fabs(at(p.d_out, row * w + c) * at(forward.out, row * w + c));
-          dot -= at(p.d_out, row * w + c) * at(forward.out, row * w + c);
+          moduli += std::fabs(element(p.d_out, row * w + c) * element(forward.out, row * w + c));
+          dot -= element(p.d_out, row * w + c) * element(forward.out, row * w + c);
         }
         for (int64_t m = 0; m < p.tokens; ++m) {
           const double y = z[test::size(m)];
@@ -274,26 +275,28 @@ Bounds bounds(const Problem& p, const Result& forward) {
           const int64_t token = p.token(b, m, h);
           double slope = dot, size = moduli;
           for (int64_t c = 0; here && c < w; ++c) {
-            const double term = at(p.d_out, row * w + c) * at(p.v, token * w + c);
+            const double term = element(p.d_out, row * w + c) * element(p.v, token * w + c);
             slope += term;
             size += std::fabs(term);
           }
-          const double of = given == -INFINITY ? 0 : std::exp(y - given), dz = of * std::fabs(slope);
-          const double off = here && given != -INFINITY
-                                 ? of * std::expm1(wrong[test::size(m)] + std::fabs(given) * 0x1p-20) + 0x1p-120
-                                 : 0;
-          double dz_off = off * std::fabs(slope) + (of + off) * size * sum(part, w) + dz * sum(split, 1);
+          const double probability = given == -INFINITY ? 0 : std::exp(y - given), dz = probability * std::fabs(slope);
+          const double off =
+              here && given != -INFINITY
+                  ? probability * std::expm1(wrong[test::size(m)] + std::fabs(given) * 0x1p-20) + 0x1p-120
+                  : 0;
+          double dz_off = off * std::fabs(slope) + (probability + off) * size * sum(part, w) + dz * sum(split, 1);
           if (given == -INFINITY) dz_off = 0;
           if (!(size < huge)) dz_off = NAN;
           const double scale = 2 * std::fabs(double(p.scale));
           for (int64_t c = 0; c < d; ++c) {
-            const double key = here ? std::fabs(at(p.k, token * d + c)) : 0, query = std::fabs(at(p.q, row * d + c));
+            const double key = here ? std::fabs(element(p.k, token * d + c)) : 0,
+                         query = std::fabs(element(p.q, row * d + c));
             e.d_q[test::size(row * d + c)] += scale * (dz_off + dz * sum(split, p.tokens)) * key;
             e.d_k[test::size(token * d + c)] += scale * (dz_off + dz * sum(split, n_all)) * query;
           }
           for (int64_t c = 0; c < w; ++c)
             e.d_v[test::size(token * w + c)] +=
-                2 * (off + of * sum(split, n_all)) * std::fabs(at(p.d_out, row * w + c));
+                2 * (off + probability * sum(split, n_all)) * std::fabs(element(p.d_out, row * w + c));
           e.d_bias[test::size(b * p.tokens + m)] += 2 * (dz_off + dz * sum(0, n_all * heads));
         }
       }

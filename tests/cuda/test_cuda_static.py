@@ -39,7 +39,7 @@ def spills(report):
     return {name: int(stores) + int(loads) for name, stores, loads in found}
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if source != "enable"])
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "backend"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_no_kernel_spills(architecture, source, tmp_path):
     report = nvcc(source, f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "kernels.cubin"))

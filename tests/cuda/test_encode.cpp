@@ -29,7 +29,7 @@ Codebook build(const Centers& centers, int64_t width) {
 }
 
 /// Rows near sums of codewords, among them exact ones and ones half way between two.
-std::vector<float> near(Random& r, const Centers& centers, int64_t rows, int64_t width, float noise) {
+std::vector<float> rows_around(Random& r, const Centers& centers, int64_t rows, int64_t width, float noise) {
   std::vector<float> x(test::size(rows * width));
   for (int64_t i = 0; i < rows; ++i) {
     const float far = r.below(4) ? noise : 0;
@@ -74,7 +74,7 @@ Problem random_problem(uint64_t seed) {
     for (float& y : level) y = y * size + (kind == 5 ? 300 : 0);
     if (kind == 6) level[test::size(r.below(static_cast<int64_t>(level.size())))] = 1e6f;  // an outlier
   }
-  p.x = near(r, centers, p.rows, p.width, size * (kind == 4 ? 1e-3f : 0.5f));
+  p.x = rows_around(r, centers, p.rows, p.width, size * (kind == 4 ? 1e-3f : 0.5f));
   const DType types[] = {DType::float32, DType::bfloat16, DType::float16};
   p.type = kind == 2 ? DType::float32 : types[r.below(3)];
   p.offset = r.below(2);

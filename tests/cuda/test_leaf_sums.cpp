@@ -21,12 +21,17 @@ struct Sums {
   }
 };
 
-/// verb(inputs, out): the sums that there are.
-template <class Verb>
-Sums sums_of(const Problem& p, bool clamp, Verb verb) {
-  test::Held held(p, clamp);
+/// Rows of all histories.
+int64_t entries(const Problem& p) {
   int64_t rows = 0;
   for (size_t b = 0; b < p.starts.size(); ++b) rows += std::max<int64_t>(0, std::min(p.ends[b], p.rows) - p.starts[b]);
+  return rows;
+}
+
+/// verb(inputs, out): the sums that there are, in arrays of so many rows.
+template <class Verb>
+Sums sums_of(const Problem& p, bool clamp, int64_t rows, Verb verb) {
+  test::Held held(p, clamp);
   const int64_t levels = p.book->levels(), users = test::users(p);
   Guarded<float> x(rows * p.width), v(rows * p.values), bias(rows), spread(rows);
   Guarded<int32_t> codes(rows * levels);
@@ -52,20 +57,40 @@ Sums sums_of(const Problem& p, bool clamp, Verb verb) {
 }
 
 Sums sums_on_cpu(const Problem& p) {
-  return sums_of(p, true, [](const RouteInputs& in, const LeafSums& out) {
+  return sums_of(p, true, entries(p), [](const RouteInputs& in, const LeafSums& out) {
     test::Workspace workspace(leaf_sums_workspace(test::sizing(1), in, in.behaviours()));
     return leaf_sums({workspace.array(), nullptr}, in, out);
   });
 }
 
-Sums sums_on_cuda(const Problem& p) {
-  return sums_of(p, false, [&](const RouteInputs& in, const LeafSums& out) {
-    test::Workspace workspace(cuda::leaf_sums_workspace({}, in, test::longest(p)));
+Sums sums_on_cuda(const Problem& p, int64_t rows, int64_t longest) {
+  return sums_of(p, false, rows, [&](const RouteInputs& in, const LeafSums& out) {
+    test::Workspace workspace(cuda::leaf_sums_workspace({}, in, longest));
     test::Workspace image(test::image_size(p));
     const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), in, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
   });
+}
+
+Sums sums_on_cuda(const Problem& p) { return sums_on_cuda(p, entries(p), test::longest(p)); }
+
+/// In arrays of fewer rows, or in a workspace for shorter histories: a user has all of its sums or none.
+void check_short(const Problem& p, const Sums& whole) {
+  const int64_t levels = p.book->levels();
+  for (const Sums& got :
+       {sums_on_cuda(p, entries(p) / 2, test::longest(p)), sums_on_cuda(p, entries(p), test::longest(p) / 2)})
+    for (size_t b = 0; b < p.starts.size(); ++b) {
+      const int64_t first = got.offsets[b], n = got.offsets[b + 1] - first, expected = whole.offsets[b];
+      const auto same = [&](const auto& x, const auto& y, int64_t width) {
+        const auto* const from = x.data() + first * width;
+        return std::memcmp(from, y.data() + expected * width, test::size(n * width) * sizeof *from) == 0;
+      };
+      if (n == 0) continue;
+      if (n != whole.offsets[b + 1] - expected || !same(got.x, whole.x, p.width) || !same(got.v, whole.v, p.values) ||
+          !same(got.bias, whole.bias, 1) || !same(got.codes, whole.codes, levels))
+        test::fail("user %zu: sums of some of its rows", b);
+    }
 }
 
 float largest(const std::vector<float>& a, float limit) {
@@ -79,15 +104,15 @@ void compare_sums(const Problem& p, const Sums& cpu, const Sums& cuda) {
   if (cpu.offsets != cuda.offsets || cpu.codes != cuda.codes) return test::fail("other leaves");
   const float x = p.codes_only ? 1.4f : largest(p.x, 1e6f) * (p.scale.empty() ? 1 : largest(p.scale, INFINITY));
   const float reach = x * x * static_cast<float>(p.width) + largest(p.spread, INFINITY);
-  const auto near = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound) {
+  const auto within = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound) {
     for (size_t i = 0; i < a.size(); ++i)
       if (!(a[i] == b[i] || std::fabs(a[i] - b[i]) <= bound || !(std::fabs(a[i]) < INFINITY || std::isfinite(b[i]))))
         test::fail("%s %zu: %g, expected %g within %g", what, i, double(b[i]), double(a[i]), double(bound));
   };
-  near("x", cpu.x, cuda.x, kSkew * x);
-  near("v", cpu.v, cuda.v, kSkew);
-  near("bias", cpu.bias, cuda.bias, kSkew);
-  near("spread", cpu.spread, cuda.spread, 4 * kSkew * reach);
+  within("x", cpu.x, cuda.x, kSkew * x);
+  within("v", cpu.v, cuda.v, kSkew);
+  within("bias", cpu.bias, cuda.bias, kSkew);
+  within("spread", cpu.spread, cuda.spread, 4 * kSkew * reach);
 }
 
 /// The tokens of `route` from kept sums, absent behaviours left out.
@@ -115,6 +140,7 @@ Result from_sums(const Problem& p, const Sums& sums) {
 void check(Problem p) {
   const Sums first = sums_on_cuda(p);
   compare_sums(p, sums_on_cpu(p), first);
+  check_short(p, first);
   p.params.method = Method::leaf;
   const Result tokens = test::on_cuda(p);
   const float e = p.reach * 8 * kSkew;

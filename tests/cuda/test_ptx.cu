@@ -69,10 +69,10 @@ SIMT_DEVICE void bits(const Inputs& in, Results& put) {
   put(zeros(a));
   put(ones(a));
   put(turned(a));
-  put(top(a));
-  put(top(static_cast<S>(a)));
-  put(room(a));
-  put(room(static_cast<S>(a)));
+  put(top_bit(a));
+  put(top_bit(static_cast<S>(a)));
+  put(free_bits(a));
+  put(free_bits(static_cast<S>(a)));
   put(field(a, place, length));
   put(field(static_cast<S>(a), place, length));
   put(insert(a, b, place, length));
@@ -228,13 +228,13 @@ SIMT_KERNEL(kThreads) atomics(const Inputs* in, uint64_t* out) {
   flip_bits(out + 12, u);
   count_round(reinterpret_cast<uint32_t*>(out + 13), 10u);
   Results put = {out + 64};
-  uint64_t* const own = out + 64 + 8 * kThreads + t;  // what they return
-  *own = u >> 1;
-  put(raise_by(own, u));
-  put(put_where(own, t & 1 ? u + (u >> 1) : 3, u));
-  put(put_where(reinterpret_cast<uint32_t*>(own), low, 77u));
-  put(put_there(own, ~u));
-  put(lower_to(reinterpret_cast<int32_t*>(own), 5));
+  uint64_t* const cell = out + 64 + 8 * kThreads + t;  // what they return
+  *cell = u >> 1;
+  put(raise_by(cell, u));
+  put(put_where(cell, t & 1 ? u + (u >> 1) : 3, u));
+  put(put_where(reinterpret_cast<uint32_t*>(cell), low, 77u));
+  put(put_there(cell, ~u));
+  put(lower_to(reinterpret_cast<int32_t*>(cell), 5));
   simt::sync();
   if (t < 8) put(shared[t]);
 }
@@ -333,12 +333,12 @@ std::string spoilt(const std::string& what) {
       {"lane", "xor\\.b32([^;]*), 264;", "xor.b32$1, 272;"},
   };
   std::string text = ptx::read(HISAC_TEST_PTX);
-  const size_t at = text.find("exchange");
+  const size_t begin = text.find("exchange");
   for (const auto& [name, from, to] : edits) {
     if (what != name) continue;
-    const std::string kernel = text.substr(at), edited = std::regex_replace(kernel, std::regex(from), to);
+    const std::string kernel = text.substr(begin), edited = std::regex_replace(kernel, std::regex(from), to);
     if (edited == kernel) ptx::refuse("nothing to spoil", HISAC_TEST_PTX, 0);
-    return text.substr(0, at) + edited;
+    return text.substr(0, begin) + edited;
   }
   return text;
 }
@@ -348,7 +348,7 @@ std::string spoilt(const std::string& what) {
 /// [order 0-2] [what is spoilt]
 int main(int argc, char** argv) {
   simt::options.order = static_cast<simt::Order>(argc > 1 ? std::atoi(argv[1]) : 0);
-  ptx::twin("words.ptx", spoilt(argc > 2 ? argv[2] : ""));
+  ptx::load_ptx("words.ptx", spoilt(argc > 2 ? argv[2] : ""));
   for (uint64_t seed = 0; seed < 8; ++seed) {
     simt::options.seed = seed + 1;
     test::Guarded<Inputs> in(std::vector<Inputs>{inputs(seed)});

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// A context on CUDA: refused before enable_cuda and by `fit`, shapes checked first, then on the device's kernels: by
-// `sum_rows`, whose own test this is; the other verbs come this way in tests/cuda/test_cuda.py.
+// A context on CUDA: refused before enable_cuda and by `fit`, shapes checked first, then the limits that hisac/cuda.h
+// names, then on the device's kernels: by `sum_rows`, whose own test this is; the other verbs come this way in
+// tests/cuda/test_cuda.py.
 #include "hisac/cuda.h"
 #include "simt_test.h"
 
 namespace {
 
 using namespace hisac;
+using test::Random;
 
 const Context on_device{{}, nullptr, Device::cuda, nullptr, {}};
 
@@ -52,6 +54,122 @@ Listed listed(uint64_t seed) {
   return p;
 }
 
+/// Everything that a verb on CUDA refuses before it looks at an array.
+void expect_limits() {
+  constexpr int64_t kMany = (int64_t{1} << 30) + 1, kLong = int64_t{1} << 31;
+  float number[1] = {1};
+  int64_t offsets[2] = {0, 3};
+  int32_t code[1] = {};
+  Random r(0);
+  const Codebook book = test::codebook(r, {1}, 4);
+  const Array<const int32_t, 2> codes{code, {3, 1}};
+  RouteParams params;
+  params.temperature = {number, {1}};
+  RouteInputs in;  // B 1, T 3, M 2, D 4, V 5
+  in.x = {number, DType::float32, 3, 4};
+  in.v = {number, DType::float32, 3, 5};
+  in.histories = {offsets, offsets + 1, DType::int64, 1};
+  in.prototypes = {number, {1, 2, 4}};
+  const auto tokens = [](const RouteInputs& i) {
+    const int64_t users = i.histories.users, m = i.prototypes.shape[1];
+    return Tokens{{nullptr, DType::float32, users * m, i.v.width}, {nullptr, {users, m}}, {}};
+  };
+
+  test::name("limits of route");
+  RouteInputs wide = in;
+  wide.x.width = wide.prototypes.shape[2] = 4097;
+  expect(route(on_device, params, wide, tokens(wide)), Code::not_implemented,
+         "route: expected D up to 4096 on CUDA, got 4097");
+  RouteInputs many = in;
+  many.histories.users = many.prototypes.shape[0] = kMany;
+  many.prototypes.shape[1] = 0;
+  expect(route(on_device, params, many, tokens(many)), Code::not_implemented,
+         "route: expected B up to 2^30 and T below 2^31 on CUDA, got 1073741825 and 3");
+  RouteInputs long_one = in;
+  long_one.x.rows = long_one.v.rows = kLong;
+  expect(route(on_device, params, long_one, tokens(long_one)), Code::not_implemented,
+         "route: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
+  RouteInputs by_code = in;
+  by_code.x = {};
+  by_code.codes = codes;
+  by_code.book = &book;
+  expect(route(on_device, params, by_code, tokens(by_code)), Code::invalid_argument,
+         "route: context.codebook_image expected [1408] on CUDA, got [0]");
+
+  test::name("limits of route_backward");
+  const auto backward = [&](const RouteInputs& i) {
+    const Rows rows{nullptr, DType::float32, i.histories.users * i.prototypes.shape[1], i.v.width};
+    return route_backward(on_device, params, i, {rows, {}, rows, {nullptr, {i.histories.users, i.prototypes.shape[1]}}},
+                          {});
+  };
+  expect(backward(wide), Code::not_implemented, "route_backward: expected D up to 4096 on CUDA, got 4097");
+  wide = in;
+  wide.v.width = 4097;
+  expect(backward(wide), Code::not_implemented, "route_backward: expected V up to 4096 on CUDA, got 4097");
+  expect(backward(long_one), Code::not_implemented,
+         "route_backward: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
+
+  test::name("limits of leaf_sums, vote, encode and prototypes");
+  long_one.codes = {code, {kLong, 1}};
+  long_one.book = &book;
+  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {nullptr, {2}}, {}, {}, {nullptr, {0, 1}}};
+  expect(leaf_sums(on_device, long_one, sums), Code::not_implemented,
+         "leaf_sums: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
+  VoteParams budget;
+  budget.budget = 1;
+  expect(vote(on_device, book, budget, codes, many.histories, {},
+              {{nullptr, {kMany, 1, 1}}, {nullptr, {kMany, 1}}, {nullptr, {kMany}}}),
+         Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got 1073741825");
+  expect(encode(on_device, book, in.x, {code, {3, 1}}), Code::invalid_argument,
+         "encode: context.codebook_image expected [1408] on CUDA, got [0]");
+  expect(code_prototypes(on_device, book, codes, {number, {3, 4}}), Code::invalid_argument,
+         "prototypes: context.codebook_image expected [1408] on CUDA, got [0]");
+
+  test::name("offsets that lie on the device are not read by the host");
+  const int64_t* const elsewhere = reinterpret_cast<const int64_t*>(uintptr_t{4096});
+  AttendInputs two{{number, DType::float32, 3, 4},
+                   {number, DType::float32, 4, 4},
+                   {number, DType::float32, 4, 4},
+                   2,
+                   1,
+                   {elsewhere, elsewhere + 1, DType::int64, 2},
+                   {}};
+  if (!std::strstr(attend(on_device, two, {{nullptr, DType::float32, 3, 4}, {nullptr, {3, 1}}}).what(),
+                   "workspace expected at least"))
+    test::fail("attend did not get as far as its workspace");
+
+  test::name("limits of attend");
+  simt::options.machine.shared = size_t{227} << 10;  // an H100's
+  const auto refused = [&](int64_t rows, int64_t d, int64_t v, DType type, bool back) {
+    const AttendInputs attention{{number, type, rows, d},
+                                 {number, type, 2, d},
+                                 {number, type, 2, v},
+                                 2,
+                                 1,
+                                 {offsets, offsets + 1, DType::int64, 1},
+                                 {}};
+    const Rows out{nullptr, type, rows, v};
+    if (!back) return attend(on_device, attention, {{nullptr, type, rows, v}, {nullptr, {rows, 1}}});
+    return attend_backward(on_device, attention, {out, {}, out, {nullptr, {rows, 1}}},
+                           {{nullptr, {rows, 1, d}}, {nullptr, {1, 2, 1, d}}, {nullptr, {1, 2, 1, v}}, {}});
+  };
+  expect(refused(kMany, 4, 4, DType::float32, false), Code::not_implemented,
+         "attend: expected N, B, M, H, d and V up to 2^30 on CUDA, got one of 1073741825");
+  const auto takes = [&](int64_t d, int64_t v, DType type, bool back) {  // as far as to ask for a workspace
+    return std::strstr(refused(3, d, v, type, back).what(), "workspace expected at least") != nullptr;
+  };
+  const auto ends = [&](int64_t d, DType type, bool back) {
+    return takes(d, 128, type, back) && !takes(d + 1, 128, type, back);
+  };
+  if (!ends(3072, DType::float32, false) || !ends(3072, DType::float16, false) || !ends(6688, DType::bfloat16, false) ||
+      !ends(3056 - 128, DType::float32, true) || !ends(6688 - 128, DType::bfloat16, true))
+    test::fail("other limits of d and V");
+  expect(
+      refused(3, 3073, 128, DType::float32, false), Code::not_implemented,
+      "attend: expected d and V that need at most 232448 bytes of shared memory a block on this device, got 3073 and "
+      "128, which need 233392");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -66,6 +184,7 @@ int main(int argc, char** argv) {
          "fit: expected a context on the CPU, got one on CUDA");
   expect(sum_rows(on_device, {unused, {0, 1}}, {p.order.data(), {1}}, {p.begin.data(), {2}}, {unused, {0, 1}}),
          Code::invalid_argument, "sum_rows: begin expected [1], got [2]");
+  expect_limits();
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const Listed q = listed(seed);
     std::vector<float> got;

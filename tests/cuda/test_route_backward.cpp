@@ -20,11 +20,11 @@ struct Problem : test::Problem {
 
 using Gradients = std::vector<float>[kGradients];
 struct Result {
-  Gradients of;
+  Gradients gradient;
   bool operator==(const Result& o) const {
     for (int k = 0; k < kGradients; ++k)
-      if (of[k].size() != o.of[k].size() ||
-          (!of[k].empty() && std::memcmp(of[k].data(), o.of[k].data(), of[k].size() * 4) != 0))
+      if (gradient[k].size() != o.gradient[k].size() ||
+          (!gradient[k].empty() && std::memcmp(gradient[k].data(), o.gradient[k].data(), gradient[k].size() * 4) != 0))
         return false;
     return true;
   }
@@ -140,22 +140,22 @@ Result run(const Problem& p, bool clamp, Verb verb) {
                        {p.lse.data(), {b, m}}};
   if (!p.d_lse.empty()) forward.d_lse = {p.d_lse.data(), {b, m}};
   const auto size = [&](int k, int64_t n) { return p.wanted >> k & 1 ? n : 0; };
-  test::Guarded<float> of[] = {
+  test::Guarded<float> gradient[] = {
       test::Guarded<float>(size(kV, p.rows * p.values)), test::Guarded<float>(size(kTemperature, taus)),
       test::Guarded<float>(size(kBias, p.rows)), test::Guarded<float>(size(kX, p.rows * p.width)),
       test::Guarded<float>(size(kPrototypes, b * p.agents * p.width))};
   RouteGradients out;
-  if (p.wanted & 1 << kV) out.v = {of[kV].data(), {p.rows, p.values}};
-  if (p.wanted & 1 << kTemperature) out.temperature = {of[kTemperature].data(), {taus}};
-  if (p.wanted & 1 << kBias) out.bias = {of[kBias].data(), {p.rows}};
-  if (p.wanted & 1 << kX) out.x = {of[kX].data(), {p.rows, p.width}};
-  if (p.wanted & 1 << kPrototypes) out.prototypes = {of[kPrototypes].data(), {b, p.agents, p.width}};
+  if (p.wanted & 1 << kV) out.v = {gradient[kV].data(), {p.rows, p.values}};
+  if (p.wanted & 1 << kTemperature) out.temperature = {gradient[kTemperature].data(), {taus}};
+  if (p.wanted & 1 << kBias) out.bias = {gradient[kBias].data(), {p.rows}};
+  if (p.wanted & 1 << kX) out.x = {gradient[kX].data(), {p.rows, p.width}};
+  if (p.wanted & 1 << kPrototypes) out.prototypes = {gradient[kPrototypes].data(), {b, p.agents, p.width}};
   const Status status = verb(params, held.in, forward, out);
   if (!status.ok()) test::fail("%s", status.what());
   Result result;
   for (int k = 0; k < kGradients; ++k) {
-    if (!of[k].intact()) test::fail("d_%s's end was overwritten", kNames[k]);
-    result.of[k] = of[k].values();
+    if (!gradient[k].intact()) test::fail("d_%s's end was overwritten", kNames[k]);
+    result.gradient[k] = gradient[k].values();
   }
   return result;
 }
@@ -200,21 +200,23 @@ double norm_of(const float* p, int64_t n) {
 
 /// What a user's agents meet: a present behaviour, or those of a leaf as one.
 struct Row {
-  std::vector<double> x, v;                        // v: the largest moduli
-  double bias = 0, spread = 0;                     // with the leaf's own
-  double norm = 0, most_spread = 0;                // the largest |x| and spread
-  std::vector<std::pair<int64_t, double>> shares;  // of behaviours
+  std::vector<double> x, v;                         // v: the largest moduli
+  double bias = 0, spread = 0;                      // with the leaf's own
+  double norm = 0, most_spread = 0;                 // the largest |x| and spread
+  std::vector<std::pair<int64_t, double>> weights;  // of behaviours
 };
 
 /// A user's rows, and its absent behaviours that have a v, of a problem whose rows are where their behaviours are.
 std::vector<Row> rows_of(const Problem& p, int64_t user, std::vector<int64_t>* absent) {
   std::map<std::vector<int32_t>, std::vector<int64_t>> groups;
-  const auto at = [](const std::vector<float>& a, int64_t i) { return a.empty() ? 0.0 : double(a[test::size(i)]); };
+  const auto element = [](const std::vector<float>& a, int64_t i) {
+    return a.empty() ? 0.0 : double(a[test::size(i)]);
+  };
   const auto x_norm = [&](int64_t i) { return norm_of(&p.x[test::size(i * p.width)], p.width); };
   const int64_t levels = p.codes.empty() ? 0 : p.book->levels();
   for (int64_t i = p.starts[test::size(user)]; i < std::min(p.rows, p.ends[test::size(user)]); ++i) {
-    const double spread = at(p.spread, i);
-    bool here = x_norm(i) < 0x1p100 && std::isfinite(at(p.bias, i)) && spread >= 0 && std::isfinite(spread),
+    const double spread = element(p.spread, i);
+    bool here = x_norm(i) < 0x1p100 && std::isfinite(element(p.bias, i)) && spread >= 0 && std::isfinite(spread),
          whole = true;
     std::vector<int32_t> codes(p.codes.begin() + i * levels, p.codes.begin() + (i + 1) * levels);
     for (int l = 0; l < levels; ++l) here = here && codes[test::size(l)] >= 0 && codes[test::size(l)] < p.book->size(l);
@@ -230,23 +232,23 @@ std::vector<Row> rows_of(const Problem& p, int64_t user, std::vector<int64_t>* a
     Row row;
     row.x.resize(test::size(p.width));
     row.v.resize(test::size(p.values));
-    double top = -HUGE_VAL, mass = 0, squares = 0, square = 0;
-    for (const int64_t i : group.second) top = std::max(top, at(p.bias, i));
-    for (const int64_t i : group.second) mass += std::exp(at(p.bias, i) - top);
+    double max_logit = -HUGE_VAL, mass = 0, squares = 0, square = 0;
+    for (const int64_t i : group.second) max_logit = std::max(max_logit, element(p.bias, i));
+    for (const int64_t i : group.second) mass += std::exp(element(p.bias, i) - max_logit);
     for (const int64_t i : group.second) {
-      const double share = std::exp(at(p.bias, i) - top) / mass;
-      row.shares.push_back({i, share});
-      for (int64_t d = 0; d < p.width; ++d) row.x[test::size(d)] += share * at(p.x, i * p.width + d);
+      const double share = std::exp(element(p.bias, i) - max_logit) / mass;
+      row.weights.push_back({i, share});
+      for (int64_t d = 0; d < p.width; ++d) row.x[test::size(d)] += share * element(p.x, i * p.width + d);
       for (int64_t c = 0; c < p.values; ++c) {
-        const double y = std::fabs(at(p.v, i * p.values + c));
+        const double y = std::fabs(element(p.v, i * p.values + c));
         if (!(y <= row.v[test::size(c)])) row.v[test::size(c)] = y;
       }
-      squares += share * (x_norm(i) + at(p.spread, i));
+      squares += share * (x_norm(i) + element(p.spread, i));
       row.norm = std::max(row.norm, std::sqrt(x_norm(i)));
-      row.most_spread = std::max(row.most_spread, at(p.spread, i));
+      row.most_spread = std::max(row.most_spread, element(p.spread, i));
     }
     for (const double x : row.x) square += x * x;
-    row.bias = top + std::log(mass);
+    row.bias = max_logit + std::log(mass);
     row.spread = squares - square;
     rows.push_back(row);
   }
@@ -256,7 +258,7 @@ std::vector<Row> rows_of(const Problem& p, int64_t user, std::vector<int64_t>* a
 /// The moduli of every gradient's terms, by the definition in float64, and the share of them that may be wrong: split
 /// or rounded operands and float32 norms in a logit of at most `reach`, float32 sums, and those of leaves.
 struct Terms {
-  std::vector<double> of[kGradients];
+  std::vector<double> gradient[kGradients];
   double share = 0;
 };
 
@@ -264,8 +266,8 @@ Terms terms_of(const Problem& p) {
   Terms t;
   const int64_t b = users(p), m = token_rows(p), taus = static_cast<int64_t>(p.temperature.size());
   const int64_t sizes[] = {p.rows * p.values, taus, p.rows, p.rows * p.width, b * p.agents * p.width};
-  for (int k = 0; k < kGradients; ++k) t.of[k].assign(test::size(sizes[k]), 0);
-  const auto at = [](const std::vector<float>& a, int64_t i) { return double(a[test::size(i)]); };
+  for (int k = 0; k < kGradients; ++k) t.gradient[k].assign(test::size(sizes[k]), 0);
+  const auto element = [](const std::vector<float>& a, int64_t i) { return double(a[test::size(i)]); };
   double reach = 0, largest = 1;
   for (int64_t u = 0; u < b; ++u) {
     const int64_t count = p.count.empty() ? p.agents : std::min<int64_t>(p.count[test::size(u)], p.agents);
@@ -275,13 +277,13 @@ Terms terms_of(const Problem& p) {
     std::vector<double> size(agents.size());  // of dlse - dtoken . token
     for (size_t j = 0; j < agents.size(); ++j) {
       const int64_t token = u * m + agents[j];
-      size[j] = p.d_lse.empty() ? 0 : std::fabs(at(p.d_lse, token));
+      size[j] = p.d_lse.empty() ? 0 : std::fabs(element(p.d_lse, token));
       for (int64_t c = 0; c < p.values; ++c)
-        size[j] += std::fabs(at(p.d_tokens, token * p.values + c) * at(p.tokens, token * p.values + c));
+        size[j] += std::fabs(element(p.d_tokens, token * p.values + c) * element(p.tokens, token * p.values + c));
     }
     for (const Row& row : rows_of(p, u, &absent)) {
       std::vector<double> z(agents.size()), dz(agents.size()), far(agents.size());
-      double top = -HUGE_VAL, total = 0, sum = 0;
+      double max_logit = -HUGE_VAL, total = 0, sum = 0;
       for (size_t j = 0; j < agents.size(); ++j) {
         const float* const q = &p.prototypes[test::size((u * p.agents + agents[j]) * p.width)];
         double d = row.spread;
@@ -290,42 +292,43 @@ Terms terms_of(const Problem& p) {
         far[j] = std::pow(row.norm + std::sqrt(norm_of(q, p.width)), 2) + row.most_spread;
         z[j] = -d / tau;
         reach = std::max(reach, far[j] / tau);
-        top = std::max(top, z[j]);
+        max_logit = std::max(max_logit, z[j]);
       }
-      for (const double y : z) total += std::exp(y - top);
-      const bool shares = p.params.normalize == Normalize::agents;
-      const double lse = shares ? top + std::log(total) : 0;
+      for (const double y : z) total += std::exp(y - max_logit);
+      const bool softmax_over_agents = p.params.normalize == Normalize::agents;
+      const double lse = softmax_over_agents ? max_logit + std::log(total) : 0;
       for (size_t j = 0; j < agents.size(); ++j) {
         const int64_t token = u * m + agents[j];
-        largest = std::max(largest, std::fabs(row.bias) + std::fabs(at(p.lse, token)));
-        const double w = std::exp(z[j] - lse + row.bias - at(p.lse, token));
+        largest = std::max(largest, std::fabs(row.bias) + std::fabs(element(p.lse, token)));
+        const double w = std::exp(z[j] - lse + row.bias - element(p.lse, token));
         dz[j] = size[j];
         for (int64_t c = 0; c < p.values; ++c) {
-          const double d = std::fabs(at(p.d_tokens, token * p.values + c));
-          for (const auto& [i, share] : row.shares) t.of[kV][test::size(i * p.values + c)] += share * w * d;
+          const double d = std::fabs(element(p.d_tokens, token * p.values + c));
+          for (const auto& [i, share] : row.weights) t.gradient[kV][test::size(i * p.values + c)] += share * w * d;
           dz[j] += d * row.v[test::size(c)];
         }
         sum += dz[j] *= w;
       }
-      const int64_t i = row.shares[0].first;  // of what leaves have no gradients of
-      t.of[kBias][test::size(i)] += sum;
+      const int64_t i = row.weights[0].first;  // of what leaves have no gradients of
+      t.gradient[kBias][test::size(i)] += sum;
       for (size_t j = 0; j < agents.size(); ++j) {
-        if (shares) dz[j] += std::exp(z[j] - lse) * sum;
+        if (softmax_over_agents) dz[j] += std::exp(z[j] - lse) * sum;
         const size_t tau_at = taus == 1 ? 0 : test::size(agents[j]);
         const double tau = p.temperature[tau_at], slope = 2 * dz[j] / tau;
-        t.of[kTemperature][tau_at] += dz[j] * far[j] / (tau * tau);
+        t.gradient[kTemperature][tau_at] += dz[j] * far[j] / (tau * tau);
         for (int64_t k = 0; k < p.width; ++k) {
           const size_t of_x = test::size(i * p.width + k), of_p = test::size((u * p.agents + agents[j]) * p.width + k);
           const double term = slope * (std::fabs(double(p.x[of_x])) + std::fabs(double(p.prototypes[of_p])));
-          t.of[kX][of_x] += term;
-          t.of[kPrototypes][of_p] += term;
+          t.gradient[kX][of_x] += term;
+          t.gradient[kPrototypes][of_p] += term;
         }
       }
     }
     for (const int64_t i : absent)
       for (int64_t c = 0; c < p.values; ++c)
-        t.of[kV][test::size(i * p.values + c)] +=
-            std::fabs(at(p.d_tokens, (u * m + p.agents) * p.values + c)) / std::exp(at(p.lse, u * m + p.agents));
+        t.gradient[kV][test::size(i * p.values + c)] +=
+            std::fabs(element(p.d_tokens, (u * m + p.agents) * p.values + c)) /
+            std::exp(element(p.lse, u * m + p.agents));
   }
   const double part = p.params.precision == Precision::bfloat16 ? 0x1p-8 : 0x1p-16;
   const double leaves = p.params.method == Method::leaf ? test::kSkew : 0;
@@ -339,12 +342,13 @@ Terms terms_of(const Problem& p) {
 void compare(const Problem& p, const Result& cpu, const Result& cuda) {
   const Terms terms = terms_of(copied(p));
   for (int k = 0; k < kGradients; ++k)
-    for (size_t i = 0; i < cpu.of[k].size(); ++i) {
-      const double expected = cpu.of[k][i], got = cuda.of[k][i], bound = terms.share * terms.of[k][i] + 1e-36;
-      if (!std::isfinite(terms.of[k][i])) continue;  // by a v that is not
+    for (size_t i = 0; i < cpu.gradient[k].size(); ++i) {
+      const double expected = cpu.gradient[k][i], got = cuda.gradient[k][i],
+                   bound = terms.share * terms.gradient[k][i] + 1e-36;
+      if (!std::isfinite(terms.gradient[k][i])) continue;  // by a v that is not
       if (!(std::fabs(expected - got) <= bound))
         test::fail("d_%s %zu: %g, expected %g within %g", kNames[k], i, got, expected, bound);
-      if (terms.of[k][i] == 0 && got != 0) test::fail("d_%s %zu: %g, expected nothing", kNames[k], i, got);
+      if (terms.gradient[k][i] == 0 && got != 0) test::fail("d_%s %zu: %g, expected nothing", kNames[k], i, got);
     }
 }
 
@@ -382,16 +386,16 @@ void check_spoilt(Normalize normalize) {
     *places[what] = kept;
     for (int k = 0; k < kGradients; ++k) {
       const int64_t of_row[] = {p.values, 0, 1, p.width, p.agents * p.width};
-      for (size_t i = 0; i < got.of[k].size(); ++i) {
-        const int64_t at = static_cast<int64_t>(i) / of_row[k];
-        const bool own = k == kPrototypes ? at == 1 : at >= 30 && at < 75;
-        if (!own && std::memcmp(&got.of[k][i], &sound.of[k][i], 4) != 0)
-          test::fail("spoilt by %d: d_%s %zu is %g", what, kNames[k], i, double(got.of[k][i]));
-        if (what == 3 && !std::isfinite(got.of[k][i])) test::fail("an absent agent: d_%s %zu", kNames[k], i);
+      for (size_t i = 0; i < got.gradient[k].size(); ++i) {
+        const int64_t row = static_cast<int64_t>(i) / of_row[k];
+        const bool belongs = k == kPrototypes ? row == 1 : row >= 30 && row < 75;
+        if (!belongs && std::memcmp(&got.gradient[k][i], &sound.gradient[k][i], 4) != 0)
+          test::fail("spoilt by %d: d_%s %zu is %g", what, kNames[k], i, double(got.gradient[k][i]));
+        if (what == 3 && !std::isfinite(got.gradient[k][i])) test::fail("an absent agent: d_%s %zu", kNames[k], i);
       }
     }
     bool spoilt = false;
-    for (const float y : got.of[kPrototypes]) spoilt |= !std::isfinite(y);
+    for (const float y : got.gradient[kPrototypes]) spoilt |= !std::isfinite(y);
     if (what != 3 && !spoilt) test::fail("spoilt by %d: nothing came of it", what);
   }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops of every instruction set that this processor has, and of the AMX unit's twin, on the same bytes and
+// The inner loops of every instruction set that this processor has, and of the AMX emulation, on the same bytes and
 // in exact-size memory: copies and conversions equal to the bit what plain scalar code makes of them; sums, screens and
 // exponentials within a bound that is carried along with their values in double.
 #include "fuzz_kernels.h"
@@ -59,10 +59,10 @@ void pair_products(Bytes& in) {
   for (float& x : b) x *= 1.01f;  // needs rounding
   Guarded<float> rows(a), columns(b), shift(shifts);
   for (const Kernels* kernels : all()) {
-    if (!kernels->matmul_pairs) continue;
+    if (!kernels->matmul_bf16) continue;
     Guarded<uint32_t> left(padded_rows(n) * k2), packed(simd::packed_size(k2, m));
     for (int64_t i = 0; i < n; ++i) {
-      const simd::Rounded sums = kernels->round_pairs(k, rows.data() + i * k, shift.data(), left.data() + i * k2);
+      const simd::Rounded sums = kernels->round_bf16(k, rows.data() + i * k, shift.data(), left.data() + i * k2);
       std::vector<Near> squares, errors;
       for (int64_t d = 0; d < k; ++d) {
         const float x = a[test::size(i * k + d)] - shifts[test::size(d)], y = rounded(x);
@@ -77,13 +77,13 @@ void pair_products(Bytes& in) {
     for (int64_t j = 0; j < m; ++j) {
       const float* const column = columns.data() + j * k;
       Guarded<float> rest(k);
-      kernels->remainder(k, column, rest.data());
+      kernels->bf16_remainder(k, column, rest.data());
       CHECK(rest.intact());
       for (int64_t d = 0; d < k; ++d) CHECK(rest.data()[d] == column[d] - rounded(column[d]));
     }
-    kernels->pack_pairs(k, m, columns.data(), k, packed.data());
+    kernels->pack_bf16(k, m, columns.data(), k, packed.data());
     Guarded<float> z(padded_rows(n) * ldz);
-    kernels->matmul_pairs(static_cast<int>(n), k2, m, left.data(), k2, packed.data(), z.data(), ldz, nullptr);
+    kernels->matmul_bf16(static_cast<int>(n), k2, m, left.data(), k2, packed.data(), z.data(), ldz, nullptr);
     CHECK(left.intact() && packed.intact() && z.intact());
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < ldz; ++j) {
@@ -109,12 +109,12 @@ void pair_accumulations(Bytes& in) {
   const auto c = in.values(w * m, false);
   Guarded<float> left(strided(a, n, w, lda)), right(strided(e, n, m, lde));
   for (const Kernels* kernels : all()) {
-    if (!kernels->accumulate_pairs) continue;
+    if (!kernels->accumulate_bf16) continue;
     Guarded<uint32_t> v(n2 * lda), u(n2 * lde);
     const auto pairs = [&](Guarded<float>& from, int64_t width, int64_t ld, Guarded<uint32_t>& to) {
       for (int64_t i = 0; i < n; i += 2)
-        kernels->pair_rows(width, from.data() + i * ld, i + 1 < n ? from.data() + (i + 1) * ld : nullptr,
-                           to.data() + i / 2 * ld);
+        kernels->pair_rows_bf16(width, from.data() + i * ld, i + 1 < n ? from.data() + (i + 1) * ld : nullptr,
+                                to.data() + i / 2 * ld);
       for (int64_t i = 0; i < 2 * n2; ++i)
         for (int64_t d = 0; d < width; ++d) {
           const float x = i < n ? from.data()[i * ld + d] : 0.f;
@@ -124,7 +124,7 @@ void pair_accumulations(Bytes& in) {
     pairs(left, w, lda, v);
     pairs(right, m, lde, u);
     Guarded<float> sums(strided(c, rows, m, lde));
-    kernels->accumulate_pairs(static_cast<int>(n2), w, m, v.data(), lda, u.data(), lde, sums.data(), lde);
+    kernels->accumulate_bf16(static_cast<int>(n2), w, m, v.data(), lda, u.data(), lde, sums.data(), lde);
     CHECK(v.intact() && u.intact() && sums.intact());
     for (int64_t j = 0; j < w; ++j)
       for (int64_t d = 0; d < m; ++d) {

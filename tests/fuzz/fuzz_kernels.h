@@ -25,7 +25,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 inline std::vector<const Kernels*> all() {
   const Kernels* have[simd::kMostTables];
   std::vector<const Kernels*> out(have, have + simd::supported(have));
-  out.push_back(&test::amx_twin());
+  out.push_back(&test::amx_emulation());
   return out;
 }
 

@@ -53,7 +53,7 @@ void row_sums(Bytes& in) {
   }
 }
 
-/// The softmax over rows, of products and of logits, with weights in float32, as pairs and in halves.
+/// The softmax over rows, of products and of logits, with weights in float32, bfloat16 and bf16x3.
 void route_weights(Bytes& in) {
   const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
   const bool products = in.flag();
@@ -66,8 +66,9 @@ void route_weights(Bytes& in) {
   const auto shifts = in.values(n, false);
   auto old = with_absent(in, m);
   for (float& x : old) x *= steep;
-  std::vector<float> masses(test::size(m));
-  for (size_t j = 0; j < masses.size(); ++j) masses[j] = std::isinf(old[j]) ? 0.f : 1 + std::fabs(in.value(false));
+  std::vector<float> denominators(test::size(m));
+  for (size_t j = 0; j < denominators.size(); ++j)
+    denominators[j] = std::isinf(old[j]) ? 0.f : 1 + std::fabs(in.value(false));
   std::vector<Near> logit;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < m; ++j) {
@@ -80,15 +81,16 @@ void route_weights(Bytes& in) {
       rate(strided(rates, 1, m, ldz, 1.f));
   const auto padded = strided(z, n, m, ldz, products ? 0 : -kInf);
   const auto check = [&](auto weigh, double rounding, auto weight) {
-    Guarded<float> top(strided(old, 1, m, ldz, -kInf)), mass(strided(masses, 1, m, ldz)), factor(ldz), values(padded);
+    Guarded<float> max_logit(strided(old, 1, m, ldz, -kInf)), denominator(strided(denominators, 1, m, ldz)),
+        factor(ldz), values(padded);
     const bool changed =
         weigh(values.data(), simd::RouteWeights{products ? row_norm.data() : nullptr, shift.data(), norm.data(),
-                                                rate.data(), top.data(), mass.data(), factor.data()});
-    CHECK(top.intact() && mass.intact() && factor.intact() && values.intact());
+                                                rate.data(), max_logit.data(), denominator.data(), factor.data()});
+    CHECK(max_logit.intact() && denominator.intact() && factor.intact() && values.intact());
     CHECK(std::memcmp(values.data(), padded.data(), padded.size() * 4) == 0);
     bool rises = false;
     for (int64_t j = 0; j < m; ++j) {
-      const float before = old[test::size(j)], now = top.data()[j];
+      const float before = old[test::size(j)], now = max_logit.data()[j];
       std::vector<Near> column;
       for (int64_t i = 0; i < n; ++i) column.push_back(Near(0.f) - logit[test::size(i * m + j)]);
       const Near peak = Near(0.f) - near::least(column);
@@ -97,11 +99,11 @@ void route_weights(Bytes& in) {
       } else {
         rises = true;
         close(now, peak);
-        CHECK(now > before);  // also beside a column whose top had to rise
+        CHECK(now > before);  // also beside a column whose max_logit had to rise
       }
       const Near kept = now == before ? Near(1.f) : near::exp2(Near(before) - Near(now));
       if (changed && (before > -kInf || now > -kInf)) close(factor.data()[j], kept);
-      std::vector<Near> terms{kept * Near(masses[test::size(j)])};
+      std::vector<Near> terms{kept * Near(denominators[test::size(j)])};
       for (int64_t i = 0; i < n; ++i) {
         const Near& x = logit[test::size(i * m + j)];
         const Near exact = x.value > -HUGE_VAL ? near::exp2(x - Near(now)) : Near(0.f);
@@ -109,7 +111,7 @@ void route_weights(Bytes& in) {
         close(w, Near(exact.value, exact.wrong + rounding * (exact.value + exact.wrong)));
         terms.emplace_back(w);
       }
-      close(mass.data()[j], near::sum(terms));
+      close(denominator.data()[j], near::sum(terms));
     }
     CHECK(changed == rises);
   };
@@ -121,21 +123,21 @@ void route_weights(Bytes& in) {
         },
         0, [&](int64_t i, int64_t j) { return e.data()[i * ldz + j]; });
     CHECK(e.intact());
-    if (kernels->route_weights_pairs) {
+    if (kernels->route_weights_bf16) {
       Guarded<uint32_t> pairs((n + 1) / 2 * ldz);
       check(
           [&](const float* x, const simd::RouteWeights& p) {
-            return kernels->route_weights_pairs(static_cast<int>(n), m, x, ldz, p, pairs.data(), ldz);
+            return kernels->route_weights_bf16(static_cast<int>(n), m, x, ldz, p, pairs.data(), nullptr, ldz);
           },
           0x1p-8, [&](int64_t i, int64_t j) { return half_of(pairs.data() + i / 2 * ldz + j, i % 2); });
       CHECK(pairs.intact());
       for (int64_t j = 0; n % 2 && j < m; ++j) CHECK(half_of(pairs.data() + n / 2 * ldz + j, 1) == 0);
     }
-    if (kernels->route_weights_split) {
+    if (kernels->route_weights_bf16) {
       Guarded<uint32_t> high((n + 1) / 2 * ldz), low((n + 1) / 2 * ldz);
       check(
           [&](const float* x, const simd::RouteWeights& p) {
-            return kernels->route_weights_split(static_cast<int>(n), m, x, ldz, p, high.data(), low.data(), ldz);
+            return kernels->route_weights_bf16(static_cast<int>(n), m, x, ldz, p, high.data(), low.data(), ldz);
           },
           0x1p-16,
           [&](int64_t i, int64_t j) {
@@ -192,13 +194,13 @@ void gradients(Bytes& in) {
   for (float& l : row_lses) l = std::fabs(l);  // weights of at most 1
   Guarded<float> shift(shifts), row_lse(row_lses), lse(strided(lses, 1, m, ldz, kInf)),
       offset(strided(offsets, 1, m, ldz)), rate(strided(rates, 1, m, ldz));
-  const bool shares = in.flag();
+  const bool softmax_over_agents = in.flag();
   for (const Kernels* kernels : all()) {
     Guarded<float> weights(strided(raw, n, m, ldz, -kInf)), slopes(strided(g, n, m, ldz)), d_bias(n), row_sum(n),
         d_raw(std::vector<float>(test::size(ldz))), column_sum(std::vector<float>(test::size(ldz)));
     kernels->route_gradient(static_cast<int>(n), m, weights.data(), slopes.data(), ldz,
-                            {shift.data(), shares ? row_lse.data() : nullptr, lse.data(), offset.data(), rate.data(),
-                             d_bias.data(), row_sum.data(), d_raw.data(), column_sum.data()});
+                            {shift.data(), softmax_over_agents ? row_lse.data() : nullptr, lse.data(), offset.data(),
+                             rate.data(), d_bias.data(), row_sum.data(), d_raw.data(), column_sum.data()});
     Guarded<float> products(strided(g, n, m, ldz)), sums(std::vector<float>(test::size(ldz)));
     kernels->attend_gradient(static_cast<int>(n), m, weights.data(), products.data(), ldz, shift.data(), sums.data());
     for (Guarded<float>* a : {&weights, &slopes, &d_bias, &row_sum, &d_raw, &column_sum, &products, &sums})
@@ -219,7 +221,7 @@ void gradients(Bytes& in) {
       close(d_bias.data()[i], bias);
       for (int64_t j = 0; j < m; ++j) {
         const size_t a = test::size(j), at = test::size(i * m + j);
-        if (shares) dz[a] = dz[a] - near::exp2(Near(raw[at]) - Near(row_lses[test::size(i)])) * bias;
+        if (softmax_over_agents) dz[a] = dz[a] - near::exp2(Near(raw[at]) - Near(row_lses[test::size(i)])) * bias;
         by_logit[a].push_back(dz[a] * Near(raw[at]));
         distances.push_back(dz[a] * Near(rates[a]));
         by_distance[a].push_back(distances.back());

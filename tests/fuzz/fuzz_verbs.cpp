@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small shapes and hostile floats through every verb, in exact-size memory, under every instruction set that this
-// processor has and on the AMX unit's twin. No crash; encode and vote keep their laws (laws.h); one worker, two and
+// processor has and on the AMX emulation. No crash; encode and vote keep their laws (laws.h); one worker, two and
 // seven give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is NaN
 // and the sets agree (tolerance.h).
 #include <cfloat>
@@ -271,7 +271,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          params.normalize == Normalize::agents,
                          params.method == Method::leaf,
                          params.precision == Precision::bfloat16 ? tolerance::kRounded
-                         : simd::kernels().matmul_split          ? tolerance::kSplit
+                         : simd::kernels().matmul_bf16x3          ? tolerance::kBf16x3
                                                                  : 0,
                          type};
   double path = 0;  // of a code, no prototype is longer
@@ -459,7 +459,7 @@ void run(Bytes in) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const simd::Kernels* have[simd::kMostTables + 1];
   int tables = simd::supported(have);
-  have[tables++] = &test::amx_twin();
+  have[tables++] = &test::amx_emulation();
   for (int i = 0; i < tables; ++i) {
     simd::choose(*have[i]);
     ledger.turn(i == 0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Running error analysis: a value in double beside the most that the same float32 computation may be away from it, with
-// products fused into sums or not. Of the roundings u^2 no account is taken where u counts twice (kUlp has the room).
+// products fused into sums or not. Terms in u^2 are left out; kUlp is larger than u to cover them.
 #pragma once
 #include <cmath>
 #include <vector>

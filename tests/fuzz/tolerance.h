@@ -11,7 +11,7 @@ namespace tolerance {
 
 using hisac::DType;
 constexpr double kUlp = 0x1p-24;
-constexpr double kRounded = 0x1p-8, kSplit = 0x1p-15;  // of an operand in bfloat16, or in two halves of it (amx.h)
+constexpr double kRounded = 0x1p-8, kBf16x3 = 0x1p-15;  // of an operand in bfloat16, or in bf16x3 (amx.h)
 
 /// Roundings on a term's way into a sum of n.
 inline double steps(double n) { return 64 + 2 * std::min(n / 64, 32.) + std::log2(std::max(n, 1.)); }
@@ -29,7 +29,7 @@ struct Route {
   double x, p;                                     // the longest row and prototype
   double v, bias, spread, d_tokens, d_lse;         // the largest moduli
   double tau;                                      // the smallest
-  bool shares, leaf;                               // Normalize::agents, Method::leaf
+  bool softmax_over_agents, leaf;                  // Normalize::agents, Method::leaf
   double coarse;                                   // kRounded, kSplit or 0: of x, prototypes, weights and v
   DType type;
 
@@ -41,7 +41,7 @@ struct Route {
     if (coarse > 0) drift += coarse * far() + 2 * std::sqrt(width) * 0x1p-126;
     const double r = square() / tau;
     double e = ((width + 14) * kUlp + 4 * skew()) * r + (2 * far() * drift + drift * drift) / tau + skew();
-    if (shares) e = 2 * e + (agents + 8 + 6 * r + 4 * std::log(agents + 1)) * kUlp;
+    if (softmax_over_agents) e = 2 * e + (agents + 8 + 6 * r + 4 * std::log(agents + 1)) * kUlp;
     return e + (4 * r + 8 * bias + 2 * std::log(rows + 1) + 16) * kUlp + 2 * coarse;
   }
   double sums() const { return (2 * steps(rows) + 8) * kUlp + 2 * skew() + coarse + rows * 0x1p-124; }
@@ -70,7 +70,7 @@ struct Route {
   double mass() const { return (1 + f()) * (1 + f()); }
   double dz() const {
     const double slope = 2 * value_width * v * d_tokens + d_lse;
-    return 2 * f() * mass() * slope * (shares ? 2 * (1 + agents) : 1) + 0x1p-100;
+    return 2 * f() * mass() * slope * (softmax_over_agents ? 2 * (1 + agents) : 1) + 0x1p-100;
   }
   double d_v() const { return 4 * users * (agents + 1) * mass() * d_tokens * f() + 0x1p-100; }
   double d_bias() const { return users * agents * dz(); }

@@ -7,8 +7,9 @@
 
 namespace hisac {
 
-/// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m. A token whose bias is NaN or
-/// infinite is absent; without tokens: zero and -inf. User b's candidates are offsets[b] .. offsets[b + 1].
+/// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m. A token whose bias or key holds a
+/// NaN or an infinity is absent, and for a q that holds one every token is; without tokens: zero and -inf. User b's
+/// candidates are offsets[b] .. offsets[b + 1].
 struct AttendInputs {
   Rows q;                         // [N * H, d]
   Rows keys;                      // [B * M * H, d], q's type

@@ -11,7 +11,8 @@ constexpr int kMaxLevels = 8;
 
 /// Immutable; any number of threads may share one. A leaf is a full code (c_1 .. c_L); its number is the mixed-radix
 /// number of its codes, ((c_1 C_2 + c_2) C_3 + c_3) ...; a parent's number is its child's, divided by the child level's
-/// size. Its prototype is the sum of the codewords on the path. Building and loading are the only calls that allocate.
+/// size. Its prototype is the sum of the codewords on the path. Building, parsing and loading are the only calls that
+/// allocate.
 class Codebook {
  public:
   Codebook() noexcept = default;
@@ -22,8 +23,10 @@ class Codebook {
   /// centers: `levels` arrays [C_l, D], 1 <= levels <= 8, finite; the product of the C_l is at most 2^64.
   static Status build(const Array<const float, 2>* centers, int levels, Codebook* out) noexcept;
 
-  /// safetensors: tensors "centers.0" .. (F32), metadata format, version and fingerprint (checked). `save` writes aside
-  /// and renames.
+  /// safetensors: tensors "centers.0" .. (F32), metadata format, version and fingerprint (checked). `save` writes
+  /// aside, in the same folder, and renames: readers see the old file or the new one, which keeps the old one's mode
+  /// and, where it may, its owner and group. A symbolic link stays, what it names is replaced; only a regular file is.
+  /// What killed writers of the same file have left is removed.
   static Status load(const char* path, Codebook* out) noexcept;
   static Status parse(const void* bytes, size_t size, Codebook* out) noexcept;
   Status save(const char* path) const noexcept;
@@ -41,7 +44,7 @@ class Codebook {
   void prototype(const int32_t* codes, float* out) const noexcept;  // [L] -> [D]; zero for an invalid code
 
   struct Body;
-  const Body& body() const noexcept { return *body_; }  // the kernels' packed form; src/codebook_body.h
+  const Body& body() const noexcept { return *body_; }  // the kernels' packed form; src/codebook/body.h
 
  private:
   Body* body_ = nullptr;

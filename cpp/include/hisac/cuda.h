@@ -1,15 +1,76 @@
 // SPDX-License-Identifier: Apache-2.0
 // The verbs on a GPU: those of the other headers, with arrays on the current device and Context{.device =
 // Device::cuda}, from the library hisac_cuda.
+//
+// A call puts all its work on context.stream. It allocates nothing and waits for nothing, so it may be captured into a
+// graph. Its results have the same bits every time, and a user's do not depend on the other users of the batch.
+//
+// What a verb needs in the context:
+//
+//   verb                         workspace                                      codebook_image
+//   encode                       none                                           always
+//   code_prototypes, prototypes  none                                           always
+//   vote                         yes                                            never
+//   leaf_sums                    yes                                            where x is not given
+//   route, route_backward        yes; `longest` counts for Method::leaf alone   where x is not given
+//   attend, attend_backward      yes                                            never
+//   sum_rows                     none                                           never
+//   fit                          not on CUDA: Code::not_implemented
+//
+// What a verb takes at most. More is refused with Code::not_implemented and the message "expected .., got ..":
+//
+//   vote                              B 2^30
+//   leaf_sums, route, route_backward  B 2^30, T 2^31 - 1
+//   route                             D 4,096
+//   route_backward                    D 4,096, V 4,096
+//   attend, attend_backward           N, B, M, H, d, V 2^30 each; d and V further as shared memory allows:
+//
+//     shared memory of a block                 227 KiB (H100, H200)   163 KiB (A100)   99 KiB (RTX)
+//     attend: d                                3,072                  2,048            1,024
+//       the same where all is bfloat16         6,688                  4,640            2,592
+//     attend_backward: d + V                   3,056                  2,032            1,008
+//       the same where all is bfloat16         6,688                  4,640            2,592
+//     encode: D that is fast                   784                    528              272
+//
+// These are for V of 128 or more; d and V count as the next multiples of 16. `encode` takes any D: where residuals do
+// not fit in shared memory, it computes them again from x for every use.
+//
+// The host does not see what lies on the device, so no value there is an error. Where the CPU would name one:
+//
+//   offsets (starts, ends)   A start is clamped to [0, T], an end to [start, T].
+//   candidates of attend     A user's range begins, at the earliest, where all earlier users' ranges have ended. A
+//                            candidate outside every range has a zero row and an lse of -inf.
+//   NaN in attend            A NaN or an infinity in q, keys or values may spoil all results of its user's head, where
+//                            the CPU takes the token, or the tokens of the candidate, for absent.
+//   workspace of vote        Any accepted workspace serves histories of any length, if the codebook has at most 2^18
+//                            leaves, or if the counters of a vote by fan-out fit in shared memory. Otherwise a user
+//                            with more rows than the workspace is made for has no agents: its count is 0.
+//   workspace of leaf_sums   It holds T rows where ends = starts + 1 element (ragged offsets), else B * longest. The
+//   and of Method::leaf      first user whose rows do not fit, and all users after it, have no sums: for `route` their
+//                            histories are empty. Ragged offsets that never step back always fit. `route_backward` has
+//                            at most 2^31 - 1 such rows, whatever the workspace.
+//   rows of LeafSums         Fewer than all histories have: as with too small a workspace.
+//   codebook_image           Its size and alignment are checked, its bytes are not. Those of another codebook of the
+//                            same sizes give that codebook's codes and prototypes.
+//
+// Precision. Tensor cores multiply bfloat16 numbers, so on CUDA
+//
+//   Precision::float32       writes x, prototypes, v and weights as sums of two bfloat16 numbers each. x . p is a sum
+//   of route                 of three products, within 2^-15 sum_d |x_d p_d| and the rounding of float32 sums. Where x
+//                            and v are both bfloat16, they are exact. Distances are taken from zero, not from an origin
+//                            among the prototypes as on the CPU: center x and prototypes that lie far from zero.
+//   Precision::bfloat16      rounds each of them, by at most 2^-8 of itself, and multiplies once. Norms are those of
+//   of route                 the rounded numbers, so an agent in a behaviour's place has distance 0.
+//   route_backward           does the same, with the gradients of tokens in the place of v.
+//   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
+//   leaf_sums                adds 64 rows in float32, and those sums in float64.
+//   encode, vote, code_prototypes, prototypes and sum_rows have the CPU's bits.
 #pragma once
 #include "status.h"
 
 namespace hisac {
 
-/// Makes every verb but `fit` and `leaves` take a context on CUDA; not_implemented where there is no device
-/// or driver. Such a call puts everything on context.stream, allocates nothing and waits for nothing, so it may be
-/// captured into a graph; its results have the same bits every time. Values of arrays are not seen by the host: offsets
-/// are clamped to [0, T], and an end to its start, where the CPU would name them.
+/// Makes every verb but `fit` take a context on CUDA; not_implemented where there is no device or driver.
 Status enable_cuda() noexcept;
 
 }  // namespace hisac

@@ -19,7 +19,7 @@ struct FitParams {
 };
 
 struct FitReport {
-  int64_t rows = 0, left_out = 0;   // rows with a NaN or a value of 2^100 and more are left out
+  int64_t rows = 0, left_out = 0;   // rows that took part; rows that did not (below)
   int iterations[kMaxLevels] = {};  // rounds until nothing moved, or the most allowed
   double error[kMaxLevels] = {};    // mean squared distance of a row to its quantisation after the level
   int64_t unused[kMaxLevels] = {};  // codes that no row has
@@ -27,7 +27,9 @@ struct FitReport {
 
 /// Lloyd's rounds from distinct rows drawn by counter-based random numbers of (seed, level, row). A round assigns as
 /// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes
-/// without rows take the worst-quantised rows. x [T, D] -> the centers of each level, [C_l, D], and a
+/// without rows take the worst-quantised rows. Left out are rows with a NaN or a value of 2^100 and more, and rows so
+/// large that they would make the grid of the sums coarser than 2^-16 of the median row (a row's largest value counts):
+/// by binary exponents, those more than 46 - b above the upper median, b the bits of the number of rows. x [T, D] -> the centers of each level, [C_l, D], and a
 /// report, which may not be null.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;

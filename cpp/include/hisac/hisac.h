@@ -7,7 +7,7 @@
 // Every verb takes a Context (your workspace, your threads) and borrowed arrays, returns a Status, never throws, never
 // allocates. Array values are never errors (an invalid code means absent, NaN loses, an empty history gives zero
 // tokens); shapes, types, order and parameters are. `<verb>_workspace` names the bytes of scratch. The definition of
-// every verb is in python/hisac/reference.py.
+// every verb is in python/hisac/reference.
 #pragma once
 #include "array.h"
 #include "attend.h"

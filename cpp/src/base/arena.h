@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Carves scratch out of the caller's workspace, or only counts: the same code does both, so the size a verb names and
-// the size it uses cannot drift apart.
+// Takes scratch from the caller's workspace, or only counts bytes. The same code does both, so the size that a verb
+// names is the size that it uses.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,21 +13,25 @@ namespace hisac {
 
 class Arena {
  public:
-  Arena() noexcept = default;  // counts
+  Arena() noexcept = default;  // only counts bytes
   explicit Arena(Array<std::byte, 1> memory) noexcept
       : base_(memory.data), capacity_(memory.data && aligned() ? static_cast<size_t>(memory.shape[0]) : 0) {}
 
-  /// n of T, aligned to 64; null when counting, or once the workspace is exhausted.
+  /// More than any workspace has: what a verb names for sizes that no call may have.
+  static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
+
+  /// rows * columns elements of T, aligned to 64 bytes; null when counting, or once the workspace is exhausted.
   template <class T>
-  T* take(int64_t n) noexcept {
-    const size_t count = n > 0 ? static_cast<size_t>(n) : 0;
-    if (count > (kLimit - used_) / sizeof(T)) {
+  T* take(int64_t rows, int64_t columns = 1) noexcept {
+    const size_t r = rows > 0 ? static_cast<size_t>(rows) : 0, c = columns > 0 ? static_cast<size_t>(columns) : 0;
+    size_t count;
+    if (__builtin_mul_overflow(r, c, &count) || count > (kLimit - used_) / sizeof(T)) {
       used_ = kLimit;
       return nullptr;
     }
-    const size_t at = used_;
+    const size_t offset = used_;
     used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
   }
 
   size_t used() const noexcept { return used_; }
@@ -44,7 +48,6 @@ class Arena {
 
  private:
   bool aligned() const noexcept { return reinterpret_cast<uintptr_t>(base_) % 64 == 0; }  // nothing is taken otherwise
-  static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
   std::byte* base_ = nullptr;
   size_t used_ = 0, capacity_ = 0;
 };

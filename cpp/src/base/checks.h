@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks that several verbs share; each message says what was expected and what came.
+// Checks that several verbs share. Each message says what was expected and what was given.
 #pragma once
 #include <cinttypes>
+#include <initializer_list>
 
-#include "hisac/array.h"
-#include "hisac/codebook.h"
+#include "hisac/context.h"
 #include "hisac/status.h"
 
 namespace hisac {
@@ -14,7 +14,18 @@ namespace hisac {
     if (Status s_ = (expression); !s_.ok()) return s_; \
   } while (0)
 
-/// Every [start, end) inside [0, rows), in order; on a device they are not seen.
+constexpr int64_t kMostWidth = int64_t{1} << 20;   // of D, V, d and H
+constexpr int64_t kMostAgents = int64_t{1} << 24;  // of a user
+constexpr int64_t kMostRows = int64_t{1} << 40;    // of T, B and N: a product of two sizes stays within int64
+
+/// Whether all sizes are in [least, most].
+inline bool within(std::initializer_list<int64_t> sizes, int64_t least, int64_t most) noexcept {
+  for (const int64_t size : sizes)
+    if (size < least || size > most) return false;
+  return true;
+}
+
+/// Every [start, end) lies in [0, rows) with start <= end. On a device the ranges cannot be read and are not checked.
 inline Status check_histories(const char* verb, const Histories& h, int64_t rows, Device device,
                               const char* name = "offsets") noexcept {
   if (h.users < 0 || (h.users > 0 && (!h.starts || !h.ends)))
@@ -34,18 +45,6 @@ inline Status check_histories(const char* verb, const Histories& h, int64_t rows
 inline Status check_float(const char* verb, const char* name, DType type, const char* others = " or float16") noexcept {
   if (type == DType::float32 || type == DType::bfloat16 || type == DType::float16) return {};
   return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16%s", verb, name, others);
-}
-
-inline Status check_book(const char* verb, const Codebook* book) noexcept {
-  if (book && !book->empty()) return {};
-  return Status::error(Code::invalid_argument, "%s: codebook expected, got an empty one", verb);
-}
-
-/// codes [rows, L] of this book.
-inline Status check_codes(const char* verb, const Codebook& book, const int64_t* shape, int64_t rows) noexcept {
-  if (shape[0] == rows && shape[1] == book.levels()) return {};
-  return Status::error(Code::invalid_argument, "%s: codes expected [%" PRId64 ", %d], got [%" PRId64 ", %" PRId64 "]",
-                       verb, rows, book.levels(), shape[0], shape[1]);
 }
 
 inline Status check_length(const char* verb, const char* name, int64_t expected, int64_t got) noexcept {

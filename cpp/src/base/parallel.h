@@ -5,7 +5,7 @@
 
 namespace hisac {
 
-/// work(begin, end, worker) on disjoint ranges that cover [0, n).
+/// Calls work(begin, end, worker) on disjoint ranges that cover [0, n).
 template <class Work>
 void parallel_for(const Context& context, int64_t n, Work work) {
   if (n <= 0) return;

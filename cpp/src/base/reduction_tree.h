@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The order in which partial sums meet.
+// The order in which partial sums are added.
 //
-// A user's rows form tiles of kTile rows, and the tiles' states merge in a fixed binary tree over the tile numbers: the
-// one that a binary counter makes, (((0 1)(2 3))(4 5))6. Float sums so have the same bits for any number of workers and
+// A user's rows form tiles of kTile rows. The states of tiles merge in a fixed binary tree over the tile numbers, the
+// one of a binary counter: (((0 1)(2 3))(4 5))6. So float sums have the same bits for any number of workers and
 // whatever else is in the batch, and their error grows with log T.
 #pragma once
 #include <cstdint>
@@ -23,15 +23,15 @@ inline int fold_depth(int64_t tiles) noexcept {
 /// stack[0] = the merge of tile(t, state) for t in [first, last); merge(into, from) adds a later state to an earlier.
 template <class State, class Tile, class Merge>
 void fold(int64_t first, int64_t last, State* stack, Tile tile, Merge merge) {
-  int top = 0;
+  int height = 0;
   for (int64_t t = first; t < last; ++t) {
-    tile(t, stack[top++]);
-    for (int64_t k = t - first + 1; k % 2 == 0; k /= 2, --top) merge(stack[top - 2], stack[top - 1]);
+    tile(t, stack[height++]);
+    for (int64_t k = t - first + 1; k % 2 == 0; k /= 2, --height) merge(stack[height - 2], stack[height - 1]);
   }
-  for (; top > 1; --top) merge(stack[top - 2], stack[top - 1]);
+  for (; height > 1; --height) merge(stack[height - 2], stack[height - 1]);
 }
 
-/// The same tree over states that are all there; the result is states[0].
+/// The same tree over n given states; the result is states[0].
 template <class State, class Merge>
 void fold_all(int64_t n, State* states, Merge merge) {
   for (int64_t step = 1; step < n; step *= 2)

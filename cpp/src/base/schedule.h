@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a batch of histories is cut into work. A chunk is an aligned power of two of tiles, that is a subtree of the
-// reduction tree, so a long history can be shared by workers without changing the tree.
+// Divides a batch of histories into work. A chunk is an aligned power of two of tiles. That is a subtree of the
+// reduction tree, so several workers can share a long history without changing the tree.
 #pragma once
 #include <algorithm>
 
@@ -11,13 +11,13 @@
 
 namespace hisac {
 
-/// One piece of work: tiles [first, last) of a user. `slot` is where its state goes when others share the user, else
-/// -1.
+/// One piece of work: tiles [first, last) of a user. Where several units share the user, `slot` is where its state
+/// goes; else it is -1.
 struct Unit {
   int64_t user, first, last, slot;
 };
 
-/// Units of a list of users; long histories are cut when there are several workers.
+/// The units of a list of users. Long histories are divided where there are several workers.
 class Units {
  public:
   /// Most slots that `workers` can need: a shared user has more than one chunk, each chunk at least
@@ -25,11 +25,10 @@ class Units {
   static int64_t most_slots(int workers) noexcept { return workers > 1 ? 8 * workers : 0; }
 
   void carve(Arena& arena, int64_t users) noexcept {
-    unit_ = arena.take<int64_t>(users + 1);
-    slot_ = arena.take<int64_t>(users + 1);
+    for (int64_t** a : {&unit_, &slot_}) *a = arena.take<int64_t>(users + 1);
   }
 
-  /// order: the users, or null for 0 .. n - 1.
+  /// Plans the units of n users: those in order, or null for 0 .. n - 1.
   void plan(const Histories& h, const int64_t* order, int64_t n, int workers) noexcept {
     h_ = &h;
     order_ = order;
@@ -46,17 +45,17 @@ class Units {
     }
   }
 
-  /// work(unit, worker) for all units; then meet(user, states, shared, worker) for each user whom several units
-  /// shared, with the states that they left in their slots.
-  template <class State, class Work, class Meet>
-  void run(const Context& context, State* slots, Work work, Meet meet) const {
+  /// Calls work(unit, worker) for all units, then merge(user, states, shared, worker) for each user whom several units
+  /// share, with the states that they left in their slots.
+  template <class State, class Work, class Merge>
+  void run(const Context& context, State* slots, Work work, Merge merge) const {
     parallel_for(context, unit_[n_], [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) work(unit(u), w);
     });
-    if (slot_[n_] == 0) return;  // nobody is woken for nothing
+    if (slot_[n_] == 0) return;  // no user is shared: the workers are not woken again
     parallel_for(context, n_, [&](int64_t begin, int64_t end, int w) {
       for (int64_t i = begin; i < end; ++i)
-        if (const int64_t shared = slot_[i + 1] - slot_[i]; shared > 0) meet(user(i), slots + slot_[i], shared, w);
+        if (const int64_t shared = slot_[i + 1] - slot_[i]; shared > 0) merge(user(i), slots + slot_[i], shared, w);
     });
   }
 
@@ -77,15 +76,14 @@ class Units {
   int64_t *unit_ = nullptr, *slot_ = nullptr;
 };
 
-/// Users in waves whose histories do not overlap, so that a wave may add to rows without a race; the waves follow one
-/// another in a fixed order, so the sums have the same bits every time. Ragged batches are a single wave.
+/// Groups users into waves. Histories of one wave do not overlap, so its users may add to rows without a race. Waves
+/// run one after another in a fixed order, so sums have the same bits every time. A ragged batch is a single wave.
 class Waves {
  public:
   void carve(Arena& arena, int64_t users) noexcept {
-    order_ = arena.take<int64_t>(users);
-    wave_ = arena.take<int64_t>(users);
+    for (int64_t** a : {&order_, &wave_}) *a = arena.take<int64_t>(users);
     begin_ = arena.take<int64_t>(users + 2);
-    heap_ = arena.take<Open>(users);
+    heap_ = arena.take<WaveEnd>(users);
   }
 
   void plan(const Histories& h) noexcept {
@@ -96,7 +94,7 @@ class Waves {
       ordered = ordered && (b == 0 || h.start(b) >= h.end(b - 1));
     }
     count_ = h.users > 0 ? 1 : 0;
-    if (!ordered) colour(h);
+    if (!ordered) colour_intervals(h);
     std::fill(begin_, begin_ + count_ + 1, int64_t{0});
     for (int64_t b = 0; b < h.users; ++b) ++begin_[wave_[b] + 1];
     for (int64_t w = 0; w < count_; ++w) begin_[w + 1] += begin_[w];
@@ -109,34 +107,35 @@ class Waves {
   int64_t size(int64_t wave) const noexcept { return begin_[wave + 1] - begin_[wave]; }
 
  private:
-  struct Open {
+  struct WaveEnd {
     int64_t end, wave;
-    bool operator<(const Open& o) const noexcept { return end != o.end ? end > o.end : wave > o.wave; }
+    bool operator<(const WaveEnd& o) const noexcept { return end != o.end ? end > o.end : wave > o.wave; }
   };
 
-  /// Interval colouring in the order of starts: the wave that ended first, or a new one.
-  void colour(const Histories& h) noexcept {
+  /// Interval colouring in the order of starts: a user joins the wave that ends first if that is in time, else a new
+  /// one.
+  void colour_intervals(const Histories& h) noexcept {
     std::sort(order_, order_ + h.users,
               [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });
     count_ = 0;
-    int64_t open = 0;
+    int64_t waves = 0;
     for (int64_t i = 0; i < h.users; ++i) {
       const int64_t b = order_[i];
-      if (open && heap_[0].end <= h.start(b)) {
-        std::pop_heap(heap_, heap_ + open);
-        wave_[b] = heap_[open - 1].wave;
+      if (waves && heap_[0].end <= h.start(b)) {
+        std::pop_heap(heap_, heap_ + waves);
+        wave_[b] = heap_[waves - 1].wave;
       } else {
         wave_[b] = count_++;
-        ++open;
+        ++waves;
       }
-      heap_[open - 1] = {h.end(b), wave_[b]};
-      std::push_heap(heap_, heap_ + open);
+      heap_[waves - 1] = {h.end(b), wave_[b]};
+      std::push_heap(heap_, heap_ + waves);
     }
   }
 
   int64_t count_ = 0;
   int64_t *order_ = nullptr, *wave_ = nullptr, *begin_ = nullptr;
-  Open* heap_ = nullptr;
+  WaveEnd* heap_ = nullptr;
 };
 
 }  // namespace hisac

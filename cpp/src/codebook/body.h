@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a Codebook holds: its centers and, for `encode`, each level packed once.
+// The data of a Codebook: its shape, and each level's centers, packed once for `encode`.
 #pragma once
 #include "codebook/level.h"
 #include "hisac/codebook.h"
@@ -11,10 +11,9 @@ struct Codebook::Body {
   int64_t width = 0;
   int64_t size[kMaxLevels] = {};
   uint64_t stride[kMaxLevels] = {};  // leaves below a node of the level: the product of the later sizes
-  const float* centers[kMaxLevels] = {};
   Level level[kMaxLevels];
   uint64_t fingerprint = 0;
-  bool wide = false;  // 2^64 leaves or fewer, but more than int64 holds
+  bool wide = false;  // more leaves than int64 can number
   float* memory = nullptr;
 };
 

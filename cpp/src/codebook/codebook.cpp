@@ -7,8 +7,8 @@
 #include <limits>
 #include <new>
 
-#include "base/checks.h"
 #include "codebook/body.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 namespace {
@@ -91,10 +91,9 @@ Status Codebook::build(const Array<const float, 2>* centers, int levels, Codeboo
   for (int l = 0; l < levels; ++l) {
     const int64_t size = body->size[l] = centers[l].shape[0];
     body->level[l] = Level::make(size, width, centers[l].data, memory);
-    body->centers[l] = body->level[l].centers;
     memory += (Level::floats(size, width) + 15) / 16 * 16;
     hash.add(&size, sizeof size);
-    hash.add(body->centers[l], sizeof(float) * static_cast<size_t>(size * width));
+    hash.add(body->level[l].centers, sizeof(float) * static_cast<size_t>(size * width));
   }
   body->fingerprint = hash.value;
   uint64_t stride = 1;
@@ -112,7 +111,7 @@ Status Codebook::build(const Array<const float, 2>* centers, int levels, Codeboo
 int Codebook::levels() const noexcept { return body_ ? body_->levels : 0; }
 int64_t Codebook::width() const noexcept { return body_ ? body_->width : 0; }
 int64_t Codebook::size(int level) const noexcept { return body_->size[level]; }
-const float* Codebook::centers(int level) const noexcept { return body_->centers[level]; }
+const float* Codebook::centers(int level) const noexcept { return body_->level[level].centers; }
 uint64_t Codebook::fingerprint() const noexcept { return body_ ? body_->fingerprint : 0; }
 
 bool Codebook::valid(const int32_t* codes) const noexcept {
@@ -132,7 +131,7 @@ void Codebook::prototype(const int32_t* codes, float* out) const noexcept {
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(width));
   if (!valid(codes)) return;
   for (int l = 0; l < body_->levels; ++l) {
-    const float* const c = body_->centers[l] + codes[l] * width;
+    const float* const c = body_->level[l].centers + codes[l] * width;
     for (int64_t d = 0; d < width; ++d) out[d] += c[d];
   }
 }

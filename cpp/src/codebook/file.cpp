@@ -5,25 +5,31 @@
 //    "centers.0":{"dtype":"F32","shape":[C,D],"data_offsets":[begin,end]}, ...}
 //
 // Files are hostile: the parser takes the strict subset of JSON that the format needs (objects, strings without escapes
-// other than \" and \\, unsigned integers, arrays of them), checks every bound before use, and the fingerprint last.
-#include <atomic>
+// other than \" and \\, unsigned integers, arrays of them), checks every bound before use, and the fingerprint last. A
+// file's head is read and checked before memory is asked for its payload.
+//
+// A file is written aside, as <target>.<16 hex digits>.part, and renamed. Its writer holds a lock of it (flock), which
+// ends with the process: what nobody holds is left of one that was killed, and the next save removes it.
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "base/checks.h"
 #include "codebook/body.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 namespace {
 
-constexpr size_t kMostHeader = 1 << 20;
+constexpr size_t kMostHeader = 1 << 20, kMostPath = 4096;
 
 Status corrupt(const char* what) noexcept { return Status::error(Code::corrupt_file, "codebook file: %s", what); }
 
@@ -89,6 +95,7 @@ class Parser {
 };
 
 struct Header {
+  int levels = 0;
   bool format = false, version = false, fingerprint = false, level[kMaxLevels] = {};
   char version_text[32] = {};
   uint64_t print = 0;
@@ -182,9 +189,57 @@ Status parse_header(const char* begin, const char* end, Header* h) noexcept {
   return {};
 }
 
-Status os_error(const char* what, const char* path) noexcept {
-  return Status::error(Code::io_error, "codebook file: cannot %s %.120s: %s", what, path, std::strerror(errno));
+Status check_length(uint64_t length, uint64_t size) noexcept {
+  if (length <= kMostHeader && length <= size - 8) return {};
+  return corrupt("the header is longer than the file, or than 1 MiB");
 }
+
+/// text [length] -> the header of a file whose payload has so many bytes.
+Status read_header(const char* text, uint64_t length, uint64_t payload, Header* h) noexcept {
+  HISAC_TRY(parse_header(text, text + length, h));
+  while (h->levels < kMaxLevels && h->level[h->levels]) ++h->levels;
+  for (int l = h->levels; l < kMaxLevels; ++l)
+    if (h->level[l]) return corrupt("a level is missing");
+  if (h->levels == 0) return corrupt("no level");
+  uint64_t at = 0;
+  for (int l = 0; l < h->levels; ++l) {
+    const uint64_t rows = h->shape[l][0], width = h->shape[l][1];
+    if (rows < 1 || rows > (1 << 20) || width < 1 || width > (1 << 20) || h->range[l][0] != at ||
+        h->range[l][1] != at + rows * width * 4 || h->range[l][1] > payload)
+      return corrupt("a tensor's shape and data_offsets do not fit the file");
+    at = h->range[l][1];
+  }
+  return at == payload ? Status() : corrupt("bytes left over after the last tensor");
+}
+
+/// data: the payload, aligned.
+Status assemble(const Header& h, const void* data, Codebook* out) noexcept {
+  Array<const float, 2> centers[kMaxLevels];
+  for (int l = 0; l < h.levels; ++l)
+    centers[l] = {static_cast<const float*>(data) + h.range[l][0] / 4,
+                  {static_cast<int64_t>(h.shape[l][0]), static_cast<int64_t>(h.shape[l][1])}};
+  Codebook book;
+  const Status status = Codebook::build(centers, h.levels, &book);
+  if (status.code() == Code::out_of_memory) return status;
+  if (!status.ok()) return Status::error(Code::corrupt_file, "codebook file: %s", status.what());
+  if (book.fingerprint() != h.print)
+    return Status::error(Code::corrupt_file,
+                         "codebook file: fingerprint expected %016" PRIx64 ", the centers have %016" PRIx64, h.print,
+                         book.fingerprint());
+  *out = static_cast<Codebook&&>(book);
+  return {};
+}
+
+struct Bytes {
+  explicit Bytes(uint64_t n) noexcept : data(static_cast<char*>(std::malloc(n ? n : 1))), size(n) {}
+  ~Bytes() { std::free(data); }
+  Status check() const noexcept {
+    if (data) return {};
+    return Status::error(Code::out_of_memory, "codebook file: out of memory for %" PRIu64 " bytes", size);
+  }
+  char* const data;
+  const uint64_t size;
+};
 
 size_t header_text(const Codebook& book, char* out, size_t size) noexcept {
   size_t at = 0;
@@ -206,10 +261,149 @@ size_t header_text(const Codebook& book, char* out, size_t size) noexcept {
   return at;
 }
 
-size_t payload(const Codebook& book) noexcept {
-  int64_t floats = 0;
-  for (int l = 0; l < book.levels(); ++l) floats += book.size(l) * book.width();
-  return static_cast<size_t>(floats) * 4;
+/// sink(data, bytes) takes a file's parts in order, until it returns false.
+template <class Sink>
+bool emit(const Codebook& book, Sink sink) noexcept {
+  char text[2048];
+  const uint64_t length = header_text(book, text, sizeof text);
+  if (!sink(&length, sizeof length) || !sink(text, length)) return false;
+  for (int l = 0; l < book.levels(); ++l)
+    if (!sink(book.centers(l), static_cast<size_t>(book.size(l) * book.width()) * 4)) return false;
+  return true;
+}
+
+// ---- the file system; errno stays that of the failure
+
+struct File {
+  ~File() {
+    const int error = errno;
+    if (fd >= 0) ::close(fd);
+    errno = error;
+  }
+  const int fd;
+};
+
+Status os_error(const char* what, const char* path) noexcept {
+  return Status::error(Code::io_error, "codebook file: cannot %s %.120s: %s", what, path, std::strerror(errno));
+}
+
+Status check_regular(mode_t mode, const char* what, const char* path) noexcept {
+  if (S_ISREG(mode)) return {};
+  errno = S_ISDIR(mode) ? EISDIR : EINVAL;
+  if (S_ISDIR(mode)) return os_error(what, path);
+  return Status::error(Code::io_error, "codebook file: cannot %s %.120s: expected a regular file, got a %s", what, path,
+                       S_ISFIFO(mode)   ? "pipe"
+                       : S_ISSOCK(mode) ? "socket"
+                                        : "device");
+}
+
+Status read(int file, void* out, size_t size, const char* path) noexcept {
+  for (size_t at = 0; at < size;) {
+    const ssize_t got = ::read(file, static_cast<char*>(out) + at, size - at);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return os_error("read", path);
+    if (got == 0) return corrupt("the file became shorter while it was read");
+    at += static_cast<size_t>(got);
+  }
+  return {};
+}
+
+bool write(int file, const void* data, size_t size) noexcept {
+  for (size_t at = 0; at < size;) {
+    const ssize_t put = ::write(file, static_cast<const char*>(data) + at, size - at);
+    if (put < 0 && errno == EINTR) continue;
+    if (put <= 0) return false;
+    at += static_cast<size_t>(put);
+  }
+  return true;
+}
+
+/// target [kMostPath]: the file that `path` names through symbolic links; it need not be there.
+bool follow(const char* path, char* target) noexcept {
+  size_t at = 0, length = std::strlen(path);
+  char link[kMostPath];
+  for (int links = 0; links <= 40; ++links) {
+    if (at + length >= kMostPath) return errno = ENAMETOOLONG, false;
+    std::memcpy(target + at, links ? link : path, length);
+    target[at + length] = 0;
+    const ssize_t got = ::readlink(target, link, sizeof link);
+    if (got < 0) return true;
+    struct stat info;  // asked, so that the kernel may refuse to follow another user's link
+    if (::stat(target, &info) != 0 && errno != ENOENT) return false;
+    length = static_cast<size_t>(got);
+    const char* const slash = std::strrchr(target, '/');
+    at = link[0] == '/' || !slash ? 0 : static_cast<size_t>(slash + 1 - target);
+  }
+  return errno = ELOOP, false;
+}
+
+/// folder [kMostPath] of a target; returns the name in it.
+const char* split(const char* target, char* folder) noexcept {
+  const char* const slash = std::strrchr(target, '/');
+  const char* const name = slash ? slash + 1 : target;
+  std::snprintf(folder, kMostPath, "%.*s", slash ? static_cast<int>(name - target) : 1, slash ? target : ".");
+  return name;
+}
+
+bool is_part(const char* name, const char* of) noexcept {
+  const size_t length = std::strlen(of);
+  uint64_t random;
+  return std::strlen(name) == length + 22 && std::memcmp(name, of, length) == 0 && name[length] == '.' &&
+         hex({name + length + 1, 16}, &random) && std::strcmp(name + length + 17, ".part") == 0;
+}
+
+/// Removes what killed writers of the target have left: of this user, and locked by nobody.
+void sweep(const char* target) noexcept {
+  char folder[kMostPath];
+  const char* const name = split(target, folder);
+  DIR* const all = ::opendir(folder);
+  if (!all) return;
+  const int at = ::dirfd(all);
+  while (const dirent* const entry = ::readdir(all)) {
+    struct stat info;
+    if (!is_part(entry->d_name, name) || ::fstatat(at, entry->d_name, &info, AT_SYMLINK_NOFOLLOW) != 0 ||
+        !S_ISREG(info.st_mode) || info.st_uid != ::geteuid())
+      continue;
+    const File part{::openat(at, entry->d_name, O_WRONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC)};
+    if (part.fd >= 0 && ::flock(part.fd, LOCK_EX | LOCK_NB) == 0) ::unlinkat(at, entry->d_name, 0);
+  }
+  ::closedir(all);
+}
+
+/// A new file beside the target, locked; its name in part [kMostPath]. -1 where there is none.
+int create_part(const char* target, mode_t mode, char* part) noexcept {
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    uint64_t random;
+    if (::getentropy(&random, sizeof random) != 0) return -1;
+    if (std::snprintf(part, kMostPath, "%s.%016" PRIx64 ".part", target, random) >= static_cast<int>(kMostPath))
+      return errno = ENAMETOOLONG, -1;
+    const int file = ::open(part, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
+    if (file < 0 && errno == EEXIST) continue;
+    if (file < 0) return -1;
+    struct stat info;
+    const bool held = ::flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    if (!held && ::fstat(file, &info) == 0 && info.st_nlink > 0) return file;
+    ::close(file);  // another save has just swept it
+    ::unlink(part);
+  }
+  return -1;
+}
+
+/// Owner, group and mode of the file that is replaced, as far as this user may; a group that has to change gets no more
+/// than others.
+void keep_mode(int file, const struct stat& old) noexcept {
+  mode_t mode = old.st_mode & 0777;
+  if (::fchown(file, old.st_uid, old.st_gid) != 0 && ::fchown(file, static_cast<uid_t>(-1), old.st_gid) != 0)
+    mode &= ~mode_t{070} | (mode & 07) << 3;
+  (void)::fchmod(file, mode);
+}
+
+/// False where the folder's entry may be lost; what cannot be synced is as good as it gets.
+bool sync_folder(const char* target) noexcept {
+  char folder[kMostPath];
+  split(target, folder);
+  const File file{::open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+  return file.fd < 0 || ::fsync(file.fd) == 0 || errno != EIO;
 }
 
 }  // namespace
@@ -219,126 +413,79 @@ Status Codebook::parse(const void* bytes, size_t size, Codebook* out) noexcept {
   uint64_t length = 0;
   if (size < 8) return corrupt("expected at least 8 bytes");
   std::memcpy(&length, p, 8);
-  if (length > kMostHeader || length > size - 8) return corrupt("the header is longer than the file, or than 1 MiB");
+  HISAC_TRY(check_length(length, size));
   Header h;
-  HISAC_TRY(parse_header(p + 8, p + 8 + length, &h));
-  int levels = 0;
-  while (levels < kMaxLevels && h.level[levels]) ++levels;
-  for (int l = levels; l < kMaxLevels; ++l)
-    if (h.level[l]) return corrupt("a level is missing");
-  if (levels == 0) return corrupt("no level");
   const char* const data = p + 8 + length;
-  const uint64_t have = size - 8 - length;
-  uint64_t at = 0;
-  for (int l = 0; l < levels; ++l) {
-    const uint64_t rows = h.shape[l][0], width = h.shape[l][1];
-    if (rows < 1 || rows > (1 << 20) || width < 1 || width > (1 << 20) || h.range[l][0] != at ||
-        h.range[l][1] != at + rows * width * 4 || h.range[l][1] > have)
-      return corrupt("a tensor's shape and data_offsets do not fit the file");
-    at = h.range[l][1];
-  }
-  if (at != have) return corrupt("bytes left over after the last tensor");
-  float* const copy = static_cast<float*>(std::malloc(at));  // the payload may be unaligned
-  if (!copy) return Status::error(Code::out_of_memory, "codebook file: out of memory for %" PRIu64 " bytes", at);
-  std::memcpy(copy, data, at);
-  Array<const float, 2> centers[kMaxLevels];
-  for (int l = 0; l < levels; ++l)
-    centers[l] = {copy + h.range[l][0] / 4, {static_cast<int64_t>(h.shape[l][0]), static_cast<int64_t>(h.shape[l][1])}};
-  Codebook book;
-  const Status status = build(centers, levels, &book);
-  std::free(copy);
-  if (status.code() == Code::out_of_memory) return status;
-  if (!status.ok()) return Status::error(Code::corrupt_file, "codebook file: %s", status.what());
-  if (book.fingerprint() != h.print)
-    return Status::error(Code::corrupt_file,
-                         "codebook file: fingerprint expected %016" PRIx64 ", the centers have %016" PRIx64, h.print,
-                         book.fingerprint());
-  *out = static_cast<Codebook&&>(book);
-  return {};
+  const uint64_t payload = size - 8 - length;
+  HISAC_TRY(read_header(p + 8, length, payload, &h));
+  if (reinterpret_cast<uintptr_t>(data) % alignof(float) == 0) return assemble(h, data, out);
+  const Bytes copy(payload);
+  HISAC_TRY(copy.check());
+  std::memcpy(copy.data, data, payload);
+  return assemble(h, copy.data, out);
 }
 
-size_t Codebook::file_size() const noexcept { return body_ ? 8 + header_text(*this, nullptr, 0) + payload(*this) : 0; }
+size_t Codebook::file_size() const noexcept {
+  size_t total = 0;
+  if (body_) emit(*this, [&](const void*, size_t bytes) { return total += bytes, true; });
+  return total;
+}
 
 Status Codebook::serialize(Array<std::byte, 1> out) const noexcept {
   HISAC_TRY(check_book("serialize", this));
   const size_t need = file_size();
   if (out.shape[0] < 0 || static_cast<size_t>(out.shape[0]) != need)
     return Status::error(Code::invalid_argument, "serialize: out expected %zu bytes, got %" PRId64, need, out.shape[0]);
-  char* p = reinterpret_cast<char*>(out.data);
-  char text[2048];
-  const uint64_t length = header_text(*this, text, sizeof text);
-  std::memcpy(p, &length, 8);
-  std::memcpy(p + 8, text, length);
-  p += 8 + length;
-  for (int l = 0; l < levels(); ++l) {
-    const size_t bytes = static_cast<size_t>(size(l) * width()) * 4;
-    std::memcpy(p, centers(l), bytes);
-    p += bytes;
-  }
+  std::byte* p = out.data;
+  emit(*this, [&](const void* data, size_t bytes) {
+    std::memcpy(p, data, bytes);
+    return p += bytes, true;
+  });
   return {};
 }
 
 Status Codebook::load(const char* path, Codebook* out) noexcept {
-  const int file = ::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (file < 0) return os_error("open", path);
+  const File file{::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   struct stat info;
-  const bool known = ::fstat(file, &info) == 0;
-  if (!known || !S_ISREG(info.st_mode)) {
-    if (known) errno = S_ISDIR(info.st_mode) ? EISDIR : EINVAL;
-    const Status status = os_error("read", path);
-    ::close(file);
-    return status;
+  if (file.fd < 0) return os_error("open", path);
+  if (::fstat(file.fd, &info) != 0) return os_error("read", path);
+  HISAC_TRY(check_regular(info.st_mode, "read", path));
+  const uint64_t size = static_cast<uint64_t>(info.st_size);
+  uint64_t length = 0;
+  if (size < 8) return corrupt("expected at least 8 bytes");
+  HISAC_TRY(read(file.fd, &length, 8, path));
+  HISAC_TRY(check_length(length, size));
+  Header h;
+  {
+    const Bytes text(length);
+    HISAC_TRY(text.check());
+    HISAC_TRY(read(file.fd, text.data, length, path));
+    HISAC_TRY(read_header(text.data, length, size - 8 - length, &h));
   }
-  const size_t size = static_cast<size_t>(info.st_size);
-  char* const bytes = static_cast<char*>(std::malloc(size ? size : 1));
-  size_t at = 0;
-  bool failed = false;
-  while (bytes && at < size) {
-    const ssize_t got = ::read(file, bytes + at, size - at);
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) {
-      failed = got < 0;
-      break;
-    }
-    at += static_cast<size_t>(got);
-  }
-  Status status = failed ? os_error("read", path) : Status();
-  ::close(file);
-  if (!bytes) status = Status::error(Code::out_of_memory, "codebook file: out of memory for %zu bytes", size);
-  if (status.ok()) status = parse(bytes, at, out);
-  std::free(bytes);
-  return status;
+  const Bytes data(size - 8 - length);
+  HISAC_TRY(data.check());
+  HISAC_TRY(read(file.fd, data.data, data.size, path));
+  return assemble(h, data.data, out);
 }
 
 Status Codebook::save(const char* path) const noexcept {
   HISAC_TRY(check_book("save", this));
-  const size_t size = file_size();
-  static std::atomic<unsigned> serial{0};  // threads may save to one path at once
-  char aside[4096];
-  if (std::snprintf(aside, sizeof aside, "%s.%ld.%u.part", path, static_cast<long>(::getpid()), serial++) >=
-      static_cast<int>(sizeof aside)) {
-    errno = ENAMETOOLONG;
-    return os_error("write", path);
-  }
-  std::byte* const bytes = static_cast<std::byte*>(std::malloc(size));
-  if (!bytes) return Status::error(Code::out_of_memory, "codebook file: out of memory for %zu bytes", size);
-  Status status = serialize({bytes, {static_cast<int64_t>(size)}});
-  const int file = status.ok() ? ::open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666) : -1;
-  bool ok = file >= 0;
-  for (size_t at = 0; ok && at < size;) {
-    const ssize_t put = ::write(file, bytes + at, size - at);
-    if (put < 0 && errno == EINTR) continue;
-    ok = put > 0;
-    at += ok ? static_cast<size_t>(put) : 0;
-  }
-  ok = ok && ::fsync(file) == 0;
-  if (file >= 0) ok = ::close(file) == 0 && ok;
-  ok = ok && ::rename(aside, path) == 0;
-  std::free(bytes);
-  if (!status.ok() || ok) return status;
-  status = os_error("write", path);
-  if (file >= 0) ::unlink(aside);
-  return status;
+  char target[kMostPath], part[kMostPath];
+  if (!follow(path, target)) return os_error("write", path);
+  struct stat old;
+  const bool replaces = ::lstat(target, &old) == 0;
+  if (replaces) HISAC_TRY(check_regular(old.st_mode, "write", path));
+  sweep(target);
+  const File file{create_part(target, replaces ? 0600 : 0666, part)};
+  if (file.fd < 0) return os_error("write", path);
+  bool done = emit(*this, [&](const void* data, size_t bytes) { return write(file.fd, data, bytes); });
+  if (done && replaces) keep_mode(file.fd, old);
+  done = done && ::fsync(file.fd) == 0 && ::rename(part, target) == 0;
+  if (done && sync_folder(target)) return {};
+  const int error = errno;
+  if (!done) ::unlink(part);
+  errno = error;
+  return os_error("write", path);
 }
 
 }  // namespace hisac

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where everything stands in a codebook's image, that is the codebook as kernels read it: offsets in bytes that follow
-// from the codebook's shape, so a kernel's parameters carry them. All parts begin at multiples of 64.
+// The layout of a codebook's image, which is the codebook as CUDA kernels read it. Offsets are in bytes and follow from
+// the codebook's shape, so a kernel's parameters carry them. All parts begin at multiples of 64.
 //
-// The screen of a level works on centers and rows less the centers' mean, times a power of two that brings the largest
-// norm to [64, 128) or so: in float16 that leaves room for rows of 2^15 and small elements whole.
+// The screen of a level works on (center - mean) and (row - mean), times a power of two that brings the largest norm of
+// a center to about [64, 128). In float16 such rows may have norms up to 2^15, and small elements stay normal numbers.
 #pragma once
 #include "base/checks.h"
 #include "hisac/codebook.h"
@@ -11,7 +11,7 @@
 namespace hisac {
 
 struct CodebookImage {
-  static constexpr int kCodes = 32;         // of a tile, what a kernel looks at together
+  static constexpr int kCodes = 32;         // of a tile, the codes that a kernel screens together
   static constexpr int kHead = kCodes + 4;  // floats: -|b|^2 / 2 of each code, bounds of |b| and of |B - b|
   struct Screen {
     float scale;    // b = scale (center - mean), B = b in float16
@@ -27,15 +27,15 @@ struct CodebookImage {
   };
 
   int levels = 0, width = 0;
-  int pitch = 0;  // floats of a center: D up to 4s, zeros at the end
-  int depth = 0;  // D up to 16s
+  int pitch = 0;  // floats of a center: D rounded up to a multiple of 4, zeros at the end
+  int depth = 0;  // D rounded up to a multiple of 16
   Level level[kMaxLevels] = {};
   int64_t bytes = 0;
 
   explicit CodebookImage(const Codebook& book) noexcept;
 };
 
-/// context.codebook_image is of that size and aligned; what it holds is not seen.
+/// context.codebook_image has the size and alignment of the image; its content cannot be read here.
 inline Status check_image(const char* verb, const Context& context, const CodebookImage& book) noexcept {
   const auto& image = context.codebook_image;
   if (!image.data || image.shape[0] != book.bytes)

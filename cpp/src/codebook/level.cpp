@@ -7,7 +7,8 @@
 namespace hisac {
 namespace {
 
-/// |e| of a row or center with squares and squared rounding errors as given; a float32 difference errs too.
+/// A bound of the rounding error |e| of a center with these sums of squares; the float32 difference to the mean errs
+/// too.
 double rounding_of(simd::Rounded sums, double norm, int64_t width) noexcept {
   return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUnitRoundoff * norm;
 }
@@ -25,7 +26,7 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
   if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
   Level out{size, width, copy, packed, mean, half, norm};
   for (int64_t d = 0; d < width; ++d) mean[d] = 0;
-  if (k.matmul_pairs)
+  if (k.matmul_bf16)
     for (int64_t c = 0; c < size; ++c) k.add_row(width, copy + c * width, 1.f / static_cast<float>(size), mean);
   uint32_t* const rounded = reinterpret_cast<uint32_t*>(packed + pairs * padded);
   for (int64_t c = 0; c < padded; ++c) {
@@ -40,12 +41,12 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
     half[c] = c < size && !copy_of_last ? static_cast<float>(squares / 2) : INFINITY;
     norm[c] = static_cast<float>(bound);
     if (bound > out.largest) out.largest = bound;
-    if (k.matmul_pairs && c < size) {
-      const double error = rounding_of(k.round_pairs(width, copy + c * width, mean, rounded + c * pairs), bound, width);
+    if (k.matmul_bf16 && c < size) {
+      const double error = rounding_of(k.round_bf16(width, copy + c * width, mean, rounded + c * pairs), bound, width);
       if (error / bound > out.rounding) out.rounding = error / bound;
     }
   }
-  if (k.matmul_pairs)
+  if (k.matmul_bf16)
     k.pack_columns(pairs, size, reinterpret_cast<const float*>(rounded), pairs, packed);
   else
     k.pack_columns(width, size, copy, width, packed);

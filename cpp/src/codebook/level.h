@@ -7,16 +7,16 @@
 
 namespace hisac {
 
-/// One level's codewords, packed for the screen. Where the ISA multiplies bfloat16 pairs the screen works on centers
-/// and rows less the centers' mean, so that an offset common to all does not cost it precision.
+/// One level's codewords, packed for the screen. Where the ISA multiplies bfloat16, the screen works on centers and
+/// rows less the centers' mean, so that an offset common to all costs no precision.
 struct Level {
   int64_t size = 0, width = 0;
   const float* centers = nullptr;  // [C, D]
-  const float* packed = nullptr;   // [D, C] in panels; of pairs, [(D + 1) / 2, C]
-  const float* mean = nullptr;     // [D]; pairs alone
+  const float* packed = nullptr;   // [D, C] in panels; in bfloat16 [(D + 1) / 2, C]
+  const float* mean = nullptr;     // [D]; in bfloat16 alone, else zeros
   const float* half = nullptr;     // [C] |c|^2 / 2; +inf for padding and for a copy of the center before
   const float* norm = nullptr;     // [C] upper bounds of |c|, 0 for padding
-  double largest = 0;              // of the norms
+  double largest = 0;              // the largest norm
   double rounding = 0;             // an upper bound of |rounded c - c| / norm
 
   static int64_t floats(int64_t size, int64_t width) noexcept {
@@ -28,7 +28,7 @@ struct Level {
 
 constexpr double kUnitRoundoff = 0x1p-24;  // of float32
 
-/// What a norm may lose of squares that underflow.
+/// How much smaller a norm may be because squares underflow.
 inline double norm_floor(int64_t width) noexcept { return std::sqrt(static_cast<double>(width)) * 0x1p-50; }
 
 }  // namespace hisac

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys and values of one user and head are packed once and serve all its candidates, 64 at a time; the logits of a
-// block stay in cache. The backward runs a user's head whole, in the candidates' order, so its sums need no atomics.
+// Target attention. Keys and values of one user and head are packed once and serve all its candidates, 64 at a time.
+// The logits of such a block stay in cache. The backward processes all candidates of a user and head in order in one
+// worker, so its sums need no atomics.
 #include <algorithm>
 #include <cmath>
 
@@ -8,6 +9,7 @@
 #include "base/checks.h"
 #include "base/parallel.h"
 #include "base/reduction_tree.h"
+#include "cpu/rows.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -42,18 +44,18 @@ struct Head {
 
   void load(const AttendInputs& in, const Shape& s, int64_t b, int64_t h) noexcept {
     const simd::Kernels& k = simd::kernels();
-    const auto at = [&](const Rows& rows, int64_t m) {
+    const auto row_of = [&](const Rows& rows, int64_t m) {
       return static_cast<const std::byte*>(rows.data) +
              ((b * s.tokens + m) * s.heads + h) * rows.width * bytes_of(rows.dtype);
     };
     std::fill(bias, bias + simd::pad(s.tokens), -INFINITY);
     for (int64_t m = 0; m < s.tokens; ++m) {
-      k.load_row(at(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
-      k.load_row(at(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
+      const float squares = k.load_row(row_of(in.keys, m), in.keys.dtype, s.width, keys + m * s.width);
+      k.load_row(row_of(in.values, m), in.values.dtype, s.value_width, values + m * s.value_width);
       const float x = in.bias ? in.bias.data[b * s.tokens + m] : 0.f;
-      if (std::isfinite(x)) {
+      if (std::isfinite(x) && finite(keys + m * s.width, s.width, squares)) {
         bias[m] = simd::base2(x);
-      } else {  // absent: whatever it holds must not meet a zero weight
+      } else {  // absent: 0 times what it holds could be NaN
         std::fill(keys + m * s.width, keys + (m + 1) * s.width, 0.f);
         std::fill(values + m * s.value_width, values + (m + 1) * s.value_width, 0.f);
       }
@@ -63,15 +65,18 @@ struct Head {
   }
 };
 
-/// n candidates of one head, [n, stride] with zero padding; squares, where wanted: NaN for a row that holds one.
+/// Loads n candidates of one head as [n, stride] with zero padding. Where `present` [n] is wanted, a row that holds a
+/// NaN or an infinity is not present and becomes zero.
 void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int64_t h, float* out,
-                     float* squares = nullptr) noexcept {
-  const simd::Kernels& k = simd::kernels();
+                     bool* present = nullptr) noexcept {
   for (int i = 0; i < n; ++i) {
-    const float sum = k.load_row(
+    float* const row = out + i * simd::pad(rows.width);
+    const float squares = simd::kernels().load_row(
         static_cast<const std::byte*>(rows.data) + ((first + i) * s.heads + h) * rows.width * bytes_of(rows.dtype),
-        rows.dtype, rows.width, out + i * simd::pad(rows.width));
-    if (squares) squares[i] = sum;
+        rows.dtype, rows.width, row);
+    if (!present) continue;
+    present[i] = finite(row, rows.width, squares);
+    if (!present[i]) std::fill(row, row + rows.width, 0.f);
   }
 }
 
@@ -79,7 +84,7 @@ void load_candidates(const Rows& rows, const Shape& s, int64_t first, int n, int
 
 struct ForwardWorker {
   Head head;
-  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr, *squares = nullptr;
+  float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr;
 };
 
 struct Forward {
@@ -95,7 +100,6 @@ struct Forward {
       one.q = arena.take<float>(simd::kBlock * simd::pad(s.width));
       one.z = arena.take<float>(simd::kBlock * simd::pad(s.tokens));
       one.lse = arena.take<float>(simd::kBlock);
-      one.squares = arena.take<float>(simd::kBlock);
       one.out = arena.take<float>(simd::kBlock * simd::pad(s.value_width));
       if (worker) worker[w] = one;
     }
@@ -109,15 +113,16 @@ void attend_span(const AttendInputs& in, const Shape& s, const Attended& out, in
   const int64_t bytes = bytes_of(out.out.dtype);
   for (int64_t i = first; i < last; i += simd::kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(simd::kBlock, last - i));
-    load_candidates(in.q, s, i, n, h, w.q, w.squares);
+    bool present[simd::kBlock];
+    load_candidates(in.q, s, i, n, h, w.q, present);
     k.matmul(n, s.width, s.tokens, w.q, ldq, w.head.packed_keys, w.z, ldz, nullptr);
     k.row_softmax(n, s.tokens, w.z, ldz, in.scale * simd::kLog2e, w.head.bias, w.lse);
     k.matmul(n, s.tokens, s.value_width, w.z, ldz, w.head.packed_values, w.out, ldv, nullptr);
     for (int j = 0; j < n; ++j) {
       const int64_t row = (i + j) * s.heads + h;
-      if (w.squares[j] != w.squares[j]) {  // a NaN in q is the candidate's own
-        std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, w.squares[j]);
-        w.lse[j] = w.squares[j];
+      if (!present[j]) {
+        std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, 0.f);
+        w.lse[j] = -INFINITY;
       }
       k.store_row(static_cast<std::byte*>(out.out.data) + row * s.value_width * bytes, out.out.dtype, s.value_width,
                   w.out + j * ldv, 1.f);
@@ -147,7 +152,7 @@ class Backward {
       : in_(in), s_(in), forward_(forward), out_(out), k_(simd::kernels()), workers_(workers) {}
 
   void carve(Arena& arena) noexcept {
-    head_bias_ = arena.take<float>(s_.users * s_.heads * s_.tokens);
+    head_bias_ = arena.take<float>(s_.users * s_.heads, s_.tokens);
     worker_ = arena.take<BackwardWorker>(workers_);
     const int64_t block = simd::kBlock;
     for (int w = 0; w < workers_; ++w) {
@@ -163,8 +168,8 @@ class Backward {
       one.stack = arena.take<State>(depth);
       for (int d = 0; d < depth; ++d) {
         State state;
-        state.keys = arena.take<float>(simd::pad(s_.tokens) * simd::pad(s_.width));
-        state.values = arena.take<float>(simd::pad(s_.tokens) * simd::pad(s_.value_width));
+        state.keys = arena.take<float>(key_floats());
+        state.values = arena.take<float>(value_floats());
         state.bias = arena.take<float>(simd::pad(s_.tokens));
         if (one.stack) one.stack[d] = state;
       }
@@ -203,7 +208,7 @@ class Backward {
           for (int64_t i = t * kTile; i < std::min((t + 1) * kTile, count); i += simd::kBlock)
             block(start + i, static_cast<int>(std::min<int64_t>(simd::kBlock, count - i)), h, w, state);
         },
-        [&](State& into, const State& from) { merge(into, from); });
+        [&](State& state, const State& later) { merge(state, later); });
     const State& s = w.stack[0];
     for (int64_t m = 0; m < s_.tokens; ++m) {
       const int64_t row = (b * s_.tokens + m) * s_.heads + h;
@@ -217,7 +222,8 @@ class Backward {
 
   void block(int64_t first, int n, int64_t h, BackwardWorker& w, State& state) noexcept {
     const int64_t ldq = simd::pad(s_.width), ldz = simd::pad(s_.tokens), ldv = simd::pad(s_.value_width);
-    load_candidates(in_.q, s_, first, n, h, w.q);
+    bool present[simd::kBlock];
+    load_candidates(in_.q, s_, first, n, h, w.q, present);
     load_candidates(forward_->d_out, s_, first, n, h, w.d_out);
     load_candidates(forward_->out, s_, first, n, h, w.out);
     for (int i = 0; i < n; ++i) {
@@ -251,10 +257,10 @@ class Backward {
     std::fill(s.bias, s.bias + simd::pad(s_.tokens), 0.f);
   }
 
-  void merge(State& into, const State& from) const noexcept {
-    k_.add_row(key_floats(), from.keys, 1.f, into.keys);
-    k_.add_row(value_floats(), from.values, 1.f, into.values);
-    k_.add_row(simd::pad(s_.tokens), from.bias, 1.f, into.bias);
+  void merge(State& state, const State& later) const noexcept {
+    k_.add_row(key_floats(), later.keys, 1.f, state.keys);
+    k_.add_row(value_floats(), later.values, 1.f, state.values);
+    k_.add_row(simd::pad(s_.tokens), later.bias, 1.f, state.bias);
   }
 
   const AttendInputs& in_;
@@ -291,7 +297,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   parallel_for(context, forward.unit[s.users], [&](int64_t begin, int64_t end, int worker) {
     ForwardWorker& w = forward.worker[worker];
     int64_t loaded = -1;
-    for (int64_t u = begin; u < end; ++u) {  // spans of one head follow one another
+    for (int64_t u = begin; u < end; ++u) {  // spans of one head are consecutive
       const int64_t b = std::upper_bound(forward.unit, forward.unit + s.users + 1, u) - forward.unit - 1;
       const int64_t spans = (forward.unit[b + 1] - forward.unit[b]) / s.heads;
       const int64_t h = (u - forward.unit[b]) / spans, span = (u - forward.unit[b]) % spans;

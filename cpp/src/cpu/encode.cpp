@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small blocks of rows go through all levels while their residuals stay in cache: x is read once, codes written once.
+// A small block of rows goes through all levels while its residuals stay in cache. So x is read once, and codes are
+// written once.
 #include <cmath>
 
 #include "base/parallel.h"
@@ -17,10 +18,10 @@ int64_t largest_size(const Codebook& book) noexcept {
   return largest;
 }
 
-NearestScratch worker_scratch(Array<std::byte, 1> workspace, const Codebook& book, int worker) noexcept {
-  Arena arena(workspace);
+/// Carves the scratch of `workers` workers; returns the last one's.
+NearestScratch carve(Arena& arena, const Codebook& book, int workers) noexcept {
   NearestScratch scratch;
-  for (int w = 0; w <= worker; ++w) scratch.carve(arena, book.width(), largest_size(book));
+  for (int w = 0; w < workers; ++w) scratch.carve(arena, book.width(), largest_size(book));
   return scratch;
 }
 
@@ -34,11 +35,11 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
     const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
-    ok[i] = std::isfinite(squares) || finite(r, width);  // a finite row's squares may overflow
+    ok[i] = finite(r, width, squares);
     if (!ok[i])
       for (int64_t d = 0; d < width; ++d) r[d] = 0;
   }
-  for (int64_t at = n * width * bytes; at < last; at += 64) __builtin_prefetch(rows + at);  // the next block's
+  for (int64_t byte = n * width * bytes; byte < last; byte += 64) __builtin_prefetch(rows + byte);  // the next block's
   for (int l = 0; l < levels; ++l) {
     const Level& level = book.body().level[l];
     nearest(level, n, s, codes + l, levels);
@@ -53,19 +54,18 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
 
 size_t encode_workspace(const Context& context, const Codebook& book) noexcept {
   Arena arena;
-  NearestScratch scratch;
-  for (int w = 0; w < workers_of(context); ++w) scratch.carve(arena, book.width(), largest_size(book));
+  carve(arena, book, workers_of(context));
   return arena.used();
 }
 
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
+  constexpr int64_t rows = NearestScratch::rows;
   Arena arena(context.workspace);
-  NearestScratch first;
-  for (int w = 0; w < workers_of(context); ++w) first.carve(arena, book.width(), largest_size(book));
+  carve(arena, book, workers_of(context));
   HISAC_TRY(arena.check("encode"));
-  const int64_t rows = first.rows;
   parallel_for(context, (x.rows + rows - 1) / rows, [&](int64_t begin, int64_t end, int worker) {
-    NearestScratch scratch = worker_scratch(context.workspace, book, worker);
+    Arena worker_arena(context.workspace);
+    NearestScratch scratch = carve(worker_arena, book, worker + 1);
     for (int64_t i = begin * rows; i < end * rows && i < x.rows; i += rows)
       encode_block(book, x, i, static_cast<int>(x.rows - i < rows ? x.rows - i : rows), scratch,
                    codes.data + i * book.levels());

@@ -9,37 +9,48 @@
 #include "cpu/simd/pack.h"
 
 namespace hisac::cpu {
+namespace {
 
-void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands) noexcept {
-  pairs.carve(arena, simd::kBlock * simd::pad(simd::pairs_of(width)), operands);
-  if (operands == Operands::split) rest = arena.take<float>(width);
+float median(float a, float b, float c) noexcept { return std::max(std::min(a, b), std::min(std::max(a, b), c)); }
+
+float median(float a, float b, float c, float d, float e) noexcept {
+  return median(std::max(std::min(a, b), std::min(c, d)), std::min(std::max(a, b), std::max(c, d)), e);
+}
+
+}  // namespace
+
+void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands, bool keep_x) noexcept {
+  x_bf16.carve(arena, simd::kBlock * simd::pad(simd::pairs_of(width)), operands);
+  if (operands == Operands::bf16x3) remainder = arena.take<float>(width);
   x = arena.take<float>(simd::kBlock * simd::pad(width));
+  if (keep_x) values_x = arena.take<float>(simd::kBlock * simd::pad(width));
   v = arena.take<float>(simd::kBlock * simd::pad(value_width));
-  norm = arena.take<float>(simd::kBlock);
-  bias = arena.take<float>(simd::kBlock);
+  for (float** a : {&norm, &bias}) *a = arena.take<float>(simd::kBlock);
   row = arena.take<int64_t>(simd::kBlock);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
-  std::fill(x, x + simd::kBlock * simd::pad(width), 0.f);
+  for (float* rows : {x, values_x})
+    if (rows) std::fill(rows, rows + simd::kBlock * simd::pad(width), 0.f);
   std::fill(v, v + simd::kBlock * simd::pad(value_width), 0.f);
-  for (uint32_t* half : {pairs.hi, pairs.lo})
-    if (half) std::fill(half, half + simd::kBlock * simd::pad(simd::pairs_of(width)), 0u);
+  for (uint32_t* part : {x_bf16.hi, x_bf16.lo})
+    if (part) std::fill(part, part + simd::kBlock * simd::pad(simd::pairs_of(width)), 0u);
 }
 
-Operands operands_of(const RouteParams& params, bool splits) noexcept {
+Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept {
   const simd::Kernels& k = simd::kernels();
-  if (params.precision == Precision::bfloat16) return k.matmul_pairs ? Operands::rounded : Operands::floats;
-  return splits && k.matmul_split ? Operands::split : Operands::floats;
+  if (params.precision == Precision::bfloat16) return k.matmul_bf16 ? Operands::bf16 : Operands::float32;
+  return allow_bf16x3 && k.matmul_bf16x3 ? Operands::bf16x3 : Operands::float32;
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs, Operands operands) noexcept
+RowLoader::RowLoader(const RouteInputs& inputs, Operands operands, const float* origin) noexcept
     : in_(inputs),
       k_(simd::kernels()),
       width_(inputs.prototypes.shape[2]),
       x_(inputs.x, inputs.x_ids, inputs.x_scale),
       v_(inputs.v, inputs.v_ids),
-      operands_(operands) {}
+      operands_(operands),
+      origin_(origin) {}
 
 bool RowLoader::may_be_present(int64_t row) const noexcept {
   if (!v_.has(row) || (x_ && !x_.has(row))) return false;
@@ -48,7 +59,7 @@ bool RowLoader::may_be_present(int64_t row) const noexcept {
          (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
 }
 
-bool RowLoader::load_listed_x(int64_t row, float* x, float* norm) const noexcept {
+bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexcept {
   if (x_) {
     x_.load(row, x, norm);
   } else {
@@ -65,7 +76,7 @@ bool RowLoader::load_v(int64_t row, float* v) const noexcept {
 
 bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
 
-void RowLoader::add_if_wanted(int64_t row, float* v, Absent* absent) const noexcept {
+void RowLoader::add_absent(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
   k_.add_row(in_.v.width, v, 1.f, absent->sum);
   ++absent->count;
@@ -77,40 +88,42 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
   for (int64_t row = begin; row < end; ++row) {
     float* const x = block.x + n * ldx;
     if (load_x(row, x, block.norm + n)) {
-      const int64_t at = n * simd::pad(simd::pairs_of(width_));
-      if (const auto* const given = operands_ == Operands::rounded ? x_.as_bfloat16(row) : nullptr) {
-        std::memcpy(block.pairs.hi + at, given, static_cast<size_t>(2 * width_));
-      } else if (operands_ == Operands::rounded) {
-        k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
-        block.norm[n] = k_.load_row(block.pairs.hi + at, DType::bfloat16, width_, x);
-      } else if (operands_ == Operands::split) {
-        k_.round_pairs(width_, x, nullptr, block.pairs.hi + at);
-        k_.remainder(width_, x, block.rest);
-        k_.round_pairs(width_, block.rest, nullptr, block.pairs.lo + at);
+      if (block.values_x) std::copy_n(x, width_, block.values_x + n * ldx);
+      if (origin_) block.norm[n] = k_.subtract_row(width_, origin_, x);
+      const int64_t offset = n * simd::pad(simd::pairs_of(width_));
+      if (const auto* const given = operands_ == Operands::bf16 ? x_.as_bfloat16(row) : nullptr) {
+        std::memcpy(block.x_bf16.hi + offset, given, static_cast<size_t>(2 * width_));
+      } else if (operands_ == Operands::bf16) {
+        k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
+        block.norm[n] = k_.load_row(block.x_bf16.hi + offset, DType::bfloat16, width_, x);
+      } else if (operands_ == Operands::bf16x3) {
+        k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
+        k_.bf16_remainder(width_, x, block.remainder);
+        k_.round_bf16(width_, block.remainder, nullptr, block.x_bf16.lo + offset);
       }
       load_v(row, block.v + n * ldv);
       block.norm[n] += spread_of(row);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
     } else {
-      add_if_wanted(row, block.v + n * ldv, absent);
+      add_absent(row, block.v + n * ldv, absent);
     }
   }
   block.n = n;
-  block.ahead.clear();
+  block.prefetcher.clear();
   for (const RowSource* rows : {&x_, &v_})
-    rows->look_ahead(end, std::min(end + simd::kBlock, in_.behaviours()), block.ahead);
+    rows->queue_rows(end, std::min(end + simd::kBlock, in_.behaviours()), block.prefetcher);
 }
 
-void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool rounds) noexcept {
+void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool round_to_bf16) noexcept {
   index = arena.take<int32_t>(agents);
-  pairs.carve(arena, simd::packed_size(simd::pairs_of(width), agents), operands);
-  if (operands == Operands::floats) packed = arena.take<float>(simd::packed_size(width, agents));
-  if (operands == Operands::split) rests = arena.take<float>(agents * width);
-  if (rounds) room = arena.take<uint32_t>(simd::pairs_of(width));
+  packed_bf16.carve(arena, simd::packed_size(simd::pairs_of(width), agents), operands);
+  if (operands == Operands::float32) packed = arena.take<float>(simd::packed_size(width, agents));
+  if (operands == Operands::bf16x3) remainders = arena.take<float>(agents * width);
+  if (round_to_bf16) rounding_scratch = arena.take<uint32_t>(simd::pairs_of(width));
+  if (!round_to_bf16) origin = arena.take<float>(width);
   rows = arena.take<float>(agents * width);
-  norm = arena.take<float>(simd::pad(agents));
-  rate = arena.take<float>(simd::pad(agents));
+  for (float** a : {&norm, &rate}) *a = arena.take<float>(simd::pad(agents));
 }
 
 void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width,
@@ -121,20 +134,26 @@ void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_
     const float tau = temperature_of(params, a);
     norm[m] = k.load_row(prototypes + a * width, DType::float32, width, rows + m * width);
     if (!(tau > 0) || !below_limit(norm[m], rows + m * width, width)) continue;
-    if (rests) k.remainder(width, rows + m * width, rests + m * width);
-    if (room) {
-      k.round_pairs(width, rows + m * width, nullptr, room);
-      norm[m] = k.load_row(room, DType::bfloat16, width, rows + m * width);
+    if (rounding_scratch) {
+      k.round_bf16(width, rows + m * width, nullptr, rounding_scratch);
+      norm[m] = k.load_row(rounding_scratch, DType::bfloat16, width, rows + m * width);
     }
-    rate[m] = std::min(simd::kLog2e / tau, FLT_MAX);  // a finite rate times no distance is no logit, never NaN
+    rate[m] = std::min(simd::kLog2e / tau, FLT_MAX);  // finite, since infinity times a distance of 0 is NaN
     index[m++] = static_cast<int32_t>(a);
   }
+  if (origin) {
+    const float* p[5];
+    for (int64_t j = 0; j < 5; ++j) p[j] = rows + (j < m && m >= 5 ? j : 0) * width;
+    for (int64_t d = 0; d < width && m > 0; ++d) origin[d] = median(p[0][d], p[1][d], p[2][d], p[3][d], p[4][d]);
+    for (int64_t j = 0; j < m; ++j) norm[j] = k.subtract_row(width, origin, rows + j * width);
+  }
+  for (int64_t j = 0; j < m && remainders; ++j) k.bf16_remainder(width, rows + j * width, remainders + j * width);
   for (int64_t a = m; a < simd::pad(agents); ++a) {
     norm[a] = INFINITY;
     rate[a] = 1;
   }
-  if (pairs.hi) k.pack_pairs(width, m, rows, width, pairs.hi);
-  if (pairs.lo) k.pack_pairs(width, m, rests, width, pairs.lo);
+  if (packed_bf16.hi) k.pack_bf16(width, m, rows, width, packed_bf16.hi);
+  if (packed_bf16.lo) k.pack_bf16(width, m, remainders, width, packed_bf16.lo);
   if (packed) k.pack_columns(width, m, rows, width, packed);
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bounds after Elkan, Hamerly and Ding et al. (Yinyang k-means): by the triangle inequality a distance changes by at
+// Bounds after Elkan, Hamerly and Ding et al. (Yinyang k-means). By the triangle inequality a distance changes by at
 // most what the center moved. A group whose lower bound is above the distance to the row's own code cannot hold a
-// nearer one. Every bound is widened by 2^-20 relative, far more than the float64 sums of the definition and the
-// float32 of the bounds' own storage can err, so what is skipped would have lost by the definition too.
+// nearer code. Every bound is widened by 2^-20 relative. That is far more than the float64 sums of the definition and
+// the bounds' float32 storage can err, so a skipped code is not the nearest by the definition either.
 #include "cpu/kmeans_bounds.h"
 
 #include <algorithm>
@@ -13,14 +13,16 @@
 namespace hisac::cpu {
 namespace {
 
-constexpr float kUp = 1 + 0x1p-20f, kDown = 1 - 0x1p-20f;
+constexpr float kRoundUp = 1 + 0x1p-20f, kRoundDown = 1 - 0x1p-20f;
 
-float distance_up(double square) noexcept { return static_cast<float>(std::sqrt(square)) * kUp; }
-float distance_down(double square) noexcept { return static_cast<float>(std::sqrt(std::max(square, 0.0))) * kDown; }
+float upper_distance(double square) noexcept { return static_cast<float>(std::sqrt(square)) * kRoundUp; }
+float lower_distance(double square) noexcept {
+  return static_cast<float>(std::sqrt(std::max(square, 0.0))) * kRoundDown;
+}
 
 }  // namespace
 
-void Tracker::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
+void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
   row = arena.take<Row>(kPart);
   screened = arena.take<uint32_t>(kPart * screened_width(width));
   tile = arena.take<uint32_t>(NearestScratch::rows * screened_width(width));
@@ -28,83 +30,81 @@ void Tracker::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) 
   survivors = arena.take<int32_t>(2 * (largest_size + 1));
 }
 
-void Tracker::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
-  near = arena.take<int32_t>(rows);
+void KMeansBounds::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
+  assigned = arena.take<int32_t>(rows);
   upper_ = arena.take<float>(rows);
   lower_ = arena.take<float>(rows * kGroups);
   drift_ = arena.take<float>(largest_size);
 }
 
-void Tracker::start(const Level& level, int64_t rows) noexcept {
-  std::fill(near, near + rows, -1);
+void KMeansBounds::start(const Level& level, int64_t rows) noexcept {
+  std::fill(assigned, assigned + rows, -1);
   std::fill(lower_, lower_ + rows * kGroups, 0.f);
   std::fill(group_drift_, group_drift_ + kGroups, 0.f);
-  int64_t panels = 0;
-  for (int64_t left = simd::pad(level.size) / simd::kLanes; left > 0; ++panels) left -= simd::panel_group(left);
-  const int64_t each = (panels + kGroups - 1) / kGroups;
+  int64_t panels = 0, panel = 0;
+  simd::for_panels(level.size, [&](int64_t, int64_t) { ++panels; });
+  const int64_t panels_per_group = (panels + kGroups - 1) / kGroups;
   groups_ = 0;
-  int64_t panel = 0, code = 0;
-  for (int64_t left = simd::pad(level.size) / simd::kLanes; left > 0; ++panel) {
-    if (panel % each == 0) first_[groups_++] = code;
-    code += simd::panel_group(left) * simd::kLanes;
-    left -= simd::panel_group(left);
-  }
+  simd::for_panels(level.size, [&](int64_t first, int64_t) {
+    if (panel++ % panels_per_group == 0) first_[groups_++] = first;
+  });
   first_[groups_] = level.size;
 }
 
-void Tracker::move(const Level& level, const float* fresh) noexcept {
+void KMeansBounds::move(const Level& level, const float* new_centers) noexcept {
   const simd::Kernels& k = simd::kernels();
   for (int g = 0; g < groups_; ++g) {
     group_drift_[g] = 0;
     for (int64_t c = first_[g]; c < first_[g + 1]; ++c) {
-      drift_[c] = distance_up(k.square_distance(level.width, level.centers + c * level.width, fresh + c * level.width));
-      // a copy of another was never looked at
+      drift_[c] = upper_distance(
+          k.square_distance(level.width, level.centers + c * level.width, new_centers + c * level.width));
+      // a copy of another center was never compared
       group_drift_[g] = std::max(group_drift_[g], std::isinf(level.half[c]) ? INFINITY : drift_[c]);
     }
   }
 }
 
-int Tracker::group_of(int64_t code) const noexcept {
+int KMeansBounds::group_of(int64_t code) const noexcept {
   int g = groups_ - 1;
   while (code < first_[g]) --g;
   return g;
 }
 
-void Tracker::look(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
+void KMeansBounds::find_nearest(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
   const simd::Kernels& k = simd::kernels();
   const int64_t width = level.width, row_width = screened_width(width);
   const Bounds bounds(level);
-  const double some = 1 - static_cast<double>(width + 8) * 0x1p-24, tiny = static_cast<double>(width) * 0x1p-120;
-  int open[kPart], rows = 0;  // rows with a group that their bounds do not rule out
+  const double shrink = 1 - static_cast<double>(width + 8) * 0x1p-24, underflow = static_cast<double>(width) * 0x1p-120;
+  int undecided[kPart], rows = 0;  // rows with a group that their bounds do not exclude
   for (int64_t i = begin; i < end; ++i) {
     Row& row = s.row[i - begin];
     float* const lower = lower_ + i * kGroups;
-    row.best = near[i];
+    row.best = assigned[i];
     row.groups = row.best < 0 ? (1u << groups_) - 1 : 0;
-    if (row.best >= 0) upper_[i] = (upper_[i] + drift_[row.best]) * kUp;
+    if (row.best >= 0) upper_[i] = (upper_[i] + drift_[row.best]) * kRoundUp;
     for (int g = 0; g < groups_ && row.best >= 0; ++g) {
-      lower[g] = (lower[g] - group_drift_[g]) * kDown;
+      lower[g] = (lower[g] - group_drift_[g]) * kRoundDown;
       row.groups |= static_cast<uint32_t>(!(lower[g] > upper_[i])) << g;
     }
-    open[rows] = static_cast<int>(i - begin);
+    undecided[rows] = static_cast<int>(i - begin);
     rows += row.groups != 0;
   }
-  for (int at = 0; at < rows; ++at) {
-    const int64_t i = begin + open[at];
-    Row& row = s.row[open[at]];
+  for (int j = 0; j < rows; ++j) {
+    const int64_t i = begin + undecided[j];
+    Row& row = s.row[undecided[j]];
     float* const lower = lower_ + i * kGroups;
     const float* const x = r + i * width;
-    if (at + 4 < rows)
-      for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(r + (begin + open[at + 4]) * width + d);
+    if (j + 4 < rows)
+      for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(r + (begin + undecided[j + 4]) * width + d);
     if (row.best >= 0) {
       row.distance = k.square_distance(width, x, level.centers + row.best * width);
-      upper_[i] = distance_up(row.distance);
+      upper_[i] = upper_distance(row.distance);
       for (int g = 0; g < groups_; ++g)
         if (lower[g] > upper_[i]) row.groups &= ~(1u << g);
       if (row.groups == 0) continue;
     }
-    const simd::Rounded sums = screened(level, x, s.screened + open[at] * row_width);
-    row.squares = double(sums.squares) * some - tiny;
+    const simd::Rounded sums = screened(level, x, s.screened + undecided[j] * row_width);
+    row.squares = double(sums.squares) * shrink - underflow;
     if (bounds.screen(sums, &row.screen)) continue;
     for (int64_t c = 0; c < level.size; ++c) s.survivors[c] = static_cast<int32_t>(c);
     row.best = closest(level, x, s.survivors, level.size);
@@ -113,42 +113,42 @@ void Tracker::look(const Level& level, const float* r, int64_t begin, int64_t en
     std::fill_n(lower, groups_, 0.f);
   }
   for (int g = 0; g < groups_; ++g) {
-    int64_t at[NearestScratch::rows];
+    int64_t tile_row[NearestScratch::rows];
     int n = 0;
     for (int j = 0; j < rows; ++j) {
-      if (s.row[open[j]].groups >> g & 1) {
-        std::copy_n(s.screened + open[j] * row_width, row_width, s.tile + n * row_width);
-        at[n++] = begin + open[j];
+      if (s.row[undecided[j]].groups >> g & 1) {
+        std::copy_n(s.screened + undecided[j] * row_width, row_width, s.tile + n * row_width);
+        tile_row[n++] = begin + undecided[j];
       }
       if (n == NearestScratch::rows || (n > 0 && j + 1 == rows)) {
-        look_at_group(level, r, g, at, n, begin, s);
+        scan_group(level, r, g, tile_row, n, begin, s);
         n = 0;
       }
     }
   }
   for (int j = 0; j < rows; ++j)
-    if (s.row[open[j]].groups) upper_[begin + open[j]] = distance_up(s.row[open[j]].distance);
+    if (s.row[undecided[j]].groups) upper_[begin + undecided[j]] = upper_distance(s.row[undecided[j]].distance);
 }
 
-void Tracker::look_at_group(const Level& level, const float* r, int g, const int64_t* at, int n, int64_t begin,
-                            Scratch& s) noexcept {
+void KMeansBounds::scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
+                              Scratch& s) noexcept {
   const int64_t first = first_[g], size = first_[g + 1] - first, ld = simd::pad(size);
   products(level, n, s.tile, first, size, s.scores, ld);
   for (int j = 0; j < n; ++j) {
-    Row& row = s.row[at[j] - begin];
+    Row& row = s.row[tile_row[j] - begin];
     float* const z = s.scores + j * ld;
     simd::Screen screen = row.screen;
     screen.half += first;
     screen.norm += first;
     if (row.best >= 0) {
       if (row.best >= first && row.best < first + size) z[row.best - first] = -INFINITY;
-      const double most = (row.distance * (1 + 0x1p-30) - row.squares) / 2 + double(screen.slack);
-      screen.threshold = static_cast<float>(most + std::fabs(most) * 0x1p-23);
+      const double limit = (row.distance * (1 + 0x1p-30) - row.squares) / 2 + double(screen.slack);
+      screen.threshold = static_cast<float>(limit + std::fabs(limit) * 0x1p-23);
     }
     const int64_t found = simd::kernels().screen(size, z, screen, s.survivors);
-    float* const lower = lower_ + at[j] * kGroups;
+    float* const lower = lower_ + tile_row[j] * kGroups;
     if (found == 0) {
-      lower[g] = distance_down(2 * double(screen.low) + row.squares);
+      lower[g] = lower_distance(2 * double(screen.low) + row.squares);
       continue;
     }
     for (int64_t c = 0; c < found; ++c) {
@@ -157,19 +157,19 @@ void Tracker::look_at_group(const Level& level, const float* r, int g, const int
     }
     screen.threshold = -INFINITY;
     simd::kernels().screen(size, z, screen, s.survivors + found);
-    lower[g] = distance_down(2 * double(screen.low) + row.squares);
-    int64_t all = found;
-    if (row.best >= 0) s.survivors[all++] = row.best;
-    const float* const x = r + at[j] * level.width;
-    std::copy_n(s.survivors, all, s.survivors + all);
-    row.best = closest(level, x, s.survivors + all, all);
-    for (int64_t c = 0; c < all; ++c) {
+    lower[g] = lower_distance(2 * double(screen.low) + row.squares);
+    int64_t candidates = found;
+    if (row.best >= 0) s.survivors[candidates++] = row.best;
+    const float* const x = r + tile_row[j] * level.width;
+    std::copy_n(s.survivors, candidates, s.survivors + candidates);
+    row.best = closest(level, x, s.survivors + candidates, candidates);
+    for (int64_t c = 0; c < candidates; ++c) {
       const int32_t code = s.survivors[c];
       const double d = simd::kernels().square_distance(level.width, x, level.centers + code * level.width);
       if (code == row.best)
         row.distance = d;
       else
-        lower[group_of(code)] = std::min(lower[group_of(code)], distance_down(d));
+        lower[group_of(code)] = std::min(lower[group_of(code)], lower_distance(d));
     }
   }
 }

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Nearest codes of rows through rounds in which the centers move: what a round knows of the distances bounds them in
-// the next, so that most products need not be made again. The codes are the definition's, whatever is skipped.
+// Nearest codes of rows over the rounds of k-means. The distances of one round bound those of the next, in which the
+// centers have moved, so that most products are skipped. The codes are the definition's, whatever is skipped.
 #pragma once
 #include "cpu/nearest.h"
 
 namespace hisac::cpu {
 
-class Tracker {
+class KMeansBounds {
  public:
-  static constexpr int kGroups = 16;  // most groups of codes: whole panels, bounded together
+  static constexpr int kGroups = 16;  // most groups of codes; a group is whole panels with one lower bound
   static constexpr int kPart = 512;   // most rows of a call
 
-  /// A row of a part.
+  /// The state of one row in a call.
   struct Row {
     simd::Screen screen;
     double squares;   // a lower bound of its |r|^2
-    double distance;  // to its best, squared
+    double distance;  // square distance to `best`
     int32_t best;
-    uint32_t groups;  // a bit for each to look at
+    uint32_t groups;  // a bit for each group that is to be scanned
   };
 
   struct Scratch {
@@ -30,28 +30,22 @@ class Tracker {
   };
 
   void carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept;
-  /// Forgets all rows' codes: they are -1.
+  /// Begins a level: the codes of all rows are -1.
   void start(const Level& level, int64_t rows) noexcept;
-  /// The centers go from level.centers to `fresh`; to be called before the next assign.
-  void move(const Level& level, const float* fresh) noexcept;
-  /// near of rows [begin, end) of r [rows, D], at most kPart; changed(row, from, to) of each that another code takes.
-  template <class Changed>
-  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s, Changed changed) noexcept {
-    look(level, r, begin, end, s);
-    for (int64_t i = begin; i < end; ++i) {
-      const Row& row = s.row[i - begin];
-      if (row.best == near[i]) continue;
-      changed(i, near[i], row.best);
-      near[i] = row.best;
-    }
+  /// Notes that the centers move from level.centers to new_centers; to be called before the next assign.
+  void move(const Level& level, const float* new_centers) noexcept;
+  /// Sets `assigned` of rows [begin, end) of r [rows, D], at most kPart.
+  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
+    find_nearest(level, r, begin, end, s);
+    for (int64_t i = begin; i < end; ++i) assigned[i] = s.row[i - begin].best;
   }
 
-  int32_t* near = nullptr;  // [rows]
+  int32_t* assigned = nullptr;  // [rows] the nearest code
 
  private:
-  void look(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept;
-  void look_at_group(const Level& level, const float* r, int g, const int64_t* at, int n, int64_t begin,
-                     Scratch& s) noexcept;
+  void find_nearest(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept;
+  void scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
+                  Scratch& s) noexcept;
   int group_of(int64_t code) const noexcept;
 
   int groups_ = 0;

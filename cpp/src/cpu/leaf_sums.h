@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Leaf sums in rooms: a user's leaves stand where its rows would, so that users need not know of each other. First each
-// user's rows are sorted by leaf; then pieces of a leaf are summed by whoever is free, reading x and v once; last the
-// pieces of long leaves meet. The same bits for any number of workers and whatever else is in the batch.
+// Leaf sums. A user's leaves are written at the offset of its rows, so that users are independent of one another. First
+// each user's rows are sorted by leaf. Then workers sum pieces of leaves, reading x and v once. Last the pieces of long
+// leaves are merged. The bits are the same for any number of workers and whatever else is in the batch.
 #pragma once
 #include "cpu/histories.h"
 #include "hisac/leaf_sums.h"
@@ -10,50 +10,51 @@ namespace hisac::cpu {
 
 /// Rows of leaf sums; a leaf without a present behaviour has a bias of -inf.
 struct LeafRows {
-  float* x = nullptr;        // [room, D]
-  float* v = nullptr;        // [room, V]
-  float* bias = nullptr;     // [room]
-  float* spread = nullptr;   // [room]
-  int32_t* codes = nullptr;  // [room, L], null: not wanted
+  float* x = nullptr;        // [capacity, D]
+  float* v = nullptr;        // [capacity, V]
+  float* bias = nullptr;     // [capacity]
+  float* spread = nullptr;   // [capacity]
+  int32_t* codes = nullptr;  // [capacity, L]; null: not written
 };
 
-/// Sums of a list of users at a time, at most `room` rows of them together.
+/// Sums the leaves of a list of users, whose histories have at most `capacity` rows together.
 class LeafSummer {
  public:
   LeafSummer(const RouteInputs& in, int64_t longest, int workers) noexcept;
   void carve(Arena& arena) noexcept;
-  int64_t room() const noexcept { return room_; }
+  int64_t capacity() const noexcept { return capacity_; }
 
-  /// How many users of the list have room, at least 1.
-  int64_t fit(const int64_t* users, int64_t n) const noexcept;
+  /// How many users from the start of the list fit into the capacity, at least 1.
+  int64_t users_that_fit(const int64_t* users, int64_t n) const noexcept;
   void sum(const Context& context, const int64_t* users, int64_t n, const LeafRows& out) noexcept;
 
-  /// Of the i-th user of the list: where its room begins, and its leaves.
+  /// Of the i-th user of the list: the offset of its rows and leaves, and the number of its leaves.
   int64_t start(int64_t i) const noexcept { return start_[i]; }
   int64_t leaves(int64_t i) const noexcept { return leaves_[i]; }
-  /// v [V] = the mean v of its absent behaviours that have one, and how many these are.
+  /// v [V] = the mean v of the i-th user's absent behaviours that have one; returns how many these are.
   int64_t absent(int64_t i, int worker, float* v) const noexcept;
 
-  /// out[row] += share of the row in its leaf times d_leaf [room, V]; histories may not overlap.
-  void give_back(const Context& context, const float* d_leaf, float* out) const noexcept;
-  /// visit(row) for its absent rows.
+  /// out[row] += the row's share of its leaf's weight times d_leaf [capacity, V]; histories may not overlap.
+  void add_row_gradients(const Context& context, const float* d_leaf, float* out) const noexcept;
+  /// Calls visit(row) for the i-th user's absent rows.
   template <class Visit>
   void each_absent(int64_t i, Visit visit) const noexcept {
     const int64_t first = in_.histories.start(users_[i]);
-    for (int64_t at = start_[i]; at < start_[i + 1]; ++at)
-      if (absent_[at]) visit(first + at - start_[i]);
+    for (int64_t entry = start_[i]; entry < start_[i + 1]; ++entry)
+      if (absent_[entry]) visit(first + entry - start_[i]);
   }
 
  private:
-  static constexpr int64_t kPiece = 1024;  // rows of a leaf summed at a time; runs of 64 join its sum
+  static constexpr int64_t kPiece = 1024;  // rows of a leaf summed at a time
   struct Sum {
     int64_t present = 0;
-    double mass = 0, squares = 0;      // of weights; of weighted |x|^2 and spreads
-    float *x = nullptr, *v = nullptr;  // [D], [V]
+    double total_weight = 0, squares = 0;  // squares: of weighted |x - origin|^2 and spreads
+    float *x = nullptr, *v = nullptr;      // [D] of x - origin, [V]
   };
   struct Worker {
     Sum sum;
     double* absent = nullptr;  // [V]
+    float* origin = nullptr;   // [D] of the leaf that is summed
     float *x = nullptr, *v = nullptr, *run_x = nullptr, *run_v = nullptr;
   };
 
@@ -61,38 +62,39 @@ class LeafSummer {
   int64_t pieces_of(int64_t i, int64_t g) const noexcept {
     return std::max<int64_t>(1, (begin_of(i)[g + 1] - begin_of(i)[g]) / kPiece);
   }
-  /// Where piece p of leaf g is summed. Pieces of long leaves have kPiece rows at least, so no two share a slot.
+  /// Where piece p of leaf g is summed. Pieces of long leaves have at least kPiece rows, so each has a slot of its own.
   Sum& sum_of(int64_t i, int64_t g, int64_t p, Worker& w) const noexcept {
-    return pieces_of(i, g) > 1 ? slot_[(start_[i] + begin_of(i)[g]) / kPiece + p] : w.sum;
+    return pieces_of(i, g) > 1 ? piece_sum_[(start_[i] + begin_of(i)[g]) / kPiece + p] : w.sum;
   }
 
   Sum carve_sum(Arena& arena) const noexcept;
-  void list(int64_t i) noexcept;
-  void sort(int64_t i, int64_t n) noexcept;
+  void group_rows(int64_t i) noexcept;
+  void sort_by_leaf(int64_t i, int64_t n) noexcept;
   template <class Part>
-  void each_part(int64_t begin, int64_t end, Part part) const noexcept;
-  void add_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) noexcept;
-  void add_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept;
-  void join(const float* x, const float* v, Sum& sum) const noexcept;
-  void finish(int64_t i, int64_t g, Worker& w) noexcept;
+  void each_user_part(int64_t begin, int64_t end, Part part) const noexcept;
+  void find_origin(int64_t i, int64_t g, Worker& w) const noexcept;
+  void sum_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) noexcept;
+  void sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept;
+  void add_sums(const float* x, const float* v, Sum& sum) const noexcept;
+  void write_leaf(int64_t i, int64_t g, Worker& w) noexcept;
 
   const RouteInputs& in_;
   RowLoader loader_;
   const simd::Kernels& k_;
-  int64_t width_, value_width_, room_;
+  int64_t width_, value_width_, capacity_;
   int workers_;
   const int64_t* users_ = nullptr;
   int64_t n_ = 0;
   LeafRows out_;
   int64_t *start_ = nullptr, *leaves_ = nullptr;      // [B + 1], [B]
-  uint64_t *leaf_ = nullptr, *spare_leaf_ = nullptr;  // [room] of an entry: a row that may be present, by leaf
-  int64_t *row_ = nullptr, *spare_row_ = nullptr;     // [room] that row
-  int64_t* begin_ = nullptr;                          // [room + B] where a leaf's entries begin, then where all end
-  float* top_ = nullptr;                              // [room] a leaf's largest bias
-  double* mass_ = nullptr;                            // [room] sum of its weights
-  float* weight_ = nullptr;                           // [room] of an entry: scale e^(bias - top); -1: absent
-  bool* absent_ = nullptr;                            // [room] of a row
-  Sum* slot_ = nullptr;                               // [room / kPiece + 1] pieces of long leaves
+  uint64_t *leaf_ = nullptr, *spare_leaf_ = nullptr;  // [capacity] leaf of an entry, which is a row that may be present
+  int64_t *row_ = nullptr, *spare_row_ = nullptr;     // [capacity] row of an entry
+  int64_t* begin_ = nullptr;                          // [capacity + B] first entry of a leaf, then the end of all
+  float* max_bias_ = nullptr;                         // [capacity] a leaf's largest bias
+  double* total_weight_ = nullptr;                    // [capacity] sum of a leaf's weights
+  float* weight_ = nullptr;                           // [capacity] of an entry: scale e^(bias - max_bias); -1: absent
+  bool* absent_ = nullptr;                            // [capacity] of a row
+  Sum* piece_sum_ = nullptr;                          // [capacity / kPiece + 1] pieces of long leaves
   Worker* worker_ = nullptr;
 };
 
@@ -102,7 +104,7 @@ struct LeafInput {
   int64_t *users = nullptr, *starts = nullptr, *ends = nullptr;  // [B]; users: 0 .. B - 1
 
   void carve(Arena& arena, LeafSummer& leaves, const RouteInputs& in) noexcept;
-  /// The sums of these users in place of their behaviours.
+  /// Puts the sums of these users in place of their behaviours.
   void load(const Context& context, LeafSummer& leaves, const int64_t* list, int64_t n, RouteInputs* rows) noexcept;
 };
 

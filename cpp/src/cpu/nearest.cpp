@@ -55,13 +55,13 @@ bool Bounds::screen(simd::Rounded sums, simd::Screen* out) const noexcept {
 
 int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept {
   const simd::Kernels& k = simd::kernels();
-  const double near = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
+  const double tie = 1 + static_cast<double>(level.width + 4) * 0x1p-51;
   double least = INFINITY;
   int64_t kept = 0;
   for (int64_t j = 0; j < count; ++j) {
     const double d = k.square_distance(level.width, r, level.centers + candidates[j] * level.width);
-    if (d > least * near) continue;
-    if (d * near < least) kept = 0;
+    if (d > least * tie) continue;
+    if (d * tie < least) kept = 0;
     if (d < least) least = d;
     candidates[kept++] = candidates[j];
   }
@@ -82,7 +82,7 @@ int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t
 
 simd::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept {
   const simd::Kernels& k = simd::kernels();
-  if (k.matmul_pairs) return k.round_pairs(level.width, r, level.mean, dst);
+  if (k.matmul_bf16) return k.round_bf16(level.width, r, level.mean, dst);
   return {k.load_row(r, DType::float32, level.width, reinterpret_cast<float*>(dst)), 0};
 }
 
@@ -91,8 +91,8 @@ void products(const Level& level, int n, const uint32_t* rows, int64_t first, in
   const simd::Kernels& k = simd::kernels();
   const int64_t width = screened_width(level.width);
   const float* const packed = level.packed + first * width;
-  if (k.matmul_pairs)
-    k.matmul_pairs(n, width, size, rows, width, reinterpret_cast<const uint32_t*>(packed), z, ldz, nullptr);
+  if (k.matmul_bf16)
+    k.matmul_bf16(n, width, size, rows, width, reinterpret_cast<const uint32_t*>(packed), z, ldz, nullptr);
   else
     k.matmul(n, width, size, reinterpret_cast<const float*>(rows), width, packed, z, ldz, nullptr);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact nearest codeword of one level: products in float32 or bfloat16 screen, what the screen cannot decide is
-// re-scored in float64, and what that cannot decide as the definition says.
+// The exact nearest codeword of one level. Products in float32 or bfloat16 screen the codes. Codes that the screen
+// leaves are re-scored in float64, in any order of summation. What still nearly ties is scored by the definition.
 #pragma once
 #include "base/arena.h"
 #include "codebook/level.h"
@@ -8,15 +8,15 @@
 
 namespace hisac::cpu {
 
-/// The definition: sum over d in index order of (r_d - c_d)^2 in float64; four at once, so that none waits for the
-/// additions of another.
+/// The definition of four square distances: the sum over d in index order of (r_d - c_d)^2 in float64. Four at once,
+/// because the additions of one depend on each other.
 void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept;
 
-/// What turns a row's sums of squares into its screen.
+/// Makes the screen of a row from its sums of squares.
 class Bounds {
  public:
   explicit Bounds(const Level& level) noexcept;
-  /// The screen of a row, its threshold still open; false where nothing bounds its products.
+  /// *out = the screen of a row, its threshold infinite; false where nothing bounds the row's products.
   bool screen(simd::Rounded sums, simd::Screen* out) const noexcept;
 
  private:
@@ -24,25 +24,25 @@ class Bounds {
   double floor_, tiny_, product_, second_;
 };
 
-/// The nearest of the candidates, which it overwrites; float64 sums in any order decide unless they nearly tie.
+/// The nearest of the candidates, which it overwrites. Float64 sums in any order decide unless they nearly tie.
 int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept;
 
-/// products [n, ldz] of rows with the codes from column `first` (where a panel starts) on, `size` of them. Rows are as
-/// `screened` makes them: pairs, or floats where the ISA has no pairs.
+/// z [n, ldz] = products of rows with the codes [first, first + size); a panel starts at `first`. Rows are as
+/// `screened` makes them: bfloat16 pairs, or floats where the ISA has no products of bfloat16.
 void products(const Level& level, int n, const uint32_t* rows, int64_t first, int64_t size, float* z,
               int64_t ldz) noexcept;
-/// Elements of a row for products.
+/// Elements of a row as `screened` makes it.
 inline int64_t screened_width(int64_t width) noexcept {
-  return simd::kernels().matmul_pairs ? simd::pairs_of(width) : width;
+  return simd::kernels().matmul_bf16 ? simd::pairs_of(width) : width;
 }
-/// dst = r for products.
+/// dst = r as products take it.
 simd::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept;
 
 /// A worker's scratch for blocks of rows.
 struct NearestScratch {
-  static constexpr int rows = 16;  // of a block: their scores and a panel stay in L1 for codebooks of a usual size
+  static constexpr int rows = 16;  // of a block, so that scores and a panel stay in L1 for codebooks of a usual size
   float* r = nullptr;              // [rows, width] the residuals
-  uint32_t* screened = nullptr;    // [rows, screened_width] the same for products
+  uint32_t* screened = nullptr;    // [rows, screened_width] the residuals as products take them
   float* scores = nullptr;         // [rows, pad(C)]
   int32_t* survivors = nullptr;    // [C]
 

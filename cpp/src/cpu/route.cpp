@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: for blocks of 64 rows and panels of at most 48 agents, products with the packed prototypes, one step of the
-// online softmax over rows, and the weights times v, all in the first cache; reads x and v once. In agents mode the
-// logits of all panels come first and lose their log-sum-exp over agents; from there on both readings of the paper are
-// one softmax over rows, so far agents keep exact tokens too.
+// Forward of route, which reads x and v once. A block of 64 rows meets a panel of at most 48 agents at a time: products
+// with the packed prototypes, one step of the online softmax over rows, and weights times v, all in the L1 cache. In
+// agents mode the logits of all panels are computed first, and each row's log-sum-exp over agents is subtracted from
+// them. From there on both modes are one softmax over rows, so agents far from every row keep exact tokens too.
 #include <cmath>
 #include <utility>
 
@@ -16,11 +16,11 @@
 namespace hisac::cpu {
 namespace {
 
-/// Running sums of a range of rows: per agent (reference, denominator, numerator), and the absent rows' sum.
+/// The online softmax of a range of rows, by present agent (simd::RouteWeights), and the absent rows' sum.
 struct State {
-  float* top = nullptr;   // [pad(M)] base 2
-  float* mass = nullptr;  // [pad(M)]
-  float* sum = nullptr;   // [sums, pad(M)]: agents side by side
+  float* max_logit = nullptr;    // [pad(M)] base 2
+  float* denominator = nullptr;  // [pad(M)]
+  float* numerator = nullptr;    // [sum_width, pad(M)]: agents side by side
   Absent absent;
 };
 
@@ -32,10 +32,10 @@ struct Worker {
   float* e = nullptr;                      // [kBlock, 48]
   float *lse = nullptr, *shift = nullptr;  // [kBlock]
   float* factor = nullptr;                 // [48]
-  float* rows = nullptr;                   // [kLanes, sums]
-  Halves values;                           // [kBlock / 2, sums] v or x in pairs of rows
-  Halves weights;                          // [kBlock / 2, kPanel] in place of e
-  float* rests = nullptr;                  // [2, sums]
+  float* rows = nullptr;                   // [kLanes, sum_width] numerators of 16 agents
+  Bf16Operand values_bf16;                 // [kBlock / 2, sum_width] v or x, two rows an element
+  Bf16Operand e_bf16;                      // [kBlock / 2, kPanel] in place of e
+  float* remainders = nullptr;             // [2, sum_width]
   State* stack = nullptr;
 };
 
@@ -47,7 +47,7 @@ class Router {
         params_(params),
         in_(in),
         out_(out),
-        rows_(in),
+        routed_(in),
         leaves_(in, longest, workers_of(context)),
         operands_(operands_of(params, true)),
         k_(simd::kernels()),
@@ -55,7 +55,7 @@ class Router {
         width_(in.prototypes.shape[2]),
         value_width_(in.v.width),
         longest_(longest),
-        sums_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)),
+        sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)),
         workers_(workers_of(context)) {}
 
   void carve(Arena& arena) noexcept {
@@ -65,17 +65,16 @@ class Router {
     worker_ = arena.take<Worker>(workers_);
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::rounded);
-      one.block.carve(arena, width_, value_width_, operands_);
+      one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::bf16);
+      one.block.carve(arena, width_, value_width_, operands_, params_.refine && operands_ != Operands::bf16);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
       one.e = arena.take<float>(simd::kBlock * simd::kPanel);
-      one.lse = arena.take<float>(simd::kBlock);
-      one.shift = arena.take<float>(simd::kBlock);
+      for (float** a : {&one.lse, &one.shift}) *a = arena.take<float>(simd::kBlock);
       one.factor = arena.take<float>(simd::kPanel);
-      one.rows = arena.take<float>(simd::kLanes * sums_);
-      one.values.carve(arena, simd::kBlock / 2 * sums_, operands_);
-      one.weights.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
-      if (operands_ == Operands::split) one.rests = arena.take<float>(2 * sums_);
+      one.rows = arena.take<float>(simd::kLanes * sum_width_);
+      one.values_bf16.carve(arena, simd::kBlock / 2 * sum_width_, operands_);
+      one.e_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
+      if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * sum_width_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
       if (worker_) worker_[w] = one;
     }
@@ -89,12 +88,12 @@ class Router {
       prototypes_ = out_->refined.data;
     }
     const int64_t users = in_.histories.users;
-    if (!leaf()) return rounds(nullptr, users);
+    if (!leaf()) return route_users(nullptr, users);
     for (int64_t first = 0, n; first < users; first += n) {
-      const int64_t* const list = leaf_input_.users + first;
-      n = leaves_.fit(list, users - first);
-      leaf_input_.load(context_, leaves_, list, n, &rows_);
-      rounds(list, n);
+      const int64_t* const part = leaf_input_.users + first;
+      n = leaves_.users_that_fit(part, users - first);
+      leaf_input_.load(context_, leaves_, part, n, &routed_);
+      route_users(part, n);
     }
   }
 
@@ -103,9 +102,8 @@ class Router {
     State* const states = arena.take<State>(n);
     for (int64_t i = 0; i < n; ++i) {
       State s;
-      s.top = arena.take<float>(simd::pad(agents_));
-      s.mass = arena.take<float>(simd::pad(agents_));
-      s.sum = arena.take<float>(sums_ * simd::pad(agents_));
+      for (float** a : {&s.max_logit, &s.denominator}) *a = arena.take<float>(simd::pad(agents_));
+      s.numerator = arena.take<float>(sum_width_ * simd::pad(agents_));
       if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
       if (states) states[i] = s;
     }
@@ -114,25 +112,25 @@ class Router {
 
   bool leaf() const noexcept { return params_.method == Method::leaf; }
 
-  /// The tokens of the listed users; null: of 0 .. n - 1.
-  void rounds(const int64_t* users, int64_t n) noexcept {
-    units_.plan(rows_.histories, users, n, workers_);
+  /// Writes the tokens of the listed users; null: of 0 .. n - 1.
+  void route_users(const int64_t* users, int64_t n) noexcept {
+    units_.plan(routed_.histories, users, n, workers_);
     for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
     if (!leaf() || params_.missing == Missing::drop) return;
     parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
       float* const v = worker_[w].block.v;
-      for (int64_t i = begin; i < end; ++i) finish_absent(users[i], leaves_.absent(i, w, v), v, 1.f);
+      for (int64_t i = begin; i < end; ++i) write_absent_token(users[i], leaves_.absent(i, w, v), v, 1.f);
     });
   }
 
-  /// One reading of every history; `refining`: the values are x, and the results new prototypes.
+  /// Reads every history once. refining: the values are x, and the results are new prototypes.
   void pass(bool refining) noexcept {
     units_.run(
         context_, slots_, [&](const Unit& u, int w) { unit(u, refining, worker_[w]); },
         [&](int64_t b, State* states, int64_t shared, int w) {
           load_agents(b, worker_[w]);
-          fold_all(shared, states, [&](State& into, State& from) { merge(into, from, worker_[w].panel.m); });
-          finish(b, states[0], refining, worker_[w]);
+          fold_all(shared, states, [&](State& state, State& later) { merge(state, later, worker_[w].panel.m); });
+          write_tokens(b, states[0], refining, worker_[w]);
         });
   }
 
@@ -145,141 +143,139 @@ class Router {
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        RowLoader(rows_, operands_), rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
-        [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
-        [&](State& into, State& from) { merge(into, from, w.panel.m); });
+        RowLoader(routed_, operands_, w.panel.origin), routed_.histories, unit, w.block, w.stack,
+        [&](State& s) { reset(s); }, [&](State& s) { return leaf() ? nullptr : &s.absent; },
+        [&](State& s) { block(refining, w, s); }, [&](State& state, State& later) { merge(state, later, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else
-      finish(unit.user, w.stack[0], refining, w);
+      write_tokens(unit.user, w.stack[0], refining, w);
   }
 
   void block(bool refining, Worker& w, State& state) noexcept {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ld = simd::pad(agents_);
     if (n == 0 || m == 0) return;
-    if (w.block.last) look_ahead(w);
-    w.block.ahead.spread(n, m);
-    const bool shares = params_.normalize == Normalize::agents;
-    if (shares) {
+    if (w.block.last) prefetch_next_user(w);
+    w.block.prefetcher.distribute(n, m);
+    const bool softmax_over_agents = params_.normalize == Normalize::agents;
+    if (softmax_over_agents) {
       products(w, 0, m, ld);
       k_.distance_logits(n, m, w.z, ld, w.block.norm, w.panel.norm, w.panel.rate);
       k_.row_lse(n, m, w.z, ld, w.lse);
     }
     for (int i = 0; i < n; ++i)
-      w.shift[i] = row_shift_of(w.block.bias[i], shares && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
+      w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     const int64_t value_width = refining ? width_ : value_width_, ldv = simd::pad(value_width);
-    const float* const values = refining ? w.block.x : w.block.v;
-    if (operands_ != Operands::floats) pair_values(w, values, ldv);
-    simd::for_panels(m, [&](int64_t at, int64_t width) {
-      if (!shares) products(w, at, width, width);
-      const float* const z = shares ? w.z + at : w.z;
-      const int64_t ldz = shares ? ld : width;
-      const simd::RouteWeights p{shares ? nullptr : w.block.norm,
+    const float* const x = w.block.values_x ? w.block.values_x : w.block.x;
+    const float* const values = refining ? x : w.block.v;
+    if (operands_ != Operands::float32) round_values(w, values, ldv);
+    simd::for_panels(m, [&](int64_t first, int64_t width) {
+      if (!softmax_over_agents) products(w, first, width, width);
+      const float* const z = softmax_over_agents ? w.z + first : w.z;
+      const int64_t ldz = softmax_over_agents ? ld : width;
+      const simd::RouteWeights p{softmax_over_agents ? nullptr : w.block.norm,
                                  w.shift,
-                                 w.panel.norm + at,
-                                 w.panel.rate + at,
-                                 state.top + at,
-                                 state.mass + at,
+                                 w.panel.norm + first,
+                                 w.panel.rate + first,
+                                 state.max_logit + first,
+                                 state.denominator + first,
                                  w.factor};
-      float* const sum = state.sum + at;
-      bool changed = false;
+      float* const sum = state.numerator + first;
+      const bool changed = operands_ == Operands::float32
+                               ? k_.route_weights(n, width, z, ldz, p, w.e, width)
+                               : k_.route_weights_bf16(n, width, z, ldz, p, w.e_bf16.hi, w.e_bf16.lo, width);
+      if (changed) scale_rows(sum, value_width, width, w.factor);
       switch (operands_) {
-        case Operands::floats:
-          changed = k_.route_weights(n, width, z, ldz, p, w.e, width);
-          break;
-        case Operands::rounded:
-          changed = k_.route_weights_pairs(n, width, z, ldz, p, w.weights.hi, width);
-          break;
-        case Operands::split:
-          changed = k_.route_weights_split(n, width, z, ldz, p, w.weights.hi, w.weights.lo, width);
-      }
-      if (changed) scale(sum, value_width, width, w.factor);
-      switch (operands_) {
-        case Operands::floats:
+        case Operands::float32:
           k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
           break;
-        case Operands::rounded:
-          k_.accumulate_pairs(simd::pairs_of(n), value_width, width, w.values.hi, ldv, w.weights.hi, width, sum, ld);
+        case Operands::bf16:
+          k_.accumulate_bf16(simd::pairs_of(n), value_width, width, w.values_bf16.hi, ldv, w.e_bf16.hi, width, sum, ld);
           break;
-        case Operands::split:
-          k_.accumulate_split(simd::pairs_of(n), value_width, width, w.values.hi, w.values.lo, ldv, w.weights.hi,
-                              w.weights.lo, width, sum, ld);
+        case Operands::bf16x3:
+          k_.accumulate_bf16x3(simd::pairs_of(n), value_width, width, w.values_bf16.hi, w.values_bf16.lo, ldv,
+                               w.e_bf16.hi, w.e_bf16.lo, width, sum, ld);
       }
     });
   }
 
-  /// After a user's last block: its tokens, and the next user's prototypes; of present agents, others are not read.
-  void look_ahead(Worker& w) const noexcept {
+  /// After a user's last block: queues its tokens and the next user's prototypes, of present agents alone.
+  void prefetch_next_user(Worker& w) const noexcept {
     const int64_t users = in_.histories.users, next = w.user + 1, p = width_ * int64_t(sizeof(float));
     const int64_t token = value_width_ * bytes_of(in_.v.dtype), first = w.user * (out_->tokens.rows / users) * token;
-    w.block.ahead.add(out_->tokens.data, first, first + count_of(in_, w.user) * token);
-    if (next < users) w.block.ahead.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(in_, next)) * p);
+    w.block.prefetcher.add(out_->tokens.data, first, first + count_of(in_, w.user) * token);
+    if (next < users)
+      w.block.prefetcher.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(in_, next)) * p);
   }
 
-  /// The block's values in pairs of rows.
-  void pair_values(Worker& w, const float* values, int64_t ldv) const noexcept {
+  /// Rounds the block's values to bfloat16, two rows an element.
+  void round_values(Worker& w, const float* values, int64_t ldv) const noexcept {
     for (int i = 0; i < w.block.n; i += 2) {
-      const bool alone = i + 1 == w.block.n;
+      const bool unpaired = i + 1 == w.block.n;
       const float *const even = values + i * ldv, *const odd = even + ldv;
-      k_.pair_rows(ldv, even, alone ? nullptr : odd, w.values.hi + i / 2 * ldv);
-      if (!w.rests) continue;
-      k_.remainder(ldv, even, w.rests);
-      if (!alone) k_.remainder(ldv, odd, w.rests + ldv);
-      k_.pair_rows(ldv, w.rests, alone ? nullptr : w.rests + ldv, w.values.lo + i / 2 * ldv);
+      k_.pair_rows_bf16(ldv, even, unpaired ? nullptr : odd, w.values_bf16.hi + i / 2 * ldv);
+      if (!w.remainders) continue;
+      k_.bf16_remainder(ldv, even, w.remainders);
+      if (!unpaired) k_.bf16_remainder(ldv, odd, w.remainders + ldv);
+      k_.pair_rows_bf16(ldv, w.remainders, unpaired ? nullptr : w.remainders + ldv, w.values_bf16.lo + i / 2 * ldv);
     }
   }
 
-  /// z [n, ldz] = x . p for the agents [at, at + m).
-  void products(Worker& w, int64_t at, int64_t m, int64_t ldz) const noexcept {
+  /// z [n, ldz] = x . p for the agents [first, first + m).
+  void products(Worker& w, int64_t first, int64_t m, int64_t ldz) const noexcept {
     const int64_t k2 = simd::pairs_of(width_), ld2 = simd::pad(k2);
     const Block& b = w.block;
     const AgentPanel& p = w.panel;
     switch (operands_) {
-      case Operands::floats:
-        return k_.matmul(b.n, width_, m, b.x, simd::pad(width_), p.packed + width_ * at, w.z, ldz, &w.block.ahead);
-      case Operands::rounded:
-        return k_.matmul_pairs(b.n, k2, m, b.pairs.hi, ld2, p.pairs.hi + k2 * at, w.z, ldz, &w.block.ahead);
-      case Operands::split:
-        return k_.matmul_split(b.n, k2, m, b.pairs.hi, b.pairs.lo, ld2, p.pairs.hi + k2 * at, p.pairs.lo + k2 * at, w.z,
-                               ldz, &w.block.ahead);
+      case Operands::float32:
+        return k_.matmul(b.n, width_, m, b.x, simd::pad(width_), p.packed + width_ * first, w.z, ldz,
+                         &w.block.prefetcher);
+      case Operands::bf16:
+        return k_.matmul_bf16(b.n, k2, m, b.x_bf16.hi, ld2, p.packed_bf16.hi + k2 * first, w.z, ldz,
+                              &w.block.prefetcher);
+      case Operands::bf16x3:
+        return k_.matmul_bf16x3(b.n, k2, m, b.x_bf16.hi, b.x_bf16.lo, ld2, p.packed_bf16.hi + k2 * first,
+                                p.packed_bf16.lo + k2 * first, w.z, ldz, &w.block.prefetcher);
     }
   }
 
-  void scale(float* sum, int64_t rows, int64_t columns, const float* factor) const noexcept {
+  void scale_rows(float* sum, int64_t rows, int64_t columns, const float* factor) const noexcept {
     for (int64_t d = 0; d < rows; ++d, sum += simd::pad(agents_))
       for (int64_t a = 0; a < columns; ++a) sum[a] *= factor[a];
   }
 
   void reset(State& s) const noexcept {
-    std::fill(s.top, s.top + simd::pad(agents_), -INFINITY);
-    std::fill(s.mass, s.mass + simd::pad(agents_), 0.f);
-    std::fill(s.sum, s.sum + sums_ * simd::pad(agents_), 0.f);
+    std::fill(s.max_logit, s.max_logit + simd::pad(agents_), -INFINITY);
+    std::fill(s.denominator, s.denominator + simd::pad(agents_), 0.f);
+    std::fill(s.numerator, s.numerator + sum_width_ * simd::pad(agents_), 0.f);
     s.absent.count = 0;
     if (s.absent.sum) std::fill(s.absent.sum, s.absent.sum + simd::pad(value_width_), 0.f);
   }
 
-  /// Adds a later state; its references become factors on the way.
-  void merge(State& into, State& from, int64_t m) const noexcept {
+  /// Adds a later state, whose denominator and max_logit are overwritten by the factors of `into` and `from`.
+  void merge(State& state, State& later, int64_t m) const noexcept {
     const int64_t ld = simd::pad(agents_);
     for (int64_t a = 0; a < m; ++a) {
-      const float top = std::max(into.top[a], from.top[a]), safe = top == -INFINITY ? 0.f : top;
-      const float f = std::exp2(into.top[a] - safe), g = std::exp2(from.top[a] - safe);
-      into.mass[a] = into.mass[a] * f + from.mass[a] * g;
-      into.top[a] = top;
-      from.mass[a] = f;
-      from.top[a] = g;
+      const float max_logit = std::max(state.max_logit[a], later.max_logit[a]);
+      const float safe = max_logit == -INFINITY ? 0.f : max_logit;
+      const float f = std::exp2(state.max_logit[a] - safe), g = std::exp2(later.max_logit[a] - safe);
+      state.denominator[a] = state.denominator[a] * f + later.denominator[a] * g;
+      state.max_logit[a] = max_logit;
+      later.denominator[a] = f;
+      later.max_logit[a] = g;
     }
-    for (int64_t d = 0; d < sums_; ++d)
+    for (int64_t d = 0; d < sum_width_; ++d)
       for (int64_t a = 0; a < m; ++a)
-        into.sum[d * ld + a] = into.sum[d * ld + a] * from.mass[a] + from.sum[d * ld + a] * from.top[a];
-    into.absent.count += from.absent.count;
-    for (int64_t d = 0; into.absent.sum && d < value_width_; ++d) into.absent.sum[d] += from.absent.sum[d];
+        state.numerator[d * ld + a] =
+            state.numerator[d * ld + a] * later.denominator[a] + later.numerator[d * ld + a] * later.max_logit[a];
+    state.absent.count += later.absent.count;
+    for (int64_t d = 0; state.absent.sum && d < value_width_; ++d) state.absent.sum[d] += later.absent.sum[d];
   }
 
-  void finish(int64_t b, const State& s, bool refining, const Worker& w) const noexcept {
+  void write_tokens(int64_t b, const State& s, bool refining, const Worker& w) const noexcept {
     const AgentPanel& panel = w.panel;
-    const int64_t extra = params_.missing == Missing::token, rows = agents_ + extra;
+    const int64_t absent_token = params_.missing == Missing::token, rows = agents_ + absent_token;
     const int64_t bytes = value_width_ * bytes_of(in_.v.dtype);
     std::byte* const tokens = static_cast<std::byte*>(out_->tokens.data) + b * rows * bytes;
     float* const lse = out_->lse.data + b * rows;
@@ -289,22 +285,24 @@ class Router {
     }
     for (int64_t j = 0; j < panel.m; ++j) {
       const int64_t a = panel.index[j];
-      const float* const row = w.rows + j % simd::kLanes * sums_;
-      if (j % simd::kLanes == 0) k_.transpose(sums_, s.sum + j, simd::pad(agents_), w.rows, sums_);
-      if (s.top[j] == -INFINITY) continue;
-      const float inverse = 1.f / s.mass[j];
+      const float* const row = w.rows + j % simd::kLanes * sum_width_;
+      if (j % simd::kLanes == 0) k_.transpose(sum_width_, s.numerator + j, simd::pad(agents_), w.rows, sum_width_);
+      if (s.max_logit[j] == -INFINITY) continue;
+      const float inverse = 1.f / s.denominator[j];
       if (refining) {
         k_.store_row(out_->refined.data + (b * agents_ + a) * width_, DType::float32, width_, row, inverse);
       } else {
         k_.store_row(tokens + a * bytes, in_.v.dtype, value_width_, row, inverse);
-        lse[a] = static_cast<float>((double(s.top[j]) + std::log2(double(s.mass[j]))) * 0.69314718055994531);
+        lse[a] =
+            static_cast<float>((double(s.max_logit[j]) + std::log2(double(s.denominator[j]))) * 0.69314718055994531);
       }
     }
-    if (!refining && extra) finish_absent(b, s.absent.count, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
+    if (!refining && absent_token)
+      write_absent_token(b, s.absent.count, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
   }
 
   /// The token of the absent behaviours: scale times v.
-  void finish_absent(int64_t b, int64_t count, const float* v, float scale) const noexcept {
+  void write_absent_token(int64_t b, int64_t count, const float* v, float scale) const noexcept {
     if (count == 0) return;
     const int64_t row = b * (agents_ + 1) + agents_, bytes = value_width_ * bytes_of(in_.v.dtype);
     k_.store_row(static_cast<std::byte*>(out_->tokens.data) + row * bytes, in_.v.dtype, value_width_, v, scale);
@@ -315,12 +313,12 @@ class Router {
   const RouteParams& params_;
   const RouteInputs& in_;
   const Tokens* out_;
-  RouteInputs rows_;  // what is routed: in_, or its leaf sums
+  RouteInputs routed_;  // in_, or its leaf sums
   LeafSummer leaves_;
   LeafInput leaf_input_;
   Operands operands_;
   const simd::Kernels& k_;
-  int64_t agents_, width_, value_width_, longest_, sums_;
+  int64_t agents_, width_, value_width_, longest_, sum_width_;
   int workers_;
   const float* prototypes_ = nullptr;
   Units units_;

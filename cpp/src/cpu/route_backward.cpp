@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size T x M is
-// kept. Gradients of rows (v, x, bias) are local to a block; those of agents (prototypes, temperature) are sums over
-// rows, in the tiles and tree of the forward. Histories that overlap take turns (Waves): no atomics, the same bits
-// every time.
+// Backward of route. It recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size
+// T x M is kept. Gradients of rows (v, x, bias) are local to a block. Gradients of agents (prototypes, temperature) are
+// sums over rows, in the tiles and the reduction tree of the forward. Histories that overlap are processed one after
+// another (Waves), so there are no atomics and the bits are the same every time.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -20,9 +20,9 @@ namespace {
 
 /// Sums over a range of rows, by present agent.
 struct State {
-  float* raw = nullptr;    // [pad(M)] dlogit times logit, for the temperature
-  float* total = nullptr;  // [pad(M)] distance gradients
-  float* sum = nullptr;    // [pad(M), pad(D)] distance gradients times x
+  float* d_temperature = nullptr;  // [pad(M)] dlogit times logit
+  float* d_distance = nullptr;     // [pad(M)]
+  float* d_distance_x = nullptr;   // [pad(M), pad(D)] gradients of distances times x
 };
 
 struct Worker {
@@ -47,7 +47,7 @@ class Backward {
         in_(in),
         forward_(forward),
         out_(out),
-        rows_(in),
+        routed_(in),
         leaves_(in, longest, workers_of(context)),
         operands_(operands_of(params, false)),
         k_(simd::kernels()),
@@ -56,21 +56,21 @@ class Backward {
         value_width_(in.v.width),
         longest_(longest),
         workers_(workers_of(context)),
-        sums_(out.temperature || out.prototypes) {}
+        agent_gradients_(out.temperature || out.prototypes) {}
 
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.histories.users);
     units_.carve(arena, in_.histories.users);
     if (leaf()) leaf_input_.carve(arena, leaves_, in_);
-    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.room() * value_width_ : 0);
-    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users * agents_ : 0);
+    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() : 0, value_width_);
+    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users : 0, agents_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take<Worker>(workers_);
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
     for (int w = 0; w < workers_; ++w) {
       Worker one;
-      one.panel.carve(arena, agents_, width_, Operands::floats, operands_ == Operands::rounded);
-      one.block.carve(arena, width_, value_width_, operands_);
+      one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
+      one.block.carve(arena, width_, value_width_, operands_, false);
       one.z = arena.take<float>(block * columns);
       one.g = arena.take<float>(block * columns);
       for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
@@ -96,11 +96,11 @@ class Backward {
     if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.histories);
     for (int64_t wave = 0; wave < waves_.count(); ++wave) {
-      const int64_t *const list = waves_.users(wave), n = waves_.size(wave);
-      if (!leaf()) pass(list, n, out_.v.data);
-      for (int64_t first = 0, some; leaf() && first < n; first += some) {
-        some = leaves_.fit(list + first, n - first);
-        pass_leaves(list + first, some);
+      const int64_t *const wave_users = waves_.users(wave), n = waves_.size(wave);
+      if (!leaf()) pass(wave_users, n, out_.v.data);
+      for (int64_t first = 0, count; leaf() && first < n; first += count) {
+        count = leaves_.users_that_fit(wave_users + first, n - first);
+        pass_leaves(wave_users + first, count);
       }
     }
     if (out_.temperature) reduce_temperature();
@@ -115,9 +115,9 @@ class Backward {
     State* const states = arena.take<State>(n);
     for (int64_t i = 0; i < n; ++i) {
       State s;
-      s.raw = arena.take<float>(simd::pad(agents_));
-      s.total = arena.take<float>(simd::pad(agents_));
-      s.sum = arena.take<float>(out_.prototypes ? simd::pad(agents_) * simd::pad(width_) : 0);
+      s.d_temperature = arena.take<float>(simd::pad(agents_));
+      s.d_distance = arena.take<float>(simd::pad(agents_));
+      s.d_distance_x = arena.take<float>(out_.prototypes ? simd::pad(agents_) * simd::pad(width_) : 0);
       if (states) states[i] = s;
     }
     return states;
@@ -125,31 +125,31 @@ class Backward {
 
   bool leaf() const noexcept { return params_.method == Method::leaf; }
 
-  /// Leaves as rows; then each leaf's dv goes to its behaviours by their shares.
+  /// Routes leaves as rows, then adds each leaf's dv to its behaviours in proportion to their weights.
   void pass_leaves(const int64_t* users, int64_t n) noexcept {
-    leaf_input_.load(context_, leaves_, users, n, &rows_);
+    leaf_input_.load(context_, leaves_, users, n, &routed_);
     zero(d_leaf_, out_.v ? leaves_.start(n) * value_width_ : 0);
     pass(users, n, d_leaf_);
     if (!out_.v) return;
-    leaves_.give_back(context_, d_leaf_, out_.v.data);
+    leaves_.add_row_gradients(context_, d_leaf_, out_.v.data);
     if (params_.missing == Missing::token)
       parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
         for (int64_t i = begin; i < end; ++i)
-          leaves_.each_absent(i, [&](int64_t row) { missing_row(users[i], row, worker_[w]); });
+          leaves_.each_absent(i, [&](int64_t row) { add_absent_gradient(users[i], row, worker_[w]); });
       });
   }
 
-  /// dv: of rows_.v
+  /// dv: the gradient of routed_.v
   void pass(const int64_t* users, int64_t n, float* dv) noexcept {
     dv_ = dv;
-    units_.plan(rows_.histories, users, n, workers_);
+    units_.plan(routed_.histories, users, n, workers_);
     units_.run(
         context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
         [&](int64_t b, State* states, int64_t shared, int w) {
-          if (!sums_) return;
+          if (!agent_gradients_) return;
           worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
-          fold_all(shared, states, [&](State& into, const State& from) { merge(into, from); });
-          finish(b, states[0], worker_[w].panel);
+          fold_all(shared, states, [&](State& state, const State& later) { merge(state, later); });
+          write_agent_gradients(b, states[0], worker_[w].panel);
         });
   }
 
@@ -161,7 +161,7 @@ class Backward {
     k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
   }
 
-  /// Everything of the user's agents that its rows need.
+  /// Loads and packs what the user's rows need of its agents.
   void load_agents(int64_t b, Worker& w) const noexcept {
     AgentPanel& p = w.panel;
     p.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
@@ -191,39 +191,39 @@ class Backward {
     const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    const RowLoader loader(rows_, operands_);
+    const RowLoader loader(routed_, operands_, w.panel.origin);
     fold_rows(
-        loader, rows_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
+        loader, routed_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
-        [&](State& into, const State& from) { merge(into, from); });
+        [&](State& state, const State& later) { merge(state, later); });
     if (out_.v && params_.missing == Missing::token && !leaf())
       for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
-        if (float norm; !loader.load_x(i, w.block.x, &norm)) missing_row(unit.user, i, w);
+        if (float norm; !loader.load_x(i, w.block.x, &norm)) add_absent_gradient(unit.user, i, w);
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
-    else if (sums_)
-      finish(unit.user, w.stack[0], w.panel);
+    else if (agent_gradients_)
+      write_agent_gradients(unit.user, w.stack[0], w.panel);
   }
 
   void block(Worker& w, State& state) noexcept {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(value_width_);
     if (n == 0 || m == 0) return;
-    simd::Ahead& ahead = w.block.ahead;
-    if (out_.v) ahead.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
-    ahead.spread(n, 2 * m);
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &ahead);
+    simd::Prefetcher& prefetcher = w.block.prefetcher;
+    if (out_.v) prefetcher.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    prefetcher.distribute(n, 2 * m);
+    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &prefetcher);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
-    const bool shares = params_.normalize == Normalize::agents;
-    if (shares) k_.row_lse(n, m, w.z, ldz, w.row_lse);
+    const bool softmax_over_agents = params_.normalize == Normalize::agents;
+    if (softmax_over_agents) k_.row_lse(n, m, w.z, ldz, w.row_lse);
     for (int i = 0; i < n; ++i) {
-      if (shares && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
-      w.shift[i] = row_shift_of(w.block.bias[i], shares ? w.row_lse[i] : 0.f);
+      if (softmax_over_agents && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
+      w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &ahead);
-    k_.route_gradient(
-        n, m, w.z, w.g, ldz,
-        {w.shift, shares ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum, state.raw, state.total});
+    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &prefetcher);
+    k_.route_gradient(n, m, w.z, w.g, ldz,
+                      {w.shift, softmax_over_agents ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum,
+                       state.d_temperature, state.d_distance});
     if (out_.v) {
       k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
       for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldv, 1.f, dv_ + w.block.row[i] * value_width_);
@@ -238,11 +238,11 @@ class Backward {
         k_.add_row(width_, w.block.x + i * ldx, -w.row_sum[i], dx);
       }
     }
-    if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, state.sum, ldx);
+    if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, state.d_distance_x, ldx);
   }
 
-  /// An absent row shares the gradient of its user's token of them.
-  void missing_row(int64_t b, int64_t i, Worker& w) noexcept {
+  /// Adds 1 / count of the gradient of a user's token of absent rows to the dv of one absent row.
+  void add_absent_gradient(int64_t b, int64_t i, Worker& w) noexcept {
     const int64_t row = b * token_rows() + agents_;
     const double count = std::exp(double(forward_->lse.data[row]));
     if (!(count > 0) || !(count < 1e18) || !RowLoader(in_, operands_).has_value(i, w.out)) return;
@@ -251,25 +251,27 @@ class Backward {
   }
 
   void reset(State& s) const noexcept {
-    zero(s.raw, simd::pad(agents_));
-    zero(s.total, simd::pad(agents_));
-    if (out_.prototypes) zero(s.sum, simd::pad(agents_) * simd::pad(width_));
+    zero(s.d_temperature, simd::pad(agents_));
+    zero(s.d_distance, simd::pad(agents_));
+    if (out_.prototypes) zero(s.d_distance_x, simd::pad(agents_) * simd::pad(width_));
   }
 
-  void merge(State& into, const State& from) const noexcept {
-    for (int64_t j = 0; j < agents_; ++j) into.raw[j] += from.raw[j];
-    for (int64_t j = 0; j < agents_; ++j) into.total[j] += from.total[j];
-    for (int64_t j = 0; out_.prototypes && j < agents_ * simd::pad(width_); ++j) into.sum[j] += from.sum[j];
+  void merge(State& state, const State& later) const noexcept {
+    for (int64_t j = 0; j < agents_; ++j) state.d_temperature[j] += later.d_temperature[j];
+    for (int64_t j = 0; j < agents_; ++j) state.d_distance[j] += later.d_distance[j];
+    for (int64_t j = 0; out_.prototypes && j < agents_ * simd::pad(width_); ++j)
+      state.d_distance_x[j] += later.d_distance_x[j];
   }
 
-  void finish(int64_t b, const State& s, const AgentPanel& panel) const noexcept {
+  void write_agent_gradients(int64_t b, const State& s, const AgentPanel& panel) const noexcept {
     for (int64_t j = 0; j < panel.m; ++j) {
       const int64_t a = panel.index[j];
-      if (out_.temperature) user_temperature_[b * agents_ + a] = -simd::kLn2 * s.raw[j] / temperature_of(params_, a);
+      if (out_.temperature)
+        user_temperature_[b * agents_ + a] = -simd::kLn2 * s.d_temperature[j] / temperature_of(params_, a);
       if (!out_.prototypes) continue;
       float* const dp = out_.prototypes.data + (b * agents_ + a) * width_;
-      k_.add_row(width_, s.sum + j * simd::pad(width_), 1.f, dp);
-      k_.add_row(width_, panel.rows + j * width_, -s.total[j], dp);
+      k_.add_row(width_, s.d_distance_x + j * simd::pad(width_), 1.f, dp);
+      k_.add_row(width_, panel.rows + j * width_, -s.d_distance[j], dp);
     }
   }
 
@@ -288,15 +290,15 @@ class Backward {
   const RouteInputs& in_;
   const RouteForward* forward_;
   const RouteGradients& out_;
-  RouteInputs rows_;  // what is routed: in_, or its leaf sums
+  RouteInputs routed_;  // in_, or its leaf sums
   LeafSummer leaves_;
   Operands operands_;
   LeafInput leaf_input_;
-  float *d_leaf_ = nullptr, *dv_ = nullptr;  // [room, V] of leaves; of the rows
+  float *d_leaf_ = nullptr, *dv_ = nullptr;  // [capacity, V] of leaves; of routed_.v
   const simd::Kernels& k_;
   int64_t agents_, width_, value_width_, longest_;
   int workers_;
-  bool sums_;
+  bool agent_gradients_;
   Waves waves_;
   Units units_;
   float* user_temperature_ = nullptr;

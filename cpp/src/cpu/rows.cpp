@@ -19,30 +19,30 @@ RowSource::RowSource(const Rows& rows, const Ids& ids, Array<const float, 1> sca
 bool RowSource::load(int64_t t, float* out, float* norm) const noexcept {
   if (!has(t)) return false;
   const int64_t row = row_of(t);
-  const std::byte* const from = data_ + row * bytes_;
+  const std::byte* const source = data_ + row * bytes_;
   if (dtype_ != DType::int8) {
-    *norm = k_.load_row(from, dtype_, width_, out);
+    *norm = k_.load_row(source, dtype_, width_, out);
   } else {
     const float scale = !scale_ ? 1.f : scale_.data[scale_.shape[0] == 1 ? 0 : row];
-    *norm = k_.load_int8(reinterpret_cast<const int8_t*>(from), scale, width_, out);
+    *norm = k_.load_int8(reinterpret_cast<const int8_t*>(source), scale, width_, out);
   }
   return true;
 }
 
-void RowSource::add(int64_t t, float factor, float* sum, float* room) const noexcept {
-  const float* row = room;
+void RowSource::add(int64_t t, float factor, float* sum, float* scratch) const noexcept {
+  const float* row = scratch;
   float norm;
   if (dtype_ == DType::float32)
     row = reinterpret_cast<const float*>(data_ + row_of(t) * bytes_);
   else
-    load(t, room, &norm);
+    load(t, scratch, &norm);
   k_.add_row(width_, row, factor, sum);
 }
 
-void RowSource::look_ahead(int64_t begin, int64_t end, simd::Ahead& ahead) const noexcept {
-  if (!ids_) return ahead.add(data_, begin * bytes_, end * bytes_);
+void RowSource::queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept {
+  if (!ids_) return prefetcher.add(data_, begin * bytes_, end * bytes_);
   for (int64_t t = begin; t < end; ++t)
-    if (has(t)) ahead.add(data_, row_of(t) * bytes_, (row_of(t) + 1) * bytes_);
+    if (has(t)) prefetcher.add(data_, row_of(t) * bytes_, (row_of(t) + 1) * bytes_);
 }
 
 bool below_limit_in_float64(const float* x, int64_t width) noexcept {
@@ -51,9 +51,9 @@ bool below_limit_in_float64(const float* x, int64_t width) noexcept {
   return squares < 0x1p100;
 }
 
-bool finite(const float* v, int64_t width) noexcept {
+bool finite(const float* x, int64_t width) noexcept {
   bool ok = true;
-  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(v[d]) <= FLT_MAX;
+  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(x[d]) <= FLT_MAX;
   return ok;
 }
 

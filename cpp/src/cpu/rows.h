@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loading of a behaviour's row of x or v. Types, scales, ids and their absence end here: what comes out is float32
-// and its sum of squares, the same bits whether a row was gathered or stood in order.
+// Loads a behaviour's row of x or v. Types, scales and ids are handled here: a loaded row is float32 with its sum of
+// squares, and has the same bits whether it was gathered by id or read in order.
 #pragma once
+#include <cfloat>
 #include <cstddef>
 
 #include "cpu/simd/kernels.h"
@@ -9,7 +10,7 @@
 
 namespace hisac::cpu {
 
-/// Rows of one behaviour each, t in [0, T).
+/// One row of x or v for each behaviour t in [0, T).
 class RowSource {
  public:
   RowSource(const Rows& rows, const Ids& ids, Array<const float, 1> scale = {}) noexcept;
@@ -17,19 +18,18 @@ class RowSource {
   explicit operator bool() const noexcept { return data_ != nullptr; }
   bool has(int64_t t) const noexcept { return static_cast<uint64_t>(row_of(t)) < static_cast<uint64_t>(rows_); }
 
-  /// out [width] = the row of behaviour t and *norm its sum of squares; false where there is none.
+  /// out [width] = the row of behaviour t, *norm = its sum of squares; false where its id names no row.
   bool load(int64_t t, float* out, float* norm) const noexcept;
 
-  /// The row of behaviour t, which there is, if it is of bfloat16; else null.
+  /// The existing row of behaviour t where x is of bfloat16; else null.
   const std::byte* as_bfloat16(int64_t t) const noexcept {
     return data_ && dtype_ == DType::bfloat16 ? data_ + row_of(t) * bytes_ : nullptr;
   }
 
-  /// sum [width] += factor times the row of behaviour t, which there is; room [width].
-  void add(int64_t t, float factor, float* sum, float* room) const noexcept;
+  /// sum [width] += factor times the existing row of behaviour t; scratch [width].
+  void add(int64_t t, float factor, float* sum, float* scratch) const noexcept;
 
-  /// Asks for the row of behaviour t ahead of its use. Inlined always: GCC drops a call that has no result and only
-  /// prefetches.
+  /// Prefetches the row of behaviour t. Always inlined: GCC drops a call to a function that only prefetches.
   __attribute__((always_inline)) void prefetch(int64_t t) const noexcept {
     if (!data_ || !has(t)) return;
     const std::byte* const row = data_ + row_of(t) * bytes_;
@@ -37,8 +37,8 @@ class RowSource {
     __builtin_prefetch(row + bytes_ - 1);  // rows need not begin with a cache line
   }
 
-  /// Adds the rows of behaviours [begin, end) to what is to be fetched; at most a span each.
-  void look_ahead(int64_t begin, int64_t end, simd::Ahead& ahead) const noexcept;
+  /// Queues the rows of behaviours [begin, end), one span each at most.
+  void queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept;
 
  private:
   int64_t row_of(int64_t t) const noexcept { return ids_ ? ids_[t] : t; }
@@ -51,13 +51,17 @@ class RowSource {
   Array<const float, 1> scale_;
 };
 
-/// Where float32 is too near to tell.
+/// |x|^2 < 2^100, summed in float64.
 bool below_limit_in_float64(const float* x, int64_t width) noexcept;
-/// |x|^2 below 2^100, decided in float64 where float32 is too near; NaN is not.
+/// Whether |x|^2 < 2^100; false for NaN. norm: |x|^2 in float32, whose error could decide only within a factor of 2.
 inline bool below_limit(float norm, const float* x, int64_t width) noexcept {
   return norm < 0x1p99f || (norm < 0x1p101f && below_limit_in_float64(x, width));
 }
 /// No NaN, no infinity.
-bool finite(const float* v, int64_t width) noexcept;
+bool finite(const float* x, int64_t width) noexcept;
+/// The same, given the sum of squares, which decides unless it overflows.
+inline bool finite(const float* x, int64_t width, float squares) noexcept {
+  return squares <= FLT_MAX || finite(x, width);
+}
 
 }  // namespace hisac::cpu

@@ -12,11 +12,12 @@ Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const 
   parallel_for(context, groups, [&](int64_t first, int64_t last, int) {
     constexpr int64_t kColumns = 64;
     for (int64_t g = first; g < last; ++g) {
-      const int64_t from = std::max<int64_t>(begin.data[g], 0), to = std::min(begin.data[g + 1], order.shape[0]);
+      const int64_t begin_entry = std::max<int64_t>(begin.data[g], 0),
+                    end_entry = std::min(begin.data[g + 1], order.shape[0]);
       for (int64_t c = 0; c < width; c += kColumns) {
         const int64_t n = std::min(kColumns, width - c);
         double sum[kColumns] = {};
-        for (int64_t i = from; i < to; ++i) {
+        for (int64_t i = begin_entry; i < end_entry; ++i) {
           const int64_t row = order.data[i];
           if (row < 0 || row >= count) continue;
           const float* const x = rows.data + row * width + c;

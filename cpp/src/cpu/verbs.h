@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The verbs on the CPU, with the signatures of the public ones, which have checked shapes, types and parameters. Each
-// stands in the file of its name, `fit` in kmeans.cpp.
+// The verbs on the CPU. They have the signatures of the public verbs, which have checked shapes, types and parameters.
+// Each is in the file of its name, but `fit` is in kmeans.cpp.
 #pragma once
 #include "backend.h"
 

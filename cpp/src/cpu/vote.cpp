@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// One user at a time, in three steps: votes of parents (the nodes above the leaves), seats of parents, leaves of the
-// seated ones. Two ways to count, both without a branch that depends on a row:
-//   dense   longer histories in trees of few parents: votes of parents (a first reading of the rows), their seats,
-//           then counters only for leaves of parents that may be seated (a second reading). What caps a parent, how
-//           many leaves it has, is known only after that, so before it stands in min(votes, C_L), an upper bound; by
-//           budget, should the true caps seat others, they are counted in their turn. Once every seated parent is
-//           counted, the seats are those of the true caps: keys of absent leaves were never among the chosen.
-//   sorted  everything else: leaf numbers, radix-sorted.
-// Then the leaves of seated parents that may have a seat are radix-sorted by votes, most first, lower codes first among
-// equals, and taken while their parent has a seat: choice and output order in one.
+// Votes one user at a time, in three steps: count votes of parents (the nodes above the leaves), allocate seats to
+// parents, choose leaves of the parents with seats. There are two ways to count, neither with a branch that depends on
+// a row:
+//   dense   for longer histories in trees of few parents. A first pass over the rows counts votes of parents. Seats are
+//           allocated. A second pass counts leaves, of parents with seats alone. A parent's seats are capped by how
+//           many leaves it has, which only the second pass finds; until then the cap is the upper bound min(votes,
+//           C_L). By budget the true caps may give seats to other parents, whose leaves another pass counts. Once the
+//           leaves of every parent with seats are counted, the seats are those of the true caps: no seat went to an
+//           absent leaf.
+//   sorted  for everything else: leaf numbers are radix-sorted.
+// Then the leaves that may have a seat are radix-sorted by votes, most first, lower codes first among equals, and taken
+// while their parent has seats. That order is the order of the output.
 #include <algorithm>
 #include <cmath>
 
@@ -21,32 +23,33 @@
 namespace hisac::cpu {
 namespace {
 
-constexpr int64_t kMostParents = 0xffff;  // to be counted densely, and most codes of the last level,
-constexpr int64_t kDenseRows = 2048;      // with at least so many rows
-constexpr int64_t kCells = 4;             // and at most so many 32-bit counters a row;
-constexpr int64_t kFanoutRows = 512;      // by fan-out, which tells beforehand how many parents have seats, with so
-constexpr int64_t kFanoutCells = 16;      // many rows and so many counters a row
+// limits of dense counting; fan-out fixes beforehand how many parents have seats, so its limits are wider
+constexpr int64_t kMostParents = 0xffff;  // most parents, and most codes of the last level
+constexpr int64_t kDenseRows = 2048;      // least rows, by budget
+constexpr int64_t kCells = 4;             // most 32-bit counters a row, by budget
+constexpr int64_t kFanoutRows = 512;      // least rows, by fan-out
+constexpr int64_t kFanoutCells = 16;      // most counters a row, by fan-out
 constexpr int64_t kBlock = 256;           // rows located at a time
-constexpr int kLanes = 4;                 // histograms side by side: equal codes in a row would wait for
-constexpr int64_t kLanesParents = 4096;   // each other's store; up to so many parents
-constexpr int kMostReadings = 3;          // of the rows for their leaves
+constexpr int kLanes = 4;                 // histograms of parents, so that equal codes in turn do not wait for a store
+constexpr int64_t kLanesParents = 4096;   // most parents for several histograms
+constexpr int kMostPasses = 3;            // most passes that count leaves
 constexpr int64_t kNotCounted = -1;
 
 struct Scratch {
   int64_t parents_possible = 0, last = 0;
   int64_t fanout_cells = 0;  // counters of all parents that can be seated; 0 by budget
   // dense
-  uint64_t* histogram = nullptr;  // [kLanes][parents + 1], the last one for rows that do not vote
+  uint64_t* histogram = nullptr;  // [kLanes][parents + 1] votes of parents, the last for rows that do not vote
   uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
   // both
-  uint64_t* key = nullptr;   // [rows + 1] located rows; sorted: leaf numbers; then leaves' ranks
-  uint64_t* area = nullptr;  // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
-                             // a spare of `key`, and sorted: votes before a leaf
+  uint64_t* key = nullptr;     // [rows + 1] located rows; sorted: leaf numbers; then sort keys of leaves
+  uint64_t* buffer = nullptr;  // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
+                               // a spare of `key`; sorted: votes before a leaf
   uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
-  uint32_t *last_code = nullptr, *owner = nullptr;      // [leaves] last code, place of the parent
+  uint32_t *last_code = nullptr, *owner = nullptr;      // [leaves] last code; index of the parent
   void* votes = nullptr;                                // [leaves] int32_t, or int64_t where weighted
   Parent* parents = nullptr;
-  Apportionment apportionment;
+  SeatAllocation allocation;
 
   void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
     const Codebook::Body& body = book.body();
@@ -62,17 +65,15 @@ struct Scratch {
     histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
     block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
     key = arena.take<uint64_t>(rows + 1);
-    area = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells : 0) + (dense ? last : 0));
-    weight = arena.take<uint32_t>(rows);
-    spare_weight = arena.take<uint32_t>(rows);
-    last_code = arena.take<uint32_t>(rows + 1);
-    owner = arena.take<uint32_t>(rows + 1);
+    buffer = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells : 0) + (dense ? last : 0));
+    for (uint32_t** a : {&weight, &spare_weight}) *a = arena.take<uint32_t>(rows);
+    for (uint32_t** a : {&last_code, &owner}) *a = arena.take<uint32_t>(rows + 1);
     votes = arena.take<int64_t>(rows + 1);
     parents = arena.take<Parent>(most_parents + 1);
-    apportionment.carve(arena, book, params, most_parents);
+    allocation.carve(arena, book, params, most_parents);
   }
 
-  /// Grows with `rows`: what is carved for the longest history suffices for all.
+  /// Monotone in `rows`, so that what is carved for the longest history suffices for all.
   bool counts_densely(int64_t rows) const noexcept {
     if (parents_possible > std::min(kMostParents, rows) || last > kMostParents) return false;
     if (fanout_cells) return rows >= kFanoutRows && fanout_cells <= kFanoutCells * rows;
@@ -82,7 +83,7 @@ struct Scratch {
   int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
 };
 
-/// 2^j, looked up: SSE2 has no shift by another count in each lane.
+/// A table of 2^j, because SSE2 cannot shift each lane by another count.
 constexpr struct Bits {
   uint32_t of[32] = {};
   constexpr Bits() {
@@ -103,19 +104,16 @@ class Voter {
     reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
   }
 
-  /// One user: writes the kept leaves, by votes and code; returns how many.
+  /// Votes for one user: writes the kept leaves, by votes and code; returns how many.
   int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
               int64_t* out_votes) noexcept {
     rows = std::min(rows, kMostVoters);
     parents_ = candidates_ = seated_ = all_votes_ = 0;
     key_ = s_.key;
-    spare_ = s_.area;
-    const bool dense = s_.counts_densely(rows);
-    if (weights) {
-      if (!dense || !count_dense<int64_t>(codes, weights, rows)) count_sorted<int64_t>(codes, weights, rows);
-    } else {
-      if (!dense || !count_dense<int32_t>(codes, weights, rows)) count_sorted<int32_t>(codes, weights, rows);
-    }
+    spare_ = s_.buffer;
+    const bool counted = s_.counts_densely(rows) && (weights ? count_dense<int64_t>(codes, weights, rows)
+                                                             : count_dense<int32_t>(codes, weights, rows));
+    if (!counted) weights ? count_sorted<int64_t>(codes, weights, rows) : count_sorted<int32_t>(codes, weights, rows);
     return write(out_codes, out_votes);
   }
 
@@ -131,7 +129,7 @@ class Voter {
     radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, s_.weight, s_.spare_weight);
     uint64_t* const key = key_;
     key[n] = ~key[n - 1];
-    int64_t* const votes_before = reinterpret_cast<int64_t*>(s_.area + n + 1);
+    int64_t* const votes_before = reinterpret_cast<int64_t*>(s_.buffer + n + 1);
     int64_t sum = 0, leaves = 0;
     votes_before[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -148,7 +146,7 @@ class Voter {
       s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
       s_.owner[i] = static_cast<uint32_t>(parents_);
       s_.parents[parents_].number = number;
-      s_.parents[parents_].begin = i + 1;  // its end, so far
+      s_.parents[parents_].begin = i + 1;  // the end, until all parents are known
       const uint64_t following = i + 1 < leaves ? parent_of(key[i + 1]) : ~number;
       parents_ += following != number;
       number = following;
@@ -159,14 +157,14 @@ class Voter {
       parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0};
       begin = end;
     }
-    s_.apportionment.assign(s_.parents, parents_);
+    s_.allocation.allocate(s_.parents, parents_);
     for (int64_t p = 0; p < parents_; ++p) {
       const Parent& parent = s_.parents[p];
       if (!parent.seats) continue;
       const Count least = least_votes(parent, votes + parent.begin, parent.leaves);
       const int64_t before = candidates_;
       for (int64_t i = parent.begin; i < parent.begin + parent.leaves; ++i) {
-        key[candidates_] = rank_word(votes[i], i);
+        key[candidates_] = sort_key(votes[i], i);
         all_votes_ |= votes[i];
         candidates_ += votes[i] >= least;
       }
@@ -174,7 +172,7 @@ class Voter {
     }
   }
 
-  /// The numbers of the leaves that have votes, and the votes where weighted, in the order of rows; returns how many.
+  /// Writes the leaf numbers of the rows that vote, and their votes where weighted, in row order; returns how many.
   template <int L, bool weighted>
   int64_t find_leaves(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     const int levels = L ? L : levels_;
@@ -199,7 +197,7 @@ class Voter {
     return leaf / static_cast<uint64_t>(last_);
   }
 
-  /// False, with nothing done, where too many parents would have to be counted.
+  /// False, with nothing done, where the leaves of too many parents would have to be counted.
   template <class Count>
   bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
@@ -208,14 +206,14 @@ class Voter {
     const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(s_.weight[i]) : 1; };
     Count* const lane = reinterpret_cast<Count*>(s_.histogram);
     std::fill(lane, lane + (none + 1) * lanes, Count{0});
-    for (int64_t at = 0; at < rows; at += kBlock) {
-      const int64_t end = std::min(at + kBlock, rows);
-      levels_ == 2 ? locate<2>(codes, at, end, row) : locate<0>(codes, at, end, row);
-      for (int64_t i = at; weighted && i < end; ++i) s_.weight[i] = quantise(weights[i]);
-      int64_t i = at;
-      for (; i + kLanes <= end; i += kLanes)
+    for (int64_t block_begin = 0; block_begin < rows; block_begin += kBlock) {
+      const int64_t block_end = std::min(block_begin + kBlock, rows);
+      levels_ == 2 ? locate<2>(codes, block_begin, block_end, row) : locate<0>(codes, block_begin, block_end, row);
+      for (int64_t i = block_begin; weighted && i < block_end; ++i) s_.weight[i] = quantise(weights[i]);
+      int64_t i = block_begin;
+      for (; i + kLanes <= block_end; i += kLanes)
         for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
-      for (; i < end; ++i) lane[row[i] >> 16] += votes_of(i);
+      for (; i < block_end; ++i) lane[row[i] >> 16] += votes_of(i);
     }
     for (int64_t j = 1; j < lanes; ++j)
       for (int64_t p = 0; p < none; ++p) lane[p] += lane[j * stride + p];
@@ -223,18 +221,18 @@ class Voter {
       const int64_t votes = lane[p];
       s_.parents[parents_++] = {static_cast<uint64_t>(p), kNotCounted, votes, std::min(votes, last_), 0};
     });
-    Count* const cells = reinterpret_cast<Count*>(s_.area);
-    const int64_t room = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : s_.fanout_cells;
+    Count* const cells = reinterpret_cast<Count*>(s_.buffer);
+    const int64_t capacity = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : s_.fanout_cells;
     int64_t used = 0;
-    std::fill(cells + room, cells + room + last_, Count{0});
+    std::fill(cells + capacity, cells + capacity + last_, Count{0});
     for (int round = 0; parents_; ++round) {
-      s_.apportionment.assign(s_.parents, parents_);
+      s_.allocation.allocate(s_.parents, parents_);
       const int64_t before = used;
-      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(room));
+      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(capacity));
       for (int64_t p = 0; p < parents_; ++p) {
         Parent& parent = s_.parents[p];
         if (!parent.seats || parent.begin != kNotCounted) continue;
-        if (used + last_ > room || round == kMostReadings) return (parents_ = 0);
+        if (used + last_ > capacity || round == kMostPasses) return (parents_ = 0);
         s_.block[parent.number] = static_cast<uint32_t>(parent.begin = used);
         used += last_;
       }
@@ -243,9 +241,9 @@ class Voter {
       const uint32_t* const block = s_.block;
       const auto cell_of = [&](int64_t i) { return block[row[i] >> 16] + (row[i] & 0xffff); };
       int64_t i = 0;
-      for (; i + 4 <= rows; i += 4) {  // four places, then four sums: 1.6 times as fast as one by one
-        const uint32_t at[4] = {cell_of(i), cell_of(i + 1), cell_of(i + 2), cell_of(i + 3)};
-        for (int64_t j = 0; j < 4; ++j) cells[at[j]] += votes_of(i + j);
+      for (; i + 4 <= rows; i += 4) {  // four addresses, then four additions: 1.6 times as fast as one by one
+        const uint32_t cell[4] = {cell_of(i), cell_of(i + 1), cell_of(i + 2), cell_of(i + 3)};
+        for (int64_t j = 0; j < 4; ++j) cells[cell[j]] += votes_of(i + j);
       }
       for (; i < rows; ++i) cells[cell_of(i)] += votes_of(i);
       bool settled = true;
@@ -267,7 +265,7 @@ class Voter {
         s_.last_code[candidates_] = static_cast<uint32_t>(code);
         s_.owner[candidates_] = static_cast<uint32_t>(p);
         all_votes_ |= cell[code];
-        key_[candidates_] = rank_word(cell[code], candidates_);
+        key_[candidates_] = sort_key(cell[code], candidates_);
         ++candidates_;
       });
       seated_ += std::min(parent.seats, candidates_ - before);
@@ -275,12 +273,13 @@ class Voter {
     return true;
   }
 
-  /// row[i] of rows [at, end): parent << 16 | last code; the parent `parents_possible` where a code is out of range.
+  /// row[i] = parent << 16 | last code for rows [begin, end). The parent is parents_possible where a code is out of
+  /// range.
   template <int L>
-  void locate(const int32_t* codes, int64_t at, int64_t end, uint32_t* row) const noexcept {
+  void locate(const int32_t* codes, int64_t begin, int64_t end, uint32_t* row) const noexcept {
     const int levels = L ? L : levels_;
     const uint32_t none = static_cast<uint32_t>(s_.parents_possible) << 16;
-    for (int64_t i = at; i < end; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int32_t* const c = codes + i * levels;
       const uint32_t last = static_cast<uint32_t>(c[levels - 1]);
       bool ok = last < static_cast<uint32_t>(last_);
@@ -311,7 +310,7 @@ class Voter {
       if (cell[i] >= least) f(i);
   }
 
-  /// In Count, so that lanes are not widened; n is below 2^24.
+  /// The sum is a Count, so that lanes are not widened; n is below 2^24.
   template <class Count>
   static int64_t count_at_least(const Count* cell, int64_t n, Count least) noexcept {
     Count found = 0;
@@ -319,26 +318,28 @@ class Voter {
     return found;
   }
 
-  /// At most the votes that a leaf of this parent, which has seats, needs for one; votes [n] of its leaves, or zero.
+  /// A lower bound of the votes that a leaf of this parent, which has seats, needs for a seat. votes [n]: of its
+  /// leaves, zeros among them.
   template <class Count>
   static Count least_votes(const Parent& parent, const Count* votes, int64_t n) noexcept {
-    if (parent.seats >= parent.leaves / 2) return 1;  // little to leave out; from here on votes >= leaves > 2 seats
-    // the seats-th largest is not above the mean of the seats largest
+    if (parent.seats >= parent.leaves / 2)
+      return 1;  // few leaves could be left out; from here on votes >= leaves > 2 seats
+    // the seats-th largest number of votes is at most the mean of the `seats` largest
     Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);
     while (least > 1 && count_at_least(votes, n, least) < parent.seats) least /= 2;
     return least;
   }
 
-  /// The candidates, by votes and code, as long as their parents have seats; returns how many.
+  /// Writes the candidates, by votes and code, as long as their parents have seats; returns how many.
   int64_t write(int32_t* codes, int64_t* out_votes) noexcept {
-    sort_ranks(candidates_, all_votes_, key_, spare_);
-    const uint64_t* word = key_;
-    for (int64_t kept = 0; kept < seated_; ++word) {
-      const int64_t place = place_of(*word);
-      Parent& parent = s_.parents[s_.owner[place]];
+    sort_by_votes(candidates_, all_votes_, key_, spare_);
+    const uint64_t* sorted = key_;
+    for (int64_t kept = 0; kept < seated_; ++sorted) {
+      const int64_t index = index_of(*sorted);
+      Parent& parent = s_.parents[s_.owner[index]];
       int32_t* const c = codes + kept * levels_;
-      out_votes[kept] = static_cast<int64_t>(kMostVotes - (*word >> kPlaceBits));
-      c[levels_ - 1] = static_cast<int32_t>(s_.last_code[place]);
+      out_votes[kept] = static_cast<int64_t>(kMostVotes - (*sorted >> kIndexBits));
+      c[levels_ - 1] = static_cast<int32_t>(s_.last_code[index]);
       uint64_t number = parent.number;
       for (int l = levels_ - 2; l > 0; --l) {
         c[l] = static_cast<int32_t>(number % static_cast<uint64_t>(body_.size[l]));
@@ -379,11 +380,12 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
   HISAC_TRY(arena.check("vote"));
-  const size_t each = arena.used() / static_cast<size_t>(workers_of(context));
+  const size_t slice_bytes = arena.used() / static_cast<size_t>(workers_of(context));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
-    Arena mine({context.workspace.data + static_cast<size_t>(worker) * each, {static_cast<int64_t>(each)}});
+    Arena slice(
+        {context.workspace.data + static_cast<size_t>(worker) * slice_bytes, {static_cast<int64_t>(slice_bytes)}});
     Scratch scratch;
-    scratch.carve(mine, book, params, longest);
+    scratch.carve(slice, book, params, longest);
     Voter voter(book, params, scratch);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = histories.start(b), rows = histories.end(b) - first;

@@ -20,22 +20,22 @@ constexpr size_t kScanBytes = kWide / 32 * sizeof(int64_t);
 
 /// op over what the block's earlier threads give, and `total` before them; then total is op over all.
 template <class Op>
-SIMT_DEVICE int64_t scan(int64_t own, int64_t* total, Op op) {
+SIMT_DEVICE int64_t scan(int64_t value, int64_t* total, Op op) {
   auto* const sums = reinterpret_cast<int64_t*>(simt::shared());  // of each warp
   const int lane = simt::lane();
   for (int m = 1; m < 32; m *= 2) {
-    const int64_t left = simt::shuffle(own, lane < m ? lane : lane - m);
-    if (lane >= m) own = op(own, left);
+    const int64_t left = simt::shuffle(value, lane < m ? lane : lane - m);
+    if (lane >= m) value = op(value, left);
   }
   SIMT_UNLESS_PLANTED(57, simt::sync());
-  if (lane == 31) sums[simt::warp()] = own;
+  if (lane == 31) sums[simt::warp()] = value;
   simt::sync();
   int64_t before = *total;
   for (int w = 0; w < kWide / 32; ++w) {
     if (w < simt::warp()) before = op(before, sums[w]);
     *total = op(*total, sums[w]);
   }
-  const int64_t left = simt::shuffle(own, lane ? lane - 1 : 0);
+  const int64_t left = simt::shuffle(value, lane ? lane - 1 : 0);
   return lane ? op(before, left) : before;
 }
 
@@ -49,29 +49,31 @@ SIMT_KERNEL(kWide) plan_units(SIMT_CONSTANT Task t) {
   int64_t ended = 0, units = 0;  // units; above 32 bits: users of several
   for (int64_t first = 0; first <= t.users; first += kWide) {
     const int64_t b = first + simt::thread();
-    int64_t start = b < t.users ? t.offset(t.starts, b) : t.candidates;
-    int64_t end = b < t.users ? t.offset(t.ends, b) : t.candidates;
+    int64_t start = b < t.users ? t.clamped(t.starts, b) : t.candidates;
+    int64_t end = b < t.users ? t.clamped(t.ends, b) : t.candidates;
     if (end < start) end = start;
     const int64_t before = scan(end, &ended, [](int64_t x, int64_t y) { return x < y ? y : x; });
     start = start < before ? before : start;
     end = end < start ? start : end;
-    int64_t nobody = 0, own = (end - start + size - 1) / size;
-    SIMT_UNLESS_PLANTED(58, nobody = spans ? 0 : (start - before + size - 1) / size);
-    if (spans && b < t.users && own == 0) own = 1;
-    const int64_t several = spans && own > 1;
-    const int64_t place = scan(nobody + own + (several << 32), &units, [](int64_t x, int64_t y) { return x + y; });
-    const int64_t at = place & 0xffffffff;
+    int64_t gap_units = 0, user_units = (end - start + size - 1) / size;
+    SIMT_UNLESS_PLANTED(58, gap_units = spans ? 0 : (start - before + size - 1) / size);
+    if (spans && b < t.users && user_units == 0) user_units = 1;
+    const int64_t several = spans && user_units > 1;
+    const int64_t place =
+        scan(gap_units + user_units + (several << 32), &units, [](int64_t x, int64_t y) { return x + y; });
+    const int64_t unit = place & 0xffffffff;
     const auto cut = [&](int64_t from, int64_t to, int64_t n, int64_t where, int64_t user) {
       for (int64_t i = 0; i < n; ++i)
         list.unit[where + i] = {static_cast<int32_t>(user), static_cast<int32_t>(from + i * size),
                                 static_cast<int32_t>(from + (i + 1) * size < to ? from + (i + 1) * size : to)};
     };
-    cut(before, start, nobody, at, -1);
-    cut(start, end, own, at + nobody, b);
+    cut(before, start, gap_units, unit, -1);
+    cut(start, end, user_units, unit + gap_units, b);
     if (!spans) continue;
-    if (b <= t.users) list.before[b] = static_cast<int32_t>(at);
+    if (b <= t.users) list.before[b] = static_cast<int32_t>(unit);
     if (several)
-      list.shared[place >> 32] = {static_cast<int32_t>(b), static_cast<int32_t>(at - b), static_cast<int32_t>(own)};
+      list.shared[place >> 32] = {static_cast<int32_t>(b), static_cast<int32_t>(unit - b),
+                                  static_cast<int32_t>(user_units)};
   }
   if (simt::thread() == 0)
     *list.head = {static_cast<int32_t>(units & 0xffffffff), static_cast<int32_t>(units >> 32), 0};
@@ -154,25 +156,21 @@ Task describe(const AttendInputs& in) {
 Status lay_out(Task& t, const char* verb, bool gradients, const simt::Machine& machine) {
   const int64_t parts = exact(t) ? 1 : 2, depth[2] = {t.q.depth, t.values.depth};
   for (t.warps = kThreads / 32;; t.warps /= 2) {
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      const int64_t at = used;
-      used += (bytes + 15) / 16 * 16;
-      return static_cast<int>(std::min<int64_t>(at, 1 << 30));
-    };
+    SharedLayout shared;
     for (int i = 0; i < 2; ++i) {
-      t.at.own[i] = take(i && !gradients ? 0 : (depth[i] + 8) * 16 * t.warps * 2 * parts);
-      t.at.other[i] = take((std::min<int64_t>(depth[i], kChunk) + 8) * kRows * 2 * parts);
+      t.offset.kept[i] = shared.take(i && !gradients ? 0 : (depth[i] + 8) * 16 * t.warps * 2 * parts);
+      t.offset.streamed[i] = shared.take((std::min<int64_t>(depth[i], kChunk) + 8) * kRows * 2 * parts);
     }
-    t.at.own_terms = take(2 * 16 * t.warps * 4);
-    t.at.terms = take(2 * kRows * 4);
-    t.at.work = take(AttendTile<kForward, 1>::kWorkBytes);
-    t.shared_bytes = static_cast<size_t>(used);
+    t.offset.kept_terms = shared.take(2 * 16 * t.warps * 4);
+    t.offset.streamed_terms = shared.take(2 * kRows * 4);
+    t.offset.work = shared.take(AttendTile<kForward, 1>::kWorkBytes);
+    t.shared_bytes = static_cast<size_t>(shared.bytes());
     if (t.shared_bytes <= machine.shared) return {};
     if (t.warps == 1)
       return Status::error(Code::not_implemented,
-                           "%s: expected a device with %zu bytes of shared memory a block, got %zu", verb,
-                           t.shared_bytes, machine.shared);
+                           "%s: expected d and V that need at most %zu bytes of shared memory a block on this device, "
+                           "got %d and %d, which need %zu",
+                           verb, machine.shared, t.q.width, t.values.width, t.shared_bytes);
   }
 }
 

@@ -49,7 +49,7 @@ struct Matrix {
         type(m.dtype),
         width(static_cast<int>(m.width)),
         depth((width + 15) / 16 * 16),
-        aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 && m.width * size_of(type) % 16 == 0) {}
+        aligned(cuda::aligned(m)) {}
   SIMT_BOTH int chunks() const { return (depth + kChunk - 1) / kChunk; }
 };
 
@@ -65,8 +65,8 @@ struct Task {
   const float *lse = nullptr, *d_lse = nullptr;  // [N, H] of the backward
   int warps = 0;                                 // of a block, a power of two; 16 rows each
   struct Offsets {                               // in shared memory
-    int own[2], other[2], own_terms, terms, work;
-  } at = {};
+    int kept[2], streamed[2], kept_terms, streamed_terms, work;
+  } offset = {};
   size_t shared_bytes = 0;
   // workspace
   List tiles, spans;
@@ -76,7 +76,7 @@ struct Task {
   void* result = nullptr;
   float *result_lse = nullptr, *d_q = nullptr, *d_keys = nullptr, *d_values = nullptr, *d_bias = nullptr;
 
-  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
+  SIMT_DEVICE int64_t clamped(const void* p, int64_t b) const {
     const int64_t s = wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
     return s < 0 ? 0 : s > candidates ? candidates : s;
   }
@@ -91,8 +91,5 @@ struct Task {
     return column_tiles(pass) * (pass == kOfTokens ? (tokens + 16 * warps - 1) / (16 * warps) : 1);
   }
 };
-
-/// A logit in base 2 to which another may be added; NaN loses.
-SIMT_DEVICE float bounded(float x) { return smaller(larger(x, -1.7e38f), 1.7e38f); }
 
 }  // namespace hisac::cuda::attention

@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner kernel of `attend` and its backward. A block keeps up to 64 rows of one side of a head, 16 a warp; the
-// other side's rows stream past, 32 a step. Own rows are candidates for the outputs and d q, and tokens for what sums
-// over candidates, so that all sums stay in registers. Logits become weights, and d logits, where the tensor cores
-// leave them, and go back as operands. Whatever streams comes from memory through registers: any type and alignment
-// ends there; several blocks a processor hide its latency. A side's chunks turn so that the last one is that of the
-// wanted columns: it is still there when the weights are.
+// The inner kernel of `attend` and its backward. A block keeps up to 64 rows of one side of a head, while the other
+// side's rows stream past, 32 a step:
+//
+//                   out and lse, d q      d keys, d values, d bias
+//   kept rows       candidates            tokens
+//   streamed rows   tokens                candidates
+//
+//   warp w          16 kept rows. In registers: z [16, 32], logits and then weights; slopes [16, 32] (backward); sum
+//                   [16, 128 columns of the result]. So all sums stay in registers.
+//   shared memory   q or keys of all kept rows, in bfloat16 parts; d_out or values of them too (backward); one chunk of
+//                   up to 128 columns of 32 streamed rows of either matrix; what each row adds to logits and slopes.
+//
+// A step takes the chunks in turn: memory to registers to operands, which is where types and alignments end; barrier;
+// products; barrier. Nothing is copied asynchronously: several blocks of a processor hide the latency. The chunk of
+// the wanted columns comes last, so it is still there when z and slopes are weights and gradients, and multiply it.
 #pragma once
 #include "cuda/attend_task.h"
 
@@ -14,12 +23,12 @@ namespace hisac::cuda::attention {
 template <Pass kPass, int P>
 class AttendTile {
   static constexpr bool kGradients = kPass != kForward, kTokens = kPass == kOfTokens;
-  static constexpr int kAhead = P > 1 ? 2 : kGradients ? 3 : 4;  // pieces under way; as registers allow
-  static constexpr int kWords = 4 * P;                           // of a piece, eight neighbours
-  static constexpr int kNone = 1 << 30;                          // a column past every matrix
+  static constexpr int kPrefetched = P > 1 ? 2 : kGradients ? 3 : 4;  // pieces under way; as registers allow
+  static constexpr int kWords = 4 * P;                                // of a piece, eight neighbours
+  static constexpr int kNone = 1 << 30;                               // a column past every matrix
 
   struct Work {
-    int32_t some, user, head, own, own_rows, other, other_rows, column, slot, span;
+    int32_t found, user, head, kept, kept_rows, streamed, streamed_rows, column, slot, span;
   };
 
  public:
@@ -31,7 +40,7 @@ class AttendTile {
     for (;;) {
       if (simt::thread() == 0) take();
       simt::sync();
-      if (!work().some) return;
+      if (!work().found) return;
       if (work().user < 0)
         nobody();
       else
@@ -42,21 +51,21 @@ class AttendTile {
 
  private:
   static SIMT_DEVICE float* floats(int offset) { return reinterpret_cast<float*>(simt::shared() + offset); }
-  SIMT_DEVICE Work& work() const { return *reinterpret_cast<Work*>(simt::shared() + t.at.work); }
+  SIMT_DEVICE Work& work() const { return *reinterpret_cast<Work*>(simt::shared() + t.offset.work); }
   /// 0: q or keys, 1: d_out or values.
   SIMT_DEVICE const Matrix& matrix(bool tokens, int which) const {
     return tokens ? which ? t.values : t.keys : which ? t.d_out : t.q;
   }
-  SIMT_DEVICE Operand<P> own(int which) const {
+  SIMT_DEVICE Operand<P> kept(int which) const {
     const int pitch = matrix(kTokens, which).depth + 8;
-    return {reinterpret_cast<uint16_t*>(simt::shared() + t.at.own[which]), pitch, 16 * t.warps * pitch};
+    return {reinterpret_cast<uint16_t*>(simt::shared() + t.offset.kept[which]), pitch, 16 * t.warps * pitch};
   }
-  SIMT_DEVICE Operand<P> other(int which) const {
+  SIMT_DEVICE Operand<P> streamed(int which) const {
     const int pitch = least(matrix(!kTokens, which).depth, kChunk) + 8;
-    return {reinterpret_cast<uint16_t*>(simt::shared() + t.at.other[which]), pitch, kRows * pitch};
+    return {reinterpret_cast<uint16_t*>(simt::shared() + t.offset.streamed[which]), pitch, kRows * pitch};
   }
   /// The warp's first row: where there are few candidates, heads spread them over the warps.
-  SIMT_DEVICE int mine() const { return ((simt::warp() + work().head) & (t.warps - 1)) * 16; }
+  SIMT_DEVICE int warp_row() const { return ((simt::warp() + work().head) & (t.warps - 1)) * 16; }
   SIMT_DEVICE int64_t row_of(bool tokens, int i) const {
     return (tokens ? int64_t{work().user} * t.tokens + i : i) * t.heads + work().head;
   }
@@ -67,18 +76,18 @@ class AttendTile {
     const int tiles = t.tiles_of(kPass), columns = t.column_tiles(kPass);
     const auto item = static_cast<int64_t>(simt::atomic_add(&list.head->next, 1ull));
     const int64_t unit = item / tiles / t.heads;
-    w.some = unit < list.head->units;
-    if (!w.some) return;
+    w.found = unit < list.head->units;
+    if (!w.found) return;
     const Unit u = list.unit[unit];
     const int tile = static_cast<int>(item % tiles);
     w.user = u.user;
     w.head = static_cast<int>(item / tiles % t.heads);
     w.column = tile % columns * (kTokens ? kColumns / 2 : kColumns);
     const int first = tile / columns * 16 * t.warps, count = least(t.tokens - first, 16 * t.warps);
-    w.own = kTokens ? first : u.first;
-    w.own_rows = kTokens ? count : u.last - u.first;
-    w.other = kTokens ? u.first : 0;
-    w.other_rows = kTokens ? u.last - u.first : t.tokens;
+    w.kept = kTokens ? first : u.first;
+    w.kept_rows = kTokens ? count : u.last - u.first;
+    w.streamed = kTokens ? u.first : 0;
+    w.streamed_rows = kTokens ? u.last - u.first : t.tokens;
     w.span = static_cast<int>(unit);
     if (kTokens) w.slot = unit == t.spans.before[u.user] ? -1 : static_cast<int>(unit) - u.user - 1;
   }
@@ -87,8 +96,8 @@ class AttendTile {
   SIMT_DEVICE void nobody() const {
     const Work& w = work();
     const int width = kGradients ? t.q.width : t.values.width;
-    for (int i = simt::thread(); w.column == 0 && i < w.own_rows; i += simt::threads()) {
-      const int64_t row = row_of(false, w.own + i);
+    for (int i = simt::thread(); w.column == 0 && i < w.kept_rows; i += simt::threads()) {
+      const int64_t row = row_of(false, w.kept + i);
       if (!kGradients) t.result_lse[row] = -kInfinity;
       for (int c = 0; c < width; ++c) {
         if (kGradients)
@@ -132,15 +141,15 @@ class AttendTile {
       if (P == 1)
         high.word[i] = pair;
       else if (type == DType::float32)
-        high.word[i] = split_wide(simt::float_of(x), simt::float_of(y), &low.word[i]);
+        high.word[i] = bf16_parts_clamped(simt::float_of(x), simt::float_of(y), &low.word[i]);
       else if (type == DType::float16)
-        high.word[i] = split_wide(simt::from_half(static_cast<uint16_t>(pair)),
-                                  simt::from_half(static_cast<uint16_t>(pair >> 16)), &low.word[i]);
+        high.word[i] = bf16_parts_clamped(simt::from_half(static_cast<uint16_t>(pair)),
+                                          simt::from_half(static_cast<uint16_t>(pair >> 16)), &low.word[i]);
       else
-        high.word[i] = split_wide(of_bfloat16(pair), simt::float_of(pair & 0xffff0000u), &low.word[i]);
+        high.word[i] = bf16_parts_clamped(of_bfloat16(pair), simt::float_of(pair & 0xffff0000u), &low.word[i]);
     }
     *reinterpret_cast<simt::Quad*>(to.data) = high;
-    if (P > 1) *reinterpret_cast<simt::Quad*>(to.data + to.apart) = low;
+    if (P > 1) *reinterpret_cast<simt::Quad*>(to.data + to.part_stride) = low;
   }
 
   /// A chunk of a matrix as pieces of eight neighbours: a row is a power of two of them, some of them empty.
@@ -153,7 +162,7 @@ class AttendTile {
               other ? b.column : column,
               other ? b.log : log,
               other ? b.pieces : pieces,
-              {other ? b.to.data : to.data, other ? b.to.pitch : to.pitch, other ? b.to.apart : to.apart}};
+              {other ? b.to.data : to.data, other ? b.to.pitch : to.pitch, other ? b.to.part_stride : to.part_stride}};
     }
   };
   SIMT_DEVICE Chunk chunk_at(bool tokens, int which, int column, int rows, const Operand<P>& to) const {
@@ -165,33 +174,33 @@ class AttendTile {
   }
 
   /// Rows [first, first + valid) of a side as operands, then zeros to the next 16: from each matrix the chunk at a
-  /// column, none where that is past the last. What an absent token holds must not meet a weight of 0. Up to kAhead
-  /// pieces are on their way before a thread waits for any.
+  /// column, none where that is past the last. What an absent token holds must not meet a weight of 0. Up to
+  /// kPrefetched pieces are on their way before a thread waits for any.
   template <bool kOfTokens>
   SIMT_DEVICE void stage(int first, int valid, int column0, int column1, const Operand<P>& to0,
                          const Operand<P>& to1) const {
     const int rows = (valid + 15) / 16 * 16;
     const Chunk a = chunk_at(kOfTokens, 0, column0, rows, to0), b = chunk_at(kOfTokens, 1, column1, rows, to1);
     const int pieces = a.pieces + b.pieces, step = simt::threads();
-    const auto each_ahead = [&](int n, auto f) {  // f(j, chunk, row, its first column, there is one)
-      SIMT_EACH (j, kAhead) {
-        const int at = n + j * step;
-        const Chunk c = a.or_else(b, at >= a.pieces);
-        const int k = at < a.pieces ? at : at - a.pieces, column = (k & ((1 << c.log) - 1)) * 8;
-        f(j, c, k >> c.log, column, at < pieces && c.column + column < c.m->depth);
+    const auto each_prefetched = [&](int n, auto f) {  // f(j, chunk, row, its first column, there is one)
+      SIMT_EACH (j, kPrefetched) {
+        const int piece = n + j * step;
+        const Chunk c = a.or_else(b, piece >= a.pieces);
+        const int k = piece < a.pieces ? piece : piece - a.pieces, column = (k & ((1 << c.log) - 1)) * 8;
+        f(j, c, k >> c.log, column, piece < pieces && c.column + column < c.m->depth);
       }
     };
-    SIMT_ROLLED for (int n = simt::thread(); n < pieces; n += kAhead * step) {
-      uint32_t word[kAhead][kWords];
-      float here[kAhead];
-      each_ahead(n, [&](int j, const Chunk& c, int row, int column, bool some) {
-        some = some && row < valid;
-        here[j] = kOfTokens && some ? bias(first + row) : 0.f;
-        read(*c.m, row_of(kOfTokens, first + row), c.column + column, some, word[j]);
+    SIMT_ROLLED for (int n = simt::thread(); n < pieces; n += kPrefetched * step) {
+      uint32_t word[kPrefetched][kWords];
+      float here[kPrefetched];
+      each_prefetched(n, [&](int j, const Chunk& c, int row, int column, bool inside) {
+        inside = inside && row < valid;
+        here[j] = kOfTokens && inside ? bias(first + row) : 0.f;
+        read(*c.m, row_of(kOfTokens, first + row), c.column + column, inside, word[j]);
       });
-      each_ahead(n, [&](int j, const Chunk& c, int row, int column, bool some) {
+      each_prefetched(n, [&](int j, const Chunk& c, int row, int column, bool inside) {
         SIMT_EACH (i, kWords) SIMT_UNLESS_PLANTED(54, word[j][i] = finite(here[j]) ? word[j][i] : 0);
-        if (some) write(word[j], c.m->type, c.to.at(row, column));
+        if (inside) write(word[j], c.m->type, c.to.from(row, column));
       });
     }
   }
@@ -220,28 +229,28 @@ class AttendTile {
 
   SIMT_DEVICE void item() {
     const Work& w = work();
-    const bool active = mine() < w.own_rows;
+    const bool active = warp_row() < w.kept_rows;
     SIMT_EACH (n, kColumns / 8)
       SIMT_EACH (i, 4) sum[n][i] = 0;
     SIMT_EACH (r, 2) {
-      top[r] = -kInfinity;
+      max_logit[r] = -kInfinity;
       mass[r] = 0;
     }
-    if (kGradients) stage_terms(kTokens, w.own, w.own_rows, 16 * t.warps, floats(t.at.own_terms));
+    if (kGradients) stage_terms(kTokens, w.kept, w.kept_rows, 16 * t.warps, floats(t.offset.kept_terms));
     for (int c = 0; c < t.keys.depth || (kGradients && c < t.values.depth); c += kChunk)
-      stage<kTokens>(w.own, w.own_rows, c, kGradients ? c : kNone, own(0).at(0, c), own(1).at(0, c));
+      stage<kTokens>(w.kept, w.kept_rows, c, kGradients ? c : kNone, kept(0).from(0, c), kept(1).from(0, c));
     const int turns[2] = {matrix(!kTokens, 0).chunks(), kGradients ? matrix(!kTokens, 1).chunks() : 1};
     const int last = (turns[0] > turns[1] ? turns[0] : turns[1]) - 1;
-    SIMT_ROLLED for (int at = 0; at < w.other_rows; at += kRows) {
-      const int rows = least(w.other_rows - at, kRows);
+    SIMT_ROLLED for (int first = 0; first < w.streamed_rows; first += kRows) {
+      const int rows = least(w.streamed_rows - first, kRows);
       SIMT_EACH (n, kRows / 8)
         SIMT_EACH (i, 4) z[n][i] = slopes[n][i] = 0;
       SIMT_ROLLED for (int turn = 0; turn <= last; ++turn) {
         const int chunk[2] = {chunk_of(turn, turns[0]), kGradients ? chunk_of(turn, turns[1]) : w.column};
         const bool both = kGradients ? turn < turns[1] : turn == last;
-        stage<!kTokens>(w.other + at, rows, turn < turns[0] ? chunk[0] : kNone, both ? chunk[1] : kNone, other(0),
-                        other(1));
-        if (turn == last) stage_terms(!kTokens, w.other + at, rows, kRows, floats(t.at.terms));
+        stage<!kTokens>(w.streamed + first, rows, turn < turns[0] ? chunk[0] : kNone, both ? chunk[1] : kNone,
+                        streamed(0), streamed(1));
+        if (turn == last) stage_terms(!kTokens, w.streamed + first, rows, kRows, floats(t.offset.streamed_terms));
         SIMT_UNLESS_PLANTED(52, simt::sync());
         if (active && turn < turns[0]) multiply(z, 0, chunk[0], rows);
         if (active && kGradients && turn < turns[1]) multiply(slopes, 1, chunk[1], rows);
@@ -249,7 +258,7 @@ class AttendTile {
         SIMT_UNLESS_PLANTED(53, simt::sync());
       }
     }
-    if (w.other_rows == 0) simt::sync();  // own rows are there
+    if (w.streamed_rows == 0) simt::sync();  // the kept rows are there
     if (!active) return;
     if (kPass == kForward) end_forward();
     if (kPass == kOfCandidates) end_candidates();
@@ -261,28 +270,29 @@ class AttendTile {
 
   SIMT_DEVICE void multiply(float (&to)[kRows / 8][4], int which, int chunk, int rows) const {
     const int columns = least(matrix(kTokens, which).depth - chunk, kChunk);
-    multiply_rows<P>(to, own(which).at(mine(), chunk), other(which), columns, rows);
+    multiply_rows<P>(to, kept(which).from(warp_row(), chunk), streamed(which), columns, rows);
   }
 
   SIMT_DEVICE void add(int rows) {
     const int column = work().column;
     if (!kGradients) {
       weigh();
-      multiply_weights<kColumns / 8, P>(sum, z, other(1), rows, t.values.depth - column);
+      multiply_weights<kColumns / 8, P>(sum, z, streamed(1), rows, t.values.depth - column);
       return;
     }
     differentiate();
     if (kPass == kOfCandidates) {
-      multiply_weights<kColumns / 8, P>(sum, slopes, other(0), rows, t.keys.depth - column);
+      multiply_weights<kColumns / 8, P>(sum, slopes, streamed(0), rows, t.keys.depth - column);
     } else {  // half a chunk of each
       const int half = column % kChunk;
-      multiply_weights<kColumns / 16, P>(sum, slopes, other(0).at(0, half), rows, t.keys.depth - column);
-      multiply_weights<kColumns / 16, P>(sum + kColumns / 16, z, other(1).at(0, half), rows, t.values.depth - column);
+      multiply_weights<kColumns / 16, P>(sum, slopes, streamed(0).from(0, half), rows, t.keys.depth - column);
+      multiply_weights<kColumns / 16, P>(sum + kColumns / 16, z, streamed(1).from(0, half), rows,
+                                         t.values.depth - column);
     }
   }
 
-  /// z <- 2^(z - top), one step of the online softmax. The largest weight is 2^-spread and their sum below 1, so that
-  /// no finite value overflows.
+  /// z <- 2^(z - max_logit), one step of the online softmax. The largest weight is 2^-spread and their sum below 1, so
+  /// that no finite value overflows.
   SIMT_DEVICE void weigh() {
     const int q = simt::lane() & 3;
     SIMT_EACH (r, 2) {
@@ -290,21 +300,21 @@ class AttendTile {
       SIMT_EACH (n, kRows / 8)
         SIMT_EACH (i, 2) {
           float& y = z[n][2 * r + i];
-          y = bounded(t.rate * y) + floats(t.at.terms)[n * 8 + 2 * q + i];
+          y = bounded(t.rate * y) + floats(t.offset.streamed_terms)[n * 8 + 2 * q + i];
           peak = larger(peak, y);
         }
       peak = larger(peak, simt::shuffle_xor(peak, 1));
       peak = larger(peak, simt::shuffle_xor(peak, 2));
       SIMT_UNLESS_PLANTED(56, peak += t.spread);
-      peak = larger(peak, top[r]);
+      peak = larger(peak, max_logit[r]);
       const float safe = peak == -kInfinity ? 0.f : peak;  // nothing yet: -inf - -inf would be NaN
-      const float factor = simt::exp2(top[r] - safe);
-      if (peak != top[r]) {
+      const float factor = simt::exp2(max_logit[r] - safe);
+      if (peak != max_logit[r]) {
         mass[r] *= factor;
         SIMT_EACH (n, kColumns / 8)
           SIMT_EACH (i, 2) sum[n][2 * r + i] *= factor;
       }
-      top[r] = peak;
+      max_logit[r] = peak;
       SIMT_EACH (n, kRows / 8)
         SIMT_EACH (i, 2) {
           float& y = z[n][2 * r + i];
@@ -316,16 +326,17 @@ class AttendTile {
 
   /// z <- w = 2^(z - lse), slopes <- dz = w (dout . values - dout . out + dlse).
   SIMT_DEVICE void differentiate() {
-    const float* const theirs = floats(t.at.terms) + 2 * (simt::lane() & 3);
+    const float* const streamed_terms = floats(t.offset.streamed_terms) + 2 * (simt::lane() & 3);
     SIMT_EACH (r, 2) {
-      const float* const ours = floats(t.at.own_terms) + mine() + simt::lane() / 4 + 8 * r;
-      const float shift = ours[0], slope = kTokens ? 0.f : ours[16 * t.warps];
+      const float* const kept_terms = floats(t.offset.kept_terms) + warp_row() + simt::lane() / 4 + 8 * r;
+      const float shift = kept_terms[0], slope = kTokens ? 0.f : kept_terms[16 * t.warps];
       SIMT_EACH (n, kRows / 8)
         SIMT_EACH (i, 2) {
           float &y = z[n][2 * r + i], &dz = slopes[n][2 * r + i];
-          const float other = theirs[n * 8 + i], logit = bounded(t.rate * y) + (kTokens ? shift : other);
-          y = simt::exp2(logit + (kTokens ? other : shift));
-          dz = y * (dz + (kTokens ? theirs[kRows + n * 8 + i] : slope));
+          const float streamed_shift = streamed_terms[n * 8 + i],
+                      logit = bounded(t.rate * y) + (kTokens ? shift : streamed_shift);
+          y = simt::exp2(logit + (kTokens ? streamed_shift : shift));
+          dz = y * (dz + (kTokens ? streamed_terms[kRows + n * 8 + i] : slope));
           if (kTokens) mass[r] += dz;
         }
     }
@@ -338,10 +349,10 @@ class AttendTile {
   SIMT_DEVICE void each(F f) const {
     const Work& w = work();
     SIMT_EACH (r, 2) {
-      const int row = mine() + simt::lane() / 4 + 8 * r;
-      if (row >= w.own_rows) continue;
+      const int row = warp_row() + simt::lane() / 4 + 8 * r;
+      if (row >= w.kept_rows) continue;
       SIMT_EACH (n, kColumns / 8)
-        SIMT_EACH (i, 2) f(w.own + row, r, n * 8 + 2 * (simt::lane() & 3) + i, sum[n][2 * r + i]);
+        SIMT_EACH (i, 2) f(w.kept + row, r, n * 8 + 2 * (simt::lane() & 3) + i, sum[n][2 * r + i]);
     }
   }
 
@@ -351,24 +362,25 @@ class AttendTile {
   }
 
   SIMT_DEVICE void end_forward() {
-    float odd[4] = {};  // q times 0: NaN where a candidate's q is not finite, which is its own
-    const Operand<P> q = own(0).at(mine(), 0);
+    float q_nan[4] = {};  // q times 0: NaN for a candidate whose q is not finite
+    const Operand<P> q = kept(0).from(warp_row(), 0);
     SIMT_EACH (part, P) SIMT_ROLLED for (int k = 0; k < t.q.depth; k += 16) {
         uint32_t left[4];
         simt::load_matrices(left, q.place(part, 0, k));
-        SIMT_UNLESS_PLANTED(55, simt::multiply_add(odd, left, 0, 0));
+        SIMT_UNLESS_PLANTED(55, simt::multiply_add(q_nan, left, 0, 0));
       }
     SIMT_EACH (r, 2) mass[r] = over_lanes(mass[r]);
-    const float scale[2] = {top[0] == -kInfinity ? 0.f : 1.f / mass[0], top[1] == -kInfinity ? 0.f : 1.f / mass[1]};
+    const float scale[2] = {max_logit[0] == -kInfinity ? 0.f : 1.f / mass[0],
+                            max_logit[1] == -kInfinity ? 0.f : 1.f / mass[1]};
     each([&](int row, int r, int c, float x) {
       const int column = work().column + c;
-      const int64_t at = row_of(false, row);
+      const int64_t out = row_of(false, row);
       if (column < t.values.width)
-        store(t.result, t.q.type, at * t.values.width + column,
-              (top[r] == -kInfinity ? 0.f : x * scale[r]) + odd[2 * r]);
+        store(t.result, t.q.type, out * t.values.width + column,
+              (max_logit[r] == -kInfinity ? 0.f : x * scale[r]) + q_nan[2 * r]);
       if (column != 0) return;
-      const double total = static_cast<double>(top[r]) + static_cast<double>(simt::log2(mass[r]));
-      t.result_lse[at] = (top[r] == -kInfinity ? -kInfinity : static_cast<float>(total * kLn2)) + odd[2 * r];
+      const double total = static_cast<double>(max_logit[r]) + static_cast<double>(simt::log2(mass[r]));
+      t.result_lse[out] = (max_logit[r] == -kInfinity ? -kInfinity : static_cast<float>(total * kLn2)) + q_nan[2 * r];
     });
   }
 
@@ -387,17 +399,17 @@ class AttendTile {
         w.slot < 0 ? t.d_values + int64_t{w.user} * t.tokens * t.heads * t.values.width : d_keys + keys;
     SIMT_EACH (r, 2) mass[r] = over_lanes(mass[r]);
     each([&](int row, int r, int c, float x) {
-      const int64_t at = int64_t{row} * t.heads + w.head;
+      const int64_t out = int64_t{row} * t.heads + w.head;
       const int column = w.column + c % (kColumns / 2);
-      if (c < kColumns / 2 && column < t.keys.width) d_keys[at * t.keys.width + column] = x * t.scale;
-      if (c >= kColumns / 2 && column < t.values.width) d_values[at * t.values.width + column] = x;
+      if (c < kColumns / 2 && column < t.keys.width) d_keys[out * t.keys.width + column] = x * t.scale;
+      if (c >= kColumns / 2 && column < t.values.width) d_values[out * t.values.width + column] = x;
       if (c == 0 && w.column == 0 && t.d_bias)
         t.biases[(int64_t{w.span} * t.heads + w.head) * t.tokens + row] = mass[r];
     });
   }
 
   const Task& t;
-  float z[kRows / 8][4], slopes[kRows / 8][4], sum[kColumns / 8][4], top[2], mass[2];
+  float z[kRows / 8][4], slopes[kRows / 8][4], sum[kColumns / 8][4], max_logit[2], mass[2];
 };
 
 }  // namespace hisac::cuda::attention

@@ -23,17 +23,12 @@ encode_rows(SIMT_CONSTANT EncodeTask t) {
 size_t lay_out(EncodeTask& t, bool on_chip, int warps) {
   t.on_chip = on_chip;
   t.warps = warps;
-  int64_t used = 0;
-  const auto take = [&](int64_t n) {
-    const int64_t at = used;
-    used += n;
-    return static_cast<int>(std::min<int64_t>(at, 1 << 30));
-  };
-  t.at.residuals = take(int64_t{32} * warps * t.row_pitch() * 4);
-  t.at.panels = take(2 * CodebookImage::kCodes * t.panel_pitch() * 2);
-  t.at.heads = take(2 * CodebookImage::kHead * 4);
-  t.at.kept = take(EncodeTile<true>::kKeptBytes * warps);
-  return static_cast<size_t>(used);
+  SharedLayout shared;
+  t.offset.residuals = shared.take(int64_t{32} * warps * t.row_pitch() * 4);
+  t.offset.panels = shared.take(2 * CodebookImage::kCodes * t.panel_pitch() * 2);
+  t.offset.heads = shared.take(2 * CodebookImage::kHead * 4);
+  t.offset.kept = shared.take(EncodeTile<true>::kKeptBytes * warps);
+  return static_cast<size_t>(shared.bytes());
 }
 
 /// Most warps a processor, in several blocks where that costs none: one computes while another waits. Returns the
@@ -63,7 +58,7 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;
   t.x = x;
-  t.aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.width * bytes_of(x.dtype) % 16 == 0;
+  t.aligned = aligned(x);
   t.codes = codes.data;
   t.image = context.codebook_image.data;
   int blocks = choose(t, true, machine);

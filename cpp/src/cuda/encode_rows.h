@@ -22,7 +22,7 @@ struct EncodeTask {
   int64_t tiles = 0;  // of 32 rows a warp
   struct Offsets {    // in shared memory
     int residuals, panels, heads, kept;
-  } at = {};
+  } offset = {};
 
   SIMT_BOTH int chunk() const { return book.depth < kChunk ? book.depth : kChunk; }
   SIMT_BOTH int chunks() const { return (book.depth + chunk() - 1) / chunk(); }
@@ -42,7 +42,7 @@ class EncodeRows {
 
   template <int n>
   struct alignas(4 * n) Few {
-    float at[n];
+    float value[n];
   };
 
   template <class T>
@@ -54,7 +54,7 @@ class EncodeRows {
     return reinterpret_cast<const T*>(t.image + offset);
   }
   SIMT_DEVICE float* residuals(int row) const {
-    return shared<float>(t.at.residuals) + (simt::warp() * kRows + row) * t.row_pitch();
+    return shared<float>(t.offset.residuals) + (simt::warp() * kRows + row) * t.row_pitch();
   }
   SIMT_DEVICE const float* center(int level, int code) const {
     return part<float>(t.book.level[level].centers) + int64_t{code} * t.book.pitch;
@@ -92,18 +92,18 @@ class EncodeRows {
           SIMT_EACH (i, 4) {
             const uint32_t w = raw[j].word[i];
             if (per < 8)
-              f[0].at[i] = simt::float_of(w);
+              f[0].value[i] = simt::float_of(w);
             else
               SIMT_EACH (k, 2)
-                f[i / 2].at[i % 2 * 2 + k] = t.x.dtype == DType::bfloat16
-                                                 ? of_bfloat16(w >> (16 * k))
-                                                 : simt::from_half(static_cast<uint16_t>(w >> (16 * k)));
+                f[i / 2].value[i % 2 * 2 + k] = t.x.dtype == DType::bfloat16
+                                                    ? of_bfloat16(w >> (16 * k))
+                                                    : simt::from_half(static_cast<uint16_t>(w >> (16 * k)));
           }
           SIMT_EACH (i, 8)
-            if (!finite(f[i / 4].at[i % 4])) broken |= 1u << j;
+            if (!finite(f[i / 4].value[i % 4])) broken |= 1u << j;
           float* const to = residuals(row + j) + d;
           if (per == 1) {
-            to[0] = f[0].at[0];
+            to[0] = f[0].value[0];
             continue;
           }
           *reinterpret_cast<Few<4>*>(to) = f[0];
@@ -128,7 +128,7 @@ class EncodeRows {
         SIMT_EACH (j, kBatch) c[j] = *reinterpret_cast<const Few<4>*>(center(level, code[j]) + first + d);
         SIMT_EACH (j, kBatch) {
           Few<4>& r = *reinterpret_cast<Few<4>*>(residuals(row + j) + d);
-          SIMT_EACH (i, 4) r.at[i] -= c[j].at[i];
+          SIMT_EACH (i, 4) r.value[i] -= c[j].value[i];
         }
       }
     }
@@ -145,8 +145,8 @@ class EncodeRows {
     simt::sync_warp();
   }
 
-  /// The definition: sum over d in index order of (r_d - c_d)^2 in float64, for a pair a lane; zeros at the end change
-  /// nothing.
+  /// The definition: sum over d in index order of (r_d - c_d)^2 in float64, for a pair of each lane; zeros at the end
+  /// change nothing.
   SIMT_DEVICE double distance(int level, int row, int code) {
     const float* const c = center(level, code);
     double sum = 0;
@@ -161,7 +161,7 @@ class EncodeRows {
           if (first + 4 * j >= end) continue;
           const Few<4> r = *reinterpret_cast<const Few<4>*>(residuals(row) + first + 4 * j);
           SIMT_EACH (i, 4) {
-            const double step = simt::plain_sum(static_cast<double>(r.at[i]), -static_cast<double>(b[j].at[i]));
+            const double step = simt::plain_sum(static_cast<double>(r.value[i]), -static_cast<double>(b[j].value[i]));
             sum = simt::plain_sum(sum, simt::plain_product(step, step));
           }
         }

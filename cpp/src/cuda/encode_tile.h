@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner kernel of `encode`: a warp takes 32 rows through all levels, their residuals in shared memory; the block's
-// warps share the tiles of 32 codes that stream past. float16 tensor products screen, what they cannot decide is
-// re-scored in float64 as the definition says.
+// The inner kernel of `encode`. A block's warps take 32 rows each through all levels and share the codes that stream
+// past, 32 at a time:
+//
+//   warp w         32 rows. In registers: a chunk of their residuals as float16 operands, scores z [32 rows, 32 codes],
+//                  what bounds the scores' errors.
+//   shared memory  residuals of all rows in float32, or a chunk of them where D is too large; two buffers for panels,
+//                  that is 32 codes by a chunk of up to 128 columns in float16, and for the codes' norms and bounds;
+//                  survivors, up to 8 for each row and each of the 4 lanes that hold its scores.
+//
+// A step is a tile of codes by a chunk. Step s: the panel of s + 1 begins to arrive (cp.async) in buffer (s + 1) % 2,
+// that in buffer s % 2 is multiplied; after a tile's last chunk its codes are screened. After a level's last tile, what
+// the screen cannot decide is re-scored in float64, as the definition says, and the codes' centers are subtracted.
 //
 // Why the screen is safe. With a and b_c the residual and a center less the mean, times the level's scale (see
-// codebook_image.h), s_c = |b_c|^2 / 2 - a . b_c is half the scaled square distance, less a constant of the row.
+// codebook/image.h), s_c = |b_c|^2 / 2 - a . b_c is half the scaled square distance, less a constant of the row.
 // Multiplied are A and B_c, the same in float16. Let R, E, N_c, F_c bound |a|, |A - a|, |b_c|, |B_c - b_c|, where
 // subnormal float16 counts as lost, that is sqrt(D) 2^-14 of each; N the largest N_c; u = 2^-24; P = R + E.
 //   - |A . B_c - a . b_c| <= E N_c + P F_c;
@@ -14,8 +23,8 @@
 // so with g = (D + 64) 2^-22 the score z_c = -s_c of the tensor cores errs by at most
 //     N_c (E + g (P + N)) + F_c P (1 + g);
 //   - the definition's own float64 sums err by (D + 3) 2^-53 (R + N)^2 each: `slack_` for two.
-// A tile's codes share its largest N_c and F_c. A code survives unless its greatest possible score is below the least
-// possible one of another. Where a square might overflow, every code survives.
+// All codes of a tile are given its largest N_c and F_c. A code survives unless its greatest possible score is below
+// the least possible one of another. Where a square might overflow, every code survives.
 #pragma once
 #include "cuda/encode_rows.h"
 
@@ -66,17 +75,16 @@ class EncodeTile : EncodeRows<kOnChip> {
   }
 
   SIMT_DEVICE uint16_t* panel(int buffer) const {
-    return Base::template shared<uint16_t>(t.at.panels) + buffer * kCodes * t.panel_pitch();
+    return Base::template shared<uint16_t>(t.offset.panels) + buffer * kCodes * t.panel_pitch();
   }
-  SIMT_DEVICE float* head(int buffer) const { return Base::template shared<float>(t.at.heads) + buffer * kHead; }
+  SIMT_DEVICE float* head(int buffer) const { return Base::template shared<float>(t.offset.heads) + buffer * kHead; }
   SIMT_DEVICE int32_t* kept(int row, int quad) const {
-    return Base::template shared<int32_t>(t.at.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
+    return Base::template shared<int32_t>(t.offset.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
   }
   SIMT_DEVICE const CodebookImage::Screen& screen_of(int level) const {
     return *Base::template part<CodebookImage::Screen>(t.book.level[level].screen);
   }
   SIMT_DEVICE int columns(int chunk) const { return least(t.book.depth - chunk * t.chunk(), t.chunk()); }
-  static SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (~bits + 1)) - 1); }
 
   SIMT_DEVICE void fetch(Step s) const {
     const CodebookImage::Level& level = t.book.level[s.level];
@@ -101,7 +109,7 @@ class EncodeTile : EncodeRows<kOnChip> {
     const int level = s.level, tiles = static_cast<int>(t.book.level[level].tiles);
     SIMT_EACH (i, 4) {
       squares_[i] = errors_[i] = 0;
-      least_[i] = top_[i] = -kInfinity;
+      least_[i] = greatest_[i] = -kInfinity;
     }
     counts_ = every_ = 0;
     SIMT_ROLLED for (int n = tiles * t.chunks(); n > 0; --n) {
@@ -145,7 +153,7 @@ class EncodeTile : EncodeRows<kOnChip> {
           pair = 0;  // a register that is not written would have to be kept
           if (k * 16 >= columns(s.chunk)) continue;
           float y[2];
-          SIMT_EACH (j, 2) y[j] = (f[i][slot].at[j] - m[i].at[j]) * scale;
+          SIMT_EACH (j, 2) y[j] = (f[i][slot].value[j] - m[i].value[j]) * scale;
           pair = simt::pack_half(y[0], y[1]);
           SIMT_EACH (j, 2) {
             if (!kMeasured) continue;
@@ -181,11 +189,11 @@ class EncodeTile : EncodeRows<kOnChip> {
       SIMT_EACH (n, kCodes / 8) {
         const Few<2> half = *reinterpret_cast<const Few<2>*>(head(s.head) + n * 8 + 2 * q);
         SIMT_EACH (h, 2)
-          SIMT_EACH (i, 4) z_[h][n][i] = half.at[i & 1];
+          SIMT_EACH (i, 4) z_[h][n][i] = half.value[i & 1];
       }
     const int code = (simt::lane() & 7) + (simt::lane() >> 4) * 8;  // so that each factor's registers are neighbours
     const uint16_t* const b = panel(s.panel) + code * t.panel_pitch() + (simt::lane() & 8);
-    uint32_t c[2][kCodes / 16][4];  // loaded a step ahead
+    uint32_t c[2][kCodes / 16][4];  // loaded a step before their use
     SIMT_EACH (n, kCodes / 16) simt::load_matrices(c[0][n], b + n * 16 * t.panel_pitch());
     SIMT_EACH (k, kChunk / 16) {
       if (k * 16 >= columns(s.chunk)) continue;
@@ -202,13 +210,13 @@ class EncodeTile : EncodeRows<kOnChip> {
   /// Survivors so far. A lane's are void once the least score that the nearest can have is above all that they reach.
   SIMT_DEVICE void screen(Step s) {
     const float* const bounds = head(s.head) + kCodes;
-    float mine[4], best[4], from[4];
-    bool some = false;
+    float largest[4], best[4], lowest_score[4];
+    bool passes = false;
     SIMT_EACH (i, 4) {
       float (&z)[kCodes / 8][4] = z_[i / 2];
-      mine[i] = larger(z[0][i % 2 * 2], z[0][i % 2 * 2 + 1]);
-      SIMT_EACH (n, kCodes / 8) mine[i] = larger(mine[i], larger(z[n][i % 2 * 2], z[n][i % 2 * 2 + 1]));
-      best[i] = mine[i];
+      largest[i] = larger(z[0][i % 2 * 2], z[0][i % 2 * 2 + 1]);
+      SIMT_EACH (n, kCodes / 8) largest[i] = larger(largest[i], larger(z[n][i % 2 * 2], z[n][i % 2 * 2 + 1]));
+      best[i] = largest[i];
     }
     for (int m = 1; m < 4; m *= 2)
       SIMT_EACH (i, 4) best[i] = larger(best[i], simt::shuffle_xor(best[i], m));
@@ -217,17 +225,17 @@ class EncodeTile : EncodeRows<kOnChip> {
       SIMT_UNLESS_PLANTED(24,
                           reach = simt::fused(bounds[0], by_norm_[i], simt::fused(bounds[1], by_error_[i], slack_[i])));
       least_[i] = larger(least_[i], best[i] - reach);
-      if (least_[i] > top_[i]) counts_ &= ~(255u << (8 * i));
-      top_[i] = larger(top_[i], best[i] + reach);
-      from[i] = least_[i] - reach;
-      some = some || mine[i] >= from[i];
+      if (least_[i] > greatest_[i]) counts_ &= ~(255u << (8 * i));
+      greatest_[i] = larger(greatest_[i], best[i] + reach);
+      lowest_score[i] = least_[i] - reach;
+      passes = passes || largest[i] >= lowest_score[i];
     }
     uint32_t passed = 0;
-    if (some)
+    if (passes)
       SIMT_EACH (i, 4)
         SIMT_EACH (n, kCodes / 8)
           SIMT_EACH (j, 2)
-            passed |= static_cast<uint32_t>(z_[i / 2][n][i % 2 * 2 + j] >= from[i]) << (8 * i + 2 * n + j);
+            passed |= static_cast<uint32_t>(z_[i / 2][n][i % 2 * 2 + j] >= lowest_score[i]) << (8 * i + 2 * n + j);
     SIMT_ROLLED for (; passed; passed &= passed - 1) {
       const int bit = lowest(passed), slot = bit / 8;
       const uint32_t n = counts_ >> (8 * slot) & 255;
@@ -292,15 +300,10 @@ class EncodeTile : EncodeRows<kOnChip> {
     if (row_ + lane < t.x.rows) t.codes[(row_ + lane) * t.book.levels + level] = alive(lane) ? code_ : -1;
   }
 
-  /// `pairs` of each lane's row and a survivor, in rounds of a lane a pair.
+  /// `pairs` of each lane's row and a survivor, in rounds of one pair for each lane.
   SIMT_DEVICE void rescore(int level, uint32_t counts, int pairs, Found& found) {
     const int lane = simt::lane();
-    int end = pairs;
-    for (int m = 1; m < 32; m *= 2) {
-      const int left = simt::shuffle(end, lane < m ? lane : lane - m);
-      if (lane >= m) end += left;
-    }
-    const int first = end - pairs, total = simt::shuffle(end, 31);
+    const int end = sum_so_far(pairs), first = end - pairs, total = simt::shuffle(end, 31);
     SIMT_ROLLED for (int begin = 0; begin < total; begin += 32) {
       const int pair = begin + lane;
       int row = 0;  // the first whose end is above
@@ -309,18 +312,18 @@ class EncodeTile : EncodeRows<kOnChip> {
       const uint32_t its_counts = simt::shuffle(counts, row);
       const int its_first = simt::shuffle(first, row);
       const int its_code = pair < total ? survivor(row, its_counts, pair - its_first) : 0;
-      Found mine;
-      mine.take(distance(level, row, its_code), its_code);
+      Found candidate;
+      candidate.take(distance(level, row, its_code), its_code);
       if (pair >= total) row = -1;
       for (int m = 1; m < 32; m *= 2) {  // a row's best comes to the first of its lanes
         const int from = lane + m < 32 ? lane + m : lane;
-        const double d = simt::shuffle(mine.distance, from);
-        const int c = simt::shuffle(mine.code, from);
-        if (simt::shuffle(row, from) == row) mine.take(d, c);
+        const double d = simt::shuffle(candidate.distance, from);
+        const int c = simt::shuffle(candidate.code, from);
+        if (simt::shuffle(row, from) == row) candidate.take(d, c);
       }
       const int from = first > begin ? first - begin : 0;
-      const double d = simt::shuffle(mine.distance, from & 31);
-      const int c = simt::shuffle(mine.code, from & 31);
+      const double d = simt::shuffle(candidate.distance, from & 31);
+      const int c = simt::shuffle(candidate.code, from & 31);
       if (from < 32 && end > begin && pairs) found.take(d, c);
     }
   }
@@ -347,7 +350,7 @@ class EncodeTile : EncodeRows<kOnChip> {
   int code_ = 0;
   uint32_t a_[kChunk / 16][2][4];
   float z_[2][kCodes / 8][4];
-  float squares_[4], errors_[4], by_norm_[4], by_error_[4], slack_[4], least_[4], top_[4];
+  float squares_[4], errors_[4], by_norm_[4], by_error_[4], slack_[4], least_[4], greatest_[4];
   uint32_t counts_, every_;  // of survivors, a byte a slot, up to kKept + 1; a bit a slot: all codes survive
 };
 

@@ -10,7 +10,8 @@
 
 namespace hisac::cuda {
 
-/// |row|^2 below 2^100, decided in float64 where float32 is too near; NaN is not. element(d): of the row, as loaded.
+/// Whether |row|^2 is below 2^100, which NaN is not. float64 decides where the float32 `norm` is close to the limit.
+/// element(d): the row's, as loaded.
 template <class Element>
 SIMT_DEVICE bool below_limit(float norm, int64_t width, Element element) {
   if (norm < 0x1p99f || !(norm < 0x1p101f)) return norm < 0x1p99f;
@@ -26,7 +27,7 @@ struct Behaviours : Spans {
   Rows x, v;  // x.data null: the prototypes of the codes
   Ids x_ids, v_ids;
   const float* scale = nullptr;  // of x of int8
-  bool scales = false;           // one for each row of x
+  bool scale_per_row = false;    // scale [rows of x]
   const float *bias = nullptr, *spread = nullptr;
   const int32_t* codes = nullptr;
   int levels = 0;
@@ -38,24 +39,24 @@ struct Behaviours : Spans {
   SIMT_DEVICE const float* center(int level, int32_t code) const {
     return centers[level] + int64_t{code} * center_pitch;
   }
-  SIMT_DEVICE bool valid(const int32_t* of) const {
+  SIMT_DEVICE bool valid(const int32_t* path) const {
     bool ok = true;
     SIMT_ROLLED for (int l = 0; l < levels; ++l) ok =
-        ok && static_cast<uint32_t>(of[l]) < static_cast<uint32_t>(sizes[l]);
+        ok && static_cast<uint32_t>(path[l]) < static_cast<uint32_t>(sizes[l]);
     return ok;
   }
   /// Eight columns of the prototype of codes, added from the root down; zero for invalid ones and beyond D.
-  SIMT_DEVICE void prototype8(const int32_t* of, int64_t column, float (&f)[8]) const {
+  SIMT_DEVICE void prototype8(const int32_t* path, int64_t column, float (&f)[8]) const {
     SIMT_EACH (i, 8) f[i] = 0;
-    if (!valid(of)) return;
+    if (!valid(path)) return;
     SIMT_ROLLED for (int l = 0; l < levels; ++l) {
-      const float* const c = center(l, of[l]);
+      const float* const c = center(l, path[l]);
       SIMT_EACH (i, 8) f[i] += column + i < x.width ? c[column + i] : 0.f;
     }
   }
-  SIMT_DEVICE float prototype(const int32_t* of, int64_t d) const {
+  SIMT_DEVICE float prototype(const int32_t* path, int64_t d) const {
     float y = 0;
-    SIMT_ROLLED for (int l = 0; l < levels; ++l) y += center(l, of[l])[d];
+    SIMT_ROLLED for (int l = 0; l < levels; ++l) y += center(l, path[l])[d];
     return y;
   }
 
@@ -63,13 +64,14 @@ struct Behaviours : Spans {
   SIMT_DEVICE int64_t x_row(int64_t b) const { return row_of(x_ids, b, x.rows); }
   SIMT_DEVICE int64_t v_row(int64_t b) const { return row_of(v_ids, b, v.rows); }
   /// An element of that row of x, as loaded.
-  SIMT_DEVICE float x_at(int64_t b, int64_t row, int64_t d) const {
+  SIMT_DEVICE float x_element(int64_t b, int64_t row, int64_t d) const {
     if (!x.data) return prototype(codes + b * levels, d);
-    return element(x.data, x.dtype, row * x.width + d) * (scale ? scale[scales ? row : 0] : 1.f);
+    return element(x.data, x.dtype, row * x.width + d) * (scale ? scale[scale_per_row ? row : 0] : 1.f);
   }
-  SIMT_DEVICE float v_at(int64_t row, int64_t d) const { return element(v.data, v.dtype, row * v.width + d); }
+  SIMT_DEVICE float v_element(int64_t row, int64_t d) const { return element(v.data, v.dtype, row * v.width + d); }
 
-  SIMT_DEVICE static bool limited(float bias, float spread) {
+  /// Whether a bias and a spread leave a behaviour present.
+  SIMT_DEVICE static bool valid_terms(float bias, float spread) {
     return finite(bias) && spread >= 0 && spread <= kLargest;
   }
 
@@ -93,7 +95,7 @@ inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
   t.x_ids = in.x_ids;
   t.v_ids = in.v_ids;
   t.scale = in.x_scale.data;
-  t.scales = in.x_scale.shape[0] != 1;
+  t.scale_per_row = in.x_scale.shape[0] != 1;
   t.starts = in.histories.starts;
   t.ends = in.histories.ends;
   t.wide = in.histories.dtype == DType::int64;
@@ -108,6 +110,21 @@ inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
       t.sizes[l] = static_cast<int32_t>(std::min<int64_t>(in.book->size(l), 0x7fffffff));
   }
   return t;
+}
+
+constexpr int64_t kMostColumns = 4096;  // D of `route`, D and V of its backward
+
+/// What the public verbs allow and CUDA's do not.
+inline Status check_counts(const char* verb, const RouteInputs& in) {
+  if (in.histories.users <= 1 << 30 && in.behaviours() < int64_t{1} << 31) return {};
+  return Status::error(Code::not_implemented,
+                       "%s: expected B up to 2^30 and T below 2^31 on CUDA, got %" PRId64 " and %" PRId64, verb,
+                       in.histories.users, in.behaviours());
+}
+inline Status check_columns(const char* verb, const char* name, int64_t columns) {
+  if (columns <= kMostColumns) return {};
+  return Status::error(Code::not_implemented, "%s: expected %s up to %" PRId64 " on CUDA, got %" PRId64, verb, name,
+                       kMostColumns, columns);
 }
 
 /// Where the levels' centers lie in the codebook's image; needed where there is no x.

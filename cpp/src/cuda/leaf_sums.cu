@@ -15,7 +15,7 @@ constexpr int kShort = 4 * kRun;  // rows of a leaf that one warp sums
 
 SIMT_DEVICE int warps() { return simt::blocks() * kWarps; }
 
-/// A warp a behaviour.
+/// A warp has a behaviour.
 SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
   const int lane = simt::lane();
   if (simt::block() == 0 && simt::thread() == 0) *t.next = 0;
@@ -23,17 +23,17 @@ SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
     const int64_t x_row = t.x_row(b), v_row = t.v_row(b);
     const float spread = t.spread ? t.spread[b] : 0.f;
     const int32_t* const codes = t.codes + b * t.levels;
-    bool here = x_row >= 0 && v_row >= 0 && t.limited(t.bias ? t.bias[b] : 0.f, spread) && t.valid(codes);
+    bool here = x_row >= 0 && v_row >= 0 && t.valid_terms(t.bias ? t.bias[b] : 0.f, spread) && t.valid(codes);
     float squares = 0;
     for (int64_t d = lane; here && d < t.x.width; d += 32) {
-      const float y = t.x_at(b, x_row, d);
+      const float y = t.x_element(b, x_row, d);
       squares = simt::fused(y, y, squares);
     }
     for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
-    here = here && below_limit(squares, t.x.width, [&](int64_t d) { return t.x_at(b, x_row, d); });
+    here = here && below_limit(squares, t.x.width, [&](int64_t d) { return t.x_element(b, x_row, d); });
     bool whole = v_row >= 0;
     for (int64_t c = lane; t.missing && !here && v_row >= 0 && c < t.v.width; c += 32)
-      whole = whole && finite(t.v_at(v_row, c));
+      whole = whole && finite(t.v_element(v_row, c));
     whole = simt::ballot(!whole) == 0;
     uint64_t leaf = 0;
     for (int l = 0; here && l < t.levels; ++l)
@@ -46,23 +46,22 @@ SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
 
 /// One block: where each user's entries go.
 SIMT_KERNEL(kThreads) plan_entries(SIMT_CONSTANT LeafTask t) {
-  const auto capped = [&](int64_t n) { return n < t.room ? n : t.room; };
+  const auto capped = [&](int64_t n) { return n < t.capacity ? n : t.capacity; };
   const int64_t all = scan(
       t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.end(b) - t.start(b); },
-      [&](int64_t b, int64_t at) { t.first[b] = capped(at); });
+      [&](int64_t b, int64_t place) { t.first[b] = capped(place); });
   if (simt::thread() == 0) t.first[t.users] = capped(all);
 }
 
-/// One block: where each user's sums go.
+/// One block: where each user's sums go. All of them fit: there are at most as many as entries, and as leaves.
 SIMT_KERNEL(kThreads) plan_sums(SIMT_CONSTANT LeafTask t) {
-  const auto capped = [&](int64_t n) { return n < t.sums ? n : t.sums; };
   const int64_t all = scan(
       t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.leaves[b]; },
-      [&](int64_t b, int64_t at) { t.out.offsets.data[b] = capped(at); });
-  if (simt::thread() == 0) t.out.offsets.data[t.users] = capped(all);
+      [&](int64_t b, int64_t place) { t.out.offsets.data[b] = place; });
+  if (simt::thread() == 0) t.out.offsets.data[t.users] = all;
 }
 
-/// A block a user.
+/// A block has a user.
 SIMT_KERNEL(kThreads) sort_rows(SIMT_CONSTANT LeafTask t) { Sorter(t).run(); }
 
 /// One leaf's row of sums: by a warp, or by all warps of the block, each with every eighth run.
@@ -90,19 +89,19 @@ class Leaf {
 
   SIMT_DEVICE void sum() {
     const int lane = simt::lane();
-    float top = -kInfinity;
+    float max_bias = -kInfinity;
     each_run([&](int first, int last) {
-      for (int e = first + lane; t.bias && e < last; e += 32) top = larger(top, t.bias[rows[e]]);
+      for (int e = first + lane; t.bias && e < last; e += 32) max_bias = larger(max_bias, t.bias[rows[e]]);
     });
-    for (int m = 16; m; m /= 2) top = larger(top, simt::shuffle_xor(top, m));
-    top = t.bias ? static_cast<float>(over_parts(top, false)) : 0.f;
+    for (int m = 16; m; m /= 2) max_bias = larger(max_bias, simt::shuffle_xor(max_bias, m));
+    max_bias = t.bias ? static_cast<float>(over_parts(max_bias, false)) : 0.f;
     float scale = 1;  // a run's weights are at most 1 together, so that no sum of large v overflows
     while (scale * static_cast<float>(n < kRun ? n : kRun) > 1) scale /= 2;
     double mass = 0, squares = 0;
     each_run([&](int first, int last) {
       for (int e = first + lane; e < last; e += 32) {
         const int32_t row = rows[e];
-        const float w = t.bias ? scale * simt::exp2((t.bias[row] - top) * kLog2e) : scale;
+        const float w = t.bias ? scale * simt::exp2((t.bias[row] - max_bias) * kLog2e) : scale;
         weights[e] = w;
         mass += static_cast<double>(w);
         squares += static_cast<double>(w) * static_cast<double>(t.norm[row]);
@@ -117,11 +116,13 @@ class Leaf {
     squares = over_parts(squares, true);
     double inverse = 1 / mass;
     means(
-        static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int32_t, int64_t at, int d) { return t.v_at(at, d); },
+        static_cast<int>(t.v.width), inverse, t.out.v.data,
+        [&](int32_t, int64_t v_row, int d) { return t.v_element(v_row, d); },
         [&](int32_t row) { return t.v_row(row); });
     double square = means(
         static_cast<int>(t.x.width), inverse, t.out.x.data,
-        [&](int32_t row, int64_t at, int d) { return t.x_at(row, at, d); }, [&](int32_t row) { return t.x_row(row); });
+        [&](int32_t row, int64_t x_row, int d) { return t.x_element(row, x_row, d); },
+        [&](int32_t row) { return t.x_row(row); });
     if (!stores()) return;
     if (square > 0x1.fffff0p99) {  // every row is below 2^100: rounding shall not take their mean there
       inverse *= 1 - 0x1p-20;
@@ -136,7 +137,7 @@ class Leaf {
     if (lane != 0) return;
     const double spread = squares * inverse - square;
     t.out.spread.data[out] = static_cast<float>(spread > 0 ? (spread < kLargest ? spread : kLargest) : 0.0);
-    t.out.bias.data[out] = static_cast<float>(static_cast<double>(top) +
+    t.out.bias.data[out] = static_cast<float>(static_cast<double>(max_bias) +
                                               kLn2 * static_cast<double>(simt::log2(static_cast<float>(mass / scale))));
     for (int l = 0; t.out.codes.data && l < t.levels; ++l)
       t.out.codes.data[out * t.levels + l] = t.codes[int64_t{rows[0]} * t.levels + l];
@@ -153,20 +154,20 @@ class Leaf {
   }
 
   /// The sum of all warps' numbers, or the largest.
-  SIMT_DEVICE double over_parts(double mine, bool add) const {
-    if (!kBlock) return mine;
+  SIMT_DEVICE double over_parts(double value, bool add) const {
+    if (!kBlock) return value;
     auto* const all = reinterpret_cast<double*>(simt::shared());
     simt::sync();
-    if (simt::lane() == 0) all[simt::warp()] = mine;
+    if (simt::lane() == 0) all[simt::warp()] = value;
     SIMT_UNLESS_PLANTED(14, simt::sync());
     double y = all[0];
     for (int w = 1; w < kWarps; ++w) y = add ? y + all[w] : y < all[w] ? all[w] : y;
     return y;
   }
 
-  /// to[out, :] = the weighted means, and the sum of their squares. at(row): its row of the table.
-  template <class Element, class At>
-  SIMT_DEVICE double means(int width, double inverse, float* to, Element element, At at) const {
+  /// to[out, :] = the weighted means; returns the sum of their squares. table_row(row): where a behaviour's row lies.
+  template <class Element, class TableRow>
+  SIMT_DEVICE double means(int width, double inverse, float* to, Element element, TableRow table_row) const {
     const int lane = simt::lane();
     double square = 0;
     for (int first = 0; first < width; first += kColumns) {
@@ -174,7 +175,7 @@ class Leaf {
       each_run([&](int begin, int end) {
         float run[kColumns / 32] = {};
         for (int e = begin; e < end; ++e) {
-          const int64_t row = at(rows[e]);
+          const int64_t row = table_row(rows[e]);
           SIMT_EACH (j, kColumns / 32)
             if (const int d = first + j * 32 + lane; d < width)
               run[j] = simt::fused(weights[e], element(rows[e], row, d), run[j]);
@@ -215,9 +216,9 @@ SIMT_KERNEL(kThreads, 3) add_leaves(SIMT_CONSTANT LeafTask t) {
   const int64_t all = t.out.offsets.data[t.users];
   auto* const sizes = reinterpret_cast<int*>(simt::shared() + kWarps * kColumns * 8);  // [kWarps]
   for (int64_t first = int64_t{simt::block()} * kWarps; first < all; first += warps()) {
-    const bool some = first + simt::warp() < all;
+    const bool has_leaf = first + simt::warp() < all;
     int size = 0;
-    if (some) {
+    if (has_leaf) {
       Leaf<false> leaf(t, first + simt::warp());
       size = leaf.size();
       if (size <= kShort) leaf.sum();
@@ -237,7 +238,7 @@ struct AbsentTask {
   int64_t rows;
 };
 
-/// A block a user and 64 columns.
+/// A block has a user and 64 columns.
 SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
   const LeafTask& t = a.leaves;
   const int lane = simt::lane(), warp = simt::warp();
@@ -252,9 +253,9 @@ SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
       uint32_t absent = simt::ballot(first + lane < end && t.norm[first + lane] == t.kAbsent);
       count += simt::count_bits(absent);
       for (; absent; absent &= absent - 1) {
-        const int64_t row = t.v_row(first + simt::count_bits((absent & -absent) - 1));
+        const int64_t row = t.v_row(first + lowest(absent));
         SIMT_EACH (j, 2)
-          if (column + 32 * j < t.v.width) sum[j] += static_cast<double>(t.v_at(row, column + 32 * j));
+          if (column + 32 * j < t.v.width) sum[j] += static_cast<double>(t.v_element(row, column + 32 * j));
       }
     }
     SIMT_EACH (j, 2) sums[warp * 64 + 32 * j + lane] = sum[j];
@@ -262,12 +263,12 @@ SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
     SIMT_UNLESS_PLANTED(15, simt::sync());
     count = 0;
     for (int w = 0; w < kWarps; ++w) count += counts[w];
-    const int64_t at = b * a.rows + a.rows - 1, d = i % tiles * 64 + simt::thread();
+    const int64_t row = b * a.rows + a.rows - 1, d = i % tiles * 64 + simt::thread();
     if (count > 0 && simt::thread() < 64 && d < t.v.width) {
       double all = 0;
       for (int w = 0; w < kWarps; ++w) all += sums[w * 64 + simt::thread()];
-      store(a.tokens, t.v.dtype, at * t.v.width + d, static_cast<float>(all / static_cast<double>(count)));
-      if (d == 0) a.lse[at] = static_cast<float>(static_cast<double>(simt::log2(static_cast<float>(count))) * kLn2);
+      store(a.tokens, t.v.dtype, row * t.v.width + d, static_cast<float>(all / static_cast<double>(count)));
+      if (d == 0) a.lse[row] = static_cast<float>(static_cast<double>(simt::log2(static_cast<float>(count))) * kLn2);
     }
     simt::sync();
   }
@@ -308,10 +309,10 @@ void carve(LeafTask& t, Arena& arena) {
   t.leaf = arena.take<uint64_t>(t.rows);
   t.first = arena.take<int64_t>(t.users + 1);
   t.leaves = arena.take<int64_t>(t.users);
-  t.entry = arena.take<int32_t>(t.room);
-  t.spare = arena.take<int32_t>(t.room);
-  t.begin = arena.take<int32_t>(t.room + t.users);
-  t.weight = arena.take<float>(t.room);
+  t.entry = arena.take<int32_t>(t.capacity);
+  t.spare = arena.take<int32_t>(t.capacity);
+  t.begin = arena.take<int32_t>(t.capacity + t.users);
+  t.weight = arena.take<float>(t.capacity);
 }
 
 RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* out) {
@@ -319,13 +320,13 @@ RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t
   const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
   t = leaf_task(in, width);
   t.missing = params.missing == Missing::token;
-  t.room = entries;
+  t.capacity = entries;
   t.sums = sums;
   carve(t, arena);
-  static float some;  // stands for each where bytes are counted
+  static float placeholder;  // where bytes are counted
   const auto take = [&](int64_t n) {
     float* const p = arena.take<float>(n);
-    return p ? p : &some;
+    return p ? p : &placeholder;
   };
   t.out.x = {take(sums * width), {sums, width}};
   t.out.v = {take(sums * t.v.width), {sums, t.v.width}};
@@ -365,37 +366,32 @@ int64_t width_of(const RouteInputs& in) {
   return in.x.data ? in.x.width : in.book && !in.book->empty() ? in.book->width() : 0;
 }
 
-Status check_limits(const RouteInputs& in) {
-  if (in.behaviours() < int64_t{1} << 31) return {};
-  return Status::error(Code::not_implemented, "leaf_sums: expected T below 2^31 on CUDA, got %" PRId64,
-                       in.behaviours());
-}
-
 }  // namespace
 
 size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t longest) noexcept {
   LeafTask t = leaf_task(inputs, width_of(inputs));
-  t.room = most_entries(inputs, longest);
+  t.capacity = most_entries(inputs, longest);
   Arena arena;
   carve(t, arena);
   return arena.used();
 }
 
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {
-  HISAC_TRY(check_limits(inputs));
+  HISAC_TRY(check_counts("leaf_sums", inputs));
   LeafTask t = leaf_task(inputs, width_of(inputs));
   HISAC_TRY(place_centers("leaf_sums", context, inputs, t));
-  const int64_t most = most_entries(inputs, std::min(t.rows, out.x.shape[0]));
-  t.room = entries_that_fit(context, inputs, most, [&](int64_t entries, Arena& arena) {
+  t.out = out;
+  t.sums = std::min({out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.codes.shape[0]});
+  const int64_t most = most_entries(inputs, std::min(t.rows, t.sums));
+  t.capacity = entries_that_fit(context, inputs, most, [&](int64_t entries, Arena& arena) {
     LeafTask other = t;
-    other.room = entries;
+    other.capacity = entries;
     carve(other, arena);
   });
+  t.capacity = std::min(t.capacity, t.sums);  // sums of more entries might not fit
   Arena arena(context.workspace);
   carve(t, arena);
   HISAC_TRY(arena.check("leaf_sums"));
-  t.out = out;
-  t.sums = out.x.shape[0];
   Launcher launch("leaf_sums", context);
   HISAC_TRY(launch.status());
   sum_leaves(t, launch);

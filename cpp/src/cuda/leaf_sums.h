@@ -11,19 +11,19 @@
 namespace hisac::cuda {
 
 struct LeafTask : Behaviours {
-  int64_t room = 0;      // entries: rows of all histories; those of users past it are not there
+  int64_t capacity = 0;  // entries, the rows of all histories; users whose rows do not fit have none
   int64_t sums = 0;      // rows of results
   bool missing = false;  // absent behaviours that have a v are told from the others
   int bits = 0;          // of a leaf's number
   // workspace
-  int* next = nullptr;                         // the user not yet taken
+  int* next = nullptr;                         // the next user to take
   float* norm = nullptr;                       // [T] |x|^2 + spread; absent: kAbsent or kNothing
   uint64_t* leaf = nullptr;                    // [T]
   int64_t* first = nullptr;                    // [B + 1] a user's entries
   int64_t* leaves = nullptr;                   // [B]
-  int32_t *entry = nullptr, *spare = nullptr;  // [room] rows by leaf
-  int32_t* begin = nullptr;                    // [room + B] where a leaf's entries begin, then where all end
-  float* weight = nullptr;                     // [room] of an entry
+  int32_t *entry = nullptr, *spare = nullptr;  // [capacity] rows by leaf
+  int32_t* begin = nullptr;                    // [capacity + B] where a leaf's entries begin, then where all end
+  float* weight = nullptr;                     // [capacity] of an entry
   // results
   LeafSums out;
 

@@ -18,7 +18,7 @@ struct PrototypesTask {
   int64_t rows;
 };
 
-/// A warp a row: zero, then the codewords from the root down.
+/// A warp has a row: zero, then the codewords from the root down.
 SIMT_KERNEL(kThreads) sum_codewords(SIMT_CONSTANT PrototypesTask t) {
   const int64_t warps = int64_t{simt::blocks()} * (kThreads / 32);
   for (int64_t row = int64_t{simt::block()} * (kThreads / 32) + simt::warp(); row < t.rows; row += warps) {

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// A warp an agent: bfloat16 parts, half its norm, its rate; absent and padding agents are zero, -inf and 1.
+/// A warp has an agent: bfloat16 parts, half its norm, its rate; absent and padding agents are zero, -inf and 1.
 SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
   const int lane = simt::lane();
   const int64_t padded = int64_t{t.g.agent_tiles} * t.g.tile_agents, warps = int64_t{simt::blocks()} * (kThreads / 32);
@@ -45,7 +45,7 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
     uint16_t* const out =
         t.packed + ((user * t.g.agent_tiles + tile) * t.g.parts * t.g.tile_agents + place) * t.g.depth;
     for (int d = 2 * lane; d < t.g.depth; d += 64) {
-      uint32_t low, high = split(here && d < width ? p[d] : 0.f, here && d + 1 < width ? p[d + 1] : 0.f, &low);
+      uint32_t low, high = bf16_parts(here && d < width ? p[d] : 0.f, here && d + 1 < width ? p[d + 1] : 0.f, &low);
       *reinterpret_cast<uint32_t*>(out + d) = high;
       if (t.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{t.g.tile_agents} * t.g.depth + d) = low;
     }
@@ -69,78 +69,75 @@ SIMT_KERNEL(kThreads) plan_units(SIMT_CONSTANT Task t) {
   for (int64_t first = 0; first < t.users; first += kThreads) {
     const int64_t b = first + thread, tiles = b < t.users ? t.tiles(b) : 0;
     const int64_t units = b >= t.users ? 0 : tiles > chunk ? (tiles + chunk - 1) / chunk : 1;
-    const int64_t own[3] = {units, units > 1 ? units : 0, units > 1};
-    int64_t sum[3] = {own[0], own[1], own[2]};
-    for (int i = 0; i < 3; ++i)
-      for (int m = 1; m < 32; m *= 2) {
-        const int64_t left = simt::shuffle(sum[i], lane < m ? lane : lane - m);
-        if (lane >= m) sum[i] += left;
-      }
+    const int64_t number[3] = {units, units > 1 ? units : 0, units > 1};
+    int64_t sum[3];
+    for (int i = 0; i < 3; ++i) sum[i] = sum_so_far(number[i]);
     simt::sync();
     if (lane == 31)
       for (int i = 0; i < 3; ++i) sums[warp * 3 + i] = sum[i];
     SIMT_UNLESS_PLANTED(8, simt::sync());
-    int64_t at[3];
+    int64_t place[3];
     for (int i = 0; i < 3; ++i) {
-      at[i] = before[i] + sum[i] - own[i];
+      place[i] = before[i] + sum[i] - number[i];
       for (int w = 0; w < kThreads / 32; ++w) {
-        if (w < warp) at[i] += sums[w * 3 + i];
+        if (w < warp) place[i] += sums[w * 3 + i];
         before[i] += sums[w * 3 + i];
       }
     }
     for (int64_t c = 0; c < units; ++c)
-      t.unit[at[0] + c] = {static_cast<int32_t>(b), static_cast<int32_t>(c * chunk),
-                           static_cast<int32_t>((c + 1) * chunk < tiles ? (c + 1) * chunk : tiles),
-                           units > 1 ? static_cast<int32_t>(at[1] + c) : -1};
+      t.unit[place[0] + c] = {static_cast<int32_t>(b), static_cast<int32_t>(c * chunk),
+                              static_cast<int32_t>((c + 1) * chunk < tiles ? (c + 1) * chunk : tiles),
+                              units > 1 ? static_cast<int32_t>(place[1] + c) : -1};
     if (units > 1)
-      t.shared[at[2]] = {static_cast<int32_t>(b), static_cast<int32_t>(at[1]), static_cast<int32_t>(units)};
+      t.shared[place[2]] = {static_cast<int32_t>(b), static_cast<int32_t>(place[1]), static_cast<int32_t>(units)};
   }
   if (thread == 0) *t.plan = {static_cast<int32_t>(before[0]), static_cast<int32_t>(before[2]), 0};
 }
 
 constexpr int kMostThreads1 = 512, kMostThreads2 = 256;  // of one and of two agent tiles a warp
 
-template <int MT, int Q, int S, bool kShares>
+template <int MT, int Q, int S, bool kOverAgents>
 SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
 route_tiles(SIMT_CONSTANT Task t) {
-  RouteTile<MT, Q, S, kShares>(t).run();
+  RouteTile<MT, Q, S, kOverAgents>(t).run();
 }
 
-template <bool kShares>
+template <bool kOverAgents>
 auto tiles_kernel(const Geometry& g) {
-  return g.parts == 1    ? route_tiles<2, 1, 1, kShares>
-         : g.stored == 1 ? route_tiles<1, 2, 1, kShares>
-                         : route_tiles<1, 2, 2, kShares>;
+  return g.parts == 1    ? route_tiles<2, 1, 1, kOverAgents>
+         : g.stored == 1 ? route_tiles<1, 2, 1, kOverAgents>
+                         : route_tiles<1, 2, 2, kOverAgents>;
 }
 
-/// A thread two neighbours of a state: the tree of ../tiles.h over a user's slots, as a binary counter makes it.
+/// A thread has two neighbours of a state: the tree of base/reduction_tree.h over a user's slots, as a binary counter
+/// makes it.
 SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
   const int threads = t.g.threads(), absent = t.g.state() - 2;  // the register of the absent rows' sum
   const int64_t sums = int64_t{t.g.mt} * (kValues / 4) * threads;
   const int64_t elements = sums + kValues, pieces = (elements + kThreads - 1) / kThreads, items = t.items();
   for (int64_t i = simt::block(); i < t.plan->shared * items * pieces; i += simt::blocks()) {
     const SharedUser s = t.shared[i / pieces / items];
-    const int item = static_cast<int>(i / pieces % items), own = item % t.g.agent_tiles,
+    const int item = static_cast<int>(i / pieces % items), agent_tile = item % t.g.agent_tiles,
               values = item / t.g.agent_tiles;
     const int64_t e = i % pieces * kThreads + simt::thread();
     const bool missing = e >= sums;
     const int thread = static_cast<int>(missing ? e - sums : e % threads), lane = thread & 31;
-    if (e >= elements || (missing && (thread >= threads || own != 0))) continue;
+    if (e >= elements || (missing && (thread >= threads || agent_tile != 0))) continue;
     const int pair = missing ? 0 : static_cast<int>(e / threads);  // [mt][kValues / 8][2]
     const int h = pair / (kValues / 4), c = pair % (kValues / 4) / 2, r = pair % 2;
-    float top[kMostStates] = {}, mass[kMostStates] = {}, left[kMostStates] = {}, right[kMostStates] = {};
+    float max_logit[kMostStates] = {}, mass[kMostStates] = {}, left[kMostStates] = {}, right[kMostStates] = {};
     const auto merge = [&](int a, int b) {
-      const Merge m(top[a], top[b]);
-      top[a] = m.top;
-      mass[a] = m.of(mass[a], mass[b]);
-      left[a] = missing ? left[b] + left[a] : m.of(left[a], left[b]);
-      right[a] = missing ? right[b] + right[a] : m.of(right[a], right[b]);
+      const Merge m(max_logit[a], max_logit[b]);
+      max_logit[a] = m.max_logit;
+      mass[a] = m.sum(mass[a], mass[b]);
+      left[a] = missing ? left[b] + left[a] : m.sum(left[a], left[b]);
+      right[a] = missing ? right[b] + right[a] : m.sum(right[a], right[b]);
     };
     int level = 0;
     for (int k = 0; k < s.count; ++k) {
       const float* const from = t.slots + ((int64_t{s.slot} + k) * items + item) * t.g.state_floats() + thread;
       const int state = (h * 2 + r) * 2, first = missing ? absent : t.g.mt * 4 + (h * (kValues / 8) + c) * 4 + 2 * r;
-      top[level] = from[int64_t{state} * threads];
+      max_logit[level] = from[int64_t{state} * threads];
       mass[level] = from[int64_t{state + 1} * threads];
       left[level] = from[int64_t{first} * threads];
       right[level++] = from[int64_t{first + 1} * threads];
@@ -153,8 +150,8 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
     }
     const int64_t column = int64_t{values} * kValues + c * 8 + (lane & 3) * 2;
     const Row out(t, s.user,
-                  int64_t{own} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8, top[0],
-                  mass[0]);
+                  int64_t{agent_tile} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8,
+                  max_logit[0], mass[0]);
     if (column == 0) out.finish();
     out.put(column, left[0], right[0]);
   }
@@ -168,34 +165,29 @@ void lay_out(Task& t, int warps) {
   g.warps = warps;
   g.tile_agents = warps * 16 * g.mt;
   g.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t.agents + g.tile_agents - 1) / g.tile_agents));
-  int64_t used = 0;
-  const auto take = [&](int64_t n) {
-    const int64_t at = used;
-    used += (n + 15) / 16 * 16;
-    return static_cast<int>(std::min<int64_t>(at, 1 << 30));
-  };
+  SharedLayout shared;
   const int64_t pitch = g.pitch(), x = t.x.data ? bytes_of(t.x.dtype) : 0,
                 v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0), n = g.rows;
-  g.at.prototypes = take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
-  g.at.x = take(2 * g.stored * n * pitch * 2);
-  g.at.v = take(2 * g.stored * n * kValuePitch * 2);
-  g.at.raw_x = take(2 * n * g.chunk * x);
-  g.at.raw_v = take(2 * n * kValues * v);
-  g.at.ids = take(t.gathers() ? 4 * n * 16 : 0);
-  g.at.scale = take(t.scale ? 2 * n * 4 : 0);
-  g.at.bias = take(t.bias ? 2 * n * 4 : 0);
-  g.at.spread = take(t.spread ? 2 * n * 4 : 0);
-  g.at.codes = take(2 * n * 4 * t.levels);
-  g.at.half = take(2 * n * 4);
-  g.at.shift = take(2 * n * 4);
-  g.at.gone = take(2 * n * 4);
-  g.at.norm = take(n * 4);
-  g.at.cross = take(t.shares ? 2 * g.warps * n * 4 : 0);
-  g.at.row_lse = take(!t.shares ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
-  g.at.agents = take(2 * g.tile_agents * 4);
-  g.at.absent = take(t.missing ? 2 * g.threads() * 4 : 0);
-  g.at.work = take(kWorkBytes);
-  g.shared_bytes = static_cast<size_t>(used);
+  g.offset.prototypes = shared.take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
+  g.offset.x = shared.take(2 * g.stored * n * pitch * 2);
+  g.offset.v = shared.take(2 * g.stored * n * kValuePitch * 2);
+  g.offset.raw_x = shared.take(2 * n * g.chunk * x);
+  g.offset.raw_v = shared.take(2 * n * kValues * v);
+  g.offset.ids = shared.take(t.gathers() ? 4 * n * 16 : 0);
+  g.offset.scale = shared.take(t.scale ? 2 * n * 4 : 0);
+  g.offset.bias = shared.take(t.bias ? 2 * n * 4 : 0);
+  g.offset.spread = shared.take(t.spread ? 2 * n * 4 : 0);
+  g.offset.codes = shared.take(2 * n * 4 * t.levels);
+  g.offset.half = shared.take(2 * n * 4);
+  g.offset.shift = shared.take(2 * n * 4);
+  g.offset.gone = shared.take(2 * n * 4);
+  g.offset.norm = shared.take(n * 4);
+  g.offset.cross = shared.take(t.softmax_over_agents ? 2 * g.warps * n * 4 : 0);
+  g.offset.row_lse = shared.take(!t.softmax_over_agents ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
+  g.offset.agents = shared.take(2 * g.tile_agents * 4);
+  g.offset.absent = shared.take(t.missing ? 2 * g.threads() * 4 : 0);
+  g.offset.work = shared.take(kWorkBytes);
+  g.shared_bytes = static_cast<size_t>(shared.bytes());
 }
 
 Status plan_geometry(Task& t, Precision precision, const simt::Machine& machine) {
@@ -250,10 +242,6 @@ void carve(Task& t, Arena& arena) {
   t.slots = arena.take<float>(8 * workers * g.agent_tiles * g.value_tiles * g.state_floats());
 }
 
-bool aligned(const Rows& m) {
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;
-}
-
 Task describe(const RouteParams& params, const RouteInputs& in) {
   Task t;
   static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
@@ -264,10 +252,10 @@ Task describe(const RouteParams& params, const RouteInputs& in) {
   t.count = in.count.data;
   t.temperature = params.temperature.data;
   t.per_agent = params.temperature.shape[0] != 1;
-  t.shares = params.normalize == Normalize::agents;
+  t.softmax_over_agents = params.normalize == Normalize::agents;
   t.missing = params.missing == Missing::token;
-  static float some;
-  if (params.refine) t.refined = &some;  // where it lies is known later
+  static float placeholder;
+  if (params.refine) t.refined = &placeholder;  // where it lies is known later
   return t;
 }
 
@@ -291,7 +279,7 @@ void launch_all(Task& t, const RouteParams& params, Launcher& launch, const Toke
   t.lse = out.lse.data;
   if (params.refine) t.refined = out.refined.data;
   if (t.users == 0) return;
-  const auto tiles = t.shares ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
+  const auto tiles = t.softmax_over_agents ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
   for (int round = 0; round <= params.refine; ++round) {
     t.refining = round < params.refine;
     t.first_pass = round == 0;
@@ -301,17 +289,6 @@ void launch_all(Task& t, const RouteParams& params, Launcher& launch, const Toke
     launch(tiles, t.g.blocks, t.g.threads(), t.g.shared_bytes, t);
     launch(merge_units, launch.machine.processors * 4, kThreads, 0, t);
   }
-}
-
-/// What the public verb allows and this one does not.
-Status check_limits(const RouteInputs& in) {
-  const int64_t* const p = in.prototypes.shape;
-  if (p[2] > 4096 || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
-    return Status::error(Code::not_implemented,
-                         "route: expected D up to 4096, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64
-                         ", %" PRId64 " and %" PRId64,
-                         p[2], in.histories.users, in.behaviours());
-  return {};
 }
 
 }  // namespace
@@ -339,7 +316,8 @@ size_t route_workspace(const Context&, const RouteParams& params, const RouteInp
 }
 
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  HISAC_TRY(check_limits(inputs));
+  HISAC_TRY(check_counts("route", inputs));
+  HISAC_TRY(check_columns("route", "D", inputs.prototypes.shape[2]));
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
   Arena arena(context.workspace);

@@ -19,20 +19,20 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
   SIMT_DEVICE explicit RouteAgents(const Task& task) : Base(task) {}
 
   /// Where a lane points in 16 x 16 elements whose four matrices it helps to load.
-  static SIMT_DEVICE int place(int apart) { return (simt::lane() & 15) * apart + (simt::lane() >> 4) * 8; }
+  static SIMT_DEVICE int place(int row_pitch) { return (simt::lane() & 15) * row_pitch + (simt::lane() >> 4) * 8; }
 
-  /// y += the warp's agents times the rows; `depth` columns of both, rows of them `apart`.
-  SIMT_DEVICE void product(Products& y, const uint16_t* agents, const uint16_t* rows, int apart, int depth) const {
-    const uint16_t* const p = agents + simt::warp() * 16 * MT * apart + place(apart);
-    const uint16_t* const x = rows + place(apart);
+  /// y += the warp's agents times the rows; `depth` columns of both, `row_pitch` elements from one row to the next.
+  SIMT_DEVICE void product(Products& y, const uint16_t* agents, const uint16_t* rows, int row_pitch, int depth) const {
+    const uint16_t* const p = agents + simt::warp() * 16 * MT * row_pitch + place(row_pitch);
+    const uint16_t* const x = rows + place(row_pitch);
     SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
       uint32_t a[Q][MT][4];
       SIMT_EACH (part, Q)
-        SIMT_EACH (h, MT) simt::load_matrices(a[part][h], p + (part * g.tile_agents + h * 16) * apart + k);
+        SIMT_EACH (h, MT) simt::load_matrices(a[part][h], p + (part * g.tile_agents + h * 16) * row_pitch + k);
       SIMT_EACH (n, R / 16)
         SIMT_EACH (stored, S) {
           uint32_t b[4];
-          simt::load_matrices(b, x + (stored * R + n * 16) * apart + k);
+          simt::load_matrices(b, x + (stored * R + n * 16) * row_pitch + k);
           SIMT_EACH (part, Q - stored)
             SIMT_EACH (h, MT) {
               simt::multiply_add(y[h][2 * n], a[part][h], b[0], b[2]);
@@ -42,18 +42,17 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
     }
   }
 
-  /// sum [agents, kValues] += w, an agent's for each row, times the step's values, of which the item has `width` in
-  /// all.
+  /// sum [agents, kValues] += w [agents, rows] times the step's values. `width`: columns of all values.
   SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, const uint16_t* values,
                               int64_t width) const {
     const uint16_t* const v = values + place(kValuePitch);
-    const int columns_left = least(width - this->work().values * kValues, kValues);
+    const int columns_left = least(width - this->work().value_tile * kValues, kValues);
     SIMT_EACH (k, R / 16) {
       uint32_t a[2][MT][4];
       SIMT_EACH (h, MT)
         SIMT_EACH (i, 4) {
           const float* const pair = &w[h][2 * k + i / 2][i % 2 * 2];
-          a[0][h][i] = Q > 1 ? split(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
+          a[0][h][i] = Q > 1 ? bf16_parts(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
         }
       SIMT_EACH (n, kValues / 16) {
         if (n * 16 >= columns_left) continue;
@@ -76,50 +75,52 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
     if (s.chunk == 0 || s.chunk + 1 == g.chunks)
       SIMT_EACH (h, MT)
         SIMT_EACH (r, 2) {
-          const float theirs = agent(0, h, r);
+          const float agent_half = agent(0, h, r);
           SIMT_EACH (n, R / 8)
             SIMT_EACH (i, 2) {
-              const float mine = s.chunk + 1 == g.chunks ? floats(g.at.half)[kind * R + n * 8 + 2 * q + i] : 0.f;
+              const float row_half =
+                  s.chunk + 1 == g.chunks ? floats(g.offset.half)[kind * R + n * 8 + 2 * q + i] : 0.f;
               float& y = z[h][n][2 * r + i];
-              y = g.chunks == 1 ? mine + theirs : s.chunk == 0 ? 0.f : y + (mine + theirs);
+              y = g.chunks == 1 ? row_half + agent_half : s.chunk == 0 ? 0.f : y + (row_half + agent_half);
             }
         }
     product(z, prototypes(g.chunks > 1 ? buffer : 0), operand_x(buffer), pitch(), columns(s.chunk));
   }
 
-  /// Of a step's rows, their log-sum-exp over agents; of agents in several tiles first the top, and kTile on the mass.
-  SIMT_DEVICE float* row_lse(int block) const { return floats(g.at.row_lse) + (g.agent_tiles > 1 ? block * R : 0); }
+  /// The log-sum-exp over agents of a step's rows. While tiles of agents are added, it is the rows' largest logits, and
+  /// kTile further on their sums.
+  SIMT_DEVICE float* row_lse(int block) const { return floats(g.offset.row_lse) + (g.agent_tiles > 1 ? block * R : 0); }
 
-  /// The warps' largest logits and sums of every row meet in row_lse; partly: those of other tiles are to come.
-  SIMT_DEVICE void over_agents(const Products& z, int block, bool partly) const {
+  /// Adds the warps' largest logits and sums of every row to row_lse. partly: other tiles of agents are to come.
+  SIMT_DEVICE void sum_over_agents(const Products& z, int block, bool partly) const {
     const int q = simt::lane() & 3;
     float* const kept = row_lse(block);
-    float *const cross = floats(g.at.cross), *const mine = cross + simt::warp() * 2 * R + 2 * q;
+    float *const cross = floats(g.offset.cross), *const warp_sums = cross + simt::warp() * 2 * R + 2 * q;
     SIMT_EACH (n, R / 8)
       SIMT_EACH (i, 2) {
-        float peak = -kInfinity, total = 0;
-        SIMT_EACH (h, MT) peak = larger(peak, larger(z[h][n][i], z[h][n][2 + i]));
-        for (int m = 4; m < 32; m *= 2) peak = larger(peak, simt::shuffle_xor(peak, m));
-        const float safe = peak == -kInfinity ? 0.f : peak;
+        float row_max = -kInfinity, total = 0;
+        SIMT_EACH (h, MT) row_max = larger(row_max, larger(z[h][n][i], z[h][n][2 + i]));
+        for (int m = 4; m < 32; m *= 2) row_max = larger(row_max, simt::shuffle_xor(row_max, m));
+        const float safe = row_max == -kInfinity ? 0.f : row_max;
         SIMT_EACH (h, MT) total += simt::exp2(z[h][n][i] - safe) + simt::exp2(z[h][n][2 + i] - safe);
         for (int m = 4; m < 32; m *= 2) total += simt::shuffle_xor(total, m);
         if (simt::lane() < 4) {
-          mine[n * 8 + i] = peak;
-          mine[R + n * 8 + i] = total;
+          warp_sums[n * 8 + i] = row_max;
+          warp_sums[R + n * 8 + i] = total;
         }
         simt::sync_warp();  // one column after another: together they need more registers than there are
       }
     SIMT_UNLESS_PLANTED(6, simt::sync());
     for (int r = simt::thread(); r < R; r += simt::threads()) {
-      float peak = -kInfinity, total = 0;
-      for (int w = 0; w < g.warps; ++w) peak = larger(peak, cross[2 * w * R + r]);
-      const float before = partly ? kept[r] : -kInfinity, safe = larger(larger(peak, before), -kLargest);
+      float row_max = -kInfinity, total = 0;
+      for (int w = 0; w < g.warps; ++w) row_max = larger(row_max, cross[2 * w * R + r]);
+      const float before = partly ? kept[r] : -kInfinity, safe = larger(larger(row_max, before), -kLargest);
       for (int w = 0; w < g.warps; ++w) total += cross[(2 * w + 1) * R + r] * simt::exp2(cross[2 * w * R + r] - safe);
       if (partly) {
-        kept[r] = larger(peak, before);
+        kept[r] = larger(row_max, before);
         kept[kTile + r] = simt::fused(kept[kTile + r], simt::exp2(before - safe), total);
       } else {
-        kept[r] = peak == -kInfinity ? 0.f : peak + simt::log2(total);
+        kept[r] = row_max == -kInfinity ? 0.f : row_max + simt::log2(total);
       }
     }
     SIMT_UNLESS_PLANTED(7, simt::sync());
@@ -127,14 +128,14 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
 
   /// The rows before the first tile of agents, and after the last.
   SIMT_DEVICE void begin_rows() const {
-    float* const kept = floats(g.at.row_lse);
+    float* const kept = floats(g.offset.row_lse);
     for (int r = simt::thread(); r < kTile; r += simt::threads()) {
       kept[r] = -kInfinity;
       kept[kTile + r] = 0;
     }
   }
   SIMT_DEVICE void end_rows() const {
-    float* const kept = floats(g.at.row_lse);
+    float* const kept = floats(g.offset.row_lse);
     for (int r = simt::thread(); r < kTile; r += simt::threads())
       kept[r] = kept[r] == -kInfinity ? 0.f : kept[r] + simt::log2(kept[kTile + r]);
     simt::sync();

@@ -1,17 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner kernels of `route_backward`. A step is a block of rows by phases: products with the prototypes, chunk by
-// chunk; with the gradients of tokens; then weights w and distance gradients q of all agents in registers. From there
-// the rows' kernel puts w and q into shared memory as operands, and in further phases all warps share the products over
-// agents; the prototypes' keeps sums of q times x in registers. Pipelined as the forward: phase s fetches s + 2,
-// prepares s + 1.
+// The inner kernels of `route_backward`: one for the gradients of rows and of the temperature, one for those of
+// prototypes. Both go through blocks of R rows by phases, each with one tile of agents:
+//
+//   phases         rows' kernel                             prototypes' kernel
+//   chunks of D    z += prototypes . x, in the end logits   the same
+//   chunks of V    y += d_tokens . v; in the end weights w  the same; in the end moment += q x and total += q
+//                  and distance gradients q, which go to
+//                  shared memory as operands
+//   chunks of V    dv = w d_tokens, by all warps
+//   chunks of D    dx = q (prototypes - x), by all warps
+//
+//   warp w         agents 16 MT w .. 16 MT (w + 1) of the tile. In registers: z and y [16 MT, R]; for prototypes moment
+//                  [16 MT, 64] too.
+//   shared memory  prototypes and d_tokens of the tile, as operands; x and v of a block, raw and as operands, each in
+//                  one buffer or two; for rows w and q [agents of the tile, R].
+//
+// Between the barriers of phases s and s + 1, as in route_tile.h: the rows of phase s + 2 begin to arrive, those of
+// s + 1 become operands, those of s are multiplied. Where agents are in several tiles, agents mode sweeps over all of
+// them first, for every tile of rows: for row_lse, then for the rows' sums of dz.
 #pragma once
 #include "cuda/route_agents.h"
 #include "cuda/route_back_task.h"
 
 namespace hisac::cuda {
 
-/// kShares: agents mode; kAgents: the prototypes' gradients, else the rows' and the temperature's.
-template <int MT, int Q, int S, bool kShares, bool kAgents>
+/// kOverAgents: the softmax is over agents. kAgents: the prototypes' gradients, else the rows' and the temperature's.
+template <int MT, int Q, int S, bool kOverAgents, bool kAgents>
 class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   static constexpr int R = rows_of_step(Q, kAgents), kPitch = R + 8;
   using Base = RouteAgents<MT, Q, S, R, true>;
@@ -19,7 +33,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   using typename Base::Products;
   using typename Base::Step;  // chunk: the phase
   using typename Base::Work;
-  enum What { kTops, kSums, kAll };  // a sweep's: log-sum-exp over agents; sums of dz; everything
+  enum What { kRowLse, kRowSums, kAll };  // a sweep's: log-sum-exp over agents; sums of dz; everything
 
   struct Values : RouteStream<MT, Q, S, R, true> {
     using Stream = RouteStream<MT, Q, S, R, true>;
@@ -37,22 +51,14 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     for (;;) {
       if (simt::thread() == 0) {
         if (kAgents) {
-          const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
-          w.some = unit < t.plan->units;
-          if (w.some) {
-            w.unit = t.unit[unit];
-            w.start = t.start(w.unit.user);
-            w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
-            w.own = item % t.items() % g.agent_tiles;
-            w.values = item % t.items() / g.agent_tiles;
-          }
+          this->take_item(w);
         } else {
-          w.values = simt::atomic_add(b.next, 1);
-          w.some = w.values < b.chunks.count;
+          w.value_tile = simt::atomic_add(b.next, 1);
+          w.found = w.value_tile < b.chunks.count;
         }
       }
       simt::sync();
-      if (!work().some) return;
+      if (!work().found) return;
       if constexpr (kAgents)
         unit();
       else
@@ -62,28 +68,28 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   }
 
  private:
-  SIMT_DEVICE Work& taken() const { return *reinterpret_cast<Work*>(simt::shared() + g.at.work); }
+  SIMT_DEVICE Work& taken() const { return *reinterpret_cast<Work*>(simt::shared() + g.offset.work); }
 
   // ---- the rows of a chunk
 
-  SIMT_DEVICE int chunk_from() const { return work().values * b.chunks.size; }
+  SIMT_DEVICE int chunk_from() const { return work().value_tile * b.chunks.size; }
   SIMT_DEVICE int chunk_to() const { return least(int64_t{chunk_from()} + b.chunks.size, t.rows); }
 
   SIMT_DEVICE void chunk() {
-    auto* const users = reinterpret_cast<uint32_t*>(simt::shared() + b.at.users);
+    auto* const users = reinterpret_cast<uint32_t*>(simt::shared() + b.offset.users);
     if (simt::thread() == 0) covered() = {chunk_from(), chunk_from()};
     for (int64_t a = simt::thread(); b.raw && a < b.padded(); a += simt::threads())
-      b.raw[a * b.chunks.count + work().values] = 0;
-    SIMT_ROLLED for (int first = static_cast<int>(t.users) - b.chunks.first[work().values];
-                     first < b.chunks.last[work().values]; first += simt::threads()) {
+      b.raw[a * b.chunks.count + work().value_tile] = 0;
+    SIMT_ROLLED for (int first = static_cast<int>(t.users) - b.chunks.first[work().value_tile];
+                     first < b.chunks.last[work().value_tile]; first += simt::threads()) {
       const int user = first + simt::thread();
-      const bool reaches = user < b.chunks.last[work().values] && t.start(user) < chunk_to() &&
+      const bool reaches = user < b.chunks.last[work().value_tile] && t.start(user) < chunk_to() &&
                            t.end(user) > chunk_from() && t.start(user) < t.end(user);
-      const uint32_t mine = simt::ballot(reaches);
-      if (simt::lane() == 0) users[simt::warp()] = mine;
+      const uint32_t reaching = simt::ballot(reaches);
+      if (simt::lane() == 0) users[simt::warp()] = reaching;
       simt::sync();
       SIMT_ROLLED for (int w = 0; w < g.warps; ++w) SIMT_ROLLED for (uint32_t bits = users[w]; bits; bits &= bits - 1)
-          history(first + 32 * w + simt::count_bits((bits & (0u - bits)) - 1));
+          history(first + 32 * w + lowest(bits));
       simt::sync();
     }
     simt::sync();
@@ -96,7 +102,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     int from, to;
   };
   SIMT_DEVICE Covered& covered() const {
-    return *reinterpret_cast<Covered*>(simt::shared() + b.at.users + 4 * g.warps);
+    return *reinterpret_cast<Covered*>(simt::shared() + b.offset.users + 4 * g.warps);
   }
 
   /// A user's rows of the chunk.
@@ -135,21 +141,22 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   // ---- rows by agents
 
-  SIMT_DEVICE bool several() const { return kShares && g.agent_tiles > 1; }
+  SIMT_DEVICE bool several() const { return kOverAgents && g.agent_tiles > 1; }
 
   /// Rows [begin, end), at most kTile of them where several() sums are kept.
   SIMT_DEVICE void range() {
     values.begin = begin;
     values.end = end;
-    float* const bias = floats(b.at.row_bias);
+    float* const bias = floats(b.offset.row_bias);
     if (several()) {
       this->begin_rows();
       for (int r = simt::thread(); r < kTile; r += simt::threads()) bias[r] = 0;
     }
-    SIMT_ROLLED for (what = several() ? kTops : kAll; what <= kAll; ++what) {
+    SIMT_ROLLED for (what = several() ? kRowLse : kAll; what <= kAll; ++what) {
       const bool one = kAgents && what == kAll;
-      SIMT_ROLLED for (tile = one ? work().own : 0; tile < (one ? work().own + 1 : g.agent_tiles); ++tile) sweep();
-      if (what == kTops) this->end_rows();
+      SIMT_ROLLED for (tile = one ? work().agent_tile : 0; tile < (one ? work().agent_tile + 1 : g.agent_tiles); ++tile)
+          sweep();
+      if (what == kRowLse) this->end_rows();
     }
   }
 
@@ -157,12 +164,12 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   SIMT_DEVICE int outputs_x() const { return !kAgents && b.dx ? g.chunks : 0; }
   SIMT_DEVICE int phases() const {
     const int outputs = outputs_v() + outputs_x();
-    return g.chunks + (what == kTops ? 0 : values.g.chunks) + (kAgents || what != kAll ? 0 : outputs ? outputs : 1);
+    return g.chunks + (what == kRowLse ? 0 : values.g.chunks) + (kAgents || what != kAll ? 0 : outputs ? outputs : 1);
   }
   SIMT_DEVICE Step next(Step s) const {
     return s.chunk + 1 < phases() ? Step{s.block, s.chunk + 1} : Step{s.block + 1, 0};
   }
-  SIMT_DEVICE bool some(Step s) const { return begin + s.block * R < end; }
+  SIMT_DEVICE bool has_rows(Step s) const { return begin + s.block * R < end; }
 
   SIMT_DEVICE void fetch_rows(Step s) {
     if (s.chunk < g.chunks)
@@ -187,10 +194,10 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   SIMT_DEVICE void sweep() {
     const int64_t first = int64_t{work().unit.user} * b.padded() + int64_t{tile} * g.tile_agents;
-    const float* const of[] = {t.half, t.rate, b.top, b.offset, b.slope};
+    const float* const sources[] = {t.half, t.rate, b.agent_lse, b.dz_constant, b.slope};
     SIMT_EACH (k, 5)
       for (int i = simt::thread(); i < g.tile_agents; i += simt::threads())
-        floats(g.at.agents)[k * g.tile_agents + i] = of[k][first + i];
+        floats(g.offset.agents)[k * g.tile_agents + i] = sources[k][first + i];
     if (!kAgents)
       SIMT_EACH (h, MT) total[h][0] = total[h][1] = 0;
     if (g.chunks == 1) this->fetch_agents({}, tile);
@@ -198,13 +205,13 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     SIMT_UNLESS_PLANTED(61, this->fetch_first_ids());
     SIMT_UNLESS_PLANTED(62, values.fetch_first_ids());
     Step s{0, -2};
-    SIMT_ROLLED while (some(s)) {
+    SIMT_ROLLED while (has_rows(s)) {
       const Step s1 = next(s), s2 = next(s1);
-      const bool goes_on = some(s1) && s1.chunk >= 0;
+      const bool goes_on = has_rows(s1) && s1.chunk >= 0;
       SIMT_UNLESS_PLANTED(43, simt::template wait<0>());
       SIMT_UNLESS_PLANTED(44, simt::sync());
       if (goes_on) fetch_parts(s1);
-      if (some(s2)) fetch_rows(s2);
+      if (has_rows(s2)) fetch_rows(s2);
       simt::commit();
       if (goes_on) prepare_rows(s1);
       const int c = s.chunk - g.chunks, o = c - values.g.chunks;
@@ -243,17 +250,17 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
         SIMT_EACH (n, R / 8)
           SIMT_EACH (i, 2) z[h][n][2 * r + i] = rate * smaller(z[h][n][2 * r + i], 0.f);
       }
-    if (kShares && (g.agent_tiles == 1 || what == kTops)) this->over_agents(z, block, what == kTops);
+    if (kOverAgents && (g.agent_tiles == 1 || what == kRowLse)) this->sum_over_agents(z, block, what == kRowLse);
   }
 
-  SIMT_DEVICE float shift(int block, int row) const { return floats(g.at.shift)[(block & 1) * R + row]; }
+  SIMT_DEVICE float shift(int block, int row) const { return floats(g.offset.shift)[(block & 1) * R + row]; }
   /// What makes a logit of a row one of its user's softmax.
   SIMT_DEVICE float add(int block, int row) const {
-    return smaller(shift(block, row) - (kShares ? this->row_lse(block)[row] : 0.f), kLargest);
+    return smaller(shift(block, row) - (kOverAgents ? this->row_lse(block)[row] : 0.f), kLargest);
   }
 
   /// The warps' sums of a row over agents: 0: of dz, 1: of q.
-  SIMT_DEVICE float* sums(int warp, int which) const { return floats(b.at.sums) + (2 * warp + which) * R; }
+  SIMT_DEVICE float* sums(int warp, int which) const { return floats(b.offset.sums) + (2 * warp + which) * R; }
   SIMT_DEVICE float sum_of(int which, int row) const {
     float sum = 0;
     for (int w = 0; w < g.warps; ++w) sum += sums(w, which)[row];
@@ -283,17 +290,18 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       SIMT_EACH (r, 2)
         SIMT_EACH (n, R / 8) {
           const float* const pair = &from[h][n][2 * r];
-          uint16_t* const at = to + (simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4) * kPitch + n * 8 +
-                               2 * (simt::lane() & 3);
+          uint16_t* const target = to + (simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4) * kPitch + n * 8 +
+                                   2 * (simt::lane() & 3);
           uint32_t low;
-          *reinterpret_cast<uint32_t*>(at) = Q > 1 ? split(pair[0], pair[1], &low) : simt::pack(pair[0], pair[1]);
-          if (Q > 1) *reinterpret_cast<uint32_t*>(at + g.tile_agents * kPitch) = low;
+          *reinterpret_cast<uint32_t*>(target) =
+              Q > 1 ? bf16_parts(pair[0], pair[1], &low) : simt::pack(pair[0], pair[1]);
+          if (Q > 1) *reinterpret_cast<uint32_t*>(target + g.tile_agents * kPitch) = low;
         }
   }
 
   SIMT_DEVICE void put(float* to, int row, int64_t width, int64_t column, float value) const {
-    float& at = to[int64_t{row} * width + column];
-    at = row >= covered().from && row < covered().to ? at + value : value;
+    float& sum = to[int64_t{row} * width + column];
+    sum = row >= covered().from && row < covered().to ? sum + value : value;
   }
 
   /// What a phase of outputs multiplies: weights or slopes by columns of d_tokens or prototypes.
@@ -314,12 +322,12 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     Output out;
     if (x < 0) {
       const int buffer = values.g.chunks > 1 ? values.buffer_of(Values::step(block + 1, phase)) : 0;
-      out = {halves(b.at.weights),  values.prototypes(buffer), b.dv, b.v.x.width, values.pitch(),
-             values.columns(phase), phase * values.g.chunk,    false};
+      out = {halves(b.offset.weights), values.prototypes(buffer), b.dv, b.v.x.width, values.pitch(),
+             values.columns(phase),    phase * values.g.chunk,    false};
     } else if (x < outputs_x()) {
       const int buffer = g.chunks > 1 ? this->buffer_of({block, x}) : 0;
-      out = {halves(b.at.slopes), this->prototypes(buffer), b.dx,        t.x.width,
-             this->pitch(),       this->columns(x),         x * g.chunk, true};
+      out = {halves(b.offset.slopes), this->prototypes(buffer), b.dx,        t.x.width,
+             this->pitch(),           this->columns(x),         x * g.chunk, true};
     } else {
       return;
     }
@@ -331,12 +339,12 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   /// 16 rows by 32 columns, summed over the agents.
   SIMT_DEVICE void multiply_weights(const Output& out, int block, int rows, int row, int column) const;
 
-  /// An absent row that has a v shares the gradient of its user's token of them.
+  /// What an absent row that has a v gets of the gradient of its user's token of absent rows.
   SIMT_DEVICE float absent(int block, int row, int64_t column) const {
-    if (!t.missing || tile > 0 || floats(g.at.gone)[(block & 1) * R + row] == 0.f) return 0;
+    if (!t.missing || tile > 0 || floats(g.offset.gone)[(block & 1) * R + row] == 0.f) return 0;
     const int64_t user = work().unit.user, token = user * b.token_rows() + t.agents;
-    const float share = b.absent[user];
-    return share == 0.f ? 0.f : share * element(b.d_tokens.data, b.d_tokens.dtype, token * b.v.x.width + column);
+    const float weight = b.absent[user];
+    return weight == 0.f ? 0.f : weight * element(b.d_tokens.data, b.d_tokens.dtype, token * b.v.x.width + column);
   }
 
   SIMT_DEVICE void end_sweep() {
@@ -347,7 +355,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
           sum += simt::shuffle_xor(sum, 1);
           sum += simt::shuffle_xor(sum, 2);
           const int64_t a = int64_t{tile} * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4;
-          if ((simt::lane() & 3) == 0) b.raw[a * b.chunks.count + work().values] += sum;
+          if ((simt::lane() & 3) == 0) b.raw[a * b.chunks.count + work().value_tile] += sum;
         }
     const int first = static_cast<int>(work().start) + begin, last = static_cast<int>(work().start) + end;
     simt::sync();
@@ -367,11 +375,12 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     }
     const Work& w = work();
     if (w.unit.slot >= 0) {
-      write(t.slots + (int64_t{w.unit.slot} * t.items() + w.values * g.agent_tiles + w.own) * b.state_floats());
+      write(t.slots +
+            (int64_t{w.unit.slot} * t.items() + w.value_tile * g.agent_tiles + w.agent_tile) * b.state_floats());
       return;
     }
-    const int64_t first = int64_t{w.own} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
-    const int64_t column = int64_t{w.values} * kValues + (simt::lane() & 3) * 2;
+    const int64_t first = int64_t{w.agent_tile} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
+    const int64_t column = int64_t{w.value_tile} * kValues + (simt::lane() & 3) * 2;
     SIMT_EACH (h, MT)
       SIMT_EACH (c, kValues / 8)
         SIMT_EACH (i, 4)
@@ -416,7 +425,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       each([&](float& f) {
         f += *from;
         from += simt::threads();
-        simt::sync_warp();  // one load at a time, for want of registers
+        simt::sync_warp();  // one load at a time: more would need more registers
       });
     }
     if (last) return;

@@ -5,7 +5,7 @@
 // gradients (v, x, bias) are made by chunks of all behaviours: a block takes a chunk and, in their order, the users
 // whose histories reach into it, so that histories may overlap and nothing is added by two blocks. The temperature's
 // are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
-// tree of ../tiles.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
+// tree of base/reduction_tree.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
 #pragma once
 #include "cuda/device/launcher.h"
 #include "cuda/route_task.h"
@@ -30,14 +30,14 @@ struct BackTask {
   float *dv = nullptr, *dx = nullptr, *d_bias = nullptr, *d_temperature = nullptr, *d_prototypes = nullptr;
   struct Offsets {  // in shared memory, beside those of the streams
     int weights, slopes, sums, row_bias, users;
-  } at = {};
+  } offset = {};
   size_t shared_bytes = 0;
   // workspace
-  float *top = nullptr, *offset = nullptr,
+  float *agent_lse = nullptr, *dz_constant = nullptr,
         *slope = nullptr;   // [B, padded M] lse in base 2, dlse - dtoken . token, 2 / tau
   float* absent = nullptr;  // [B] 1 / count, of the token of absent behaviours
   Chunks chunks, windows;   // windows: with leaves, of 32 of the behaviours themselves
-  int32_t* next = nullptr;  // the chunk not yet taken
+  int32_t* next = nullptr;  // the next chunk to take
   float* raw = nullptr;     // [padded M, chunks] dlogit times logit
   double* total = nullptr;  // [padded M] d_temperature of each agent
 

@@ -13,11 +13,10 @@ namespace hisac::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kLeastChunk = 256;    // behaviours
-constexpr int kChunks = 2048;       // that chunks below kTile come to, at most
-constexpr int kMostColumns = 4096;  // of D and V
+constexpr int kLeastChunk = 256;  // behaviours
+constexpr int kChunks = 2048;     // that chunks below kTile come to, at most
 
-/// A warp an agent: its gradient in bfloat16 parts and what its weights need; absent and padding agents are zero.
+/// A warp has an agent: its gradient in bfloat16 parts and what its weights need; absent and padding agents are zero.
 SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   const int lane = simt::lane();
   const Task &x = b.x, &v = b.v;
@@ -28,9 +27,10 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   if (thread == 0) *b.next = 0;
   for (int64_t user = thread; b.absent && user < x.users; user += all) {
     const double e = static_cast<double>(b.lse[user * b.token_rows() + x.agents]) * 1.4426950408889634;
-    const bool some = e > -126 && e < 59.794705707972522;  // a count below 1e18
-    const int whole = some ? static_cast<int>(e) : 0;
-    b.absent[user] = some ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
+    const bool in_range = e > -126 && e < 59.794705707972522;  // a count below 1e18
+    const int whole = in_range ? static_cast<int>(e) : 0;
+    b.absent[user] =
+        in_range ? simt::exp2(static_cast<float>(whole - e)) * simt::exp2(static_cast<float>(-whole)) : 0.f;
   }
   for (int64_t i = thread / 32; i < x.users * padded; i += all / 32) {
     const int64_t user = i / padded, agent = i % padded, row = user * b.token_rows() + agent;
@@ -42,26 +42,26 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
     for (int m = 16; m; m /= 2) dot += simt::shuffle_xor(dot, m);
     if (lane == 0) {
       const float lse = here ? b.lse[row] : kInfinity;
-      const bool some = finite(lse);
-      b.top[i] = some ? base2(lse) : kInfinity;
-      b.offset[i] = some ? static_cast<float>((b.d_lse ? static_cast<double>(b.d_lse[row]) : 0.0) - dot) : 0.f;
-      b.slope[i] = some ? smaller(2 / x.temperature[x.per_agent ? agent : 0], kLargest) : 0.f;
+      const bool has_mass = finite(lse);
+      b.agent_lse[i] = has_mass ? base2(lse) : kInfinity;
+      b.dz_constant[i] = has_mass ? static_cast<float>((b.d_lse ? static_cast<double>(b.d_lse[row]) : 0.0) - dot) : 0.f;
+      b.slope[i] = has_mass ? smaller(2 / x.temperature[x.per_agent ? agent : 0], kLargest) : 0.f;
     }
     const int tile = static_cast<int>(agent / v.g.tile_agents), place = static_cast<int>(agent % v.g.tile_agents);
     uint16_t* const out =
         v.packed + ((user * v.g.agent_tiles + tile) * v.g.parts * v.g.tile_agents + place) * v.g.depth;
     for (int c = 2 * lane; c < v.g.depth; c += 64) {
-      const auto at = [&](int64_t d) {
+      const auto gradient = [&](int64_t d) {
         return here && d < width ? element(b.d_tokens.data, b.d_tokens.dtype, row * width + d) : 0.f;
       };
-      uint32_t low, high = split_any(at(c), at(c + 1), &low);
+      uint32_t low, high = bf16_parts_keeping_infinity(gradient(c), gradient(c + 1), &low);
       *reinterpret_cast<uint32_t*>(out + c) = high;
       if (v.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{v.g.tile_agents} * v.g.depth + c) = low;
     }
   }
 }
 
-/// A warp a user: the chunks that its history reaches into.
+/// A warp has a user: the chunks that its history reaches into.
 SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT Spans s, SIMT_CONSTANT Chunks chunks) {
   for (int64_t user = int64_t{simt::block()} * kWarps + simt::warp(); user < s.users;
        user += int64_t{simt::blocks()} * kWarps) {
@@ -77,28 +77,28 @@ SIMT_KERNEL(kThreads, 4) give_back(SIMT_CONSTANT LeafBack b) { b.run(); }
 
 constexpr int kMostThreads1 = 416, kMostThreads2 = 256;  // of one and of two agent tiles a warp: 208 and 256 agents
 
-template <int MT, int Q, int S, bool kShares>
+template <int MT, int Q, int S, bool kOverAgents>
 SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2)
 back_to_rows(SIMT_CONSTANT BackTask b) {
-  RouteBack<MT, Q, S, kShares, false>(b).run();
+  RouteBack<MT, Q, S, kOverAgents, false>(b).run();
 }
-template <int MT, int Q, int S, bool kShares>
+template <int MT, int Q, int S, bool kOverAgents>
 SIMT_KERNEL(MT == 1 ? kMostThreads1 : kMostThreads2, 1)
 back_to_prototypes(SIMT_CONSTANT BackTask b) {
-  RouteBack<MT, Q, S, kShares, true>(b).run();
+  RouteBack<MT, Q, S, kOverAgents, true>(b).run();
 }
 
-template <bool kShares>
+template <bool kOverAgents>
 auto rows_kernel(const Geometry& g) {
-  return g.parts == 1    ? back_to_rows<2, 1, 1, kShares>
-         : g.stored == 1 ? back_to_rows<1, 2, 1, kShares>
-                         : back_to_rows<1, 2, 2, kShares>;
+  return g.parts == 1    ? back_to_rows<2, 1, 1, kOverAgents>
+         : g.stored == 1 ? back_to_rows<1, 2, 1, kOverAgents>
+                         : back_to_rows<1, 2, 2, kOverAgents>;
 }
-template <bool kShares>
+template <bool kOverAgents>
 auto prototypes_kernel(const Geometry& g) {
-  return g.parts == 1    ? back_to_prototypes<2, 1, 1, kShares>
-         : g.stored == 1 ? back_to_prototypes<1, 2, 1, kShares>
-                         : back_to_prototypes<1, 2, 2, kShares>;
+  return g.parts == 1    ? back_to_prototypes<2, 1, 1, kOverAgents>
+         : g.stored == 1 ? back_to_prototypes<1, 2, 1, kOverAgents>
+                         : back_to_prototypes<1, 2, 2, kOverAgents>;
 }
 
 /// The block's sum, in a fixed order; seen by thread 0.
@@ -113,7 +113,7 @@ SIMT_DEVICE double block_sum(double x) {
   return x;
 }
 
-/// A block an agent: its sums of chunks.
+/// A block has an agent: its sums of chunks.
 SIMT_KERNEL(kThreads) sum_temperature(SIMT_CONSTANT BackTask b) {
   for (int64_t a = simt::block(); a < b.x.agents; a += simt::blocks()) {
     double sum = 0;
@@ -135,7 +135,8 @@ SIMT_KERNEL(kThreads) finish_temperature(SIMT_CONSTANT BackTask b) {
   if (!b.x.per_agent && simt::thread() == 0) *b.d_temperature = static_cast<float>(sum);
 }
 
-/// A thread two neighbours of a state: the tree of ../tiles.h over a user's slots, as a binary counter makes it.
+/// A thread has two neighbours of a state: the tree of base/reduction_tree.h over a user's slots, as a binary counter
+/// makes it.
 SIMT_KERNEL(kThreads) merge_back_units(SIMT_CONSTANT BackTask b) {
   const Task& t = b.x;
   const int threads = t.g.threads();
@@ -143,7 +144,7 @@ SIMT_KERNEL(kThreads) merge_back_units(SIMT_CONSTANT BackTask b) {
   const int64_t items = t.items();
   for (int64_t i = simt::block(); i < t.plan->shared * items * pieces; i += simt::blocks()) {
     const SharedUser s = t.shared[i / pieces / items];
-    const int item = static_cast<int>(i / pieces % items), own = item % t.g.agent_tiles,
+    const int item = static_cast<int>(i / pieces % items), agent_tile = item % t.g.agent_tiles,
               values = item / t.g.agent_tiles;
     const int64_t e = i % pieces * kThreads + simt::thread();
     if (e >= elements) continue;
@@ -167,7 +168,8 @@ SIMT_KERNEL(kThreads) merge_back_units(SIMT_CONSTANT BackTask b) {
       for (int n = k + 1; n % 2 == 0; n /= 2) merge();
     }
     while (level > 1) merge();
-    const int64_t agent = int64_t{own} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8;
+    const int64_t agent =
+        int64_t{agent_tile} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8;
     const int64_t column = int64_t{values} * kValues + c * 8 + (lane & 3) * 2;
     b.put_prototype(s.user, agent, column, left[0], total[0]);
     b.put_prototype(s.user, agent, column + 1, right[0], total[0]);
@@ -185,12 +187,7 @@ struct Launches {
 
 /// Offsets in shared memory and its size for `warps` warps.
 void lay_out(BackTask& b, bool prototypes, int warps) {
-  int64_t used = 0;
-  const auto take = [&](int64_t n) {
-    const int64_t at = used;
-    used += (n + 15) / 16 * 16;
-    return static_cast<int>(std::min<int64_t>(at, 1 << 30));
-  };
+  SharedLayout shared;
   Geometry& g = b.x.g;
   g.rows = rows_of_step(g.parts, prototypes);
   const int64_t n = g.rows;
@@ -201,37 +198,37 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
     s.tile_agents = warps * 16 * s.mt;
     s.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t->agents + s.tile_agents - 1) / s.tile_agents));
     s.has_values = prototypes && t == &b.x;
-    const bool several = t->shares && s.agent_tiles > 1;
+    const bool several = t->softmax_over_agents && s.agent_tiles > 1;
     s.buffers = s.chunks > 1 || (t == &b.x && (several || prototypes)) ? 2 : 1;
     const int64_t bytes = t->x.data ? bytes_of(t->x.dtype) : 0, pitch = s.pitch(), m = s.buffers;
-    s.at.prototypes = take((s.chunks > 1 ? 2 : 1) * s.parts * s.tile_agents * pitch * 2);
-    s.at.x = take(m * s.stored * n * pitch * 2);
-    s.at.raw_x = take(m * n * s.chunk * bytes);
-    s.at.v = take(s.has_values ? 2 * s.stored * n * kValuePitch * 2 : 0);
-    s.at.raw_v = take(s.has_values ? 2 * n * kValues * bytes : 0);
-    s.at.ids = take(t->gathers() ? 4 * n * 16 : 0);
-    s.at.scale = take(t->scale ? 2 * n * 4 : 0);
-    s.at.bias = take(t->bias ? 2 * n * 4 : 0);
-    s.at.spread = take(t->spread ? 2 * n * 4 : 0);
-    s.at.codes = take(2 * n * 4 * t->levels);
-    s.at.half = take(2 * n * 4);
-    s.at.shift = take(2 * n * 4);
-    s.at.gone = take(2 * n * 4);
-    s.at.norm = take(n * 4);
+    s.offset.prototypes = shared.take((s.chunks > 1 ? 2 : 1) * s.parts * s.tile_agents * pitch * 2);
+    s.offset.x = shared.take(m * s.stored * n * pitch * 2);
+    s.offset.raw_x = shared.take(m * n * s.chunk * bytes);
+    s.offset.v = shared.take(s.has_values ? 2 * s.stored * n * kValuePitch * 2 : 0);
+    s.offset.raw_v = shared.take(s.has_values ? 2 * n * kValues * bytes : 0);
+    s.offset.ids = shared.take(t->gathers() ? 4 * n * 16 : 0);
+    s.offset.scale = shared.take(t->scale ? 2 * n * 4 : 0);
+    s.offset.bias = shared.take(t->bias ? 2 * n * 4 : 0);
+    s.offset.spread = shared.take(t->spread ? 2 * n * 4 : 0);
+    s.offset.codes = shared.take(2 * n * 4 * t->levels);
+    s.offset.half = shared.take(2 * n * 4);
+    s.offset.shift = shared.take(2 * n * 4);
+    s.offset.gone = shared.take(2 * n * 4);
+    s.offset.norm = shared.take(n * 4);
   }
-  const bool several = b.x.shares && g.agent_tiles > 1;
-  g.at.cross = take(b.x.shares ? 2 * warps * n * 4 : 0);
-  g.at.row_lse = take(!b.x.shares ? 0 : several ? 2 * kTile * 4 : n * 4);
-  g.at.agents = take(5 * g.tile_agents * 4);
-  g.at.work = take(kWorkBytes);
-  b.v.g.at.work = g.at.work;
-  b.at.row_bias = take(!b.x.shares ? 0 : several ? kTile * 4 : n * 4);
-  b.at.sums = take(2 * warps * n * 4);
-  b.at.users = take(warps * 4 + 8);
+  const bool several = b.x.softmax_over_agents && g.agent_tiles > 1;
+  g.offset.cross = shared.take(b.x.softmax_over_agents ? 2 * warps * n * 4 : 0);
+  g.offset.row_lse = shared.take(!b.x.softmax_over_agents ? 0 : several ? 2 * kTile * 4 : n * 4);
+  g.offset.agents = shared.take(5 * g.tile_agents * 4);
+  g.offset.work = shared.take(kWorkBytes);
+  b.v.g.offset.work = g.offset.work;
+  b.offset.row_bias = shared.take(!b.x.softmax_over_agents ? 0 : several ? kTile * 4 : n * 4);
+  b.offset.sums = shared.take(2 * warps * n * 4);
+  b.offset.users = shared.take(warps * 4 + 8);
   const int64_t operand = g.parts * g.tile_agents * (n + 8) * 2;
-  b.at.weights = take(!prototypes && b.dv ? operand : 0);
-  b.at.slopes = take(!prototypes && b.dx ? operand : 0);
-  g.shared_bytes = static_cast<size_t>(used);
+  b.offset.weights = shared.take(!prototypes && b.dv ? operand : 0);
+  b.offset.slopes = shared.take(!prototypes && b.dx ? operand : 0);
+  g.shared_bytes = static_cast<size_t>(shared.bytes());
 }
 
 size_t lay_out(Launches& l, int warps) {
@@ -257,9 +254,9 @@ Status plan_geometry(Launches& l, Precision precision, const simt::Machine& mach
   const int per_warp = 16 * x.g.mt;
   const int all = static_cast<int>(std::min<int64_t>((x.agents + per_warp - 1) / per_warp, 1 << 20));
   int most = 0;
-  // Agents mode wants one tile of agents, for each of several asks for sweeps of its own: narrower chunks for that.
+  // In agents mode every further tile of agents costs sweeps of its own, so narrower chunks are worth a single tile.
   bool found = false;
-  for (const int enough : {x.shares && all <= limit ? std::max(all, 3) : 4, 4})
+  for (const int enough : {x.softmax_over_agents && all <= limit ? std::max(all, 3) : 4, 4})
     for (int chunk = 128; !found && chunk >= 16; chunk /= 2) {
       each([&](int64_t, Geometry& g) {
         g.chunk = std::min(g.depth, chunk);
@@ -303,7 +300,8 @@ void carve(Launches& l, Arena& arena) {
   const int64_t chunks = std::max<int64_t>(b.chunks.count, least_chunks);
   b.x.packed = arena.take<uint16_t>(users * padded * b.x.g.parts * b.x.g.depth);
   b.v.packed = arena.take<uint16_t>(users * padded * b.v.g.parts * b.v.g.depth);
-  for (float** p : {&b.x.half, &b.x.rate, &b.top, &b.offset, &b.slope}) *p = arena.take<float>(users * padded);
+  for (float** p : {&b.x.half, &b.x.rate, &b.agent_lse, &b.dz_constant, &b.slope})
+    *p = arena.take<float>(users * padded);
   for (int32_t** p : {&b.chunks.first, &b.chunks.last}) *p = arena.take<int32_t>(chunks);
   for (int32_t** p : {&b.windows.first, &b.windows.last}) *p = arena.take<int32_t>(b.windows.count);
   b.next = arena.take<int32_t>(1);
@@ -317,8 +315,8 @@ void carve(Launches& l, Arena& arena) {
   p.v.packed = b.v.packed;
   p.x.half = b.x.half;
   p.x.rate = b.x.rate;
-  p.top = b.top;
-  p.offset = b.offset;
+  p.agent_lse = b.agent_lse;
+  p.dz_constant = b.dz_constant;
   p.slope = b.slope;
   if (!l.of_prototypes) return;
   const Geometry& g = p.x.g;
@@ -364,11 +362,11 @@ Status prepare(const RouteParams& params, const RouteInputs& in, const RouteGrad
     *l = describe(params, in, out);
   } else {
     const RouteInputs rows = carve_rows(params, in, entries, arena, &leaves);
-    static float some;  // where bytes are counted
+    static float placeholder;  // where bytes are counted
     float* const d_leaf = arena.take<float>(out.v ? rows.v.rows * rows.v.width : 0);
     RouteGradients of_leaves;
     of_leaves.temperature = out.temperature;
-    if (out.v) of_leaves.v = {d_leaf ? d_leaf : &some, {rows.v.rows, rows.v.width}};
+    if (out.v) of_leaves.v = {d_leaf ? d_leaf : &placeholder, {rows.v.rows, rows.v.width}};
     *l = describe(params, rows, of_leaves);
     l->leaves = leaves;
     l->rows.windows.size = 32;
@@ -382,18 +380,6 @@ Status prepare(const RouteParams& params, const RouteInputs& in, const RouteGrad
 /// Entries of leaves, as far as the host can tell; the sums' rows are counted in int.
 int64_t most_leaves(const RouteParams& params, const RouteInputs& in, int64_t longest) {
   return params.method == Method::exact ? 0 : std::min<int64_t>(most_entries(in, longest), 0x7fffffff);
-}
-
-/// What the public verb allows and this one does not.
-Status check_limits(const RouteInputs& in) {
-  const int64_t* const p = in.prototypes.shape;
-  if (std::max(p[2], in.v.width) > kMostColumns || in.histories.users > 1 << 30 || in.behaviours() >= int64_t{1} << 31)
-    return Status::error(
-        Code::not_implemented,
-        "route_backward: expected D and V up to %d, B up to 2^30 and T below 2^31 on CUDA, got %" PRId64 ", %" PRId64
-        ", %" PRId64 " and %" PRId64,
-        kMostColumns, p[2], in.v.width, in.histories.users, in.behaviours());
-  return {};
 }
 
 }  // namespace
@@ -410,7 +396,9 @@ size_t route_backward_workspace(const Context&, const RouteParams& params, const
 
 Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                       const RouteForward& forward, const RouteGradients& out) noexcept {
-  HISAC_TRY(check_limits(inputs));
+  HISAC_TRY(check_counts("route_backward", inputs));
+  HISAC_TRY(check_columns("route_backward", "D", inputs.prototypes.shape[2]));
+  HISAC_TRY(check_columns("route_backward", "V", inputs.v.width));
   Launcher launch("route_backward", context);
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;
@@ -431,12 +419,12 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   b.tokens = forward.tokens;
   b.lse = forward.lse.data;
   b.d_lse = forward.d_lse.data;
-  const bool shares = b.x.shares;
+  const bool softmax_over_agents = b.x.softmax_over_agents;
   launch_pack_agents(b.x, launch);
   launch(pack_tokens, machine.processors * 8, kThreads, 0, b);
   if (l.of_rows) {
     const Geometry& g = b.x.g;
-    const auto kernel = shares ? rows_kernel<true>(g) : rows_kernel<false>(g);
+    const auto kernel = softmax_over_agents ? rows_kernel<true>(g) : rows_kernel<false>(g);
     launch(plan_chunks, machine.processors * 2, kThreads, 0, Spans(b.x), b.chunks);
     launch(kernel, g.blocks, g.threads(), g.shared_bytes, b);
   }
@@ -447,7 +435,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   if (l.of_prototypes) {
     const BackTask& p = l.prototypes;
     const Geometry& g = p.x.g;
-    const auto kernel = shares ? prototypes_kernel<true>(g) : prototypes_kernel<false>(g);
+    const auto kernel = softmax_over_agents ? prototypes_kernel<true>(g) : prototypes_kernel<false>(g);
     launch_plan_units(p.x, launch);
     launch(kernel, g.blocks, g.threads(), g.shared_bytes, p);
     launch(merge_back_units, machine.processors * 4, kThreads, 0, p);

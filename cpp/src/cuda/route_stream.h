@@ -27,10 +27,22 @@ class RouteStream {
   struct Work {
     int64_t start;  // the user's first row; others count from it
     Unit unit;
-    int32_t some, rows, own, values;  // the tile of agents, of value columns
+    int32_t found, rows, agent_tile, value_tile;  // found: there was one; value_tile: the chunk, of rows' gradients
   };
   static_assert(sizeof(Work) <= kWorkBytes, "Work has its place");
-  SIMT_DEVICE const Work& work() const { return *reinterpret_cast<const Work*>(simt::shared() + g.at.work); }
+  SIMT_DEVICE const Work& work() const { return *reinterpret_cast<const Work*>(simt::shared() + g.offset.work); }
+
+  /// By one thread: the next item of the plan, that is a unit, a tile of agents and one of value columns.
+  SIMT_DEVICE void take_item(Work& w) const {
+    const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
+    w.found = unit < t.plan->units;
+    if (!w.found) return;
+    w.unit = t.unit[unit];
+    w.start = t.start(w.unit.user);
+    w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
+    w.agent_tile = item % t.items() % g.agent_tiles;
+    w.value_tile = item % t.items() / g.agent_tiles;
+  }
 
   // in shared memory: from offsets that lie in constant memory, so that no register holds a pointer
   static SIMT_DEVICE float* floats(int offset) { return reinterpret_cast<float*>(simt::shared() + offset); }
@@ -38,31 +50,31 @@ class RouteStream {
   SIMT_DEVICE int pitch() const { return g.chunk + 8; }
   SIMT_DEVICE int agents_size() const { return Q * g.tile_agents * pitch(); }  // elements of a buffer of each kind
   SIMT_DEVICE int rows_size() const { return S * kRows * pitch(); }
-  SIMT_DEVICE uint16_t* prototypes(int buffer) const { return halves(g.at.prototypes) + buffer * agents_size(); }
-  SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.at.x) + buffer * rows_size(); }
-  SIMT_DEVICE uint16_t* operand_v(int buffer) const { return halves(g.at.v) + buffer * (S * kRows * kValuePitch); }
+  SIMT_DEVICE uint16_t* prototypes(int buffer) const { return halves(g.offset.prototypes) + buffer * agents_size(); }
+  SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.offset.x) + buffer * rows_size(); }
+  SIMT_DEVICE uint16_t* operand_v(int buffer) const { return halves(g.offset.v) + buffer * (S * kRows * kValuePitch); }
   SIMT_DEVICE std::byte* raw_x(int buffer, int row) const {
-    return simt::shared() + g.at.raw_x + (buffer * kRows + row) * g.chunk * size_of(x_type());
+    return simt::shared() + g.offset.raw_x + (buffer * kRows + row) * g.chunk * size_of(x_type());
   }
   SIMT_DEVICE std::byte* raw_v(int buffer, int row) const {
-    return simt::shared() + g.at.raw_v + (buffer * kRows + row) * kValues * size_of(v_type());
+    return simt::shared() + g.offset.raw_v + (buffer * kRows + row) * kValues * size_of(v_type());
   }
   /// What is known of this thread's agent: 0: half its norm, 1: its rate.
   SIMT_DEVICE float agent(int what, int h, int r) const {
-    return floats(g.at.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
+    return floats(g.offset.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
   }
-  SIMT_DEVICE float& raw_bias(int buffer, int row) const { return floats(g.at.bias)[buffer * kRows + row]; }
-  SIMT_DEVICE float& raw_spread(int buffer, int row) const { return floats(g.at.spread)[buffer * kRows + row]; }
-  SIMT_DEVICE float& raw_scale(int buffer, int row) const { return floats(g.at.scale)[buffer * kRows + row]; }
+  SIMT_DEVICE float& raw_bias(int buffer, int row) const { return floats(g.offset.bias)[buffer * kRows + row]; }
+  SIMT_DEVICE float& raw_spread(int buffer, int row) const { return floats(g.offset.spread)[buffer * kRows + row]; }
+  SIMT_DEVICE float& raw_scale(int buffer, int row) const { return floats(g.offset.scale)[buffer * kRows + row]; }
   SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
-    return reinterpret_cast<int32_t*>(simt::shared() + g.at.codes) + (buffer * kRows + row) * t.levels;
+    return reinterpret_cast<int32_t*>(simt::shared() + g.offset.codes) + (buffer * kRows + row) * t.levels;
   }
 
   /// The two words of an id of v, or else x; those of four blocks of rows are kept, see fetch.
   SIMT_DEVICE int32_t* raw_id(bool of_v, int block, int row) const {
     int slot = block & 1;
     SIMT_UNLESS_PLANTED(9, slot = block & 3);
-    return reinterpret_cast<int32_t*>(simt::shared() + g.at.ids) + ((slot * kRows + row) * 2 + of_v) * 2;
+    return reinterpret_cast<int32_t*>(simt::shared() + g.offset.ids) + ((slot * kRows + row) * 2 + of_v) * 2;
   }
   SIMT_DEVICE int place_of(int block, int row) const { return begin + block * kRows + row; }
   SIMT_DEVICE int64_t id(bool of_v, int block, int row) const {
@@ -108,19 +120,19 @@ class RouteStream {
     const int64_t column = first + piece * per;
     const std::byte* const from = static_cast<const std::byte*>(m.data) + (row * m.width + column) * bytes;
     if (aligned) {
-      const bool some = valid && column < m.width;
-      simt::copy16(to + piece * 16, some ? from : static_cast<const std::byte*>(m.data), some);
+      const bool inside = valid && column < m.width;
+      simt::copy16(to + piece * 16, inside ? from : static_cast<const std::byte*>(m.data), inside);
       return;
     }
     for (int e = 0; e < per; ++e) {
-      const bool some = valid && column + e < m.width;
+      const bool inside = valid && column + e < m.width;
       if (bytes == 4)
-        reinterpret_cast<float*>(to + piece * 16)[e] = some ? reinterpret_cast<const float*>(from)[e] : 0.f;
+        reinterpret_cast<float*>(to + piece * 16)[e] = inside ? reinterpret_cast<const float*>(from)[e] : 0.f;
       else if (bytes == 1)
-        to[piece * 16 + e] = some ? from[e] : std::byte{0};
+        to[piece * 16 + e] = inside ? from[e] : std::byte{0};
       else
         reinterpret_cast<uint16_t*>(to + piece * 16)[e] =
-            some ? reinterpret_cast<const uint16_t*>(from)[e] : uint16_t{0};
+            inside ? reinterpret_cast<const uint16_t*>(from)[e] : uint16_t{0};
     }
   }
 
@@ -137,7 +149,7 @@ class RouteStream {
     }
   }
 
-  /// Those ids that the first two steps of a sweep need; fetch asks for the others two blocks ahead of their use.
+  /// Those ids that the first two steps of a sweep need; fetch asks for the others two blocks before their use.
   SIMT_DEVICE void fetch_first_ids() {
     if (!t.gathers()) return;
     SIMT_ROLLED for (int r = simt::thread(); r < 2 * kRows; r += simt::threads()) fetch_ids(r / kRows, r % kRows);
@@ -163,8 +175,9 @@ class RouteStream {
       if (last && t.bias) simt::copy4(&raw_bias(buffer, r), t.bias + row, valid);
       if (last && t.spread) simt::copy4(&raw_spread(buffer, r), t.spread + row, valid);
       if (!scale()) continue;
-      const bool some = has(false, s.block, r);
-      simt::copy4(&raw_scale(buffer, r), t.scale + (t.scales && some ? row_of(false, s.block, r) : 0), some);
+      const bool has_row = has(false, s.block, r);
+      simt::copy4(&raw_scale(buffer, r), t.scale + (t.scale_per_row && has_row ? row_of(false, s.block, r) : 0),
+                  has_row);
     }
     SIMT_ROLLED for (int r = thread / 16; r < kRows; r += simt::threads() / 16) {
       const bool here = has(false, s.block, r), has_value = t.refining ? here : has(true, s.block, r);
@@ -174,7 +187,7 @@ class RouteStream {
         if (c < x_pieces)
           fetch_row(raw_x(buffer, r), t.x, t.x_aligned, row, s.chunk * g.chunk, columns(s.chunk), here, c);
         else
-          fetch_row(raw_v(buffer, r), t.values(), t.values_aligned(), value_row, work().values * kValues, kValues,
+          fetch_row(raw_v(buffer, r), t.values(), t.values_aligned(), value_row, work().value_tile * kValues, kValues,
                     has_value, c - x_pieces);
       }
     }
@@ -197,13 +210,13 @@ class RouteStream {
       if (lane * 8 < columns(s.chunk)) {
         const std::byte* const raw = raw_x(buffer, r) + lane * 8 * size_of(x_type());
         load_x(raw, buffer, r, s.chunk * g.chunk + lane * 8, f);
-        if (Q == 1)  // the norm of what is multiplied: near agents stay near
+        if (Q == 1)  // the norm of what is multiplied: small distances stay small
           SIMT_EACH (i, 8) f[i] = rounded(f[i]);
         SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
         put<false>(f, raw, true, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
       }
       for (int m = 8; m; m /= 2) squares += simt::shuffle_xor(squares, m);
-      float& norm = floats(g.at.norm)[r];
+      float& norm = floats(g.offset.norm)[r];
       if (s.chunk > 0) squares += norm;
       if (!last) {
         simt::sync_warp();
@@ -212,13 +225,13 @@ class RouteStream {
       }
       const bool has_value = has(true, s.block, r);
       const float bias = t.bias ? raw_bias(buffer, r) : 0.f, spread = t.spread ? raw_spread(buffer, r) : 0.f;
-      const auto x_at = [&](int64_t d) {
+      const auto x_element = [&](int64_t d) {
         if (!has_x()) return t.prototype(raw_codes(buffer, r), d);
         return element(t.x.data, t.x.dtype, row_of(false, s.block, r) * t.x.width + d) *
                (scale() ? raw_scale(buffer, r) : 1.f);
       };
-      const bool here = has_value && has(false, s.block, r) && t.limited(bias, spread) &&
-                        t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_at);
+      const bool here = has_value && has(false, s.block, r) && t.valid_terms(bias, spread) &&
+                        t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_element);
       bool whole = true;
       if (t.missing && (g.value_tiles > 1 || !has_values()) && has_value && !here)  // v counts whole or not at all
         SIMT_ROLLED for (int64_t c = lane; c < t.v.width; c += 16) whole =
@@ -226,7 +239,7 @@ class RouteStream {
       const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(v_type());
       if (has_values() && lane < kValues / 8) {
         if (t.refining)
-          load_x(raw, buffer, r, work().values * kValues + lane * 8, f);
+          load_x(raw, buffer, r, work().value_tile * kValues + lane * 8, f);
         else
           load8(raw, v_type(), f);
         SIMT_EACH (i, 8) whole = whole && finite(f[i]);
@@ -238,26 +251,26 @@ class RouteStream {
         put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
       }
       if (lane == 0) {
-        floats(g.at.half)[kind * kRows + r] = here ? -0.5f * (squares + spread) : 0.f;
-        floats(g.at.shift)[kind * kRows + r] = here ? base2(bias) : -kInfinity;
-        floats(g.at.gone)[kind * kRows + r] = has_value && !here && !broken ? 1.f : 0.f;
+        floats(g.offset.half)[kind * kRows + r] = here ? -0.5f * (squares + spread) : 0.f;
+        floats(g.offset.shift)[kind * kRows + r] = here ? base2(bias) : -kInfinity;
+        floats(g.offset.gone)[kind * kRows + r] = has_value && !here && !broken ? 1.f : 0.f;
       }
     }
   }
 
-  /// Eight floats, or else zeros, as S operands, `apart` elements from one to the next; raw: what they came from.
+  /// Eight floats, or else zeros, as S operands, `part_stride` elements from one to the next; raw: what they came from.
   template <bool any>
-  SIMT_DEVICE void put(const float (&f)[8], const void* raw, bool keep, uint16_t* to, int apart) {
+  SIMT_DEVICE void put(const float (&f)[8], const void* raw, bool keep, uint16_t* to, int part_stride) {
     simt::Quad high, low;
     if (Q > S) high = *static_cast<const simt::Quad*>(raw);
     SIMT_EACH (i, 4) {
       if (Q == S)
-        high.word[i] =
-            any ? split_any(f[2 * i], f[2 * i + 1], &low.word[i]) : split(f[2 * i], f[2 * i + 1], &low.word[i]);
+        high.word[i] = any ? bf16_parts_keeping_infinity(f[2 * i], f[2 * i + 1], &low.word[i])
+                           : bf16_parts(f[2 * i], f[2 * i + 1], &low.word[i]);
       if (!keep) high.word[i] = low.word[i] = 0;
     }
     *reinterpret_cast<simt::Quad*>(to) = high;
-    if (S > 1) *reinterpret_cast<simt::Quad*>(to + apart) = low;
+    if (S > 1) *reinterpret_cast<simt::Quad*>(to + part_stride) = low;
   }
 
   const Task& t;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the kernels of `route` are told: arrays, the geometry of blocks, and the plan that they make for themselves.
 //
-// A user's rows form tiles of kTile rows whose states merge in the fixed tree of ../tiles.h. A unit is an aligned power
-// of two of a user's tiles, that is a subtree; a block takes units one after another, with one tile of agents and one
-// of value columns. A user with several units is merged by a kernel of its own, with the same arithmetic, so how
-// histories are cut changes no bit. The plan lies on the device, for only the device knows the offsets: nothing waits
-// for the host.
+// A user's rows form tiles of kTile rows whose states merge in the fixed tree of base/reduction_tree.h. A unit is an
+// aligned power of two of a user's tiles, that is a subtree; a block takes units one after another, with one tile of
+// agents and one of value columns. A user with several units is merged by a kernel of its own, with the same
+// arithmetic, so how histories are cut changes no bit. The plan lies on the device, for only the device knows the
+// offsets: nothing waits for the host.
 #pragma once
 #include "cuda/histories.h"
 
 #ifndef HISAC_CUDA_TILE
-#define HISAC_CUDA_TILE 2048  // as in ../tiles.h; a test of many tiles takes small ones
+#define HISAC_CUDA_TILE 2048  // as in base/reduction_tree.h; a test of many tiles takes small ones
 #endif
 
 namespace hisac::cuda {
@@ -28,7 +28,7 @@ struct SharedUser {
   int32_t user, slot, count;
 };
 struct Plan {
-  int32_t units, shared, next;  // next: the work not yet taken
+  int32_t units, shared, next;  // next: the item to take
 };
 
 /// How a launch is laid out; all but the first four follow from them.
@@ -46,12 +46,12 @@ struct Geometry {
   struct Offsets {  // in shared memory
     int prototypes, x, v, raw_x, raw_v, ids, scale, bias, spread, codes, half, shift, gone, norm, cross, row_lse,
         agents, absent, work;
-  } at = {};
+  } offset = {};
   size_t shared_bytes = 0;
 
   SIMT_BOTH int threads() const { return 32 * warps; }
   SIMT_BOTH int pitch() const { return chunk + 8; }  // elements; an odd number of 16 bytes, so that no bank conflicts
-  /// Floats of a thread's state: per agent top and mass, the sums, the absent rows' sum and count.
+  /// Floats of a thread's state: max_logit and mass of an agent, the sums, the absent rows' sum and count.
   SIMT_BOTH int state() const { return mt * (4 + kValues / 2) + 2; }
   SIMT_BOTH int64_t state_floats() const { return int64_t{state()} * threads(); }
 };
@@ -63,7 +63,7 @@ struct Task : Behaviours {
   const int32_t* count = nullptr;
   const float* temperature = nullptr;
   bool per_agent = false;  // temperature [M]
-  bool shares = false, missing = false, refining = false, first_pass = true;
+  bool softmax_over_agents = false, missing = false, refining = false, first_pass = true;
   Geometry g;
   // workspace
   Plan* plan = nullptr;
@@ -84,40 +84,40 @@ struct Task : Behaviours {
   SIMT_BOTH int items() const { return g.agent_tiles * g.value_tiles; }  // of a unit
 };
 
-/// Adds a later state's share to an earlier one's: the factors of both.
+/// The factors of an earlier and a later state that are added.
 struct Merge {
-  float top, earlier, later;
+  float max_logit, earlier, later;
   Merge() = default;
-  SIMT_DEVICE Merge(float a, float b) : top(larger(a, b)), earlier(1), later(0) {
-    if (top == -kInfinity) return;
-    earlier = simt::exp2(a - top);
-    later = simt::exp2(b - top);
+  SIMT_DEVICE Merge(float a, float b) : max_logit(larger(a, b)), earlier(1), later(0) {
+    if (max_logit == -kInfinity) return;
+    earlier = simt::exp2(a - max_logit);
+    later = simt::exp2(b - max_logit);
   }
-  SIMT_DEVICE float of(float a, float b) const { return simt::fused(a, earlier, b * later); }
+  SIMT_DEVICE float sum(float a, float b) const { return simt::fused(a, earlier, b * later); }
 };
 
 /// One agent's results; an agent past the last has no columns.
 struct Row {
   const Task& t;
   int64_t row, columns;
-  float top, mass, scale;
-  SIMT_DEVICE Row(const Task& task, int64_t user, int64_t agent, float peak, float total)
+  float max_logit, mass, scale;
+  SIMT_DEVICE Row(const Task& task, int64_t user, int64_t agent, float maximum, float total)
       : t(task),
         row(user * (t.agents + (t.refining ? 0 : t.missing)) + agent),
-        columns(agent >= t.agents || (t.refining && peak == -kInfinity) ? 0 : t.value_width()),
-        top(peak),
+        columns(agent >= t.agents || (t.refining && maximum == -kInfinity) ? 0 : t.value_width()),
+        max_logit(maximum),
         mass(total),
-        scale(peak == -kInfinity ? 0.f : 1.f / total) {}
+        scale(maximum == -kInfinity ? 0.f : 1.f / total) {}
   SIMT_DEVICE void finish() const {
     if (columns == 0 || t.refining) return;
-    const double sum = static_cast<double>(top) + static_cast<double>(simt::log2(mass));
-    t.lse[row] = top == -kInfinity ? -kInfinity : static_cast<float>(sum * kLn2);
+    const double sum = static_cast<double>(max_logit) + static_cast<double>(simt::log2(mass));
+    t.lse[row] = max_logit == -kInfinity ? -kInfinity : static_cast<float>(sum * kLn2);
   }
   SIMT_DEVICE void put(int64_t column, float a, float b) const {
     void* const out = t.refining ? t.refined : t.tokens;
     const DType type = t.refining ? DType::float32 : t.token_type;
-    if (column < columns) store(out, type, row * columns + column, top == -kInfinity ? 0.f : a * scale);
-    if (column + 1 < columns) store(out, type, row * columns + column + 1, top == -kInfinity ? 0.f : b * scale);
+    if (column < columns) store(out, type, row * columns + column, max_logit == -kInfinity ? 0.f : a * scale);
+    if (column + 1 < columns) store(out, type, row * columns + column + 1, max_logit == -kInfinity ? 0.f : b * scale);
   }
 };
 

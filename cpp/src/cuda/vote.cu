@@ -22,7 +22,7 @@ constexpr int64_t kFixed = kFoundAt + 2 * kMostThreads;
 
 static_assert(kSliceAt + sizeof(Slice) <= kFoundAt);
 
-/// One block: the longest history, and so how many users the workspace has room for at a time.
+/// One block: the longest history, and from it how many users the workspace can hold at a time.
 SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
   auto* const longest = reinterpret_cast<int64_t*>(simt::shared());  // [32]
   if (t.cells) {
@@ -85,13 +85,15 @@ vote_users(SIMT_CONSTANT VoteTask t) {
   if (simt::block() >= plan.slices) return;
   Slice& slice = *reinterpret_cast<Slice*>(simt::shared() + kSliceAt);
   if (simt::thread() == 0) t.slice(plan.capacity, t.slices + simt::block() * plan.slice_bytes, &slice);
-  // against the contract a user may be longer than any slice: the last pass cuts it
+  // Against the contract a user may have more rows than any slice can sort. The last pass gives it no agents.
   const auto wanted = [&](int64_t user) {
     const int64_t rows = t.voters(user);
     return rows > plan.above && (t.pass || rows <= plan.capacity);
   };
   each_user(t, wanted, [&](int64_t user) {
-    const int64_t voters = t.voters(user), rows = voters < plan.capacity ? voters : plan.capacity;
+    const int64_t voters = t.voters(user);
+    int64_t rows = voters < plan.capacity ? voters : plan.capacity;
+    SIMT_UNLESS_PLANTED(39, rows = rows < voters ? 0 : rows);
     if (kBitmap && rows <= t.shared_rows)
       UserVote<uint32_t, true>(t, slice, user, rows).run();
     else
@@ -105,56 +107,52 @@ vote_in_cells(SIMT_CONSTANT VoteTask t) {
   each_user(t, [](int64_t) { return true; }, [&](int64_t user) { FanoutVote<Sum>(t, user).run(); });
 }
 
-/// Offsets for a vote by fan-out in cells; false where they are not for it, or leave no room for a second block.
+/// Offsets for a vote by fan-out in cells; false where the vote is not by fan-out, or its counters are too many for two
+/// blocks a processor.
 bool lay_out_cells(VoteTask& t, const simt::Machine& machine, int64_t sum) {
   if (t.budget) return false;
-  const int64_t room = static_cast<int64_t>(machine.shared) / 2 - 1024;
-  int64_t ranks = 1, kept = 1, cells = 0;
-  while (ranks < t.seats) ranks *= 2;
+  const int64_t available = static_cast<int64_t>(machine.shared) / 2 - 1024;
+  int64_t padded_seats = 1, kept = 1, cells = 0;
+  while (padded_seats < t.seats) padded_seats *= 2;
   for (int l = 0; l < t.levels; ++l) {
     t.cells_before[l] = static_cast<int>(cells);
     cells += kept * t.size[l];
-    if (cells * sum > room) return false;
+    if (cells * sum > available) return false;
     kept *= t.fanout[l];
   }
-  t.at.sums = static_cast<int>(kFixed);
-  t.at.nodes = t.at.sums + 16;
-  t.at.area = t.at.nodes + 16 * t.seats;
-  t.at.before = t.at.area + static_cast<int>(8 * ranks);
-  t.shared_bytes = t.at.before + cells * sum;
-  return t.shared_bytes <= room;
+  t.offset.sums = static_cast<int>(kFixed);
+  t.offset.nodes = t.offset.sums + 16;
+  t.offset.area = t.offset.nodes + 16 * t.seats;
+  t.offset.before = t.offset.area + static_cast<int>(8 * padded_seats);
+  t.shared_bytes = t.offset.before + cells * sum;
+  return t.shared_bytes <= available;
 }
 
-/// Offsets in shared memory; two blocks a processor where that leaves room for long users, and few threads for short
-/// ones.
+/// Offsets in shared memory: for two blocks of many threads a processor where users are long, for four of few where
+/// they are short.
 void lay_out(VoteTask& t, const simt::Machine& machine) {
   t.threads = t.rows > t.users * kShortRows ? kMostThreads : 128;
   const int blocks = t.threads == kMostThreads ? kBlocksLong : kBlocksShort;
   t.blocks = machine.processors * blocks;
   t.cells = lay_out_cells(t, machine, t.weights ? sizeof(uint64_t) : sizeof(uint32_t));
   if (t.cells) return;
-  int64_t used = kFixed;
-  const auto take = [&](int64_t bytes) {
-    const int64_t from = used;
-    used += (bytes + 15) / 16 * 16;
-    return static_cast<int>(from);
-  };
-  int64_t ranks = 1;
-  while (ranks < t.seats) ranks *= 2;
+  SharedLayout shared(kFixed);
+  int64_t padded_seats = 1;
+  while (padded_seats < t.seats) padded_seats *= 2;
   const int64_t few = t.seats > kMostShared ? 0 : t.seats;
-  t.at.sums = take(t.seats * 4);
-  t.at.nodes = take(few * int64_t{sizeof(Node)});
-  t.at.searches = take(few * int64_t{sizeof(Search)});
-  t.at.area =
-      take(std::max({int64_t{8} * t.pairs, ranks * 8, t.pairs ? 0 : (t.threads / 32) * (int64_t{4} << kDigit)}));
-  t.at.prefix = static_cast<int>(used);
-  const int64_t least = used + int64_t{4} * t.pairs;  // of a user who is not in shared memory
-  const int64_t room = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
-  take(int64_t{2} * t.pairs);
-  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((room - used - 64) / 6, 0, 0xffff)) : 0;
-  t.at.before = take((t.shared_rows + 1) * 4);
-  t.at.mark = take(t.shared_rows * 2);
-  t.shared_bytes = std::max(used, least);
+  t.offset.sums = shared.take(t.seats * 4);
+  t.offset.nodes = shared.take(few * int64_t{sizeof(Node)});
+  t.offset.searches = shared.take(few * int64_t{sizeof(Search)});
+  t.offset.area = shared.take(
+      std::max({int64_t{8} * t.pairs, padded_seats * 8, t.pairs ? 0 : (t.threads / 32) * (int64_t{4} << kDigit)}));
+  t.offset.prefix = static_cast<int>(shared.bytes());
+  const int64_t least = shared.bytes() + int64_t{4} * t.pairs;  // of a user who is not in shared memory
+  const int64_t available = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
+  shared.take(int64_t{2} * t.pairs);
+  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((available - shared.bytes() - 64) / 6, 0, 0xffff)) : 0;
+  t.offset.before = shared.take((t.shared_rows + 1) * 4);
+  t.offset.mark = shared.take(t.shared_rows * 2);
+  t.shared_bytes = std::max(shared.bytes(), least);
 }
 
 VoteTask describe(const Codebook& book, const VoteParams& params) {
@@ -185,7 +183,8 @@ size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& pa
   arena.take<Plan>(2);
   if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
     const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
-    arena.take<std::byte>(std::max(each, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
+    const int64_t least = t.pairs ? t.slice_bytes(kMostVoters) : each;  // a bitmap: enough for any history
+    arena.take<std::byte>(std::max(least, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
   }
   return arena.used();
 }
@@ -208,7 +207,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   Arena arena(context.workspace);
   t.plan = arena.take<Plan>(2);
   const size_t head = arena.used();
-  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(0));
+  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(t.pairs ? std::min<int64_t>(t.rows, kMostVoters) : 0));
   HISAC_TRY(arena.check("vote"));
   t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
   t.out_codes = out.codes.data;

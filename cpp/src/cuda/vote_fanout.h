@@ -2,8 +2,8 @@
 // One user's votes by fan-out, by one block, where the counters of all children of kept nodes fit in shared memory: a
 // level at a time from the root, one reading of the rows each. Votes of a node are those of the rows below it, whoever
 // counts them, so this equals the sums from the leaves up. Nodes are numbered in the order of their codes, so cells,
-// node * C + code, are too, and stand for the leaves in the ranks. A level's cells then name the nodes: number + 1 of a
-// kept child, 0 of another.
+// node * C + code, are too, and stand for the leaves in agent_keys. A level's cells then name the nodes: number + 1 of
+// a kept child, 0 of another.
 #pragma once
 #include "cuda/vote_task.h"
 
@@ -16,8 +16,9 @@ class FanoutVote {
       : t(task), b(user), n_rows(static_cast<int>(task.voters(user))), first_row(task.start(user)) {}
 
   SIMT_DEVICE void run() {
-    uint64_t *const rank = at<uint64_t>(t.at.area), *path = at<uint64_t>(t.at.nodes), *next_path = path + t.seats;
-    uint32_t& cursor = *at<uint32_t>(t.at.sums);
+    uint64_t *const agent_keys = shared<uint64_t>(t.offset.area), *path = shared<uint64_t>(t.offset.nodes),
+                    *next_path = path + t.seats;
+    uint32_t& cursor = *shared<uint32_t>(t.offset.sums);
     if (simt::thread() == 0) path[0] = cursor = 0;
     int nodes = 1;
     for (int level = 0; level < t.levels; ++level) {
@@ -37,7 +38,7 @@ class FanoutVote {
             begin, end, t.fanout[level], all, [&](int i) { return cell[i]; },
             [&](int i, bool taken) {
               if (last)
-                append(rank, &cursor, taken, taken ? cell[i] : 0, i);
+                append(agent_keys, &cursor, taken, taken ? cell[i] : 0, i);
               else if (i < end)
                 cell[i] = taken;
             });
@@ -55,7 +56,7 @@ class FanoutVote {
       next_path = kept;
     }
     const uint32_t size = t.size[t.levels - 1];
-    write_agents(t, b, rank, static_cast<int>(cursor), [&](int place) {
+    write_agents(t, b, agent_keys, static_cast<int>(cursor), [&](int place) {
       const uint32_t cell = static_cast<uint32_t>(place);
       return path[cell / size] * size + cell % size;
     });
@@ -63,10 +64,10 @@ class FanoutVote {
 
  private:
   template <class T>
-  SIMT_DEVICE static T* at(int offset) {
+  SIMT_DEVICE static T* shared(int offset) {
     return reinterpret_cast<T*>(simt::shared() + offset);
   }
-  SIMT_DEVICE Sum* cells_of(int level) const { return at<Sum>(t.at.before) + t.cells_before[level]; }
+  SIMT_DEVICE Sum* cells_of(int level) const { return shared<Sum>(t.offset.before) + t.cells_before[level]; }
 
   /// The rows below kept nodes into the cells of `level`.
   SIMT_DEVICE void count(int level) const {

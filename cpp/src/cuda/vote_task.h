@@ -2,8 +2,8 @@
 // What the kernels of `vote` are told, where a block keeps its things, and a few verbs of whole blocks.
 //
 // A block takes one user after another. Its slice of the workspace holds a user of `Plan::capacity` rows; what is
-// touched for every row or at random lies in shared memory where a user is small enough. Where the workspace has no
-// room for the longest user in every block, the longer ones wait for a second pass of fewer blocks.
+// touched for every row or at random lies in shared memory where a user is small enough. Where the workspace cannot
+// hold the longest user of every block, the longer users wait for a second pass of fewer blocks.
 #pragma once
 #include <type_traits>
 
@@ -21,14 +21,14 @@ constexpr uint16_t kLevelBits = 7;                        // of a mark
 /// One of two passes over the users: those of more rows than `above`, and at most `capacity`.
 struct Plan {
   int64_t above, capacity, slice_bytes;
-  int32_t slices, next;  // next: the user not yet taken
+  int32_t slices, next;  // next: the user to take
 };
 
 /// A node of the tree: leaves [begin, end) of the user's, the seats to give below it; its first child.
 struct Node {
   uint32_t begin, end, seats, first;
 };
-/// order: where it stands among its like. seats: kTied where it may get one more.
+/// order: its place among children with as many votes. seats: with kTied where it may get one more.
 struct Child {
   uint32_t begin, end, order;
   uint16_t node, seats;
@@ -42,7 +42,7 @@ struct Search {
   float scale;
 };
 
-/// A block's share of the workspace.
+/// A block's part of the workspace. [rows]: with a bitmap no more than there are leaves.
 struct Slice {
   void* number = nullptr;                               // [rows] of the leaves: 32 bits with a bitmap, else 64
   uint64_t* key = nullptr;                              // [rows]
@@ -69,7 +69,7 @@ struct VoteTask : Spans {
   int shared_rows = 0;  // of a user whose counters and marks lie in shared memory
   struct Offsets {      // in shared memory
     int sums, nodes, searches, area, prefix, before, mark;
-  } at = {};
+  } offset = {};
   bool cells = false;                             // by fan-out, in cells of shared memory
   int cells_before[kMaxLevels] = {};              // of the levels above
   int64_t shared_bytes = 0, workspace_bytes = 0;  // of the slices
@@ -92,13 +92,14 @@ struct VoteTask : Spans {
       p = reinterpret_cast<std::decay_t<decltype(p)>>(reinterpret_cast<uintptr_t>(base) + static_cast<size_t>(used));
       used += (bytes + 63) / 64 * 64;
     };
-    take(s->number, capacity * (pairs ? 4 : 8));
+    const int64_t leaves = pairs && capacity > int64_t{64} * pairs ? int64_t{64} * pairs : capacity;
+    take(s->number, leaves * (pairs ? 4 : 8));
     take(s->key, pairs ? 0 : capacity * 8);
     take(s->weight, pairs ? 0 : capacity * 4);
     take(s->spare_weight, pairs ? 0 : capacity * 4);
-    take(s->before, (capacity + 1) * 8);
-    take(s->mark, capacity * 2);
-    take(s->child, capacity * int64_t{sizeof(Child)});
+    take(s->before, (leaves + 1) * 8);
+    take(s->mark, leaves * 2);
+    take(s->child, leaves * int64_t{sizeof(Child)});
     take(s->node, seats > kMostShared ? seats * int64_t{sizeof(Node)} : 0);
     take(s->search, seats > kMostShared ? seats * int64_t{sizeof(Search)} : 0);
     return used;
@@ -170,13 +171,9 @@ SIMT_DEVICE T scan(int n, Value value, Emit emit) {
   }
   for (int first = begin; first < end; first += 32) {
     const int i = first + lane;
-    const T own = i < end ? value(i) : T{0};
-    T up_to = own;
-    for (int m = 1; m < 32; m *= 2) {
-      const T left = simt::shuffle(up_to, lane < m ? lane : lane - m);
-      if (lane >= m) up_to += left;
-    }
-    if (i < end) emit(i, before + up_to - own, own);
+    const T number = i < end ? value(i) : T{0};
+    const T up_to = sum_so_far(number);
+    if (i < end) emit(i, before + up_to - number, number);
     before += simt::shuffle(up_to, 31);
   }
   simt::sync();
@@ -231,22 +228,22 @@ SIMT_DEVICE void pick(int begin, int end, uint32_t seats, Sum all, Votes votes, 
   int left = static_cast<int>(seats - sure);
   for (int first = begin; first < end; first += 32) {
     const int i = first + simt::lane();
-    const Sum own = i < end ? votes(i) : 0;
-    const bool last = sure < seats && own >= low && own < high;
+    const Sum count = i < end ? votes(i) : 0;
+    const bool last = sure < seats && count >= low && count < high;
     const uint32_t tied = simt::ballot(last);
-    take(i, own >= high || (last && simt::count_bits(tied & ((1u << simt::lane()) - 1)) < left));
+    take(i, count >= high || (last && simt::count_bits(tied & ((1u << simt::lane()) - 1)) < left));
     left -= simt::count_bits(tied);
   }
 }
 
-/// By a warp: to[..] = rank words of the lanes that are taken; `cursor`: how many there are.
+/// By a warp: to[..] = sort keys of the agents of those lanes that are taken. `cursor`: how many keys there are.
 SIMT_DEVICE void append(uint64_t* to, uint32_t* cursor, bool taken, uint64_t votes, int place) {
   const uint32_t all = simt::ballot(taken);
   if (!all) return;
-  uint32_t at = 0;
-  if (simt::lane() == 0) at = simt::atomic_add(cursor, static_cast<uint32_t>(simt::count_bits(all)));
-  at = simt::shuffle(at, 0) + static_cast<uint32_t>(simt::count_bits(all & ((1u << simt::lane()) - 1)));
-  if (taken) to[at] = (kMostVotes - votes) << 24 | static_cast<uint32_t>(place);  // upwards: most votes first
+  uint32_t slot = 0;
+  if (simt::lane() == 0) slot = simt::atomic_add(cursor, static_cast<uint32_t>(simt::count_bits(all)));
+  slot = simt::shuffle(slot, 0) + static_cast<uint32_t>(simt::count_bits(all & ((1u << simt::lane()) - 1)));
+  if (taken) to[slot] = (kMostVotes - votes) << 24 | static_cast<uint32_t>(place);  // upwards: most votes first
 }
 
 /// key[0, n) upwards; n a power of two. Steps up to 32 stay within the 64 keys of a warp.
@@ -268,22 +265,22 @@ SIMT_DEVICE void sort_in_place(uint64_t* key, int n) {
     }
 }
 
-/// Sorts a user's rank words and writes its agents; path(place): the number of a leaf.
+/// Sorts the keys of a user's agents and writes the agents. path(place): the number of a leaf.
 template <class Path>
-SIMT_DEVICE void write_agents(const VoteTask& t, int64_t b, uint64_t* rank, int kept, Path path) {
+SIMT_DEVICE void write_agents(const VoteTask& t, int64_t b, uint64_t* agent_keys, int kept, Path path) {
   int padded = 1;
   while (padded < kept) padded *= 2;
-  for (int i = kept + simt::thread(); i < padded; i += simt::threads()) rank[i] = ~uint64_t{0};
+  for (int i = kept + simt::thread(); i < padded; i += simt::threads()) agent_keys[i] = ~uint64_t{0};
   simt::sync();
-  sort_in_place(rank, padded);
+  sort_in_place(agent_keys, padded);
   for (int i = simt::thread(); i < t.seats; i += simt::threads()) {
-    const bool some = i < kept;
-    auto number = path(some ? static_cast<int>(rank[i] & kMostVoters) : 0);
-    t.out_votes[b * t.seats + i] = some ? static_cast<int64_t>(kMostVotes - (rank[i] >> 24)) : 0;
+    const bool present = i < kept;
+    auto number = path(present ? static_cast<int>(agent_keys[i] & kMostVoters) : 0);
+    t.out_votes[b * t.seats + i] = present ? static_cast<int64_t>(kMostVotes - (agent_keys[i] >> 24)) : 0;
     int32_t* const c = t.out_codes + (b * t.seats + i) * t.levels;
     SIMT_ROLLED for (int l = t.levels - 1; l >= 0; --l) {
       const decltype(number) size = t.size[l], up = number / size;
-      c[l] = some ? static_cast<int32_t>(number - up * size) : -1;
+      c[l] = present ? static_cast<int32_t>(number - up * size) : -1;
       number = up;
     }
   }
@@ -291,34 +288,35 @@ SIMT_DEVICE void write_agents(const VoteTask& t, int64_t b, uint64_t* rank, int 
   simt::sync();
 }
 
-/// One stable pass by digit `low` of a radix sort; at [2^kDigit, warps] in shared memory. A warp owns a run of keys.
+/// One stable pass by digit `low` of a radix sort; places [2^kDigit, warps] in shared memory. A warp owns a run of
+/// keys.
 SIMT_DEVICE void radix_pass(int n, int low, const uint64_t* key, uint64_t* to, const uint32_t* load, uint32_t* load_to,
-                            uint32_t* at) {
+                            uint32_t* places) {
   const int lane = simt::lane(), warp = simt::warp(), warps = simt::threads() / 32;
   const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = warp * each;
   const int end = n < begin + each ? n : begin + each;
   const auto digit = [&](uint64_t k) { return static_cast<int>(k >> low & ((1 << kDigit) - 1)); };
-  for (int i = simt::thread(); i < warps << kDigit; i += simt::threads()) at[i] = 0;
+  for (int i = simt::thread(); i < warps << kDigit; i += simt::threads()) places[i] = 0;
   simt::sync();
-  for (int i = begin + lane; i < end; i += 32) simt::atomic_add(&at[digit(key[i]) * warps + warp], 1u);
+  for (int i = begin + lane; i < end; i += 32) simt::atomic_add(&places[digit(key[i]) * warps + warp], 1u);
   simt::sync();
   scan<uint32_t>(
-      warps << kDigit, [&](int i) { return at[i]; }, [&](int i, uint32_t before, uint32_t) { at[i] = before; });
+      warps << kDigit, [&](int i) { return places[i]; }, [&](int i, uint32_t before, uint32_t) { places[i] = before; });
   for (int first = begin; first < end; first += 32) {
     const int i = first + lane;
-    const uint64_t own = i < end ? key[i] : 0;
-    const int d = digit(own);
+    const uint64_t value = i < end ? key[i] : 0;
+    const int d = digit(value);
     uint32_t alike = simt::ballot(i < end);
     for (int b = 0; b < kDigit; ++b) {
       const bool set = d >> b & 1;
       const uint32_t with = simt::ballot(set);
       alike &= set ? with : ~with;
     }
-    uint32_t* const next = &at[d * warps + warp];
+    uint32_t* const next = &places[d * warps + warp];
     const int place = simt::count_bits(alike & ((1u << lane) - 1));
     if (i < end) {
       const uint32_t j = *next + static_cast<uint32_t>(place);
-      to[j] = own;
+      to[j] = value;
       if (load) load_to[j] = load[i];
     }
     SIMT_UNLESS_PLANTED(33, simt::sync_warp());

@@ -1,13 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// One user's votes by one block.
+// One user's votes by one block, in three steps:
+//
+//   count     rows -> the leaves that have votes: number, before and mark [leaves]
+//   level l   nodes and marks -> children, the seats of each; the children with seats are the nodes of level l + 1
+//   write     children of the last level -> agent_keys, sorted -> results
+//
+//   shared memory  sums [M], and for up to 256 seats nodes and searches [M]; one area that holds first the bitmap of
+//                  the leaves or the sort's counters, in the end agent_keys; for a small user before and mark.
+//   slice          of the workspace: number, children, and whatever of these does not fit in shared memory; the keys to
+//                  be sorted [rows].
 //
 // Leaves that have votes get places 0 .. n in the order of their numbers, so that a node of the tree is a run of
 // places; before[i] are the votes of the places before i, so that a run's votes are a difference; mark[i] is the level
 // at which leaf i leaves the path of leaf i - 1, so that the children of a node at a level are the runs between marks.
-//   bitmap  trees of few leaves: a bitmap of the leaves and its prefix sums give a row its place, where it is counted
-//           (two readings of the rows);
-//   sorted  everything else: leaf numbers, radix-sorted.
-// Then from the root down, all nodes of a level at once, as ../apportion.h does it. Both rules, and leaves as well as
+//   bitmap  trees of at most 2^18 leaves: a bitmap of the leaves and its prefix sums give a row its place, where it is
+//           counted. The rows are read twice.
+//   sorted  all others: leaf numbers, radix-sorted.
+// Then from the root down, all nodes of a level at once, as cpu/seats.h does it. Both rules, and leaves as well as
 // inner nodes, are one choice: the largest of the keys (n << shift) / j, j = 1 .. cap, then larger n, then lower
 // codes; for fan-outs and leaves the cap is 1, and the key n does. A search by halves finds the least key of the seats;
 // where several children have it, a second one, by n, decides among them, then a count in the order of codes.
@@ -49,22 +58,22 @@ class UserVote {
 
  private:
   template <class T>
-  SIMT_DEVICE static T* at(int offset) {
+  SIMT_DEVICE static T* shared(int offset) {
     return reinterpret_cast<T*>(simt::shared() + offset);
   }
   // recomputed where they are used: kept, they would take a third of the registers
-  SIMT_DEVICE uint32_t* bits() const { return at<uint32_t>(t.at.area); }
-  SIMT_DEVICE Prefix* prefix() const { return at<Prefix>(t.at.prefix); }
+  SIMT_DEVICE uint32_t* bits() const { return shared<uint32_t>(t.offset.area); }
+  SIMT_DEVICE Prefix* prefix() const { return shared<Prefix>(t.offset.prefix); }
   SIMT_DEVICE Sum* before() const {
     if constexpr (kShared)
-      return at<Sum>(t.at.before);
+      return shared<Sum>(t.offset.before);
     else
       return s.before;
   }
-  SIMT_DEVICE uint16_t* mark() const { return kShared ? at<uint16_t>(t.at.mark) : s.mark; }
-  SIMT_DEVICE uint32_t* sums() const { return at<uint32_t>(t.at.sums); }
-  SIMT_DEVICE Node* node() const { return t.seats > kMostShared ? s.node : at<Node>(t.at.nodes); }
-  SIMT_DEVICE Search* search() const { return t.seats > kMostShared ? s.search : at<Search>(t.at.searches); }
+  SIMT_DEVICE uint16_t* mark() const { return kShared ? shared<uint16_t>(t.offset.mark) : s.mark; }
+  SIMT_DEVICE uint32_t* sums() const { return shared<uint32_t>(t.offset.sums); }
+  SIMT_DEVICE Node* node() const { return t.seats > kMostShared ? s.node : shared<Node>(t.offset.nodes); }
+  SIMT_DEVICE Search* search() const { return t.seats > kMostShared ? s.search : shared<Search>(t.offset.searches); }
 
   template <class F>
   SIMT_DEVICE static void each(int count, F f) {
@@ -101,7 +110,7 @@ class UserVote {
           prefix()[p] = static_cast<Prefix>(place);
           for (int w = 2 * p; w < 2 * p + 2; ++w)
             for (uint32_t left = bits()[w]; left; left &= left - 1)
-              number[place++] = static_cast<uint32_t>(32 * w + simt::count_bits((left & (0 - left)) - 1));
+              number[place++] = static_cast<uint32_t>(32 * w + lowest(left));
         }));
     each(found + 1, [&](int i) { before()[i] = 0; });
     each(found, [&](int i) { mark()[i] = static_cast<uint16_t>(t.levels - 1); });
@@ -160,8 +169,8 @@ class UserVote {
           const bool head = i == 0 || key[i] != key[i - 1];
           return uint64_t{head} << kVoteBits | (weight ? weight[i] : 1);
         },
-        [&](int i, uint64_t so_far, uint64_t own) {
-          if (!(own >> kVoteBits)) return;
+        [&](int i, uint64_t so_far, uint64_t value) {
+          if (!(value >> kVoteBits)) return;
           number[so_far >> kVoteBits] = key[i];
           before()[so_far >> kVoteBits] = static_cast<Sum>(so_far & kMostVotes);
         });
@@ -209,9 +218,9 @@ class UserVote {
   SIMT_DEVICE uint32_t keys_from(const Child& c, uint64_t key, float scale, uint32_t most) const {
     const Sum all = votes(c.begin, c.end);
     const uint32_t leaves = c.end - c.begin, cap = leaves < most ? leaves : most;
-    const float near = static_cast<float>(all) * scale;  // the quotient, within 2^-21 of itself
-    if (near >= static_cast<float>(cap + 1)) return cap;
-    uint32_t quotient = static_cast<uint32_t>(near * (1 - 0x1p-20f));  // exact or one less: cap is at most 4,096
+    const float estimate = static_cast<float>(all) * scale;  // the quotient, within 2^-21 of itself
+    if (estimate >= static_cast<float>(cap + 1)) return cap;
+    uint32_t quotient = static_cast<uint32_t>(estimate * (1 - 0x1p-20f));  // exact or one less: cap is at most 4,096
     quotient += (uint64_t{all} << t.shift) - quotient * key >= key;
     return quotient < cap ? quotient : cap;
   }
@@ -221,16 +230,16 @@ class UserVote {
   SIMT_DEVICE void sum_up(Count count) {
     for (int first = simt::warp() * 32; first < children; first += simt::threads()) {
       const int j = first + simt::lane(), last = first + 31 < children ? first + 31 : children - 1;
-      uint32_t own = 0;
+      uint32_t reaching = 0;
       if (j < children) {
         const Search& k = search()[s.child[j].node];
-        if (k.key) own = count(s.child[j], k.key, k.scale);
+        if (k.key) reaching = count(s.child[j], k.key, k.scale);
       }
       if (s.child[first].node == s.child[last].node) {
-        for (int m = 16; m; m /= 2) own += simt::shuffle_xor(own, m);
-        if (simt::lane() == 0 && own) simt::atomic_add(&sums()[s.child[first].node], own);
-      } else if (own) {
-        simt::atomic_add(&sums()[s.child[j].node], own);
+        for (int m = 16; m; m /= 2) reaching += simt::shuffle_xor(reaching, m);
+        if (simt::lane() == 0 && reaching) simt::atomic_add(&sums()[s.child[first].node], reaching);
+      } else if (reaching) {
+        simt::atomic_add(&sums()[s.child[j].node], reaching);
       }
     }
     simt::sync();
@@ -252,7 +261,7 @@ class UserVote {
   /// count(child, key, scale): how many of its keys reach `key`. Then sums[node] is what `high` gives.
   template <class Count>
   SIMT_DEVICE void halve(Count count) {
-    uint32_t* const open = at<uint32_t>(256);
+    uint32_t* const open = shared<uint32_t>(256);
     if (simt::thread() < 2) open[simt::thread()] = 0;
     each(nodes, [&](int i) { sums()[i] = 0; });
     simt::sync();
@@ -313,8 +322,8 @@ class UserVote {
     each(children, [&](int j) {
       Child& c = s.child[j];
       const Search& k = search()[c.node];
-      const bool room = c.order - s.child[node()[c.node].first].order < k.seats - sums()[c.node];
-      const uint32_t more = last(j) ? room : count(c, k.high, 0);
+      const bool has_seat = c.order - s.child[node()[c.node].first].order < k.seats - sums()[c.node];
+      const uint32_t more = last(j) ? has_seat : count(c, k.high, 0);
       c.seats = static_cast<uint16_t>((c.seats & (kTied - 1)) + more);
     });
     simt::sync();
@@ -343,27 +352,27 @@ class UserVote {
   // ---- results
 
   SIMT_DEVICE void write() {
-    uint64_t* const rank = at<uint64_t>(t.at.area);
+    uint64_t* const agent_keys = shared<uint64_t>(t.offset.area);
     uint32_t& cursor = sums()[0];
     if (simt::thread() == 0) cursor = 0;
     simt::sync();
     if (by_warps(t.levels - 1)) {
       for (int k = simt::warp(); k < nodes; k += simt::threads() / 32) {
         const Node v = node()[k];
-        const auto own = [&](int i) { return votes(static_cast<uint32_t>(i), static_cast<uint32_t>(i) + 1); };
-        pick(static_cast<int>(v.begin), static_cast<int>(v.end), v.seats, votes(v.begin, v.end), own,
-             [&](int i, bool taken) { append(rank, &cursor, taken, taken ? own(i) : 0, i); });
+        const auto votes_of = [&](int i) { return votes(static_cast<uint32_t>(i), static_cast<uint32_t>(i) + 1); };
+        pick(static_cast<int>(v.begin), static_cast<int>(v.end), v.seats, votes(v.begin, v.end), votes_of,
+             [&](int i, bool taken) { append(agent_keys, &cursor, taken, taken ? votes_of(i) : 0, i); });
       }
     } else {
       for (int first = simt::warp() * 32; first < children; first += simt::threads()) {
         const int j = first + simt::lane();
         const bool taken = j < children && s.child[j].seats != 0;
         const Child c = taken ? s.child[j] : Child{};
-        append(rank, &cursor, taken, votes(c.begin, c.end), static_cast<int>(c.begin));
+        append(agent_keys, &cursor, taken, votes(c.begin, c.end), static_cast<int>(c.begin));
       }
     }
     simt::sync();
-    write_agents(t, b, rank, static_cast<int>(cursor), [&](int place) { return n ? number[place] : Number{0}; });
+    write_agents(t, b, agent_keys, static_cast<int>(cursor), [&](int place) { return n ? number[place] : Number{0}; });
   }
 
   const VoteTask& t;

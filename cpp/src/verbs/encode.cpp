@@ -2,6 +2,7 @@
 #include "hisac/encode.h"
 
 #include "backend.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 

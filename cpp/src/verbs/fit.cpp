@@ -2,6 +2,7 @@
 #include "hisac/fit.h"
 
 #include "backend.h"
+#include "base/arena.h"
 
 namespace hisac {
 namespace {
@@ -13,7 +14,7 @@ Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) no
                          params.levels);
   if (params.iterations < 0)
     return Status::error(Code::invalid_argument, "fit: iterations expected 0 or more, got %d", params.iterations);
-  if (x.width < 1 || x.width > (1 << 20))
+  if (!within({x.width}, 1, kMostWidth))
     return Status::error(Code::invalid_argument, "fit: x expected [T, D] with D from 1 to 2^20, got D = %" PRId64,
                          x.width);
   for (int l = 0; l < params.levels; ++l) {
@@ -32,7 +33,8 @@ Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) no
 }  // namespace
 
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept {
-  if (params.levels < 1 || params.levels > kMaxLevels || rows < 0 || width < 1 || width > (1 << 20)) return 0;
+  if (params.levels < 1 || params.levels > kMaxLevels || rows < 0 || !within({width}, 1, kMostWidth)) return 0;
+  if (rows > kMostRows) return Arena::kLimit;
   for (int l = 0; l < params.levels; ++l)
     if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20)) return 0;
   return backend_workspace(&Backend::fit_workspace, context, params, rows, width);
@@ -40,7 +42,7 @@ size_t fit_workspace(const Context& context, const FitParams& params, int64_t ro
 
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept {
-  if (context.device == Device::cpu) HISAC_TRY(check(params, x, centers));  // the only one that has it
+  if (context.device == Device::cpu) HISAC_TRY(check(params, x, centers));  // no other backend has fit
   return call_backend("fit", &Backend::fit, context, params, x, centers, report);
 }
 

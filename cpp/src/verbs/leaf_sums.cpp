@@ -2,12 +2,14 @@
 #include "hisac/leaf_sums.h"
 
 #include "backend.h"
+#include "base/arena.h"
+#include "codebook/checks.h"
 #include "verbs/route_inputs.h"
 
 namespace hisac {
 namespace {
 
-/// The inputs with as many agents as are needed, none, and the width where `route` expects it.
+/// The inputs with no agents, but with prototypes whose shape holds D, where `route` expects it.
 RouteInputs without_agents(const RouteInputs& inputs) noexcept {
   RouteInputs in = inputs;
   const int64_t width = in.x.data ? in.x.width : in.book && !in.book->empty() ? in.book->width() : 0;
@@ -24,7 +26,7 @@ Status check(const RouteInputs& in, const LeafSums& out, Device device) noexcept
   HISAC_TRY(check_route("leaf_sums", params, in, device));
   HISAC_TRY(check_book("leaf_sums", in.book));
   const int64_t users = in.histories.users, levels = in.book->levels();
-  int64_t rows = 0;  // of all histories; on a device they are not seen
+  int64_t rows = 0;  // of all histories; on a device their lengths cannot be read
   for (int64_t b = 0; b < users && device == Device::cpu; ++b) rows += in.histories.end(b) - in.histories.start(b);
   const bool fits = out.x.shape[0] >= rows && out.v.shape[0] >= rows && out.bias.shape[0] >= rows &&
                     out.spread.shape[0] >= rows && out.codes.shape[0] >= rows && out.offsets.shape[0] == users + 1 &&
@@ -40,7 +42,9 @@ Status check(const RouteInputs& in, const LeafSums& out, Device device) noexcept
 }  // namespace
 
 size_t leaf_sums_workspace(const Context& context, const RouteInputs& inputs, int64_t longest) noexcept {
-  return backend_workspace(&Backend::leaf_sums_workspace, context, without_agents(inputs), longest);
+  const RouteInputs in = without_agents(inputs);
+  if (!sizes_fit(in, longest)) return Arena::kLimit;
+  return backend_workspace(&Backend::leaf_sums_workspace, context, in, longest);
 }
 
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {

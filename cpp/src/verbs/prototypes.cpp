@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 

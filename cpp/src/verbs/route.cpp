@@ -2,6 +2,7 @@
 #include "hisac/route.h"
 
 #include "backend.h"
+#include "base/arena.h"
 #include "verbs/route_inputs.h"
 
 namespace hisac {
@@ -28,6 +29,7 @@ Status check_tokens(const RouteParams& params, const RouteInputs& in, const Toke
 
 size_t route_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                        int64_t longest) noexcept {
+  if (!sizes_fit(inputs, longest)) return Arena::kLimit;
   return backend_workspace(&Backend::route_workspace, context, params, inputs, longest);
 }
 

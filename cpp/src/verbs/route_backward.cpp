@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.h"
+#include "base/arena.h"
 #include "verbs/route_inputs.h"
 
 namespace hisac {
@@ -41,6 +42,7 @@ Status check_gradients(const RouteParams& params, const RouteInputs& in, const R
 
 size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
                                 const RouteGradients& out, int64_t longest) noexcept {
+  if (!sizes_fit(inputs, longest)) return Arena::kLimit;
   return backend_workspace(&Backend::route_backward_workspace, context, params, inputs, out, longest);
 }
 

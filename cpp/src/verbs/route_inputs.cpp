@@ -2,9 +2,8 @@
 #include "verbs/route_inputs.h"
 
 #include <cstdio>
-#include <initializer_list>
 
-#include "base/checks.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 namespace {
@@ -20,7 +19,7 @@ struct Extent {
   }
 };
 
-/// Types of x, v, their ids and scale, and that all name as many behaviours.
+/// The types of x, v, their ids and the scale, and that all have the same number of behaviours.
 Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
   const bool int8 = in.x.data && in.x.dtype == DType::int8;
   if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
@@ -35,14 +34,20 @@ Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
   if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
     return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
                          in.x.rows, in.x_scale.shape[0]);
-  const int64_t of_x = in.x_ids ? in.x_ids.size : in.x.rows, of_v = in.behaviours();
-  if (in.x.data && of_x != of_v)
+  const int64_t x_rows = in.x_ids ? in.x_ids.size : in.x.rows, v_rows = in.behaviours();
+  if (in.x.data && x_rows != v_rows)
     return Status::error(Code::invalid_argument, "%s: %s, %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
-                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, of_x, of_v);
+                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, x_rows, v_rows);
   return {};
 }
 
 }  // namespace
+
+bool sizes_fit(const RouteInputs& in, int64_t longest) noexcept {
+  const int64_t* const p = in.prototypes.shape;
+  return within({p[2], in.v.width}, 1, kMostWidth) && within({p[1]}, 0, kMostAgents) &&
+         within({in.histories.users, in.behaviours(), longest}, 0, kMostRows);
+}
 
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept {
   const int64_t* const p = in.prototypes.shape;
@@ -53,16 +58,20 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
                          "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], x is [%" PRId64 ", %" PRId64
                          "]: D differs (%" PRId64 ", %" PRId64 ")",
                          verb, p[0], p[1], p[2], in.x.rows, in.x.width, p[2], in.x.width);
-  if (p[2] < 1 || in.v.width < 1)
-    return Status::error(Code::invalid_argument, "%s: expected D and V of at least 1, got %" PRId64 " and %" PRId64,
+  if (!within({p[2], in.v.width}, 1, kMostWidth))
+    return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
                          verb, p[2], in.v.width);
+  if (!within({in.histories.users, rows}, 0, kMostRows))
+    return Status::error(Code::invalid_argument,
+                         "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
+                         in.histories.users, rows);
   HISAC_TRY(check_histories(verb, in.histories, rows, device));
   if (p[0] != in.histories.users)
     return Status::error(Code::invalid_argument,
                          "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], offsets name %" PRId64
                          " users: B differs (%" PRId64 ", %" PRId64 ")",
                          verb, p[0], p[1], p[2], in.histories.users, p[0], in.histories.users);
-  if (p[1] > (int64_t{1} << 24))
+  if (p[1] > kMostAgents)
     return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
   const int64_t temperatures = params.temperature.shape[0];
   if (!params.temperature || (temperatures != 1 && temperatures != p[1]))

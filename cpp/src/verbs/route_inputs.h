@@ -5,7 +5,10 @@
 
 namespace hisac {
 
-/// Shapes, types and ranges; `verb` opens the message.
+/// Whether a workspace may be sized by these inputs: all sizes are within the limits of base/checks.h.
+bool sizes_fit(const RouteInputs& in, int64_t longest) noexcept;
+
+/// Checks shapes, types and ranges; the message begins with `verb`.
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept;
 
 }  // namespace hisac

@@ -7,6 +7,8 @@ Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const 
                 Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept {
   const int64_t count = rows.shape[0], width = rows.shape[1], groups = sums.shape[0];
   HISAC_TRY(check_length("sum_rows", "begin", groups + 1, begin.shape[0]));
+  if (!within({width}, 0, kMostWidth))
+    return Status::error(Code::invalid_argument, "sum_rows: expected V of at most 2^20, got %" PRId64, width);
   if (sums.shape[1] != width)
     return Status::error(Code::invalid_argument,
                          "sum_rows: rows is [%" PRId64 ", %" PRId64 "], sums is [%" PRId64 ", %" PRId64

@@ -4,6 +4,8 @@
 #include <algorithm>
 
 #include "backend.h"
+#include "base/arena.h"
+#include "codebook/checks.h"
 
 namespace hisac {
 namespace {
@@ -50,6 +52,7 @@ int64_t seats(const VoteParams& params, int levels) noexcept {
 size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
                       int64_t longest) noexcept {
   if (book.empty() || !check_params(book, params).ok()) return 0;
+  if (!within({longest}, 0, kMostRows)) return Arena::kLimit;
   return backend_workspace(&Backend::vote_workspace, context, book, params, longest);
 }
 

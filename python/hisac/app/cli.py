@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m hisac`: the demo, and the verbs over a user's files. Exit codes: 0, 2 for bad input (one line), 130."""
+"""`python -m hisac`: the demo, and the verbs over a user's files.
+
+Exit codes: 0; 2 for bad input (one line); 130 if interrupted; 141, without a word, if nobody reads what is printed.
+"""
 
 import argparse
+import io
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import hisac
 
-from . import commands, demo
+from . import commands, demo, files
 
 TOP = """\
 Compress long user histories into a few hundred tokens (HiSAC, arXiv 2602.21009).
@@ -22,11 +28,17 @@ Arrays: PATH or PATH:KEY, of .npy, .npz, .parquet or .safetensors. KEY is the ar
 of numbers or lists, or several (a,b,c or e*). Values are float16 or float32 (float64 is converted)."""
 
 
+def line(text: str) -> str:
+    """A message as one line that any terminal can print: names come from files and from the file system."""
+    text = files.cut(" ".join(text.split()), 1000)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {line(message)} (see {self.prog} --help)\n")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -58,18 +70,14 @@ def make_parser() -> Parser:
         return p
 
     p = verb("demo", "the whole way on bundled real data, in seconds: start here", "")
-    p.add_argument(
-        "--quick", action="store_true", help="a few requests only: shows the output, its numbers mean little"
-    )
+    p.add_argument("--quick", action="store_true", help="a few requests only; its numbers mean little")
     p.add_argument("--png", default="hisac-demo.png", metavar="PATH", help="picture to write (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the codebook, the requests and the negatives (default: 0)")
 
     p = verb("fit", "learn a codebook from item embeddings")
     p.add_argument("x", metavar="X", help="embeddings [items, width]")
     p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
-    p.add_argument(
-        "--codes", type=numbers, default=(512, 512), metavar="C,C", help="codes of each level (default: 512,512)"
-    )
+    p.add_argument("--codes", type=numbers, default=(512, 512), metavar="C,C", help="of each level (default: 512,512)")
     p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
     p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
 
@@ -124,14 +132,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
+        args = make_parser().parse_args(argv)
         run(args)
+        print(end="", flush=True)
+        return 0
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, NotImplementedError, MemoryError, hisac.CorruptFileError) as error:
-        text = " ".join(str(error).split()).removeprefix(f"{args.command}: ") or type(error).__name__
+        text = line(str(error)).removeprefix(f"{args.command}: ") or type(error).__name__
         print(f"hisac {args.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"hisac {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # the rest goes nowhere: the interpreter would try again at its end, and say so
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -38,13 +38,15 @@ def integers(spec: str, name: str, dims: str) -> Array:
         raise ValueError(f"{spec}: {name} is {list(array.shape)}, expected [{dims}]")
     if array.dtype.kind not in "iu":
         raise ValueError(f"{spec}: {name} is {array.dtype}, expected integers")
-    return array
+    return np.asarray(array, array.dtype.newbyteorder("="))
 
 
 def load_book(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
+        if path.encode(errors="ignore").decode() != path:  # the core takes names in UTF-8 only
+            return hisac.Codebook.from_bytes(Path(path).read_bytes())
         return hisac.Codebook.load(path)
     except hisac.CorruptFileError as error:
         raise hisac.CorruptFileError(f"{path}: {error}") from error
@@ -90,7 +92,8 @@ def fit(spec: str, out: str, *, codes: tuple[int, ...], iterations: int, seed: i
     x = matrix(spec, "x")
     with fit_progress(len(codes), iterations) as tell:
         book = hisac.fit(x, codes, iterations=iterations, seed=seed, progress=tell)
-    book.save(out)
+    with files.aside(out) as f:
+        f.write(book.to_bytes())
     report = book.report
     assert report is not None  # `fit` always leaves one
     left_out = f" ({report.left_out:,} left out: NaN or too large)" if report.left_out else ""

@@ -8,41 +8,10 @@ import numpy as np
 
 import hisac
 
-from . import explain, files
+from . import explain, files, protocol, trial
 from .progress import fit_progress, progress
-from .protocol import (
-    FITTED_WEEKS,
-    NEGATIVES,
-    TEST_WEEKS,
-    VALIDATION_WEEKS,
-    Auc,
-    Events,
-    Floats,
-    Ints,
-    Requests,
-    gauc,
-    load,
-    popularity,
-    repeat_counts,
-    requests,
-    user_aucs,
-    users_of,
-)
-from .trial import (
-    SETTINGS,
-    SIZES,
-    Cost,
-    World,
-    budget,
-    choose_tau,
-    costs,
-    fan_out,
-    jittered,
-    lookup_cost,
-    make_world,
-    pays_at,
-    score_all,
-)
+from .protocol import FITTED_WEEKS, TEST_WEEKS, VALIDATION_WEEKS, Auc, Events, Floats, Ints, Requests, gauc, user_aucs
+from .trial import SETTINGS, SIZES, Cost, World, budget, fan_out
 
 CODES = (64, 128)  # with the fit on purchases, the best of a few on validation weeks
 LONG = 10_000
@@ -109,7 +78,7 @@ class Quality(NamedTuple):
 
 def quality(r: Requests, scores: dict[str, Floats], repeat: Ints) -> dict[str, Quality]:
     """{method: AUCs over all candidates, over those in the history, over those new to it}."""
-    user, masks = users_of(r), (np.ones(len(repeat), bool), repeat > 0, repeat == 0)
+    user, masks = protocol.users_of(r), (np.ones(len(repeat), bool), repeat > 0, repeat == 0)
     return {name: Quality(*(user_aucs(user[m], s[m], r.label[m]) for m in masks)) for name, s in scores.items()}
 
 
@@ -128,11 +97,11 @@ def make_rows(
             gauc(mine.repeat)[0],
             gauc(mine.new)[0],
             cost[name],
-            pays_at(cost[name], cost["full history"]) if name in compressed else None,
+            trial.pays_at(cost[name], cost["full history"]) if name in compressed else None,
         )
 
     def timed(name: str) -> Row:
-        pays = pays_at(long[name], long["full history"]) if name in compressed else None
+        pays = trial.pays_at(long[name], long["full history"]) if name in compressed else None
         return Row(f"{LONG // 1000}k*: {name}", None, None, None, None, long[name], pays)
 
     blocks = [[row(name, SIZES[-1]) for name in FLOORS]]
@@ -226,41 +195,41 @@ def fit_world(events: Events, size: Size, seed: int) -> World:
     rows = np.random.default_rng(seed).permutation(text[events.week <= FITTED_WEEKS])[: size.fit_rows]
     with fit_progress(len(CODES), size.iterations) as tell:
         book = hisac.fit(events.x[rows], CODES, iterations=size.iterations, seed=seed, progress=tell)
-    return make_world(events, events.x, text, book)
+    return trial.make_world(events, events.x, text, book)
 
 
 def run(size: Size, *, png: Path, seed: int = 0) -> None:
     """The demo, printed; the picture goes to `png`."""
     files.check_out(str(png), (".png",))
-    events = load()
+    events = protocol.load()
     origin = {"users": len(events.offsets) - 1, "events": len(events.item), "items": len(events.text_of_item)}
     print(ORIGIN.format(**origin, texts=len(events.texts), width=events.x.shape[1], fitted=FITTED_WEEKS), flush=True)
 
     w = fit_world(events, size, seed)
-    validation = requests(events, VALIDATION_WEEKS, most=size.validation, seed=seed)
-    test = requests(events, TEST_WEEKS, most=size.test, seed=seed + 1)
+    validation = protocol.requests(events, VALIDATION_WEEKS, most=size.validation, seed=seed)
+    test = protocol.requests(events, TEST_WEEKS, most=size.test, seed=seed + 1)
     with progress(
         f"choose temperatures, weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]}", len(SETTINGS) * len(size.taus)
     ) as advance:
-        taus = choose_tau(w, validation, size.taus, advance)
+        taus = trial.choose_tau(w, validation, size.taus, advance)
     with progress(
         f"score, weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]}", len(test.user) * (1 + len(SIZES) + len(SETTINGS))
     ) as advance:
-        scores = score_all(w, test, taus, advance)
+        scores = trial.score_all(w, test, taus, advance)
 
     b = typical(test)
     rows = slice(int(test.starts[b]), int(test.ends[b]))
-    shelf = popularity(events)
+    shelf = protocol.popularity(events)
     item = np.random.default_rng(seed).choice(len(shelf), CANDIDATES, p=shelf / shelf.sum())
     q = events.x[events.text_of_item[item]]
     with progress("time one request", 2 * (1 + len(SIZES) + len(SETTINGS))) as advance:
-        cost = costs(w, rows, q, taus, size.repetitions, advance)
-        again = jittered(w, rows, LONG, seed)
-        long = costs(again, slice(0, LONG), q, taus, max(3, size.repetitions // 3), advance)
-    cost.update(lookup_cost(w, rows, item, size.repetitions))
+        cost = trial.costs(w, rows, q, taus, size.repetitions, advance)
+        again = trial.jittered(w, rows, LONG, seed)
+        long = trial.costs(again, slice(0, LONG), q, taus, max(3, size.repetitions // 3), advance)
+    cost.update(trial.lookup_cost(w, rows, item, size.repetitions))
     cost["repeat count, then full"] = cost["full history"]
 
-    found = quality(test, scores, repeat_counts(events, test))
+    found = quality(test, scores, protocol.repeat_counts(events, test))
     chosen = "; ".join(
         f"{kind} {', '.join(f'{taus[make(m).name]:g}' for m in SIZES)}"
         for kind, make in (("fan-out", fan_out), ("budget", budget))
@@ -268,7 +237,7 @@ def run(size: Size, *, png: Path, seed: int = 0) -> None:
     print(
         f"\n{len(test.user)} requests of weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]},"
         f" {len(np.unique(test.user))} households,"
-        f" {len(test.item):,} candidates: {NEGATIVES} popularity-matched negatives for each item bought.\n"
+        f" {len(test.item):,} candidates: {protocol.NEGATIVES} popularity-matched negatives for each item bought.\n"
         f"Codebook {' x '.join(map(str, CODES))}."
         f" Temperatures chosen on weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]} of"
         f" {', '.join(f'{t:g}' for t in size.taus)}, for M = {', '.join(map(str, SIZES))}: {chosen}.\n"

@@ -134,8 +134,8 @@ def draw(p: Portrait, title: str, path: Path) -> None:
     right.set(title="routing weights (each row sums to 1)", xlabel="behaviour, oldest first", yticks=[])
     figure.colorbar(image, ax=right)
     figure.suptitle(title)
-    with files.aside(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+    with files.aside(path) as f:
+        figure.savefig(f, dpi=110, format="png")
 
 
 def user(book: Any, codes: Ints, x: Floats, texts: list[tuple[str, ...]], *, name: str, tau: float, png: Path) -> None:

@@ -6,16 +6,21 @@ column (of numbers or of equally long lists), or several with commas or a `*`, w
 Without KEY the file must hold one array; a .parquet file without KEY gives all its columns.
 """
 
+import difflib
+import fcntl
 import json
 import math
 import os
 import re
+import secrets
+import stat
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,16 +30,23 @@ from .. import CorruptFileError
 Array = NDArray[Any]
 
 MOST_HEADER = 100 * 2**20  # bytes of a safetensors header; a longer one is a hostile or broken file
+MOST_NAMES = 8  # in a message
+BATCH = 2**14  # rows of a parquet file in memory at once; 2^17 values each still fit the int32 offsets of lists
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2",
 }  # fmt: skip
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
 READABLE = (".npy", ".npz", ".parquet", ".safetensors")
+PART = re.compile(r"\.hisac-(?P<pid>[1-9]\d{0,8})-[0-9a-f]{16}\.part")
 SPEC = re.compile(r"(?P<path>.*\.(npy|npz|parquet|safetensors))(:(?P<key>.+))?", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
+
+
+class Refused(ValueError):
+    """What is wrong with the question, not with the file."""
 
 
 def read(spec: str) -> Array:
@@ -47,102 +59,119 @@ def read(spec: str) -> Array:
     if match is None:
         raise ValueError(f"{spec}: unknown kind of file, expected PATH or PATH:KEY with {', '.join(READABLE)}")
     path, key = Path(match["path"]), match["key"]
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():  # opening a FIFO would wait
+        raise FileNotFoundError(f"{path}: no {'regular' if path.exists() else 'such'} file")
     readers: dict[str, Callable[[Path, str | None], Array]]
     readers = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet, ".safetensors": read_safetensors}
-    return readers[path.suffix](path, key)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return readers[path.suffix](path, key)
+    except Exception as error:  # whatever a damaged file brings about
+        if isinstance(error, (Refused, CorruptFileError)) or (isinstance(error, OSError) and error.filename):
+            raise
+        kind = OSError if isinstance(error, MemoryError) else CorruptFileError
+        text = cut(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise kind(f"{path}: not a readable {path.suffix} file ({text})") from error
 
 
-def pick(path: Path, names: list[str], key: str | None) -> str:
+def cut(text: str, most: int) -> str:
+    """`text` without its middle, where it is longer than `most`."""
+    return text if len(text) <= most else f"{text[: most - 54]} .. {text[-50:]}"
+
+
+def few(names: Sequence[str], wanted: str | None) -> str:
+    """Names for a message: a few of them, those like `wanted` first, and how many more there are."""
+    alike = [name for name in names[: 2**16] if len(name) < 200]  # comparing takes some 40 us a name
+    shown = [*dict.fromkeys([*difflib.get_close_matches(wanted or "", alike, MOST_NAMES), *names])][:MOST_NAMES]
+    more = f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
+    return ", ".join(cut(name, 200) for name in shown) + more
+
+
+def pick(path: Path, names: Sequence[str], key: str | None) -> str:
     """The name to read: `key`, or the only one there is."""
     if key is None and len(names) == 1:
         return names[0]
-    if key not in names:
+    if key is None or key not in names:
         asked = "several arrays, none named" if key is None else f"no array {key!r}"
-        raise ValueError(f"{path}: {asked}; expected {path.name}:KEY with KEY one of {', '.join(sorted(names))}")
+        raise Refused(f"{path}: {asked}; expected {path.name}:KEY with KEY one of {few(sorted(names), key)}")
     return key
 
 
 def read_npy(path: Path, key: str | None) -> Array:
     if key is not None:
-        raise ValueError(f"{path}: a .npy file holds one array, got the key {key!r}")
-    with broken(path, ".npy"):
-        array: Array = np.load(path, mmap_mode="c", allow_pickle=False)
+        raise Refused(f"{path}: a .npy file holds one array, got the key {key!r}")
+    array: np.memmap[Any, Any] = np.load(path, mmap_mode="c", allow_pickle=False)
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(f"expected {array.offset + array.nbytes} bytes, got {path.stat().st_size}")
     return array
 
 
 def read_npz(path: Path, key: str | None) -> Array:
-    if not zipfile.is_zipfile(path):
-        raise CorruptFileError(f"{path}: not a .npz file")
-    with broken(path, ".npz"):
-        arrays = np.load(path, allow_pickle=False)
-    with arrays:
-        name = pick(path, list(arrays.files), key)
-        with broken(path, ".npz"):
-            array: Array = arrays[name]
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        with archive.open(members[pick(path, list(members), key)]) as member:
+            array: Array = np.lib.format.read_array(member, allow_pickle=False)
+            if member.read(1):  # the checksum is compared at the end of the member
+                raise ValueError("more bytes than its header says")
             return array
 
 
-@contextmanager
-def broken(path: Path, kind: str) -> Iterator[None]:
-    """What NumPy says of a broken file, in one line and one type."""
-    try:
-        yield
-    except CorruptFileError:
-        raise
-    except (ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, SyntaxError) as error:
-        raise CorruptFileError(f"{path}: not a readable {kind} file ({' '.join(str(error).split())})") from error
-
-
 def read_parquet(path: Path, key: str | None) -> Array:
+    """Columns as one array [T] or [T, D], made batch by batch: no column is in memory twice."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow, try: pip install pyarrow") from None
-    try:
-        file = pq.ParquetFile(path)
-        there = file.schema_arrow.names
-        names = there if key is None else [n for part in key.split(",") for n in matching(path, there, part)]
-        table = file.read(columns=names)
-    except pa.ArrowException as error:
-        raise CorruptFileError(f"{path}: not a readable .parquet file ({' '.join(str(error).split())})") from error
-    columns = [column_of(path, name, table[name]) for name in names]
-    return columns[0] if len(columns) == 1 else np.column_stack(columns)
+        raise Refused(f"{path}: reading .parquet needs pyarrow, try: pip install pyarrow") from None
+    with open(path, "rb") as f:
+        file = pq.ParquetFile(f, pre_buffer=False, buffer_size=2**20)  # reads no more than it decodes
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        names = schema.names if key is None else [n for k in key.split(",") for n in matching(path, schema.names, k)]
+        batches = file.iter_batches(BATCH, columns=names)
+        batch = next(batches, None) or pa.RecordBatch.from_pylist([], schema)
+        parts, end = [numbers(path, name, batch.column(name), None) for name in names], 0
+        widths = [part.shape[1] for part in parts]
+        out: Array = np.empty((rows, sum(widths)), np.result_type(*parts))
+        while batch:
+            parts = [numbers(path, name, batch.column(name), width) for name, width in zip(names, widths, strict=True)]
+            begin, end = end, end + len(parts[0])
+            np.concatenate(parts, axis=1, out=out[begin:end])
+            batch = next(batches, None)
+    if end != rows:
+        raise ValueError(f"expected {rows} rows, got {end}")
+    return out if len(names) > 1 or schema.field(names[0]).type.num_fields else out[:, 0]
 
 
 def matching(path: Path, names: list[str], pattern: str) -> list[str]:
     found = [n for n in names if n == pattern] or [n for n in names if fnmatchcase(n, pattern)]
     if not found:
-        raise ValueError(f"{path}: no column {pattern!r}; expected some of {', '.join(names)}")
+        raise Refused(f"{path}: no column {pattern!r}; expected some of {few(names, pattern)}")
     return found
 
 
-def column_of(path: Path, name: str, chunked: Any) -> Array:
-    """A parquet column as [T], or [T, D] from lists of D values each; a missing number is NaN."""
-    import pyarrow as pa
-
-    column = chunked.combine_chunks()
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        lengths = np.unique(column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False))
-        if len(lengths) > 1 or (lengths < 0).any():
-            got = "missing rows" if (lengths < 0).any() else f"{lengths.min()} to {lengths.max()}"
-            raise ValueError(f"{path}: lists of column {name!r} differ in length, expected one length, got {got}")
-        width = int(lengths[0]) if len(lengths) else 0
-        return numbers(path, name, column.flatten()).reshape(len(column), width)
-    return numbers(path, name, column)
-
-
-def numbers(path: Path, name: str, column: Any) -> Array:
-    import pyarrow as pa
+def numbers(path: Path, name: str, column: Any, width: int | None) -> Array:
+    """[n, D]: a piece of a parquet column, of numbers (D = 1) or of lists of `width` each; a missing float is NaN."""
+    import pyarrow.types as pt
 
     kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise ValueError(f"{path}: column {name!r} is {kind}, expected numbers or lists of numbers")
-    values: Array = column.to_numpy(zero_copy_only=False)
-    return values
+    lists = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+    value = kind.value_type if lists else kind
+    if not (pt.is_integer(value) or pt.is_floating(value) or pt.is_boolean(value)):
+        raise Refused(f"{path}: column {name!r} is {kind}, expected numbers or lists of numbers")
+    values, lengths = column, np.ones(1, int)
+    if lists:
+        if column.null_count:
+            raise Refused(f"{path}: column {name!r} has missing rows, expected a list in each")
+        values, lengths = column.flatten(), np.unique(column.value_lengths().to_numpy(zero_copy_only=False))
+        lengths = lengths if width is None else np.union1d(lengths, width)
+        if len(lengths) > 1:
+            text = f"expected one length, got {lengths[0]} to {lengths[-1]}"
+            raise Refused(f"{path}: lists of column {name!r} differ in length, {text}")
+    if values.null_count and not pt.is_floating(value):
+        raise Refused(f"{path}: column {name!r} of {value} has missing numbers, expected none")
+    array: Array = values.to_numpy(zero_copy_only=False)
+    return array.reshape(len(column), lengths[0] if len(lengths) else getattr(kind, "list_size", 0))
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors
@@ -155,6 +184,8 @@ def read_safetensors(path: Path, key: str | None) -> Array:
         header = safetensors_header(path, f.read(8), f.read, size)
         name = pick(path, list(header), key)
         dtype, shape, begin, end = header[name]
+        if dtype not in DTYPES:
+            raise Refused(f"{path}: {name!r} is {cut(dtype, 200)}, expected one of {', '.join(DTYPES)}")
         f.seek(begin)
         data = f.read(end - begin)
     if len(data) != end - begin:
@@ -169,10 +200,13 @@ Entry = tuple[str, tuple[int, ...], int, int]
 
 
 def safetensors_header(path: Path, prefix: bytes, read_bytes: Callable[[int], bytes], size: int) -> dict[str, Entry]:
-    """{name: (dtype, shape, first byte, byte after the last)}, checked to tile the rest of the file exactly."""
+    """{name: (dtype, shape, first byte, byte after the last)}, checked to tile the rest of the file exactly.
+
+    A dtype that is not one of DTYPES may stand beside what is read.
+    """
 
     def corrupt(what: str) -> CorruptFileError:
-        return CorruptFileError(f"{path}: not a safetensors file: {what}")
+        return CorruptFileError(f"{path}: not a safetensors file: {cut(what, 300)}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({name for name, _ in pairs}) != len(pairs):
@@ -186,7 +220,9 @@ def safetensors_header(path: Path, prefix: bytes, read_bytes: Callable[[int], by
         raise corrupt(f"a header of {length} bytes in a file of {size}")
     try:
         header = json.loads(read_bytes(length).decode(), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except CorruptFileError:
+        raise
+    except (ValueError, RecursionError):  # UTF-8, JSON, a number of 5,000 digits
         raise corrupt("its header is not JSON") from None
     if not isinstance(header, dict):
         raise corrupt("its header is not an object")
@@ -196,11 +232,9 @@ def safetensors_header(path: Path, prefix: bytes, read_bytes: Callable[[int], by
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise corrupt(f"{name!r} lacks dtype, shape or data_offsets")
         dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise corrupt(f"{name!r} has the unknown dtype {dtype!r}")
-        if not (naturals(shape) and naturals(span) and len(span) == 2):
-            raise corrupt(f"{name!r} has a bad shape or data_offsets")
-        if span[1] - span[0] != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        if not (isinstance(dtype, str) and naturals(shape) and naturals(span) and len(span) == 2):
+            raise corrupt(f"{name!r} has a bad dtype, shape or data_offsets")
+        if dtype in DTYPES and span[1] - span[0] != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
             raise corrupt(f"{name!r} has {span[1] - span[0]} bytes, which does not fit {dtype} {shape}")
         entries[name] = (dtype, tuple(shape), 8 + length + span[0], 8 + length + span[1])
     at = 8 + length
@@ -214,7 +248,8 @@ def safetensors_header(path: Path, prefix: bytes, read_bytes: Callable[[int], by
 
 
 def naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    """At most 64 numbers, NumPy's limit of dimensions, each below 2^63."""
+    return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def to_safetensors(arrays: Mapping[str, Array]) -> list[bytes]:
@@ -237,39 +272,78 @@ def to_safetensors(arrays: Mapping[str, Array]) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-@contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed onto `path` at the end, removed if anything fails before."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+def destination(path: str | Path) -> tuple[Path, os.stat_result | None]:
+    """Where writing to `path` goes, behind links, and the regular file there or None. Raises OSError."""
+    place = Path(os.path.realpath(path) if os.path.islink(path) else path)
     try:
-        yield part
-        os.replace(part, path)
+        old = place.stat()
+    except FileNotFoundError:
+        return place, None
+    if not stat.S_ISREG(old.st_mode):
+        kind = "a folder" if stat.S_ISDIR(old.st_mode) else "a device, FIFO or socket"
+        raise OSError(f"{path}: is {kind}, expected a file")
+    return place, old
+
+
+@contextmanager
+def aside(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which takes the place of `path` at the end and goes if anything fails before.
+
+    A link stays, and what it leads to is replaced. The mode stays too, and where the system lets us the owner. Nobody
+    can foretell the new file's name, or put a link there. It is locked while it is written: see `sweep`.
+    """
+    place, old = destination(path)
+    sweep(place.parent)
+    part = place.with_name(f".hisac-{os.getpid()}-{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with os.fdopen(os.open(part, flags, 0o600 if old else 0o666), "wb") as f:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(f, fcntl.LOCK_EX)
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+            if old:
+                with suppress(OSError):
+                    os.fchown(f.fileno(), old.st_uid, old.st_gid)
+                os.fchmod(f.fileno(), stat.S_IMODE(old.st_mode))
+            os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`: regular files of our name and user, of no process and unlocked."""
+    with suppress(OSError):
+        for part in folder.glob(".hisac-*.part"):
+            found, info = PART.fullmatch(part.name), part.lstat()
+            if found and stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+                try:
+                    os.kill(int(found["pid"]), 0)
+                except ProcessLookupError:
+                    with open(part, "rb") as f, suppress(BlockingIOError):
+                        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer in another container
+                        part.unlink()
 
 
 def check_out(path: str, endings: tuple[str, ...]) -> None:
     """Before any work: can `path` be written, and is it one of the kinds we write? Raises ValueError, OSError."""
     if not path.endswith(endings):
         raise ValueError(f"{path}: unknown kind of output, expected {' or '.join(endings)}")
-    folder = Path(path).parent
+    folder = destination(path)[0].parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, expected a file")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder}: cannot write here")
 
 
 def write(path: str, arrays: Mapping[str, Array]) -> None:
     """Write .npy (one array), .npz or .safetensors, by the ending; whole or not at all."""
-    with aside(path) as part:
+    with aside(path) as f:
         if path.endswith(".npy"):
             (array,) = arrays.values()
-            np.save(part, array, allow_pickle=False)
+            np.save(f, array, allow_pickle=False)
         elif path.endswith(".npz"):
-            np.savez(part, **dict(arrays))  # type: ignore[arg-type]  # NumPy's stub takes a name for allow_pickle
+            np.savez(f, **dict(arrays))  # type: ignore[arg-type]  # NumPy's stub takes a name for allow_pickle
         else:
-            with open(part, "wb") as f:
-                f.writelines(to_safetensors(arrays))
+            f.writelines(to_safetensors(arrays))

@@ -4,8 +4,9 @@
 With u = 2^-24 and c(n) = 64 + 2 min(n / 64, 32) + log2 n, the roundings on a term's way into a sum of n: runs of 64
 terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 
-- Logits are computed as bias - max(0, |x|^2 + |p|^2 - 2 x.p) / tau. The three sums have D terms, so
-      e = |dz| <= (D + 8) u (|x| + |p|)^2 / tau + 6 u d / tau + 4 u |bias|.
+- Logits are computed as bias - max(0, |x|^2 + |p|^2 - 2 x.p) / tau, x and p from an origin c among the prototypes (from
+  zero with precision="bfloat16" and on CUDA). The three sums have D terms and the differences 4 roundings, so
+      e = |dz| <= (D + 12) u (|x - c| + |p - c|)^2 / tau + 6 u d / tau + 4 u |bias|.
   Agents mode subtracts a log-sum-exp over agents, whose error is at most log(1 + sum_a s_a (exp(e_a) - 1)) and its own
   rounding. A prototype moved by |dp| in `refine` adds (2 |x - p| |dp| + |dp|^2) / tau.
 - A weight w_i then becomes w_i exp(+-e_i) / S with |S - 1| <= f = sum_i w_i (exp(e_i) - 1), so a token moves by at most
@@ -35,6 +36,7 @@ from .. import reference as _reference
 from ..types import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
 reference: Any = _reference
+float64 = _reference.float64
 
 U = 2.0**-24
 U16 = 2.0**-8
@@ -149,6 +151,12 @@ def _largest(h: Any, rows: Array) -> Array:
     return most
 
 
+def first_of(leaf: Array) -> Array:
+    """leaf [n] of each row -> the first row of the same leaf."""
+    _, first, number = np.unique(leaf, return_index=True, return_inverse=True)
+    return np.asarray(first[number])
+
+
 def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
     """The relative error of each leaf's sums, and how far its rows reach; of single rows: none, and |x|."""
     skew, reach = np.zeros(len(h.x)), np.sqrt(np.square(raw.x).sum(1) + raw.spread)
@@ -159,21 +167,34 @@ def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
     return skew + (_steps(len(raw.x)) + 8) * U, _largest(h, reach)
 
 
+def _from_origin(h: Any) -> Array:
+    """|x - c| + |p - c| [n, m] for the origin c that the CPU takes: in each dimension the median of the first five
+    present prototypes, or the first where there are fewer."""
+    c = np.median(h.p[:5], 0) if len(h.p) >= 5 else h.p[0] if len(h.p) else 0.0
+    return np.sqrt(np.square(h.x - c).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p - c).sum(1))
+
+
 class _Logits:
     """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
 
-    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float) -> None:
+    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float, cuda: bool) -> None:
         self.skew, reach = _leaf_errors(h, raw)
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
         far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
+        near = far if cuda or rounding == U16 else _from_origin(h)
         if rounding == U16:
             drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
-        far = np.square(far + drift)
-        e = ((width + 8) * U + 4 * self.skew[:, None]) * far + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        far, near = np.square(far + drift), np.square(near + drift)
+        e = (
+            (width + 12) * U * near
+            + (4 if cuda else 16) * self.skew[:, None] * far  # the CPU sums x less the first row of a leaf
+            + 6 * U * self.d
+            + (2 * np.sqrt(self.d) + drift) * drift
+        )
         e = e + (2 * width + len(raw.x) + 8) * LEAST
         if rounding == HALVES:
-            e = e + HALVES * far + 2 * np.sqrt(width) * TINY * np.sqrt(far)  # 2 sum |x p| <= far / 2
+            e = e + HALVES * near + 2 * np.sqrt(width) * TINY * np.sqrt(near)  # 2 sum |x p| <= near / 2
         self.wrong = e  # of d
         self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
@@ -218,7 +239,7 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
         for b, _, h, raw in _users(args):
             drift = np.zeros(len(h.agents))
             for step in range(refine + 1):
-                logits = _Logits(h, raw, normalize, drift, rounding)
+                logits = _Logits(h, raw, normalize, drift, rounding, cuda)
                 e = logits.e + 2 * logits.rounding
                 extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
                 if step == refine:
@@ -240,8 +261,9 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
     return Tokens(tokens, lse, moved)
 
 
-def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
-    """args: the arguments of `leaf_sums` -> the largest |difference| of x, v, bias and spread; codes are exact."""
+def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> LeafSums:
+    """args: the arguments of `leaf_sums`; cuda: on a GPU -> the largest |difference| of x, v, bias and spread; codes
+    are exact."""
     args = _dense(args)
     users, book = len(reference.ranges(args["offsets"])), args["book"]
     width = book.centers[0].shape[1] if args["x"] is None else args["x"].shape[1]
@@ -250,8 +272,14 @@ def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
     with np.errstate(over="ignore", invalid="ignore"):
         for *_, h, raw in _users(args | {"prototypes": np.zeros((users, 0, width)), "method": "leaf"}):
             skew, reach = _leaf_errors(h, raw)
-            x, v = (2 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
-            rest = skew + 4 * U * np.abs(h.bias) + 4 * U, 4 * skew * np.square(reach) + U * h.spread + TINY
+            float64_mean = np.square(2.0**-50 * reach)  # of the definition itself
+            if not cuda:  # sums are those of x less the leaf's first row
+                reach = _largest(h, np.sqrt(np.square(raw.x - raw.x[first_of(h.leaf)]).sum(1) + raw.spread))
+            x, v = (4 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
+            rest = (
+                skew + 4 * U * np.abs(h.bias) + 4 * U,
+                4 * skew * np.square(reach) + U * h.spread + float64_mean + TINY,
+            )
             parts.append((_in_float32(h.x, x), _in_float32(h.v, v), *rest))
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
     return LeafSums(x, v, np.zeros(users + 1), bias, spread, np.zeros((len(bias), len(book.centers))))
@@ -260,7 +288,7 @@ def leaf_sums_bound(args: Mapping[str, Any]) -> LeafSums:
 def unit_bound(expected: Tokens) -> Tokens:
     """The bound of `route` for |x|, |p| and |v| at most 1, temperature at least 0.1 and at most 2^24 rows."""
     _, m, width = expected.prototypes.shape
-    e = (2 * (width + 8) * 4 + 12 * 4) * U / 0.1 + (m + 2 * 40 + 16) * U
+    e = ((width + 12) * 16 + 6 * 4) * U / 0.1 + (m + 2 * 40 + 16) * U  # |x - c| + |p - c| <= 4
     f = np.expm1(e)
     tokens = 2 * f / (1 - f) + (2 * _steps(2**24) + 8) * U
     tokens = _in_type(expected.tokens, np.full(expected.tokens.shape, tokens), "float32")
@@ -280,7 +308,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
-            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding)
+            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding, cuda)
             token, total, dt, dl = (
                 np.asarray(a)[b, h.agents].astype(np.float64)
                 for a in (forward.tokens, forward.lse, args["d_tokens"], d_lse)
@@ -345,8 +373,8 @@ def _attend_errors(
 ) -> tuple[Array, Array]:
     """One user's logits [n, H, M] and their errors; split: of a product, relative."""
     z = reference.attend_logits(q, keys, bias, b, rows, scale)
-    moduli = np.einsum("nhd,mhd->nhm", np.abs(q[rows].astype(np.float64)), np.abs(keys[b].astype(np.float64)))
-    shift = 0.0 if bias is None else np.abs(np.nan_to_num(bias[b].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0))
+    moduli = np.einsum("nhd,mhd->nhm", *(np.abs(reference.verbs.finite(a)) for a in (q[rows], keys[b])))
+    shift = 0.0 if bias is None else np.abs(reference.verbs.finite(bias[b]))
     e = (
         ((q.shape[2] + 8) * U + split) * abs(scale) * moduli
         + 4 * U * np.where(np.isfinite(z), np.abs(z), 0.0)
@@ -365,19 +393,21 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
         for b, rows in enumerate(reference.ranges(args["candidate_offsets"])):
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             for h in range(q.shape[1]):
-                odd = (
-                    ~np.isfinite(q[rows, h].astype(np.float64)).all(1)
-                    | ~np.isfinite(keys[b, :, h].astype(np.float64)).all()
-                )
-                here = ~np.isneginf(z[:, h]).all(0) if len(z) else np.zeros(keys.shape[1], bool)
-                zt, et, some = z[:, h, here].T, e[:, h, here].T, values[b, here, h]
+                absent, none = np.isneginf(z[:, h]).all(0), np.isneginf(z[:, h]).all(1)  # tokens, candidates
+                zt, et, some = z[:, h, ~absent].T, e[:, h, ~absent].T, values[b, ~absent, h]
                 mean, bound, off = _sums(
-                    np.where(odd, 0.0, zt), np.where(odd, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
+                    np.where(none, 0.0, zt), np.where(none, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
                 )
-                bound = _in_type(mean, bound + TINY * cuda, dtype) if here.any() else np.zeros_like(bound)
-                # a value that is not finite spoils its user, present or not
-                bound[:, ~np.isfinite(values[b, :, h]).all(0)] = np.nan
-                out[rows, h], lse[rows, h] = np.where(odd[:, None], np.nan, bound), np.where(odd, np.nan, off)
+                bound = _in_type(mean, bound + TINY * cuda, dtype)
+                bound[:, ~np.isfinite(some).all(0)] = np.nan  # a value that is not finite spoils its user
+                out[rows, h], lse[rows, h] = np.where(none[:, None], 0.0, bound), np.where(none, 0.0, off)
+                if cuda:  # whose products meet what the CPU leaves out
+                    odd = ~np.isfinite(float64(q[rows, h])).all(1) | ~np.isfinite(float64(keys[b, :, h])).all()
+                    spoilt = odd[:, None] | ~np.isfinite(float64(values[b, :, h])).all(0)
+                    out[rows, h], lse[rows, h] = (
+                        np.where(spoilt, np.nan, out[rows, h]),
+                        np.where(odd, np.nan, lse[rows, h]),
+                    )
     return Attended(out, lse)
 
 
@@ -396,21 +426,24 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             w, wrong = _weights(z, total[..., None], e)
             wrong = wrong + TINY * (wrong > 0)
-            term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(values[b].astype(np.float64)))
+            read = reference.verbs.read(values[b], z)
+            term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(read))
             term = term + (np.abs(g * out).sum(2) + np.abs(dl))[..., None]
             term = np.where(term > HUGE / 8, np.inf, term)
             long = (g.shape[2] + 16) * U + split
-            slope = np.einsum("nhv,mhv->nhm", g, values[b].astype(np.float64)) + (dl - (g * out).sum(2))[..., None]
+            slope = np.einsum("nhv,mhv->nhm", g, read) + (dl - (g * out).sum(2))[..., None]
             dz = w * np.abs(np.where(np.isfinite(total)[..., None], slope, 0.0))
             off = (
                 wrong * np.abs(slope)
                 + (w + wrong) * long * term
                 + ((_steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
             )
-            dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(keys[b].astype(np.float64))) + TINY
-            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(q[rows].astype(np.float64))) + TINY
+            dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(reference.verbs.finite(keys[b]))) + TINY
+            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(reference.verbs.finite(q[rows]))) + TINY
             dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((_steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
             db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
+            if cuda and not all(np.isfinite(float64(a)).all() for a in (q[rows], keys[b], values[b])):
+                dq[rows] = dk[b] = dv[b] = db[b] = np.nan
     exact: Any = reference.attend_backward(**args)
     return AttendGradients(
         *(

@@ -13,6 +13,7 @@ import numpy as np
 from ..types import Agents, Array, FitReport
 
 FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
+FIT_RANGE = 46  # and rows that would make the grid of its sums coarser than 2^-16 of the median row, see fit_rows
 
 
 class Codebook:
@@ -119,16 +120,30 @@ def fixed_point_bits(biggest: float, rows: int) -> int:
     return 61 - math.frexp(biggest)[1] - int(rows).bit_length()
 
 
+def fit_rows(x: Array) -> Array:
+    """The rows of x [T, D] float32 that take part in `fit`: those without a NaN or a value of 2^100 and more, less
+    those that are too large for the grid of the sums. With e the binary exponent of a row's largest value
+    (2^(e - 1) <= |x| < 2^e), E the upper median of e over the rows that are not zero, and b the bits of the number of
+    rows: e <= E + 46 - b."""
+    rows: Array = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
+    largest = np.abs(x[rows]).max(1, initial=0)
+    exponent: Array = np.frexp(largest)[1]
+    of_nonzero = np.sort(exponent[largest > 0])
+    if len(of_nonzero):
+        rows = rows[exponent <= of_nonzero[len(of_nonzero) // 2] + FIT_RANGE - len(rows).bit_length()]
+    return rows
+
+
 def fit(x: Array, codes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
     """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
 
     Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
     centers = sum of rint(r 2^k) in int64 / count. A code without rows takes the worst-quantised row not yet taken
     (distance down, row up); if every row is met exactly, it copies the lowest used code and so is never chosen.
-    Stops early when no center changes. x [T, D] -> Codebook with a FitReport.
+    Stops early when no center changes. `fit_rows` says which rows take part. x [T, D] -> Codebook with a FitReport.
     """
     x = np.asarray(x).astype(np.float32)
-    rows = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
+    rows = fit_rows(x)
     r, centers = x[rows], []
     rounds: list[int] = []
     error: list[float] = []

@@ -103,6 +103,11 @@ def float64(a: Array) -> Array:
     return np.asarray(a).astype(np.float64)
 
 
+def finite(a: Array) -> Array:
+    """The same with zeros in place of NaN and infinities."""
+    return np.nan_to_num(float64(a), nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def logsumexp(z: Array, axis: int) -> Array:
     """log sum exp along `axis`; -inf for an empty sum."""
     top = z.max(axis, keepdims=True, initial=-np.inf)
@@ -328,12 +333,16 @@ def route_backward(
 
 
 def attend_logits(q: Array, keys: Array, bias: Array, b: int, rows: slice, scale: float) -> Array:
-    """One user's logits [n, H, M]; a token whose bias is NaN or infinite is absent (-inf)."""
-    z = scale * np.einsum("nhd,mhd->nhm", float64(q[rows]), float64(keys[b]))
-    if bias is not None:
-        row = float64(bias[b])
-        z = np.where(np.isfinite(row), z + np.where(np.isfinite(row), row, 0.0), -np.inf)
-    return z
+    """One user's logits [n, H, M], -inf where a token is absent: its bias, its key or q is NaN or infinite."""
+    row = np.zeros(keys.shape[1]) if bias is None else float64(bias[b])
+    present = np.isfinite(row) & np.isfinite(q[rows]).all(2)[..., None] & np.isfinite(keys[b]).all(2).T
+    z = scale * np.einsum("nhd,mhd->nhm", finite(q[rows]), finite(keys[b])) + finite(row)
+    return np.where(present, z, -np.inf)
+
+
+def read(values: Array, z: Array) -> Array:
+    """The values [M, H, V] of one user's tokens, zero for a token that is absent for every candidate."""
+    return np.where(np.isfinite(z).any(0).T[..., None], float64(values), 0.0)
 
 
 def attend(
@@ -344,7 +353,8 @@ def attend(
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
     q [N, H, d], keys [B, M, H, d], values [B, M, H, V], candidate_offsets [B + 1], bias [B, M]; scale 1 / sqrt(d)
-    -> Attended. No present token: zero and -inf.
+    -> Attended. A token whose bias or key holds a NaN or an infinity is absent, and for a q that holds one every token
+    is. No present token: zero and -inf.
     """
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     out, lse = np.zeros((*q.shape[:2], values.shape[3])), np.full(q.shape[:2], -np.inf)
@@ -352,7 +362,7 @@ def attend(
         z = attend_logits(q, keys, bias, b, rows, scale)
         lse[rows] = logsumexp(z, 2)
         w = np.exp(log_softmax(z, 2))
-        out[rows] = np.einsum("nhm,mhv->nhv", w, float64(values[b]))
+        out[rows] = np.where(np.isfinite(lse[rows])[..., None], np.einsum("nhm,mhv->nhv", w, read(values[b], z)), 0.0)
     return Attended(out, lse)
 
 
@@ -375,10 +385,10 @@ def attend_backward(
         g, out, total, dl = (float64(a[rows]) for a in (d_out, forward.out, forward.lse, d_lse))
         some, z = np.isfinite(total), attend_logits(q, keys, bias, b, rows, scale)
         w = np.where(some[..., None], np.exp(z - np.where(some, total, 0.0)[..., None]), 0.0)
-        dw = np.einsum("nhv,mhv->nhm", g, float64(values[b]))
+        dw = np.einsum("nhv,mhv->nhm", g, read(values[b], z))
         dz = w * (dw + np.where(some, dl - (g * out).sum(2), 0.0)[..., None])
-        dq[rows] = scale * np.einsum("nhm,mhd->nhd", dz, float64(keys[b]))
-        dk[b] = scale * np.einsum("nhm,nhd->mhd", dz, float64(q[rows]))
+        dq[rows] = scale * np.einsum("nhm,mhd->nhd", dz, finite(keys[b]))
+        dk[b] = scale * np.einsum("nhm,nhd->mhd", dz, finite(q[rows]))
         dv[b] = np.einsum("nhm,nhv->mhv", w, g)
         if db is not None:
             db[b] = dz.sum((0, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bench: its arithmetic, its parity gate, its truths and peers on small data, the JSON and the table."""
+"""The bench: its arithmetic, its parity gate, its truths and peers on small data, the JSON."""
 
 import itertools
 import json
@@ -13,31 +13,40 @@ from typing import Any
 import numpy as np
 import pytest
 
+import blas
+import data
+import harness
+import peak
+import peers
+import peers_codes
+import run
+import table
+import truth
+import works
+from bench_support import BENCH, kernel, needs_threadpoolctl
 from hisac import reference
-
-BENCH = Path(__file__).resolve().parents[3] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import data  # noqa: E402
-import harness  # noqa: E402
-import peak  # noqa: E402
-import peers  # noqa: E402
-import peers_codes  # noqa: E402
-import run  # noqa: E402
-import table  # noqa: E402
-import truth  # noqa: E402
-import works  # noqa: E402
 
 ONCE = harness.Effort(share=0.0, least=1, most=1, pause=0.0, sample=0.0)
 NAMES = [
     *("route/1k", "route/10k", "route/100k", "route/ragged", "route/short", "backward/10k", "leaf/100k"),
     *("vote/1k", "vote/10k", "vote/100k", "vote/short", "encode/2x512", "encode/3x256", "fit/512"),
-    *("attend/500", "call/route", "call/vote", "call/attend", "state/append10", "request/cold", "request/cached"),
+    *("route/10k/agents", "route/100k/agents", "route/ragged/agents", "route/short/agents", "route/real"),
+    *(
+        "backward/10k/agents",
+        "attend/500",
+        "call/route",
+        "call/vote",
+        "call/attend",
+        "state/append10",
+        "request/cold",
+        "request/cached",
+    ),
 ]
 ROW = {
     *("work", "variant", "dtype", "threads", "median_ms", "peer", "ratio_to_best_peer"),
-    *("error", "gflops", "share_of_peak"),
+    *("error", "gflops", "share_of_peak", "data"),
 }
+DATA = {data.UNIT, data.NORMAL, data.CLUSTERED, data.NEAR, data.MIXTURE, data.JOURNEY}
 
 
 def variant(name: str, result: float = 0.0, role: str = "peer", **more: Any) -> harness.Variant:
@@ -46,7 +55,7 @@ def variant(name: str, result: float = 0.0, role: str = "peer", **more: Any) -> 
 
 
 def case(*variants: harness.Variant, flops: float = 6e6) -> harness.Case:
-    return harness.Case("route/1k", "float32", "small", 100, flops, "0", variants)
+    return harness.Case("route/1k", "float32", "small", "made", 100, flops, "0", variants)
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -68,7 +77,7 @@ def test_medians_ratios_and_shares():
     assert mine["ns_per_row"] == pytest.approx(20_000)
     assert b["ratio_to_best_peer"] == 1 and a["ratio_to_best_peer"] == pytest.approx(5 / 7)
     assert mine["quartiles_ms"][0] <= mine["median_ms"] <= mine["quartiles_ms"][1]
-    assert packed["role"] == "packed"
+    assert packed["role"] == "packed" and packed["data"] == "made"
 
 
 def test_without_peers_or_flops_there_is_no_ratio_and_no_share():
@@ -179,10 +188,11 @@ def test_float64_truths_agree_with_the_reference(seed: int):
     centers, codes, x = data.structured(rng, 60, (7, 5), 6)
     v, p = rng.standard_normal((60, 3)), data.unit(rng, 3, 8, 6)
     offsets, count, book = np.array([0, 25, 26, 60]), np.array([8, 3, 5]), reference.Codebook(centers)
-    expected = reference.route(x, v, offsets, p, count=count, temperature=0.2)
-    found = truth.route64(x, v, offsets, p, 0.2, count)
-    np.testing.assert_allclose(found.tokens, expected.tokens, rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-11, atol=1e-12)
+    for mode in ("history", "agents"):
+        expected = reference.route(x, v, offsets, p, count=count, temperature=0.2, normalize=mode)
+        found = truth.route64(x, v, offsets, p, 0.2, count, mode)
+        np.testing.assert_allclose(found.tokens, expected.tokens, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-11, atol=1e-12)
 
     one = np.array([0, 60])
     expected = reference.route(x, v, one, p[:1], temperature=0.2, codes=codes, book=book, method="leaf")
@@ -190,11 +200,14 @@ def test_float64_truths_agree_with_the_reference(seed: int):
     np.testing.assert_allclose(found.tokens, expected.tokens, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-10, atol=1e-12)
 
-    forward, d_tokens = reference.route(x, v, one, p[:1], temperature=0.2), rng.standard_normal((1, 8, 3))
-    expected = reference.route_backward(d_tokens, None, forward, x, v, one, temperature=0.2)
-    found, terms = truth.backward64(d_tokens, forward, x, v, p[:1], 0.2)
-    np.testing.assert_allclose(found.v, expected.v, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(found.temperature, expected.temperature, atol=1e-11 * terms)
+    d_tokens = rng.standard_normal((1, 8, 3))
+    for mode in ("history", "agents"):
+        options = {"temperature": 0.2, "normalize": mode}
+        forward = reference.route(x, v, one, p[:1], **options)
+        expected = reference.route_backward(d_tokens, None, forward, x, v, one, **options)
+        found, terms = truth.backward64(d_tokens, forward, x, v, p[:1], 0.2, mode)
+        np.testing.assert_allclose(found.v, expected.v, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(found.temperature, expected.temperature, atol=1e-11 * terms)
 
     assert np.array_equal(truth.encode64(centers, x), reference.encode(book, x))
     assert truth.encode_gap(centers, x, reference.encode(book, x)) < 1e-12
@@ -241,7 +254,12 @@ TINY: dict[str, dict[str, Any]] = {
     "route/1k": {"rows": 30, "agents": 6, "width": 8, "value": 4},
     "route/ragged": {"users": 3, "rows": 20, "agents": 6, "width": 8, "value": 4},
     "route/short": {"users": 70, "agents": 9, "width": 8, "value": 4, "short": (3, 9)},
+    "route/10k/agents": {"rows": 30, "agents": 20, "width": 8, "value": 8},
+    "route/ragged/agents": {"users": 3, "rows": 20, "agents": 6, "width": 8, "value": 4},
+    "route/short/agents": {"users": 70, "agents": 9, "width": 8, "value": 4, "short": (3, 9)},
+    "route/real": {"budget": 8, "codes": (4, 6), "value": 4, "fit_rows": 300, "iterations": 1},
     "backward/10k": {"rows": 30, "agents": 6, "width": 8, "value": 4},
+    "backward/10k/agents": {"rows": 30, "agents": 6, "width": 8, "value": 4},
     "leaf/100k": {"rows": 80, "agents": 6, "width": 8, "sizes": (8, 8), "value": 4},
     "vote/1k": {"rows": 50, "sizes": (8, 8), "fanout": (2, 3), "budget": 5},
     "vote/short": {"users": 5, "short": (3, 9), "sizes": (8, 8), "fanout": (2, 3), "budget": 5},
@@ -263,10 +281,35 @@ def test_hisac_and_every_installed_peer_pass_on_small_data(work: str):
         out = harness.run_case(c, 1, 1.0, absent, ONCE)
         assert not out.failures
         assert any(r["role"] == "hisac" for r in out.rows)
+        assert c.data in DATA and all(r["data"] == c.data for r in out.rows)
         reasons = {e["variant"]: e["reason"] for e in out.left_out}
         reasons.pop("scikit-learn MiniBatchKMeans", None)  # its batches are larger than this data
         assert all(reason.endswith(("not installed", "left out")) for reason in reasons.values()), reasons
     assert found
+
+
+def test_every_builder_and_both_modes_are_tried_on_small_data():
+    modes = {(build, full.get("normalize")) for build, full, _ in works.WORKS.values()}
+    assert modes == {(works.WORKS[work][0], works.WORKS[work][1].get("normalize")) for work in TINY}
+
+
+def test_the_real_history_is_the_longest_of_the_sample_by_ids():
+    found = data.household(50)
+    assert found.item.dtype == np.int32 and len(found.item) > 4000 and found.item.max() < len(found.table)
+    assert len(np.unique(found.item)) < len(found.item), "people buy again"
+    np.testing.assert_allclose(np.linalg.norm(found.table, axis=1), 1, rtol=1e-5)
+    assert found.fitted.shape == (50, found.table.shape[1])
+
+
+def test_a_truth_is_found_only_when_a_result_is_checked(monkeypatch: pytest.MonkeyPatch):
+    for name in ("route64", "leaf64", "lloyd64", "encode64", "backward64", "inertia"):
+        monkeypatch.setattr(truth, name, lambda *a, name=name: pytest.fail(f"{name} was called"))
+    for work in ("route/short", "leaf/100k", "backward/10k/agents", "route/real", "fit/512"):
+        build, full, _ = works.WORKS[work]
+        for c in build(work, OPS, 1, **(full | TINY[work])):
+            for v in c.variants:
+                if v.role == "hisac":
+                    v.make()(0)
 
 
 def test_one_wrong_code_or_center_is_refused():
@@ -300,14 +343,16 @@ def vote(*a, **k):
 """
 
 
+@needs_threadpoolctl
 def test_a_planted_wrong_operation_ends_with_exit_code_1_and_no_row(tmp_path: Path):
     (tmp_path / "planted.py").write_text(WRONG)
     out = tmp_path / "rows.json"
     command = [sys.executable, BENCH / "run.py", "--suite=vote/1k", "--quick", "--threads=1", "--module=planted"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "--json", out], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False
-    )
+        [*command, "--json", out], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": path, "OPENBLAS_CORETYPE": "Haswell"},
+    )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "! vote/1k" in done.stdout and "failed:" in done.stderr
     result = json.loads(out.read_text())
@@ -321,11 +366,18 @@ def test_a_planted_wrong_operation_ends_with_exit_code_1_and_no_row(tmp_path: Pa
         "hisac",
         *peers.PACKAGES.values(),
     }
+    assert result["machine"]["removed_variables"]["OPENBLAS_CORETYPE"] == "Haswell"
+    (record,) = result["machine"]["blas"]
+    assert record["threads"] == 1 and record["forced"] == {} and record["libraries"]
+    assert (record["torch"] is None) == (peers.installed()["torch"] is None)
+    native = kernel(blas.scrub(os.environ, 1)[0])
+    found = [one["kernel"] for one in record["libraries"] if (one["owner"], one["api"]) == ("numpy", "openblas")]
+    assert not found or found == [native]
     assert result["peak"][0]["gflops"] > 0 and "float32" in result["peak"][0]["how"]
     for row in result["rows"]:
         assert set(row) >= ROW and row["error"] <= row["bound"] and row["median_ms"] > 0
         assert row["ratio_to_best_peer"] is not None and row["peer"]
-    assert "budget" in table.render(result)
+    assert blas.problem(result) is None and "budget" in table.render(result)
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -347,61 +399,6 @@ def test_commit_names_a_checkout_or_is_unknown(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(run, "HERE", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert run.commit() == "unknown"
-
-
-# --------------------------------------------------------------------------------------------------------------- table
-
-
-def result_of_a_run(ratio: float = 2.5) -> dict[str, Any]:
-    def row(work: str, name: str, threads: int, **more: Any) -> dict[str, Any]:
-        base = {"work": work, "variant": name, "threads": threads, "role": "hisac", "median_ms": 1234.5, "peer": "SDPA"}
-        return base | {"ratio_to_best_peer": ratio, "share_of_peak": 0.756, "error": 1.2e-6} | more
-
-    return {
-        "commit": "0123456789abcdef-dirty",
-        "date": "2026-01-02T03:04:05+00:00",
-        "quick": False,
-        "threads": [1, 2],
-        "machine": {"cpu": "A CPU", "cores": 2},
-        "versions": {"numpy": "2.0", "hisac": "0.1", "faiss-cpu": "not installed"},
-        "peak": [{"threads": 1, "gflops": 100.0, "how": "float32 product"}],
-        "rows": [
-            row("route/1k", "fp32", 1),
-            row("route/1k", "fp32", 2, error=3e-6, ratio_to_best_peer=0.5),
-            row("route/1k", "SDPA", 1, role="peer"),
-            row("vote/1k", "fanout", 2, error=0.0, share_of_peak=None, ratio_to_best_peer=None, median_ms=0.0123),
-        ],
-    }
-
-
-def test_the_table():
-    lines = table.render(result_of_a_run()).splitlines()
-    assert lines[0].split(" | ")[2:5] == ["ms, 1 thread", "against the best peer", "of peak"]
-    assert lines[2] == "| route/1k | fp32 | 1230 | 2.5 x SDPA | 76% | 1230 | 0.5 x SDPA | 76% | 3.0e-06 |"
-    assert lines[3] == "| vote/1k | fanout | - | - | - | 0.0123 | - | - | 0 |"
-    assert len({line.count("|") for line in lines[:4]}) == 1
-    assert "A CPU, 2 cores, 2026-01-02, commit 0123456789ab-dirty; numpy 2.0, faiss-cpu not installed." in lines[5]
-
-
-def test_the_readme_is_updated_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rows, readme = tmp_path / "rows.json", tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-
-    def call(*more: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["table.py", str(rows), "--readme", str(readme), *more])
-        return table.main()
-
-    rows.write_text(json.dumps(result_of_a_run()))
-    assert call("--check") == 1 and "old" in readme.read_text()
-    assert call() == 0 and call("--check") == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| route/1k |" in text
-    rows.write_text(json.dumps(result_of_a_run(ratio=7.0)))
-    assert call("--check") == 1
-    readme.write_text("no markers\n")
-    with pytest.raises(SystemExit) as ended:
-        call()
-    assert ended.value.code == 2
 
 
 def test_the_gpus_program_runs_on_a_cpu(tmp_path):

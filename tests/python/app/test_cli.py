@@ -145,6 +145,15 @@ def test_compress_takes_values_of_another_width_and_type(book, capsys):
     assert out.startswith("tokens.npz: tokens [4, 3, 7] float16 ")
 
 
+def test_compress_takes_ids_of_any_byte_order(book, capsys):
+    for name in ("users", "offsets"):
+        np.save(f"{name}.npy", np.load(f"{name}.npy").astype(">i8"))
+    command = ("compress", "book.safetensors", "--x", "events.npy", "--budget", "3", "-o", "tokens.safetensors")
+    done(capsys, *command, "--user", "users.npy")
+    assert files.read("tokens.safetensors:users").tolist() == [7, 3, 11, 2]
+    done(capsys, *command, "--offsets", "offsets.npy")
+
+
 def test_steps_cover_all_users_in_order():
     offsets = np.array([0, 0, 100_000, 100_001, 100_002, 300_000, 300_000])
     found = list(commands.steps(offsets))
@@ -229,7 +238,7 @@ def replaced(command, old, new):
             replaced(FIT, "{x}", "two.npz:c"),
             "hisac fit: two.npz: no array 'c'; expected two.npz:KEY with KEY one of a, b",
         ),
-        (replaced(FIT, "{x}", "text.npz"), "hisac fit: text.npz: not a .npz file"),
+        (replaced(FIT, "{x}", "text.npz"), "hisac fit: text.npz: not a readable .npz file (File is not a zip file)"),
         (replaced(FIT, "{x}", "nan.npy"), "hisac fit: x is [3, 4] without a usable row, expected at least one"),
         (
             replaced(replaced(FIT, "{x}", "items.npy"), "b.safetensors", "b.npy"),
@@ -397,8 +406,7 @@ def test_no_half_written_output(book, capsys, monkeypatch):
     old = open("t.npz", "rb").read()
 
     def fails(file, **arrays):
-        with open(file, "wb") as f:
-            f.write(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     before = sorted(os.listdir())

@@ -358,6 +358,24 @@ def test_without_matplotlib_the_tree_is_text(world, events, tmp_path, monkeypatc
     assert not path.exists()
 
 
+def test_the_picture_goes_where_a_link_leads(world, events, tmp_path):
+    pytest.importorskip("matplotlib")
+    p, _, _ = portrait(world, events)
+    real, link = tmp_path / "real.png", tmp_path / "link.png"
+    real.touch(0o600)
+    link.symlink_to(real)
+    explain.draw(p, "title", link)
+    assert link.is_symlink() and real.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert real.stat().st_mode & 0o777 == 0o600 and sorted(os.listdir(tmp_path)) == ["link.png", "real.png"]
+
+
+def test_a_picture_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "load", None)  # calling it would be a TypeError
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match=r"pipe\.png: is a device, FIFO or socket, expected a file"):
+        demo.run(demo.QUICK, png=tmp_path / "pipe.png")
+
+
 def test_the_quick_demo_runs_to_its_last_line_without_torch(tmp_path):
     code = "import sys; from hisac.app.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, "demo", "--quick", "--png", "out.png"]

@@ -70,6 +70,7 @@ def test_codebook(centers, kind, text):
         ({"iterations": 1.5}, TypeError, "iterations expected a whole number, got 1.5"),
         ({"seed": "a"}, TypeError, "seed expected a whole number, got 'a'"),
         ({"codes": (2**21,)}, ValueError, "codes expected 1 to 2^20 at level 0, got 2097152"),
+        ({"iterations": "x"}, TypeError, "iterations expected a whole number, got 'x'"),
         ({"iterations": -1}, ValueError, "iterations expected 0 to 1000000, got -1"),
         ({"iterations": 2**20}, ValueError, "iterations expected 0 to 1000000, got 1048576"),
         ({"x": X[:0]}, ValueError, "x is [0, 6] without a usable row, expected at least one"),
@@ -211,7 +212,7 @@ ROUTE = [
     ({"v": None}, TypeError, f"v {KIND} NoneType"),
     ({"x": X[:9]}, ValueError, "x is [9, 6], v is [10, 3]: T differs (9, 10)"),
     ({"x": X[:, :5]}, ValueError, "prototypes is [2, 4, 6], x is [10, 5]: D differs (6, 5)"),
-    ({"v": VALUE[:, :0]}, ValueError, "expected D and V of at least 1, got 6 and 0"),
+    ({"v": VALUE[:, :0]}, ValueError, "expected D and V of 1 to 2^20, got 6 and 0"),
     ({"offsets": np.array([0, 10])}, ValueError, "prototypes is [2, 4, 6], offsets name 1 users: B differs (2, 1)"),
     ({"count": AGENTS.count[:1]}, ValueError, "count expected [2], got [1]"),
     ({"count": AGENTS.count.astype(int)}, TypeError, "count expected int32 [B], got int64 [2]"),
@@ -260,8 +261,9 @@ ROUTE = [
         *ROUTE,
         ({"prototypes": PROTOTYPES[0]}, ValueError, "prototypes expected [B, M, D], got float32 [4, 6]"),
         ({"prototypes": AGENTS}, TypeError, f"prototypes {KIND} Agents"),
-        ({"refine": -1}, ValueError, "refine expected 0 or more, got -1"),
+        ({"refine": -1}, ValueError, "refine expected 0 to 1000000, got -1"),
         ({"refine": 1.5}, TypeError, "refine expected a whole number, got 1.5"),
+        ({"refine": 10**30}, ValueError, f"refine expected 0 to 1000000, got {10**30}"),
         ({"out": PROTOTYPES}, TypeError, "out expected hisac.Tokens, got ndarray"),
         (
             {"out": Tokens(PROTOTYPES, None, None)},
@@ -358,7 +360,7 @@ ATTEND = [
     ({"bias": ONE[:4, 0]}, ValueError, "bias expected float32 [B, M], got float32 [4]"),
     ({"scale": NAN}, ValueError, "scale expected finite, got nan"),
     ({"scale": INF}, ValueError, "scale expected finite, got inf"),
-    ({"q": Q[..., :0], "keys": KEYS[..., :0]}, ValueError, "expected H, d and V of at least 1, got 2, 0 and 5"),
+    ({"q": Q[..., :0], "keys": KEYS[..., :0]}, ValueError, "expected H, d and V of 1 to 2^20, got 2, 0 and 5"),
 ]
 RIGHT = {"q": Q, "keys": KEYS, "values": VALUES, "candidate_offsets": CANDIDATES}
 
@@ -401,9 +403,10 @@ def test_attend_backward(change, kind, text):
 @pytest.mark.parametrize(
     ("n", "kind", "text"),
     [
-        (0, ValueError, "threads: expected 1 to 256, got 0"),
-        (-1, ValueError, "threads: expected 1 to 256, got -1"),
-        (257, ValueError, "threads: expected 1 to 256, got 257"),
+        (0, ValueError, "threads: n expected 1 to 256, got 0"),
+        (-1, ValueError, "threads: n expected 1 to 256, got -1"),
+        (257, ValueError, "threads: n expected 1 to 256, got 257"),
+        (10**20, ValueError, f"threads: n expected 1 to 256, got {10**20}"),
         (2.5, TypeError, "threads: n expected a whole number, got 2.5"),
         ("2", TypeError, "threads: n expected a whole number, got '2'"),
     ],

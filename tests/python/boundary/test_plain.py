@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain arrays, which go straight into the core, beside all that must not; and the callers' results of every verb."""
+"""Plain arrays, which go straight into the core, beside all that must not; the callers' results of every verb."""
+
+import gc
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from test_boundary import (
     REFUSED,
     ROUTE,
     TOKENS,
+    VALUE,
     D,
+    Producer,
     T,
     X,
     bits,
@@ -82,7 +87,7 @@ def test_builtin_types_by_their_names(letter):
 def test_types_of_others_are_no_builtin_ones():
     """ml_dtypes gives its types letters of NumPy's own, "L" among them."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    for name in ("bfloat16", "float8_e4m3b11fnuz", "float8_e5m2", "int4"):
+    for name in ("float8_e4m3b11fnuz", "float8_e5m2", "int4"):
         with pytest.raises(TypeError, match=r"^encode: x "):
             hisac.encode(BOOK, np.zeros((T, D), getattr(ml_dtypes, name)))
 
@@ -130,3 +135,230 @@ def test_out_may_be_of_a_subclass(name):
     expected = bits((call_with(None),))
     for out in (np.zeros_like(right).view(Mine), torch.nn.Parameter(torch.zeros(right.shape), requires_grad=False)):
         assert call_with(out) is out and bits((out,)) == expected
+
+
+# -------------------------------------------------------------------------------------------------------------- overlap
+
+
+def at(address, a, memory=None):
+    """A copy of an array at this byte of some memory."""
+    memory = np.zeros(1 << 12, np.uint8) if memory is None else memory
+    view = memory[address : address + a.nbytes].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+OUTS = {  # the output: what it holds, the call with it, the inputs
+    "encode: out": (CODES, lambda a, x=X: hisac.encode(BOOK, x, out=a), {"x": X}),
+    "route: out tokens": (
+        TOKENS.tokens,
+        lambda a, **new: hisac.route(**{**ROUTE, **new}, out=Tokens(a, None, None)),
+        ROUTE,
+    ),
+    "route: out lse": (TOKENS.lse, lambda a, **new: hisac.route(**{**ROUTE, **new}, out=Tokens(None, a, None)), ROUTE),
+    "route: out prototypes": (
+        PROTOTYPES,
+        lambda a, **new: hisac.route(**{**ROUTE, **new}, refine=1, out=Tokens(None, None, a)),
+        ROUTE,
+    ),
+    "attend: out": (ATTENDED.out, lambda a, **new: hisac.attend(**{**ATTEND, **new}, out=Attended(a, None)), ATTEND),
+    "attend: out lse": (
+        ATTENDED.lse,
+        lambda a, **new: hisac.attend(**{**ATTEND, **new}, out=Attended(None, a)),
+        ATTEND,
+    ),
+}
+
+
+@pytest.mark.parametrize("convert", [lambda a: a, torch.from_numpy])
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name, (*_, inputs) in OUTS.items() for other in inputs])
+def test_an_output_shares_no_memory_with_an_input(name, other, convert):
+    """Not a byte, whoever begins first, nor all of it; but they may touch."""
+    right, call_with, inputs = OUTS[name]
+    given, start = inputs[other], 1024
+    for first, shared in ((start, True), (start + given.nbytes - 8, True), (start + 8 - right.nbytes, True),
+                          (start + given.nbytes, False), (start - right.nbytes, False)):  # fmt: skip
+        memory = np.zeros(1 << 12, np.uint8)
+        out = at(first, right, memory)
+        array = at(start, given, memory)
+        before = memory.copy()
+        if not shared:
+            call_with(convert(out), **{other: convert(array)})
+            continue
+        with pytest.raises(ValueError) as error:
+            call_with(convert(out), **{other: convert(array)})
+        assert str(error.value) == f"{name} expected memory of its own, got that of {other}"
+        np.testing.assert_array_equal(memory, before)
+
+
+def test_outputs_share_no_memory():
+    memory = np.zeros(1 << 12, np.uint8)
+    tokens, lse, refined = (at(0, a, memory) for a in (TOKENS.tokens, TOKENS.lse, PROTOTYPES))
+    apart = at(1024, TOKENS.tokens, memory)
+    for given, name, other in (
+        (Tokens(tokens, lse, None), "lse", "tokens"),
+        (Tokens(tokens, None, refined), "prototypes", "tokens"),
+        (Tokens(apart, lse, refined), "prototypes", "lse"),
+    ):
+        with pytest.raises(ValueError) as error:
+            hisac.route(**ROUTE, refine=1, out=given)
+        assert str(error.value) == f"route: out {name} expected memory of its own, got that of out {other}"
+    with pytest.raises(ValueError, match=r"^attend: out lse expected memory of its own, got that of out$"):
+        hisac.attend(**ATTEND, out=Attended(at(0, ATTENDED.out, memory), at(0, ATTENDED.lse, memory)))
+    first = hisac.route(**ROUTE)  # returns the prototypes that came in
+    with pytest.raises(ValueError, match=r"^route: out prototypes expected memory of its own, got that of prototypes$"):
+        hisac.route(**ROUTE, refine=1, out=first)
+
+
+def test_arrays_without_elements_share_nothing():
+    """An empty array may lie anywhere, in the middle of another too."""
+    memory = np.zeros(96, np.uint8)
+    x = memory.view(np.float32)[: 2 * D].reshape(2, D)
+    out = memory[8:8].view(np.int32).reshape(0, 2)
+    assert hisac.encode(BOOK, x[1:1], out=out) is out
+    tokens = Tokens(memory[8:8].view(np.float32).reshape(0, 4, D), memory[8:8].view(np.float32).reshape(0, 4), None)
+    assert hisac.route(x, x, np.zeros(1, int), PROTOTYPES[:0], out=tokens).tokens is tokens.tokens
+
+
+def test_the_core_s_own_outputs():
+    """Of verbs whose results Python allocates."""
+    memory, book = np.zeros(1 << 12, np.uint8), BOOK._core
+    codes, wide = at(0, CODES, memory), np.empty((T, 2), np.int64)
+    rows, groups = at(0, X, memory), np.array([0, T])
+    none = dict.fromkeys(("x_ids", "v_ids", "x_scale"))
+    sums = dict(out_x=np.empty((T, D), "f4"), out_v=np.empty((T, 3), "f4"), out_offsets=np.empty(2, int))
+    sums |= dict(out_bias=np.empty(T, "f4"), out_spread=at(0, X[0], memory), out_codes=CODES.copy())
+    for call_core, text in (
+        (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
+        (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
+        (lambda: _core.fit(X, [X[:2], X[1:3].copy(), X[2:4]], 1, 0, None), "fit: centers {} x"),
+        (lambda: _core.fit(X, [rows[:2], rows[1:3]], 1, 0, None), "fit: centers {} centers"),
+        (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
+        (
+            lambda: _core.vote(book, CODES, groups, None, 1, [], None, codes[:1, None], wide[:1, :1], codes[0, :1]),
+            "vote: out count {} out codes",
+        ),
+        (
+            lambda: _core.leaf_sums(rows, VALUE, groups, None, None, None, CODES, book, **none, **sums),
+            "leaf_sums: out spread {} x",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            call_core()
+        assert str(error.value) == text.format("expected memory of its own, got that of")
+
+
+# ------------------------------------------------------------------------------------------------------------- bfloat16
+
+
+def other_bfloat16(a):
+    """As ml_dtypes has it: contiguous, sliced; and as producers other than torch lend it."""
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    tensor = torch.from_numpy(a).bfloat16()
+    return [
+        a.astype(dtype),
+        sliced(a.astype(dtype)),
+        locked(a.astype(dtype)),
+        Producer(tensor),
+        Producer(tensor.T.contiguous().T if a.ndim == 2 else tensor),
+        Producer(torch.from_numpy(sliced(a)).bfloat16()),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_bfloat16_of_others_is_torch_s(kind):
+    """The same bits in every verb; results are NumPy's, of ml_dtypes' type where they have the input's."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+
+    def both(function, like=ml_dtypes.bfloat16, **arrays):
+        tensors = {name: torch.from_numpy(a).bfloat16() for name, a in arrays.items()}
+        want = function(**tensors)
+        got = function(**{name: other_bfloat16(a)[kind] for name, a in arrays.items()})
+        got, want = ((r,) if hasattr(r, "shape") else [a for a in r if hasattr(a, "shape")] for r in (got, want))
+        assert all(type(a) is np.ndarray for a in got) and got[0].dtype == like
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float64), b.double().numpy())
+
+    rest = {"offsets": ROUTE["offsets"], "prototypes": PROTOTYPES}
+    both(lambda x: hisac.encode(BOOK, x), np.int32, x=X)
+    both(lambda x, v: hisac.route(x, v, **rest)[:2], x=X, v=ROUTE["v"])
+    both(lambda v: hisac.route(X, v, **rest, missing="token")[:2], v=ROUTE["v"]) if kind < 3 else None
+    both(lambda x, v: hisac.leaf_sums(x, v, rest["offsets"], CODES, BOOK), np.float32, x=X, v=ROUTE["v"])
+    qkv = {name: ATTEND[name] for name in ("q", "keys", "values")}
+    both(lambda **a: hisac.attend(**a, candidate_offsets=ATTEND["candidate_offsets"]), **qkv)
+    tensor, array = torch.from_numpy(X).bfloat16(), other_bfloat16(X)[kind]
+    assert hisac.fit(array, (3, 2)) == hisac.fit(tensor, (3, 2))
+
+
+def test_bfloat16_results_of_the_caller():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    x, v = X.astype(bfloat16), ROUTE["v"].astype(bfloat16)
+    fresh = hisac.route(x, v, ROUTE["offsets"], PROTOTYPES)
+    assert _core.plain("a T D", (x,))
+    out = Tokens(np.zeros_like(fresh.tokens), None, None)
+    assert hisac.route(x, v, ROUTE["offsets"], PROTOTYPES, out=out).tokens is out.tokens
+    assert out.tokens.tobytes() == fresh.tokens.tobytes()
+    with pytest.raises(ValueError, match=r"^route: out tokens expected bfloat16 .*, got float16 "):
+        hisac.route(x, v, ROUTE["offsets"], PROTOTYPES, out=Tokens(fresh.tokens.astype(np.float16), None, None))
+
+
+def test_bfloat16_by_dlpack_needs_ml_dtypes(monkeypatch):
+    lent = Producer(MATRIX.bfloat16())
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(TypeError) as error:
+        hisac.encode(BOOK, lent)
+    assert str(error.value) == "encode: x expected ml_dtypes beside bfloat16 by DLPack, got no such module"
+
+
+def test_bfloat16_by_dlpack_is_borrowed():
+    """Until the array that sees it is gone."""
+    pytest.importorskip("ml_dtypes")
+    tensor = torch.zeros(T, D, dtype=torch.bfloat16)
+    seen = arrays.take_one("encode", "x", Producer(tensor))
+    tensor[0, 0] = 3
+    assert seen[0, 0] == 3 and seen.ctypes.data == tensor.data_ptr()
+    del tensor
+    gc.collect()
+    assert seen[0, 0] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("convert", [lambda a: a, torch.from_numpy])
+@pytest.mark.parametrize("width", [2**20 + 1, 2**57 + 1024, 2**57 + 16])
+def test_empty_arrays_of_absurd_widths(width, convert):
+    """Refused before anything of that size is asked for or counted."""
+    x, prototypes, v = (convert(np.empty(s, "f4")) for s in ((0, width), (2, 0, width), (0, 3)))
+    offsets, codes = convert(np.zeros(3, int)), convert(np.empty((0, 2), np.int32))
+    none, lse = convert(np.empty((2, 0, 3), "f4")), convert(np.empty((2, 0), "f4"))
+    right = {"x": x[:, :1], "v": v, "offsets": offsets, "prototypes": prototypes[:, :, :1]}
+    q, keys = (convert(np.empty(s, "f4")) for s in ((0, 1, width), (2, 0, 1, width)))
+    for function, name in (
+        (lambda: hisac.encode(BOOK, x), "encode: x"),
+        (lambda: hisac.fit(x, (2,)), "fit: x"),
+        (lambda: hisac.route(**{**right, "x": x}), "route: x"),
+        (lambda: hisac.route(**{**right, "v": x}), "route: v"),
+        (lambda: hisac.route(**{**right, "prototypes": prototypes}), "route: prototypes"),
+        (lambda: hisac.route_backward(none, None, Tokens(none, lse, prototypes), x, v, offsets), "route_backward: x"),
+        (lambda: hisac.leaf_sums(x, v, offsets, codes, BOOK), "leaf_sums: x"),
+        (lambda: hisac.attend(q, keys, keys, offsets), "attend: q"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} expected [DVd] of at most 2\^20, got {width}$"):
+            function()
+
+
+def test_the_core_checks_widths_itself():
+    """As torch's operators call it."""
+    wide, v, offsets = np.empty((0, 2**57 + 1024), "f4"), np.empty((0, 3), "f4"), np.zeros(3, int)
+    out = np.empty((2, 0, 3), "f4"), np.empty((2, 0), "f4")
+    rest = [offsets, None, None, None, None, None, None, None, None]
+    options = [None, 1.0, "history", "exact", "drop", "float32", 0]
+    with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
+        _core.route(wide, v, *rest, np.empty((2, 0, 1), "f4"), *options, *out, None)
+    with pytest.raises(ValueError, match=r"^route: prototypes expected .* D at most 2\^20, got float32 \[2, 0, 144"):
+        _core.route(v, v, *rest, np.empty((2, 0, 2**57), "f4"), *options, *out, None)
+    from hisac.torch import route
+
+    with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
+        route(*map(torch.from_numpy, (wide, v, offsets, np.empty((2, 0, 2**57 + 1024), "f4"))))

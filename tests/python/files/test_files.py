@@ -4,6 +4,7 @@
 import json
 import os
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -48,19 +49,102 @@ def test_parquet_columns_give_the_same_array(here):
     np.testing.assert_array_equal(files.read("x.parquet:id"), np.arange(60))
 
 
+@pytest.mark.parametrize("kind", ["list_", "large_list", "fixed"])
+@pytest.mark.parametrize("value", ["float16", "float32", "float64", "int8", "uint64", "bool_"])
+def test_parquet_in_pieces(here, monkeypatch, kind, value):
+    """Batches, row groups and chunks of other sizes than each other; lists of the three kinds that Arrow has."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(files, "BATCH", 7)
+    x = (10 * np.load("items.npy")).astype(np.uint8).astype(getattr(np, value))
+    inner = getattr(pa, value)()
+    kind = pa.list_(inner, WIDTH) if kind == "fixed" else getattr(pa, kind)(inner)
+    lists = pa.array(x.tolist(), kind)
+    table = pa.table({"x": pa.chunked_array([lists[:5], lists[5:5], lists[5:31], lists[31:]]), "first": x[:, 0]})
+    pq.write_table(table, "x.parquet", row_group_size=25)
+    for key, wanted in (("x", x), ("first", x[:, 0]), ("first,x,x", np.column_stack([x[:, 0], x, x]))):
+        found = files.read(f"x.parquet:{key}")
+        assert found.dtype == x.dtype and found.flags.writeable
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_parquet_missing_floats_are_nan(here):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    for kind in (pa.float16(), pa.float32(), pa.float64()):
+        lists = pa.array([[1.0, None], [2.0, 3.0]], pa.list_(kind))
+        pq.write_table(pa.table({"x": lists, "y": pa.array([None, 4.0], kind)}), "x.parquet")
+        np.testing.assert_array_equal(files.read("x.parquet"), [[1, np.nan, np.nan], [2, 3, 4]])
+
+
+def test_parquet_without_rows(here):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    kinds = {"x": pa.list_(pa.float32()), "fixed": pa.list_(pa.float32(), 3), "id": pa.int64()}
+    pq.write_table(pa.schema(list(kinds.items())).empty_table(), "none.parquet")
+    shapes = {name: files.read(f"none.parquet:{name}").shape for name in kinds}
+    assert shapes == {"x": (0, 0), "fixed": (0, 3), "id": (0,)}
+    assert files.read("none.parquet:id").dtype == np.int64
+    pq.write_table(pa.table({}), "bare.parquet")
+    with pytest.raises(hisac.CorruptFileError, match=r"bare\.parquet: not a readable \.parquet file"):
+        files.read("bare.parquet")
+
+
+@pytest.mark.parametrize("group", [5_000, 100_000])
+@pytest.mark.parametrize("width", [64, 0])
+def test_parquet_is_in_memory_once(here, monkeypatch, width, group):
+    """Lists of more than 2^31 values cannot be one list array, and need not be: Arrow never holds more than a piece."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    x = np.random.default_rng(0).normal(size=(100_000 if width else 4_000_000, width or 1)).astype(np.float32)
+    lists = pa.ListArray.from_arrays(np.arange(len(x) + 1, dtype=np.int32) * width, x.ravel()) if width else x[:, 0]
+    pq.write_table(pa.table({"x": lists}), "x.parquet", row_group_size=group, use_dictionary=False)
+    whole, pool = x.nbytes, pa.proxy_memory_pool(pa.default_memory_pool())
+    del lists
+    monkeypatch.setattr(files, "BATCH", 2_000)
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        found = files.read("x.parquet")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    np.testing.assert_array_equal(found, x if width else x[:, 0])
+    assert 0 < pool.max_memory() < whole // 4 + 2**21
+    assert whole <= peak < whole + whole // 8 + 2**20
+
+
 @pytest.mark.parametrize(
     ("key", "text"),
     [
         (":ragged", "t.parquet: lists of column 'ragged' differ in length, expected one length, got 1 to 2"),
-        (":holes", "t.parquet: lists of column 'holes' differ in length, expected one length, got missing rows"),
+        (":holes", "t.parquet: column 'holes' has missing rows, expected a list in each"),
+        (":gaps", "t.parquet: column 'gaps' of int64 has missing numbers, expected none"),
+        (":inside", "t.parquet: column 'inside' of int64 has missing numbers, expected none"),
+        (":late", "t.parquet: lists of column 'late' differ in length, expected one length, got 1 to 3"),
+        (
+            ":nested",
+            "t.parquet: column 'nested' is list<element: list<element: double>>, expected numbers or lists of numbers",
+        ),
         (":words", "t.parquet: column 'words' is string, expected numbers or lists of numbers"),
-        (":none*", "t.parquet: no column 'none*'; expected some of ragged, holes, words"),
+        (
+            ":none*",
+            "t.parquet: no column 'none*'; expected some of ragged, holes, gaps, inside, late, nested and 1 more",
+        ),
     ],
 )
-def test_parquet_that_is_no_matrix(here, key, text):
+def test_parquet_that_is_no_matrix(here, monkeypatch, key, text):
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"ragged": [[1.0], [1.0, 2.0]], "holes": [[1.0], None], "words": ["a", "b"]}), "t.parquet")
+    monkeypatch.setattr(files, "BATCH", 2)
+    monkeypatch.setattr(files, "MOST_NAMES", 6)
+    columns = {
+        "ragged": [[1.0], [1.0, 2.0], [1.0]], "holes": [[1.0], [1.0], None], "gaps": [1, 2, None],
+        "inside": [[1], [2], [None]], "late": [[1], [2], [3, 4, 5]], "nested": [[[1.0]]] * 3, "words": ["a", "b", "c"],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), "t.parquet")
     with pytest.raises(ValueError) as error:
         files.read(f"t.parquet{key}")
     assert str(error.value) == text
@@ -119,11 +203,13 @@ def test_safetensors_bfloat16_becomes_float32(here):
         (raw(b'{"x": 1, "x": 2}'), "a name occurs twice"),
         (raw({"x": 1}), "'x' lacks dtype, shape or data_offsets"),
         (raw({"x": {**entry(), "more": 1}}, b"\0" * 4), "'x' lacks dtype, shape or data_offsets"),
-        (raw({"x": entry("F8")}, b"\0" * 4), "'x' has the unknown dtype 'F8'"),
-        (raw({"x": entry(["F32"])}, b"\0" * 4), "'x' has the unknown dtype ['F32']"),
-        (raw({"x": entry(shape=(-1,))}, b"\0" * 4), "'x' has a bad shape or data_offsets"),
-        (raw({"x": entry(shape=(True,))}, b"\0" * 4), "'x' has a bad shape or data_offsets"),
-        (raw({"x": entry(span=(0, 4, 4))}, b"\0" * 4), "'x' has a bad shape or data_offsets"),
+        (raw(b'{"x": ' + b"1" * 5000 + b"}"), "its header is not JSON"),
+        (raw({"x": entry(["F32"])}, b"\0" * 4), "'x' has a bad dtype, shape or data_offsets"),
+        (raw({"x": entry(shape=(1,) * 65)}, b"\0" * 4), "'x' has a bad dtype, shape or data_offsets"),
+        (raw({"x": entry(shape=(2**63, 0), span=(0, 0))}), "'x' has a bad dtype, shape or data_offsets"),
+        (raw({"x": entry(shape=(-1,))}, b"\0" * 4), "'x' has a bad dtype, shape or data_offsets"),
+        (raw({"x": entry(shape=(True,))}, b"\0" * 4), "'x' has a bad dtype, shape or data_offsets"),
+        (raw({"x": entry(span=(0, 4, 4))}, b"\0" * 4), "'x' has a bad dtype, shape or data_offsets"),
         (raw({"x": entry(shape=(2,))}, b"\0" * 4), "'x' has 4 bytes, which does not fit F32 [2]"),
         (raw({"x": entry(shape=(2**62, 4))}, b"\0" * 4), f"'x' has 4 bytes, which does not fit F32 [{2**62}, 4]"),
         (raw({"x": entry(span=(4, 8))}, b"\0" * 8), "'x' overlaps another tensor or leaves a gap"),
@@ -139,6 +225,70 @@ def test_corrupt_safetensors(here, data, text):
     with pytest.raises(hisac.CorruptFileError) as error:
         files.read("bad.safetensors")
     assert str(error.value) == f"bad.safetensors: not a safetensors file: {text}"
+
+
+def test_safetensors_of_unknown_types_beside(here):
+    """Only the tensor asked for needs a type that NumPy has; the others may even be of half bytes."""
+    header = {
+        "a": entry("F8_E4M3", (3,), (0, 3)), "x": entry("F32", (1,), (3, 7)), "b": entry("F4", (3,), (7, 9)),
+    }  # fmt: skip
+    with open("f8.safetensors", "wb") as f:
+        f.write(raw(header, b"\1\2\3" + struct.pack("<f", 2.5) + b"\1\2"))
+    np.testing.assert_array_equal(files.read("f8.safetensors:x"), np.array([2.5], np.float32))
+    with pytest.raises(ValueError) as error:
+        files.read("f8.safetensors:a")
+    types = "F64, F32, F16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL, BF16"
+    assert str(error.value) == f"f8.safetensors: 'a' is F8_E4M3, expected one of {types}"
+    assert not isinstance(error.value, hisac.CorruptFileError)
+
+
+def many(kind, names):
+    """A file of that kind with an array of each name."""
+    if kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.table({name: [1.0] for name in names}), f"many.{kind}")
+    else:
+        files.write(f"many.{kind}", dict.fromkeys(names, np.zeros(1, np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "parquet"])
+def test_long_lists_of_names_are_cut(here, kind):
+    """Close matches come first, then a few others, then how many more."""
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2_000)]
+    many(kind, names)
+    with pytest.raises(ValueError) as error:
+        files.read(f"many.{kind}:model.layers.77.self_atn.q_proj.weight")
+    text = str(error.value)
+    assert len(text) < 600 and text.endswith(" and 1,992 more")
+    assert text.index("model.layers.77.self_attn.q_proj.weight") < text.index(",")
+    if kind != "parquet":  # which takes all columns
+        with pytest.raises(ValueError) as error:
+            files.read(f"many.{kind}")
+        assert len(str(error.value)) < 600 and str(error.value).endswith(" and 1,992 more")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "parquet"])
+def test_long_names_are_cut(here, kind):
+    names = [letter * 20_000 for letter in "abc"]
+    many(kind, names)
+    with pytest.raises(ValueError) as error:
+        files.read(f"many.{kind}:d")
+    assert len(str(error.value)) < 800
+    files.read(f"many.{kind}:{names[0]}")
+
+
+def test_a_long_name_in_a_corrupt_header_is_cut(here):
+    with open("bad.safetensors", "wb") as f:
+        f.write(raw({"x" * 100_000: 1}))
+    with pytest.raises(hisac.CorruptFileError) as error:
+        files.read("bad.safetensors")
+    assert len(str(error.value)) < 400 and str(error.value).endswith("lacks dtype, shape or data_offsets")
+
+
+def test_a_fifo_is_not_waited_for(here):
+    os.mkfifo("pipe.npy")
+    with pytest.raises(FileNotFoundError, match=r"pipe\.npy: no regular file"):
+        files.read("pipe.npy")
 
 
 def test_safetensors_refuses_what_it_has_no_name_for(here):

@@ -10,10 +10,10 @@ import errno
 import json
 import os
 import pickle
+import stat
 import struct
 import sys
 import threading
-import types
 from pathlib import Path
 
 import numpy as np
@@ -340,7 +340,39 @@ def test_loading_what_is_no_file_does_not_wait(tmp_path):
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(10)
-    assert said == [f"[Errno 22] codebook file: cannot read {tmp_path / 'pipe'}: Invalid argument"]
+    assert said == [f"[Errno 22] codebook file: cannot read {tmp_path / 'pipe'}: expected a regular file, got a pipe"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("head", [b"\x93NUMPY", file(HEADER, b"")])
+def test_a_large_file_of_another_kind_takes_no_memory(tmp_path, head):
+    """3 GB that hold nothing but the first bytes."""
+
+    def peak():
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM"))
+
+    with open(tmp_path / "large", "wb") as f:
+        f.write(head)
+        f.truncate(3 << 30)
+    before = peak()
+    with pytest.raises(CorruptFileError):
+        Codebook.load(tmp_path / "large")
+    assert peak() - before < 64 << 20
+
+
+def test_save_keeps_modes_and_links_and_refuses_what_is_no_file(tmp_path):
+    book, link, pipe = tmp_path / "book", tmp_path / "link", tmp_path / "pipe"
+    BOOK.save(book)
+    book.chmod(0o600)
+    link.symlink_to("book")
+    golden().save(link)
+    assert link.is_symlink() and stat.S_IMODE(book.stat().st_mode) == 0o600 and Codebook.load(book) == BOOK
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=f"cannot write {pipe}: expected a regular file, got a pipe") as error:
+        BOOK.save(pipe)
+    assert error.value.errno == errno.EINVAL and pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["book", "link", "pipe"]
 
 
 def test_from_bytes_takes_bytes():
@@ -424,75 +456,3 @@ def test_equality_hash_and_repr():
         BOOK.width = 4
     BOOK.centers[0][:] = 9
     assert BOOK.to_bytes() == BYTES, "centers are copies"
-
-
-# --------------------------------------------------------------------------------------------- codebooks from elsewhere
-
-
-def test_from_faiss():
-    """The same codewords; its encoder at beam 1 is greedy and so agrees, but for near-ties in its float32."""
-    faiss = pytest.importorskip("faiss")
-    x = np.random.default_rng(1).normal(size=(600, 8)).astype(np.float32)
-    quantizer = faiss.ResidualQuantizer(8, 2, 4)
-    quantizer.train_type = faiss.ResidualQuantizer.Train_default
-    quantizer.max_beam_size = 1
-    quantizer.train(x)
-    book = Codebook.from_faiss(quantizer)
-    assert book.sizes == (16, 16) and book.width == 8 and book.report is None
-    flat = faiss.vector_to_array(quantizer.codebooks).reshape(2, 16, 8)
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(book.centers, flat, strict=True))
-    packed = quantizer.compute_codes(x)
-    theirs = np.stack([packed[:, 0] & 15, packed[:, 0] >> 4], axis=1)  # 4 bits a level, low bits first
-    ours = book.encode(x)
-    for i in np.flatnonzero((theirs != ours).any(axis=1)):
-        level = int(np.flatnonzero(theirs[i] != ours[i])[0])
-        residual = x[i] - sum((flat[n, ours[i, n]] for n in range(level)), np.zeros(8, np.float32))
-        distance = ((residual - flat[level]).astype(np.float64) ** 2).sum(axis=1)
-        assert abs(distance[ours[i, level]] - distance[theirs[i, level]]) < 1e-5 * distance[ours[i, level]]
-    assert (theirs == ours).all(axis=1).mean() > 0.99
-
-
-def test_from_faiss_reads_these_fields(monkeypatch):
-    """A stand-in: levels of different sizes, where faiss is not installed."""
-    levels = [np.arange(12, dtype=np.float32).reshape(4, 3), np.ones((2, 3), np.float32)]
-    vector = np.concatenate(levels).ravel()
-    nbits = types.SimpleNamespace(at=[2, 1].__getitem__)
-    quantizer = types.SimpleNamespace(d=3, M=2, nbits=nbits, codebooks=vector)
-    monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(vector_to_array=np.asarray))
-    assert Codebook.from_faiss(quantizer) == Codebook(levels)
-
-
-@pytest.mark.parametrize("prefix", ["", "model.tokenizer.", "a name, of? words."])
-@pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_from_state_dict(prefix, kind):
-    make = np.asarray if kind == "numpy" else pytest.importorskip("torch").from_numpy
-    levels = [np.full((c, 3), n, np.float32) for n, c in enumerate((4, 2, 5))]
-    state = {f"{prefix}layers.{n}._codebook.embed": make(levels[n][None]) for n in (2, 0, 1)}
-    state |= {f"{prefix}layers.0._codebook.cluster_size": make(np.ones((1, 4), np.float32))}
-    state |= {f"{prefix}project_in.weight": make(np.ones((3, 3), np.float32))}
-    assert Codebook.from_state_dict(state) == Codebook(levels)
-    assert Codebook.from_state_dict({k: v[0] if "embed" in k else v for k, v in state.items()}) == Codebook(levels)
-
-
-@pytest.mark.parametrize("levels", [(), (1, 2), (0, 2)])
-def test_from_state_dict_names_the_levels_it_found(levels):
-    state = {f"layers.{n}._codebook.embed": np.zeros((1, 2, 3), np.float32) for n in levels}
-    with pytest.raises(ValueError) as error:
-        Codebook.from_state_dict({**state, "head.weight": np.zeros(3)})
-    text = f"from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels {list(levels)}"
-    assert str(error.value) == text
-
-
-def test_from_state_dict_of_half_precision_and_of_what_does_not_fit():
-    torch, key = pytest.importorskip("torch"), "layers.0._codebook.embed"
-    level = torch.arange(6.0).reshape(1, 2, 3)
-    for kept in (level.bfloat16(), level.half(), level.double(), level.double().numpy()):
-        assert Codebook.from_state_dict({key: kept}) == Codebook([level[0]])
-    for state, text in (
-        ({key: level, f"b.{key}": level}, "expected one quantizer, got layers of ['', 'b']; pass one's part"),
-        ({key: torch.zeros(2, 2, 3)}, "embed expected [1, C, D] or [C, D], got [2, 2, 3]"),
-        ({key: torch.zeros(3)}, "embed expected [1, C, D] or [C, D], got [3]"),
-    ):
-        with pytest.raises(ValueError) as error:
-            Codebook.from_state_dict(state)
-        assert str(error.value) == f"from_state_dict: {text}"

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from support import kinds, with_threads
 
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
 from hisac.types import RouteGradients
+from support import kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 GATHERED = ("x_ids", "v_ids", "x_scale")
@@ -130,6 +130,25 @@ def test_int8_is_scaled_and_rounded(scale):
     assert bits(mine) == bits(hisac.route(rows[ids], v, **args))
     exact = args | {"x": x, "v": v, "x_ids": ids, "x_scale": scale}
     testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact))
+
+
+@pytest.mark.parametrize("method", ["exact", "leaf"])
+@pytest.mark.parametrize("scale", [0, np.float32([0]), np.float32([0, 0.5, 0])])
+def test_a_scale_of_zero_gives_zeros(scale, method):
+    """Exactly, in sums too: an all-zero row of a table has the largest value, and so the scale, of zero."""
+    rng = np.random.default_rng(0)
+    x, v = rng.integers(-128, 128, (3, 4)).astype(np.int8), rng.normal(size=(6, 2)).astype(np.float32)
+    book, ids = hisac.Codebook([rng.normal(size=(2, 4)).astype(np.float32)]), np.array([0, 1, 2, 2, 0, 1])
+    rows = np.where(np.reshape(scale, (-1, 1)) == 0, 0, x * np.float32(0.5)).astype(np.float32)[ids]
+    more = {"codes": np.int32([0, 0, 0, 1, 1, 1])[:, None], "book": book, "offsets": np.array([0, 6])}
+    options = {"prototypes": book.centers[0][None], "method": method, "refine": int(method == "exact"), **more}
+    with np.errstate(all="raise"):
+        mine = hisac.route(x, v, x_ids=ids, x_scale=scale, **options)
+    assert np.isfinite(mine.tokens).all()
+    sums = hisac.leaf_sums(x, v, x_ids=ids, x_scale=scale, **more)
+    for got, want in ((mine, hisac.route(rows, v, **options)), (sums, hisac.leaf_sums(rows, v, **more))):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan, 3e38])

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import flat, kinds, with_threads
 
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
+from support import flat, kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 
@@ -75,6 +75,20 @@ def test_leaf_sums_of_large_values_stay_finite():
     book, big = hisac.Codebook([np.zeros((1, 1), np.float32)]), np.full((3000, 1), 3e38, np.float32)
     sums = hisac.leaf_sums(np.zeros_like(big), big, np.array([0, 3000]), np.zeros((3000, 1), np.int32), book)
     np.testing.assert_allclose(sums.v, 3e38, rtol=1e-5)
+
+
+def test_a_spread_does_not_lose_its_digits_to_a_shift():
+    """Rows near each other and far from zero: E|x|^2 - |mean|^2 lost a spread of 5 beside squares of 640,000,
+    within the bound of that formula."""
+    rng = np.random.default_rng(6)
+    x = (0.3 * rng.normal(size=(3000, 64)) + 100).astype(np.float32)
+    book = hisac.Codebook([np.zeros((2, 64), np.float32)])
+    codes, v = rng.integers(0, 2, (3000, 1)).astype(np.int32), np.ones((3000, 1), np.float32)
+    mine = with_threads(lambda: hisac.leaf_sums(x, v, np.array([0, 3000]), codes, book))
+    for leaf in range(2):
+        rows = x[codes[:, 0] == leaf].astype(np.float64)
+        np.testing.assert_allclose(mine.spread[leaf], np.square(rows - rows.mean(0)).sum(1).mean(), rtol=1e-5)
+        np.testing.assert_allclose(mine.x[leaf], rows.mean(0), rtol=2e-7)
 
 
 @given(testing.problems(), st.integers(0, 64))

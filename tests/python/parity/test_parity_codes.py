@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import kinds, with_threads
 
 import hisac
 from hisac import reference, testing
+from support import kinds, with_threads
 
 try:
     import torch
@@ -123,6 +123,21 @@ def test_fit(x, codes, iterations, seed, grid):
 def test_fit_hostile(x, seed):
     assume((np.abs(x) < reference.FIT_LIMIT).all(1).any())
     check_fit(x, (5, 3), iterations=4, seed=seed)
+
+
+@pytest.mark.parametrize("huge", [1e14, -3e20, 2.0**60])
+@pytest.mark.parametrize("module", [hisac, reference])
+def test_fit_leaves_out_rows_that_would_coarsen_the_sums(module, huge):
+    """A row of 1e14 made the grid of the sums coarser than the other rows, for the grid followed the largest value of
+    all: nearly every code lost its rows, and nothing was said. Hostile rows were drawn, but only among few others."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(400, 6)).astype(np.float32)
+    clean, spoilt = module.fit(x, (16, 4), iterations=6), module.fit(np.insert(x, 400, huge, 0), (16, 4), iterations=6)
+    assert (spoilt.report.rows, spoilt.report.left_out) == (400, 1) and spoilt.report.unused == clean.report.unused
+    assert all(np.array_equal(a, b) for a, b in zip(clean.centers, spoilt.centers, strict=True))
+    check_fit(np.insert(x, [0, 7, 400], huge, 0), (16, 4), iterations=6)
+    check_fit(np.insert(x, 400, 1e10, 0), (16, 4), iterations=6)  # large, but the grid keeps 2^-16 of the others
+    assert module.fit(np.insert(x, 400, 1e10, 0), (2,), iterations=2).report.left_out == 0
 
 
 def test_fit_with_dead_codes():

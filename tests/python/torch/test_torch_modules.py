@@ -295,7 +295,8 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
     ({"budget": 4, "normalize": "rows"}, "route: normalize expected 'history' or 'agents', got 'rows'"),
     ({"budget": 4, "method": "fast"}, "route: method expected 'exact' or 'leaf', got 'fast'"),
     ({"budget": 4, "missing": "zero"}, "route: missing expected 'drop' or 'token', got 'zero'"),
-    ({"budget": 4, "refine": -1}, "route: refine expected 0 or more, got -1"),
+    ({"budget": 4, "refine": -1}, "route: refine expected 0 to 1000000, got -1"),
+    ({"budget": 4, "refine": 2**40}, f"route: refine expected 0 to 1000000, got {2**40}"),
 ])  # fmt: skip
 def test_a_compressor_refuses_bad_options_when_made(book, options, message):
     with pytest.raises(ValueError, match=message):

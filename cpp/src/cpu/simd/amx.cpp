@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pair products on real tiles, and whether this process may use them.
+// The bfloat16 products on real tiles, and whether this process may use them.
 #include "cpu/simd/amx.h"
 
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/pack.h"
+#include "cpu/simd/target.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -12,22 +13,21 @@
 #include <unistd.h>
 #endif
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
+HISAC_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "cpu/simd/amx.inl"
 namespace hisac::simd {
-const PairProducts kAmx = Products<Hardware>::table();
+
+const Kernels& amx_kernels() noexcept {
+  static const Kernels table = [] {
+    Kernels k = Products<Hardware>::replaced_in(kAvx512Bf16);
+    k.name = "amx";
+    return k;
+  }();
+  return table;
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+
+}  // namespace hisac::simd
+HISAC_TARGET_END
 
 namespace hisac::simd {
 namespace {
@@ -57,19 +57,6 @@ struct Machine {
 };
 
 }  // namespace
-
-const Kernels& amx_kernels() noexcept {
-  static const Kernels table = [] {
-    Kernels k = kAvx512Bf16;
-    k.name = "amx";
-    k.matmul_pairs = kAmx.matmul;
-    k.accumulate_pairs = kAmx.accumulate;
-    k.matmul_split = kAmx.matmul_split;
-    k.accumulate_split = kAmx.accumulate_split;
-    return k;
-  }();
-  return table;
-}
 
 }  // namespace hisac::simd
 #endif

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pair products of amx.h, once, over a policy of tile steps: Hardware below, and the scalar twin of the tests. Like
-// kernels.inl in an unnamed namespace, without std::, and included inside a target region where it runs for real.
+// The bfloat16 products of amx.h, written once over a policy of tile steps: Hardware below, or the scalar emulation of
+// the tests. As in kernels.inl everything is in an unnamed namespace and uses nothing from std::. Where it runs on real
+// tiles it is included inside a target region.
 //
 // Tiles 0-3 are sums (height x 16 columns), 4 and 5 hold B (depth x 16 columns), 6 and 7 hold A (height x depth pairs).
 
@@ -45,71 +46,72 @@ struct Hardware {
 };
 #endif
 
-/// A matrix of pairs, or its high and low halves (lo is not read where there is one pass).
-struct Pairs {
+/// A matrix of bfloat16 pairs, or of bf16x3 operands hi + lo (one pass does not read lo).
+struct Bf16Matrix {
   const uint32_t *hi, *lo;
   int64_t ld;
-  Pairs at(int64_t elements) const { return {hi + elements, lo + elements, ld}; }
+  Bf16Matrix offset_by(int64_t elements) const { return {hi + elements, lo + elements, ld}; }
 };
 
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
-/// What becomes of the result: overwrites, starts from what is there, or (split) is made apart and added.
-enum class Into { set, load, add };
+/// How z gets the product P: overwrite: z = P; accumulate: the tiles start from z; add: P is summed from 0, then z += P
+/// (bf16x3).
+enum class Update { overwrite, accumulate, add };
 
 /// R x C sums at a time, all of one height.
-template <class Tiles, bool split, int R, int C>
+template <class Tiles, bool bf16x3, int R, int C>
 struct Block {
   template <int t = 0>
-  HISAC_INLINE void open(Into into, const float* z, int64_t ldz, int height) {
-    if (into == Into::load)
+  HISAC_INLINE void load_sums(Update update, const float* z, int64_t ldz, int height) {
+    if (update == Update::accumulate)
       Tiles::template load<t>(z + t / C * height * ldz + t % C * 16, ldz * 4);
     else
       Tiles::template zero<t>();
-    if constexpr (t + 1 < R * C) open<t + 1>(into, z, ldz, height);
+    if constexpr (t + 1 < R * C) load_sums<t + 1>(update, z, ldz, height);
   }
 
   template <int t = 0>
-  HISAC_INLINE void close(float* z, int64_t ldz, int height) {
+  HISAC_INLINE void store_sums(float* z, int64_t ldz, int height) {
     Tiles::template store<t>(z + t / C * height * ldz + t % C * 16, ldz * 4);
-    if constexpr (t + 1 < R * C) close<t + 1>(z, ldz, height);
+    if constexpr (t + 1 < R * C) store_sums<t + 1>(z, ldz, height);
   }
 
-  HISAC_INLINE void right(const uint32_t* b, int64_t ldb) {
+  HISAC_INLINE void load_right(const uint32_t* b, int64_t ldb) {
     Tiles::template load<4>(b, ldb * 4);
     if constexpr (C == 2) Tiles::template load<5>(b + 16, ldb * 4);
   }
 
-  /// sums += A B for the B that is there; `held`: so is A.
-  template <bool held, int r = 0>
-  HISAC_INLINE void dots(const uint32_t* a, int64_t lda, int height) {
+  /// sums += A B for the loaded B; left_loaded: A is loaded too.
+  template <bool left_loaded, int r = 0>
+  HISAC_INLINE void multiply_add(const uint32_t* a, int64_t lda, int height) {
     constexpr int left = 6 + r % 2;
-    if constexpr (!held) Tiles::template load<left>(a + r * height * lda, lda * 4);
+    if constexpr (!left_loaded) Tiles::template load<left>(a + r * height * lda, lda * 4);
     Tiles::template dot<r * C, left, 4>();
     if constexpr (C == 2) Tiles::template dot<r * C + 1, left, 5>();
-    if constexpr (r + 1 < R) dots<held, r + 1>(a, lda, height);
+    if constexpr (r + 1 < R) multiply_add<left_loaded, r + 1>(a, lda, height);
   }
 
   /// `steps` steps of `depth` pairs.
-  static void run(int64_t steps, int depth, int height, Pairs a, Pairs b, float* z, int64_t ldz, Into into,
-                  Ahead* ahead) {
-    if (ahead) ahead->fetch(R * height * C * 16);
-    open(into, z, ldz, height);
-    for (int64_t s = 0; s < steps; ++s, a = a.at(depth), b = b.at(depth * b.ld)) {
-      if constexpr (split) {
-        right(b.lo, b.ld);
-        dots<false>(a.hi, a.ld, height);
-        right(b.hi, b.ld);
-        dots<R <= 2>(a.hi, a.ld, height);
-        dots<false>(a.lo, a.ld, height);
+  static void run(int64_t steps, int depth, int height, Bf16Matrix a, Bf16Matrix b, float* z, int64_t ldz,
+                  Update update, Prefetcher* prefetcher) {
+    if (prefetcher) prefetcher->prefetch(R * height * C * 16);
+    load_sums(update, z, ldz, height);
+    for (int64_t s = 0; s < steps; ++s, a = a.offset_by(depth), b = b.offset_by(depth * b.ld)) {
+      if constexpr (bf16x3) {
+        load_right(b.lo, b.ld);
+        multiply_add<false>(a.hi, a.ld, height);
+        load_right(b.hi, b.ld);
+        multiply_add<R <= 2>(a.hi, a.ld, height);
+        multiply_add<false>(a.lo, a.ld, height);
       } else {
-        right(b.hi, b.ld);
-        dots<false>(a.hi, a.ld, height);
+        load_right(b.hi, b.ld);
+        multiply_add<false>(a.hi, a.ld, height);
       }
     }
-    if (!split || into != Into::add) return close(z, ldz, height);
+    if (!bf16x3 || update != Update::add) return store_sums(z, ldz, height);
     alignas(64) float sum[4 * 16 * 16];
-    close(sum, C * 16, height);
+    store_sums(sum, C * 16, height);
     for (int i = 0; i < R * height; ++i)
       for (int j = 0; j < C * 16; j += 16)
         *reinterpret_cast<Sixteen*>(z + i * ldz + j) += *reinterpret_cast<const Sixteen*>(sum + i * C * 16 + j);
@@ -117,9 +119,9 @@ struct Block {
 };
 
 /// Rows [first, first + steps * depth) of B [k2, m]; B in panels, or as one of the row stride b.ld.
-template <class Tiles, bool split>
-static void sweep(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps, int depth, Pairs a, Pairs b,
-                  bool panels, float* z, int64_t ldz, Into into, Ahead* ahead) {
+template <class Tiles, bool bf16x3>
+static void multiply_panels(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps, int depth, Bf16Matrix a,
+                            Bf16Matrix b, bool panels, float* z, int64_t ldz, Update update, Prefetcher* prefetcher) {
   int configured = 0;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int rows = static_cast<int>(n - i < kBlock ? (n - i + kRowStep - 1) / kRowStep * kRowStep : kBlock);
@@ -134,93 +136,95 @@ static void sweep(int64_t n, int64_t k2, int64_t m, int64_t first, int64_t steps
       Tiles::configure(c);
       configured = height;
     }
-    const Pairs left = {a.hi + i * a.ld + first, a.lo + i * a.ld + first, a.ld};
+    const Bf16Matrix left = {a.hi + i * a.ld + first, a.lo + i * a.ld + first, a.ld};
     float* out = z + i * ldz;
-    Pairs panel = b;
+    Bf16Matrix panel = b;
     for (int64_t rest = pad(m) / kLanes; rest > 0;) {
       const int64_t group = panels ? panel_group(rest) : rest, width = group * kLanes;
       if (panels) panel.ld = width;
-      for (int64_t at = 0; at < width;) {
-        const Pairs right = panel.at(first * panel.ld + at);
-        const bool pair = width - at >= 32;
+      for (int64_t column = 0; column < width;) {
+        const Bf16Matrix right = panel.offset_by(first * panel.ld + column);
+        const bool pair = width - column >= 32;
         if (pair && tiles == 1)
-          Block<Tiles, split, 1, 2>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+          Block<Tiles, bf16x3, 1, 2>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
         for (int r = 0; pair && r + 2 <= tiles; r += 2)
-          Block<Tiles, split, 2, 2>::run(steps, depth, height, left.at(r * height * a.ld), right,
-                                         out + r * height * ldz, ldz, into, ahead);
+          Block<Tiles, bf16x3, 2, 2>::run(steps, depth, height, left.offset_by(r * height * a.ld), right,
+                                          out + r * height * ldz, ldz, update, prefetcher);
         if (!pair && tiles == 1)
-          Block<Tiles, split, 1, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+          Block<Tiles, bf16x3, 1, 1>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
         if (!pair && tiles == 2)
-          Block<Tiles, split, 2, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
+          Block<Tiles, bf16x3, 2, 1>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
         if (!pair && tiles == 4)
-          Block<Tiles, split, 4, 1>::run(steps, depth, height, left, right, out, ldz, into, ahead);
-        at += pair ? 32 : 16;
+          Block<Tiles, bf16x3, 4, 1>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
+        column += pair ? 32 : 16;
         out += pair ? 32 : 16;
       }
       rest -= group;
-      if (rest > 0) panel = panel.at(k2 * width);
+      if (rest > 0) panel = panel.offset_by(k2 * width);
     }
   }
 }
 
-template <class Tiles, bool split>
-static void product(int64_t n, int64_t k2, int64_t m, Pairs a, Pairs b, bool panels, float* z, int64_t ldz, Into into,
-                    Ahead* ahead) {
+template <class Tiles, bool bf16x3>
+static void product(int64_t n, int64_t k2, int64_t m, Bf16Matrix a, Bf16Matrix b, bool panels, float* z, int64_t ldz,
+                    Update update, Prefetcher* prefetcher) {
   const int64_t least = (k2 + 15) / 16;
   const int depth = k2 % least == 0 ? static_cast<int>(k2 / least) : 16, rest = static_cast<int>(k2 % depth);
-  sweep<Tiles, split>(n, k2, m, 0, k2 / depth, depth, a, b, panels, z, ldz, into, ahead);
+  multiply_panels<Tiles, bf16x3>(n, k2, m, 0, k2 / depth, depth, a, b, panels, z, ldz, update, prefetcher);
   if (rest > 0)
-    sweep<Tiles, split>(n, k2, m, k2 - rest, 1, rest, a, b, panels, z, ldz, into == Into::set ? Into::load : into,
-                        nullptr);
+    multiply_panels<Tiles, bf16x3>(n, k2, m, k2 - rest, 1, rest, a, b, panels, z, ldz,
+                                   update == Update::overwrite ? Update::accumulate : update, nullptr);
 }
 
-template <class Tiles, bool split>
-static void accumulate_any(int64_t n2, int64_t w, int64_t m, Pairs v, Pairs e, float* c, int64_t ldc) {
-  constexpr int64_t kDeep = 32;
-  alignas(64) uint32_t turned[1 + split][kBlock * kDeep];
-  for (int64_t k = 0; k < n2; k += kDeep)
+template <class Tiles, bool bf16x3>
+static void accumulate_product(int64_t n2, int64_t w, int64_t m, Bf16Matrix v, Bf16Matrix e, float* c, int64_t ldc) {
+  constexpr int64_t kMaxDepth = 32;
+  alignas(64) uint32_t transposed[1 + bf16x3][kBlock * kMaxDepth];
+  for (int64_t k = 0; k < n2; k += kMaxDepth)
     for (int64_t i = 0; i < w; i += kBlock) {
-      const int64_t deep = n2 - k < kDeep ? n2 - k : kDeep, rows = w - i < kBlock ? w - i : kBlock, ld = pad(deep);
-      for (int half = 0; half <= split; ++half) {
-        uint32_t* out = turned[half];
-        Tiles::pack(rows, deep, reinterpret_cast<const float*>((half ? v.lo : v.hi) + k * v.ld + i), v.ld,
+      const int64_t depth = n2 - k < kMaxDepth ? n2 - k : kMaxDepth, rows = w - i < kBlock ? w - i : kBlock,
+                    ld = pad(depth);
+      for (int half = 0; half <= bf16x3; ++half) {
+        uint32_t* out = transposed[half];
+        Tiles::pack(rows, depth, reinterpret_cast<const float*>((half ? v.lo : v.hi) + k * v.ld + i), v.ld,
                     reinterpret_cast<float*>(out));
         __builtin_memset(out + rows * ld, 0, static_cast<size_t>(-rows & (kRowStep - 1)) * static_cast<size_t>(ld) * 4);
       }
-      product<Tiles, split>(rows, deep, m, {turned[0], turned[split], ld}, e.at(k * e.ld), false, c + i * ldc, ldc,
-                            split ? Into::add : Into::load, nullptr);
+      product<Tiles, bf16x3>(rows, depth, m, {transposed[0], transposed[bf16x3], ld}, e.offset_by(k * e.ld), false,
+                             c + i * ldc, ldc, bf16x3 ? Update::add : Update::accumulate, nullptr);
     }
   Tiles::release();
 }
 
-/// The four of PairProducts.
+/// The bfloat16 products of a table of kernels.
 template <class Tiles>
 struct Products {
   static void matmul(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
-                     int64_t ldz, Ahead* ahead) {
-    product<Tiles, false>(n, k2, m, {a, a, lda}, {packed, packed, 0}, true, z, ldz, Into::set, ahead);
+                     int64_t ldz, Prefetcher* prefetcher) {
+    product<Tiles, false>(n, k2, m, {a, a, lda}, {packed, packed, 0}, true, z, ldz, Update::overwrite, prefetcher);
     Tiles::release();
   }
   static void accumulate(int n2, int64_t w, int64_t m, const uint32_t* v, int64_t ldv, const uint32_t* e, int64_t lde,
                          float* c, int64_t ldc) {
-    accumulate_any<Tiles, false>(n2, w, m, {v, v, ldv}, {e, e, lde}, c, ldc);
+    accumulate_product<Tiles, false>(n2, w, m, {v, v, ldv}, {e, e, lde}, c, ldc);
   }
-  static void matmul_split(int n, int64_t k2, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
-                           const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz, Ahead* ahead) {
-    product<Tiles, true>(n, k2, m, {a_hi, a_lo, lda}, {packed_hi, packed_lo, 0}, true, z, ldz, Into::set, ahead);
+  static void matmul_bf16x3(int n, int64_t k2, int64_t m, const uint32_t* a_hi, const uint32_t* a_lo, int64_t lda,
+                            const uint32_t* packed_hi, const uint32_t* packed_lo, float* z, int64_t ldz,
+                            Prefetcher* prefetcher) {
+    product<Tiles, true>(n, k2, m, {a_hi, a_lo, lda}, {packed_hi, packed_lo, 0}, true, z, ldz, Update::overwrite,
+                         prefetcher);
     Tiles::release();
   }
-  static void accumulate_split(int n2, int64_t w, int64_t m, const uint32_t* v_hi, const uint32_t* v_lo, int64_t ldv,
-                               const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc) {
-    accumulate_any<Tiles, true>(n2, w, m, {v_hi, v_lo, ldv}, {e_hi, e_lo, lde}, c, ldc);
+  static void accumulate_bf16x3(int n2, int64_t w, int64_t m, const uint32_t* v_hi, const uint32_t* v_lo, int64_t ldv,
+                                const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc) {
+    accumulate_product<Tiles, true>(n2, w, m, {v_hi, v_lo, ldv}, {e_hi, e_lo, lde}, c, ldc);
   }
-  static constexpr PairProducts table() {
-    PairProducts p;
-    p.matmul = matmul;
-    p.accumulate = accumulate;
-    p.matmul_split = matmul_split;
-    p.accumulate_split = accumulate_split;
-    return p;
+  static constexpr Kernels replaced_in(Kernels k) {
+    k.matmul_bf16 = matmul;
+    k.accumulate_bf16 = accumulate;
+    k.matmul_bf16x3 = matmul_bf16x3;
+    k.accumulate_bf16x3 = accumulate_bf16x3;
+    return k;
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which inner loops this process runs: the best the processor has, or what HISAC_ISA names.
+// The choice of inner loops: the best table that the processor runs, or the one that HISAC_ISA names.
 #include <cstdlib>
 #include <cstring>
 
@@ -24,10 +24,10 @@ int supported(const Kernels** out) noexcept {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       out[n++] = &kAvx512;
-      // Intel has the pair products too, at less than the rate of FMA
-      const bool pairs = __builtin_cpu_supports("avx512bf16");
-      if (pairs && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
-      if (pairs && amx_available()) out[n++] = &amx_kernels();
+      // Intel has vdpbf16ps too, at less than the rate of FMA
+      const bool bf16 = __builtin_cpu_supports("avx512bf16");
+      if (bf16 && __builtin_cpu_is("amd")) out[n++] = &kAvx512Bf16;
+      if (bf16 && amx_available()) out[n++] = &amx_kernels();
     }
   }
 #endif
@@ -37,12 +37,12 @@ int supported(const Kernels** out) noexcept {
 namespace {
 
 const Kernels* best() noexcept {
-  const Kernels* have[kMostTables];
-  const int n = supported(have);
+  const Kernels* tables[kMostTables];
+  const int n = supported(tables);
   if (const char* wanted = std::getenv("HISAC_ISA"))
     for (int i = 0; i < n; ++i)
-      if (std::strcmp(have[i]->name, wanted) == 0) return have[i];
-  return have[n - 1];
+      if (std::strcmp(tables[i]->name, wanted) == 0) return tables[i];
+  return tables[n - 1];
 }
 
 const Kernels*& chosen() noexcept {
@@ -64,11 +64,11 @@ const char* available_isas() noexcept {
   static const struct Names {
     char text[64];
     Names() noexcept {
-      const simd::Kernels* have[simd::kMostTables];
+      const simd::Kernels* tables[simd::kMostTables];
       text[0] = 0;
-      for (int i = 0, n = simd::supported(have); i < n; ++i) {
+      for (int i = 0, n = simd::supported(tables); i < n; ++i) {
         if (i) std::strcat(text, " ");
-        std::strcat(text, have[i]->name);
+        std::strcat(text, tables[i]->name);
       }
     }
   } names;

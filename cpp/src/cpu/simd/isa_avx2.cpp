@@ -3,20 +3,12 @@
 #if defined(__x86_64__)
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/pack.h"
+#include "cpu/simd/target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+HISAC_TARGET_BEGIN("avx2,fma")
 #define W 8
 #define HISAC_ISA_TABLE kAvx2
 #define HISAC_ISA_NAME "avx2"
 #include "cpu/simd/kernels.inl"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+HISAC_TARGET_END
 #endif

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner loops, once, over a vector of W floats; included by isa_*.cpp inside a target region, which defines W.
-// Everything is in an unnamed namespace and uses nothing from std::, so no instruction of this region can reach a weak
-// symbol that another translation unit may pick (tests/python/test_layout.py looks).
+// Everything is in an unnamed namespace and uses nothing from std::. So no instruction of this region can reach a weak
+// symbol that another translation unit may pick (tests/python/test_package.py checks that).
 //
 // Products a * b + c are contracted to FMA where the ISA has it (-ffp-contract=fast for these files alone).
 
@@ -60,7 +60,7 @@ struct Count<0, I...> {
   using lanes = Lanes<I...>;
 };
 
-/// Lanes i and i ^ step change places.
+/// Lanes i and i ^ step swap.
 template <int step, class V, int... I>
 HISAC_INLINE V crossed(V x, Lanes<I...>) {
   return __builtin_shufflevector(x, x, (I ^ step)...);
@@ -82,8 +82,8 @@ HISAC_INLINE auto sum_of(V x) {
 
 HISAC_INLINE float largest_of(vf x) { return folded<W / 2>(x, larger)[0]; }
 
-/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few dependent steps: the processor
-/// keeps several of these going at once.
+/// 2^x within 2 ulp for x in [-126, 127]; 0 below (and for NaN), clamped above. Few steps depend on one another, so
+/// that the processor overlaps several of these.
 HISAC_INLINE vf exp2v(vf x) {
   x = smaller(larger(x, splat(-127.f)), splat(127.f));
   constexpr float kRound = 12582912.f + 127.f;  // leaves 127 + round(x), a float's exponent, in the lowest bits
@@ -108,14 +108,15 @@ HISAC_INLINE vf exp2v(vf x) {
 constexpr Kernels HISAC_ISA_TABLE = [] {
   Kernels k;
   k.name = HISAC_ISA_NAME;
-  k.matmul = matmul;
-  k.accumulate = accumulate;
+  k.matmul = matmul<float>;
+  k.accumulate = accumulate<float>;
   k.pack_columns = pack_columns;
   k.pack_rows = pack_rows;
   k.load_row = load_row;
   k.load_int8 = load_int8;
   k.store_row = store_row;
   k.transpose = transpose;
+  k.subtract_row = subtract_row;
   k.add_row = add_row;
   k.distance_logits = distance_logits;
   k.row_lse = row_lse;
@@ -126,15 +127,14 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.attend_gradient = attend_gradient;
   k.screen = screen;
   k.square_distance = square_distance;
-#if defined(HISAC_PAIRS)
-  k.matmul_pairs = matmul_pairs;
-  k.pack_pairs = pack_pairs;
-  k.accumulate_pairs = accumulate_pairs;
-  k.route_weights_pairs = route_weights_pairs;
-  k.pair_rows = pair_rows;
-  k.remainder = remainder;
-  k.round_pairs = round_pairs;
-  k.route_weights_split = route_weights_split;
+#if defined(HISAC_BF16)
+  k.matmul_bf16 = matmul<uint32_t>;
+  k.pack_bf16 = pack_bf16;
+  k.accumulate_bf16 = accumulate<uint32_t>;
+  k.route_weights_bf16 = route_weights_bf16;
+  k.pair_rows_bf16 = pair_rows_bf16;
+  k.bf16_remainder = bf16_remainder;
+  k.round_bf16 = round_bf16;
 #endif
   return k;
 }();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of kernels.inl that finds the nearest codeword: rows and centers as bfloat16 pairs, the screen of a row of
-// products, square distances in float64.
+// The part of kernels.inl that finds the nearest codeword: rounding of rows and centers to bfloat16, the screen of a
+// row of products, square distances in float64.
 
 HISAC_INLINE float smallest_of(vf x) { return folded<W / 2>(x, smaller)[0]; }
 
@@ -8,13 +8,13 @@ static int64_t screen(int64_t m, const float* z, Screen& row, int32_t* out) {
   vf low = splat(kInfinity), high = splat(kInfinity);
   for (int64_t j = 0; j < m; j += W) {
     const vf score = load(row.half + j) - load(z + j), error = row.error * load(row.norm + j);
-    const vf least = score - error, most = score + error;
-    low = smaller(least, low);
-    high = smaller(most, high);
+    const vf lower = score - error, upper = score + error;
+    low = smaller(lower, low);
+    high = smaller(upper, high);
   }
   row.low = smallest_of(low);
-  const float top = smallest_of(high) + row.slack;
-  if (top < row.threshold) row.threshold = top;
+  const float most_possible = smallest_of(high) + row.slack;
+  if (most_possible < row.threshold) row.threshold = most_possible;
   if (row.low > row.threshold) return 0;
   const float threshold = row.threshold, error = row.error;
   const float *half = row.half, *norm = row.norm;
@@ -48,8 +48,8 @@ static double square_distance(int64_t width, const float* a, const float* b) {
   return sum_of(sum[0] + sum[1]) + total;
 }
 
-#if defined(HISAC_PAIRS)
-static Rounded round_pairs(int64_t width, const float* src, const float* shift, uint32_t* dst) {
+#if defined(HISAC_BF16)
+static Rounded round_bf16(int64_t width, const float* src, const float* shift, uint32_t* dst) {
   vf squares = {}, errors = {};
   const auto round = [&](vf x) __attribute__((always_inline)) {
     const vh rounded = narrow_flushed(x);
@@ -63,7 +63,7 @@ static Rounded round_pairs(int64_t width, const float* src, const float* shift, 
     *reinterpret_cast<vh_loose*>(dst + d / 2) = round(shift ? load(src + d) - load(shift + d) : load(src + d));
   if (d < width) {
     const size_t have = static_cast<size_t>(width - d);
-    const vh rounded = round(load_some(src + d, have) - (shift ? load_some(shift + d, have) : vf{}));
+    const vh rounded = round(load_partial(src + d, have) - (shift ? load_partial(shift + d, have) : vf{}));
     __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
   }
   return {sum_of(squares), sum_of(errors)};

@@ -2,11 +2,11 @@
 // The part of kernels.inl that multiplies: register tiles whose elements are floats, or pairs of bfloat16 where the ISA
 // multiplies those.
 
-/// Vectors of the next tile where `left` remain: not one left alone.
+/// Vectors of the next tile where `left` vectors remain, chosen so that a tile of one is not left over.
 constexpr int64_t tile_vectors(int64_t left) { return left <= kAcross ? left : left == kAcross + 1 ? 2 : kAcross; }
 
 HISAC_INLINE void multiply_add(vf& acc, float x, vf y) { acc += splat(x) * y; }
-#if defined(HISAC_PAIRS)
+#if defined(HISAC_BF16)
 HISAC_INLINE void multiply_add(vf& acc, uint32_t x, vu y) {
 #if W == 16  // the builtin's types differ between compilers
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(y), "v"(x - vu{}));
@@ -36,43 +36,31 @@ HISAC_INLINE void matmul_tile(int64_t k, const T* a, int64_t lda, const T* b, in
 }
 
 template <class T>
-HISAC_INLINE void product(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
-                          Ahead* ahead) {
+static void matmul(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
+                   Prefetcher* prefetcher) {
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left);
     left -= group;
     const int64_t width = group * kLanes;
-    for (int64_t at = 0; at < width;) {
-      const int64_t take = tile_vectors((width - at) / W);
+    for (int64_t column = 0; column < width;) {
+      const int64_t vectors = tile_vectors((width - column) / W);
       for (int i = 0; i < n; i += kRows) {
-        if (ahead) ahead->fetch(kRows * take * W);
+        if (prefetcher) prefetcher->prefetch(kRows * vectors * W);
         const T* x = a + i * lda;
-        float* out = z + i * ldz + at;
-        if (kAcross == 4 && take == 4) matmul_tile<kRows, 4>(k, x, lda, packed + at, width, out, ldz);
-        if (take == 3) matmul_tile<kRows, 3>(k, x, lda, packed + at, width, out, ldz);
-        if (take == 2) matmul_tile<kRows, 2>(k, x, lda, packed + at, width, out, ldz);
-        if (take == 1) matmul_tile<kRows, 1>(k, x, lda, packed + at, width, out, ldz);
+        float* out = z + i * ldz + column;
+        if (kAcross == 4 && vectors == 4) matmul_tile<kRows, 4>(k, x, lda, packed + column, width, out, ldz);
+        if (vectors == 3) matmul_tile<kRows, 3>(k, x, lda, packed + column, width, out, ldz);
+        if (vectors == 2) matmul_tile<kRows, 2>(k, x, lda, packed + column, width, out, ldz);
+        if (vectors == 1) matmul_tile<kRows, 1>(k, x, lda, packed + column, width, out, ldz);
       }
-      at += take * W;
+      column += vectors * W;
     }
     packed += k * width;
     z += width;
   }
 }
 
-static void matmul(int n, int64_t k, int64_t m, const float* a, int64_t lda, const float* packed, float* z, int64_t ldz,
-                   Ahead* ahead) {
-  product(n, k, m, a, lda, packed, z, ldz, ahead);
-}
-
-#if defined(HISAC_PAIRS)
-static void matmul_pairs(int n, int64_t k2, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* packed, float* z,
-                         int64_t ldz, Ahead* ahead) {
-  product(n, k2, m, a, lda, packed, z, ldz, ahead);
-}
-#endif
-
-/// The block's sum is made apart and added once, so that a tile of equal rows does not lose its last digits one by one.
+/// The block is summed from 0 and added to c once: added row by row, a large c would lose the last digits of each row.
 template <int R, int V, class T>
 HISAC_INLINE void accumulate_tile(int n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc) {
   vf acc[R][V] = {};
@@ -92,28 +80,17 @@ HISAC_INLINE void accumulate_tile(int n, const T* a, int64_t lda, const T* b, in
 }
 
 template <class T>
-HISAC_INLINE void transposed_product(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                     float* c, int64_t ldc) {
-  for (int64_t at = 0; at < pad(w);) {
-    const int64_t take = tile_vectors((pad(w) - at) / W);
+static void accumulate(int n, int64_t m, int64_t w, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                       int64_t ldc) {
+  for (int64_t column = 0; column < pad(w);) {
+    const int64_t vectors = tile_vectors((pad(w) - column) / W);
     for (int64_t r = 0; r < m; r += kRows) {
-      if (kAcross == 4 && take == 4) accumulate_tile<kRows, 4>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 3) accumulate_tile<kRows, 3>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 2) accumulate_tile<kRows, 2>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
-      if (take == 1) accumulate_tile<kRows, 1>(n, a + r, lda, b + at, ldb, c + r * ldc + at, ldc);
+      if (kAcross == 4 && vectors == 4)
+        accumulate_tile<kRows, 4>(n, a + r, lda, b + column, ldb, c + r * ldc + column, ldc);
+      if (vectors == 3) accumulate_tile<kRows, 3>(n, a + r, lda, b + column, ldb, c + r * ldc + column, ldc);
+      if (vectors == 2) accumulate_tile<kRows, 2>(n, a + r, lda, b + column, ldb, c + r * ldc + column, ldc);
+      if (vectors == 1) accumulate_tile<kRows, 1>(n, a + r, lda, b + column, ldb, c + r * ldc + column, ldc);
     }
-    at += take * W;
+    column += vectors * W;
   }
 }
-
-static void accumulate(int n, int64_t m, int64_t w, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                       int64_t ldc) {
-  transposed_product(n, m, w, a, lda, b, ldb, c, ldc);
-}
-
-#if defined(HISAC_PAIRS)
-static void accumulate_pairs(int n2, int64_t w, int64_t m, const uint32_t* a, int64_t lda, const uint32_t* e,
-                             int64_t lde, float* c, int64_t ldc) {
-  transposed_product(n2, w, m, a, lda, e, lde, c, ldc);
-}
-#endif

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of kernels.inl that moves data: packing and transposing, rows of every type in and out, bfloat16 in pairs.
 
-/// a0 b0 a1 b1 .. of the lower (from = 0) or upper (from = W / 2) halves.
-template <int from, int... I>
+/// a0 b0 a1 b1 .. of the lower (offset = 0) or upper (offset = W / 2) halves.
+template <int offset, int... I>
 HISAC_INLINE vf interleave(vf a, vf b, Lanes<I...>) {
-  return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * W)...);
+  return __builtin_shufflevector(a, b, (offset + I / 2 + I % 2 * W)...);
 }
 
 /// W vectors of W: log2(W) rounds of interleaving the first half with the second.
@@ -32,7 +32,7 @@ static void transpose(int64_t w, const float* src, int64_t ld, float* dst, int64
     }
 }
 
-/// Panels from read(j, d, have): up to W elements of column j from row d on, the rest 0.
+/// Packs panels. read(j, d, have) returns `have` <= W elements of column j from row d on, and zeros after them.
 template <class Read>
 HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
   int64_t j0 = 0;
@@ -52,7 +52,7 @@ HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
   }
 }
 
-HISAC_INLINE vf load_some(const float* p, size_t have) {
+HISAC_INLINE vf load_partial(const float* p, size_t have) {
   if (have >= W) return load(p);
   vf x = {};
   __builtin_memcpy(&x, p, have * 4);
@@ -61,7 +61,7 @@ HISAC_INLINE vf load_some(const float* p, size_t have) {
 
 static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
   pack(k, m, out, [=](int64_t j, int64_t d, size_t have) __attribute__((always_inline)) {
-    return load_some(columns + j * ld + d, have);
+    return load_partial(columns + j * ld + d, have);
   });
 }
 
@@ -84,7 +84,7 @@ static void pack_rows(int64_t k, int64_t m, const float* rows, int64_t ld, float
 HISAC_INLINE vf widen(vh raw, DType type) {
   const vu bits = __builtin_convertvector(raw, vu);
   if (type == DType::bfloat16) return (vf)(bits << 16);
-  // half: move exponent and mantissa into place, mend the exponent's bias by a product; infinities and NaN by hand
+  // float16: exponent and mantissa move into place, a product corrects the exponent's bias; infinities and NaN apart
   const vf magnitude = (vf)((bits & 0x7fffu) << 13) * 0x1p112f;
   const vu special = (vu)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
   return (vf)((vu)magnitude | special | ((bits & 0x8000u) << 16));
@@ -107,7 +107,7 @@ HISAC_INLINE vh narrow(vf x, DType type) {
   return __builtin_convertvector(half | (sign >> 16), vh);
 }
 
-/// Four sums side by side: the processor need not wait for each addition. read(d, have): elements from d on.
+/// Four independent sums, so that additions need not wait for one another. read(d, have): the elements from d on.
 template <class Read>
 HISAC_INLINE float load_row_of(int64_t width, float* dst, Read read) {
   vf squares[4] = {};
@@ -136,8 +136,9 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   const float* const floats = static_cast<const float*>(src);
   const uint16_t* const halves = static_cast<const uint16_t*>(src);
   if (type == DType::float32)
-    return load_row_of(
-        width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) { return load_some(floats + d, have); });
+    return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+      return load_partial(floats + d, have);
+    });
   return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
     vh raw = {};
     if (have == W)
@@ -148,7 +149,13 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   });
 }
 
-/// A plain loop: vectors of int8 GCC widens lane by lane.
+static float subtract_row(int64_t width, const float* origin, float* row) {
+  return load_row_of(width, row, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+    return load_partial(row + d, have) - load_partial(origin + d, have);
+  });
+}
+
+/// A scalar loop, because GCC widens vectors of int8 lane by lane.
 static float load_int8(const int8_t* __restrict src, float scale, int64_t width, float* __restrict dst) {
   for (int64_t d = 0; d < width; ++d) dst[d] = scale * static_cast<float>(src[d]);
   return load_row(dst, DType::float32, width, dst);
@@ -166,19 +173,19 @@ static void store_row(void* dst, DType type, int64_t width, const float* src, fl
       *reinterpret_cast<vh_loose*>(half + d) = narrow(x, type);
   }
   if (d == width) return;
-  const size_t rest = static_cast<size_t>(width - d);
-  const vf x = load_some(src + d, rest) * scale;
+  const size_t have = static_cast<size_t>(width - d);
+  const vf x = load_partial(src + d, have) * scale;
   const vh raw = narrow(x, type);
   if (type == DType::float32)
-    __builtin_memcpy(out + d, &x, rest * 4);
+    __builtin_memcpy(out + d, &x, have * 4);
   else
-    __builtin_memcpy(half + d, &raw, rest * 2);
+    __builtin_memcpy(half + d, &raw, have * 2);
 }
 
 /// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
 HISAC_INLINE vu pair_of(vf even, vf odd) { return ((vu)even + 0x8000u) >> 16 | (((vu)odd + 0x8000u) & 0xffff0000u); }
 
-#if defined(HISAC_PAIRS)
+#if defined(HISAC_BF16)
 HISAC_INLINE vh narrow_flushed(vf x) {
 #if W == 16
   vh out;
@@ -189,13 +196,13 @@ HISAC_INLINE vh narrow_flushed(vf x) {
 #endif
 }
 
-/// Finite stays finite: the largest floats would round to infinity, and 0 times that is NaN.
+/// Keeps finite values finite: the largest floats would round to infinity, and 0 times infinity is NaN.
 HISAC_INLINE vf within_bfloat16(vf x) {
   constexpr float kMost = 0x1.fep127f;
   return smaller(splat(kMost), larger(splat(-kMost), x));
 }
 
-static void pair_rows(int64_t width, const float* even, const float* odd, uint32_t* dst) {
+static void pair_rows_bf16(int64_t width, const float* even, const float* odd, uint32_t* dst) {
   for (int64_t d = 0; d < width; d += W) {
     const vh low = narrow_flushed(within_bfloat16(load(even + d)));
     const vh high = narrow_flushed(within_bfloat16(odd ? load(odd + d) : vf{}));
@@ -203,21 +210,21 @@ static void pair_rows(int64_t width, const float* even, const float* odd, uint32
   }
 }
 
-static void remainder(int64_t width, const float* src, float* dst) {
+static void bf16_remainder(int64_t width, const float* src, float* dst) {
   for (int64_t d = 0; d < width; d += W) {
     const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
-    const vf x = within_bfloat16(load_some(src + d, have));
-    const vf rest = x - widen(narrow_flushed(x), DType::bfloat16);
-    __builtin_memcpy(dst + d, &rest, have * 4);
+    const vf x = within_bfloat16(load_partial(src + d, have));
+    const vf remainder = x - widen(narrow_flushed(x), DType::bfloat16);
+    __builtin_memcpy(dst + d, &remainder, have * 4);
   }
 }
 
-static void pack_pairs(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
+static void pack_bf16(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
   const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
     const int64_t left = k - 2 * pair;
     const float* const p = columns + j * ld + 2 * pair;
-    const vh half[2] = {narrow_flushed(load_some(p, static_cast<size_t>(left))),
-                        narrow_flushed(left > W ? load_some(p + W, static_cast<size_t>(left - W)) : vf{})};
+    const vh half[2] = {narrow_flushed(load_partial(p, static_cast<size_t>(left))),
+                        narrow_flushed(left > W ? load_partial(p + W, static_cast<size_t>(left - W)) : vf{})};
     vf x;
     __builtin_memcpy(&x, half, sizeof x);
     return x;

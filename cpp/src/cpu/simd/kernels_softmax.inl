@@ -14,11 +14,11 @@ static void distance_logits(int n, int64_t m, float* z, int64_t ldz, const float
 static void row_lse(int n, int64_t m, const float* z, int64_t ldz, float* lse) {
   for (int i = 0; i < n; ++i) {
     const float* row = z + i * ldz;
-    vf top = splat(-kInfinity), sum = {};
-    for (int64_t j = 0; j < m; j += W) top = larger(load(row + j), top);
-    const float t = largest_of(top), safe = t == -kInfinity ? 0.f : t;
+    vf lane_max = splat(-kInfinity), sum = {};
+    for (int64_t j = 0; j < m; j += W) lane_max = larger(load(row + j), lane_max);
+    const float row_max = largest_of(lane_max), safe = row_max == -kInfinity ? 0.f : row_max;
     for (int64_t j = 0; j < m; j += W) sum += exp2v(load(row + j) - safe);
-    lse[i] = t == -kInfinity ? t : safe + __builtin_log2f(sum_of(sum));
+    lse[i] = row_max == -kInfinity ? row_max : safe + __builtin_log2f(sum_of(sum));
   }
 }
 
@@ -28,51 +28,51 @@ HISAC_INLINE vf route_logit(const float* z, const RouteWeights& p, int i, vf nor
   return p.shift[i] - rate * larger(p.row_norm[i] + norm - 2.f * load(z), vf{});
 }
 
-/// Where weights go in pairs of rows; lo null: one half.
-struct PairTarget {
+/// The weights of pairs of rows in bfloat16; lo null: without the lo of bf16x3.
+struct Bf16Weights {
   uint32_t *hi, *lo;
-  PairTarget operator+(int64_t j) const { return {hi + j, lo ? lo + j : lo}; }
+  Bf16Weights operator+(int64_t j) const { return {hi + j, lo ? lo + j : lo}; }
 };
 
-/// Weights of one vector of agents, their sum, and the largest logit.
+/// The weights of a block for one vector of agents, their sum, and the block's largest logit.
 template <bool products>
-HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top, float* e,
-                        int64_t lde, vf& peak, vf& sum) {
-  peak = splat(-kInfinity);
+HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf max_logit,
+                        float* e, int64_t lde, vf& block_max, vf& sum) {
+  block_max = splat(-kInfinity);
   sum = vf{};
   for (int i = 0; i < n; ++i) {
-    const vf logit = route_logit<products>(z + i * ldz, p, i, norm, rate), w = exp2v(logit - top);
-    peak = larger(logit, peak);
+    const vf logit = route_logit<products>(z + i * ldz, p, i, norm, rate), w = exp2v(logit - max_logit);
+    block_max = larger(logit, block_max);
     store(e + i * lde, w);
     sum += w;
   }
 }
 
-/// The same in pairs of rows; lo, if wanted, is what rounding left.
+/// The same in bfloat16, two rows an element; lo, if wanted, is what the rounding of hi leaves.
 template <bool products>
-HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf top,
-                        PairTarget e, int64_t lde, vf& peak, vf& sum) {
-  const auto halves = [](vu pair, vf& even, vf& odd) __attribute__((always_inline)) {
+HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf max_logit,
+                        Bf16Weights e, int64_t lde, vf& block_max, vf& sum) {
+  const auto widen_pair = [](vu pair, vf& even, vf& odd) __attribute__((always_inline)) {
     even = (vf)(pair << 16);
     odd = (vf)(pair & 0xffff0000u);
   };
-  peak = splat(-kInfinity);
+  block_max = splat(-kInfinity);
   sum = vf{};
   for (int i = 0; i < n; i += 2) {
     vf even = route_logit<products>(z + i * ldz, p, i, norm, rate);
     vf odd = i + 1 < n ? route_logit<products>(z + (i + 1) * ldz, p, i + 1, norm, rate) : splat(-kInfinity);
-    peak = larger(larger(even, odd), peak);
-    even = exp2v(even - top);
-    odd = exp2v(odd - top);
+    block_max = larger(larger(even, odd), block_max);
+    even = exp2v(even - max_logit);
+    odd = exp2v(odd - max_logit);
     const vu hi = pair_of(even, odd);
     *reinterpret_cast<vu_loose*>(e.hi + i / 2 * lde) = hi;
     vf high_even, high_odd;
-    halves(hi, high_even, high_odd);
+    widen_pair(hi, high_even, high_odd);
     sum += high_even + high_odd;
     if (!e.lo) continue;
     const vu lo = pair_of(even - high_even, odd - high_odd);
     *reinterpret_cast<vu_loose*>(e.lo + i / 2 * lde) = lo;
-    halves(lo, even, odd);
+    widen_pair(lo, even, odd);
     sum += even + odd;
   }
 }
@@ -80,28 +80,28 @@ HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& 
 template <bool products, class T>
 HISAC_INLINE bool route_weights_of(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, T e,
                                    int64_t lde) {
-  constexpr float kRise = 12;
+  constexpr float kMaxExcess = 12;
   bool changed = false;
   for (int64_t j = 0; j < m; j += W) {
-    const vf norm = load(p.norm + j), rate = load(p.rate + j), old = load(p.top + j);
-    const vf top = old == -kInfinity ? vf{} : old;
-    vf peak, sum, factor = splat(1.f);
-    weigh<products>(n, z + j, ldz, p, norm, rate, top, e + j, lde, peak, sum);
-    const vi rises = (peak > top + kRise) | ((old == -kInfinity) & (peak > -kInfinity));
+    const vf norm = load(p.norm + j), rate = load(p.rate + j), old_max = load(p.max_logit + j);
+    const vf max_logit = old_max == -kInfinity ? vf{} : old_max;
+    vf block_max, sum, factor = splat(1.f);
+    weigh<products>(n, z + j, ldz, p, norm, rate, max_logit, e + j, lde, block_max, sum);
+    const vi exceeds = (block_max > max_logit + kMaxExcess) | ((old_max == -kInfinity) & (block_max > -kInfinity));
     int any = 0;
-    for (int l = 0; l < W; ++l) any |= rises[l];
+    for (int l = 0; l < W; ++l) any |= exceeds[l];
     if (any) {
-      const vf next = larger(peak, old);
-      const vf safe = next == -kInfinity ? vf{} : next;  // no mass yet: -inf - -inf would be NaN
-      weigh<products>(n, z + j, ldz, p, norm, rate, safe, e + j, lde, peak, sum);
-      factor = exp2v(old - safe);
-      store(p.top + j, next);
+      const vf new_max = larger(block_max, old_max);
+      const vf safe = new_max == -kInfinity ? vf{} : new_max;  // no logit yet: -inf - -inf would be NaN
+      weigh<products>(n, z + j, ldz, p, norm, rate, safe, e + j, lde, block_max, sum);
+      factor = exp2v(old_max - safe);
+      store(p.max_logit + j, new_max);
       if (!changed)
         for (int64_t c = 0; c < j; c += W) store(p.factor + c, splat(1.f));
       changed = true;
     }
     if (changed) store(p.factor + j, factor);
-    store(p.mass + j, load(p.mass + j) * factor + sum);
+    store(p.denominator + j, load(p.denominator + j) * factor + sum);
   }
   return changed;
 }
@@ -111,30 +111,25 @@ static bool route_weights(int n, int64_t m, const float* z, int64_t ldz, const R
                     : route_weights_of<false>(n, m, z, ldz, p, e, lde);
 }
 
-#if defined(HISAC_PAIRS)
-static bool route_weights_split(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
-                                uint32_t* e_lo, int64_t lde) {
-  const PairTarget e{e_hi, e_lo};
+#if defined(HISAC_BF16)
+static bool route_weights_bf16(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e_hi,
+                               uint32_t* e_lo, int64_t lde) {
+  const Bf16Weights e{e_hi, e_lo};
   return p.row_norm ? route_weights_of<true>(n, m, z, ldz, p, e, lde)
                     : route_weights_of<false>(n, m, z, ldz, p, e, lde);
-}
-
-static bool route_weights_pairs(int n, int64_t m, const float* z, int64_t ldz, const RouteWeights& p, uint32_t* e,
-                                int64_t lde) {
-  return route_weights_split(n, m, z, ldz, p, e, nullptr, lde);
 }
 #endif
 
 /// raw <- weights w = 2^(raw + shift_i - lse_a); dz = w (g + offset_a); d_bias_i = sum_a dz; in agents mode
 /// dz -= 2^(raw - row_lse_i) d_bias_i; g <- rate_a dz.
-template <bool shares>
+template <bool softmax_over_agents>
 HISAC_INLINE void route_gradient_of(int n, int64_t m, float* raw, float* g, int64_t ldz, const RouteGradient& p) {
   for (int i = 0; i < n; ++i) {
     float *r = raw + i * ldz, *q = g + i * ldz;
     vf bias_sum = {}, distance_sum = {};
-    const auto take = [&](int64_t j, vf w, vf dz) __attribute__((always_inline)) {
+    const auto add_gradients = [&](int64_t j, vf w, vf dz) __attribute__((always_inline)) {
       const vf logit = larger(load(r + j), splat(-3e38f));  // 0 * -inf would be NaN
-      if (shares) dz -= exp2v(logit - p.row_lse[i]) * p.d_bias[i];
+      if (softmax_over_agents) dz -= exp2v(logit - p.row_lse[i]) * p.d_bias[i];
       store(r + j, w);
       store(p.d_raw + j, load(p.d_raw + j) + dz * logit);
       const vf distance = dz * load(p.rate + j);
@@ -148,13 +143,13 @@ HISAC_INLINE void route_gradient_of(int n, int64_t m, float* raw, float* g, int6
     for (int64_t j = 0; j < m; j += W) {
       const vf w = weight(j), dz = w * (load(q + j) + load(p.offset + j));
       bias_sum += dz;
-      if (shares)
+      if (softmax_over_agents)
         store(q + j, dz);
       else
-        take(j, w, dz);
+        add_gradients(j, w, dz);
     }
     p.d_bias[i] = sum_of(bias_sum);
-    for (int64_t j = 0; shares && j < m; j += W) take(j, weight(j), load(q + j));
+    for (int64_t j = 0; softmax_over_agents && j < m; j += W) add_gradients(j, weight(j), load(q + j));
     p.row_sum[i] = sum_of(distance_sum);
   }
 }
@@ -168,26 +163,26 @@ static void route_gradient(int n, int64_t m, float* raw, float* g, int64_t ldz, 
 
 // ---- attend
 
-/// A logit that two of its kind, added, keep finite; NaN loses.
+/// Clamps a logit so that the sum of two is finite; NaN becomes the smallest.
 HISAC_INLINE vf bounded(vf x) { return smaller(larger(x, splat(-1.7e38f)), splat(1.7e38f)); }
 
 static void row_softmax(int n, int64_t m, float* z, int64_t ldz, float scale, const float* bias, float* lse) {
   for (int i = 0; i < n; ++i) {
     float* row = z + i * ldz;
-    vf top = splat(-kInfinity), sum = {};
+    vf lane_max = splat(-kInfinity), sum = {};
     for (int64_t j = 0; j < m; j += W) {
       const vf x = bounded(scale * load(row + j)) + load(bias + j);
       store(row + j, x);
-      top = larger(x, top);
+      lane_max = larger(x, lane_max);
     }
-    const float t = largest_of(top), safe = t == -kInfinity ? 0.f : t;
+    const float row_max = largest_of(lane_max), safe = row_max == -kInfinity ? 0.f : row_max;
     for (int64_t j = 0; j < m; j += W) {
       const vf e = exp2v(load(row + j) - safe);
       store(row + j, e);
       sum += e;
     }
-    const float total = sum_of(sum), inverse = t == -kInfinity ? 0.f : 1.f / total;
-    lse[i] = t == -kInfinity ? t : safe + __builtin_log2f(total);
+    const float total = sum_of(sum), inverse = row_max == -kInfinity ? 0.f : 1.f / total;
+    lse[i] = row_max == -kInfinity ? row_max : safe + __builtin_log2f(total);
     for (int64_t j = 0; j < m; j += W) store(row + j, load(row + j) * inverse);
   }
 }

@@ -6,7 +6,7 @@
 
 namespace hisac::simd {
 
-/// Sixteens of the next panel when `left` sixteens remain: threes, but no one left alone.
+/// The next panel's columns in units of kLanes when `left` units remain: 3, but 2 where 3 would leave a panel of 1.
 constexpr int64_t panel_group(int64_t left) { return left == 2 || left == 4 ? 2 : left == 1 ? 1 : 3; }
 
 constexpr int64_t kPanel = 48;  // columns of the widest panel
@@ -14,12 +14,12 @@ constexpr int64_t kPanel = 48;  // columns of the widest panel
 /// body(first column, width) for each panel of m columns; a packed [k, m] has its panel at k * first.
 template <class Body>
 void for_panels(int64_t m, Body body) {
-  int64_t at = 0;
+  int64_t first = 0;
   for (int64_t left = pad(m) / kLanes; left > 0;) {
     const int64_t group = panel_group(left);
     left -= group;
-    body(at, group * kLanes);
-    at += group * kLanes;
+    body(first, group * kLanes);
+    first += group * kLanes;
   }
 }
 

@@ -8,6 +8,7 @@ namespace hisac::cuda {
 
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLargest = 3.402823466e38f;
+constexpr float kLargestBfloat16 = 3.38953139e38f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.69314718055994531;
 
@@ -56,6 +57,24 @@ SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
   }
 }
 
+/// The number of the lowest bit that is set.
+SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (0u - bits)) - 1); }
+
+/// The sum of x over this lane and the lanes before it.
+template <class T>
+SIMT_DEVICE T sum_so_far(T x) {
+  for (int m = 1; m < 32; m *= 2) {
+    const T left = simt::shuffle(x, simt::lane() < m ? simt::lane() : simt::lane() - m);
+    if (simt::lane() >= m) x += left;
+  }
+  return x;
+}
+
+/// Whether rows are of whole 16 bytes, and at multiples of 16.
+inline bool aligned(const Rows& m) {
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;
+}
+
 /// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
 struct Spans {
   const void *starts = nullptr, *ends = nullptr;
@@ -63,37 +82,38 @@ struct Spans {
   int64_t rows = 0, users = 0;
 
   SIMT_DEVICE int64_t start(int64_t b) const {
-    const int64_t s = offset(starts, b);
+    const int64_t s = value(starts, b);
     return s < 0 ? 0 : s > rows ? rows : s;
   }
   SIMT_DEVICE int64_t end(int64_t b) const {
-    const int64_t s = start(b), e = offset(ends, b);
+    const int64_t s = start(b), e = value(ends, b);
     return e < s ? s : e > rows ? rows : e;
   }
   SIMT_DEVICE int64_t length(int64_t b) const {  // end - start, in fewer registers
-    const int64_t e = offset(ends, b), n = (e > rows ? rows : e) - start(b);
+    const int64_t e = value(ends, b), n = (e > rows ? rows : e) - start(b);
     return n < 0 ? 0 : n;
   }
 
  private:
-  SIMT_DEVICE int64_t offset(const void* p, int64_t b) const {
+  SIMT_DEVICE int64_t value(const void* p, int64_t b) const {
     return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
   }
 };
 
 SIMT_DEVICE float rounded(float x) { return of_bfloat16(simt::pack(x, 0)); }
 
-/// Two floats as bfloat16, and what they lose, in bfloat16 again: x = high + low within 2^-17 |x|.
-SIMT_DEVICE uint32_t split(float x, float y, uint32_t* low) {
+/// Two floats rounded to bfloat16, and in `low` what they lose, in bfloat16 again: x = high + low within 2^-17 |x|.
+SIMT_DEVICE uint32_t bf16_parts(float x, float y, uint32_t* low) {
   const uint32_t high = simt::pack(x, y);
   *low = simt::pack(x - of_bfloat16(high), y - simt::float_of(high & 0xffff0000u));
   return high;
 }
 
-/// The same for any finite or infinite number: one that would round to infinity is cut, and an infinity loses nothing.
-SIMT_DEVICE uint32_t split_any(float x, float y, uint32_t* low) {
-  constexpr float kTop = 3.38953139e38f;  // the largest bfloat16
-  const float a = finite(x) ? smaller(larger(x, -kTop), kTop) : x, b = finite(y) ? smaller(larger(y, -kTop), kTop) : y;
+/// The same for any finite or infinite number. A finite one that would round to infinity is clamped. An infinity is in
+/// the high part, and its low part is 0.
+SIMT_DEVICE uint32_t bf16_parts_keeping_infinity(float x, float y, uint32_t* low) {
+  const float a = finite(x) ? smaller(larger(x, -kLargestBfloat16), kLargestBfloat16) : x,
+              b = finite(y) ? smaller(larger(y, -kLargestBfloat16), kLargestBfloat16) : y;
   const uint32_t high = simt::pack(a, b);
   const float da = finite(x) ? x - of_bfloat16(high) : 0.f,
               db = finite(y) ? y - simt::float_of(high & 0xffff0000u) : 0.f;
@@ -101,7 +121,9 @@ SIMT_DEVICE uint32_t split_any(float x, float y, uint32_t* low) {
   return high;
 }
 
-/// A natural logit in base 2; finite stays finite, with room to add another.
-SIMT_DEVICE float base2(float x) { return smaller(larger(x * kLog2e, -1.7e38f), 1.7e38f); }
+/// A logit to which another may be added without overflow; NaN loses.
+SIMT_DEVICE float bounded(float x) { return smaller(larger(x, -1.7e38f), 1.7e38f); }
+/// A natural logit in base 2, bounded.
+SIMT_DEVICE float base2(float x) { return bounded(x * kLog2e); }
 
 }  // namespace hisac::cuda

@@ -1,10 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// A verb's launches, one after another on its stream, until one fails.
+// What a verb does on the host: it cuts shared memory, then launches kernels one after another on its stream, until one
+// fails.
 #pragma once
 #include "base/checks.h"
-#include "cuda/device/simt.h"
+#include "cuda/device/elements.h"
 
 namespace hisac::cuda {
+
+/// Cuts a block's shared memory: offsets in bytes, multiples of 16, which fit in an int whatever is asked for.
+class SharedLayout {
+ public:
+  explicit SharedLayout(int64_t first = 0) noexcept : bytes_(first) {}
+  int take(int64_t bytes) noexcept {
+    const int64_t offset = bytes_;
+    bytes_ += (bytes + 15) / 16 * 16;
+    return least(offset, 1 << 30);
+  }
+  int64_t bytes() const noexcept { return bytes_; }
+
+ private:
+  int64_t bytes_;
+};
 
 class Launcher {
  public:

@@ -6,23 +6,24 @@
 
 namespace hisac::cuda {
 
-/// Parts `apart` elements from one to the next; an odd number of 16 bytes a row, so that no bank conflicts.
+/// P matrices of bfloat16 in shared memory, `part_stride` elements from one to the next. A row is an odd number of 16
+/// bytes long, so that no bank conflicts.
 template <int P>
 struct Operand {
   uint16_t* data;
-  int pitch, apart;
+  int pitch, part_stride;
 
-  SIMT_DEVICE Operand at(int row, int column) const { return {data + row * pitch + column, pitch, apart}; }
+  SIMT_DEVICE Operand from(int row, int column) const { return {data + row * pitch + column, pitch, part_stride}; }
   /// Where this lane points in the 16 x 16 elements at (row, column) whose four matrices it helps to load.
   SIMT_DEVICE const uint16_t* place(int part, int row, int column) const {
-    return data + part * apart + (row + (simt::lane() & 15)) * pitch + column + (simt::lane() >> 4) * 8;
+    return data + part * part_stride + (row + (simt::lane() & 15)) * pitch + column + (simt::lane() >> 4) * 8;
   }
 };
 
-/// As split, for any float: what no bfloat16 holds is left to the low part, infinities and NaN among it.
-SIMT_DEVICE uint32_t split_wide(float x, float y, uint32_t* low) {
-  constexpr float kTop = 3.38953139e38f;  // the largest bfloat16
-  const uint32_t high = simt::pack(smaller(larger(x, -kTop), kTop), smaller(larger(y, -kTop), kTop));
+/// The same for any float. The high part is clamped to finite numbers, so infinities and NaN are in the low part.
+SIMT_DEVICE uint32_t bf16_parts_clamped(float x, float y, uint32_t* low) {
+  const uint32_t high = simt::pack(smaller(larger(x, -kLargestBfloat16), kLargestBfloat16),
+                                   smaller(larger(y, -kLargestBfloat16), kLargestBfloat16));
   *low = simt::pack(x - of_bfloat16(high), y - simt::float_of(high & 0xffff0000u));
   return high;
 }
@@ -56,7 +57,7 @@ SIMT_DEVICE void multiply_weights(float (*sum)[4], const float (&w)[N][4], const
     uint32_t left[2][4];
     SIMT_EACH (i, 4) {
       const float* const pair = &w[2 * k + i / 2][i % 2 * 2];
-      left[0][i] = split(pair[0], pair[1], &left[1][i]);
+      left[0][i] = bf16_parts(pair[0], pair[1], &left[1][i]);
     }
     SIMT_EACH (n, C / 2) {
       if (n * 16 >= columns) continue;

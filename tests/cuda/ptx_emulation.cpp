@@ -56,10 +56,10 @@ std::vector<Range> reached(const simt::Launch& launch) {
     for (size_t i = 0; i + 8 <= launch.sizes[k]; i += 8) {
       uintptr_t address;
       std::memcpy(&address, static_cast<const char*>(launch.parameters[k]) + i, 8);
-      auto at = held.upper_bound(address);
-      if (at == held.begin()) continue;
-      --at;
-      const Range r = {at->first, at->first + at->second};
+      auto array = held.upper_bound(address);
+      if (array == held.begin()) continue;
+      --array;
+      const Range r = {array->first, array->first + array->second};
       const auto same = [&](const Range& o) { return o.begin == r.begin; };
       if (r.holds(address, 1) && std::none_of(out.begin(), out.end(), same)) out.push_back(r);
     }
@@ -69,11 +69,11 @@ std::vector<Range> reached(const simt::Launch& launch) {
 /// A name as every compiler would give it: its part for the unnamed namespace is the compiler's own.
 std::string common(std::string name) {
   const std::string mark = "_GLOBAL__N_";
-  const size_t at = name.find(mark);
-  size_t digits = at;
-  if (at == std::string::npos) return name;
+  const size_t begin = name.find(mark);
+  size_t digits = begin;
+  if (begin == std::string::npos) return name;
   while (digits > 0 && std::isdigit(static_cast<unsigned char>(name[digits - 1]))) --digits;
-  return name.replace(digits, at - digits + std::stoul(name.substr(digits, at - digits)), "1_");
+  return name.replace(digits, begin - digits + std::stoul(name.substr(digits, begin - digits)), "1_");
 }
 
 /// The program's functions by their addresses.
@@ -151,15 +151,15 @@ void launch_both(const simt::Launch& launch) {
 
 }  // namespace
 
-void twin(std::string name, std::string text) {
+void load_ptx(std::string name, std::string text) {
   texts.emplace_back(std::move(name), std::move(text));
   simt::instead = launch_both;
   test::on_guarded = [](const void* p, size_t bytes) { bytes ? arrays().add(p, bytes) : arrays().remove(p); };
 }
 
-void twin_files(const std::string& paths) {
+void load_ptx_files(const std::string& paths) {
   std::stringstream in(paths);
-  for (std::string path; std::getline(in, path, ':');) twin(path.substr(path.rfind('/') + 1), read(path));
+  for (std::string path; std::getline(in, path, ':');) load_ptx(path.substr(path.rfind('/') + 1), read(path));
 }
 
 }  // namespace ptx

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scalar twin of the AMX unit: tile registers as plain memory, with the architecture's limits and arithmetic (the
-// instructions' public description), and what would fault there thrown here. Counts what it does.
+// A scalar emulation of the AMX unit: tile registers as plain memory, with the architecture's limits and arithmetic
+// (the instructions' public description). What would fault there throws here. It counts configurations, loads, stores
+// and dots.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -26,7 +27,7 @@ inline uint32_t bits_of(float x) {
   return bits;
 }
 
-struct Twin {
+struct EmulatedTiles {
   struct Fault : std::logic_error {
     using std::logic_error::logic_error;
   };
