@@ -7,7 +7,7 @@ namespace hisac {
 
 /// The caller's threads. parallel_for covers [0, n) by calls fn(arg, begin, end, worker) on disjoint ranges, returns
 /// when all are done, and gives no two calls that run at once the same worker in [0, workers). Results do not depend on
-/// `workers` nor on how the ranges are cut.
+/// `workers` nor on how the ranges are cut, if all threads have the caller's floating-point mode (ThreadPool's do).
 struct Executor {
   void* ctx = nullptr;
   int workers = 1;
