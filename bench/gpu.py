@@ -16,10 +16,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import gpu_works
 import harness
 import hisac
-import torch
 from run import SCHEMA, commit
 
 

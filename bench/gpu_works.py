@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.nn import functional
 
 import hisac
 import hisac.torch as ht
-import torch
 from data import CLUSTERED, NORMAL, UNIT, structured
 from harness import Case, Variant
 

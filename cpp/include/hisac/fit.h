@@ -29,8 +29,8 @@ struct FitReport {
 /// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes
 /// without rows take the worst-quantised rows. Left out are rows with a NaN or a value of 2^100 and more, and rows so
 /// large that they would make the grid of the sums coarser than 2^-16 of the median row (a row's largest value counts):
-/// by binary exponents, those more than 46 - b above the upper median, b the bits of the number of rows. x [T, D] -> the centers of each level, [C_l, D], and a
-/// report, which may not be null.
+/// by binary exponents, those more than 46 - b above the upper median, b the bits of the number of rows. x [T, D] ->
+/// the centers of each level, [C_l, D], and a report, which may not be null.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept;

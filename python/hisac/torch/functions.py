@@ -5,10 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch.autograd import forward_ad
-
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import Codebook
 from ..reference import MAX_SEATS

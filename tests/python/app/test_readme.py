@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_layout import ROOMS
 
 import hisac
-from test_layout import ROOMS
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCH = ROOT / "bench"
