@@ -271,7 +271,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                          params.normalize == Normalize::agents,
                          params.method == Method::leaf,
                          params.precision == Precision::bfloat16 ? tolerance::kRounded
-                         : simd::kernels().matmul_bf16x3          ? tolerance::kBf16x3
+                         : simd::kernels().matmul_bf16x3         ? tolerance::kBf16x3
                                                                  : 0,
                          type};
   double path = 0;  // of a code, no prototype is longer

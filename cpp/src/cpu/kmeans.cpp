@@ -91,8 +91,8 @@ struct Fit {
     });
   }
 
-  /// r = the rows that take part. Their values are below kFitLimit, and not so much larger than the median row's that the
-  /// unit of the sums would be coarser than 2^-16 of that row.
+  /// r = the rows that take part. Their values are below kFitLimit, and not so much larger than the median row's that
+  /// the unit of the sums would be coarser than 2^-16 of that row.
   void gather(Rows x) noexcept {
     const simd::Kernels& k = simd::kernels();
     const int64_t bytes = bytes_of(x.dtype);
