@@ -304,6 +304,12 @@ def house(tmp_path):
     return tmp_path
 
 
+def test_the_cores_page_lists_the_rooms():
+    text = (ROOT / "cpp/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(cpp/\S+)` \| .* \| (.*) \|$", text, re.MULTILINE)
+    assert {room: found.strip("`") for room, found in rows} == ROOMS | {"cpp/include": "other public headers"}
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_good_house_passes(house, rule):
     assert list(rule(house)) == []
