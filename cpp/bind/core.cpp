@@ -85,7 +85,8 @@ void make_codebook(Codebook* self, const std::vector<View>& centers) {
   new (self) Codebook(std::move(book));
 }
 
-Codebook load_codebook(const std::string& path) {
+// The bytes of a path, as the system has it: it need not be UTF-8.
+Codebook load_codebook(nb::bytes path) {
   Codebook book;
   int os_error = 0;
   const Status status = without_gil([&] {
@@ -98,7 +99,7 @@ Codebook load_codebook(const std::string& path) {
   return book;
 }
 
-void save_codebook(const Codebook& book, const std::string& path) {
+void save_codebook(const Codebook& book, nb::bytes path) {
   errno = 0;
   const Status status = book.save(path.c_str());
   raise(status, errno);

@@ -223,8 +223,8 @@ def _take_rows(verb: str, codes: Array) -> tuple[Array, int]:
     return codes, math.prod(codes.shape[:-1])
 
 
-def _name(path: str | bytes | os.PathLike[Any]) -> str:
-    name = os.fsdecode(path)
-    if "\0" in name:  # C would open what stands before it
-        raise ValueError(f"Codebook: path expected no null character, got {name!r}")
+def _name(path: str | bytes | os.PathLike[Any]) -> bytes:
+    name = os.fsencode(path)
+    if b"\0" in name:  # C would open what stands before it
+        raise ValueError(f"Codebook: path expected no null character, got {os.fsdecode(name)!r}")
     return name

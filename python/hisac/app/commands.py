@@ -45,8 +45,6 @@ def load_book(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        if path.encode(errors="ignore").decode() != path:  # the core takes names in UTF-8 only
-            return hisac.Codebook.from_bytes(Path(path).read_bytes())
         return hisac.Codebook.load(path)
     except hisac.CorruptFileError as error:
         raise hisac.CorruptFileError(f"{path}: {error}") from error

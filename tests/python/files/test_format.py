@@ -315,13 +315,17 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_names_of_files(tmp_path):
-    """bytes and any script; a null character is not the end of the name."""
+    """bytes, any script, and what is not UTF-8; a null character is not the end of the name."""
     names = ["plain", "\u00e9\u4e2d \U0001f600", b"bytes", b"\xc3\xa9"]
+    if sys.platform != "darwin":  # a file system of UTF-8 only
+        names += [b"x\xff", os.fsdecode(b"y\xfe")]
     for name in names:
         path = os.path.join(os.fsencode(tmp_path), name) if isinstance(name, bytes) else tmp_path / name
         BOOK.save(path)
         assert Codebook.load(path) == BOOK
     assert set(os.listdir(tmp_path)) == {os.fsdecode(name) for name in names}
+    with pytest.raises(FileNotFoundError, match="none"):
+        Codebook.load(os.fsencode(tmp_path) + b"/none\xff")
     for use in (Codebook.load, BOOK.save):
         with pytest.raises(ValueError, match=r"path expected no null character, got '.*plain.x00"):
             use(f"{tmp_path}/plain\0.safetensors")
