@@ -19,7 +19,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   two halves of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
 - `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
   4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k. Leaf sums themselves alike.
-- Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli.
+- Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli:
+  of x - c and p - c in those of x and of prototypes, since the kernels add up g (p - c) - g (x - c).
   On CUDA (`cuda=True`) these products, and those of `attend`, are of halves too, or rounded with precision="bfloat16".
 
 A bound is infinite where float32 overflows (anything but NaN will do), NaN where a NaN or infinite value went in or
@@ -167,11 +168,10 @@ def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
     return skew + (_steps(len(raw.x)) + 8) * U, _largest(h, reach)
 
 
-def _from_origin(h: Any) -> Array:
-    """|x - c| + |p - c| [n, m] for the origin c that the CPU takes: in each dimension the median of the first five
-    present prototypes, or the first where there are fewer."""
-    c = np.median(h.p[:5], 0) if len(h.p) >= 5 else h.p[0] if len(h.p) else 0.0
-    return np.sqrt(np.square(h.x - c).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p - c).sum(1))
+def _origin(h: Any) -> Any:
+    """The origin c [D] that the CPU takes: in each dimension the median of the first five present prototypes, or the
+    first where there are fewer."""
+    return np.median(h.p[:5], 0) if len(h.p) >= 5 else h.p[0] if len(h.p) else 0.0
 
 
 class _Logits:
@@ -182,7 +182,10 @@ class _Logits:
         width = h.x.shape[1]
         self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
         far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
-        near = far if cuda or rounding == U16 else _from_origin(h)
+        self.origin, near = 0.0, far
+        if not cuda and rounding != U16:
+            self.origin = c = _origin(h)
+            near = np.sqrt(np.square(h.x - c).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p - c).sum(1))
         if rounding == U16:
             drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
         far, near = np.square(far + drift), np.square(near + drift)
@@ -347,9 +350,9 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             if h is raw:
                 off = dz_wrong + (many + accumulate + max(split, logits.rounding)) * dz
                 g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau + least
-                x, a = (np.abs(rows) + logits.flushed / U16 for rows in (h.x, h.p))
+                x, a = (np.abs(rows - logits.origin) + logits.flushed / U16 for rows in (h.x, h.p))
                 beyond = np.where(g + g_wrong > HUGE, np.inf, TINY)  # however small what they multiply
-                np.add.at(dx, at, (g_wrong + 4 * U * g) @ a + (g_wrong + 4 * U * g).sum(1, keepdims=True) * x)
+                np.add.at(dx, at, (g_wrong + 6 * U * g) @ a + (g_wrong + 6 * U * g).sum(1, keepdims=True) * x)
                 np.add.at(dx, at, beyond.max(1, initial=TINY, keepdims=True))
                 dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + beyond.max(0, initial=TINY)[:, None]
             if args.get("missing") == "token" and len(h.absent):

@@ -93,6 +93,19 @@ def test_refined_prototypes_are_constant_in_the_backward():
     testing.assert_gradients_close(hisac.route_backward(**args), reference.route_backward(**args), args)
 
 
+def test_gradients_next_to_the_origin_of_the_distances():
+    """A coordinate that is 0 in x and tiny in the second prototype; the first, the origin, is 1 away from both. Drawn
+    problems met this once in some thousand: prototypes so near to x come from rounds of refinement."""
+    x, p = np.zeros((1, 1), np.float32), np.array([[[-1], [4.7e-12]]], np.float32)
+    args = {"x": x, "v": np.ones((1, 1), np.float32), "offsets": np.array([0, 1]), "temperature": 1.0}
+    forward = hisac.route(**args, prototypes=p)
+    args |= {"d_tokens": np.zeros_like(forward.tokens), "d_lse": np.array([[0, 1]], np.float32), "forward": forward}
+    args["need"] = ("x",)
+    expected = reference.route_backward(**args)
+    np.testing.assert_allclose(expected.x, 9.4e-12, rtol=1e-6)
+    testing.assert_gradients_close(hisac.route_backward(**args), expected, args)
+
+
 def long_problem(rows, normalize, seed=0, **options):
     """Unit rows of two users, one of them almost everything; a bias; 8 agents."""
     rng = np.random.default_rng(seed)
