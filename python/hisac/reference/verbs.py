@@ -322,8 +322,10 @@ def route_backward(
         np.add.at(dtau, h.agents, (dz * d).sum(0) / h.tau**2)
         if method == "exact":
             g = 2 * dz / h.tau
-            np.add.at(dx, at, g @ h.p - g.sum(1, keepdims=True) * h.x)
-            dp[b, h.agents] = g.T @ h.x - g.sum(0)[:, None] * h.p
+            for j, agent in enumerate(h.agents):
+                terms = g[:, j, None] * (h.p[j] - h.x)
+                np.add.at(dx, at, terms)
+                dp[b, agent] = -terms.sum(0)
         if missing == "token" and len(h.absent):
             np.add.at(dv, rows.start + h.absent, float64(d_tokens[b, m]) / len(h.absent))
     if np.size(temperature) == 1:
