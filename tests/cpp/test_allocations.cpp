@@ -208,7 +208,9 @@ TEST_CASE("memory for a file's payload is asked for when its head is right") {
   CHECK(allocations(length) == 0);
   CHECK(allocations(header) == 1);  // the header's text
   CHECK(allocations(longer) == 1);
-  CHECK(allocations(bytes) == 4);  // and the payload, and the codebook's two
+  const auto whole = allocations(bytes);  // and the payload, and the codebook's two
+  CHECK(whole <= 4);
+  CHECK(whole >= (counting::kCanFail ? 4 : 3));  // ThreadSanitizer's hook does not see one of them
   std::remove(path.c_str());
 }
 
