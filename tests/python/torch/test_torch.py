@@ -5,7 +5,6 @@ import gc
 import importlib
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 
@@ -15,25 +14,11 @@ from hisac.reference import bounds
 from hisac.types import RouteGradients
 
 torch = pytest.importorskip("torch")
+small = importlib.import_module("small_ranking")  # needs torch
 hisac_torch = importlib.import_module("hisac.torch")
 ops = torch.ops.hisac
-
-OFFSETS = torch.tensor([0, 7, 7, 20])  # the user in the middle has no history
-CANDIDATES = torch.tensor([0, 4, 5, 9])
-
-
-def make_book(seed=0, sizes=(6, 5), width=8):
-    rng = np.random.default_rng(seed)
-    return hisac.Codebook([rng.normal(size=(c, width)).astype("f4") / 2**n for n, c in enumerate(sizes)])
-
-
-def rows(seed=0, n=20, width=8, value=5):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, generator=g), torch.randn(n, value, generator=g)
-
-
-def wanted(t):
-    return t.clone().requires_grad_()
+OFFSETS, CANDIDATES = small.OFFSETS, small.CANDIDATES
+make_book, rows, wanted = small.make_book, small.rows, small.wanted
 
 
 @pytest.fixture
