@@ -8,17 +8,14 @@ python bench/headline.py rows.json --readme README.md --check    # fails if that
 A work that the run does not have gives no row; a quick run gives no numbers at all.
 """
 
-import argparse
-import json
 import re
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import page
 from table import number
 
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
-MARKED = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -116,32 +113,8 @@ def render(data: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """The exit code: 0, 1 if --check finds a difference, 2 for a wrong call."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what bench/run.py --json wrote")
-    parser.add_argument("--readme", type=Path, help=f"the file whose text between {BEGIN} and {END} is the table")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the text differs")
-    arguments = parser.parse_args()
-    if arguments.check and arguments.readme is None:
-        parser.error("--check needs --readme")
-    try:
-        text = render(json.loads(arguments.json.read_text()))
-    except ValueError as problem:
-        parser.error(f"{arguments.json}: {problem}")
-    if arguments.readme is None:
-        print(text, end="")
-        return 0
-    old = arguments.readme.read_text()
-    if len(MARKED.findall(old)) != 1:
-        parser.error(f"{arguments.readme}: expected {BEGIN} and {END} once, found {len(MARKED.findall(old))} pairs")
-    new = MARKED.sub(lambda _: f"{BEGIN}\n{text}{END}", old)
-    if new == old:
-        return 0
-    if arguments.check:
-        print(f"{arguments.readme}: the numbers differ from {arguments.json}; run without --check", file=sys.stderr)
-        return 1
-    arguments.readme.write_text(new)
-    return 0
+    """The exit code of `page.main`."""
+    return page.main(__doc__, BEGIN, END, render)
 
 
 if __name__ == "__main__":

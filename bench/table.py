@@ -8,17 +8,13 @@ python bench/table.py rows.json --readme bench/README.md --check    # fails if t
 A run without records of the kernels that its BLAS ran, or whose kernels were forced, makes no table.
 """
 
-import argparse
-import json
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import blas
+import page
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-MARKED = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -93,35 +89,16 @@ def render(data: dict[str, Any]) -> str:
     return f"{table}\n\n{caption(data)}\n"
 
 
+def checked(data: dict[str, Any]) -> str:
+    """The table of a run whose BLAS is recorded and was not forced, or ValueError."""
+    if problem := blas.problem(data):
+        raise ValueError(problem)
+    return render(data)
+
+
 def main() -> int:
-    """The exit code: 0, 1 if --check finds a difference, 2 for a wrong call."""
-    text = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text.add_argument("json", type=Path, help="what bench/run.py --json wrote")
-    text.add_argument("--readme", type=Path, help=f"the file whose text between {BEGIN} and {END} is the table")
-    text.add_argument("--check", action="store_true", help="write nothing; exit 1 if the text differs")
-    arguments = text.parse_args()
-    if arguments.check and arguments.readme is None:
-        text.error("--check needs --readme")
-    data = json.loads(arguments.json.read_text())
-    problem = blas.problem(data)
-    if problem:
-        print(f"{arguments.json}: {problem}", file=sys.stderr)
-        return 2
-    table = render(data)
-    if arguments.readme is None:
-        print(table, end="")
-        return 0
-    old = arguments.readme.read_text()
-    if len(MARKED.findall(old)) != 1:
-        text.error(f"{arguments.readme}: expected {BEGIN} and {END} once, found {len(MARKED.findall(old))} pairs")
-    new = MARKED.sub(lambda _: f"{BEGIN}\n{table}{END}", old)
-    if new == old:
-        return 0
-    if arguments.check:
-        print(f"{arguments.readme}: the table differs from {arguments.json}; run without --check", file=sys.stderr)
-        return 1
-    arguments.readme.write_text(new)
-    return 0
+    """The exit code of `page.main`."""
+    return page.main(__doc__, BEGIN, END, checked)
 
 
 if __name__ == "__main__":
