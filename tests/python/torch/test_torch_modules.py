@@ -6,6 +6,7 @@ import gc
 import importlib
 import io
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -189,7 +190,9 @@ def train_one_step(rank, folder):
 
 @pytest.mark.deep
 def test_ddp_on_two_processes(tmp_path):
-    children = [subprocess.Popen([sys.executable, "-c", CHILD, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # pytest has put the helpers' folders there
+    command = [sys.executable, "-c", CHILD, __file__]
+    children = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.manual_seed(0)
