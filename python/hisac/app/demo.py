@@ -121,10 +121,7 @@ def number(value: float | None, sign: str = "") -> str:
 
 
 def interval(value: tuple[float, float, float] | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    middle, low, high = (number(v, sign) for v in value)
-    return f"{middle} [{low}, {high}]"
+    return "-" if value is None else "{} [{}, {}]".format(*(number(v, sign) for v in value))
 
 
 def cells(r: Row) -> tuple[str, ...]:
@@ -139,14 +136,11 @@ def table(blocks: list[list[Row]]) -> str:
     """The one table, as text."""
     text: list[list[tuple[str, ...]]] = [[HEAD], *([cells(r) for r in block] for block in blocks)]
     widths = [max(len(line[c]) for block in text for line in block) for c in range(len(HEAD))]
+    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{w}}}" for w in widths[1:])])
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)
     lines = []
     for block in text:
-        for name, *rest in block:
-            lines.append(
-                "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-            )
-        lines.append(rule)
+        lines += [*(form.format(*line) for line in block), rule]
     return "\n".join(lines)
 
 
@@ -184,11 +178,6 @@ def reading(found: dict[str, Quality], resamples: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
-def typical(r: Requests) -> int:
-    """The request whose history has the median length."""
-    return int(np.argsort(r.ends - r.starts, kind="stable")[len(r.starts) // 2])
-
-
 def fit_world(events: Events, size: Size, seed: int) -> World:
     """A codebook fitted on purchases of the fitted weeks (so frequent texts weigh more), and everything encoded."""
     text = events.text_of_item[events.item]
@@ -208,21 +197,19 @@ def run(size: Size, *, png: Path, seed: int = 0) -> None:
     w = fit_world(events, size, seed)
     validation = protocol.requests(events, VALIDATION_WEEKS, most=size.validation, seed=seed)
     test = protocol.requests(events, TEST_WEEKS, most=size.test, seed=seed + 1)
-    with progress(
-        f"choose temperatures, weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]}", len(SETTINGS) * len(size.taus)
-    ) as advance:
+    chosen_on, tested_on = (f"weeks {first}-{last}" for first, last in (VALIDATION_WEEKS, TEST_WEEKS))
+    methods = 1 + len(SIZES) + len(SETTINGS)
+    with progress(f"choose temperatures, {chosen_on}", len(SETTINGS) * len(size.taus)) as advance:
         taus = trial.choose_tau(w, validation, size.taus, advance)
-    with progress(
-        f"score, weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]}", len(test.user) * (1 + len(SIZES) + len(SETTINGS))
-    ) as advance:
+    with progress(f"score, {tested_on}", len(test.user) * methods) as advance:
         scores = trial.score_all(w, test, taus, advance)
 
-    b = typical(test)
+    b = int(np.argsort(test.ends - test.starts, kind="stable")[len(test.user) // 2])  # of the median length
     rows = slice(int(test.starts[b]), int(test.ends[b]))
     shelf = protocol.popularity(events)
     item = np.random.default_rng(seed).choice(len(shelf), CANDIDATES, p=shelf / shelf.sum())
     q = events.x[events.text_of_item[item]]
-    with progress("time one request", 2 * (1 + len(SIZES) + len(SETTINGS))) as advance:
+    with progress("time one request", 2 * methods) as advance:
         cost = trial.costs(w, rows, q, taus, size.repetitions, advance)
         again = trial.jittered(w, rows, LONG, seed)
         long = trial.costs(again, slice(0, LONG), q, taus, max(3, size.repetitions // 3), advance)
@@ -235,11 +222,9 @@ def run(size: Size, *, png: Path, seed: int = 0) -> None:
         for kind, make in (("fan-out", fan_out), ("budget", budget))
     )
     print(
-        f"\n{len(test.user)} requests of weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]},"
-        f" {len(np.unique(test.user))} households,"
+        f"\n{len(test.user)} requests of {tested_on}, {len(np.unique(test.user))} households,"
         f" {len(test.item):,} candidates: {protocol.NEGATIVES} popularity-matched negatives for each item bought.\n"
-        f"Codebook {' x '.join(map(str, CODES))}."
-        f" Temperatures chosen on weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]} of"
+        f"Codebook {' x '.join(map(str, CODES))}. Temperatures chosen on {chosen_on} of"
         f" {', '.join(f'{t:g}' for t in size.taus)}, for M = {', '.join(map(str, SIZES))}: {chosen}.\n"
         f"Times: medians of {size.repetitions}, {CANDIDATES} candidates, the request with the median history"
         f" ({rows.stop - rows.start:,} behaviours), threads: {hisac.get_num_threads()}.\n"
