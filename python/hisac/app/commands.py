@@ -123,16 +123,16 @@ def encode(path: str, spec: str, out: str) -> None:
 
 
 def compress(
-    path: str, x_spec: str, out: str, *, v: str | None, codes: str | None, users: str | None, offsets: str | None,
+    path: str, spec: str, out: str, *, v: str | None, codes: str | None, user: str | None, offsets: str | None,
     budget: int | None, fanout: tuple[int, ...] | None, temperature: float, normalize: str,
 ) -> None:  # fmt: skip
     files.check_out(out, (".npz", ".safetensors"))
-    book, x = load_book(path), matrix(x_spec, "x")
-    same_width(book, x, x_spec)
+    book, x = load_book(path), matrix(spec, "x")
+    same_width(book, x, spec)
     values = x if v is None else matrix(v, "v")
     if len(values) != len(x):
         raise ValueError(f"{v}: v is {list(values.shape)}, expected {len(x)} rows, as x")
-    ids, bounds = histories(users, offsets, len(x))
+    ids, bounds = histories(user, offsets, len(x))
 
     def results(x: Array, values: Array, codes: Array, some: Any) -> dict[str, Array]:
         """What is written of some histories."""

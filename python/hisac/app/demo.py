@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on the bundled sample: fit, encode, vote, route, score candidates, and say what came of it."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -187,9 +186,10 @@ def fit_world(events: Events, size: Size, seed: int) -> World:
     return trial.make_world(events, events.x, text, book)
 
 
-def run(size: Size, *, png: Path, seed: int = 0) -> None:
+def run(*, quick: bool, png: str, seed: int) -> None:
     """The demo, printed; the picture goes to `png`."""
-    files.check_out(str(png), (".png",))
+    files.check_out(png, (".png",))
+    size = QUICK if quick else FULL
     events = protocol.load()
     origin = {"users": len(events.offsets) - 1, "events": len(events.item), "items": len(events.text_of_item)}
     print(ORIGIN.format(**origin, texts=len(events.texts), width=events.x.shape[1], fitted=FITTED_WEEKS), flush=True)
