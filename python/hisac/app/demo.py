@@ -55,16 +55,11 @@ Your own files (.npy, .npz, .parquet, .safetensors):
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-class Row(NamedTuple):
-    """One line of the table; None where a column says nothing."""
-
-    name: str
-    gauc: tuple[float, float, float] | None
-    difference: tuple[float, float, float] | None
-    repeat: float | None
-    new: float | None
-    cost: Cost
-    pays: int | None
+HEAD = (
+    "method", "GAUC [95 %]", "vs most recent M", "repeat", "new",
+    "cold ms", "cached ms", "ids B", "rows B", "pays at",
+)  # fmt: skip
+Row = tuple[str, ...]  # a line of the table: a text for each column of HEAD, - where it says nothing
 
 
 class Quality(NamedTuple):
@@ -81,59 +76,44 @@ def quality(r: Requests, scores: dict[str, Floats], repeat: Ints) -> dict[str, Q
     return {name: Quality(*(user_aucs(user[m], s[m], r.label[m]) for m in masks)) for name, s in scores.items()}
 
 
+def number(value: float, sign: str = "") -> str:
+    """.715, +.025, -.007."""
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def interval(value: tuple[float, float, float], sign: str = "") -> str:
+    return "{} [{}, {}]".format(*(number(v, sign) for v in value))
+
+
 def make_rows(
     found: dict[str, Quality], cost: dict[str, Cost], long: dict[str, Cost], resamples: int
 ) -> list[list[Row]]:
     """The table's blocks: the floors, the methods for each M, then the timing-only history."""
     compressed = {s.name for s in SETTINGS}
 
+    def spent(name: str, cost: dict[str, Cost]) -> Row:
+        c = cost[name]
+        pays = trial.pays_at(c, cost["full history"]) if name in compressed else None
+        return f"{c.cold_ms:.3g}", f"{c.cached_ms:.3g}", f"{c.ids:,}", f"{c.rows:,}", "-" if pays is None else str(pays)
+
     def row(name: str, m: int) -> Row:
         mine, against = found[name], found[f"most recent {m}"]
-        return Row(
-            name,
-            gauc(mine.every, resamples=resamples),
-            None if mine is against else gauc(mine.every, against.every, resamples=resamples),
-            gauc(mine.repeat)[0],
-            gauc(mine.new)[0],
-            cost[name],
-            trial.pays_at(cost[name], cost["full history"]) if name in compressed else None,
-        )
+        every = interval(gauc(mine.every, resamples=resamples))
+        gain = "-" if mine is against else interval(gauc(mine.every, against.every, resamples=resamples), "+")
+        repeat, new = (number(gauc(part, resamples=1)[0]) for part in (mine.repeat, mine.new))
+        return name, every, gain, repeat, new, *spent(name, cost)
 
     def timed(name: str) -> Row:
-        pays = trial.pays_at(long[name], long["full history"]) if name in compressed else None
-        return Row(f"{LONG // 1000}k*: {name}", None, None, None, None, long[name], pays)
+        return f"{LONG // 1000}k*: {name}", "-", "-", "-", "-", *spent(name, long)
 
     blocks = [[row(name, SIZES[-1]) for name in FLOORS]]
     blocks += [[row(name, m) for name in (f"most recent {m}", fan_out(m).name, budget(m).name)] for m in SIZES]
     return [*blocks, [timed(name) for name in ("full history", fan_out(SIZES[-1]).name, budget(SIZES[-1]).name)]]
 
 
-HEAD = (
-    "method", "GAUC [95 %]", "vs most recent M", "repeat", "new",
-    "cold ms", "cached ms", "ids B", "rows B", "pays at",
-)  # fmt: skip
-
-
-def number(value: float | None, sign: str = "") -> str:
-    """.715, +.025, -.007; - for None."""
-    return "-" if value is None else f"{value:{sign}.3f}".replace("0.", ".", 1)
-
-
-def interval(value: tuple[float, float, float] | None, sign: str = "") -> str:
-    return "-" if value is None else "{} [{}, {}]".format(*(number(v, sign) for v in value))
-
-
-def cells(r: Row) -> tuple[str, ...]:
-    c = r.cost
-    return (
-        r.name, interval(r.gauc), interval(r.difference, "+"), number(r.repeat), number(r.new),
-        f"{c.cold_ms:.3g}", f"{c.cached_ms:.3g}", f"{c.ids:,}", f"{c.rows:,}", "-" if r.pays is None else str(r.pays),
-    )  # fmt: skip
-
-
 def table(blocks: list[list[Row]]) -> str:
     """The one table, as text."""
-    text: list[list[tuple[str, ...]]] = [[HEAD], *([cells(r) for r in block] for block in blocks)]
+    text: list[list[Row]] = [[HEAD], *blocks]
     widths = [max(len(line[c]) for block in text for line in block) for c in range(len(HEAD))]
     form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{w}}}" for w in widths[1:])])
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)

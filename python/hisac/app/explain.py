@@ -90,9 +90,8 @@ def strongest(p: Portrait, agent: int, most: int = 3) -> str:
 def words(p: Portrait) -> str:
     """The agents with most votes, a line each and a line of what they read."""
     lines = []
-    for a in range(min(SPOKEN, len(p.names))):
-        lines.append(f"  {p.votes[a]:4} votes  {p.names[a]}")
-        lines.append(f"              reads {strongest(p, a)}")
+    for a, name in enumerate(p.names[:SPOKEN]):
+        lines += [f"  {p.votes[a]:4} votes  {name}", f"              reads {strongest(p, a)}"]
     if len(p.names) > SPOKEN:
         lines.append(f"  .. and {len(p.names) - SPOKEN} more agents with {p.votes[SPOKEN:].sum()} votes")
     return "\n".join(lines)
