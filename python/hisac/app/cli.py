@@ -7,9 +7,8 @@ Exit codes: 0; 2 for bad input (one line); 130 if interrupted; 141, without a wo
 import argparse
 import io
 import os
-import signal
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import NoReturn
 
 import hisac
@@ -61,34 +60,37 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"hisac {hisac.__version__}")
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def verb(name: str, text: str, more: str = FILES) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[..., None], text: str, more: str = FILES) -> argparse.ArgumentParser:
         p = verbs.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
+        p.set_defaults(run=run)
         p.add_argument("--threads", type=whole, metavar="N", help="threads to use (default: all processors)")
         return p
 
-    p = verb("demo", "the whole way on bundled real data, in seconds: start here", "")
+    p = verb("demo", demo.run, "the whole way on bundled real data, in seconds: start here", "")
     p.add_argument("--quick", action="store_true", help="a few requests only; its numbers mean little")
     p.add_argument("--png", default="hisac-demo.png", metavar="PATH", help="picture to write (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the codebook, the requests and the negatives (default: 0)")
 
-    p = verb("fit", "learn a codebook from item embeddings")
-    p.add_argument("x", metavar="X", help="embeddings [items, width]")
+    p = verb("fit", commands.fit, "learn a codebook from item embeddings")
+    p.add_argument("spec", metavar="X", help="embeddings [items, width]")
     p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
     p.add_argument("--codes", type=numbers, default=(512, 512), metavar="C,C", help="of each level (default: 512,512)")
     p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
     p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
 
-    p = verb("encode", "give each embedding its codes, one a level")
-    p.add_argument("book", metavar="BOOK", help="codebook of `fit`")
-    p.add_argument("x", metavar="X", help="embeddings [rows, width]")
+    p = verb("encode", commands.encode, "give each embedding its codes, one a level")
+    p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
+    p.add_argument("spec", metavar="X", help="embeddings [rows, width]")
     p.add_argument("-o", "--out", required=True, metavar="CODES", help="codes [rows, levels] to write, .npy")
 
-    p = verb("compress", "turn each user's history into tokens")
-    p.add_argument("book", metavar="BOOK", help="codebook of `fit`")
-    p.add_argument("--x", required=True, metavar="X", help="semantic embedding of each behaviour [rows, width]")
+    p = verb("compress", commands.compress, "turn each user's history into tokens")
+    p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
+    p.add_argument(
+        "--x", dest="spec", required=True, metavar="X", help="semantic embedding of each behaviour [rows, width]"
+    )
     p.add_argument("--v", metavar="V", help="what is aggregated, of each behaviour [rows, any width] (default: x)")
     p.add_argument("--codes", metavar="CODES", help="codes of each behaviour, of `encode` (default: encode x now)")
     users = p.add_mutually_exclusive_group(required=True)
@@ -107,28 +109,10 @@ def make_parser() -> Parser:
         help="tokens, lse, codes, votes, count, users and fingerprint to write, .npz or .safetensors",
     )  # fmt: skip
 
-    p = verb("inspect", "the health of a codebook: use of codes, dead codes, collisions, error")
-    p.add_argument("book", metavar="BOOK", help="codebook of `fit`")
-    p.add_argument("--x", metavar="X", help="embeddings [items, width] to try it on")
+    p = verb("inspect", commands.inspect, "the health of a codebook: use of codes, dead codes, collisions, error")
+    p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
+    p.add_argument("--x", dest="spec", metavar="X", help="embeddings [items, width] to try it on")
     return parser
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.threads:
-        hisac.set_num_threads(args.threads)
-    if args.command == "demo":
-        demo.run(demo.QUICK if args.quick else demo.FULL, png=Path(args.png), seed=args.seed)
-    elif args.command == "fit":
-        commands.fit(args.x, args.out, codes=args.codes, iterations=args.iterations, seed=args.seed)
-    elif args.command == "encode":
-        commands.encode(args.book, args.x, args.out)
-    elif args.command == "compress":
-        commands.compress(
-            args.book, args.x, args.out, v=args.v, codes=args.codes, users=args.user, offsets=args.offsets,
-            budget=args.budget, fanout=args.fanout, temperature=args.temperature, normalize=args.normalize,
-        )  # fmt: skip
-    else:
-        commands.inspect(args.book, args.x)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,18 +120,21 @@ def main(argv: list[str] | None = None) -> int:
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
-        args = make_parser().parse_args(argv)
-        run(args)
+        options = vars(make_parser().parse_args(argv))
+        command, run, threads = options.pop("command"), options.pop("run"), options.pop("threads")
+        if threads:
+            hisac.set_num_threads(threads)
+        run(**options)
         print(end="", flush=True)
         return 0
     except BrokenPipeError:
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, as a shell says it
     except (ValueError, OSError, NotImplementedError, MemoryError, hisac.CorruptFileError) as error:
-        text = line(str(error)).removeprefix(f"{args.command}: ") or type(error).__name__
-        print(f"hisac {args.command}: {text}", file=sys.stderr)
+        text = line(str(error)).removeprefix(f"{command}: ") or type(error).__name__
+        print(f"hisac {command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"hisac {args.command}: interrupted", file=sys.stderr)
+        print(f"hisac {command}: interrupted", file=sys.stderr)
         return 130
     finally:
         for stream in streams:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs over files: checked reading, work in chunks with progress, whole outputs. Raises what `files` raises."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,27 @@ ROWS = 2**16  # behaviours a step; a user with more is one step
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+def checked(spec: str, name: str, dims: str, kinds: str, expected: str) -> Array:
+    """An array with the dimensions named in `dims`, such as "rows, levels", and a dtype of one of NumPy's `kinds`."""
+    array = files.read(spec)
+    if array.ndim != dims.count(",") + 1:
+        raise ValueError(f"{spec}: {name} is {list(array.shape)}, expected [{dims}]")
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"{spec}: {name} is {array.dtype}, expected {expected}")
+    return array
+
+
 def matrix(spec: str, name: str) -> Array:
     """x, v: [rows, width], float16 or float32."""
-    array = files.read(spec)
-    if array.ndim != 2:
-        raise ValueError(f"{spec}: {name} is {list(array.shape)}, expected [rows, width]")
-    if array.dtype.kind != "f":
-        raise ValueError(f"{spec}: {name} is {array.dtype}, expected float16 or float32")
+    array = checked(spec, name, "rows, width", "f", "float16 or float32")
     kind = np.float16 if array.dtype.itemsize == 2 else np.float32
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, kind)
 
 
 def integers(spec: str, name: str, dims: str) -> Array:
-    """codes, ids, offsets: integers with the dimensions named in `dims`, such as "rows, levels"."""
-    array = files.read(spec)
-    if array.ndim != dims.count(",") + 1:
-        raise ValueError(f"{spec}: {name} is {list(array.shape)}, expected [{dims}]")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{spec}: {name} is {array.dtype}, expected integers")
+    """codes, ids, offsets: integers with the dimensions named in `dims`."""
+    array = checked(spec, name, dims, "iu", "integers")
     return np.asarray(array, array.dtype.newbyteorder("="))
 
 
@@ -101,11 +103,12 @@ def fit(spec: str, out: str, *, codes: tuple[int, ...], iterations: int, seed: i
         print(f"codes that no row has: {', '.join(map(str, report.unused))}; fewer --codes would do")
 
 
-def encode_rows(book: Any, x: Array, advance: Callable[[int], None]) -> Array:
+def encode_rows(book: Any, x: Array) -> Array:
     codes = np.empty((len(x), book.levels), np.int32)
-    for begin in range(0, len(x), ROWS):
-        codes[begin : begin + ROWS] = hisac.encode(book, x[begin : begin + ROWS])
-        advance(len(x[begin : begin + ROWS]))
+    with progress("encode", len(x)) as advance:
+        for begin in range(0, len(x), ROWS):
+            codes[begin : begin + ROWS] = hisac.encode(book, x[begin : begin + ROWS])
+            advance(len(x[begin : begin + ROWS]))
     return codes
 
 
@@ -113,62 +116,54 @@ def encode(path: str, spec: str, out: str) -> None:
     files.check_out(out, (".npy",))
     book, x = load_book(path), matrix(spec, "x")
     same_width(book, x, spec)
-    with progress("encode", len(x)) as advance:
-        codes = encode_rows(book, x, advance)
+    codes = encode_rows(book, x)
     files.write(out, {"codes": codes})
     absent = int((codes < 0).any(1).sum())
     print(f"{out}: codes {list(codes.shape)} int32" + (f", {absent:,} rows of -1 (NaN or infinity)" if absent else ""))
 
 
 def compress(
-    path: str, x_spec: str, out: str, *, v: str | None, codes: str | None, users: str | None, offsets: str | None,
+    path: str, spec: str, out: str, *, v: str | None, codes: str | None, user: str | None, offsets: str | None,
     budget: int | None, fanout: tuple[int, ...] | None, temperature: float, normalize: str,
 ) -> None:  # fmt: skip
     files.check_out(out, (".npz", ".safetensors"))
-    book, x = load_book(path), matrix(x_spec, "x")
-    same_width(book, x, x_spec)
+    book, x = load_book(path), matrix(spec, "x")
+    same_width(book, x, spec)
     values = x if v is None else matrix(v, "v")
     if len(values) != len(x):
         raise ValueError(f"{v}: v is {list(values.shape)}, expected {len(x)} rows, as x")
-    ids, bounds = histories(users, offsets, len(x))
-    rule: dict[str, Any] = {"budget": budget, "fanout": fanout}
-    options: dict[str, Any] = {"temperature": temperature, "normalize": normalize}
-    nobody = np.zeros(1, np.int64)  # refuses bad options before any work
-    agents = hisac.vote(book, np.empty((0, book.levels), np.int32), nobody, **rule)
-    hisac.route(x[:0], values[:0], nobody, book.prototypes(agents), **options)
+    ids, bounds = histories(user, offsets, len(x))
+
+    def results(x: Array, values: Array, codes: Array, some: Any) -> dict[str, Array]:
+        """What is written of some histories."""
+        agents = hisac.vote(book, codes, some, budget=budget, fanout=fanout)
+        made = hisac.route(
+            x, values, some, book.prototypes(agents), count=agents.count, codes=codes, book=book,
+            temperature=temperature, normalize=normalize,
+        )  # fmt: skip
+        votes = {"codes": agents.codes, "votes": agents.votes, "count": agents.count}
+        return {"tokens": made.tokens, "lse": made.lse, **votes}
+
+    none = np.empty((0, book.levels), np.int32)
+    nobody = results(x[:0], values[:0], none, np.zeros(1, np.int64))  # refuses bad options before any work
     if codes is None:
-        with progress("encode", len(x)) as advance:
-            own = encode_rows(book, x, advance)
+        own = encode_rows(book, x)
     else:
         own = integers(codes, "codes", "rows, levels")
         own = np.where((own < 0) | (own >= 2**31), -1, own).astype(np.int32)
         if own.shape != (len(x), book.levels):
             raise ValueError(f"{codes}: codes is {list(own.shape)}, expected {[len(x), book.levels]}")
-    seats, many = budget or int(np.prod(fanout or ())), len(ids)
-    tokens = np.zeros((many, seats, values.shape[1]), values.dtype)
-    lse = np.full((many, seats), -np.inf, np.float32)
-    kept, votes = np.full((many, seats, book.levels), -1, np.int32), np.zeros((many, seats), np.int64)
-    count = np.zeros(many, np.int32)
-    with progress("compress users", many) as advance:
+    whole = {name: np.empty((len(ids), *array.shape[1:]), array.dtype) for name, array in nobody.items()}
+    with progress("compress users", len(ids)) as advance:
         for begin, end in steps(bounds):
-            some = bounds[begin:end], bounds[begin + 1 : end + 1]
-            agents = hisac.vote(book, own, some, **rule)
-            p = book.prototypes(agents)
-            made = hisac.route(x, values, some, p, count=agents.count, codes=own, book=book, **options)
-            tokens[begin:end], lse[begin:end] = made.tokens, made.lse
-            kept[begin:end], votes[begin:end], count[begin:end] = agents.codes, agents.votes, agents.count
+            for name, part in results(x, values, own, (bounds[begin:end], bounds[begin + 1 : end + 1])).items():
+                whole[name][begin:end] = part
             advance(end - begin)
-    fingerprint = np.array([book.fingerprint], np.uint64)
-    files.write(
-        out,
-        {
-            "tokens": tokens, "lse": lse, "codes": kept, "votes": votes, "count": count, "users": ids,
-            "fingerprint": fingerprint,
-        },
-    )  # fmt: skip
+    files.write(out, {**whole, "users": ids, "fingerprint": np.array([book.fingerprint], np.uint64)})
+    tokens, count = whole["tokens"], whole["count"]
     print(
         f"{out}: tokens {list(tokens.shape)} {tokens.dtype} of {bounds[-1] - bounds[0]:,} behaviours;"
-        f" agents a user: {count.mean() if many else 0:.1f} of {seats}"
+        f" agents a user: {count.mean() if len(ids) else 0:.1f} of {tokens.shape[1]}"
     )
 
 
@@ -192,8 +187,7 @@ def tried_on(book: Any, spec: str) -> str:
     """How the codebook does on the rows of a file, as text."""
     x = matrix(spec, "x")
     same_width(book, x, spec)
-    with progress("encode", len(x)) as advance:
-        codes = encode_rows(book, x, advance)
+    codes = encode_rows(book, x)
     present = (codes >= 0).all(1)
     if not present.any():
         raise ValueError(f"{spec}: x is {list(x.shape)} without a row free of NaN and infinity, expected at least one")
@@ -214,18 +208,14 @@ def health(book: Any, x: Array, codes: Array) -> str:
         error = float(np.square(rest).sum(1).mean())
         part = f"{error / variance:11.1%}" if variance > 0 else f"{'-':>11}"
         lines.append(f"{level + 1:5}  {len(used):5}  {len(c) - len(used):5}  {effective:9.1f}  {error:6.4g}  {part}")
-    distinct, first = np.unique(x, axis=0, return_index=True)
-    leaf = book.leaves(codes)
-    _, of, many = np.unique(leaf, return_inverse=True, return_counts=True)
-    _, of_distinct, many_distinct = np.unique(leaf[first], return_inverse=True, return_counts=True)
-    spread = f"mean {many.mean():.1f}, median {np.median(many):g}, most {many.max():,}"
-    shared, shared_distinct = (many[of] > 1).mean(), (many_distinct[of_distinct] > 1).mean()
-    return "\n".join(
-        [
-            *lines,
-            "used: codes that a row has; dead: the others; effective: exp of the entropy of their use",
-            f"leaves in use: {len(many):,}; rows a leaf: {spread}",
-            f"collisions: {shared:.1%} of the rows share their leaf;"
-            + f" of the {len(distinct):,} distinct rows {shared_distinct:.1%}",
-        ]
-    )
+    _, first = np.unique(x, axis=0, return_index=True)
+    rows, distinct = (np.unique(book.leaves(c), return_counts=True)[1] for c in (codes, codes[first]))  # of each leaf
+    shared, shared_distinct = (n[n > 1].sum() / n.sum() for n in (rows, distinct))
+    spread = f"mean {rows.mean():.1f}, median {np.median(rows):g}, most {rows.max():,}"
+    lines += [
+        "used: codes that a row has; dead: the others; effective: exp of the entropy of their use",
+        f"leaves in use: {len(rows):,}; rows a leaf: {spread}",
+        f"collisions: {shared:.1%} of the rows share their leaf;"
+        f" of the {len(first):,} distinct rows {shared_distinct:.1%}",
+    ]
+    return "\n".join(lines)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on the bundled sample: fit, encode, vote, route, score candidates, and say what came of it."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,16 +55,11 @@ Your own files (.npy, .npz, .parquet, .safetensors):
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-class Row(NamedTuple):
-    """One line of the table; None where a column says nothing."""
-
-    name: str
-    gauc: tuple[float, float, float] | None
-    difference: tuple[float, float, float] | None
-    repeat: float | None
-    new: float | None
-    cost: Cost
-    pays: int | None
+HEAD = (
+    "method", "GAUC [95 %]", "vs most recent M", "repeat", "new",
+    "cold ms", "cached ms", "ids B", "rows B", "pays at",
+)  # fmt: skip
+Row = tuple[str, ...]  # a line of the table: a text for each column of HEAD, - where it says nothing
 
 
 class Quality(NamedTuple):
@@ -82,71 +76,50 @@ def quality(r: Requests, scores: dict[str, Floats], repeat: Ints) -> dict[str, Q
     return {name: Quality(*(user_aucs(user[m], s[m], r.label[m]) for m in masks)) for name, s in scores.items()}
 
 
+def number(value: float, sign: str = "") -> str:
+    """.715, +.025, -.007."""
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def interval(value: tuple[float, float, float], sign: str = "") -> str:
+    return "{} [{}, {}]".format(*(number(v, sign) for v in value))
+
+
 def make_rows(
     found: dict[str, Quality], cost: dict[str, Cost], long: dict[str, Cost], resamples: int
 ) -> list[list[Row]]:
     """The table's blocks: the floors, the methods for each M, then the timing-only history."""
     compressed = {s.name for s in SETTINGS}
 
+    def spent(name: str, cost: dict[str, Cost]) -> Row:
+        c = cost[name]
+        pays = trial.pays_at(c, cost["full history"]) if name in compressed else None
+        return f"{c.cold_ms:.3g}", f"{c.cached_ms:.3g}", f"{c.ids:,}", f"{c.rows:,}", "-" if pays is None else str(pays)
+
     def row(name: str, m: int) -> Row:
         mine, against = found[name], found[f"most recent {m}"]
-        return Row(
-            name,
-            gauc(mine.every, resamples=resamples),
-            None if mine is against else gauc(mine.every, against.every, resamples=resamples),
-            gauc(mine.repeat)[0],
-            gauc(mine.new)[0],
-            cost[name],
-            trial.pays_at(cost[name], cost["full history"]) if name in compressed else None,
-        )
+        every = interval(gauc(mine.every, resamples=resamples))
+        gain = "-" if mine is against else interval(gauc(mine.every, against.every, resamples=resamples), "+")
+        repeat, new = (number(gauc(part, resamples=1)[0]) for part in (mine.repeat, mine.new))
+        return name, every, gain, repeat, new, *spent(name, cost)
 
     def timed(name: str) -> Row:
-        pays = trial.pays_at(long[name], long["full history"]) if name in compressed else None
-        return Row(f"{LONG // 1000}k*: {name}", None, None, None, None, long[name], pays)
+        return f"{LONG // 1000}k*: {name}", "-", "-", "-", "-", *spent(name, long)
 
     blocks = [[row(name, SIZES[-1]) for name in FLOORS]]
     blocks += [[row(name, m) for name in (f"most recent {m}", fan_out(m).name, budget(m).name)] for m in SIZES]
     return [*blocks, [timed(name) for name in ("full history", fan_out(SIZES[-1]).name, budget(SIZES[-1]).name)]]
 
 
-HEAD = (
-    "method", "GAUC [95 %]", "vs most recent M", "repeat", "new",
-    "cold ms", "cached ms", "ids B", "rows B", "pays at",
-)  # fmt: skip
-
-
-def number(value: float | None, sign: str = "") -> str:
-    """.715, +.025, -.007; - for None."""
-    return "-" if value is None else f"{value:{sign}.3f}".replace("0.", ".", 1)
-
-
-def interval(value: tuple[float, float, float] | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    middle, low, high = (number(v, sign) for v in value)
-    return f"{middle} [{low}, {high}]"
-
-
-def cells(r: Row) -> tuple[str, ...]:
-    c = r.cost
-    return (
-        r.name, interval(r.gauc), interval(r.difference, "+"), number(r.repeat), number(r.new),
-        f"{c.cold_ms:.3g}", f"{c.cached_ms:.3g}", f"{c.ids:,}", f"{c.rows:,}", "-" if r.pays is None else str(r.pays),
-    )  # fmt: skip
-
-
 def table(blocks: list[list[Row]]) -> str:
     """The one table, as text."""
-    text: list[list[tuple[str, ...]]] = [[HEAD], *([cells(r) for r in block] for block in blocks)]
+    text: list[list[Row]] = [[HEAD], *blocks]
     widths = [max(len(line[c]) for block in text for line in block) for c in range(len(HEAD))]
+    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{w}}}" for w in widths[1:])])
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)
     lines = []
     for block in text:
-        for name, *rest in block:
-            lines.append(
-                "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-            )
-        lines.append(rule)
+        lines += [*(form.format(*line) for line in block), rule]
     return "\n".join(lines)
 
 
@@ -184,11 +157,6 @@ def reading(found: dict[str, Quality], resamples: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
-def typical(r: Requests) -> int:
-    """The request whose history has the median length."""
-    return int(np.argsort(r.ends - r.starts, kind="stable")[len(r.starts) // 2])
-
-
 def fit_world(events: Events, size: Size, seed: int) -> World:
     """A codebook fitted on purchases of the fitted weeks (so frequent texts weigh more), and everything encoded."""
     text = events.text_of_item[events.item]
@@ -198,9 +166,10 @@ def fit_world(events: Events, size: Size, seed: int) -> World:
     return trial.make_world(events, events.x, text, book)
 
 
-def run(size: Size, *, png: Path, seed: int = 0) -> None:
+def run(*, quick: bool, png: str, seed: int) -> None:
     """The demo, printed; the picture goes to `png`."""
-    files.check_out(str(png), (".png",))
+    files.check_out(png, (".png",))
+    size = QUICK if quick else FULL
     events = protocol.load()
     origin = {"users": len(events.offsets) - 1, "events": len(events.item), "items": len(events.text_of_item)}
     print(ORIGIN.format(**origin, texts=len(events.texts), width=events.x.shape[1], fitted=FITTED_WEEKS), flush=True)
@@ -208,21 +177,19 @@ def run(size: Size, *, png: Path, seed: int = 0) -> None:
     w = fit_world(events, size, seed)
     validation = protocol.requests(events, VALIDATION_WEEKS, most=size.validation, seed=seed)
     test = protocol.requests(events, TEST_WEEKS, most=size.test, seed=seed + 1)
-    with progress(
-        f"choose temperatures, weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]}", len(SETTINGS) * len(size.taus)
-    ) as advance:
+    chosen_on, tested_on = (f"weeks {first}-{last}" for first, last in (VALIDATION_WEEKS, TEST_WEEKS))
+    methods = 1 + len(SIZES) + len(SETTINGS)
+    with progress(f"choose temperatures, {chosen_on}", len(SETTINGS) * len(size.taus)) as advance:
         taus = trial.choose_tau(w, validation, size.taus, advance)
-    with progress(
-        f"score, weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]}", len(test.user) * (1 + len(SIZES) + len(SETTINGS))
-    ) as advance:
+    with progress(f"score, {tested_on}", len(test.user) * methods) as advance:
         scores = trial.score_all(w, test, taus, advance)
 
-    b = typical(test)
+    b = int(np.argsort(test.ends - test.starts, kind="stable")[len(test.user) // 2])  # of the median length
     rows = slice(int(test.starts[b]), int(test.ends[b]))
     shelf = protocol.popularity(events)
     item = np.random.default_rng(seed).choice(len(shelf), CANDIDATES, p=shelf / shelf.sum())
     q = events.x[events.text_of_item[item]]
-    with progress("time one request", 2 * (1 + len(SIZES) + len(SETTINGS))) as advance:
+    with progress("time one request", 2 * methods) as advance:
         cost = trial.costs(w, rows, q, taus, size.repetitions, advance)
         again = trial.jittered(w, rows, LONG, seed)
         long = trial.costs(again, slice(0, LONG), q, taus, max(3, size.repetitions // 3), advance)
@@ -235,11 +202,9 @@ def run(size: Size, *, png: Path, seed: int = 0) -> None:
         for kind, make in (("fan-out", fan_out), ("budget", budget))
     )
     print(
-        f"\n{len(test.user)} requests of weeks {TEST_WEEKS[0]}-{TEST_WEEKS[1]},"
-        f" {len(np.unique(test.user))} households,"
+        f"\n{len(test.user)} requests of {tested_on}, {len(np.unique(test.user))} households,"
         f" {len(test.item):,} candidates: {protocol.NEGATIVES} popularity-matched negatives for each item bought.\n"
-        f"Codebook {' x '.join(map(str, CODES))}."
-        f" Temperatures chosen on weeks {VALIDATION_WEEKS[0]}-{VALIDATION_WEEKS[1]} of"
+        f"Codebook {' x '.join(map(str, CODES))}. Temperatures chosen on {chosen_on} of"
         f" {', '.join(f'{t:g}' for t in size.taus)}, for M = {', '.join(map(str, SIZES))}: {chosen}.\n"
         f"Times: medians of {size.repetitions}, {CANDIDATES} candidates, the request with the median history"
         f" ({rows.stop - rows.start:,} behaviours), threads: {hisac.get_num_threads()}.\n"

@@ -7,7 +7,6 @@ The weights shown are those of `route` with normalize="agents", for one history 
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,9 +90,8 @@ def strongest(p: Portrait, agent: int, most: int = 3) -> str:
 def words(p: Portrait) -> str:
     """The agents with most votes, a line each and a line of what they read."""
     lines = []
-    for a in range(min(SPOKEN, len(p.names))):
-        lines.append(f"  {p.votes[a]:4} votes  {p.names[a]}")
-        lines.append(f"              reads {strongest(p, a)}")
+    for a, name in enumerate(p.names[:SPOKEN]):
+        lines += [f"  {p.votes[a]:4} votes  {name}", f"              reads {strongest(p, a)}"]
     if len(p.names) > SPOKEN:
         lines.append(f"  .. and {len(p.names) - SPOKEN} more agents with {p.votes[SPOKEN:].sum()} votes")
     return "\n".join(lines)
@@ -108,7 +106,7 @@ def tree(p: Portrait) -> str:
     return "\n".join(lines)
 
 
-def draw(p: Portrait, title: str, path: Path) -> None:
+def draw(p: Portrait, title: str, path: str) -> None:
     """The voted tree beside the routing weights, as a PNG. Raises ImportError without matplotlib."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -138,7 +136,7 @@ def draw(p: Portrait, title: str, path: Path) -> None:
         figure.savefig(f, dpi=110, format="png")
 
 
-def user(book: Any, codes: Ints, x: Floats, texts: list[tuple[str, ...]], *, name: str, tau: float, png: Path) -> None:
+def user(book: Any, codes: Ints, x: Floats, texts: list[tuple[str, ...]], *, name: str, tau: float, png: str) -> None:
     """Print one user in words and draw the PNG; without matplotlib, print the tree instead."""
     p = portrait(book, codes, x, texts, tau)
     print(

@@ -37,9 +37,7 @@ DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2",
 }  # fmt: skip
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
-READABLE = (".npy", ".npz", ".parquet", ".safetensors")
 PART = re.compile(r"\.hisac-(?P<pid>[1-9]\d{0,8})-[0-9a-f]{16}\.part")
-SPEC = re.compile(r"(?P<path>.*\.(npy|npz|parquet|safetensors))(:(?P<key>.+))?", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -57,16 +55,14 @@ def read(spec: str) -> Array:
     """
     match = SPEC.fullmatch(spec)
     if match is None:
-        raise ValueError(f"{spec}: unknown kind of file, expected PATH or PATH:KEY with {', '.join(READABLE)}")
+        raise ValueError(f"{spec}: unknown kind of file, expected PATH or PATH:KEY with {', '.join(READERS)}")
     path, key = Path(match["path"]), match["key"]
     if not path.is_file():  # opening a FIFO would wait
         raise FileNotFoundError(f"{path}: no {'regular' if path.exists() else 'such'} file")
-    readers: dict[str, Callable[[Path, str | None], Array]]
-    readers = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet, ".safetensors": read_safetensors}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return readers[path.suffix](path, key)
+            return READERS[path.suffix](path, key)
     except Exception as error:  # whatever a damaged file brings about
         if isinstance(error, (Refused, CorruptFileError)) or (isinstance(error, OSError) and error.filename):
             raise
@@ -183,17 +179,12 @@ def read_safetensors(path: Path, key: str | None) -> Array:
     with open(path, "rb") as f:
         header = safetensors_header(path, f.read(8), f.read, size)
         name = pick(path, list(header), key)
-        dtype, shape, begin, end = header[name]
+        dtype, shape, begin, _ = header[name]
         if dtype not in DTYPES:
             raise Refused(f"{path}: {name!r} is {cut(dtype, 200)}, expected one of {', '.join(DTYPES)}")
         f.seek(begin)
-        data = f.read(end - begin)
-    if len(data) != end - begin:
-        raise CorruptFileError(f"{path}: cut short, expected {end - begin} bytes of {name!r}, got {len(data)}")
-    array: Array = np.frombuffer(bytearray(data), DTYPES[dtype]).reshape(shape)
-    if dtype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array
+        array: Array = np.fromfile(f, DTYPES[dtype], math.prod(shape)).reshape(shape)
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
 
 
 Entry = tuple[str, tuple[int, ...], int, int]
@@ -255,18 +246,19 @@ def naturals(values: Any) -> bool:
 def to_safetensors(arrays: Mapping[str, Array]) -> list[bytes]:
     """The parts of a safetensors file, header first."""
     header: dict[str, Any] = {}
-    parts, at = [], 0
+    end = 0
     for name, array in arrays.items():
-        data = np.ascontiguousarray(array)
-        if data.dtype not in NAMES:
-            raise ValueError(f"{name} is {data.dtype}, which safetensors has no name for")
-        span = [at, at + data.nbytes]
-        header[name] = {"dtype": NAMES[data.dtype], "shape": list(array.shape), "data_offsets": span}
-        parts.append(data.tobytes())
-        at += data.nbytes
+        if array.dtype not in NAMES:
+            raise ValueError(f"{name} is {array.dtype}, which safetensors has no name for")
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned
-    return [len(text).to_bytes(8, "little"), text, *parts]
+    return [len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())]
+
+
+READERS = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet, ".safetensors": read_safetensors}
+SPEC = re.compile(rf"(?P<path>.*({'|'.join(map(re.escape, READERS))}))(:(?P<key>.+))?", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -295,9 +287,8 @@ def aside(path: str | Path) -> Iterator[BinaryIO]:
     place, old = destination(path)
     sweep(place.parent)
     part = place.with_name(f".hisac-{os.getpid()}-{secrets.token_hex(8)}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with os.fdopen(os.open(part, flags, 0o600 if old else 0o666), "wb") as f:
+        with open(part, "xb", opener=lambda name, flags: os.open(name, flags, 0o600 if old else 0o666)) as f:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(f, fcntl.LOCK_EX)
             yield f

@@ -19,12 +19,8 @@ def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
             yield advance
         return
     with tqdm(total=total, desc=text, file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def step(steps: int) -> None:
-            bar.update(steps)
-
         try:
-            yield step
+            yield bar.update
         except BaseException:
             bar.leave = False  # wiped, so that the error stands alone
             raise

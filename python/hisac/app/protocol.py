@@ -121,13 +121,11 @@ def repeat_counts(events: Events, r: Requests) -> Ints:
     """[N]: how often the candidate occurs in its request's history."""
     size = len(events.text_of_item)
     key = row_users(events) * size + events.item
-    order = np.argsort(key, kind="stable")  # rows of one household and item, oldest first
     of = np.repeat(np.arange(len(r.user)), np.diff(r.candidate_offsets))
     wanted = r.user[of] * size + r.item
     # Rank (key, row) pairs as one number: T rows fit 2^32.
-    ranked = key[order] * 2**32 + order
-    low = np.searchsorted(ranked, wanted * 2**32)
-    return np.searchsorted(ranked, wanted * 2**32 + r.ends[of]) - low
+    ranked = np.sort(key * 2**32 + np.arange(len(key)))
+    return np.searchsorted(ranked, wanted * 2**32 + r.ends[of]) - np.searchsorted(ranked, wanted * 2**32)
 
 
 class Auc(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 
 import hisac
 
-from .protocol import Events, Floats, Ints, Requests, popularity, repeat_counts, user_aucs, users_of
+from .protocol import Events, Floats, Ints, Requests, gauc, popularity, repeat_counts, user_aucs, users_of
 
 SIZES = (50, 100, 200)
 FANOUTS = {50: (10, 5), 100: (20, 5), 200: (20, 10)}
@@ -122,9 +122,8 @@ def choose_tau(w: World, r: Requests, taus: Iterable[float], advance: Advance) -
         voted = hisac.vote(w.book, w.codes, (r.starts, r.ends), **s.rule)
         found = {}
         for tau in sorted(taus):
-            tokens, bias = compress(w, r.starts, r.ends, s, tau, voted)
-            value = user_aucs(users_of(r), score(tokens, bias, q, r.candidate_offsets), r.label)
-            found[tau] = float((value.value * value.rows).sum() / value.rows.sum())
+            scores = score(*compress(w, r.starts, r.ends, s, tau, voted), q, r.candidate_offsets)
+            found[tau] = gauc(user_aucs(users_of(r), scores, r.label), resamples=1)[0]
             advance(1)
         best[s.name] = max(found, key=lambda tau: found[tau])
     return best
@@ -182,9 +181,8 @@ def plain_cost(w: World, rows: slice, last: int, q: Floats, repetitions: int) ->
     """Of the last `last` rows: cold fetches their embeddings by item, then scores q."""
     row = w.row[rows][-last:]
     bias = np.full((1, len(row)), -np.log(len(row)), np.float32)
-    return cost_of(
-        lambda: (w.table[row][None], bias), q, 4 * len(row), 4 * len(row) * w.table.shape[1], repetitions
-    )  # fmt: skip
+    size = 4 * len(row)
+    return cost_of(lambda: (w.table[row][None], bias), q, size, size * w.table.shape[1], repetitions)
 
 
 def token_cost(w: World, rows: slice, s: Setting, tau: float, q: Floats, repetitions: int) -> Cost:

@@ -51,7 +51,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(here, closed):
 
 def test_so_does_one_in_the_middle_of_long_output(here):
     """More than any buffer holds, of which the reader takes a line."""
-    code = "import hisac.app.cli as c; c.commands.inspect = lambda *a: [print('x' * 99) for _ in range(10**5)];"
+    code = "import hisac.app.cli as c; c.commands.inspect = lambda **options: [print('x' * 99) for _ in range(10**5)];"
     command = [sys.executable, "-c", f"{code} import sys; sys.exit(c.main(['inspect', 'book']))"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
