@@ -138,8 +138,8 @@ void Codebook::prototype(const int32_t* codes, float* out) const noexcept {
 
 Status leaves(const Codebook& book, Array<const int32_t, 2> codes, Array<int64_t, 1> out) noexcept {
   HISAC_TRY(check_book("leaves", &book));
-  HISAC_TRY(check_codes("leaves", book, codes.shape, codes.shape[0]));
-  HISAC_TRY(check_length("leaves", "out", codes.shape[0], out.shape[0]));
+  HISAC_TRY(check_codes("leaves", book, codes, codes.shape[0]));
+  HISAC_TRY(check_shape("leaves", "out", {codes.shape[0]}, out));
   if (book.body().wide)
     return Status::error(Code::invalid_argument, "leaves: expected fewer than 2^63 leaves in the codebook, got more");
   for (int64_t i = 0; i < codes.shape[0]; ++i) {
