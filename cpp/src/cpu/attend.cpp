@@ -93,16 +93,13 @@ struct Forward {
 
   void carve(Arena& arena, const Shape& s, int workers) noexcept {
     unit = arena.take<int64_t>(s.users + 1);
-    worker = arena.take<ForwardWorker>(workers);
-    for (int w = 0; w < workers; ++w) {
-      ForwardWorker one;
+    worker = arena.take_each<ForwardWorker>(workers, [&](ForwardWorker& one) {
       one.head.carve(arena, s);
       one.q = arena.take<float>(simd::kBlock * simd::pad(s.width));
       one.z = arena.take<float>(simd::kBlock * simd::pad(s.tokens));
       one.lse = arena.take<float>(simd::kBlock);
       one.out = arena.take<float>(simd::kBlock * simd::pad(s.value_width));
-      if (worker) worker[w] = one;
-    }
+    });
   }
 };
 
@@ -153,10 +150,8 @@ class Backward {
 
   void carve(Arena& arena) noexcept {
     head_bias_ = arena.take<float>(s_.users * s_.heads, s_.tokens);
-    worker_ = arena.take<BackwardWorker>(workers_);
     const int64_t block = simd::kBlock;
-    for (int w = 0; w < workers_; ++w) {
-      BackwardWorker one;
+    worker_ = arena.take_each<BackwardWorker>(workers_, [&](BackwardWorker& one) {
       one.head.carve(arena, s_);
       one.packed_rows = arena.take<float>(simd::packed_size(s_.tokens, s_.width));
       one.packed_columns = arena.take<float>(simd::packed_size(s_.value_width, s_.tokens));
@@ -165,16 +160,12 @@ class Backward {
       for (float** a : {&one.z, &one.g}) *a = arena.take<float>(block * simd::pad(s_.tokens));
       for (float** a : {&one.lse, &one.offset}) *a = arena.take<float>(block);
       const int depth = fold_depth(tiles_of(in_.q.rows / std::max<int64_t>(1, s_.heads)));
-      one.stack = arena.take<State>(depth);
-      for (int d = 0; d < depth; ++d) {
-        State state;
+      one.stack = arena.take_each<State>(depth, [&](State& state) {
         state.keys = arena.take<float>(key_floats());
         state.values = arena.take<float>(value_floats());
         state.bias = arena.take<float>(simd::pad(s_.tokens));
-        if (one.stack) one.stack[d] = state;
-      }
-      if (worker_) worker_[w] = one;
-    }
+      });
+    });
   }
 
   void run(const Context& context) noexcept {

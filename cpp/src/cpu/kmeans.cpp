@@ -76,12 +76,7 @@ struct Fit {
     table = arena.take<int64_t>(slots);
     level_memory = arena.take<float>(Level::floats(largest, width));
     new_centers = arena.take<float>(largest * width);
-    worker = arena.take<Worker>(workers);
-    for (int w = 0; w < workers; ++w) {
-      Worker one;
-      one.scratch.carve(arena, width, largest);
-      if (worker) worker[w] = one;
-    }
+    worker = arena.take_each<Worker>(workers, [&](Worker& one) { one.scratch.carve(arena, width, largest); });
   }
 
   template <class Work>

@@ -65,15 +65,12 @@ void LeafSummer::carve(Arena& arena) noexcept {
     piece_sum_[s].x = x + s * width_;
     piece_sum_[s].v = v + s * value_width_;
   }
-  worker_ = arena.take<Worker>(workers_);
-  for (int w = 0; w < workers_; ++w) {
-    Worker one;
+  worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
     one.sum = carve_sum(arena);
     one.absent = arena.take<double>(value_width_);
     for (float** a : {&one.origin, &one.x, &one.run_x}) *a = arena.take<float>(width_);
     for (float** a : {&one.v, &one.run_v}) *a = arena.take<float>(value_width_);
-    if (worker_) worker_[w] = one;
-  }
+  });
 }
 
 int64_t LeafSummer::users_that_fit(const int64_t* users, int64_t n) const noexcept {

@@ -62,9 +62,7 @@ class Router {
     units_.carve(arena, in_.histories.users);
     if (leaf()) leaf_input_.carve(arena, leaves_, in_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
-    worker_ = arena.take<Worker>(workers_);
-    for (int w = 0; w < workers_; ++w) {
-      Worker one;
+    worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::bf16);
       one.block.carve(arena, width_, value_width_, operands_, params_.refine && operands_ != Operands::bf16);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
@@ -76,8 +74,7 @@ class Router {
       one.e_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
       if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * sum_width_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
-      if (worker_) worker_[w] = one;
-    }
+    });
   }
 
   void run() noexcept {
@@ -99,15 +96,11 @@ class Router {
 
  private:
   State* carve_states(Arena& arena, int64_t n) noexcept {
-    State* const states = arena.take<State>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      State s;
+    return arena.take_each<State>(n, [&](State& s) {
       for (float** a : {&s.max_logit, &s.denominator}) *a = arena.take<float>(simd::pad(agents_));
       s.numerator = arena.take<float>(sum_width_ * simd::pad(agents_));
       if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
-      if (states) states[i] = s;
-    }
-    return states;
+    });
   }
 
   bool leaf() const noexcept { return params_.method == Method::leaf; }

@@ -65,10 +65,8 @@ class Backward {
     d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() : 0, value_width_);
     user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users : 0, agents_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
-    worker_ = arena.take<Worker>(workers_);
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
-    for (int w = 0; w < workers_; ++w) {
-      Worker one;
+    worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
       one.block.carve(arena, width_, value_width_, operands_, false);
       one.z = arena.take<float>(block * columns);
@@ -82,8 +80,7 @@ class Backward {
       one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
       one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
-      if (worker_) worker_[w] = one;
-    }
+    });
   }
 
   void run() noexcept {
@@ -112,15 +109,11 @@ class Backward {
   }
 
   State* carve_states(Arena& arena, int64_t n) noexcept {
-    State* const states = arena.take<State>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      State s;
+    return arena.take_each<State>(n, [&](State& s) {
       s.d_temperature = arena.take<float>(simd::pad(agents_));
       s.d_distance = arena.take<float>(simd::pad(agents_));
       s.d_distance_x = arena.take<float>(out_.prototypes ? simd::pad(agents_) * simd::pad(width_) : 0);
-      if (states) states[i] = s;
-    }
-    return states;
+    });
   }
 
   bool leaf() const noexcept { return params_.method == Method::leaf; }
