@@ -61,7 +61,7 @@ bool RowLoader::may_be_present(int64_t row) const noexcept {
 
 bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexcept {
   if (x_) {
-    x_.load(row, x, norm);
+    *norm = x_.load(row, x);
   } else {
     in_.book->prototype(in_.codes.data + row * in_.codes.shape[1], x);
     *norm = k_.load_row(x, DType::float32, width_, x);
@@ -69,12 +69,9 @@ bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexc
   return below_limit(*norm, x, width_);
 }
 
-bool RowLoader::load_v(int64_t row, float* v) const noexcept {
-  float norm;
-  return v_.load(row, v, &norm);
+bool RowLoader::has_value(int64_t row, float* v) const noexcept {
+  return v_.has(row) && finite(v, in_.v.width, v_.load(row, v));
 }
-
-bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
 
 void RowLoader::add_absent(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
@@ -101,7 +98,7 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
         k_.bf16_remainder(width_, x, block.remainder);
         k_.round_bf16(width_, block.remainder, nullptr, block.x_bf16.lo + offset);
       }
-      load_v(row, block.v + n * ldv);
+      v_.load(row, block.v + n * ldv);
       block.norm[n] += spread_of(row);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
