@@ -7,9 +7,7 @@
 #include <utility>
 
 #include "base/checks.h"
-#include "base/parallel.h"
-#include "cpu/histories.h"
-#include "cpu/leaf_sums.h"
+#include "cpu/route_call.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -39,24 +37,13 @@ struct Worker {
   State* stack = nullptr;
 };
 
-class Router {
+class Router : RouteCall {
  public:
   Router(const Context& context, const RouteParams& params, const RouteInputs& in, const Tokens* out,
          int64_t longest) noexcept
-      : context_(context),
-        params_(params),
-        in_(in),
+      : RouteCall(context, params, in, true, longest),
         out_(out),
-        routed_(in),
-        leaves_(in, longest, workers_of(context)),
-        operands_(operands_of(params, true)),
-        k_(simd::kernels()),
-        agents_(in.prototypes.shape[1]),
-        width_(in.prototypes.shape[2]),
-        value_width_(in.v.width),
-        longest_(longest),
-        sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)),
-        workers_(workers_of(context)) {}
+        sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)) {}
 
   void carve(Arena& arena) noexcept {
     units_.carve(arena, in_.histories.users);
@@ -102,8 +89,6 @@ class Router {
       if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
     });
   }
-
-  bool leaf() const noexcept { return params_.method == Method::leaf; }
 
   /// Writes the tokens of the listed users; null: of 0 .. n - 1.
   void route_users(const int64_t* users, int64_t n) noexcept {
@@ -302,19 +287,9 @@ class Router {
     out_->lse.data[row] = static_cast<float>(std::log(static_cast<double>(count)));
   }
 
-  const Context& context_;
-  const RouteParams& params_;
-  const RouteInputs& in_;
   const Tokens* out_;
-  RouteInputs routed_;  // in_, or its leaf sums
-  LeafSummer leaves_;
-  LeafInput leaf_input_;
-  Operands operands_;
-  const simd::Kernels& k_;
-  int64_t agents_, width_, value_width_, longest_, sum_width_;
-  int workers_;
+  int64_t sum_width_;
   const float* prototypes_ = nullptr;
-  Units units_;
   State* slots_ = nullptr;
   Worker* worker_ = nullptr;
 };
