@@ -47,6 +47,12 @@ class Arena {
     return all;
   }
 
+  /// The same for several arrays of n elements: take_into(n, a, b) is a = take(n), then b = take(n).
+  template <class... T>
+  void take_into(int64_t n, T*&... arrays) noexcept {
+    ((arrays = take<T>(n)), ...);
+  }
+
   size_t used() const noexcept { return used_; }
 
   Status check(const char* verb) const noexcept {

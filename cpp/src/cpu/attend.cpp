@@ -138,10 +138,10 @@ class Backward {
       one.head.carve(arena, in_);
       one.packed_rows = arena.take<float>(simd::packed_size(in_.agents, in_.q.width));
       one.packed_columns = arena.take<float>(simd::packed_size(in_.values.width, in_.agents));
-      for (float** a : {&one.q, &one.dq}) *a = arena.take<float>(block * simd::pad(in_.q.width));
-      for (float** a : {&one.d_out, &one.out}) *a = arena.take<float>(block * simd::pad(in_.values.width));
-      for (float** a : {&one.z, &one.g}) *a = arena.take<float>(block * simd::pad(in_.agents));
-      for (float** a : {&one.lse, &one.offset}) *a = arena.take<float>(block);
+      arena.take_into(block * simd::pad(in_.q.width), one.q, one.dq);
+      arena.take_into(block * simd::pad(in_.values.width), one.d_out, one.out);
+      arena.take_into(block * simd::pad(in_.agents), one.z, one.g);
+      arena.take_into(block, one.lse, one.offset);
       const int depth = fold_depth(tiles_of(in_.q.rows / std::max<int64_t>(1, in_.heads)));
       one.stack = arena.take_each<Sums>(depth, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
     });

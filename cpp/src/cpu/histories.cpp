@@ -25,8 +25,7 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands ope
   x = arena.take<float>(simd::kBlock * simd::pad(width));
   if (keep_x) values_x = arena.take<float>(simd::kBlock * simd::pad(width));
   v = arena.take<float>(simd::kBlock * simd::pad(value_width));
-  for (float** a : {&norm, &bias}) *a = arena.take<float>(simd::kBlock);
-  row = arena.take<int64_t>(simd::kBlock);
+  arena.take_into(simd::kBlock, norm, bias, row);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
@@ -120,7 +119,7 @@ void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands ope
   if (round_to_bf16) rounding_scratch = arena.take<uint32_t>(simd::pairs_of(width));
   if (!round_to_bf16) origin = arena.take<float>(width);
   rows = arena.take<float>(agents * width);
-  for (float** a : {&norm, &rate}) *a = arena.take<float>(simd::pad(agents));
+  arena.take_into(simd::pad(agents), norm, rate);
 }
 
 void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width,

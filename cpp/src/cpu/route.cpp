@@ -54,7 +54,7 @@ class Router : RouteCall {
       one.block.carve(arena, width_, value_width_, operands_, params_.refine && operands_ != Operands::bf16);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
       one.e = arena.take<float>(simd::kBlock * simd::kPanel);
-      for (float** a : {&one.lse, &one.shift}) *a = arena.take<float>(simd::kBlock);
+      arena.take_into(simd::kBlock, one.lse, one.shift);
       one.factor = arena.take<float>(simd::kPanel);
       one.rows = arena.take<float>(simd::kLanes * sum_width_);
       one.values_bf16.carve(arena, simd::kBlock / 2 * sum_width_, operands_);
@@ -84,7 +84,7 @@ class Router : RouteCall {
  private:
   State* carve_states(Arena& arena, int64_t n) noexcept {
     return arena.take_each<State>(n, [&](State& s) {
-      for (float** a : {&s.max_logit, &s.denominator}) *a = arena.take<float>(simd::pad(agents_));
+      arena.take_into(simd::pad(agents_), s.max_logit, s.denominator);
       s.numerator = arena.take<float>(sum_width_ * simd::pad(agents_));
       if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
     });

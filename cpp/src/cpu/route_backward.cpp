@@ -53,10 +53,9 @@ class Backward : RouteCall {
     worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
       one.block.carve(arena, width_, value_width_, operands_, false);
-      one.z = arena.take<float>(block * columns);
-      one.g = arena.take<float>(block * columns);
-      for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
-      for (float** a : {&one.lse, &one.offset, &one.rate}) *a = arena.take<float>(columns);
+      arena.take_into(block * columns, one.z, one.g);
+      arena.take_into(block, one.row_lse, one.shift, one.d_bias, one.row_sum);
+      arena.take_into(columns, one.lse, one.offset, one.rate);
       one.d_tokens = arena.take<float>(agents_ * value_width_);
       one.token = arena.take<float>(value_width_);
       one.packed_d_tokens = arena.take<float>(simd::packed_size(value_width_, agents_));
