@@ -5,15 +5,6 @@
 #include <cstring>
 
 namespace hisac {
-namespace {
-
-/// A bound of the rounding error |e| of a center with these sums of squares; the float32 difference to the mean errs
-/// too.
-double rounding_of(simd::Rounded sums, double norm, int64_t width) noexcept {
-  return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUnitRoundoff * norm;
-}
-
-}  // namespace
 
 Level Level::make(int64_t size, int64_t width, const float* centers, float* memory) noexcept {
   const simd::Kernels& k = simd::kernels();
@@ -23,7 +14,7 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
   float* const mean = packed + (width + 1) * padded;
   float* const half = mean + simd::pad(width);
   float* const norm = half + padded;
-  if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
+  std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
   Level out{size, width, copy, packed, mean, half, norm};
   for (int64_t d = 0; d < width; ++d) mean[d] = 0;
   if (k.matmul_bf16)
