@@ -25,9 +25,7 @@ class Units {
   /// tiles / (4 workers) tiles.
   static int64_t most_slots(int workers) noexcept { return workers > 1 ? 8 * workers : 0; }
 
-  void carve(Arena& arena, int64_t users) noexcept {
-    for (int64_t** a : {&unit_, &slot_}) *a = arena.take<int64_t>(users + 1);
-  }
+  void carve(Arena& arena, int64_t users) noexcept { arena.take_into(users + 1, unit_, slot_); }
 
   /// Plans the units of n users: those in order, or null for 0 .. n - 1.
   void plan(const Histories& h, const int64_t* order, int64_t n, int workers) noexcept {
@@ -82,9 +80,8 @@ class Units {
 class Waves {
  public:
   void carve(Arena& arena, int64_t users) noexcept {
-    for (int64_t** a : {&order_, &wave_}) *a = arena.take<int64_t>(users);
+    arena.take_into(users, order_, wave_, heap_);
     begin_ = arena.take<int64_t>(users + 2);
-    heap_ = arena.take<WaveEnd>(users);
   }
 
   /// Interval colouring in the order of starts: a user joins the wave that ends first if that is in time, else a new

@@ -28,8 +28,7 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
   bool ok[simd::kBlock];
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
-    const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
-    ok[i] = finite(r, width, squares);
+    ok[i] = finite(r, width, load_row(x, begin + i, r));
     if (!ok[i]) std::fill_n(r, width, 0.f);
   }
   for (int64_t byte = n * width * bytes; byte < last; byte += 64) __builtin_prefetch(rows + byte);  // the next block's

@@ -8,6 +8,7 @@
 #include "base/parallel.h"
 #include "base/radix_sort.h"
 #include "cpu/kmeans_bounds.h"
+#include "cpu/rows.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -75,17 +76,12 @@ struct Fit {
 
   void carve(Arena& arena) noexcept {
     r = arena.take<float>(rows * width);
-    origin = arena.take<int64_t>(rows);
     bounds.carve(arena, rows, largest);
-    previous = arena.take<int32_t>(rows);
-    sums = arena.take<int64_t>(largest * width);
-    count = arena.take<int64_t>(largest);
-    distance = arena.take<double>(rows);
-    keyed = arena.take<KeyedRow>(rows);
-    picked = arena.take<int64_t>(largest);
+    arena.take_into(rows, origin, previous, distance, keyed);
+    arena.take_into(largest * width, sums, new_centers);
+    arena.take_into(largest, count, picked);
     table = arena.take<int64_t>(slots);
     level_memory = arena.take<float>(Level::floats(largest, width));
-    new_centers = arena.take<float>(largest * width);
     worker = arena.take_each<Worker>(workers, [&](Worker& one) { one.carve(arena, width, largest); });
   }
 
@@ -99,13 +95,11 @@ struct Fit {
   /// r = the rows that take part. Their values are below kFitLimit, and not so much larger than the median row's that
   /// the unit of the sums would be coarser than 2^-16 of that row.
   void gather(Rows x) noexcept {
-    const simd::Kernels& k = simd::kernels();
-    const int64_t bytes = bytes_of(x.dtype);
     n = rows;
     for_chunks([&](int64_t begin, int64_t end, Worker&) {
       for (int64_t i = begin; i < end; ++i) {
         float* const row = r + i * width;
-        k.load_row(static_cast<const std::byte*>(x.data) + i * width * bytes, x.dtype, width, row);
+        load_row(x, i, row);
         const float largest_value = largest_of(row, width);
         distance[i] = largest_value < kFitLimit ? largest_value : INFINITY;
       }

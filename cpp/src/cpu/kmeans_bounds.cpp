@@ -31,8 +31,7 @@ void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_s
 }
 
 void KMeansBounds::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
-  assigned = arena.take<int32_t>(rows);
-  upper_ = arena.take<float>(rows);
+  arena.take_into(rows, assigned, upper_);
   lower_ = arena.take<float>(rows * kGroups);
   drift_ = arena.take<float>(largest_size);
 }

@@ -68,10 +68,9 @@ class Voter {
     const int64_t most_parents = std::min(rows, parents_possible_ > kMostParents ? rows : parents_possible_);
     histogram_ = arena.take<uint64_t>(dense ? (parents_possible_ + 1) * histograms() : 0);
     block_ = arena.take<uint32_t>(dense ? parents_possible_ + 1 : 0);
-    located_ = arena.take<uint64_t>(rows + 1);
     buffer_ = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells_ : 0) + (dense ? last_ : 0));
-    for (uint32_t** a : {&weight_, &spare_weight_}) *a = arena.take<uint32_t>(rows);
-    for (uint32_t** a : {&last_code_, &owner_}) *a = arena.take<uint32_t>(rows + 1);
+    arena.take_into(rows, weight_, spare_weight_);
+    arena.take_into(rows + 1, located_, last_code_, owner_);
     votes_ = arena.take<int64_t>(rows + 1);
     parent_ = arena.take<Parent>(most_parents + 1);
     allocation_.carve(arena, book, params_, most_parents);
