@@ -16,6 +16,7 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
   float* const norm = half + padded;
   std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
   Level out{size, width, copy, packed, mean, half, norm};
+  out.floor = std::sqrt(static_cast<double>(width)) * 0x1p-50;
   for (int64_t d = 0; d < width; ++d) mean[d] = 0;
   if (k.matmul_bf16)
     for (int64_t c = 0; c < size; ++c) k.add_row(width, copy + c * width, 1.f / static_cast<float>(size), mean);
@@ -26,7 +27,7 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
       const double x = double(copy[c * width + d] - mean[d]);
       squares += x * x;
     }
-    const double bound = c < size ? std::sqrt(squares) * 1.0001 + norm_floor(width) : 0;
+    const double bound = c < size ? std::sqrt(squares) * 1.0001 + out.floor : 0;
     const bool copy_of_last =
         c > 0 && c < size && std::equal(copy + c * width, copy + (c + 1) * width, copy + (c - 1) * width);
     half[c] = c < size && !copy_of_last ? static_cast<float>(squares / 2) : INFINITY;

@@ -35,7 +35,7 @@ void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) no
 
 bool screen_of(const Level& level, simd::Rounded sums, simd::Screen* out) noexcept {
   const double product = static_cast<double>(level.width + 12) * kUnitRoundoff * (1 + level.rounding);
-  const double c = level.largest, r = 1.01 * std::sqrt(double(sums.squares)) + norm_floor(level.width);
+  const double c = level.largest, r = 1.01 * std::sqrt(double(sums.squares)) + level.floor;
   const double e = level.rounding > 0 ? rounding_of(sums, r, level.width) : 0;
   const double error = e + (r + e) * (level.rounding + product) + 5 * kUnitRoundoff * (r + c);
   const double sum_error = static_cast<double>(level.width + 4) * 0x1p-53 * (r + c) * (r + c);
