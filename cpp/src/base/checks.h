@@ -56,9 +56,10 @@ struct ShapeText {
   template <int N>
   explicit ShapeText(const int64_t (&shape)[N]) noexcept {
     static_assert(N <= 4);
-    char* end = text;
-    for (int i = 0; i < N; ++i) end += std::sprintf(end, "%s%" PRId64, i ? ", " : "[", shape[i]);
-    std::sprintf(end, "]");
+    int n = 0;
+    for (int i = 0; i < N; ++i)
+      n += std::snprintf(text + n, sizeof text - size_t(n), "%s%" PRId64, i ? ", " : "[", shape[i]);
+    std::snprintf(text + n, sizeof text - size_t(n), "]");
   }
 };
 
