@@ -2,6 +2,8 @@
 // The table of backends. A public verb (verbs/) checks shapes, types and parameters, and then calls the function of the
 // same name in the table of the context's device. cpu/backend.cpp and cuda/backend.cu fill their tables by name.
 #pragma once
+#include <atomic>
+
 #include "base/checks.h"
 #include "hisac/attend.h"
 #include "hisac/encode.h"
@@ -41,9 +43,12 @@ namespace cpu {
 extern const Backend kBackend;
 }
 
-/// The table that enable_cuda (hisac/cuda.h) has set; null before.
-const Backend* cuda_backend() noexcept;
-void set_cuda_backend(const Backend* backend) noexcept;
+/// The table that enable_cuda (hisac/cuda.h) has set; null before. One in each shared library: symbols are hidden.
+inline std::atomic<const Backend*> enabled_cuda_backend{nullptr};
+inline const Backend* cuda_backend() noexcept { return enabled_cuda_backend.load(std::memory_order_acquire); }
+inline void set_cuda_backend(const Backend* backend) noexcept {
+  enabled_cuda_backend.store(backend, std::memory_order_release);
+}
 
 inline const Backend* backend_of(const Context& context) noexcept {
   return context.device == Device::cpu ? &cpu::kBackend : cuda_backend();

@@ -23,6 +23,8 @@ namespace counting {
 
 inline std::atomic<long> allocations{0};
 inline std::atomic<bool> failing{false};  // has an effect without sanitizers only
+inline std::atomic<long> spared{0};       // how many succeed before they fail
+inline bool fails() { return failing && spared-- <= 0; }
 
 #ifdef HISAC_TEST_HOOKED
 constexpr bool kCanFail = false;
@@ -60,19 +62,19 @@ void __libc_free(void*);
 
 void* malloc(size_t n) {
   ++counting::allocations;
-  return counting::failing ? nullptr : __libc_malloc(n);
+  return counting::fails() ? nullptr : __libc_malloc(n);
 }
 void* calloc(size_t n, size_t each) {
   ++counting::allocations;
-  return counting::failing ? nullptr : __libc_calloc(n, each);
+  return counting::fails() ? nullptr : __libc_calloc(n, each);
 }
 void* realloc(void* p, size_t n) {
   ++counting::allocations;
-  return counting::failing ? nullptr : __libc_realloc(p, n);
+  return counting::fails() ? nullptr : __libc_realloc(p, n);
 }
 void* memalign(size_t alignment, size_t n) {
   ++counting::allocations;
-  return counting::failing ? nullptr : __libc_memalign(alignment, n);
+  return counting::fails() ? nullptr : __libc_memalign(alignment, n);
 }
 void* aligned_alloc(size_t alignment, size_t n) { return memalign(alignment, n); }
 int posix_memalign(void** out, size_t alignment, size_t n) {

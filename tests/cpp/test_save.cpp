@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Codebooks on disk: a failed save leaves no part of a file and the old file as it was; a killed one's part goes with
-// the next; modes and links stay; a failed load says why.
+// the next into its folder; modes and links stay; a failed load says why.
 #include <doctest/doctest.h>
 
 #include <dlfcn.h>
@@ -269,7 +269,7 @@ TEST_CASE("save writes into no file or link that is there already") {
   const Directory directory;
   const std::string path = directory.path / "book", victim = directory.path / "victim";
   std::ofstream(victim) << "mine";
-  const std::string name = path + ".6867666564636261.part";  // abcdefgh, as a number
+  const std::string name = directory.path / ".hisac-6867666564636261.part";  // abcdefgh, as a number
   fs::create_symlink(victim, name);
   random_bytes = "abcdefgh";
   REQUIRE(some(1).save(path.c_str()).ok());
@@ -278,25 +278,29 @@ TEST_CASE("save writes into no file or link that is there already") {
   CHECK(fs::is_symlink(name));
 }
 
-TEST_CASE("the part of a save that was killed goes with the next, nothing else does") {
+TEST_CASE("the part of a save that was killed goes with the next into its folder, nothing else does") {
   const Directory directory;
   const std::string path = directory.path / "book";
-  const auto others = {"book.part",
-                       "book.0123456789abcdef.part.x",
-                       "book.0123456789abcdeg.part",
-                       "bookx.0123456789abcdef.part",
-                       "book.0123456789abcde.part",
-                       "other.0123456789abcdef.part"};
+  const auto others = {".hisac-.part",
+                       ".hisac-0123456789abcdef.part.x",
+                       ".hisac-0123456789abcdeg.part",
+                       ".hisac-0123456789abcdef0.part",
+                       ".hisac-0123456789abcde.part",
+                       ".hisac-0123456789ABCDEF.part",
+                       ".hisac-1-0123456789abcdef.part",
+                       "hisac-0123456789abcdef.part",
+                       "book.0123456789abcdef.part"};
   for (const char* other : others) std::ofstream(directory.path / other) << "mine";
-  fs::create_directory(directory.path / "book.0123456789abcde0.part");
-  fs::create_symlink("book.part", directory.path / "book.0123456789abcde1.part");
-  const std::string stranger = directory.path / "book.0123456789abcde2.part";
+  fs::create_directory(directory.path / ".hisac-0123456789abcde0.part");
+  fs::create_symlink(".hisac-.part", directory.path / ".hisac-0123456789abcde1.part");
+  const std::string stranger = directory.path / ".hisac-0123456789abcde2.part";
   std::ofstream(stranger) << "theirs";
   if (::chown(stranger.c_str(), 1, 1) != 0) fs::remove(stranger);  // the superuser alone can give a file away
   const size_t before = directory.names().size();
   for (int round = 0; round < 3; ++round) {
     int status = 0;
-    ::waitpid(saving(some(1, 200), path, [] { ::raise(SIGKILL); }), &status, 0);
+    const std::string target = directory.path / ("book" + std::to_string(round));
+    ::waitpid(saving(some(1, 200), target, [] { ::raise(SIGKILL); }), &status, 0);
     CHECK(WIFSIGNALED(status));
   }
   CHECK(directory.names().size() == before + 1);  // each has removed the one before it

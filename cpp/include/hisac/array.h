@@ -22,6 +22,11 @@ constexpr int64_t bytes_of(DType type) noexcept {
   return type == DType::int8 ? 1 : type == DType::bfloat16 || type == DType::float16 ? 2 : type == DType::int64 ? 8 : 4;
 }
 
+/// Element i of an array of int32 or int64.
+inline int64_t integer_at(const void* data, DType type, int64_t i) noexcept {
+  return type == DType::int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+}
+
 /// Read-only rows [rows, width] of float32, bfloat16 or float16: the x and v of the verbs.
 struct Rows {
   const void* data = nullptr;
@@ -36,9 +41,7 @@ struct Ids {
   int64_t size = 0;
 
   explicit operator bool() const noexcept { return data != nullptr; }
-  int64_t operator[](int64_t t) const noexcept {
-    return dtype == DType::int64 ? static_cast<const int64_t*>(data)[t] : static_cast<const int32_t*>(data)[t];
-  }
+  int64_t operator[](int64_t t) const noexcept { return integer_at(data, dtype, t); }
 };
 
 /// Rows to write, [rows, width]; tokens have the type of v.
@@ -56,13 +59,8 @@ struct Histories {
   DType dtype = DType::int64;
   int64_t users = 0;
 
-  int64_t start(int64_t b) const noexcept { return at(starts, b); }
-  int64_t end(int64_t b) const noexcept { return at(ends, b); }
-
- private:
-  int64_t at(const void* p, int64_t b) const noexcept {
-    return dtype == DType::int64 ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
-  }
+  int64_t start(int64_t b) const noexcept { return integer_at(starts, dtype, b); }
+  int64_t end(int64_t b) const noexcept { return integer_at(ends, dtype, b); }
 };
 
 }  // namespace hisac

@@ -26,7 +26,7 @@ class Codebook {
   /// safetensors: tensors "centers.0" .. (F32), metadata format, version and fingerprint (checked). `save` writes
   /// aside, in the same folder, and renames: readers see the old file or the new one, which keeps the old one's mode
   /// and, where it may, its owner and group. A symbolic link stays, what it names is replaced; only a regular file is.
-  /// What killed writers of the same file have left is removed.
+  /// What killed writers have left in the folder (.hisac-<16 hex digits>.part) is removed.
   static Status load(const char* path, Codebook* out) noexcept;
   static Status parse(const void* bytes, size_t size, Codebook* out) noexcept;
   Status save(const char* path) const noexcept;

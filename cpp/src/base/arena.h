@@ -34,6 +34,25 @@ class Arena {
     return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
   }
 
+  /// n elements of T, then what carve(one) takes for each of them. Null where `take` is; `carve` is called all the
+  /// same, so that its bytes are counted.
+  template <class T, class Carve>
+  T* take_each(int64_t n, Carve carve) noexcept {
+    T* const all = take<T>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      T one;
+      carve(one);
+      if (all) all[i] = one;
+    }
+    return all;
+  }
+
+  /// The same for several arrays of n elements: take_into(n, a, b) is a = take(n), then b = take(n).
+  template <class... T>
+  void take_into(int64_t n, T*&... arrays) noexcept {
+    ((arrays = take<T>(n)), ...);
+  }
+
   size_t used() const noexcept { return used_; }
 
   Status check(const char* verb) const noexcept {

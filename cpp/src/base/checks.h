@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks that several verbs share. Each message says what was expected and what was given.
 #pragma once
+#include <algorithm>
 #include <cinttypes>
+#include <cstdio>
 #include <initializer_list>
 
+#include "hisac/array.h"
 #include "hisac/context.h"
 #include "hisac/status.h"
 
@@ -47,16 +50,34 @@ inline Status check_float(const char* verb, const char* name, DType type, const 
   return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16%s", verb, name, others);
 }
 
-inline Status check_length(const char* verb, const char* name, int64_t expected, int64_t got) noexcept {
-  if (expected == got) return {};
-  return Status::error(Code::invalid_argument, "%s: %s expected [%" PRId64 "], got [%" PRId64 "]", verb, name, expected,
-                       got);
+/// A shape as messages have it: "[300, 48]".
+struct ShapeText {
+  char text[96];  // 4 numbers of 20 characters
+  template <int N>
+  explicit ShapeText(const int64_t (&shape)[N]) noexcept {
+    static_assert(N <= 4);
+    int n = 0;
+    for (int i = 0; i < N; ++i)
+      n += std::snprintf(text + n, sizeof text - size_t(n), "%s%" PRId64, i ? ", " : "[", shape[i]);
+    std::snprintf(text + n, sizeof text - size_t(n), "]");
+  }
+};
+
+template <class T, int N>
+bool has_shape(const Array<T, N>& array, const int64_t (&expected)[N]) noexcept {
+  return std::equal(expected, expected + N, array.shape);
+}
+
+template <class T, int N>
+Status check_shape(const char* verb, const char* name, const int64_t (&expected)[N], const Array<T, N>& got) noexcept {
+  if (has_shape(got, expected)) return {};
+  return Status::error(Code::invalid_argument, "%s: %s expected %s, got %s", verb, name, ShapeText(expected).text,
+                       ShapeText(got.shape).text);
 }
 
 inline int64_t longest_of(const Histories& h) noexcept {
   int64_t longest = 0;
-  for (int64_t b = 0; b < h.users; ++b)
-    if (h.end(b) - h.start(b) > longest) longest = h.end(b) - h.start(b);
+  for (int64_t b = 0; b < h.users; ++b) longest = std::max(longest, h.end(b) - h.start(b));
   return longest;
 }
 

@@ -94,10 +94,8 @@ struct ThreadPool::Crew {
 
   /// In a process that has no threads of it: what a parent's threads held stays behind.
   void begin(int workers) noexcept {
-    const pthread_mutex_t mutex_of_none = PTHREAD_MUTEX_INITIALIZER;
-    const pthread_cond_t condition_of_none = PTHREAD_COND_INITIALIZER;
-    mutex = mutex_of_none;
-    wake = done = condition_of_none;
+    mutex = PTHREAD_MUTEX_INITIALIZER;
+    wake = done = PTHREAD_COND_INITIALIZER;
     working = wanted = 0;
     busy = stop = false;
     start(workers);

@@ -3,6 +3,7 @@
 // reduction tree, so several workers can share a long history without changing the tree.
 #pragma once
 #include <algorithm>
+#include <numeric>
 
 #include "base/arena.h"
 #include "base/parallel.h"
@@ -24,9 +25,7 @@ class Units {
   /// tiles / (4 workers) tiles.
   static int64_t most_slots(int workers) noexcept { return workers > 1 ? 8 * workers : 0; }
 
-  void carve(Arena& arena, int64_t users) noexcept {
-    for (int64_t** a : {&unit_, &slot_}) *a = arena.take<int64_t>(users + 1);
-  }
+  void carve(Arena& arena, int64_t users) noexcept { arena.take_into(users + 1, unit_, slot_); }
 
   /// Plans the units of n users: those in order, or null for 0 .. n - 1.
   void plan(const Histories& h, const int64_t* order, int64_t n, int workers) noexcept {
@@ -81,25 +80,29 @@ class Units {
 class Waves {
  public:
   void carve(Arena& arena, int64_t users) noexcept {
-    for (int64_t** a : {&order_, &wave_}) *a = arena.take<int64_t>(users);
+    arena.take_into(users, order_, wave_, heap_);
     begin_ = arena.take<int64_t>(users + 2);
-    heap_ = arena.take<WaveEnd>(users);
   }
 
+  /// Interval colouring in the order of starts: a user joins the wave that ends first if that is in time, else a new
+  /// one.
   void plan(const Histories& h) noexcept {
-    bool ordered = true;
-    for (int64_t b = 0; b < h.users; ++b) {
-      order_[b] = b;
-      wave_[b] = 0;
-      ordered = ordered && (b == 0 || h.start(b) >= h.end(b - 1));
-    }
-    count_ = h.users > 0 ? 1 : 0;
-    if (!ordered) colour_intervals(h);
-    std::fill(begin_, begin_ + count_ + 1, int64_t{0});
-    for (int64_t b = 0; b < h.users; ++b) ++begin_[wave_[b] + 1];
-    for (int64_t w = 0; w < count_; ++w) begin_[w + 1] += begin_[w];
+    std::iota(order_, order_ + h.users, int64_t{0});
     std::sort(order_, order_ + h.users,
-              [&](int64_t a, int64_t b) { return wave_[a] != wave_[b] ? wave_[a] < wave_[b] : a < b; });
+              [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });
+    count_ = 0;
+    for (int64_t i = 0; i < h.users; ++i) {
+      const int64_t b = order_[i];
+      const bool joins = count_ > 0 && heap_[0].end <= h.start(b);
+      if (joins) std::pop_heap(heap_, heap_ + count_);
+      wave_[b] = joins ? heap_[count_ - 1].wave : count_++;
+      heap_[count_ - 1] = {h.end(b), wave_[b]};
+      std::push_heap(heap_, heap_ + count_);
+    }
+    std::fill(begin_, begin_ + count_ + 2, int64_t{0});
+    for (int64_t b = 0; b < h.users; ++b) ++begin_[wave_[b] + 2];
+    for (int64_t w = 0; w < count_; ++w) begin_[w + 2] += begin_[w + 1];
+    for (int64_t b = 0; b < h.users; ++b) order_[begin_[wave_[b] + 1]++] = b;  // leaves each wave's begin in begin_
   }
 
   int64_t count() const noexcept { return count_; }
@@ -111,27 +114,6 @@ class Waves {
     int64_t end, wave;
     bool operator<(const WaveEnd& o) const noexcept { return end != o.end ? end > o.end : wave > o.wave; }
   };
-
-  /// Interval colouring in the order of starts: a user joins the wave that ends first if that is in time, else a new
-  /// one.
-  void colour_intervals(const Histories& h) noexcept {
-    std::sort(order_, order_ + h.users,
-              [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });
-    count_ = 0;
-    int64_t waves = 0;
-    for (int64_t i = 0; i < h.users; ++i) {
-      const int64_t b = order_[i];
-      if (waves && heap_[0].end <= h.start(b)) {
-        std::pop_heap(heap_, heap_ + waves);
-        wave_[b] = heap_[waves - 1].wave;
-      } else {
-        wave_[b] = count_++;
-        ++waves;
-      }
-      heap_[waves - 1] = {h.end(b), wave_[b]};
-      std::push_heap(heap_, heap_ + waves);
-    }
-  }
 
   int64_t count_ = 0;
   int64_t *order_ = nullptr, *wave_ = nullptr, *begin_ = nullptr;

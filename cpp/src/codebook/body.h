@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The data of a Codebook: its shape, and each level's centers, packed once for `encode`.
 #pragma once
+#include <cstdlib>
+
 #include "codebook/level.h"
 #include "hisac/codebook.h"
 
 namespace hisac {
 
 struct Codebook::Body {
+  ~Body() { std::free(memory); }
+
   int levels = 0;
   int64_t width = 0;
   int64_t size[kMaxLevels] = {};

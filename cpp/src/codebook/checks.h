@@ -12,10 +12,9 @@ inline Status check_book(const char* verb, const Codebook* book) noexcept {
 }
 
 /// codes is [rows, L] of this book.
-inline Status check_codes(const char* verb, const Codebook& book, const int64_t* shape, int64_t rows) noexcept {
-  if (shape[0] == rows && shape[1] == book.levels()) return {};
-  return Status::error(Code::invalid_argument, "%s: codes expected [%" PRId64 ", %d], got [%" PRId64 ", %" PRId64 "]",
-                       verb, rows, book.levels(), shape[0], shape[1]);
+template <class T>
+Status check_codes(const char* verb, const Codebook& book, const Array<T, 2>& codes, int64_t rows) noexcept {
+  return check_shape(verb, "codes", {rows, book.levels()}, codes);
 }
 
 }  // namespace hisac

@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
+#include <utility>
 
 #include "codebook/body.h"
 #include "codebook/checks.h"
@@ -13,13 +15,11 @@
 namespace hisac {
 namespace {
 
-struct Fnv {
-  uint64_t value = 0xcbf29ce484222325u;
-  void add(const void* data, size_t size) noexcept {
-    const unsigned char* bytes = static_cast<const unsigned char*>(data);
-    for (size_t i = 0; i < size; ++i) value = (value ^ bytes[i]) * 0x100000001b3u;
-  }
-};
+uint64_t fnv(uint64_t hash, const void* data, size_t size) noexcept {
+  const unsigned char* const bytes = static_cast<const unsigned char*>(data);
+  for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+  return hash;
+}
 
 Status check_centers(const Array<const float, 2>* centers, int levels) noexcept {
   if (levels < 1 || levels > kMaxLevels)
@@ -43,31 +43,15 @@ Status check_centers(const Array<const float, 2>* centers, int levels) noexcept 
                              "Codebook: expected finite centers, got %g at [%" PRId64 ", %" PRId64 "] of level %d",
                              double(centers[l].data[i]), i / width, i % width, l);
   }
-  constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
-  uint64_t below = 1;  // leaves below a node of the level
-  for (int l = levels - 1; l >= 0; --l) {
-    const uint64_t size = static_cast<uint64_t>(centers[l].shape[0]);
-    const bool fits = l > 0 ? below <= kMost / size : size - 1 <= (kMost - (below - 1)) / below;
-    if (!fits) return Status::error(Code::invalid_argument, "Codebook: expected at most 2^64 leaves, got more");
-    below *= size;
-  }
   return {};
-}
-
-void destroy(Codebook::Body* body) noexcept {
-  if (body) std::free(body->memory);
-  delete body;
 }
 
 }  // namespace
 
-Codebook::~Codebook() { destroy(body_); }
+Codebook::~Codebook() { delete body_; }
 
 Codebook& Codebook::operator=(Codebook&& other) noexcept {
-  Body* const taken = other.body_;
-  other.body_ = nullptr;
-  destroy(body_);
-  body_ = taken;
+  delete std::exchange(body_, std::exchange(other.body_, nullptr));
   return *this;
 }
 
@@ -75,36 +59,34 @@ Status Codebook::build(const Array<const float, 2>* centers, int levels, Codeboo
   HISAC_TRY(check_centers(centers, levels));
   const int64_t width = centers[0].shape[1];
   int64_t floats = 0;
-  for (int l = 0; l < levels; ++l) floats += (Level::floats(centers[l].shape[0], width) + 15) / 16 * 16;
-  Body* const body = new (std::nothrow) Body;
-  float* memory = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * static_cast<size_t>(floats)));
-  if (!body || !memory) {
-    std::free(memory);
-    delete body;
+  for (int l = 0; l < levels; ++l) floats += Level::floats(centers[l].shape[0], width);
+  std::unique_ptr<Body> body(new (std::nothrow) Body);
+  if (body) body->memory = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * static_cast<size_t>(floats)));
+  if (!body || !body->memory)
     return Status::error(Code::out_of_memory, "Codebook: out of memory for %" PRId64 " floats", floats);
-  }
-  body->memory = memory;
   body->levels = levels;
   body->width = width;
-  Fnv hash;
-  hash.add(&width, sizeof width);
-  for (int l = 0; l < levels; ++l) {
-    const int64_t size = body->size[l] = centers[l].shape[0];
-    body->level[l] = Level::make(size, width, centers[l].data, memory);
-    memory += (Level::floats(size, width) + 15) / 16 * 16;
-    hash.add(&size, sizeof size);
-    hash.add(body->level[l].centers, sizeof(float) * static_cast<size_t>(size * width));
-  }
-  body->fingerprint = hash.value;
-  uint64_t stride = 1;
+  constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
+  unsigned __int128 leaves = 1;
   for (int l = levels - 1; l >= 0; --l) {
-    body->stride[l] = stride;
-    const uint64_t size = static_cast<uint64_t>(body->size[l]);
-    if (l == 0 && stride > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / size) body->wide = true;
-    stride *= size;
+    body->size[l] = centers[l].shape[0];
+    body->stride[l] = static_cast<uint64_t>(leaves);
+    leaves *= static_cast<uint64_t>(body->size[l]);
+    if (leaves > kMost + static_cast<unsigned __int128>(l == 0))  // 2^64 leaves have numbers of 64 bits
+      return Status::error(Code::invalid_argument, "Codebook: expected at most 2^64 leaves, got more");
   }
-  destroy(out->body_);
-  out->body_ = body;
+  body->wide = leaves > kMost / 2;
+  float* memory = body->memory;
+  uint64_t hash = fnv(0xcbf29ce484222325u, &width, sizeof width);
+  for (int l = 0; l < levels; ++l) {
+    const int64_t size = body->size[l];
+    body->level[l] = Level::make(size, width, centers[l].data, memory);
+    memory += Level::floats(size, width);
+    hash = fnv(hash, &size, sizeof size);
+    hash = fnv(hash, body->level[l].centers, sizeof(float) * static_cast<size_t>(size * width));
+  }
+  body->fingerprint = hash;
+  delete std::exchange(out->body_, body.release());
   return {};
 }
 
@@ -138,8 +120,8 @@ void Codebook::prototype(const int32_t* codes, float* out) const noexcept {
 
 Status leaves(const Codebook& book, Array<const int32_t, 2> codes, Array<int64_t, 1> out) noexcept {
   HISAC_TRY(check_book("leaves", &book));
-  HISAC_TRY(check_codes("leaves", book, codes.shape, codes.shape[0]));
-  HISAC_TRY(check_length("leaves", "out", codes.shape[0], out.shape[0]));
+  HISAC_TRY(check_codes("leaves", book, codes, codes.shape[0]));
+  HISAC_TRY(check_shape("leaves", "out", {codes.shape[0]}, out));
   if (book.body().wide)
     return Status::error(Code::invalid_argument, "leaves: expected fewer than 2^63 leaves in the codebook, got more");
   for (int64_t i = 0; i < codes.shape[0]; ++i) {

@@ -8,13 +8,15 @@
 // other than \" and \\, unsigned integers, arrays of them), checks every bound before use, and the fingerprint last. A
 // file's head is read and checked before memory is asked for its payload.
 //
-// A file is written aside, as <target>.<16 hex digits>.part, and renamed. Its writer holds a lock of it (flock), which
-// ends with the process: what nobody holds is left of one that was killed, and the next save removes it.
+// A file is written aside, as .hisac-<16 hex digits>.part in the target's folder, and renamed. Its writer holds a lock
+// of it (flock), which ends with the process: what nobody holds is left of one that was killed, and the next save into
+// the folder removes it.
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -33,12 +35,6 @@ constexpr size_t kMostHeader = 1 << 20, kMostPath = 4096;
 
 Status corrupt(const char* what) noexcept { return Status::error(Code::corrupt_file, "codebook file: %s", what); }
 
-struct Text {
-  const char* data = nullptr;
-  size_t size = 0;
-  bool is(const char* s) const noexcept { return std::strlen(s) == size && std::memcmp(s, data, size) == 0; }
-};
-
 /// Walks the header; every read is bounded, the first mistake sets `failed`.
 class Parser {
  public:
@@ -55,14 +51,14 @@ class Parser {
   }
   bool at_end() noexcept { return skip(), p_ == end_; }
 
-  Text string() noexcept {
+  std::string_view string() noexcept {
     expect('"');
     const char* const begin = p_;
     while (!failed_ && p_ < end_ && *p_ != '"') {
       if (static_cast<unsigned char>(*p_) < 0x20) failed_ = true;
       p_ += *p_ == '\\' && p_ + 1 < end_ ? 2 : 1;
     }
-    if (failed_ || p_ >= end_) return failed_ = true, Text{};
+    if (failed_ || p_ >= end_) return failed_ = true, std::string_view();
     return {begin, static_cast<size_t>(p_++ - begin)};
   }
 
@@ -96,43 +92,33 @@ class Parser {
 
 struct Header {
   int levels = 0;
-  bool format = false, version = false, fingerprint = false, level[kMaxLevels] = {};
+  bool format = false, fingerprint = false, level[kMaxLevels] = {};
   char version_text[32] = {};
   uint64_t print = 0;
   uint64_t shape[kMaxLevels][2] = {}, range[kMaxLevels][2] = {};
 };
 
-bool hex(Text text, uint64_t* out) noexcept {
-  if (text.size != 16) return false;
-  uint64_t value = 0;
-  for (size_t i = 0; i < 16; ++i) {
-    const char c = text.data[i];
-    const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-    if (digit < 0) return false;
-    value = value << 4 | static_cast<uint64_t>(digit);
-  }
-  *out = value;
-  return true;
-}
+/// Whether text, which a byte that is no digit follows, begins with exactly 16 lower-case hex digits.
+bool is_hex16(const char* text) noexcept { return std::strspn(text, "0123456789abcdef") == 16; }
 
 Status parse_metadata(Parser& in, Header* h) noexcept {
   in.expect('{');
   if (in.take('}')) return {};
   do {
-    const Text key = in.string();
+    const std::string_view key = in.string();
     in.expect(':');
-    const Text value = in.string();
+    const std::string_view value = in.string();
     if (in.failed()) return corrupt("the metadata is not a map of strings");
-    if (key.is("format")) {
-      if (!value.is("hisac.codebook")) return corrupt("metadata format expected hisac.codebook, got another");
+    if (key == "format") {
+      if (value != "hisac.codebook") return corrupt("metadata format expected hisac.codebook, got another");
       h->format = true;
-    } else if (key.is("version")) {
-      h->version = value.is("1");
+    } else if (key == "version") {
       std::memset(h->version_text, 0, sizeof h->version_text);
-      for (size_t i = 0; i < value.size && i < 20; ++i)  // for the message, so plain ASCII
-        h->version_text[i] = value.data[i] >= ' ' && value.data[i] <= '~' ? value.data[i] : '?';
-    } else if (key.is("fingerprint")) {
-      if (!hex(value, &h->print)) return corrupt("metadata fingerprint expected 16 hex digits");
+      for (size_t i = 0; i < value.size() && i < 20; ++i)  // for the message, so plain ASCII
+        h->version_text[i] = value[i] >= ' ' && value[i] <= '~' ? value[i] : '?';
+    } else if (key == "fingerprint") {
+      if (value.size() != 16 || !is_hex16(value.data())) return corrupt("metadata fingerprint expected 16 hex digits");
+      h->print = std::strtoull(value.data(), nullptr, 16);
       h->fingerprint = true;
     }
   } while (in.take(','));
@@ -140,24 +126,23 @@ Status parse_metadata(Parser& in, Header* h) noexcept {
   return {};
 }
 
-Status parse_tensor(Parser& in, Text name, Header* h) noexcept {
-  if (name.size != 9 || std::memcmp(name.data, "centers.", 8) != 0 || name.data[8] < '0' ||
-      name.data[8] >= '0' + kMaxLevels)
+Status parse_tensor(Parser& in, std::string_view name, Header* h) noexcept {
+  if (name.size() != 9 || std::memcmp(name.data(), "centers.", 8) != 0 || name[8] < '0' || name[8] >= '0' + kMaxLevels)
     return corrupt("tensors expected centers.0 to centers.7, got another name");
-  const int l = name.data[8] - '0';
+  const int l = name[8] - '0';
   if (h->level[l]) return corrupt("a tensor appears twice");
   bool dtype = false, shape = false, range = false;
   in.expect('{');
   do {
-    const Text key = in.string();
+    const std::string_view key = in.string();
     in.expect(':');
-    if (key.is("dtype")) {
-      dtype = in.string().is("F32");
+    if (key == "dtype") {
+      dtype = in.string() == "F32";
       if (!dtype) return corrupt("a tensor's dtype expected F32");
-    } else if (key.is("shape")) {
+    } else if (key == "shape") {
       in.pair(h->shape[l]);
       shape = true;
-    } else if (key.is("data_offsets")) {
+    } else if (key == "data_offsets") {
       in.pair(h->range[l]);
       range = true;
     } else {
@@ -175,16 +160,16 @@ Status parse_header(const char* begin, const char* end, Header* h) noexcept {
   in.expect('{');
   if (in.failed()) return corrupt("the header is no JSON object");
   do {
-    const Text name = in.string();
+    const std::string_view name = in.string();
     in.expect(':');
     if (in.failed()) break;
-    HISAC_TRY(name.is("__metadata__") ? parse_metadata(in, h) : parse_tensor(in, name, h));
+    HISAC_TRY(name == "__metadata__" ? parse_metadata(in, h) : parse_tensor(in, name, h));
   } while (!in.failed() && in.take(','));
   in.expect('}');
   if (in.failed() || !in.at_end()) return corrupt("the header is not the JSON that the format needs");
   if (!h->format || !h->fingerprint || !h->version_text[0])
     return corrupt("metadata expected format, version and fingerprint");
-  if (!h->version)
+  if (std::strcmp(h->version_text, "1") != 0)
     return Status::error(Code::corrupt_file, "codebook file: version expected 1, got %s", h->version_text);
   return {};
 }
@@ -212,7 +197,7 @@ Status read_header(const char* text, uint64_t length, uint64_t payload, Header* 
   return at == payload ? Status() : corrupt("bytes left over after the last tensor");
 }
 
-/// data: the payload, aligned.
+/// data: the payload.
 Status assemble(const Header& h, const void* data, Codebook* out) noexcept {
   Array<const float, 2> centers[kMaxLevels];
   for (int l = 0; l < h.levels; ++l)
@@ -241,10 +226,33 @@ struct Bytes {
   const uint64_t size;
 };
 
-size_t header_text(const Codebook& book, char* out, size_t size) noexcept {
-  size_t at = 0;
+/// A codebook from `size` bytes, of which take(data, count) copies the next.
+template <class Take>
+Status read_book(uint64_t size, Take take, Codebook* out) noexcept {
+  uint64_t length = 0;
+  if (size < 8) return corrupt("expected at least 8 bytes");
+  HISAC_TRY(take(&length, 8));
+  HISAC_TRY(check_length(length, size));
+  Header h;
+  {
+    const Bytes text(length);
+    HISAC_TRY(text.check());
+    HISAC_TRY(take(text.data, length));
+    HISAC_TRY(read_header(text.data, length, size - 8 - length, &h));
+  }
+  const Bytes data(size - 8 - length);
+  HISAC_TRY(data.check());
+  HISAC_TRY(take(data.data, data.size));
+  return assemble(h, data.data, out);
+}
+
+/// sink(data, bytes) takes a file's parts in order, until it returns false.
+template <class Sink>
+bool emit(const Codebook& book, Sink sink) noexcept {
+  char text[2048];
+  uint64_t length = 0;
   const auto add = [&](const char* format, auto... args) {
-    at += static_cast<size_t>(std::snprintf(out ? out + at : nullptr, out ? size - at : 0, format, args...));
+    length += static_cast<uint64_t>(std::snprintf(text + length, sizeof text - length, format, args...));
   };
   add("{\"__metadata__\":{\"fingerprint\":\"%016" PRIx64 "\",\"format\":\"hisac.codebook\",\"version\":\"1\"}",
       book.fingerprint());
@@ -257,15 +265,7 @@ size_t header_text(const Codebook& book, char* out, size_t size) noexcept {
     begin = end;
   }
   add("%s", "}");
-  while (at % 8) add("%s", " ");
-  return at;
-}
-
-/// sink(data, bytes) takes a file's parts in order, until it returns false.
-template <class Sink>
-bool emit(const Codebook& book, Sink sink) noexcept {
-  char text[2048];
-  const uint64_t length = header_text(book, text, sizeof text);
+  while (length % 8) add("%s", " ");
   if (!sink(&length, sizeof length) || !sink(text, length)) return false;
   for (int l = 0; l < book.levels(); ++l)
     if (!sink(book.centers(l), static_cast<size_t>(book.size(l) * book.width()) * 4)) return false;
@@ -337,31 +337,18 @@ bool follow(const char* path, char* target) noexcept {
   return errno = ELOOP, false;
 }
 
-/// folder [kMostPath] of a target; returns the name in it.
-const char* split(const char* target, char* folder) noexcept {
-  const char* const slash = std::strrchr(target, '/');
-  const char* const name = slash ? slash + 1 : target;
-  std::snprintf(folder, kMostPath, "%.*s", slash ? static_cast<int>(name - target) : 1, slash ? target : ".");
-  return name;
+bool is_part(const char* name) noexcept {
+  return std::strncmp(name, ".hisac-", 7) == 0 && is_hex16(name + 7) && std::strcmp(name + 23, ".part") == 0;
 }
 
-bool is_part(const char* name, const char* of) noexcept {
-  const size_t length = std::strlen(of);
-  uint64_t random;
-  return std::strlen(name) == length + 22 && std::memcmp(name, of, length) == 0 && name[length] == '.' &&
-         hex({name + length + 1, 16}, &random) && std::strcmp(name + length + 17, ".part") == 0;
-}
-
-/// Removes what killed writers of the target have left: of this user, and locked by nobody.
-void sweep(const char* target) noexcept {
-  char folder[kMostPath];
-  const char* const name = split(target, folder);
+/// Removes what killed writers have left in the folder: of this user, and locked by nobody.
+void sweep(const char* folder) noexcept {
   DIR* const all = ::opendir(folder);
   if (!all) return;
   const int at = ::dirfd(all);
   while (const dirent* const entry = ::readdir(all)) {
     struct stat info;
-    if (!is_part(entry->d_name, name) || ::fstatat(at, entry->d_name, &info, AT_SYMLINK_NOFOLLOW) != 0 ||
+    if (!is_part(entry->d_name) || ::fstatat(at, entry->d_name, &info, AT_SYMLINK_NOFOLLOW) != 0 ||
         !S_ISREG(info.st_mode) || info.st_uid != ::geteuid())
       continue;
     const File part{::openat(at, entry->d_name, O_WRONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC)};
@@ -370,12 +357,12 @@ void sweep(const char* target) noexcept {
   ::closedir(all);
 }
 
-/// A new file beside the target, locked; its name in part [kMostPath]. -1 where there is none.
-int create_part(const char* target, mode_t mode, char* part) noexcept {
+/// A new file in the folder, locked; its path in part [kMostPath]. -1 where there is none.
+int create_part(const char* folder, mode_t mode, char* part) noexcept {
   for (int attempt = 0; attempt < 100; ++attempt) {
     uint64_t random;
     if (::getentropy(&random, sizeof random) != 0) return -1;
-    if (std::snprintf(part, kMostPath, "%s.%016" PRIx64 ".part", target, random) >= static_cast<int>(kMostPath))
+    if (std::snprintf(part, kMostPath, "%s/.hisac-%016" PRIx64 ".part", folder, random) >= static_cast<int>(kMostPath))
       return errno = ENAMETOOLONG, -1;
     const int file = ::open(part, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
     if (file < 0 && errno == EEXIST) continue;
@@ -399,9 +386,7 @@ void keep_mode(int file, const struct stat& old) noexcept {
 }
 
 /// False where the folder's entry may be lost; what cannot be synced is as good as it gets.
-bool sync_folder(const char* target) noexcept {
-  char folder[kMostPath];
-  split(target, folder);
+bool sync_folder(const char* folder) noexcept {
   const File file{::open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
   return file.fd < 0 || ::fsync(file.fd) == 0 || errno != EIO;
 }
@@ -409,20 +394,13 @@ bool sync_folder(const char* target) noexcept {
 }  // namespace
 
 Status Codebook::parse(const void* bytes, size_t size, Codebook* out) noexcept {
-  const char* const p = static_cast<const char*>(bytes);
-  uint64_t length = 0;
-  if (size < 8) return corrupt("expected at least 8 bytes");
-  std::memcpy(&length, p, 8);
-  HISAC_TRY(check_length(length, size));
-  Header h;
-  const char* const data = p + 8 + length;
-  const uint64_t payload = size - 8 - length;
-  HISAC_TRY(read_header(p + 8, length, payload, &h));
-  if (reinterpret_cast<uintptr_t>(data) % alignof(float) == 0) return assemble(h, data, out);
-  const Bytes copy(payload);
-  HISAC_TRY(copy.check());
-  std::memcpy(copy.data, data, payload);
-  return assemble(h, copy.data, out);
+  const char* p = static_cast<const char*>(bytes);
+  const auto take = [&](void* data, size_t count) {
+    std::memcpy(data, p, count);
+    p += count;
+    return Status();
+  };
+  return read_book(size, take, out);
 }
 
 size_t Codebook::file_size() const noexcept {
@@ -450,38 +428,26 @@ Status Codebook::load(const char* path, Codebook* out) noexcept {
   if (file.fd < 0) return os_error("open", path);
   if (::fstat(file.fd, &info) != 0) return os_error("read", path);
   HISAC_TRY(check_regular(info.st_mode, "read", path));
-  const uint64_t size = static_cast<uint64_t>(info.st_size);
-  uint64_t length = 0;
-  if (size < 8) return corrupt("expected at least 8 bytes");
-  HISAC_TRY(read(file.fd, &length, 8, path));
-  HISAC_TRY(check_length(length, size));
-  Header h;
-  {
-    const Bytes text(length);
-    HISAC_TRY(text.check());
-    HISAC_TRY(read(file.fd, text.data, length, path));
-    HISAC_TRY(read_header(text.data, length, size - 8 - length, &h));
-  }
-  const Bytes data(size - 8 - length);
-  HISAC_TRY(data.check());
-  HISAC_TRY(read(file.fd, data.data, data.size, path));
-  return assemble(h, data.data, out);
+  const auto take = [&](void* data, size_t count) { return read(file.fd, data, count, path); };
+  return read_book(static_cast<uint64_t>(info.st_size), take, out);
 }
 
 Status Codebook::save(const char* path) const noexcept {
   HISAC_TRY(check_book("save", this));
-  char target[kMostPath], part[kMostPath];
+  char target[kMostPath], folder[kMostPath], part[kMostPath];
   if (!follow(path, target)) return os_error("write", path);
+  const char* const slash = std::strrchr(target, '/');
+  std::snprintf(folder, sizeof folder, "%.*s.", slash ? static_cast<int>(slash + 1 - target) : 0, target);
   struct stat old;
   const bool replaces = ::lstat(target, &old) == 0;
   if (replaces) HISAC_TRY(check_regular(old.st_mode, "write", path));
-  sweep(target);
-  const File file{create_part(target, replaces ? 0600 : 0666, part)};
+  sweep(folder);
+  const File file{create_part(folder, replaces ? 0600 : 0666, part)};
   if (file.fd < 0) return os_error("write", path);
   bool done = emit(*this, [&](const void* data, size_t bytes) { return write(file.fd, data, bytes); });
   if (done && replaces) keep_mode(file.fd, old);
   done = done && ::fsync(file.fd) == 0 && ::rename(part, target) == 0;
-  if (done && sync_folder(target)) return {};
+  if (done && sync_folder(folder)) return {};
   const int error = errno;
   if (!done) ::unlink(part);
   errno = error;

@@ -105,7 +105,7 @@ size_t codebook_image_size(const Codebook& book) noexcept { return static_cast<s
 Status codebook_image(const Codebook& book, Array<std::byte, 1> out) noexcept {
   HISAC_TRY(check_book("codebook_image", &book));
   const CodebookImage image(book);
-  HISAC_TRY(check_length("codebook_image", "out", image.bytes, out.shape[0]));
+  HISAC_TRY(check_shape("codebook_image", "out", {image.bytes}, out));
   if (reinterpret_cast<uintptr_t>(out.data) % alignof(float))
     return Status::error(Code::invalid_argument, "codebook_image: out expected aligned to %zu bytes, got address %p",
                          alignof(float), static_cast<void*>(out.data));

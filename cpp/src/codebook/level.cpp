@@ -5,15 +5,6 @@
 #include <cstring>
 
 namespace hisac {
-namespace {
-
-/// A bound of the rounding error |e| of a center with these sums of squares; the float32 difference to the mean errs
-/// too.
-double rounding_of(simd::Rounded sums, double norm, int64_t width) noexcept {
-  return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUnitRoundoff * norm;
-}
-
-}  // namespace
 
 Level Level::make(int64_t size, int64_t width, const float* centers, float* memory) noexcept {
   const simd::Kernels& k = simd::kernels();
@@ -23,8 +14,9 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
   float* const mean = packed + (width + 1) * padded;
   float* const half = mean + simd::pad(width);
   float* const norm = half + padded;
-  if (copy != centers) std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
+  std::memcpy(copy, centers, sizeof(float) * static_cast<size_t>(size * width));
   Level out{size, width, copy, packed, mean, half, norm};
+  out.floor = std::sqrt(static_cast<double>(width)) * 0x1p-50;
   for (int64_t d = 0; d < width; ++d) mean[d] = 0;
   if (k.matmul_bf16)
     for (int64_t c = 0; c < size; ++c) k.add_row(width, copy + c * width, 1.f / static_cast<float>(size), mean);
@@ -35,7 +27,7 @@ Level Level::make(int64_t size, int64_t width, const float* centers, float* memo
       const double x = double(copy[c * width + d] - mean[d]);
       squares += x * x;
     }
-    const double bound = c < size ? std::sqrt(squares) * 1.0001 + norm_floor(width) : 0;
+    const double bound = c < size ? std::sqrt(squares) * 1.0001 + out.floor : 0;
     const bool copy_of_last =
         c > 0 && c < size && std::equal(copy + c * width, copy + (c + 1) * width, copy + (c - 1) * width);
     half[c] = c < size && !copy_of_last ? static_cast<float>(squares / 2) : INFINITY;

@@ -17,18 +17,23 @@ struct Level {
   const float* half = nullptr;     // [C] |c|^2 / 2; +inf for padding and for a copy of the center before
   const float* norm = nullptr;     // [C] upper bounds of |c|, 0 for padding
   double largest = 0;              // the largest norm
+  double floor = 0;                // how much smaller a norm may be because squares underflow
   double rounding = 0;             // an upper bound of |rounded c - c| / norm
 
+  /// What `make` needs, a multiple of 16.
   static int64_t floats(int64_t size, int64_t width) noexcept {
-    return size * width + (width + 1) * simd::pad(size) + simd::pad(width) + 2 * simd::pad(size);
+    return simd::pad(size * width) + (width + 3) * simd::pad(size) + simd::pad(width);
   }
-  /// Fills memory of floats(size, width): the centers (copied unless they are there already), panels, norms.
+  /// Fills memory of floats(size, width): the centers, panels, norms.
   static Level make(int64_t size, int64_t width, const float* centers, float* memory) noexcept;
 };
 
 constexpr double kUnitRoundoff = 0x1p-24;  // of float32
 
-/// How much smaller a norm may be because squares underflow.
-inline double norm_floor(int64_t width) noexcept { return std::sqrt(static_cast<double>(width)) * 0x1p-50; }
+/// A bound of the rounding error |e| of a row or a center with these sums of squares; the float32 difference to the
+/// mean errs too.
+inline double rounding_of(simd::Rounded sums, double norm, int64_t width) noexcept {
+  return 1.01 * std::sqrt(double(sums.errors) + static_cast<double>(width) * 0x1p-124) + kUnitRoundoff * norm;
+}
 
 }  // namespace hisac

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A small block of rows goes through all levels while its residuals stay in cache. So x is read once, and codes are
 // written once.
-#include <cmath>
+#include <algorithm>
 
 #include "base/parallel.h"
 #include "codebook/body.h"
@@ -12,17 +12,11 @@
 namespace hisac::cpu {
 namespace {
 
-int64_t largest_size(const Codebook& book) noexcept {
-  int64_t largest = 0;
-  for (int l = 0; l < book.levels(); ++l) largest = book.size(l) > largest ? book.size(l) : largest;
-  return largest;
-}
-
-/// Carves the scratch of `workers` workers; returns the last one's.
-NearestScratch carve(Arena& arena, const Codebook& book, int workers) noexcept {
-  NearestScratch scratch;
-  for (int w = 0; w < workers; ++w) scratch.carve(arena, book.width(), largest_size(book));
-  return scratch;
+/// The scratch of each worker.
+NearestScratch* carve(Arena& arena, const Codebook& book, int workers) noexcept {
+  const int64_t* const sizes = book.body().size;
+  const int64_t largest = *std::max_element(sizes, sizes + book.levels());
+  return arena.take_each<NearestScratch>(workers, [&](NearestScratch& s) { s.carve(arena, book.width(), largest); });
 }
 
 void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScratch& s, int32_t* codes) noexcept {
@@ -34,10 +28,8 @@ void encode_block(const Codebook& book, Rows x, int64_t begin, int n, NearestScr
   bool ok[simd::kBlock];
   for (int i = 0; i < n; ++i) {
     float* const r = s.r + i * width;
-    const float squares = k.load_row(rows + i * width * bytes, x.dtype, width, r);
-    ok[i] = finite(r, width, squares);
-    if (!ok[i])
-      for (int64_t d = 0; d < width; ++d) r[d] = 0;
+    ok[i] = finite(r, width, load_row(x, begin + i, r));
+    if (!ok[i]) std::fill_n(r, width, 0.f);
   }
   for (int64_t byte = n * width * bytes; byte < last; byte += 64) __builtin_prefetch(rows + byte);  // the next block's
   for (int l = 0; l < levels; ++l) {
@@ -61,13 +53,11 @@ size_t encode_workspace(const Context& context, const Codebook& book) noexcept {
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
   constexpr int64_t rows = NearestScratch::rows;
   Arena arena(context.workspace);
-  carve(arena, book, workers_of(context));
+  NearestScratch* const scratch = carve(arena, book, workers_of(context));
   HISAC_TRY(arena.check("encode"));
   parallel_for(context, (x.rows + rows - 1) / rows, [&](int64_t begin, int64_t end, int worker) {
-    Arena worker_arena(context.workspace);
-    NearestScratch scratch = carve(worker_arena, book, worker + 1);
     for (int64_t i = begin * rows; i < end * rows && i < x.rows; i += rows)
-      encode_block(book, x, i, static_cast<int>(x.rows - i < rows ? x.rows - i : rows), scratch,
+      encode_block(book, x, i, static_cast<int>(std::min(rows, x.rows - i)), scratch[worker],
                    codes.data + i * book.levels());
   });
   return {};

@@ -25,8 +25,7 @@ void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands ope
   x = arena.take<float>(simd::kBlock * simd::pad(width));
   if (keep_x) values_x = arena.take<float>(simd::kBlock * simd::pad(width));
   v = arena.take<float>(simd::kBlock * simd::pad(value_width));
-  for (float** a : {&norm, &bias}) *a = arena.take<float>(simd::kBlock);
-  row = arena.take<int64_t>(simd::kBlock);
+  arena.take_into(simd::kBlock, norm, bias, row);
 }
 
 void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
@@ -61,7 +60,7 @@ bool RowLoader::may_be_present(int64_t row) const noexcept {
 
 bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexcept {
   if (x_) {
-    x_.load(row, x, norm);
+    *norm = x_.load(row, x);
   } else {
     in_.book->prototype(in_.codes.data + row * in_.codes.shape[1], x);
     *norm = k_.load_row(x, DType::float32, width_, x);
@@ -69,12 +68,9 @@ bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexc
   return below_limit(*norm, x, width_);
 }
 
-bool RowLoader::load_v(int64_t row, float* v) const noexcept {
-  float norm;
-  return v_.load(row, v, &norm);
+bool RowLoader::has_value(int64_t row, float* v) const noexcept {
+  return v_.has(row) && finite(v, in_.v.width, v_.load(row, v));
 }
-
-bool RowLoader::has_value(int64_t row, float* v) const noexcept { return load_v(row, v) && finite(v, in_.v.width); }
 
 void RowLoader::add_absent(int64_t row, float* v, Absent* absent) const noexcept {
   if (!absent || !absent->sum || !has_value(row, v)) return;
@@ -101,7 +97,7 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) c
         k_.bf16_remainder(width_, x, block.remainder);
         k_.round_bf16(width_, block.remainder, nullptr, block.x_bf16.lo + offset);
       }
-      load_v(row, block.v + n * ldv);
+      v_.load(row, block.v + n * ldv);
       block.norm[n] += spread_of(row);
       block.bias[n] = bias_of(row);
       block.row[n++] = row;
@@ -123,7 +119,7 @@ void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands ope
   if (round_to_bf16) rounding_scratch = arena.take<uint32_t>(simd::pairs_of(width));
   if (!round_to_bf16) origin = arena.take<float>(width);
   rows = arena.take<float>(agents * width);
-  for (float** a : {&norm, &rate}) *a = arena.take<float>(simd::pad(agents));
+  arena.take_into(simd::pad(agents), norm, rate);
 }
 
 void AgentPanel::load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width,

@@ -72,7 +72,6 @@ class RowLoader {
   bool may_be_present(int64_t row) const noexcept;
   /// load_x of a row that may be present.
   bool load_x_unchecked(int64_t row, float* x, float* norm) const noexcept;
-  bool load_v(int64_t row, float* v) const noexcept;
   /// sum [V] += factor times v of a present row; scratch [V].
   void add_v(int64_t row, float factor, float* sum, float* scratch) const noexcept {
     v_.add(row, factor, sum, scratch);

@@ -8,6 +8,7 @@
 #include "base/parallel.h"
 #include "base/radix_sort.h"
 #include "cpu/kmeans_bounds.h"
+#include "cpu/rows.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -31,10 +32,20 @@ struct KeyedRow {
   bool operator<(const KeyedRow& o) const noexcept { return key != o.key ? key < o.key : row < o.row; }
 };
 
-struct Worker {
-  KMeansBounds::Scratch scratch;
-  int32_t largest_bits = 0;  // the bits of the largest |r|
-};
+/// The largest |x|, or NaN if one is. Positive floats are ordered as their bits.
+float largest_of(const float* x, int64_t n) noexcept {
+  int32_t largest_bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    largest_bits = std::max(largest_bits, bits & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &largest_bits, 4);
+  return largest;
+}
+
+using Worker = KMeansBounds::Scratch;
 
 struct Fit {
   const Context& context;
@@ -48,7 +59,7 @@ struct Fit {
   int32_t* previous = nullptr;  // [rows] their codes before the round
   int64_t* sums = nullptr;      // [C, D] of rint(r 2^bits)
   int64_t* count = nullptr;     // [C] rows of each code
-  double* distance = nullptr;   // [rows]
+  double* distance = nullptr;   // [rows] to their codes, or their largest |r|
   KeyedRow* keyed = nullptr;    // [rows]
   int64_t* picked = nullptr;    // [C]
   int64_t* table = nullptr;     // hash table of distinct rows
@@ -65,23 +76,13 @@ struct Fit {
 
   void carve(Arena& arena) noexcept {
     r = arena.take<float>(rows * width);
-    origin = arena.take<int64_t>(rows);
     bounds.carve(arena, rows, largest);
-    previous = arena.take<int32_t>(rows);
-    sums = arena.take<int64_t>(largest * width);
-    count = arena.take<int64_t>(largest);
-    distance = arena.take<double>(rows);
-    keyed = arena.take<KeyedRow>(rows);
-    picked = arena.take<int64_t>(largest);
+    arena.take_into(rows, origin, previous, distance, keyed);
+    arena.take_into(largest * width, sums, new_centers);
+    arena.take_into(largest, count, picked);
     table = arena.take<int64_t>(slots);
     level_memory = arena.take<float>(Level::floats(largest, width));
-    new_centers = arena.take<float>(largest * width);
-    worker = arena.take<Worker>(workers);
-    for (int w = 0; w < workers; ++w) {
-      Worker one;
-      one.scratch.carve(arena, width, largest);
-      if (worker) worker[w] = one;
-    }
+    worker = arena.take_each<Worker>(workers, [&](Worker& one) { one.carve(arena, width, largest); });
   }
 
   template <class Work>
@@ -94,20 +95,13 @@ struct Fit {
   /// r = the rows that take part. Their values are below kFitLimit, and not so much larger than the median row's that
   /// the unit of the sums would be coarser than 2^-16 of that row.
   void gather(Rows x) noexcept {
-    const simd::Kernels& k = simd::kernels();
-    const int64_t bytes = bytes_of(x.dtype);
     n = rows;
     for_chunks([&](int64_t begin, int64_t end, Worker&) {
       for (int64_t i = begin; i < end; ++i) {
         float* const row = r + i * width;
-        k.load_row(static_cast<const std::byte*>(x.data) + i * width * bytes, x.dtype, width, row);
-        float largest_value = 0;
-        bool usable = true;
-        for (int64_t d = 0; d < width; ++d) {
-          largest_value = std::max(largest_value, std::fabs(row[d]));
-          usable &= std::fabs(row[d]) < kFitLimit;
-        }
-        distance[i] = usable ? largest_value : INFINITY;
+        load_row(x, i, row);
+        const float largest_value = largest_of(row, width);
+        distance[i] = largest_value < kFitLimit ? largest_value : INFINITY;
       }
     });
     const int limit = exponent_limit();
@@ -127,20 +121,18 @@ struct Fit {
 
   /// The largest binary exponent of a row that takes part: kFitRange above the upper median of the rows that are not
   /// zero, less the bits of the number of rows. `distance` holds each row's largest value, or infinity.
-  int exponent_limit() const noexcept {
-    constexpr int kLeast = -148, kExponents = 250;  // of float32 from 2^-149 to 2^100
-    int64_t rows_with[kExponents] = {}, usable = 0, nonzero = 0;
+  int exponent_limit() noexcept {
+    int32_t *const exponent = previous, *end = exponent;
+    int64_t usable = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      usable += distance[i] < INFINITY;
-      if (!(distance[i] > 0) || distance[i] == INFINITY) continue;
-      ++rows_with[exponent_of(distance[i]) - kLeast];
-      ++nonzero;
+      if (distance[i] == INFINITY) continue;
+      ++usable;
+      if (distance[i] > 0) *end++ = exponent_of(distance[i]);
     }
-    if (nonzero == 0) return 0;
-    int median = 0;
-    for (int64_t below = rows_with[0]; below <= nonzero / 2; below += rows_with[++median]) {
-    }
-    return median + kLeast + kFitRange - bits_of(static_cast<uint64_t>(usable));
+    if (end == exponent) return 0;
+    int32_t* const median = exponent + (end - exponent) / 2;
+    std::nth_element(exponent, median, end);
+    return *median + kFitRange - bits_of(static_cast<uint64_t>(usable));
   }
 
   /// Assigns nearest codes. Rows whose code changes update the sums and the counts of both codes.
@@ -148,7 +140,7 @@ struct Fit {
     for_chunks([&](int64_t begin, int64_t end, Worker& w) {
       std::copy(bounds.assigned + begin, bounds.assigned + end, previous + begin);
       for (int64_t part = begin; part < end; part += KMeansBounds::kPart)
-        bounds.assign(level, r, part, std::min(end, part + KMeansBounds::kPart), w.scratch);
+        bounds.assign(level, r, part, std::min(end, part + KMeansBounds::kPart), w);
     });
     const int64_t columns = workers == 1 ? width : kColumns, slices = (width + columns - 1) / columns;
     const int64_t groups = workers == 1 ? 1 : std::min<int64_t>(level.size, (4 * workers + slices - 1) / slices);
@@ -268,21 +260,10 @@ struct Fit {
 
   /// The bits for which units of 2^-bits keep every sum below 2^62, given |r| < 2^exponent and n rows.
   int fixed_point_bits() noexcept {
-    for (int w = 0; w < workers; ++w) worker[w].largest_bits = 0;
-    for_chunks([&](int64_t begin, int64_t end, Worker& w) {
-      int32_t largest_in_range = 0;  // positive floats are ordered as their bits
-      for (int64_t i = begin * width; i < end * width; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, r + i, 4);
-        largest_in_range = std::max(largest_in_range, bits & 0x7fffffff);
-      }
-      w.largest_bits = std::max(w.largest_bits, largest_in_range);
+    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+      for (int64_t i = begin; i < end; ++i) distance[i] = largest_of(r + i * width, width);
     });
-    int32_t bits = 0;
-    for (int w = 0; w < workers; ++w) bits = std::max(bits, worker[w].largest_bits);
-    float largest_value;
-    std::memcpy(&largest_value, &bits, 4);
-    return 61 - exponent_of(largest_value) - bits_of(static_cast<uint64_t>(n));
+    return 61 - exponent_of(*std::max_element(distance, distance + n)) - bits_of(static_cast<uint64_t>(n));
   }
 
   Status run_level(int l, float* centers, FitReport* report) noexcept {

@@ -31,8 +31,7 @@ void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_s
 }
 
 void KMeansBounds::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
-  assigned = arena.take<int32_t>(rows);
-  upper_ = arena.take<float>(rows);
+  arena.take_into(rows, assigned, upper_);
   lower_ = arena.take<float>(rows * kGroups);
   drift_ = arena.take<float>(largest_size);
 }
@@ -41,9 +40,9 @@ void KMeansBounds::start(const Level& level, int64_t rows) noexcept {
   std::fill(assigned, assigned + rows, -1);
   std::fill(lower_, lower_ + rows * kGroups, 0.f);
   std::fill(group_drift_, group_drift_ + kGroups, 0.f);
-  int64_t panels = 0, panel = 0;
-  simd::for_panels(level.size, [&](int64_t, int64_t) { ++panels; });
+  const int64_t panels = (level.size + simd::kPanel - 1) / simd::kPanel;
   const int64_t panels_per_group = (panels + kGroups - 1) / kGroups;
+  int64_t panel = 0;
   groups_ = 0;
   simd::for_panels(level.size, [&](int64_t first, int64_t) {
     if (panel++ % panels_per_group == 0) first_[groups_++] = first;
@@ -64,16 +63,13 @@ void KMeansBounds::move(const Level& level, const float* new_centers) noexcept {
   }
 }
 
-int KMeansBounds::group_of(int64_t code) const noexcept {
-  int g = groups_ - 1;
-  while (code < first_[g]) --g;
-  return g;
+int64_t KMeansBounds::group_of(int64_t code) const noexcept {
+  return std::upper_bound(first_, first_ + groups_, code) - first_ - 1;
 }
 
-void KMeansBounds::find_nearest(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
+void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
   const simd::Kernels& k = simd::kernels();
   const int64_t width = level.width, row_width = screened_width(width);
-  const Bounds bounds(level);
   const double shrink = 1 - static_cast<double>(width + 8) * 0x1p-24, underflow = static_cast<double>(width) * 0x1p-120;
   int undecided[kPart], rows = 0;  // rows with a group that their bounds do not exclude
   for (int64_t i = begin; i < end; ++i) {
@@ -105,7 +101,7 @@ void KMeansBounds::find_nearest(const Level& level, const float* r, int64_t begi
     }
     const simd::Rounded sums = screened(level, x, s.screened + undecided[j] * row_width);
     row.squares = double(sums.squares) * shrink - underflow;
-    if (bounds.screen(sums, &row.screen)) continue;
+    if (screen_of(level, sums, &row.screen)) continue;
     for (int64_t c = 0; c < level.size; ++c) s.survivors[c] = static_cast<int32_t>(c);
     row.best = closest(level, x, s.survivors, level.size);
     row.groups = 0;
@@ -128,6 +124,7 @@ void KMeansBounds::find_nearest(const Level& level, const float* r, int64_t begi
   }
   for (int j = 0; j < rows; ++j)
     if (s.row[undecided[j]].groups) upper_[begin + undecided[j]] = upper_distance(s.row[undecided[j]].distance);
+  for (int64_t i = begin; i < end; ++i) assigned[i] = s.row[i - begin].best;
 }
 
 void KMeansBounds::scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,

@@ -35,18 +35,14 @@ class KMeansBounds {
   /// Notes that the centers move from level.centers to new_centers; to be called before the next assign.
   void move(const Level& level, const float* new_centers) noexcept;
   /// Sets `assigned` of rows [begin, end) of r [rows, D], at most kPart.
-  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
-    find_nearest(level, r, begin, end, s);
-    for (int64_t i = begin; i < end; ++i) assigned[i] = s.row[i - begin].best;
-  }
+  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept;
 
   int32_t* assigned = nullptr;  // [rows] the nearest code
 
  private:
-  void find_nearest(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept;
   void scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
                   Scratch& s) noexcept;
-  int group_of(int64_t code) const noexcept;
+  int64_t group_of(int64_t code) const noexcept;
 
   int groups_ = 0;
   int64_t first_[kGroups + 1] = {};  // codes of the groups

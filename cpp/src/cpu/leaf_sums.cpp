@@ -38,24 +38,12 @@ LeafSummer::LeafSummer(const RouteInputs& in, int64_t longest, int workers) noex
       capacity_(longest > 0 ? std::max(longest, std::min(in.histories.users, kCapacity / longest) * longest) : 0),
       workers_(workers) {}
 
-LeafSummer::Sum LeafSummer::carve_sum(Arena& arena) const noexcept {
-  Sum sum;
-  sum.x = arena.take<float>(width_);
-  sum.v = arena.take<float>(value_width_);
-  return sum;
-}
-
 void LeafSummer::carve(Arena& arena) noexcept {
   const int64_t users = in_.histories.users;
   start_ = arena.take<int64_t>(users + 1);
   leaves_ = arena.take<int64_t>(users);
-  for (uint64_t** a : {&leaf_, &spare_leaf_}) *a = arena.take<uint64_t>(capacity_);
-  for (int64_t** a : {&row_, &spare_row_}) *a = arena.take<int64_t>(capacity_);
   begin_ = arena.take<int64_t>(capacity_ + users);
-  max_bias_ = arena.take<float>(capacity_);
-  total_weight_ = arena.take<double>(capacity_);
-  weight_ = arena.take<float>(capacity_);
-  absent_ = arena.take<bool>(capacity_);
+  arena.take_into(capacity_, leaf_, spare_leaf_, row_, spare_row_, max_bias_, total_weight_, weight_, absent_);
   const int64_t piece_sums = capacity_ / kPiece + 1;
   piece_sum_ = arena.take<Sum>(piece_sums);
   float* const x = arena.take<float>(piece_sums, width_);
@@ -65,15 +53,10 @@ void LeafSummer::carve(Arena& arena) noexcept {
     piece_sum_[s].x = x + s * width_;
     piece_sum_[s].v = v + s * value_width_;
   }
-  worker_ = arena.take<Worker>(workers_);
-  for (int w = 0; w < workers_; ++w) {
-    Worker one;
-    one.sum = carve_sum(arena);
-    one.absent = arena.take<double>(value_width_);
-    for (float** a : {&one.origin, &one.x, &one.run_x}) *a = arena.take<float>(width_);
-    for (float** a : {&one.v, &one.run_v}) *a = arena.take<float>(value_width_);
-    if (worker_) worker_[w] = one;
-  }
+  worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
+    arena.take_into(width_, one.sum.x, one.origin, one.x, one.run_x);
+    arena.take_into(value_width_, one.sum.v, one.absent, one.v, one.run_v);
+  });
 }
 
 int64_t LeafSummer::users_that_fit(const int64_t* users, int64_t n) const noexcept {
@@ -143,12 +126,11 @@ void LeafSummer::group_rows(int64_t i) noexcept {
 
 /// Sorts the n entries of user i by leaf; entries of one leaf keep the order of their rows.
 void LeafSummer::sort_by_leaf(int64_t i, int64_t n) noexcept {
-  int32_t last[kMaxLevels];
-  for (int l = 0; l < in_.book->levels(); ++l) last[l] = static_cast<int32_t>(in_.book->size(l) - 1);
+  const uint64_t all_leaves = in_.book->body().stride[0] * static_cast<uint64_t>(in_.book->size(0));  // 0: 2^64
   const int64_t offset = start_[i];
   uint64_t *leaf = leaf_ + offset, *spare_leaf = spare_leaf_ + offset;
   int64_t *row = row_ + offset, *spare_row = spare_row_ + offset;
-  radix_sort<true>(n, 0, bits_of(in_.book->leaf(last)), leaf, spare_leaf, row, spare_row);
+  radix_sort<true>(n, 0, bits_of(all_leaves - 1), leaf, spare_leaf, row, spare_row);
   if (leaf == leaf_ + offset) return;
   std::copy_n(leaf, n, spare_leaf);
   std::copy_n(row, n, spare_row);
@@ -247,12 +229,8 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   total_weight_[row] = sum.total_weight;
   float *const x = out_.x + row * width_, *const v = out_.v + row * value_width_;
   const double inverse = sum.present ? 1 / sum.total_weight : 0;
-  const auto mean = [&](int64_t width, const float* sums, float* means) {
-    std::fill(means, means + width, 0.f);
-    k_.add_row(width, sums, static_cast<float>(inverse), means);
-  };
-  mean(value_width_, sum.v, v);
-  mean(width_, sum.x, x);
+  k_.store_row(v, DType::float32, value_width_, sum.v, static_cast<float>(inverse));
+  k_.store_row(x, DType::float32, width_, sum.x, static_cast<float>(inverse));
   const float square = k_.load_row(x, DType::float32, width_, w.x);
   if (pieces_of(i, g) > 1) find_origin(i, g, w);  // the worker may have summed another leaf since
   if (sum.present) k_.add_row(width_, w.origin, 1.f, x);
@@ -288,8 +266,8 @@ void LeafInput::carve(Arena& arena, LeafSummer& leaves, const RouteInputs& in) n
   leaves.carve(arena);
   sums.x = arena.take<float>(capacity, in.prototypes.shape[2]);
   sums.v = arena.take<float>(capacity, in.v.width);
-  for (float** a : {&sums.bias, &sums.spread}) *a = arena.take<float>(capacity);
-  for (int64_t** a : {&users, &starts, &ends}) *a = arena.take<int64_t>(n);
+  arena.take_into(capacity, sums.bias, sums.spread);
+  arena.take_into(n, users, starts, ends);
   for (int64_t b = 0; users && ends && b < n; ++b) users[b] = b;
 }
 

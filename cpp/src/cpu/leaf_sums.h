@@ -67,7 +67,6 @@ class LeafSummer {
     return pieces_of(i, g) > 1 ? piece_sum_[(start_[i] + begin_of(i)[g]) / kPiece + p] : w.sum;
   }
 
-  Sum carve_sum(Arena& arena) const noexcept;
   void group_rows(int64_t i) noexcept;
   void sort_by_leaf(int64_t i, int64_t n) noexcept;
   template <class Part>

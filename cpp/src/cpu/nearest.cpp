@@ -33,24 +33,14 @@ void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) no
   survivors = arena.take<int32_t>(largest_size);
 }
 
-Bounds::Bounds(const Level& level) noexcept
-    : level_(level),
-      floor_(norm_floor(level.width)),
-      tiny_(level.rounding > 0 ? static_cast<double>(level.width) * 0x1p-124 : 0),
-      product_(static_cast<double>(level.width + 12) * kUnitRoundoff * (1 + level.rounding)),
-      second_(static_cast<double>(level.width + 4) * 0x1p-53) {}
-
-bool Bounds::screen(simd::Rounded sums, simd::Screen* out) const noexcept {
-  const double c = level_.largest, r = 1.01 * std::sqrt(double(sums.squares)) + floor_;
-  const double e = tiny_ > 0 ? 1.01 * std::sqrt(double(sums.errors) + tiny_) + kUnitRoundoff * r : 0;
-  const double error = e + (r + e) * (level_.rounding + product_) + 5 * kUnitRoundoff * (r + c);
-  *out = {level_.half,
-          level_.norm,
-          static_cast<float>(1.02 * error),
-          static_cast<float>(second_ * (r + c) * (r + c)),
-          INFINITY,
-          0};
-  return r * c + c * c < 1e37 && level_.width < (1 << 17);
+bool screen_of(const Level& level, simd::Rounded sums, simd::Screen* out) noexcept {
+  const double product = static_cast<double>(level.width + 12) * kUnitRoundoff * (1 + level.rounding);
+  const double c = level.largest, r = 1.01 * std::sqrt(double(sums.squares)) + level.floor;
+  const double e = level.rounding > 0 ? rounding_of(sums, r, level.width) : 0;
+  const double error = e + (r + e) * (level.rounding + product) + 5 * kUnitRoundoff * (r + c);
+  const double sum_error = static_cast<double>(level.width + 4) * 0x1p-53 * (r + c) * (r + c);
+  *out = {level.half, level.norm, static_cast<float>(1.02 * error), static_cast<float>(sum_error), INFINITY, 0};
+  return r * c + c * c < 1e37 && level.width < (1 << 17);
 }
 
 int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept {
@@ -103,11 +93,10 @@ void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64
   simd::Rounded sums[NearestScratch::rows];
   for (int i = 0; i < n; ++i) sums[i] = screened(level, s.r + i * width, s.screened + i * screened_width(width));
   products(level, n, s.screened, 0, level.size, s.scores, ld);
-  const Bounds bounds(level);
   for (int i = 0; i < n; ++i) {
     simd::Screen row;
     int64_t found = level.size;
-    if (bounds.screen(sums[i], &row))
+    if (screen_of(level, sums[i], &row))
       found = k.screen(level.size, s.scores + i * ld, row, s.survivors);
     else
       for (int64_t c = 0; c < found; ++c) s.survivors[c] = static_cast<int32_t>(c);

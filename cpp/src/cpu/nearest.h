@@ -12,17 +12,9 @@ namespace hisac::cpu {
 /// because the additions of one depend on each other.
 void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept;
 
-/// Makes the screen of a row from its sums of squares.
-class Bounds {
- public:
-  explicit Bounds(const Level& level) noexcept;
-  /// *out = the screen of a row, its threshold infinite; false where nothing bounds the row's products.
-  bool screen(simd::Rounded sums, simd::Screen* out) const noexcept;
-
- private:
-  const Level& level_;
-  double floor_, tiny_, product_, second_;
-};
+/// *out = the screen of a row with these sums of squares, its threshold infinite; false where nothing bounds the row's
+/// products.
+bool screen_of(const Level& level, simd::Rounded sums, simd::Screen* out) noexcept;
 
 /// The nearest of the candidates, which it overwrites. Float64 sums in any order decide unless they nearly tie.
 int32_t closest(const Level& level, const float* r, int32_t* candidates, int64_t count) noexcept;

@@ -7,9 +7,7 @@
 #include <utility>
 
 #include "base/checks.h"
-#include "base/parallel.h"
-#include "cpu/histories.h"
-#include "cpu/leaf_sums.h"
+#include "cpu/route_call.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -39,45 +37,31 @@ struct Worker {
   State* stack = nullptr;
 };
 
-class Router {
+class Router : RouteCall {
  public:
   Router(const Context& context, const RouteParams& params, const RouteInputs& in, const Tokens* out,
          int64_t longest) noexcept
-      : context_(context),
-        params_(params),
-        in_(in),
+      : RouteCall(context, params, in, true, longest),
         out_(out),
-        routed_(in),
-        leaves_(in, longest, workers_of(context)),
-        operands_(operands_of(params, true)),
-        k_(simd::kernels()),
-        agents_(in.prototypes.shape[1]),
-        width_(in.prototypes.shape[2]),
-        value_width_(in.v.width),
-        longest_(longest),
-        sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)),
-        workers_(workers_of(context)) {}
+        sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)) {}
 
   void carve(Arena& arena) noexcept {
     units_.carve(arena, in_.histories.users);
     if (leaf()) leaf_input_.carve(arena, leaves_, in_);
     slots_ = carve_states(arena, Units::most_slots(workers_));
-    worker_ = arena.take<Worker>(workers_);
-    for (int w = 0; w < workers_; ++w) {
-      Worker one;
+    worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::bf16);
       one.block.carve(arena, width_, value_width_, operands_, params_.refine && operands_ != Operands::bf16);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
       one.e = arena.take<float>(simd::kBlock * simd::kPanel);
-      for (float** a : {&one.lse, &one.shift}) *a = arena.take<float>(simd::kBlock);
+      arena.take_into(simd::kBlock, one.lse, one.shift);
       one.factor = arena.take<float>(simd::kPanel);
       one.rows = arena.take<float>(simd::kLanes * sum_width_);
       one.values_bf16.carve(arena, simd::kBlock / 2 * sum_width_, operands_);
       one.e_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
       if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * sum_width_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
-      if (worker_) worker_[w] = one;
-    }
+    });
   }
 
   void run() noexcept {
@@ -99,18 +83,12 @@ class Router {
 
  private:
   State* carve_states(Arena& arena, int64_t n) noexcept {
-    State* const states = arena.take<State>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      State s;
-      for (float** a : {&s.max_logit, &s.denominator}) *a = arena.take<float>(simd::pad(agents_));
+    return arena.take_each<State>(n, [&](State& s) {
+      arena.take_into(simd::pad(agents_), s.max_logit, s.denominator);
       s.numerator = arena.take<float>(sum_width_ * simd::pad(agents_));
       if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
-      if (states) states[i] = s;
-    }
-    return states;
+    });
   }
-
-  bool leaf() const noexcept { return params_.method == Method::leaf; }
 
   /// Writes the tokens of the listed users; null: of 0 .. n - 1.
   void route_users(const int64_t* users, int64_t n) noexcept {
@@ -309,19 +287,9 @@ class Router {
     out_->lse.data[row] = static_cast<float>(std::log(static_cast<double>(count)));
   }
 
-  const Context& context_;
-  const RouteParams& params_;
-  const RouteInputs& in_;
   const Tokens* out_;
-  RouteInputs routed_;  // in_, or its leaf sums
-  LeafSummer leaves_;
-  LeafInput leaf_input_;
-  Operands operands_;
-  const simd::Kernels& k_;
-  int64_t agents_, width_, value_width_, longest_, sum_width_;
-  int workers_;
+  int64_t sum_width_;
   const float* prototypes_ = nullptr;
-  Units units_;
   State* slots_ = nullptr;
   Worker* worker_ = nullptr;
 };

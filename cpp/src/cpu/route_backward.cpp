@@ -9,21 +9,16 @@
 #include <utility>
 
 #include "base/checks.h"
-#include "base/parallel.h"
-#include "cpu/histories.h"
-#include "cpu/leaf_sums.h"
+#include "cpu/route_call.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
 namespace hisac::cpu {
 namespace {
 
-/// Sums over a range of rows, by present agent.
-struct State {
-  float* d_temperature = nullptr;  // [pad(M)] dlogit times logit
-  float* d_distance = nullptr;     // [pad(M)]
-  float* d_distance_x = nullptr;   // [pad(M), pad(D)] gradients of distances times x
-};
+/// Sums over a range of rows, by present agent: [pad(M)] of dlogit times logit, [pad(M)] of gradients of distances and,
+/// where prototypes have a gradient, [pad(M), pad(D)] of gradients of distances times x.
+using Sums = float*;
 
 struct Worker {
   AgentPanel panel;
@@ -35,27 +30,16 @@ struct Worker {
   float* packed_rows = nullptr;                              // [M, V], for dv
   float* packed_prototypes = nullptr;                        // [M, D], for dx
   float* out = nullptr;                                      // [kBlock, pad(max(V, D))]
-  State* stack = nullptr;
+  Sums* stack = nullptr;
 };
 
-class Backward {
+class Backward : RouteCall {
  public:
   Backward(const Context& context, const RouteParams& params, const RouteInputs& in, const RouteForward* forward,
            const RouteGradients& out, int64_t longest) noexcept
-      : context_(context),
-        params_(params),
-        in_(in),
+      : RouteCall(context, params, in, false, longest),
         forward_(forward),
         out_(out),
-        routed_(in),
-        leaves_(in, longest, workers_of(context)),
-        operands_(operands_of(params, false)),
-        k_(simd::kernels()),
-        agents_(in.prototypes.shape[1]),
-        width_(in.prototypes.shape[2]),
-        value_width_(in.v.width),
-        longest_(longest),
-        workers_(workers_of(context)),
         agent_gradients_(out.temperature || out.prototypes) {}
 
   void carve(Arena& arena) noexcept {
@@ -64,26 +48,22 @@ class Backward {
     if (leaf()) leaf_input_.carve(arena, leaves_, in_);
     d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() : 0, value_width_);
     user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users : 0, agents_);
-    slots_ = carve_states(arena, Units::most_slots(workers_));
-    worker_ = arena.take<Worker>(workers_);
+    slots_ = carve_sums(arena, Units::most_slots(workers_));
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
-    for (int w = 0; w < workers_; ++w) {
-      Worker one;
+    worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
       one.block.carve(arena, width_, value_width_, operands_, false);
-      one.z = arena.take<float>(block * columns);
-      one.g = arena.take<float>(block * columns);
-      for (float** a : {&one.row_lse, &one.shift, &one.d_bias, &one.row_sum}) *a = arena.take<float>(block);
-      for (float** a : {&one.lse, &one.offset, &one.rate}) *a = arena.take<float>(columns);
+      arena.take_into(block * columns, one.z, one.g);
+      arena.take_into(block, one.row_lse, one.shift, one.d_bias, one.row_sum);
+      arena.take_into(columns, one.lse, one.offset, one.rate);
       one.d_tokens = arena.take<float>(agents_ * value_width_);
       one.token = arena.take<float>(value_width_);
       one.packed_d_tokens = arena.take<float>(simd::packed_size(value_width_, agents_));
       one.packed_rows = arena.take<float>(out_.v ? simd::packed_size(agents_, value_width_) : 0);
       one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
       one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
-      one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
-      if (worker_) worker_[w] = one;
-    }
+      one.stack = carve_sums(arena, fold_depth(tiles_of(longest_)));
+    });
   }
 
   void run() noexcept {
@@ -111,19 +91,9 @@ class Backward {
     if (p) std::memset(p, 0, sizeof(float) * static_cast<size_t>(n));
   }
 
-  State* carve_states(Arena& arena, int64_t n) noexcept {
-    State* const states = arena.take<State>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      State s;
-      s.d_temperature = arena.take<float>(simd::pad(agents_));
-      s.d_distance = arena.take<float>(simd::pad(agents_));
-      s.d_distance_x = arena.take<float>(out_.prototypes ? simd::pad(agents_) * simd::pad(width_) : 0);
-      if (states) states[i] = s;
-    }
-    return states;
+  Sums* carve_sums(Arena& arena, int64_t n) noexcept {
+    return arena.take_each<Sums>(n, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
   }
-
-  bool leaf() const noexcept { return params_.method == Method::leaf; }
 
   /// Routes leaves as rows, then adds each leaf's dv to its behaviours in proportion to their weights.
   void pass_leaves(const int64_t* users, int64_t n) noexcept {
@@ -145,21 +115,16 @@ class Backward {
     units_.plan(routed_.histories, users, n, workers_);
     units_.run(
         context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
-        [&](int64_t b, State* states, int64_t shared, int w) {
+        [&](int64_t b, Sums* states, int64_t shared, int w) {
           if (!agent_gradients_) return;
           worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
-          fold_all(shared, states, [&](State& state, const State& later) { merge(state, later); });
+          fold_all(shared, states, [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
           write_agent_gradients(b, states[0], worker_[w].panel);
         });
   }
 
   const float* prototypes(int64_t b) const noexcept { return in_.prototypes.data + b * agents_ * width_; }
   int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
-
-  void load_token(const Rows& rows, int64_t row, float* out) const noexcept {
-    const int64_t bytes = bytes_of(rows.dtype);
-    k_.load_row(static_cast<const std::byte*>(rows.data) + row * value_width_ * bytes, rows.dtype, value_width_, out);
-  }
 
   /// Loads and packs what the user's rows need of its agents.
   void load_agents(int64_t b, Worker& w) const noexcept {
@@ -173,8 +138,8 @@ class Backward {
       const int64_t a = p.index[j], row = b * token_rows() + a;
       float* const d = w.d_tokens + j * value_width_;
       const float lse = forward_->lse.data[row];
-      load_token(forward_->d_tokens, row, d);
-      load_token(forward_->tokens, row, w.token);
+      load_row(forward_->d_tokens, row, d);
+      load_row(forward_->tokens, row, w.token);
       if (!(std::fabs(lse) < INFINITY)) continue;
       double dot = 0;
       for (int64_t c = 0; c < value_width_; ++c) dot += double(d[c]) * w.token[c];
@@ -193,9 +158,9 @@ class Backward {
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     const RowLoader loader(routed_, operands_, w.panel.origin);
     fold_rows(
-        loader, routed_.histories, unit, w.block, w.stack, [&](State& s) { reset(s); },
-        [](State&) -> Absent* { return nullptr; }, [&](State& s) { block(w, s); },
-        [&](State& state, const State& later) { merge(state, later); });
+        loader, routed_.histories, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
+        [](Sums) -> Absent* { return nullptr; }, [&](Sums sums) { block(w, sums); },
+        [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
     if (out_.v && params_.missing == Missing::token && !leaf())
       for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
         if (float norm; !loader.load_x(i, w.block.x, &norm)) add_absent_gradient(unit.user, i, w);
@@ -205,7 +170,7 @@ class Backward {
       write_agent_gradients(unit.user, w.stack[0], w.panel);
   }
 
-  void block(Worker& w, State& state) noexcept {
+  void block(Worker& w, Sums sums) noexcept {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(value_width_);
     if (n == 0 || m == 0) return;
@@ -223,7 +188,7 @@ class Backward {
     k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &prefetcher);
     k_.route_gradient(n, m, w.z, w.g, ldz,
                       {w.shift, softmax_over_agents ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum,
-                       state.d_temperature, state.d_distance});
+                       sums, d_distance_of(sums)});
     if (out_.v) {
       k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
       for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldv, 1.f, dv_ + w.block.row[i] * value_width_);
@@ -238,7 +203,7 @@ class Backward {
         k_.add_row(width_, w.block.x + i * ldx, -w.row_sum[i], dx);
       }
     }
-    if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, state.d_distance_x, ldx);
+    if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, d_distance_x_of(sums), ldx);
   }
 
   /// Adds 1 / count of the gradient of a user's token of absent rows to the dv of one absent row.
@@ -246,32 +211,23 @@ class Backward {
     const int64_t row = b * token_rows() + agents_;
     const double count = std::exp(double(forward_->lse.data[row]));
     if (!(count > 0) || !(count < 1e18) || !RowLoader(in_, operands_).has_value(i, w.out)) return;
-    load_token(forward_->d_tokens, row, w.token);
+    load_row(forward_->d_tokens, row, w.token);
     k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
   }
 
-  void reset(State& s) const noexcept {
-    zero(s.d_temperature, simd::pad(agents_));
-    zero(s.d_distance, simd::pad(agents_));
-    if (out_.prototypes) zero(s.d_distance_x, simd::pad(agents_) * simd::pad(width_));
-  }
+  float* d_distance_of(Sums sums) const noexcept { return sums + simd::pad(agents_); }
+  float* d_distance_x_of(Sums sums) const noexcept { return sums + 2 * simd::pad(agents_); }
+  int64_t sum_floats() const noexcept { return simd::pad(agents_) * (out_.prototypes ? 2 + simd::pad(width_) : 2); }
 
-  void merge(State& state, const State& later) const noexcept {
-    for (int64_t j = 0; j < agents_; ++j) state.d_temperature[j] += later.d_temperature[j];
-    for (int64_t j = 0; j < agents_; ++j) state.d_distance[j] += later.d_distance[j];
-    for (int64_t j = 0; out_.prototypes && j < agents_ * simd::pad(width_); ++j)
-      state.d_distance_x[j] += later.d_distance_x[j];
-  }
-
-  void write_agent_gradients(int64_t b, const State& s, const AgentPanel& panel) const noexcept {
+  void write_agent_gradients(int64_t b, Sums sums, const AgentPanel& panel) const noexcept {
+    const float *const d_distance = d_distance_of(sums), *const d_distance_x = d_distance_x_of(sums);
     for (int64_t j = 0; j < panel.m; ++j) {
       const int64_t a = panel.index[j];
-      if (out_.temperature)
-        user_temperature_[b * agents_ + a] = -simd::kLn2 * s.d_temperature[j] / temperature_of(params_, a);
+      if (out_.temperature) user_temperature_[b * agents_ + a] = -simd::kLn2 * sums[j] / temperature_of(params_, a);
       if (!out_.prototypes) continue;
       float* const dp = out_.prototypes.data + (b * agents_ + a) * width_;
-      k_.add_row(width_, s.d_distance_x + j * simd::pad(width_), 1.f, dp);
-      k_.add_row(width_, panel.rows + j * width_, -s.d_distance[j], dp);
+      k_.add_row(width_, d_distance_x + j * simd::pad(width_), 1.f, dp);
+      k_.add_row(width_, panel.rows + j * width_, -d_distance[j], dp);
     }
   }
 
@@ -285,24 +241,13 @@ class Backward {
     }
   }
 
-  const Context& context_;
-  const RouteParams& params_;
-  const RouteInputs& in_;
   const RouteForward* forward_;
   const RouteGradients& out_;
-  RouteInputs routed_;  // in_, or its leaf sums
-  LeafSummer leaves_;
-  Operands operands_;
-  LeafInput leaf_input_;
   float *d_leaf_ = nullptr, *dv_ = nullptr;  // [capacity, V] of leaves; of routed_.v
-  const simd::Kernels& k_;
-  int64_t agents_, width_, value_width_, longest_;
-  int workers_;
   bool agent_gradients_;
   Waves waves_;
-  Units units_;
   float* user_temperature_ = nullptr;
-  State* slots_ = nullptr;
+  Sums* slots_ = nullptr;
   Worker* worker_ = nullptr;
 };
 

@@ -10,20 +10,27 @@
 
 namespace hisac::cpu {
 
+/// out [width] = a row of float32, bfloat16 or float16; returns its sum of squares.
+inline float load_row(const Rows& rows, int64_t row, float* out) noexcept {
+  const std::byte* const source = static_cast<const std::byte*>(rows.data) + row * rows.width * bytes_of(rows.dtype);
+  return simd::kernels().load_row(source, rows.dtype, rows.width, out);
+}
+
 /// One row of x or v for each behaviour t in [0, T).
 class RowSource {
  public:
-  RowSource(const Rows& rows, const Ids& ids, Array<const float, 1> scale = {}) noexcept;
+  RowSource(const Rows& rows, const Ids& ids, Array<const float, 1> scale = {}) noexcept
+      : k_(simd::kernels()), rows_(rows), bytes_(rows.width * bytes_of(rows.dtype)), ids_(ids), scale_(scale) {}
 
-  explicit operator bool() const noexcept { return data_ != nullptr; }
-  bool has(int64_t t) const noexcept { return static_cast<uint64_t>(row_of(t)) < static_cast<uint64_t>(rows_); }
+  explicit operator bool() const noexcept { return rows_.data != nullptr; }
+  bool has(int64_t t) const noexcept { return static_cast<uint64_t>(number(t)) < static_cast<uint64_t>(rows_.rows); }
 
-  /// out [width] = the row of behaviour t, *norm = its sum of squares; false where its id names no row.
-  bool load(int64_t t, float* out, float* norm) const noexcept;
+  /// out [width] = the existing row of behaviour t; returns its sum of squares.
+  float load(int64_t t, float* out) const noexcept;
 
   /// The existing row of behaviour t where x is of bfloat16; else null.
   const std::byte* as_bfloat16(int64_t t) const noexcept {
-    return data_ && dtype_ == DType::bfloat16 ? data_ + row_of(t) * bytes_ : nullptr;
+    return rows_.data && rows_.dtype == DType::bfloat16 ? row(t) : nullptr;
   }
 
   /// sum [width] += factor times the existing row of behaviour t; scratch [width].
@@ -31,22 +38,24 @@ class RowSource {
 
   /// Prefetches the row of behaviour t. Always inlined: GCC drops a call to a function that only prefetches.
   __attribute__((always_inline)) void prefetch(int64_t t) const noexcept {
-    if (!data_ || !has(t)) return;
-    const std::byte* const row = data_ + row_of(t) * bytes_;
-    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i);
-    __builtin_prefetch(row + bytes_ - 1);  // rows need not begin with a cache line
+    if (!rows_.data || !has(t)) return;
+    const std::byte* const first = row(t);
+    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(first + i);
+    __builtin_prefetch(first + bytes_ - 1);  // rows need not begin with a cache line
   }
 
   /// Queues the rows of behaviours [begin, end), one span each at most.
   void queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept;
 
  private:
-  int64_t row_of(int64_t t) const noexcept { return ids_ ? ids_[t] : t; }
+  int64_t number(int64_t t) const noexcept { return ids_ ? ids_[t] : t; }
+  const std::byte* row(int64_t t) const noexcept {
+    return static_cast<const std::byte*>(rows_.data) + number(t) * bytes_;
+  }
 
   const simd::Kernels& k_;
-  const std::byte* data_;
-  DType dtype_;
-  int64_t rows_, width_, bytes_;
+  Rows rows_;
+  int64_t bytes_;
   Ids ids_;
   Array<const float, 1> scale_;
 };

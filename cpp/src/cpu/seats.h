@@ -26,10 +26,8 @@ class SeatAllocation {
     body_ = &book.body();
     params_ = &params;
     levels_ = book.levels();
-    children_ = arena.take<Node>(most_parents);
-    heap_ = arena.take<Quotient>(most_parents);
-    for (uint64_t** a : {&key_, &spare_key_}) *a = arena.take<uint64_t>(most_parents);
-    for (Node** a : {&nodes_, &next_}) *a = arena.take<Node>(m);
+    arena.take_into(most_parents, children_, heap_, key_, spare_key_);
+    arena.take_into(m, nodes_, next_);
   }
 
   /// Sets the seats of every parent from its votes and leaves.

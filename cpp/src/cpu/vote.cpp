@@ -35,54 +35,6 @@ constexpr int64_t kLanesParents = 4096;   // most parents for several histograms
 constexpr int kMostPasses = 3;            // most passes that count leaves
 constexpr int64_t kNotCounted = -1;
 
-struct Scratch {
-  int64_t parents_possible = 0, last = 0;
-  int64_t fanout_cells = 0;  // counters of all parents that can be seated; 0 by budget
-  // dense
-  uint64_t* histogram = nullptr;  // [kLanes][parents + 1] votes of parents, the last for rows that do not vote
-  uint32_t* block = nullptr;      // [parents + 1] first counter of a parent
-  // both
-  uint64_t* key = nullptr;     // [rows + 1] located rows; sorted: leaf numbers; then sort keys of leaves
-  uint64_t* buffer = nullptr;  // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
-                               // a spare of `key`; sorted: votes before a leaf
-  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
-  uint32_t *last_code = nullptr, *owner = nullptr;      // [leaves] last code; index of the parent
-  void* votes = nullptr;                                // [leaves] int32_t, or int64_t where weighted
-  Parent* parents = nullptr;
-  SeatAllocation allocation;
-
-  void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
-    const Codebook::Body& body = book.body();
-    const int64_t rows = std::min(longest, kMostVoters);
-    last = body.size[book.levels() - 1];
-    parents_possible = 1;
-    for (int l = 0; l + 1 < book.levels() && parents_possible <= kMostParents; ++l) parents_possible *= body.size[l];
-    int64_t seated = params.budget ? 0 : 1;
-    for (int l = 0; l + 1 < book.levels(); ++l) seated *= params.fanout[l];
-    fanout_cells = std::min(seated, parents_possible) * last;
-    const bool dense = counts_densely(rows);
-    const int64_t most_parents = std::min(rows, parents_possible > kMostParents ? rows : parents_possible);
-    histogram = arena.take<uint64_t>(dense ? (parents_possible + 1) * lanes() : 0);
-    block = arena.take<uint32_t>(dense ? parents_possible + 1 : 0);
-    key = arena.take<uint64_t>(rows + 1);
-    buffer = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells : 0) + (dense ? last : 0));
-    for (uint32_t** a : {&weight, &spare_weight}) *a = arena.take<uint32_t>(rows);
-    for (uint32_t** a : {&last_code, &owner}) *a = arena.take<uint32_t>(rows + 1);
-    votes = arena.take<int64_t>(rows + 1);
-    parents = arena.take<Parent>(most_parents + 1);
-    allocation.carve(arena, book, params, most_parents);
-  }
-
-  /// Monotone in `rows`, so that what is carved for the longest history suffices for all.
-  bool counts_densely(int64_t rows) const noexcept {
-    if (parents_possible > std::min(kMostParents, rows) || last > kMostParents) return false;
-    if (fanout_cells) return rows >= kFanoutRows && fanout_cells <= kFanoutCells * rows;
-    return rows >= kDenseRows && last <= kCells * rows;
-  }
-
-  int64_t lanes() const noexcept { return parents_possible <= kLanesParents ? kLanes : 1; }
-};
-
 /// A table of 2^j, because SSE2 cannot shift each lane by another count.
 constexpr struct Bits {
   uint32_t of[32] = {};
@@ -98,10 +50,30 @@ uint32_t quantise(float w) noexcept {
 
 class Voter {
  public:
-  Voter(const Codebook& book, const VoteParams& params, Scratch& scratch) noexcept
-      : body_(book.body()), params_(params), s_(scratch), levels_(book.levels()), last_(s_.last) {
+  Voter(const Codebook& book, const VoteParams& params) noexcept
+      : body_(book.body()), params_(params), levels_(book.levels()), last_(body_.size[levels_ - 1]) {
+    int64_t seated = params.budget ? 0 : 1;
+    for (int l = 0; l + 1 < levels_; ++l) {
+      if (parents_possible_ <= kMostParents) parents_possible_ *= body_.size[l];
+      seated *= params.fanout[l];
+    }
+    fanout_cells_ = std::min(seated, parents_possible_) * last_;
     leaves_bits_ = bits_of(body_.stride[0] * static_cast<uint64_t>(body_.size[0]) - 1);  // 2^64 leaves wrap to 64 bits
     reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
+  }
+
+  void carve(Arena& arena, const Codebook& book, int64_t longest) noexcept {
+    const int64_t rows = std::min(longest, kMostVoters);
+    const bool dense = counts_densely(rows);
+    const int64_t most_parents = std::min(rows, parents_possible_ > kMostParents ? rows : parents_possible_);
+    histogram_ = arena.take<uint64_t>(dense ? (parents_possible_ + 1) * histograms() : 0);
+    block_ = arena.take<uint32_t>(dense ? parents_possible_ + 1 : 0);
+    buffer_ = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells_ : 0) + (dense ? last_ : 0));
+    arena.take_into(rows, weight_, spare_weight_);
+    arena.take_into(rows + 1, located_, last_code_, owner_);
+    votes_ = arena.take<int64_t>(rows + 1);
+    parent_ = arena.take<Parent>(most_parents + 1);
+    allocation_.carve(arena, book, params_, most_parents);
   }
 
   /// Votes for one user: writes the kept leaves, by votes and code; returns how many.
@@ -109,10 +81,10 @@ class Voter {
               int64_t* out_votes) noexcept {
     rows = std::min(rows, kMostVoters);
     parents_ = candidates_ = seated_ = all_votes_ = 0;
-    key_ = s_.key;
-    spare_ = s_.buffer;
-    const bool counted = s_.counts_densely(rows) && (weights ? count_dense<int64_t>(codes, weights, rows)
-                                                             : count_dense<int32_t>(codes, weights, rows));
+    key_ = located_;
+    spare_ = buffer_;
+    const bool counted = counts_densely(rows) && (weights ? count_dense<int64_t>(codes, weights, rows)
+                                                          : count_dense<int32_t>(codes, weights, rows));
     if (!counted) weights ? count_sorted<int64_t>(codes, weights, rows) : count_sorted<int32_t>(codes, weights, rows);
     return write(out_codes, out_votes);
   }
@@ -120,46 +92,55 @@ class Voter {
  private:
   // ---- counting
 
+  /// Monotone in `rows`, so that what is carved for the longest history suffices for all.
+  bool counts_densely(int64_t rows) const noexcept {
+    if (parents_possible_ > std::min(kMostParents, rows) || last_ > kMostParents) return false;
+    if (fanout_cells_) return rows >= kFanoutRows && fanout_cells_ <= kFanoutCells * rows;
+    return rows >= kDenseRows && last_ <= kCells * rows;
+  }
+
+  int64_t histograms() const noexcept { return parents_possible_ <= kLanesParents ? kLanes : 1; }
+
   template <class Count>
   void count_sorted(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
     const int64_t n =
         levels_ == 2 ? find_leaves<2, weighted>(codes, weights, rows) : find_leaves<0, weighted>(codes, weights, rows);
     if (n == 0) return;
-    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, s_.weight, s_.spare_weight);
+    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, weight_, spare_weight_);
     uint64_t* const key = key_;
     key[n] = ~key[n - 1];
-    int64_t* const votes_before = reinterpret_cast<int64_t*>(s_.buffer + n + 1);
+    int64_t* const votes_before = reinterpret_cast<int64_t*>(buffer_ + n + 1);
     int64_t sum = 0, leaves = 0;
     votes_before[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
-      sum += weighted ? s_.weight[i] : 1;
+      sum += weighted ? weight_[i] : 1;
       const uint64_t leaf = key[i];
       key[leaves] = leaf;
       votes_before[leaves + 1] = sum;
       leaves += key[i + 1] != leaf;
     }
-    Count* const votes = static_cast<Count*>(s_.votes);
+    Count* const votes = static_cast<Count*>(votes_);
     uint64_t number = parent_of(key[0]);
     for (int64_t i = 0; i < leaves; ++i) {
       votes[i] = static_cast<Count>(votes_before[i + 1] - votes_before[i]);
-      s_.last_code[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
-      s_.owner[i] = static_cast<uint32_t>(parents_);
-      s_.parents[parents_].number = number;
-      s_.parents[parents_].begin = i + 1;  // the end, until all parents are known
+      last_code_[i] = static_cast<uint32_t>(key[i] - number * static_cast<uint64_t>(last_));
+      owner_[i] = static_cast<uint32_t>(parents_);
+      parent_[parents_].number = number;
+      parent_[parents_].begin = i + 1;  // the end, until all parents are known
       const uint64_t following = i + 1 < leaves ? parent_of(key[i + 1]) : ~number;
       parents_ += following != number;
       number = following;
     }
     for (int64_t p = 0, begin = 0; p < parents_; ++p) {
-      Parent& parent = s_.parents[p];
+      Parent& parent = parent_[p];
       const int64_t end = parent.begin;
       parent = {parent.number, begin, votes_before[end] - votes_before[begin], end - begin, 0};
       begin = end;
     }
-    s_.allocation.allocate(s_.parents, parents_);
+    allocation_.allocate(parent_, parents_);
     for (int64_t p = 0; p < parents_; ++p) {
-      const Parent& parent = s_.parents[p];
+      const Parent& parent = parent_[p];
       if (!parent.seats) continue;
       const Count least = least_votes(parent, votes + parent.begin, parent.leaves);
       const int64_t before = candidates_;
@@ -186,7 +167,7 @@ class Voter {
         number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
       }
       key[n] = number;
-      if (weighted) ok &= (s_.weight[n] = quantise(weights[i])) != 0;
+      if (weighted) ok &= (weight_[n] = quantise(weights[i])) != 0;
       n += ok;
     }
     return n;
@@ -201,15 +182,15 @@ class Voter {
   template <class Count>
   bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
-    const int64_t none = s_.parents_possible, lanes = s_.lanes(), stride = lanes > 1 ? none + 1 : 0;
+    const int64_t none = parents_possible_, lanes = histograms(), stride = lanes > 1 ? none + 1 : 0;
     uint32_t* const row = reinterpret_cast<uint32_t*>(key_);  // its parent << 16 | its last code
-    const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(s_.weight[i]) : 1; };
-    Count* const lane = reinterpret_cast<Count*>(s_.histogram);
+    const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(weight_[i]) : 1; };
+    Count* const lane = reinterpret_cast<Count*>(histogram_);
     std::fill(lane, lane + (none + 1) * lanes, Count{0});
     for (int64_t block_begin = 0; block_begin < rows; block_begin += kBlock) {
       const int64_t block_end = std::min(block_begin + kBlock, rows);
       levels_ == 2 ? locate<2>(codes, block_begin, block_end, row) : locate<0>(codes, block_begin, block_end, row);
-      for (int64_t i = block_begin; weighted && i < block_end; ++i) s_.weight[i] = quantise(weights[i]);
+      for (int64_t i = block_begin; weighted && i < block_end; ++i) weight_[i] = quantise(weights[i]);
       int64_t i = block_begin;
       for (; i + kLanes <= block_end; i += kLanes)
         for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
@@ -219,26 +200,26 @@ class Voter {
       for (int64_t p = 0; p < none; ++p) lane[p] += lane[j * stride + p];
     for_each_at_least(lane, none, Count{1}, [&](int64_t p) {
       const int64_t votes = lane[p];
-      s_.parents[parents_++] = {static_cast<uint64_t>(p), kNotCounted, votes, std::min(votes, last_), 0};
+      parent_[parents_++] = {static_cast<uint64_t>(p), kNotCounted, votes, std::min(votes, last_), 0};
     });
-    Count* const cells = reinterpret_cast<Count*>(s_.buffer);
-    const int64_t capacity = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : s_.fanout_cells;
+    Count* const cells = reinterpret_cast<Count*>(buffer_);
+    const int64_t capacity = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : fanout_cells_;
     int64_t used = 0;
     std::fill(cells + capacity, cells + capacity + last_, Count{0});
     for (int round = 0; parents_; ++round) {
-      s_.allocation.allocate(s_.parents, parents_);
+      allocation_.allocate(parent_, parents_);
       const int64_t before = used;
-      std::fill(s_.block, s_.block + none + 1, static_cast<uint32_t>(capacity));
+      std::fill(block_, block_ + none + 1, static_cast<uint32_t>(capacity));
       for (int64_t p = 0; p < parents_; ++p) {
-        Parent& parent = s_.parents[p];
+        Parent& parent = parent_[p];
         if (!parent.seats || parent.begin != kNotCounted) continue;
         if (used + last_ > capacity || round == kMostPasses) return (parents_ = 0);
-        s_.block[parent.number] = static_cast<uint32_t>(parent.begin = used);
+        block_[parent.number] = static_cast<uint32_t>(parent.begin = used);
         used += last_;
       }
       if (used == before) break;
       std::fill(cells + before, cells + used, Count{0});
-      const uint32_t* const block = s_.block;
+      const uint32_t* const block = block_;
       const auto cell_of = [&](int64_t i) { return block[row[i] >> 16] + (row[i] & 0xffff); };
       int64_t i = 0;
       for (; i + 4 <= rows; i += 4) {  // four addresses, then four additions: 1.6 times as fast as one by one
@@ -248,7 +229,7 @@ class Voter {
       for (; i < rows; ++i) cells[cell_of(i)] += votes_of(i);
       bool settled = true;
       for (int64_t p = 0; p < parents_ && params_.budget; ++p) {
-        Parent& parent = s_.parents[p];
+        Parent& parent = parent_[p];
         if (!parent.seats) continue;
         const Count* const cell = cells + parent.begin;
         if (parent.begin >= before) parent.leaves = count_at_least(cell, last_, Count{1});
@@ -257,13 +238,13 @@ class Voter {
       if (settled) break;
     }
     for (int64_t p = 0; p < parents_; ++p) {
-      Parent& parent = s_.parents[p];
+      Parent& parent = parent_[p];
       if (!parent.seats) continue;
       const Count* const cell = cells + parent.begin;
       const int64_t before = candidates_;
       for_each_at_least(cell, last_, least_votes(parent, cell, last_), [&](int64_t code) {
-        s_.last_code[candidates_] = static_cast<uint32_t>(code);
-        s_.owner[candidates_] = static_cast<uint32_t>(p);
+        last_code_[candidates_] = static_cast<uint32_t>(code);
+        owner_[candidates_] = static_cast<uint32_t>(p);
         all_votes_ |= cell[code];
         key_[candidates_] = sort_key(cell[code], candidates_);
         ++candidates_;
@@ -278,7 +259,7 @@ class Voter {
   template <int L>
   void locate(const int32_t* codes, int64_t begin, int64_t end, uint32_t* row) const noexcept {
     const int levels = L ? L : levels_;
-    const uint32_t none = static_cast<uint32_t>(s_.parents_possible) << 16;
+    const uint32_t none = static_cast<uint32_t>(parents_possible_) << 16;
     for (int64_t i = begin; i < end; ++i) {
       const int32_t* const c = codes + i * levels;
       const uint32_t last = static_cast<uint32_t>(c[levels - 1]);
@@ -336,10 +317,10 @@ class Voter {
     const uint64_t* sorted = key_;
     for (int64_t kept = 0; kept < seated_; ++sorted) {
       const int64_t index = index_of(*sorted);
-      Parent& parent = s_.parents[s_.owner[index]];
+      Parent& parent = parent_[owner_[index]];
       int32_t* const c = codes + kept * levels_;
       out_votes[kept] = static_cast<int64_t>(kMostVotes - (*sorted >> kIndexBits));
-      c[levels_ - 1] = static_cast<int32_t>(s_.last_code[index]);
+      c[levels_ - 1] = static_cast<int32_t>(last_code_[index]);
       uint64_t number = parent.number;
       for (int l = levels_ - 2; l > 0; --l) {
         c[l] = static_cast<int32_t>(number % static_cast<uint64_t>(body_.size[l]));
@@ -355,12 +336,25 @@ class Voter {
 
   const Codebook::Body& body_;
   const VoteParams& params_;
-  Scratch& s_;
   int levels_, leaves_bits_;
-  int64_t last_;
-  uint64_t reciprocal_;
+  int64_t last_;                  // codes of the last level
+  int64_t parents_possible_ = 1;  // above kMostParents where there are more
+  int64_t fanout_cells_;          // counters of all parents that can be seated; 0 by budget
+  uint64_t reciprocal_;           // of last_, for numbers of 32 bits; 0 where it does not apply
   int64_t parents_ = 0, candidates_ = 0, seated_ = 0, all_votes_ = 0;
-  uint64_t *key_ = nullptr, *spare_ = nullptr;
+  uint64_t *key_ = nullptr, *spare_ = nullptr;  // located_, and what it is sorted with
+  // dense
+  uint64_t* histogram_ = nullptr;  // [kLanes][parents + 1] votes of parents, the last for rows that do not vote
+  uint32_t* block_ = nullptr;      // [parents + 1] first counter of a parent
+  // both
+  uint64_t* located_ = nullptr;  // [rows + 1] located rows; sorted: leaf numbers; then sort keys of leaves
+  uint64_t* buffer_ = nullptr;   // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
+                                 // a spare of `located_`; sorted: votes before a leaf
+  uint32_t *weight_ = nullptr, *spare_weight_ = nullptr;  // [rows]
+  uint32_t *last_code_ = nullptr, *owner_ = nullptr;      // [leaves] last code; index of the parent
+  void* votes_ = nullptr;                                 // [leaves] int32_t, or int64_t where weighted
+  Parent* parent_ = nullptr;
+  SeatAllocation allocation_;
 };
 
 }  // namespace
@@ -368,7 +362,7 @@ class Voter {
 size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
                       int64_t longest) noexcept {
   Arena arena;
-  for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
+  for (int w = 0; w < workers_of(context); ++w) Voter(book, params).carve(arena, book, longest);
   return arena.used();
 }
 
@@ -378,15 +372,14 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   const int levels = book.levels();
   const int64_t longest = longest_of(histories);
   Arena arena(context.workspace);
-  for (int w = 0; w < workers_of(context); ++w) Scratch().carve(arena, book, params, longest);
+  for (int w = 0; w < workers_of(context); ++w) Voter(book, params).carve(arena, book, longest);
   HISAC_TRY(arena.check("vote"));
   const size_t slice_bytes = arena.used() / static_cast<size_t>(workers_of(context));
   parallel_for(context, users, [&](int64_t begin, int64_t end, int worker) {
     Arena slice(
         {context.workspace.data + static_cast<size_t>(worker) * slice_bytes, {static_cast<int64_t>(slice_bytes)}});
-    Scratch scratch;
-    scratch.carve(slice, book, params, longest);
-    Voter voter(book, params, scratch);
+    Voter voter(book, params);
+    voter.carve(slice, book, longest);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = histories.start(b), rows = histories.end(b) - first;
       const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows,

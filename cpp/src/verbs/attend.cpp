@@ -35,13 +35,9 @@ Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   if (__builtin_mul_overflow(in.candidates.users * in.heads, in.agents, &rows) || in.keys.rows != rows ||
       in.values.rows != rows || in.keys.width != in.q.width)
     return Status::error(Code::invalid_argument,
-                         "%s: expected keys [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
-                         "] and values with the same first three, by candidate_offsets and q",
-                         verb, in.candidates.users, in.agents, in.heads, in.q.width);
-  if (in.bias && (in.bias.shape[0] != in.candidates.users || in.bias.shape[1] != in.agents))
-    return Status::error(Code::invalid_argument,
-                         "%s: bias expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64 "]", verb,
-                         in.candidates.users, in.agents, in.bias.shape[0], in.bias.shape[1]);
+                         "%s: expected keys %s and values with the same first three, by candidate_offsets and q", verb,
+                         ShapeText({in.candidates.users, in.agents, in.heads, in.q.width}).text);
+  if (in.bias) HISAC_TRY(check_shape(verb, "bias", {in.candidates.users, in.agents}, in.bias));
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
   HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / in.heads, device, "candidate_offsets"));
@@ -63,11 +59,9 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   HISAC_TRY(check("attend", inputs, context.device));
   const int64_t n = inputs.q.rows / inputs.heads;
   if (out.out.rows != inputs.q.rows || out.out.width != inputs.values.width || out.out.dtype != inputs.q.dtype ||
-      out.lse.shape[0] != n || out.lse.shape[1] != inputs.heads)
-    return Status::error(Code::invalid_argument,
-                         "attend: out expected [%" PRId64 ", %" PRId64 ", %" PRId64 "] of q's type and lse [%" PRId64
-                         ", %" PRId64 "]",
-                         n, inputs.heads, inputs.values.width, n, inputs.heads);
+      !has_shape(out.lse, {n, inputs.heads}))
+    return Status::error(Code::invalid_argument, "attend: out expected %s of q's type and lse %s",
+                         ShapeText({n, inputs.heads, inputs.values.width}).text, ShapeText({n, inputs.heads}).text);
   return call_backend("attend", &Backend::attend, context, inputs, out);
 }
 
@@ -83,21 +77,14 @@ Status attend_backward(const Context& context, const AttendInputs& inputs, const
   const auto like = [&](const Rows& rows) {
     return rows.rows == inputs.q.rows && rows.width == inputs.values.width && check_float("", "", rows.dtype).ok();
   };
-  if (!like(forward.d_out) || !like(forward.out) || forward.lse.shape[0] != n || forward.lse.shape[1] != inputs.heads ||
-      (forward.d_lse && (forward.d_lse.shape[0] != n || forward.d_lse.shape[1] != inputs.heads)))
-    return Status::error(Code::invalid_argument,
-                         "attend_backward: expected out and d_out [%" PRId64 ", %" PRId64 ", %" PRId64
-                         "], lse and d_lse [%" PRId64 ", %" PRId64 "]",
-                         n, inputs.heads, inputs.values.width, n, inputs.heads);
-  const auto is = [&](const Array<float, 4>& a, int64_t width) {
-    return a.shape[0] == inputs.candidates.users && a.shape[1] == inputs.agents && a.shape[2] == inputs.heads &&
-           a.shape[3] == width;
-  };
-  const bool fits = out.q.shape[0] == n && out.q.shape[1] == inputs.heads && out.q.shape[2] == inputs.q.width &&
-                    is(out.keys, inputs.q.width) && is(out.values, inputs.values.width) &&
-                    (!out.bias || (inputs.bias && out.bias.shape[0] == inputs.candidates.users &&
-                                   out.bias.shape[1] == inputs.agents));
-  if (!fits)
+  if (!like(forward.d_out) || !like(forward.out) || !has_shape(forward.lse, {n, inputs.heads}) ||
+      (forward.d_lse && !has_shape(forward.d_lse, {n, inputs.heads})))
+    return Status::error(Code::invalid_argument, "attend_backward: expected out and d_out %s, lse and d_lse %s",
+                         ShapeText({n, inputs.heads, inputs.values.width}).text, ShapeText({n, inputs.heads}).text);
+  const int64_t users = inputs.candidates.users, m = inputs.agents, h = inputs.heads;
+  if (!has_shape(out.q, {n, h, inputs.q.width}) || !has_shape(out.keys, {users, m, h, inputs.q.width}) ||
+      !has_shape(out.values, {users, m, h, inputs.values.width}) ||
+      (out.bias && !(inputs.bias && has_shape(out.bias, {users, m}))))
     return Status::error(Code::invalid_argument, "attend_backward: gradients expected the shapes of their arguments");
   return call_backend("attend_backward", &Backend::attend_backward, context, inputs, forward, out);
 }

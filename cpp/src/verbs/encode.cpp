@@ -15,10 +15,9 @@ Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_
   HISAC_TRY(check_book("encode", &book));
   HISAC_TRY(check_float("encode", "x", x.dtype));
   if (x.width != book.width())
-    return Status::error(Code::invalid_argument,
-                         "encode: x is [%" PRId64 ", %" PRId64 "], the codebook has D = %" PRId64 ": D differs", x.rows,
-                         x.width, book.width());
-  HISAC_TRY(check_codes("encode", book, codes.shape, x.rows));
+    return Status::error(Code::invalid_argument, "encode: x is %s, the codebook has D = %" PRId64 ": D differs",
+                         ShapeText({x.rows, x.width}).text, book.width());
+  HISAC_TRY(check_codes("encode", book, codes, x.rows));
   return call_backend("encode", &Backend::encode, context, book, x, codes);
 }
 

@@ -21,11 +21,9 @@ Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) no
     if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20))
       return Status::error(Code::invalid_argument, "fit: codes expected 1 to 2^20 at level %d, got %" PRId64, l,
                            params.sizes[l]);
-    if (centers[l].shape[0] != params.sizes[l] || centers[l].shape[1] != x.width)
-      return Status::error(Code::invalid_argument,
-                           "fit: centers of level %d expected [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
-                           "]",
-                           l, params.sizes[l], x.width, centers[l].shape[0], centers[l].shape[1]);
+    if (!has_shape(centers[l], {params.sizes[l], x.width}))
+      return Status::error(Code::invalid_argument, "fit: centers of level %d expected %s, got %s", l,
+                           ShapeText({params.sizes[l], x.width}).text, ShapeText(centers[l].shape).text);
   }
   return {};
 }

@@ -11,18 +11,11 @@ namespace {
 Status check_tokens(const RouteParams& params, const RouteInputs& in, const Tokens& out) noexcept {
   const int64_t users = in.histories.users, m = in.prototypes.shape[1] + (params.missing == Missing::token);
   if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
-      out.lse.shape[0] != users || out.lse.shape[1] != m)
-    return Status::error(Code::invalid_argument,
-                         "route: out expected tokens [%" PRId64 ", %" PRId64 ", %" PRId64
-                         "] of v's type and lse [%" PRId64 ", %" PRId64 "]",
-                         users, m, in.v.width, users, m);
-  const int64_t* const r = out.refined.shape;
-  if (params.refine && (r[0] != users || r[1] != in.prototypes.shape[1] || r[2] != in.prototypes.shape[2]))
-    return Status::error(Code::invalid_argument,
-                         "route: refined expected [%" PRId64 ", %" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
-                         ", %" PRId64 "]",
-                         users, in.prototypes.shape[1], in.prototypes.shape[2], r[0], r[1], r[2]);
-  return {};
+      !has_shape(out.lse, {users, m}))
+    return Status::error(Code::invalid_argument, "route: out expected tokens %s of v's type and lse %s",
+                         ShapeText({users, m, in.v.width}).text, ShapeText({users, m}).text);
+  if (!params.refine) return {};
+  return check_shape("route", "refined", {users, in.prototypes.shape[1], in.prototypes.shape[2]}, out.refined);
 }
 
 }  // namespace

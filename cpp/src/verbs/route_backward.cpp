@@ -14,21 +14,15 @@ Status check_gradients(const RouteParams& params, const RouteInputs& in, const R
     return Status::error(Code::invalid_argument,
                          "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);
   if (f.d_tokens.rows != users * rows || f.d_tokens.width != v || f.tokens.rows != users * rows ||
-      f.tokens.width != v || f.lse.shape[0] != users || f.lse.shape[1] != rows ||
-      (f.d_lse && (f.d_lse.shape[0] != users || f.d_lse.shape[1] != rows)))
-    return Status::error(Code::invalid_argument,
-                         "route_backward: expected tokens and d_tokens [%" PRId64 ", %" PRId64 ", %" PRId64
-                         "], lse and d_lse [%" PRId64 ", %" PRId64 "]",
-                         users, rows, v, users, rows);
+      f.tokens.width != v || !has_shape(f.lse, {users, rows}) || (f.d_lse && !has_shape(f.d_lse, {users, rows})))
+    return Status::error(Code::invalid_argument, "route_backward: expected tokens and d_tokens %s, lse and d_lse %s",
+                         ShapeText({users, rows, v}).text, ShapeText({users, rows}).text);
   HISAC_TRY(check_float("route_backward", "d_tokens", f.d_tokens.dtype));
   HISAC_TRY(check_float("route_backward", "tokens", f.tokens.dtype));
-  const bool fits =
-      (!out.v || (out.v.shape[0] == t && out.v.shape[1] == v)) &&
-      (!out.x || (out.x.shape[0] == t && out.x.shape[1] == width)) && (!out.bias || out.bias.shape[0] == t) &&
-      (!out.temperature || out.temperature.shape[0] == params.temperature.shape[0]) &&
-      (!out.prototypes ||
-       (out.prototypes.shape[0] == users && out.prototypes.shape[1] == m && out.prototypes.shape[2] == width));
-  if (!fits)
+  if ((out.v && !has_shape(out.v, {t, v})) || (out.x && !has_shape(out.x, {t, width})) ||
+      (out.bias && !has_shape(out.bias, {t})) ||
+      (out.temperature && !has_shape(out.temperature, {params.temperature.shape[0]})) ||
+      (out.prototypes && !has_shape(out.prototypes, {users, m, width})))
     return Status::error(Code::invalid_argument, "route_backward: gradients expected the shapes of their arguments");
   if (out.x && !in.x.data)
     return Status::error(Code::invalid_argument, "route_backward: a gradient of x expected x, got none");

@@ -1,23 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "verbs/route_inputs.h"
 
-#include <cstdio>
-
 #include "codebook/checks.h"
 
 namespace hisac {
 namespace {
 
-/// "x is [300, 48]", or "x_ids is [300]" where rows are gathered.
-struct Extent {
-  char text[80];
-  Extent(const char* name, const Rows& rows, const Ids& ids) noexcept {
-    if (ids)
-      std::snprintf(text, sizeof text, "%s_ids is [%" PRId64 "]", name, ids.size);
-    else
-      std::snprintf(text, sizeof text, "%s is [%" PRId64 ", %" PRId64 "]", name, rows.rows, rows.width);
-  }
-};
+/// Of rows, or of their ids where they are gathered.
+ShapeText extent(const Rows& rows, const Ids& ids) noexcept {
+  return ids ? ShapeText({ids.size}) : ShapeText({rows.rows, rows.width});
+}
 
 /// The types of x, v, their ids and the scale, and that all have the same number of behaviours.
 Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
@@ -36,8 +28,9 @@ Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
                          in.x.rows, in.x_scale.shape[0]);
   const int64_t x_rows = in.x_ids ? in.x_ids.size : in.x.rows, v_rows = in.behaviours();
   if (in.x.data && x_rows != v_rows)
-    return Status::error(Code::invalid_argument, "%s: %s, %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
-                         Extent("x", in.x, in.x_ids).text, Extent("v", in.v, in.v_ids).text, x_rows, v_rows);
+    return Status::error(Code::invalid_argument, "%s: x%s is %s, v%s is %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
+                         in.x_ids ? "_ids" : "", extent(in.x, in.x_ids).text, in.v_ids ? "_ids" : "",
+                         extent(in.v, in.v_ids).text, x_rows, v_rows);
   return {};
 }
 
@@ -50,14 +43,12 @@ bool sizes_fit(const RouteInputs& in, int64_t longest) noexcept {
 }
 
 Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept {
-  const int64_t* const p = in.prototypes.shape;
+  const auto& p = in.prototypes.shape;
   const int64_t rows = in.behaviours();
   HISAC_TRY(check_gathered(verb, in));
   if (in.x.data && in.x.width != p[2])
-    return Status::error(Code::invalid_argument,
-                         "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], x is [%" PRId64 ", %" PRId64
-                         "]: D differs (%" PRId64 ", %" PRId64 ")",
-                         verb, p[0], p[1], p[2], in.x.rows, in.x.width, p[2], in.x.width);
+    return Status::error(Code::invalid_argument, "%s: prototypes is %s, x is %s: D differs (%" PRId64 ", %" PRId64 ")",
+                         verb, ShapeText(p).text, ShapeText({in.x.rows, in.x.width}).text, p[2], in.x.width);
   if (!within({p[2], in.v.width}, 1, kMostWidth))
     return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
                          verb, p[2], in.v.width);
@@ -68,18 +59,17 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
   HISAC_TRY(check_histories(verb, in.histories, rows, device));
   if (p[0] != in.histories.users)
     return Status::error(Code::invalid_argument,
-                         "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], offsets name %" PRId64
-                         " users: B differs (%" PRId64 ", %" PRId64 ")",
-                         verb, p[0], p[1], p[2], in.histories.users, p[0], in.histories.users);
+                         "%s: prototypes is %s, offsets name %" PRId64 " users: B differs (%" PRId64 ", %" PRId64 ")",
+                         verb, ShapeText(p).text, in.histories.users, p[0], in.histories.users);
   if (p[1] > kMostAgents)
     return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
   const int64_t temperatures = params.temperature.shape[0];
   if (!params.temperature || (temperatures != 1 && temperatures != p[1]))
     return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
                          verb, p[1], params.temperature ? temperatures : 0);
-  if (in.count) HISAC_TRY(check_length(verb, "count", p[0], in.count.shape[0]));
-  if (in.spread) HISAC_TRY(check_length(verb, "spread", rows, in.spread.shape[0]));
-  if (in.bias) HISAC_TRY(check_length(verb, "bias", rows, in.bias.shape[0]));
+  if (in.count) HISAC_TRY(check_shape(verb, "count", {p[0]}, in.count));
+  if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
+  if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
   const bool leaf = params.method == Method::leaf;
@@ -88,12 +78,10 @@ Status check_route(const char* verb, const RouteParams& params, const RouteInput
                          "%s: codes expected where x is not given and with the leaf method, got none", verb);
   if (in.codes || leaf) HISAC_TRY(check_book(verb, in.book));
   if (in.codes) {
-    HISAC_TRY(check_codes(verb, *in.book, in.codes.shape, rows));
+    HISAC_TRY(check_codes(verb, *in.book, in.codes, rows));
     if (!in.x.data && in.book->width() != p[2])
-      return Status::error(Code::invalid_argument,
-                           "%s: prototypes is [%" PRId64 ", %" PRId64 ", %" PRId64 "], the codebook has D = %" PRId64
-                           ": D differs",
-                           verb, p[0], p[1], p[2], in.book->width());
+      return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
+                           verb, ShapeText(p).text, in.book->width());
   }
   return {};
 }

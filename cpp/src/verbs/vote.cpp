@@ -60,17 +60,13 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
             Histories histories, Array<const float, 1> weights, Agents out) noexcept {
   HISAC_TRY(check_book("vote", &book));
   HISAC_TRY(check_params(book, params));
-  HISAC_TRY(check_codes("vote", book, codes.shape, codes.shape[0]));
+  HISAC_TRY(check_codes("vote", book, codes, codes.shape[0]));
   HISAC_TRY(check_histories("vote", histories, codes.shape[0], context.device));
-  if (weights) HISAC_TRY(check_length("vote", "weights", codes.shape[0], weights.shape[0]));
-  const int64_t m = seats(params, book.levels()), users = histories.users;
-  const int levels = book.levels();
-  if (out.codes.shape[0] != users || out.codes.shape[1] != m || out.codes.shape[2] != levels ||
-      out.votes.shape[0] != users || out.votes.shape[1] != m || out.count.shape[0] != users)
-    return Status::error(Code::invalid_argument,
-                         "vote: out expected codes [%" PRId64 ", %" PRId64 ", %d], votes [%" PRId64 ", %" PRId64
-                         "] and count [%" PRId64 "]",
-                         users, m, levels, users, m, users);
+  if (weights) HISAC_TRY(check_shape("vote", "weights", {codes.shape[0]}, weights));
+  const int64_t m = seats(params, book.levels()), users = histories.users, levels = book.levels();
+  if (!has_shape(out.codes, {users, m, levels}) || !has_shape(out.votes, {users, m}) || !has_shape(out.count, {users}))
+    return Status::error(Code::invalid_argument, "vote: out expected codes %s, votes %s and count %s",
+                         ShapeText({users, m, levels}).text, ShapeText({users, m}).text, ShapeText({users}).text);
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
   return call_backend("vote", &Backend::vote, context, book, params, codes, histories, weights, out);
 }
@@ -78,13 +74,10 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {
   HISAC_TRY(check_book("prototypes", &book));
   HISAC_TRY(check_fingerprint("prototypes", book, agents));
-  const int64_t *const c = agents.codes.shape, *const o = out.shape;
-  if (o[0] != c[0] || o[1] != c[1])
-    return Status::error(Code::invalid_argument,
-                         "prototypes: out expected [%" PRId64 ", %" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64
-                         ", %" PRId64 "]",
-                         c[0], c[1], book.width(), o[0], o[1], o[2]);
-  return code_prototypes(context, book, {agents.codes.data, {c[0] * c[1], c[2]}}, {out.data, {o[0] * o[1], o[2]}});
+  const int64_t* const c = agents.codes.shape;
+  HISAC_TRY(check_shape("prototypes", "out", {c[0], c[1], book.width()}, out));
+  return code_prototypes(context, book, {agents.codes.data, {c[0] * c[1], c[2]}},
+                         {out.data, {c[0] * c[1], book.width()}});
 }
 
 }  // namespace hisac

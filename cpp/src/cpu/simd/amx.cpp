@@ -58,18 +58,12 @@ struct Machine {
 
 }  // namespace
 
-}  // namespace hisac::simd
-#endif
-
-namespace hisac::simd {
-
 bool amx_available() noexcept {
-#if defined(__x86_64__)
   static const bool permitted = amx_permitted<Machine>();
   return permitted;
-#else
-  return false;
-#endif
 }
 
 }  // namespace hisac::simd
+#else
+bool hisac::simd::amx_available() noexcept { return false; }
+#endif

@@ -12,11 +12,7 @@ namespace simd {
 
 int supported(const Kernels** out) noexcept {
   int n = 0;
-#if defined(__aarch64__)
-  out[n++] = &kNeon;
-#else
   out[n++] = &kBaseline;
-#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -36,17 +32,15 @@ int supported(const Kernels** out) noexcept {
 
 namespace {
 
-const Kernels* best() noexcept {
-  const Kernels* tables[kMostTables];
-  const int n = supported(tables);
-  if (const char* wanted = std::getenv("HISAC_ISA"))
-    for (int i = 0; i < n; ++i)
-      if (std::strcmp(tables[i]->name, wanted) == 0) return tables[i];
-  return tables[n - 1];
-}
-
 const Kernels*& chosen() noexcept {
-  static const Kernels* table = best();
+  static const Kernels* table = [] {
+    const Kernels* tables[kMostTables];
+    const int n = supported(tables);
+    if (const char* wanted = std::getenv("HISAC_ISA"))
+      for (int i = 0; i < n; ++i)
+        if (std::strcmp(tables[i]->name, wanted) == 0) return tables[i];
+    return tables[n - 1];
+  }();
   return table;
 }
 

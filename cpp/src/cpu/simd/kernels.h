@@ -185,11 +185,7 @@ struct Kernels {
                             const uint32_t* e_hi, const uint32_t* e_lo, int64_t lde, float* c, int64_t ldc) = nullptr;
 };
 
-#if defined(__aarch64__)
-extern const Kernels kNeon;
-#else
-extern const Kernels kBaseline;
-#endif
+extern const Kernels kBaseline;  // what the compiler targets
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
