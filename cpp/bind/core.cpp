@@ -241,11 +241,8 @@ struct RouteArguments {
         wrong_value(call, "temperature", "finite and > 0", nb::cast<std::string>(nb::str(tau)));
       params.temperature = {&temperature, {1}};
     } else {
-      View view;
-      if (!nb::try_cast(tau, view))
-        wrong_type(call, "temperature", "a number, or float32 [1] or [M]", "something else");
-      params.temperature = array<const float, 1>(view, call, "temperature", "a number, or float32 [1] or [M]");
-      hold = view;
+      hold = nb::cast<View>(tau);
+      params.temperature = array<const float, 1>(hold, call, "temperature", "a number, or float32 [1] or [M]");
     }
   }
 
