@@ -13,13 +13,13 @@ namespace hisac::bind {
 /// DLPack's number for the devices of cuda_backend(): CUDA's; the CPU's when tests lend emulated kernels.
 inline int32_t cuda_device_type = 2;
 
-constexpr int64_t kMostWidth = 1 << 20;  // of D and V
+constexpr bool kOnlyCpu = true;  // of a verb that a GPU does not have
 
 /// One call: its verb's name, for messages, and where its arrays lie: where the first one does.
 struct Call {
   const char* verb;
-  nb::dlpack::device device{0, 0};
-  bool only_cpu = false;
+  bool only_cpu;
+  nb::dlpack::device device;
   struct Range {
     const char* name;
     uintptr_t begin, end;
@@ -27,14 +27,7 @@ struct Call {
   } range[32];  // the memory of the arrays so far
   int ranges = 0;
 
-  explicit Call(const char* name) : verb(name) {}
-  /// A verb that only the CPU has.
-  static Call on_cpu(const char* name) {
-    Call call(name);
-    call.device = {1, 0};
-    call.only_cpu = true;
-    return call;
-  }
+  explicit Call(const char* name, bool cpu = false) : verb(name), only_cpu(cpu), device{cpu ? 1 : 0, 0} {}
   operator const char*() const { return verb; }
   bool on_cuda() const { return !only_cpu && cuda_backend() && device.device_type == cuda_device_type; }
 };
@@ -66,14 +59,6 @@ inline std::string describe(const View& view) {
 [[noreturn]] inline void wrong_value(const char* verb, const char* name, const std::string& expected,
                                      const std::string& got) {
   throw nb::value_error((std::string(verb) + ": " + name + " expected " + expected + ", got " + got).c_str());
-}
-
-template <class T>
-constexpr nb::dlpack::dtype dtype_of() {
-  if constexpr (std::is_same_v<T, float>) return {2, 32, 1};
-  if constexpr (std::is_same_v<T, int32_t>) return {0, 32, 1};
-  if constexpr (std::is_same_v<T, int64_t>) return {0, 64, 1};
-  if constexpr (std::is_same_v<T, int8_t>) return {0, 8, 1};
 }
 
 /// An array that its memory says all of: a native, aligned, contiguous ndarray, or a contiguous torch.Tensor that
@@ -137,7 +122,7 @@ Array<T, N> array(const View& view, Call& call, const char* name, const char* ex
   Array<T, N> out;
   if (view.none && optional) return out;
   out.data = static_cast<T*>(borrow(view, call, name, N, expected, !std::is_const_v<T>));
-  if (view.tensor.dtype != dtype_of<std::remove_const_t<T>>()) wrong_type(call, name, expected, describe(view));
+  if (view.tensor.dtype != nb::dtype<std::remove_const_t<T>>()) wrong_type(call, name, expected, describe(view));
   for (int i = 0; i < N; ++i) out.shape[i] = view.tensor.shape[i];
   return out;
 }
@@ -155,7 +140,7 @@ template <class R = Rows>
 R rows(const View& view, Call& call, const char* name, int ndim, const char* expected, bool int8 = false) {
   R out;
   out.data = borrow(view, call, name, ndim, expected, std::is_same_v<R, MutableRows>);
-  const bool is_int8 = int8 && view.tensor.dtype == dtype_of<int8_t>();
+  const bool is_int8 = int8 && view.tensor.dtype == nb::dtype<int8_t>();
   out.dtype = is_int8 ? DType::int8 : float_type(view, call, name, expected);
   out.rows = product(view.tensor.shape, ndim - 1);
   out.width = view.tensor.shape[ndim - 1];
@@ -168,8 +153,8 @@ R rows(const View& view, Call& call, const char* name, int ndim, const char* exp
 inline Ids ids(const View& view, Call& call, const char* name, const char* expected, bool optional = false) {
   if (view.none && optional) return {};
   const void* const data = borrow(view, call, name, 1, expected, false);
-  const bool wide = view.tensor.dtype == dtype_of<int64_t>();
-  if (!wide && view.tensor.dtype != dtype_of<int32_t>()) wrong_type(call, name, expected, describe(view));
+  const bool wide = view.tensor.dtype == nb::dtype<int64_t>();
+  if (!wide && view.tensor.dtype != nb::dtype<int32_t>()) wrong_type(call, name, expected, describe(view));
   return {data, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 

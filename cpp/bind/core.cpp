@@ -74,14 +74,11 @@ bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, n
 // ---- the codebook
 
 void make_codebook(Codebook* self, const std::vector<View>& centers) {
-  Call call = Call::on_cpu("Codebook");
-  Array<const float, 2> levels[kMaxLevels];
-  if (centers.size() < 1 || centers.size() > kMaxLevels)
-    throw nb::value_error(("Codebook: expected 1 to 8 levels, got " + std::to_string(centers.size())).c_str());
-  for (size_t l = 0; l < centers.size(); ++l)
-    levels[l] = array<const float, 2>(centers[l], call, "centers", "float32 [C, D]");
+  Call call("Codebook", kOnlyCpu);
+  std::vector<Array<const float, 2>> levels;
+  for (const View& c : centers) levels.push_back(array<const float, 2>(c, call, "centers", "float32 [C, D]"));
   Codebook book;
-  raise(Codebook::build(levels, static_cast<int>(centers.size()), &book));
+  raise(Codebook::build(levels.data(), static_cast<int>(levels.size()), &book));
   new (self) Codebook(std::move(book));
 }
 
@@ -119,7 +116,7 @@ nb::bytes serialize_codebook(const Codebook& book) {
 
 void copy_centers(const Codebook& book, int level, Lent out) {
   if (level < 0 || level >= book.levels()) throw nb::index_error("Codebook: no such level");
-  Call call = Call::on_cpu("Codebook");
+  Call call("Codebook", kOnlyCpu);
   const auto to = array<float, 2>(out, call, "out", "float32 [C, D]");
   if (to.shape[0] != book.size(level) || to.shape[1] != book.width())
     wrong_value("Codebook", "out", "[C, D]", describe(out));
@@ -127,7 +124,7 @@ void copy_centers(const Codebook& book, int level, Lent out) {
 }
 
 void copy_image(const Codebook& book, Lent out) {
-  Call call = Call::on_cpu("Codebook");
+  Call call("Codebook", kOnlyCpu);
   void* const data = borrow(out, call, "out", 1, "uint8 [image_size]", true);
   raise(codebook_image(book, {static_cast<std::byte*>(data), {out.tensor.shape[0]}}));
 }
@@ -144,7 +141,7 @@ void encode_codes(const Codebook& book, Lent x, Lent codes) {
 }
 
 void leaf_numbers(const Codebook& book, Lent codes, Lent out) {
-  Call call = Call::on_cpu("leaves");
+  Call call("leaves", kOnlyCpu);
   const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
   raise(leaves(book, from, array<int64_t, 1>(out, call, "out", "int64 [T]")));
 }
@@ -159,7 +156,7 @@ void prototype_rows(const Codebook& book, Lent codes, Lent out) {
 }
 
 nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, uint64_t seed, nb::object progress) {
-  Call call = Call::on_cpu("fit");
+  Call call("fit", kOnlyCpu);
   const Rows rows_x = rows(x, call, "x", 2, kX);
   FitParams params;
   Array<float, 2> levels[kMaxLevels];
@@ -244,11 +241,8 @@ struct RouteArguments {
         wrong_value(call, "temperature", "finite and > 0", nb::cast<std::string>(nb::str(tau)));
       params.temperature = {&temperature, {1}};
     } else {
-      View view;
-      if (!nb::try_cast(tau, view))
-        wrong_type(call, "temperature", "a number, or float32 [1] or [M]", "something else");
-      params.temperature = array<const float, 1>(view, call, "temperature", "a number, or float32 [1] or [M]");
-      hold = view;
+      hold = nb::cast<View>(tau);
+      params.temperature = array<const float, 1>(hold, call, "temperature", "a number, or float32 [1] or [M]");
     }
   }
 
@@ -409,6 +403,7 @@ void fill(nb::module_& m) {
             return nb::tuple(sizes);
           },
           nb::sig("def sizes(self) -> tuple[int, ...]"))
+      .def_prop_ro("levels", &Codebook::levels)
       .def_prop_ro("width", &Codebook::width)
       .def_prop_ro("fingerprint", &Codebook::fingerprint);
 
@@ -450,8 +445,8 @@ void fill(nb::module_& m) {
         set_cuda_backend(static_cast<const Backend*>(backend.data("hisac.cuda")));
       },
       "backend"_a, "device_type"_a = 2, nb::sig("def use_cuda(backend: object, device_type: int = 2) -> None"));
-  m.def("set_num_threads", [](int n) { Pool::get().resize(n); }, "n"_a);
-  m.def("get_num_threads", [] { return Pool::get().workers(); });
+  m.def("set_num_threads", set_workers, "n"_a);
+  m.def("get_num_threads", [] { return std::atomic_load(&pool())->workers(); });
   m.def("available_isas", [] { return std::string(available_isas()); });
   m.def("active_isa", [] { return std::string(active_isa()); });
 }
@@ -460,6 +455,8 @@ void fill(nb::module_& m) {
 }  // namespace hisac::bind
 
 extern "C" NB_EXPORT PyObject* PyInit__core() {
-  return hisac::bind::define_module<hisac::bind::fill>(
-      "_core", "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.");
+  static PyObject* const definition = NB_CALL(module_new)(
+      "_core", "The compiled core of hisac. Use the functions of hisac, which check kinds and allocate results.",
+      reinterpret_cast<void*>(hisac::bind::fill_once<hisac::bind::fill>), NB_ABI_MINOR_TAG);
+  return definition;
 }

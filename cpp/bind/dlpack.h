@@ -176,28 +176,22 @@ struct type_caster<hisac::bind::View> {
     if (source.is_none()) return value.none = true;
     const hisac::bind::Kind kind = hisac::bind::kind_of(Py_TYPE(source.ptr()));
     if (kind.numpy && hisac::bind::see_numpy(source.ptr(), &value.tensor, &value.writable)) return true;
-    if (kind.api) {
-      if (kind.api->tensor_from_object(source.ptr(), &value.tensor) == 0) return true;
-      PyErr_Clear();
-      value.unreadable = Py_TYPE(source.ptr());
+    if (kind.api ? !kind.api->tensor_from_object(source.ptr(), &value.tensor) : hold(source, flags, cleanup))
       return true;
-    }
+    PyErr_Clear();
+    value.unreadable = Py_TYPE(source.ptr());
+    return true;
+  }
+
+  /// Whether nanobind lends the memory.
+  bool hold(handle source, uint32_t flags, cleanup_list* cleanup) noexcept {
     flags &= ~static_cast<uint32_t>(cast_flags::convert);
     make_caster<ndarray<>> writable;
-    if (writable.from_python(source, flags, cleanup)) {
-      value.hold = ndarray<ro>(writable.value.handle());
-    } else {
-      PyErr_Clear();
-      make_caster<ndarray<ro>> readable;
-      if (!readable.from_python(source, flags, cleanup)) {
-        PyErr_Clear();
-        value.unreadable = Py_TYPE(source.ptr());
-        return true;
-      }
-      value.hold = readable.value;
-      value.writable = false;
-    }
-    const auto& a = value.hold;
+    make_caster<ndarray<ro>> readable;
+    value.writable = writable.from_python(source, flags, cleanup);
+    PyErr_Clear();
+    if (!value.writable && !readable.from_python(source, flags, cleanup)) return false;
+    const auto& a = value.hold = value.writable ? ndarray<ro>(writable.value.handle()) : readable.value;
     value.tensor = {const_cast<void*>(static_cast<const void*>(a.data())),
                     {a.device_type(), a.device_id()},
                     static_cast<int32_t>(a.ndim()),

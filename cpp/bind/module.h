@@ -33,12 +33,4 @@ int fill_once(PyObject* self) noexcept {
   return -1;
 }
 
-/// What PyInit_<name> returns.
-template <void (*fill)(nb::module_&)>
-PyObject* define_module(const char* name, const char* doc) noexcept {
-  static PyObject* const definition =
-      NB_CALL(module_new)(name, doc, reinterpret_cast<void*>(fill_once<fill>), NB_ABI_MINOR_TAG);
-  return definition;
-}
-
 }  // namespace hisac::bind

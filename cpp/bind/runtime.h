@@ -3,10 +3,9 @@
 #pragma once
 #include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -27,27 +26,19 @@ inline void raise(const Status& status, int os_error = 0) {
   if (status.code() == Code::cancelled && PyErr_Occurred()) throw nb::python_error();
   const char* const what = status.what();
   nb::object text = nb::steal(PyUnicode_DecodeUTF8(what, static_cast<Py_ssize_t>(std::strlen(what)), "replace"));
-  const auto error = [&](PyObject* type) {
-    PyErr_SetObject(type, text.ptr());
-    return nb::python_error();
-  };
-  switch (status.code()) {
-    case Code::wrong_type:
-      throw error(PyExc_TypeError);
-    case Code::not_implemented:
-      throw error(PyExc_NotImplementedError);
-    case Code::out_of_memory:
-      throw error(PyExc_MemoryError);
-    case Code::corrupt_file:
-      throw CorruptFile(nb::cast<std::string>(text));
-    case Code::cancelled:
-      throw error(PyExc_KeyboardInterrupt);
-    case Code::io_error:  // (errno, text) makes FileNotFoundError and its like
-      if (os_error) text = nb::make_tuple(os_error, text);
-      throw error(PyExc_OSError);
-    default:
-      throw error(PyExc_ValueError);
-  }
+  if (status.code() == Code::corrupt_file) throw CorruptFile(nb::cast<std::string>(text));
+  const std::pair<Code, PyObject*> types[] = {{Code::wrong_type, PyExc_TypeError},
+                                              {Code::not_implemented, PyExc_NotImplementedError},
+                                              {Code::out_of_memory, PyExc_MemoryError},
+                                              {Code::cancelled, PyExc_KeyboardInterrupt},
+                                              {Code::io_error, PyExc_OSError}};
+  PyObject* type = PyExc_ValueError;
+  for (const auto& [code, other] : types)
+    if (code == status.code()) type = other;
+  // OSError(errno, text) makes FileNotFoundError and its like
+  if (type == PyExc_OSError && os_error) text = nb::make_tuple(os_error, text);
+  PyErr_SetObject(type, text.ptr());
+  throw nb::python_error();
 }
 
 /// f(), which waits for the GIL or runs Python's code, and leaves nothing to destroy. Python before 3.14 ends a daemon
@@ -82,68 +73,43 @@ bool with_gil(F f) noexcept {
   });
 }
 
-/// The process's threads. A call keeps the pool that it began with, so the number may change meanwhile; the object
+/// The process's threads, to be loaded and exchanged atomically: a call keeps the pool that it began with. The object
 /// outlives Python's, since threads of a service may still run at exit.
-class Pool {
- public:
-  static Pool& get() {
-    static Pool* const pool = new Pool;
-    return *pool;
-  }
-  void resize(int workers) {
-    auto fresh = std::make_shared<ThreadPool>();
-    raise(fresh->resize(workers));
-    std::lock_guard<std::mutex> lock(mutex_);
-    pool_.swap(fresh);
-  }
-  int workers() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return pool_->workers();
-  }
-  std::shared_ptr<ThreadPool> borrow(Executor* executor) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    *executor = pool_->executor();
-    return pool_;
-  }
+inline std::shared_ptr<ThreadPool>& pool() {
+  static auto* const kept = new auto(std::make_shared<ThreadPool>());
+  return *kept;
+}
 
- private:
-  std::mutex mutex_;
-  std::shared_ptr<ThreadPool> pool_ = std::make_shared<ThreadPool>();
-};
+/// A fresh pool for the calls from now on.
+inline void set_workers(int workers) {
+  auto fresh = std::make_shared<ThreadPool>();
+  raise(fresh->resize(workers));
+  std::atomic_exchange(&pool(), fresh);
+}
 
 /// Scratch for one call. A thread keeps it from call to call, unless it is large; a call takes it away, so that a verb
 /// inside a callback of another has its own.
-class Scratch {
- public:
-  Scratch() noexcept = default;
-  Scratch(Scratch&& other) noexcept { swap(other); }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
+struct Scratch {
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  std::unique_ptr<Line[]> lines;
+  size_t size = 0;  // in bytes
 
-  void swap(Scratch& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-  }
   /// None where no machine has so many: the verb then names the argument that asks for them.
   Array<std::byte, 1> take(size_t bytes) {
     if (bytes > PTRDIFF_MAX - 4096) return {};
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<std::byte*>(std::aligned_alloc(64, size_));
-      if (!data_) {
-        size_ = 0;
+    if (bytes > size) {
+      lines.reset();  // before the larger one
+      size = (bytes + 4095) / 4096 * 4096;
+      lines.reset(new (std::nothrow) Line[size / sizeof(Line)]);  // not filled
+      if (!lines) {
         PyErr_SetString(PyExc_MemoryError, "hisac: out of memory for the workspace");
         throw nb::python_error();
       }
     }
-    return {data_, {static_cast<int64_t>(size_)}};
+    return {reinterpret_cast<std::byte*>(lines.get()), {static_cast<int64_t>(size)}};
   }
-  bool worth_keeping() const noexcept { return size_ <= size_t{128} << 20; }
-
- private:
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
 };
 
 /// Runs verb(context) on a GPU's current stream; Python lends the scratch and, for a book, its image.
@@ -180,18 +146,18 @@ template <class Workspace, class Verb>
 void run(const Call& call, Workspace workspace, Verb verb, const Codebook* book = nullptr) {
   if (call.on_cuda()) return run_on_cuda(call.device.device_id, book, workspace, verb);
   static thread_local Scratch kept;
-  Scratch scratch(std::move(kept));
-  Executor executor;
-  std::shared_ptr<ThreadPool> pool = Pool::get().borrow(&executor);
+  Scratch scratch = std::exchange(kept, {});
+  std::shared_ptr<ThreadPool> threads = std::atomic_load(&pool());
+  Executor executor = threads->executor();
   Context context;
   context.executor = &executor;
   context.workspace = scratch.take(workspace(context));
   const Status status = without_gil([&] {
     const Status done = verb(context);
-    pool.reset();  // the last call of a pool joins its threads
+    threads.reset();  // the last call of a pool joins its threads
     return done;
   });
-  if (scratch.worth_keeping()) kept.swap(scratch);
+  if (scratch.size <= size_t{128} << 20) kept = std::move(scratch);
   raise(status);
 }
 

@@ -47,11 +47,9 @@ def _refuse_view(verb: str, name: str, x: Array) -> None:
         raise TypeError(f"{verb}: {name} expected a dense tensor, got layout {x.layout}; pass values() and offsets()")
     if x.is_conj() or x.is_neg():
         raise TypeError(f"{verb}: {name} is a conjugated or negated view; call resolve_conj() or resolve_neg()")
-    if x.is_cuda and not (why := cuda_missing()):
-        return
-    if not x.is_cpu:
-        why = f": {why}" if x.is_cuda else ""
-        raise TypeError(f"{verb}: {name} expected on the CPU, got {x.device}{why}")
+    why = cuda_missing() if x.is_cuda else ""
+    if why or not (x.is_cpu or x.is_cuda):
+        raise TypeError(f"{verb}: {name} expected on the CPU, got {x.device}{why and ': ' + why}")
 
 
 @functools.cache

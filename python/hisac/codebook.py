@@ -30,22 +30,17 @@ class Codebook:
     [[0, 0]]
     """
 
-    report: FitReport | None
+    report: FitReport | None = None
     """How `fit` went; None for a codebook that came from elsewhere."""
 
     def __init__(self, centers: Iterable[Array]):
         """centers: 1 to 8 arrays [C_l, D] float32, finite. Raises ValueError, TypeError."""
-        self._wrap(_core.Codebook([take_one("Codebook", "centers", c) for c in centers]))
-
-    def _wrap(self, core: _core.Codebook) -> None:
-        self._core = core
-        self._levels = len(core.sizes)
-        self.report = None
+        self._core = _core.Codebook([take_one("Codebook", "centers", c) for c in centers])
 
     @classmethod
     def _of(cls, core: _core.Codebook) -> "Codebook":
         book = cls.__new__(cls)
-        book._wrap(core)
+        book._core = core
         return book
 
     # ---- where codebooks come from
@@ -134,7 +129,7 @@ class Codebook:
         return self._core.serialize()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (type(self), self.to_bytes(), self.report)
+        return type(self).from_bytes, (self.to_bytes(),), {"report": self.report}
 
     # ---- what it is
 
@@ -146,7 +141,7 @@ class Codebook:
     @property
     def levels(self) -> int:
         """L."""
-        return self._levels
+        return self._core.levels
 
     @property
     def width(self) -> int:
@@ -189,10 +184,7 @@ class Codebook:
 
         The parent's number is the child's, divided by the child level's size and rounded down.
         """
-        codes, rows = _take_rows("leaves", codes)
-        out = empty(codes, tuple(codes.shape[:-1]), INT64)
-        _core.leaves(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows))
-        return out
+        return self._of_codes("leaves", codes, (), INT64)
 
     def prototypes(self, codes: Array) -> Array:
         """codes [..., L] int32, or Agents of this codebook -> [..., D] float32: the codewords added from the root down;
@@ -203,24 +195,16 @@ class Codebook:
                     f"prototypes: agents expected of codebook {self.fingerprint:016x}, got {codes.fingerprint:016x}"
                 )
             codes = codes.codes
-        codes, rows = _take_rows("prototypes", codes)
-        out = empty(codes, (*codes.shape[:-1], self.width), FLOAT32)
-        _core.prototypes(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows, self.width))
+        return self._of_codes("prototypes", codes, (self.width,), FLOAT32)
+
+    def _of_codes(self, verb: str, codes: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        """What the core's `verb` makes of codes [..., L]: [..., *shape]."""
+        (codes,) = take(verb, "codes", codes)
+        if not codes.shape:
+            take_one(verb, "codes", codes, "... L")
+        rows, out = math.prod(codes.shape[:-1]), empty(codes, (*codes.shape[:-1], *shape), dtype)
+        getattr(_core, verb)(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows, *shape))
         return out
-
-
-def _unpickle(cls: type[Codebook], data: bytes, report: FitReport | None) -> Codebook:
-    book = cls.from_bytes(data)
-    book.report = report
-    return book
-
-
-def _take_rows(verb: str, codes: Array) -> tuple[Array, int]:
-    """codes [..., L], and how many they are."""
-    (codes,) = take(verb, "codes", codes)
-    if not codes.shape:
-        take_one(verb, "codes", codes, "... L")
-    return codes, math.prod(codes.shape[:-1])
 
 
 def _name(path: str | bytes | os.PathLike[Any]) -> bytes:

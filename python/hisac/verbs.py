@@ -30,20 +30,10 @@ from .arrays import (
     take_histories,
     whole,
 )
-from .codebook import Codebook, Progress
+from .codebook import Codebook
 from .types import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
 
-
-def fit(
-    x: Array,
-    codes: Iterable[int] = (512, 512),
-    *,
-    iterations: int = 20,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Codebook:
-    """Learn a codebook by residual k-means; see `Codebook.fit`."""
-    return Codebook.fit(x, codes, iterations=iterations, seed=seed, progress=progress)
+fit = Codebook.fit
 
 
 def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
@@ -82,11 +72,8 @@ def vote(
         raise ValueError(
             f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}"
         )
-    seats = math.prod(children) if budget is None else whole("vote", "budget", budget)
-    if not 1 <= seats <= 4096:
-        raise ValueError(
-            f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
-        )
+    name, wanted = ("fanout's product", math.prod(children)) if budget is None else ("budget", budget)
+    seats = whole("vote", name, wanted, 1, 4096)
     users = starts.shape[0] - (ends is None)
     agents = empty(codes, (users, seats, book.levels), INT32)
     votes, count = empty(codes, (users, seats), INT64), empty(codes, (users,), INT32)

@@ -33,11 +33,8 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from .. import reference as _reference
 from ..types import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
-
-reference: Any = _reference
-float64 = _reference.float64
+from . import verbs
 
 U = 2.0**-24
 U16 = 2.0**-8
@@ -59,10 +56,8 @@ def as_numpy(a: Array) -> Array:
 
 def _in_numpy(args: Mapping[str, Any]) -> dict[str, Any]:
     def convert(a: Any) -> Any:
-        if isinstance(a, tuple) and hasattr(a, "_fields"):
-            return type(a)(*map(convert, a))
         if isinstance(a, tuple):
-            return tuple(map(convert, a))
+            return getattr(a, "_make", tuple)(map(convert, a))  # of a named tuple, one of its kind
         return as_numpy(a) if hasattr(a, "shape") else a
 
     return {name: convert(a) for name, a in args.items()}
@@ -72,7 +67,7 @@ def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
     than the definition does."""
     args = _in_numpy(args)
-    x, v, bias = reference.gather(
+    x, v, bias = verbs.gather(
         args["x"], args["v"], args.get("bias"), *(args.pop(name, None) for name in ("x_ids", "v_ids", "x_scale"))
     )
     return args | {"x": x, "v": v, "bias": bias}
@@ -103,6 +98,12 @@ def _in_float32(value: Array, bound: Array) -> Array:
     return np.where(np.isfinite(value) & (np.abs(value) < HUGE) & (bound < 2.0**-18 * HUGE), bound, np.nan)
 
 
+def _of_gradients(exact: Any, bounds: tuple[Array, ...], relative: float) -> tuple[Array, ...]:
+    """The bounds of the gradients wanted, with a relative error more, as `_in_float32`; None where not wanted."""
+    pairs = zip(exact, bounds, strict=True)
+    return tuple(None if g is None else _in_float32(g, bound + relative * np.abs(g)) for g, bound in pairs)
+
+
 def _weights(z: Array, total: Array, e: Array) -> tuple[Array, Array]:
     """exp(z - total), 0 where total is -inf; and how much more it may be when z is wrong by e."""
     mass = np.isfinite(total)
@@ -119,7 +120,7 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
     """Logits z [n, m] with errors e; values [n, V] of moduli up to size [V], themselves wrong by extra * size ->
     softmax(z)^T values [m, V], its bound, and the bound of the log-sum-exp [m]."""
     n, m = z.shape
-    total = reference.logsumexp(z, 0)
+    total = verbs.logsumexp(z, 0)
     mass = np.isfinite(total)
     bad = ~np.isfinite(values).all(0) | ~np.isfinite(size)
     values, size = np.where(bad, 0.0, values), np.where(bad, 0.0, size)
@@ -180,7 +181,7 @@ class _Logits:
     def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float, cuda: bool) -> None:
         self.skew, reach = _leaf_errors(h, raw)
         width = h.x.shape[1]
-        self.d = reference.square_distances(h.x, h.p) + h.spread[:, None]
+        self.d = verbs.square_distances(h.x, h.p) + h.spread[:, None]
         far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
         self.origin, near = 0.0, far
         if not cuda and rounding != U16:
@@ -204,7 +205,7 @@ class _Logits:
         e = np.where((far / h.tau > HUGE) | (h.tau < 2.0**-126) | np.isnan(e), np.inf, e)  # inf / inf: p lost, tau inf
         self.z, self.share = h.logits(normalize)
         if normalize == "agents":
-            log_sum = reference.logsumexp(t, 1)
+            log_sum = verbs.logsumexp(t, 1)
             up = np.exp(np.minimum(t - log_sum[:, None] + e, 70.0)) - np.exp(t - log_sum[:, None])
             off = np.minimum(_log_error(up.sum(1)), e.max(1, initial=0.0))
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
@@ -223,10 +224,10 @@ def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
 
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History, History of its single rows)."""
-    full = dict.fromkeys(HISTORY) | {"temperature": 0.1, "method": "exact"} | dict(args)
-    for b, rows, h in reference.histories(*(full[name] for name in HISTORY)):
-        plain = [full[name] for name in HISTORY if name not in ("offsets", "method")]
-        yield b, rows, h, h if full["method"] == "exact" else reference.History(b, rows, *plain, "exact")
+    full: dict[str, Any] = dict.fromkeys(HISTORY) | {"temperature": 0.1, "method": "exact"} | dict(args)
+    single = {name: full[name] for name in HISTORY if name != "offsets"} | {"method": "exact"}
+    for b, rows, h in verbs.histories(**{name: full[name] for name in HISTORY}):
+        yield b, rows, h, h if full["method"] == "exact" else verbs.History(b, rows, **single)
 
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Tokens:
@@ -247,14 +248,14 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
                 extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
                 if step == refine:
                     break
-                mass = np.isfinite(reference.logsumexp(logits.z, 0))
+                mass = np.isfinite(verbs.logsumexp(logits.z, 0))
                 mean, bound, _ = _sums(logits.z, e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
                 bound = _in_type(mean, bound + logits.flushed, "float32")
                 h.p = np.where(mass[:, None], mean, h.p)
                 drift = np.where(mass, np.sqrt(np.square(bound).sum(1)), drift)
                 moved[b, h.agents] = np.where(mass[:, None], bound, moved[b, h.agents])
             mean, bound, off = _sums(logits.z, e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
-            some, bound = np.isfinite(reference.logsumexp(logits.z, 0))[:, None], bound + logits.flushed
+            some, bound = np.isfinite(verbs.logsumexp(logits.z, 0))[:, None], bound + logits.flushed
             tokens[b, h.agents], lse[b, h.agents] = np.where(some, _in_type(mean, bound, dtype), 0.0), off
             if missing and len(h.absent):
                 n, size = len(h.absent), np.abs(h.absent_v).max(0)
@@ -268,7 +269,7 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> LeafSums:
     """args: the arguments of `leaf_sums`; cuda: on a GPU -> the largest |difference| of x, v, bias and spread; codes
     are exact."""
     args = _dense(args)
-    users, book = len(reference.ranges(args["offsets"])), args["book"]
+    users, book = len(verbs.ranges(args["offsets"])), args["book"]
     width = book.centers[0].shape[1] if args["x"] is None else args["x"].shape[1]
     empty = np.zeros((0, width)), np.zeros((0, args["v"].shape[1])), np.zeros(0), np.zeros(0)
     parts = []
@@ -279,11 +280,9 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> LeafSums:
             if not cuda:  # sums are those of x less the leaf's first row
                 reach = _largest(h, np.sqrt(np.square(raw.x - raw.x[first_of(h.leaf)]).sum(1) + raw.spread))
             x, v = (4 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
-            rest = (
-                skew + 4 * U * np.abs(h.bias) + 4 * U,
-                4 * skew * np.square(reach) + U * h.spread + float64_mean + TINY,
-            )
-            parts.append((_in_float32(h.x, x), _in_float32(h.v, v), *rest))
+            bias = skew + 4 * U * np.abs(h.bias) + 4 * U
+            spread = 4 * skew * np.square(reach) + U * h.spread + float64_mean + TINY
+            parts.append((_in_float32(h.x, x), _in_float32(h.v, v), bias, spread))
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
     return LeafSums(x, v, np.zeros(users + 1), bias, spread, np.zeros((len(bias), len(book.centers))))
 
@@ -309,13 +308,11 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
     split, least = (2 * rounding, TINY) if cuda else (0.0, 0.0)
     dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
+    returned = forward.tokens, forward.lse, args["d_tokens"], d_lse
     with np.errstate(over="ignore", invalid="ignore"):
         for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
             logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding, cuda)
-            token, total, dt, dl = (
-                np.asarray(a)[b, h.agents].astype(np.float64)
-                for a in (forward.tokens, forward.lse, args["d_tokens"], d_lse)
-            )
+            token, total, dt, dl = (verbs.float64(a[b, h.agents]) for a in returned)
             mass, n = np.isfinite(total), len(h.x)
             w, wrong = _weights(logits.z, total, logits.e + logits.skew[:, None])
             wrong = wrong + TINY * mass
@@ -356,28 +353,22 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
                 np.add.at(dx, at, beyond.max(1, initial=TINY, keepdims=True))
                 dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + beyond.max(0, initial=TINY)[:, None]
             if args.get("missing") == "token" and len(h.absent):
-                share = np.abs(np.asarray(args["d_tokens"])[b, m].astype(np.float64)) / len(h.absent)
+                share = np.abs(verbs.float64(args["d_tokens"][b, m])) / len(h.absent)
                 np.add.at(dv, rows.start + h.absent, 4 * U * share + TINY)
     overlap = (len(p) + 1) * U  # rows of several users are added up
-    exact: Any = reference.route_backward(**args)
+    exact: Any = verbs.route_backward(**args)
     if np.size(args.get("temperature", 0.1)) == 1:
         dtau = dtau.sum(keepdims=True)
-    every_bound = {"v": dv, "temperature": dtau, "bias": dbias, "x": dx, "prototypes": dp}
-    return RouteGradients(
-        *(
-            None if value is None else _in_float32(value, every_bound[name] + overlap * np.abs(value))
-            for name, value in zip(RouteGradients._fields, exact, strict=True)
-        )
-    )
+    return RouteGradients(*_of_gradients(exact, (dv, dtau, dbias, dx, dp), overlap))
 
 
 def _attend_errors(
     q: Array, keys: Array, bias: Array | None, b: int, rows: slice, scale: float, split: float
 ) -> tuple[Array, Array]:
     """One user's logits [n, H, M] and their errors; split: of a product, relative."""
-    z = reference.attend_logits(q, keys, bias, b, rows, scale)
-    moduli = np.einsum("nhd,mhd->nhm", *(np.abs(reference.verbs.finite(a)) for a in (q[rows], keys[b])))
-    shift = 0.0 if bias is None else np.abs(reference.verbs.finite(bias[b]))
+    z = verbs.attend_logits(q, keys, bias, b, rows, scale)
+    moduli = np.einsum("nhd,mhd->nhm", *(np.abs(verbs.finite(a)) for a in (q[rows], keys[b])))
+    shift = 0.0 if bias is None else np.abs(verbs.finite(bias[b]))
     e = (
         ((q.shape[2] + 8) * U + split) * abs(scale) * moduli
         + 4 * U * np.where(np.isfinite(z), np.abs(z), 0.0)
@@ -393,7 +384,7 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
     out, lse = np.zeros((*q.shape[:2], values.shape[3])), np.zeros(q.shape[:2])
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, rows in enumerate(reference.ranges(args["candidate_offsets"])):
+        for b, rows in enumerate(verbs.ranges(args["candidate_offsets"])):
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             for h in range(q.shape[1]):
                 absent, none = np.isneginf(z[:, h]).all(0), np.isneginf(z[:, h]).all(1)  # tokens, candidates
@@ -405,12 +396,9 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
                 bound[:, ~np.isfinite(some).all(0)] = np.nan  # a value that is not finite spoils its user
                 out[rows, h], lse[rows, h] = np.where(none[:, None], 0.0, bound), np.where(none, 0.0, off)
                 if cuda:  # whose products meet what the CPU leaves out
-                    odd = ~np.isfinite(float64(q[rows, h])).all(1) | ~np.isfinite(float64(keys[b, :, h])).all()
-                    spoilt = odd[:, None] | ~np.isfinite(float64(values[b, :, h])).all(0)
-                    out[rows, h], lse[rows, h] = (
-                        np.where(spoilt, np.nan, out[rows, h]),
-                        np.where(odd, np.nan, lse[rows, h]),
-                    )
+                    odd = ~np.isfinite(q[rows, h]).all(1) | ~np.isfinite(keys[b, :, h]).all()
+                    spoilt = odd[:, None] | ~np.isfinite(values[b, :, h]).all(0)
+                    out[rows, h][spoilt] = lse[rows, h][odd] = np.nan
     return Attended(out, lse)
 
 
@@ -422,14 +410,12 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
     dq, dk, dv, db = np.zeros(q.shape), np.zeros(keys.shape), np.zeros(values.shape), np.zeros(keys.shape[:2])
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, rows in enumerate(reference.ranges(args["candidate_offsets"])):
-            g, out, total, dl = (
-                np.asarray(a[rows]).astype(np.float64) for a in (args["d_out"], forward.out, forward.lse, d_lse)
-            )
+        for b, rows in enumerate(verbs.ranges(args["candidate_offsets"])):
+            g, out, total, dl = (verbs.float64(a[rows]) for a in (args["d_out"], forward.out, forward.lse, d_lse))
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             w, wrong = _weights(z, total[..., None], e)
             wrong = wrong + TINY * (wrong > 0)
-            read = reference.verbs.present_values(values, keys, bias, b)
+            read = verbs.present_values(values, keys, bias, b)
             term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(read))
             term = term + (np.abs(g * out).sum(2) + np.abs(dl))[..., None]
             term = np.where(term > HUGE / 8, np.inf, term)
@@ -441,16 +427,11 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
                 + (w + wrong) * long * term
                 + ((_steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
             )
-            dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(reference.verbs.finite(keys[b]))) + TINY
-            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(reference.verbs.finite(q[rows]))) + TINY
+            dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(verbs.finite(keys[b]))) + TINY
+            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(verbs.finite(q[rows]))) + TINY
             dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((_steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
             db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
-            if cuda and not all(np.isfinite(float64(a)).all() for a in (q[rows], keys[b], values[b])):
+            if cuda and not all(np.isfinite(a).all() for a in (q[rows], keys[b], values[b])):
                 dq[rows] = dk[b] = dv[b] = db[b] = np.nan
-    exact: Any = reference.attend_backward(**args)
-    return AttendGradients(
-        *(
-            None if value is None else _in_float32(value, limit + U * np.abs(value))
-            for value, limit in zip(exact, (dq, dk, dv, db), strict=True)
-        )
-    )
+    exact: Any = verbs.attend_backward(**args)
+    return AttendGradients(*_of_gradients(exact, (dq, dk, dv, db), U))

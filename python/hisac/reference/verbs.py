@@ -300,14 +300,13 @@ def route_backward(
     x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
     prototypes = forward.prototypes
     m, width = prototypes.shape[1:]
+    d_lse = np.zeros(forward.lse.shape) if d_lse is None else d_lse
     dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
     dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
     for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
         z, s = h.logits(normalize)
-        token, total, dt, dl = (
-            np.asarray(a)[b, h.agents].astype(np.float64)
-            for a in (forward.tokens, forward.lse, d_tokens, np.zeros(forward.lse.shape) if d_lse is None else d_lse)
-        )
+        given = forward.tokens, forward.lse, d_tokens, d_lse
+        token, total, dt, dl = (float64(a[b, h.agents]) for a in given)
         mass = np.isfinite(total)
         w = np.where(mass, np.exp(z - np.where(mass, total, 0.0)), 0.0)
         dz = w * (h.v @ dt.T + np.where(mass, dl - (token * dt).sum(1), 0.0))
@@ -369,9 +368,8 @@ def attend(
         z = attend_logits(q, keys, bias, b, rows, scale)
         lse[rows] = logsumexp(z, 2)
         w = np.exp(log_softmax(z, 2))
-        out[rows] = np.where(
-            np.isfinite(lse[rows])[..., None], np.einsum("nhm,mhv->nhv", w, present_values(values, keys, bias, b)), 0.0
-        )
+        mean = np.einsum("nhm,mhv->nhv", w, present_values(values, keys, bias, b))
+        out[rows] = np.where(np.isfinite(lse[rows])[..., None], mean, 0.0)
     return Attended(out, lse)
 
 

@@ -83,12 +83,8 @@ def codebooks(
     """Codebooks of any depth; half of them on a coarse grid, where ties, duplicates and equal leaves are common."""
     sizes = draw(st.lists(st.integers(1, max_codes), min_size=1, max_size=max_levels))
     width, rng, grid = draw(st.integers(min_width, max_width)), draw(generators()), draw(st.booleans())
-    shapes = [(size, width) for size in sizes]
-    if grid:
-        return Codebook(
-            [rng.integers(-2, 3, shape).astype(np.float32) / 2**level for level, shape in enumerate(shapes)]
-        )
-    return Codebook([rng.normal(size=shape).astype(np.float32) / 2**level for level, shape in enumerate(shapes)])
+    centers = [rng.integers(-2, 3, (n, width)) if grid else rng.normal(size=(n, width)) for n in sizes]
+    return Codebook([c.astype(np.float32) / 2**level for level, c in enumerate(centers)])
 
 
 @st.composite
@@ -376,15 +372,12 @@ def attentions(
     rng, scale, users = np.random.default_rng(seed), draw(st.sampled_from([1.0, 5.0])), len(row) - 1
     size = draw(HOSTILE_SCALES if hostile else st.just(1.0)) * scale  # of the values
     share = draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
-    q, k, v, bias = (
-        sprinkle(rng, (by * rng.normal(size=shape)).astype(np.float32), share)
-        for by, shape in (
-            (scale, (rows, h, d)),
-            (scale, (users, m, h, d)),
-            (size, (users, m, h, wide)),
-            (scale, (users, m)),
-        )
-    )
+
+    def noise(by: float, *shape: int) -> Array:
+        return sprinkle(rng, (by * rng.normal(size=shape)).astype(np.float32), share)
+
+    q, k = noise(scale, rows, h, d), noise(scale, users, m, h, d)
+    v, bias = noise(size, users, m, h, wide), noise(scale, users, m)
     return Attention(
         q=rounded(q, dtype),
         keys=rounded(k, dtype),

@@ -73,10 +73,8 @@ class Compressor(nn.Module):
             if x_ids is not None:
                 raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once, index it")
             codes = encode(self.book, x)
-        (codes,), spans = (
-            row_tensors("Compressor", codes),
-            spans_of("Compressor", offsets, v if v_ids is None else v_ids),
-        )
+        (codes,) = row_tensors("Compressor", codes)
+        spans = spans_of("Compressor", offsets, v if v_ids is None else v_ids)
         agents = vote(self.book, codes, spans, budget=self.budget, fanout=self.fanout, weights=weights)
         out = route(
             x, v, spans, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),

@@ -200,7 +200,9 @@ def test_vote_equals_brute_force(p):
     args = p.by_reference(p.vote_args())
     book, agents = args["book"], reference.vote(**args)
     for b, rows in enumerate(users_of(p.offsets)):
-        weight = np.ones(len(rows), np.int64) if p.weights is None else reference.quantise_weights(p.weights[rows])
+        weight = (
+            np.ones(len(rows), np.int64) if p.weights is None else reference.verbs.quantise_weights(p.weights[rows])
+        )
         ok = reference.valid_codes(book, p.codes[rows])
         codes, weight = p.codes[rows][ok], weight[ok]
         votes = {}
@@ -231,7 +233,7 @@ def test_agents_are_sorted_by_votes_then_code():
 @given(st.lists(st.integers(1, 2**36), min_size=1, max_size=40), st.integers(1, 60))
 def test_budget_keys_decide_as_fractions(counts, budget):
     votes = {(i % 7, i): n for i, n in enumerate(counts)}
-    assert reference.by_budget(votes, budget, 2) == exact_budget(votes, budget, (), 2)
+    assert reference.verbs.by_budget(votes, budget, 2) == exact_budget(votes, budget, (), 2)
 
 
 @given(problem, st.integers(0, 2**32 - 1))
@@ -241,7 +243,9 @@ def test_votes_are_blind_to_order_and_add_up(p, seed):
     for rows in users_of(p.offsets):
         order = np.random.default_rng(seed).permutation(rows)
         half = len(order) // 2
-        parts = [reference.leaf_votes(args["book"], p.codes[r], weights[r]) for r in (rows, order[:half], order[half:])]
+        parts = [
+            reference.verbs.leaf_votes(args["book"], p.codes[r], weights[r]) for r in (rows, order[:half], order[half:])
+        ]
         assert parts[0] == {k: parts[1].get(k, 0) + parts[2].get(k, 0) for k in parts[1] | parts[2]}
         one = args | {"codes": p.codes[rows], "offsets": np.array([0, len(rows)]), "weights": weights[rows]}
         other = one | {"codes": p.codes[order], "weights": weights[order]}
@@ -251,11 +255,11 @@ def test_votes_are_blind_to_order_and_add_up(p, seed):
 @given(problem)
 def test_a_parent_has_the_votes_of_its_children(p):
     book = p.by_reference(p.vote_args())["book"]
-    votes = reference.leaf_votes(book, p.codes, p.weights)
+    votes = reference.verbs.leaf_votes(book, p.codes, p.weights)
     levels = len(book.sizes)
 
     def check(prefix):
-        below = reference.children(votes, prefix)
+        below = reference.verbs.children(votes, prefix)
         assert sum(below.values()) == sum(n for leaf, n in votes.items() if leaf[: len(prefix)] == prefix)
         for child in below if len(prefix) + 1 < levels else ():
             check(child)
@@ -274,7 +278,7 @@ def test_a_larger_budget_only_adds_agents(p, budget):
 
 def test_weights_in_units():
     w = [1, 0.5, 16, 17, np.inf, -1, -np.inf, np.nan, 2.0**-14, 2.0**-13, 1.5 * 2.0**-12, 0]
-    assert reference.quantise_weights(w).tolist() == [4096, 2048, 65536, 65536, 65536, 0, 0, 0, 0, 0, 2, 0]
+    assert reference.verbs.quantise_weights(w).tolist() == [4096, 2048, 65536, 65536, 65536, 0, 0, 0, 0, 0, 2, 0]
 
 
 def test_only_the_first_rows_vote(monkeypatch):

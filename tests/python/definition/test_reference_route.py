@@ -149,7 +149,7 @@ def test_limits_of_temperature(p):
     fair = reference.route(**args | {"temperature": 1e12, "normalize": "agents"})
     for b, _, h in reference.histories(*history_args(args)):
         if len(h.x):
-            d = reference.square_distances(h.x, h.p) + h.spread[:, None]
+            d = reference.verbs.square_distances(h.x, h.p) + h.spread[:, None]
             nearest, second = (np.sort(d, 0)[i] if len(d) > i else np.full(d.shape[1], np.inf) for i in (0, 1))
             clear = second - nearest > 1e-6
             np.testing.assert_allclose(cold.tokens[b, h.agents][clear], h.v[d.argmin(0)][clear], atol=1e-9)
