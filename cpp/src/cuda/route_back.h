@@ -134,9 +134,9 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       const int n = static_cast<int>((to - from) * width);  // of a chunk, at most
       SIMT_ROLLED for (int i = simt::thread(); i < n; i += simt::threads()) first[i] = 0;
     };
-    zero(b.dv, b.v.x.width);
-    zero(b.dx, t.x.width);
-    zero(b.d_bias, 1);
+    zero(b.out.v.data, b.v.x.width);
+    zero(b.out.x.data, t.x.width);
+    zero(b.out.bias.data, 1);
   }
 
   // ---- rows by agents
@@ -160,8 +160,8 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     }
   }
 
-  SIMT_DEVICE int outputs_v() const { return !kAgents && b.dv ? values.g.chunks : 0; }
-  SIMT_DEVICE int outputs_x() const { return !kAgents && b.dx ? g.chunks : 0; }
+  SIMT_DEVICE int outputs_v() const { return !kAgents && b.out.v.data ? values.g.chunks : 0; }
+  SIMT_DEVICE int outputs_x() const { return !kAgents && b.out.x.data ? g.chunks : 0; }
   SIMT_DEVICE int phases() const {
     const int outputs = outputs_v() + outputs_x();
     return g.chunks + (what == kRowLse ? 0 : values.g.chunks) + (kAgents || what != kAll ? 0 : outputs ? outputs : 1);
@@ -316,18 +316,18 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   /// Columns of dv, then of dx; the first phase has the bias too.
   SIMT_DEVICE void output(int block, int phase) {
     const int rows = least(end - begin - block * R, R);
-    for (int r = simt::thread(); phase == 0 && b.d_bias && r < rows; r += simt::threads())
-      put(b.d_bias, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
+    for (int r = simt::thread(); phase == 0 && b.out.bias.data && r < rows; r += simt::threads())
+      put(b.out.bias.data, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
     const int x = phase - outputs_v();
     Output out;
     if (x < 0) {
       const int buffer = values.g.chunks > 1 ? values.buffer_of(Values::step(block + 1, phase)) : 0;
-      out = {halves(b.offset.weights), values.prototypes(buffer), b.dv, b.v.x.width, values.pitch(),
-             values.columns(phase),    phase * values.g.chunk,    false};
+      out = {halves(b.offset.weights), values.prototypes(buffer), b.out.v.data,           b.v.x.width,
+             values.pitch(),           values.columns(phase),     phase * values.g.chunk, false};
     } else if (x < outputs_x()) {
       const int buffer = g.chunks > 1 ? this->buffer_of({block, x}) : 0;
-      out = {halves(b.offset.slopes), this->prototypes(buffer), b.dx,        t.x.width,
-             this->pitch(),           this->columns(x),         x * g.chunk, true};
+      out = {halves(b.offset.slopes), this->prototypes(buffer), b.out.x.data, t.x.width,
+             this->pitch(),           this->columns(x),         x * g.chunk,  true};
     } else {
       return;
     }
@@ -344,7 +344,9 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     if (!t.missing || tile > 0 || floats(g.offset.gone)[(block & 1) * R + row] == 0.f) return 0;
     const int64_t user = work().unit.user, token = user * b.token_rows() + t.agents;
     const float weight = b.absent[user];
-    return weight == 0.f ? 0.f : weight * element(b.d_tokens.data, b.d_tokens.dtype, token * b.v.x.width + column);
+    return weight == 0.f
+               ? 0.f
+               : weight * element(b.forward.d_tokens.data, b.forward.d_tokens.dtype, token * b.v.x.width + column);
   }
 
   SIMT_DEVICE void end_sweep() {

@@ -29,7 +29,7 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::gradients(int block)
       simt::sync_warp();  // one column after another, for want of registers
     }
   }
-  if (kOverAgents || (!kAgents && b.d_bias)) sum_agents(0);
+  if (kOverAgents || (!kAgents && b.out.bias.data)) sum_agents(0);
   float* const bias = floats(b.offset.row_bias) + (several() ? block * R : 0);
   if (kOverAgents && (!several() || what == kRowSums)) {
     SIMT_UNLESS_PLANTED(45, simt::sync());
@@ -59,8 +59,8 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::gradients(int block)
   }
   if constexpr (kAgents)
     return this->accumulate(moment, y, this->operand_v(this->buffer_of({block, g.chunks - 1})), t.x.width);
-  if (b.dv) put_operand(halves(b.offset.weights), z);
-  if (!b.dx) return;
+  if (b.out.v.data) put_operand(halves(b.offset.weights), z);
+  if (!b.out.x.data) return;
   put_operand(halves(b.offset.slopes), y);
   sum_agents(1);
 }

@@ -21,7 +21,7 @@ class RouteStream {
   SIMT_DEVICE bool has_x() const { return Q > S || t.x.data; }
   SIMT_DEVICE const float* scale() const { return Q > S ? nullptr : t.scale; }
 
-  SIMT_DEVICE bool has_values() const { return !kBack || g.has_values; }
+  SIMT_DEVICE bool has_values() const { return !kBack || t.refining; }
 
   /// What the block has taken.
   struct Work {
