@@ -2,7 +2,6 @@
 // `route` in four launches a pass: agents packed, work planned, tiles, users with several units merged.
 #include <algorithm>
 
-#include "base/arena.h"
 #include "cuda/leaf_sums.h"
 #include "cuda/route_back_task.h"
 #include "cuda/route_tile.h"
@@ -174,10 +173,8 @@ Status plan_geometry(Task& t, const simt::Machine& machine) {
       if (g.shared_bytes <= machine.shared) break;
     }
   }
-  lay_out(t, most);
-  const int per_warp = 16 * g.mt;  // as few tiles as that, all of one size
-  lay_out(t, static_cast<int>(
-                 std::max<int64_t>(2, ((t.agents + g.agent_tiles - 1) / g.agent_tiles + per_warp - 1) / per_warp)));
+  lay_out(t, most);  // as few tiles as that, all of one size
+  lay_out(t, std::max(2, g.warps_of((t.agents + g.agent_tiles - 1) / g.agent_tiles)));
   if (g.shared_bytes > machine.shared)
     return Status::error(Code::not_implemented,
                          "route: expected a device with %zu bytes of shared memory a block, got %zu", g.shared_bytes,
@@ -190,16 +187,11 @@ Status plan_geometry(Task& t, const simt::Machine& machine) {
 }
 
 void carve(Task& t, Arena& arena) {
-  const Geometry& g = t.g;
-  const int64_t workers = g.workers, padded = int64_t{g.agent_tiles} * g.tile_agents;
-  t.plan = arena.take<Plan>(1);
-  t.unit = arena.take<Unit>(t.users + 8 * workers);
-  t.shared = arena.take<SharedUser>(4 * workers);
-  t.packed = arena.take<uint16_t>(t.users * padded * g.parts * g.depth);
-  t.half = arena.take<float>(t.users * padded);
-  t.rate = arena.take<float>(t.users * padded);
-  t.stack = arena.take<float>(int64_t{g.blocks} * g.levels * g.state_floats());
-  t.slots = arena.take<float>(8 * workers * g.agent_tiles * g.value_tiles * g.state_floats());
+  const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
+  t.packed = arena.take<uint16_t>(agents * t.g.parts * t.g.depth);
+  t.half = arena.take<float>(agents);
+  t.rate = arena.take<float>(agents);
+  carve_units(t, t.g.state_floats(), arena);
 }
 
 /// The leaf sums of so many entries and, over them, `route`.
@@ -280,6 +272,15 @@ void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared) {
   g.offset.norm = shared.take(n * 4);
   g.offset.cross = shared.take(t.softmax_over_agents ? 2 * warps * n * 4 : 0);
   g.offset.row_lse = shared.take(!t.softmax_over_agents ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
+}
+
+void carve_units(Task& t, int64_t state_floats, Arena& arena) {
+  const int64_t workers = t.g.workers;
+  t.plan = arena.take<Plan>(1);
+  t.unit = arena.take<Unit>(t.users + 8 * workers);
+  t.shared = arena.take<SharedUser>(4 * workers);
+  t.stack = arena.take<float>(int64_t{t.g.blocks} * t.g.levels * state_floats);
+  t.slots = arena.take<float>(8 * workers * t.items() * state_floats);
 }
 
 void launch_pack_agents(const Task& t, Launcher& launch) {

@@ -7,6 +7,7 @@
 // are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
 // tree of base/reduction_tree.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
 #pragma once
+#include "base/arena.h"
 #include "cuda/device/launcher.h"
 #include "cuda/route_task.h"
 
@@ -63,6 +64,7 @@ inline int resident_blocks(const Geometry& g, int most_threads, const simt::Mach
       std::min(static_cast<size_t>(most_threads / g.threads()), machine.shared / (g.shared_bytes + 1024));
   return machine.processors * static_cast<int>(std::clamp<size_t>(fit, 1, 8));
 }
+void carve_units(Task& t, int64_t state_floats, Arena& arena);
 void launch_pack_agents(const Task& t, Launcher& launch);
 void launch_plan_units(const Task& t, Launcher& launch);
 

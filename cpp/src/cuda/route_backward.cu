@@ -4,7 +4,6 @@
 // merged.
 #include <algorithm>
 
-#include "base/arena.h"
 #include "cuda/leaf_back.h"
 #include "cuda/route_back_step.h"
 #include "cuda/verbs.h"
@@ -212,8 +211,7 @@ size_t lay_out(Launches& l, int warps) {
 Status plan_geometry(Launches& l, const simt::Machine& machine) {
   const Task& x = l.rows.x;
   const int most_threads = x.g.mt == 1 ? kMostThreads1 : kMostThreads2, limit = most_threads / 32;
-  const int per_warp = 16 * x.g.mt;
-  const int all = static_cast<int>(std::min<int64_t>((x.agents + per_warp - 1) / per_warp, 1 << 20));
+  const int all = x.g.warps_of(x.agents);
   int most = 0;
   // In agents mode every further tile of agents costs sweeps of its own, so narrower chunks are worth a single tile.
   bool found = false;
@@ -228,9 +226,7 @@ Status plan_geometry(Launches& l, const simt::Machine& machine) {
       found = most >= enough;
     }
   lay_out(l, most);  // as few tiles as that, all of one size
-  const size_t shared =
-      lay_out(l, static_cast<int>(std::max<int64_t>(
-                     2, ((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles + per_warp - 1) / per_warp)));
+  const size_t shared = lay_out(l, std::max(2, x.g.warps_of((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles)));
   if (shared > machine.shared)
     return Status::error(Code::not_implemented,
                          "route_backward: expected a device with %zu bytes of shared memory a block, got %zu", shared,
@@ -272,14 +268,7 @@ void carve(Launches& l, Arena& arena) {
   p.agent_lse = b.agent_lse;
   p.dz_constant = b.dz_constant;
   p.slope = b.slope;
-  if (!l.of_prototypes) return;
-  const Geometry& g = p.x.g;
-  const int64_t workers = g.workers;
-  p.x.plan = arena.take<Plan>(1);
-  p.x.unit = arena.take<Unit>(users + 8 * workers);
-  p.x.shared = arena.take<SharedUser>(4 * workers);
-  p.x.stack = arena.take<float>(int64_t{g.blocks} * g.levels * p.state_floats());
-  p.x.slots = arena.take<float>(8 * workers * p.x.items() * p.state_floats());
+  if (l.of_prototypes) carve_units(p.x, p.state_floats(), arena);
 }
 
 Launches describe(const RouteParams& params, const RouteInputs& in, const RouteGradients& out) {

@@ -49,6 +49,7 @@ struct Geometry {
   size_t shared_bytes = 0;
 
   SIMT_BOTH int threads() const { return 32 * warps; }
+  SIMT_BOTH int warps_of(int64_t agents) const { return least((agents + 16 * mt - 1) / (16 * mt), 1 << 20); }
   SIMT_BOTH int pitch() const { return chunk + 8; }  // elements; an odd number of 16 bytes, so that no bank conflicts
   /// Floats of a thread's state: max_logit and mass of an agent, the sums, the absent rows' sum and count.
   SIMT_BOTH int state() const { return mt * (4 + kValues / 2) + 2; }
