@@ -71,7 +71,6 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::multiply_weights(con
   float sum[4][4] = {};
   const int lane = simt::lane();
   const uint16_t* const left = out.left + ((lane >> 4) * 8 + (lane & 7)) * kPitch + row + (lane & 8);
-  const uint16_t* const right = out.right + place(out.pitch) + column;
   SIMT_ROLLED for (int k = 0; k < g.tile_agents; k += 16) {
     uint32_t a[Q][4];
     SIMT_EACH (part, Q) simt::load_matrices_transposed(a[part], left + (part * g.tile_agents + k) * kPitch);
@@ -79,7 +78,7 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::multiply_weights(con
       if (column + n * 16 >= out.columns) continue;
       SIMT_EACH (other, Q) {
         uint32_t p[4];
-        simt::load_matrices_transposed(p, right + (other * g.tile_agents + k) * out.pitch + n * 16);
+        simt::load_matrices_transposed(p, out.right.place(other, k, column + n * 16));
         SIMT_EACH (part, Q - other) {
           simt::multiply_add(sum[2 * n], a[part], p[0], p[1]);
           simt::multiply_add(sum[2 * n + 1], a[part], p[2], p[3]);
