@@ -194,17 +194,18 @@ void carve(Task& t, Arena& arena) {
   carve_units(t, t.g.state_floats(), arena);
 }
 
-/// The leaf sums of so many entries and, over them, `route`.
-struct LeafRoute {
-  LeafTask leaves;
+struct Call {
+  LeafTask leaves;  // whose sums are the rows, of the leaf method
   Task task;
 };
 
-Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const simt::Machine& machine,
-                    Arena& arena, LeafRoute* out) {
-  out->task = describe_route(params, carve_rows(params, in, entries, arena, &out->leaves));
-  HISAC_TRY(plan_geometry(out->task, machine));
-  carve(out->task, arena);
+/// All of a call: with leaves, of so many entries.
+Status prepare(const RouteParams& params, const RouteInputs& in, int64_t entries, const simt::Machine& machine,
+               Arena& arena, Call* call) {
+  const bool exact = params.method == Method::exact;
+  call->task = describe_route(params, exact ? in : carve_rows(params, in, entries, arena, &call->leaves));
+  HISAC_TRY(plan_geometry(call->task, machine));
+  carve(call->task, arena);
   return {};
 }
 
@@ -292,16 +293,10 @@ void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, 
 size_t route_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
+  Call call;
   Arena arena;
-  if (params.method == Method::leaf) {
-    LeafRoute leaf;
-    const Status status = carve_leaves(params, inputs, most_entries(inputs, longest), machine, arena, &leaf);
-    return status.ok() ? arena.used() : 0;
-  }
-  Task t = describe_route(params, inputs);
-  if (!plan_geometry(t, machine).ok()) return 0;
-  carve(t, arena);
-  return arena.used();
+  const int64_t entries = params.method == Method::leaf ? most_entries(inputs, longest) : 0;
+  return prepare(params, inputs, entries, machine, arena, &call).ok() ? arena.used() : 0;
 }
 
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
@@ -309,28 +304,19 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
   HISAC_TRY(check_columns("route", "D", inputs.prototypes.shape[2]));
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
+  const bool leaf = params.method == Method::leaf;
+  Call call;
+  const int64_t entries = entries_that_fit(
+      context, inputs, leaf ? most_entries(inputs, inputs.behaviours()) : 0,
+      [&](int64_t n, Arena& counter) { (void)prepare(params, inputs, n, launch.machine, counter, &call); });
   Arena arena(context.workspace);
-  if (params.method == Method::leaf) {
-    LeafRoute leaf;
-    const int64_t entries =
-        entries_that_fit(context, inputs, most_entries(inputs, inputs.behaviours()), [&](int64_t n, Arena& counter) {
-          LeafRoute other;
-          (void)carve_leaves(params, inputs, n, launch.machine, counter, &other);
-        });
-    HISAC_TRY(carve_leaves(params, inputs, entries, launch.machine, arena, &leaf));
-    HISAC_TRY(arena.check("route"));
-    HISAC_TRY(place_centers("route", context, inputs, leaf.leaves));
-    sum_leaves(leaf.leaves, launch);
-    launch_all(leaf.task, launch, out);
-    if (params.missing == Missing::token) absent_tokens(leaf.leaves, launch, out, leaf.task.agents + 1);
-    return launch.status();
-  }
-  Task t = describe_route(params, inputs);
-  HISAC_TRY(place_centers("route", context, inputs, t));
-  HISAC_TRY(plan_geometry(t, launch.machine));
-  carve(t, arena);
+  HISAC_TRY(prepare(params, inputs, entries, launch.machine, arena, &call));
+  HISAC_TRY(place_centers("route", context, inputs, call.task));
+  HISAC_TRY(place_centers("route", context, inputs, call.leaves));
   HISAC_TRY(arena.check("route"));
-  launch_all(t, launch, out);
+  if (leaf) sum_leaves(call.leaves, launch);
+  launch_all(call.task, launch, out);
+  if (leaf && call.leaves.missing) absent_tokens(call.leaves, launch, out, call.task.agents + 1);
   return launch.status();
 }
 
