@@ -264,17 +264,17 @@ class AttendTile {
     const int column = work().column;
     if (!kGradients) {
       weigh();
-      multiply_weights<kColumns / 8, P>(sum, z, streamed(1), rows, t.values.depth - column);
+      multiply_weights<1, 2, kColumns / 8>(&sum, &z, streamed(1), rows, t.values.depth - column);
       return;
     }
     differentiate();
     if (kPass == kOfCandidates) {
-      multiply_weights<kColumns / 8, P>(sum, slopes, streamed(0), rows, t.keys.depth - column);
+      multiply_weights<1, 2, kColumns / 8>(&sum, &slopes, streamed(0), rows, t.keys.depth - column);
     } else {  // half a chunk of each
       const int half = column % kChunk;
-      multiply_weights<kColumns / 16, P>(sum, slopes, streamed(0).from(0, half), rows, t.keys.depth - column);
-      multiply_weights<kColumns / 16, P>(sum + kColumns / 16, z, streamed(1).from(0, half), rows,
-                                         t.values.depth - column);
+      multiply_weights<1, 2, kColumns / 16>(&sum, &slopes, streamed(0).from(0, half), rows, t.keys.depth - column);
+      multiply_weights<1, 2, kColumns / 16>(&sum, &z, streamed(1).from(0, half), rows, t.values.depth - column,
+                                            kColumns / 16);
     }
   }
 

@@ -21,27 +21,8 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
   SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, uint16_t* values,
                               int64_t width) const {
     const Operand<S> v{values, kValuePitch, R * kValuePitch};
-    const int columns_left = least(width - this->work().value_tile * kValues, kValues);
-    SIMT_EACH (k, R / 16) {
-      uint32_t a[2][MT][4];
-      SIMT_EACH (h, MT)
-        SIMT_EACH (i, 4) {
-          const float* const pair = &w[h][2 * k + i / 2][i % 2 * 2];
-          a[0][h][i] = Q > 1 ? bf16_parts(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
-        }
-      SIMT_EACH (n, kValues / 16) {
-        if (n * 16 >= columns_left) continue;
-        SIMT_EACH (stored, S) {
-          uint32_t b[4];
-          simt::load_matrices_transposed(b, v.place(stored, k * 16, n * 16));
-          SIMT_EACH (part, Q - stored)
-            SIMT_EACH (h, MT) {
-              simt::multiply_add(sum[h][2 * n], a[part][h], b[0], b[1]);
-              simt::multiply_add(sum[h][2 * n + 1], a[part][h], b[2], b[3]);
-            }
-        }
-      }
-    }
+    const int columns = least(width - this->work().value_tile * kValues, kValues);
+    multiply_weights<MT, Q, kValues / 8>(sum, w, v, R, columns);
   }
 
   /// z = -d / 2, after the last chunk.

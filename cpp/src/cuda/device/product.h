@@ -50,26 +50,29 @@ SIMT_DEVICE void multiply_rows(float (*z)[N][4], const Operand<Q>& a, const Oper
   }
 }
 
-/// sum[16, 8 C] += w[16, 8 N] b[8 N, 8 C], w in two parts; rows of b past `rows` and columns past `columns`, each to
-/// the next 16, are left out.
-template <int C, int P, int N>
-SIMT_DEVICE void multiply_weights(float (*sum)[4], const float (&w)[N][4], const Operand<P>& b, int rows, int columns) {
+/// sum[16 MT, 8 C] += w[16 MT, 8 N] b[8 N, 8 C], w in Q parts; these columns of sum begin at 8 `first`. Rows of b past
+/// `rows` and columns past `columns`, each to the next 16, are left out.
+template <int MT, int Q, int C, int S, int N, int W>
+SIMT_DEVICE void multiply_weights(float (*sum)[W][4], const float (*w)[N][4], const Operand<S>& b, int rows,
+                                  int columns, int first = 0) {
   SIMT_EACH (k, N / 2) {
     if (k * 16 >= rows) continue;
-    uint32_t left[2][4];
-    SIMT_EACH (i, 4) {
-      const float* const pair = &w[2 * k + i / 2][i % 2 * 2];
-      left[0][i] = bf16_parts(pair[0], pair[1], &left[1][i]);
-    }
+    uint32_t left[2][MT][4];
+    SIMT_EACH (h, MT)
+      SIMT_EACH (i, 4) {
+        const float* const pair = &w[h][2 * k + i / 2][i % 2 * 2];
+        left[0][h][i] = Q > 1 ? bf16_parts(pair[0], pair[1], &left[1][h][i]) : simt::pack(pair[0], pair[1]);
+      }
     SIMT_EACH (n, C / 2) {
       if (n * 16 >= columns) continue;
-      SIMT_EACH (stored, P) {
+      SIMT_EACH (stored, S) {
         uint32_t right[4];
         simt::load_matrices_transposed(right, b.place(stored, k * 16, n * 16));
-        SIMT_EACH (part, 2 - stored) {
-          simt::multiply_add(sum[2 * n], left[part], right[0], right[1]);
-          simt::multiply_add(sum[2 * n + 1], left[part], right[2], right[3]);
-        }
+        SIMT_EACH (part, Q - stored)
+          SIMT_EACH (h, MT) {
+            simt::multiply_add(sum[h][first + 2 * n], left[part][h], right[0], right[1]);
+            simt::multiply_add(sum[h][first + 2 * n + 1], left[part][h], right[2], right[3]);
+          }
       }
     }
   }
