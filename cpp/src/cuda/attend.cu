@@ -87,14 +87,14 @@ SIMT_KERNEL(kWide) candidate_terms(SIMT_CONSTANT Task t) {
     double dot = 0;
     for (int c = simt::lane() & 7; row < rows && c < t.values.width; c += 8)
       dot += static_cast<double>(element(t.d_out.data, t.d_out.type, row * t.values.width + c)) *
-             static_cast<double>(element(t.out.data, t.out.type, row * t.values.width + c));
+             static_cast<double>(element(t.forward.out.data, t.forward.out.dtype, row * t.values.width + c));
     for (int m = 4; m; m /= 2) dot += simt::shuffle_xor(dot, m);
     if (row >= rows || (simt::lane() & 7)) continue;
-    const float lse = t.lse[row];
+    const float lse = t.forward.lse.data[row], *const d_lse = t.forward.d_lse.data;
     const bool none = lse == -kInfinity;
     t.shift[row] = lse != lse ? lse : -base2(lse);
     SIMT_UNLESS_PLANTED(60, t.shift[row] = none ? -kInfinity : t.shift[row]);
-    t.slope[row] = none ? 0.f : static_cast<float>((t.d_lse ? static_cast<double>(t.d_lse[row]) : 0.0) - dot);
+    t.slope[row] = none ? 0.f : static_cast<float>((d_lse ? static_cast<double>(d_lse[row]) : 0.0) - dot);
   }
 }
 
@@ -112,19 +112,20 @@ SIMT_KERNEL(kWide) sum_spans(SIMT_CONSTANT Task t) {
     const SharedUser s = t.spans.shared[i / pieces];
     const int64_t e = i % pieces * kWide + simt::thread();
     if (e >= each) continue;
-    float* const out = e < keys ? t.d_keys + s.user * keys + e : t.d_values + s.user * (each - keys) + (e - keys);
+    float* const out = e < keys ? t.gradients.keys.data + s.user * keys + e
+                                : t.gradients.values.data + s.user * (each - keys) + (e - keys);
     const float* const slots = t.slots + s.slot * each + e;
     double sum = static_cast<double>(*out);
     for (int64_t k = 0; k < s.count - 1; ++k) SIMT_UNLESS_PLANTED(59, sum += static_cast<double>(slots[k * each]));
     *out = static_cast<float>(sum);
   }
-  const int64_t biases = t.d_bias ? t.users * t.tokens : 0, step = int64_t{simt::blocks()} * kWide;
+  const int64_t biases = t.gradients.bias.data ? t.users * t.tokens : 0, step = int64_t{simt::blocks()} * kWide;
   for (int64_t i = int64_t{simt::block()} * kWide + simt::thread(); i < biases; i += step) {
     const int64_t b = i / t.tokens, m = i % t.tokens;
     double sum = 0;
     for (int64_t k = t.spans.before[b] * int64_t{t.heads}; k < t.spans.before[b + 1] * int64_t{t.heads}; ++k)
       sum += static_cast<double>(t.biases[k * t.tokens + m]);
-    t.d_bias[i] = static_cast<float>(sum);
+    t.gradients.bias.data[i] = static_cast<float>(sum);
   }
 }
 
@@ -224,8 +225,7 @@ size_t attend_workspace(const Context&, const AttendInputs& inputs) noexcept {
 Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept {
   HISAC_TRY(check_limits("attend", inputs));
   Task t = describe(inputs);
-  t.result = out.out.data;
-  t.result_lse = out.lse.data;
+  t.result = out;
   return launch_all(context, "attend", t, false, [&](auto launch) {
     launch(plan_units, 2, kWide, kScanBytes);
     launch(exact(t) ? attend_tiles<kForward, 1> : attend_tiles<kForward, 2>, kBlocks, 32 * t.warps, t.shared_bytes);
@@ -244,13 +244,8 @@ Status attend_backward(const Context& context, const AttendInputs& inputs, const
   HISAC_TRY(check_limits("attend_backward", inputs));
   Task t = describe(inputs);
   t.d_out = Matrix(forward.d_out);
-  t.out = Matrix(forward.out);
-  t.lse = forward.lse.data;
-  t.d_lse = forward.d_lse.data;
-  t.d_q = out.q.data;
-  t.d_keys = out.keys.data;
-  t.d_values = out.values.data;
-  t.d_bias = out.bias.data;
+  t.forward = forward;
+  t.gradients = out;
   return launch_all(context, "attend_backward", t, true, [&](auto launch) {
     launch(plan_units, 2, kWide, kScanBytes);
     launch(candidate_terms, 4, kWide, 0);

@@ -54,17 +54,16 @@ struct Matrix {
 };
 
 struct Task {
-  Matrix q, keys, values, d_out, out;
+  Matrix q, keys, values, d_out;
   const void *starts = nullptr, *ends = nullptr;
   bool wide = true;  // int64
   int64_t candidates = 0, users = 0;
   int tokens = 0, heads = 0;
   const float* bias = nullptr;
-  float scale = 1, rate = 1;                     // rate: of q . k in base 2
-  float spread = 0;                              // 2^spread is at least 2 M
-  const float *lse = nullptr, *d_lse = nullptr;  // [N, H] of the backward
-  int warps = 0;                                 // of a block, a power of two; 16 rows each
-  struct Offsets {                               // in shared memory
+  float scale = 1, rate = 1;  // rate: of q . k in base 2
+  float spread = 0;           // 2^spread is at least 2 M
+  int warps = 0;              // of a block, a power of two; 16 rows each
+  struct Offsets {            // in shared memory
     int kept[2], streamed[2], kept_terms, streamed_terms, work;
   } offset = {};
   size_t shared_bytes = 0;
@@ -72,9 +71,9 @@ struct Task {
   List tiles, spans;
   float *shift = nullptr, *slope = nullptr;   // [N, H] -lse in base 2, dlse - dout . out
   float *slots = nullptr, *biases = nullptr;  // [N / kSpan, M H (d + V)], [spans, H, M]
-  // results
-  void* result = nullptr;
-  float *result_lse = nullptr, *d_q = nullptr, *d_keys = nullptr, *d_values = nullptr, *d_bias = nullptr;
+  Attended result;
+  AttendForward forward;  // of the backward, with its gradients
+  AttendGradients gradients;
 
   SIMT_DEVICE int64_t clamped(const void* p, int64_t b) const {
     const int64_t s = wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];

@@ -37,16 +37,7 @@ class AttendTile {
   SIMT_DEVICE explicit AttendTile(const Task& task) : t(task) {}
 
   SIMT_DEVICE void run() {
-    for (;;) {
-      if (simt::thread() == 0) take();
-      simt::sync();
-      if (!work().found) return;
-      if (work().user < 0)
-        nobody();
-      else
-        item();
-      SIMT_UNLESS_PLANTED(51, simt::sync());
-    }
+    each_taken(work().found, [&] { take(); }, [&] { item(); });
   }
 
  private:
@@ -98,12 +89,12 @@ class AttendTile {
     const int width = kGradients ? t.q.width : t.values.width;
     for (int i = simt::thread(); w.column == 0 && i < w.kept_rows; i += simt::threads()) {
       const int64_t row = row_of(false, w.kept + i);
-      if (!kGradients) t.result_lse[row] = -kInfinity;
+      if (!kGradients) t.result.lse.data[row] = -kInfinity;
       for (int c = 0; c < width; ++c) {
         if (kGradients)
-          t.d_q[row * width + c] = 0;
+          t.gradients.q.data[row * width + c] = 0;
         else
-          store(t.result, t.q.type, row * width + c, 0.f);
+          store(t.result.out.data, t.q.type, row * width + c, 0.f);
       }
     }
   }
@@ -205,18 +196,13 @@ class AttendTile {
     }
   }
 
-  /// A token's bias in base 2, -inf where it is absent.
-  SIMT_DEVICE float shift_of(int token, bool valid) const {
-    const float x = valid ? bias(token) : kInfinity;
-    return finite(x) ? base2(x) : -kInfinity;
-  }
-
   /// What a side's rows add to logits and, candidates, to slopes; rows past the last have no weight.
   SIMT_DEVICE void stage_terms(bool tokens, int first, int valid, int rows, float* to) const {
     for (int i = simt::thread(); i < rows; i += simt::threads()) {
       const bool here = i < valid;
       if (tokens) {
-        to[i] = shift_of(first + i, here);
+        const float x = here ? bias(first + i) : kInfinity;  // not finite: the token is absent
+        to[i] = finite(x) ? base2(x) : -kInfinity;
       } else {
         const int64_t row = row_of(false, first + i);
         to[i] = here ? t.shift[row] : -kInfinity;
@@ -229,6 +215,7 @@ class AttendTile {
 
   SIMT_DEVICE void item() {
     const Work& w = work();
+    if (w.user < 0) return nobody();
     const bool active = warp_row() < w.kept_rows;
     SIMT_EACH (n, kColumns / 8)
       SIMT_EACH (i, 4) sum[n][i] = 0;
@@ -270,24 +257,24 @@ class AttendTile {
 
   SIMT_DEVICE void multiply(float (&to)[kRows / 8][4], int which, int chunk, int rows) const {
     const int columns = least(matrix(kTokens, which).depth - chunk, kChunk);
-    multiply_rows<P>(to, kept(which).from(warp_row(), chunk), streamed(which), columns, rows);
+    multiply_rows<1>(&to, kept(which).from(warp_row(), chunk), streamed(which), columns, rows);
   }
 
   SIMT_DEVICE void add(int rows) {
     const int column = work().column;
     if (!kGradients) {
       weigh();
-      multiply_weights<kColumns / 8, P>(sum, z, streamed(1), rows, t.values.depth - column);
+      multiply_weights<1, 2, kColumns / 8>(&sum, &z, streamed(1), rows, t.values.depth - column);
       return;
     }
     differentiate();
     if (kPass == kOfCandidates) {
-      multiply_weights<kColumns / 8, P>(sum, slopes, streamed(0), rows, t.keys.depth - column);
+      multiply_weights<1, 2, kColumns / 8>(&sum, &slopes, streamed(0), rows, t.keys.depth - column);
     } else {  // half a chunk of each
       const int half = column % kChunk;
-      multiply_weights<kColumns / 16, P>(sum, slopes, streamed(0).from(0, half), rows, t.keys.depth - column);
-      multiply_weights<kColumns / 16, P>(sum + kColumns / 16, z, streamed(1).from(0, half), rows,
-                                         t.values.depth - column);
+      multiply_weights<1, 2, kColumns / 16>(&sum, &slopes, streamed(0).from(0, half), rows, t.keys.depth - column);
+      multiply_weights<1, 2, kColumns / 16>(&sum, &z, streamed(1).from(0, half), rows, t.values.depth - column,
+                                            kColumns / 16);
     }
   }
 
@@ -376,34 +363,35 @@ class AttendTile {
       const int column = work().column + c;
       const int64_t out = row_of(false, row);
       if (column < t.values.width)
-        store(t.result, t.q.type, out * t.values.width + column,
+        store(t.result.out.data, t.q.type, out * t.values.width + column,
               (max_logit[r] == -kInfinity ? 0.f : x * scale[r]) + q_nan[2 * r]);
       if (column != 0) return;
       const double total = static_cast<double>(max_logit[r]) + static_cast<double>(simt::log2(mass[r]));
-      t.result_lse[out] = (max_logit[r] == -kInfinity ? -kInfinity : static_cast<float>(total * kLn2)) + q_nan[2 * r];
+      t.result.lse.data[out] =
+          (max_logit[r] == -kInfinity ? -kInfinity : static_cast<float>(total * kLn2)) + q_nan[2 * r];
     });
   }
 
   SIMT_DEVICE void end_candidates() const {
     each([&](int row, int, int c, float x) {
       const int column = work().column + c;
-      if (column < t.q.width) t.d_q[row_of(false, row) * t.q.width + column] = x * t.scale;
+      if (column < t.q.width) t.gradients.q.data[row_of(false, row) * t.q.width + column] = x * t.scale;
     });
   }
 
   SIMT_DEVICE void end_tokens() {
     const Work& w = work();
     const int64_t keys = int64_t{t.tokens} * t.heads * t.keys.width;
-    float* const d_keys = w.slot < 0 ? t.d_keys + w.user * keys : t.slots + w.slot * t.slot_floats();
+    float* const d_keys = w.slot < 0 ? t.gradients.keys.data + w.user * keys : t.slots + w.slot * t.slot_floats();
     float* const d_values =
-        w.slot < 0 ? t.d_values + int64_t{w.user} * t.tokens * t.heads * t.values.width : d_keys + keys;
+        w.slot < 0 ? t.gradients.values.data + int64_t{w.user} * t.tokens * t.heads * t.values.width : d_keys + keys;
     SIMT_EACH (r, 2) mass[r] = over_lanes(mass[r]);
     each([&](int row, int r, int c, float x) {
       const int64_t out = int64_t{row} * t.heads + w.head;
       const int column = w.column + c % (kColumns / 2);
       if (c < kColumns / 2 && column < t.keys.width) d_keys[out * t.keys.width + column] = x * t.scale;
       if (c >= kColumns / 2 && column < t.values.width) d_values[out * t.values.width + column] = x;
-      if (c == 0 && w.column == 0 && t.d_bias)
+      if (c == 0 && w.column == 0 && t.gradients.bias.data)
         t.biases[(int64_t{w.span} * t.heads + w.head) * t.tokens + row] = mass[r];
     });
   }

@@ -65,7 +65,7 @@ struct LeafBack {
       float* const to = dv + (behaviour.row - simt::lane() + lane) * int64_t{width()};
       for (int c = simt::lane(); c < width(); c += 32) {
         const int64_t i = from * width() + c;
-        const float d = of_leaf ? b.dv[i] : element(b.d_tokens.data, b.d_tokens.dtype, i);
+        const float d = of_leaf ? b.out.v.data[i] : element(b.forward.d_tokens.data, b.forward.d_tokens.dtype, i);
         to[c] = simt::fused(factor, d, more ? to[c] : 0.f);
       }
       SIMT_UNLESS_PLANTED(63, given |= 1u << lane);

@@ -2,7 +2,6 @@
 // `route` in four launches a pass: agents packed, work planned, tiles, users with several units merged.
 #include <algorithm>
 
-#include "base/arena.h"
 #include "cuda/leaf_sums.h"
 #include "cuda/route_back_task.h"
 #include "cuda/route_tile.h"
@@ -19,14 +18,12 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
   const int64_t padded = int64_t{t.g.agent_tiles} * t.g.tile_agents, warps = int64_t{simt::blocks()} * (kThreads / 32);
   for (int64_t i = int64_t{simt::block()} * (kThreads / 32) + simt::warp(); i < t.users * padded; i += warps) {
     const int64_t user = i / padded, agent = i % padded;
-    const int64_t count = !t.count                   ? t.agents
-                          : t.count[user] < 0        ? 0
-                          : t.count[user] < t.agents ? t.count[user]
-                                                     : t.agents;
+    const bool wanted = agent < t.agents && (!t.count || agent < t.count[user]);
     const int64_t row = user * t.agents + agent, width = t.x.width;
-    const float* const p = (t.first_pass || !t.refined ? t.prototypes : t.refined) + row * width;
+    float* const refined = t.out.refined.data;
+    const float* const p = (t.first_pass ? t.prototypes : refined) + row * width;
     float squares = 0, tau = 0;
-    if (agent < count) {
+    if (wanted) {
       for (int64_t d = lane; d < width; d += 32) {
         const float y = t.g.parts == 1 ? rounded(p[d]) : p[d];
         squares = simt::fused(y, y, squares);
@@ -34,21 +31,14 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
       tau = t.temperature[t.per_agent ? agent : 0];
     }
     for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
-    const bool here = agent < count && tau > 0 && below_limit(squares, width, [&](int64_t d) { return p[d]; });
+    const bool here = wanted && tau > 0 && below_limit(squares, width, [&](int64_t d) { return p[d]; });
     if (lane == 0) {
       t.half[i] = here ? -0.5f * squares : -kInfinity;
       t.rate[i] = here ? larger(smaller(2 * kLog2e / tau, kLargest), 0x1p-126f) : 1.f;
     }
-    if (t.first_pass && t.refined && agent < t.agents)
-      for (int64_t d = lane; d < width; d += 32) t.refined[row * width + d] = t.prototypes[row * width + d];
-    const int tile = static_cast<int>(agent / t.g.tile_agents), place = static_cast<int>(agent % t.g.tile_agents);
-    uint16_t* const out =
-        t.packed + ((user * t.g.agent_tiles + tile) * t.g.parts * t.g.tile_agents + place) * t.g.depth;
-    for (int d = 2 * lane; d < t.g.depth; d += 64) {
-      uint32_t low, high = bf16_parts(here && d < width ? p[d] : 0.f, here && d + 1 < width ? p[d + 1] : 0.f, &low);
-      *reinterpret_cast<uint32_t*>(out + d) = high;
-      if (t.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{t.g.tile_agents} * t.g.depth + d) = low;
-    }
+    if (t.first_pass && refined && agent < t.agents)
+      for (int64_t d = lane; d < width; d += 32) refined[row * width + d] = p[d];
+    t.pack_row(user, agent, [&](int64_t d) { return here && d < width ? p[d] : 0.f; });
   }
 }
 
@@ -162,43 +152,18 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
 /// Offsets in shared memory and its size for `warps` warps.
 void lay_out(Task& t, int warps) {
   Geometry& g = t.g;
-  g.warps = warps;
-  g.tile_agents = warps * 16 * g.mt;
-  g.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t.agents + g.tile_agents - 1) / g.tile_agents));
   SharedLayout shared;
-  const int64_t pitch = g.pitch(), x = t.x.data ? bytes_of(t.x.dtype) : 0,
-                v = std::max(bytes_of(t.v.dtype), t.refined ? x : 0), n = g.rows;
-  g.offset.prototypes = shared.take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
-  g.offset.x = shared.take(2 * g.stored * n * pitch * 2);
-  g.offset.v = shared.take(2 * g.stored * n * kValuePitch * 2);
-  g.offset.raw_x = shared.take(2 * n * g.chunk * x);
-  g.offset.raw_v = shared.take(2 * n * kValues * v);
-  g.offset.ids = shared.take(t.gathers() ? 4 * n * 16 : 0);
-  g.offset.scale = shared.take(t.scale ? 2 * n * 4 : 0);
-  g.offset.bias = shared.take(t.bias ? 2 * n * 4 : 0);
-  g.offset.spread = shared.take(t.spread ? 2 * n * 4 : 0);
-  g.offset.codes = shared.take(2 * n * 4 * t.levels);
-  g.offset.half = shared.take(2 * n * 4);
-  g.offset.shift = shared.take(2 * n * 4);
-  g.offset.gone = shared.take(2 * n * 4);
-  g.offset.norm = shared.take(n * 4);
-  g.offset.cross = shared.take(t.softmax_over_agents ? 2 * g.warps * n * 4 : 0);
-  g.offset.row_lse = shared.take(!t.softmax_over_agents ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
+  lay_out_stream(t, warps, true, shared);
   g.offset.agents = shared.take(2 * g.tile_agents * 4);
   g.offset.absent = shared.take(t.missing ? 2 * g.threads() * 4 : 0);
   g.offset.work = shared.take(kWorkBytes);
   g.shared_bytes = static_cast<size_t>(shared.bytes());
 }
 
-Status plan_geometry(Task& t, Precision precision, const simt::Machine& machine) {
+Status plan_geometry(Task& t, const simt::Machine& machine) {
   Geometry& g = t.g;
-  const bool exact = t.x.dtype == DType::bfloat16 && t.v.dtype == DType::bfloat16;
-  g.parts = precision == Precision::bfloat16 ? 1 : 2;
-  g.stored = g.parts == 1 || exact ? 1 : 2;
-  g.mt = 3 - g.parts;
   g.rows = 64 / g.stored;
-  g.depth = static_cast<int>((t.x.width + 15) / 16 * 16);
-  const int limit = (g.mt == 1 ? kMostThreads1 : kMostThreads2) / 32;
+  const int most_threads = g.mt == 1 ? kMostThreads1 : kMostThreads2, limit = most_threads / 32;
   int most = 0;
   for (int chunk = 128; most < 4 && chunk >= 32; chunk /= 2) {
     g.chunk = std::min(g.depth, chunk);
@@ -208,80 +173,48 @@ Status plan_geometry(Task& t, Precision precision, const simt::Machine& machine)
       if (g.shared_bytes <= machine.shared) break;
     }
   }
-  lay_out(t, most);
-  const int per_warp = 16 * g.mt;  // as few tiles as that, all of one size
-  lay_out(t, static_cast<int>(
-                 std::max<int64_t>(2, ((t.agents + g.agent_tiles - 1) / g.agent_tiles + per_warp - 1) / per_warp)));
+  lay_out(t, most);  // as few tiles as that, all of one size
+  lay_out(t, std::max(2, g.warps_of((t.agents + g.agent_tiles - 1) / g.agent_tiles)));
   if (g.shared_bytes > machine.shared)
     return Status::error(Code::not_implemented,
                          "route: expected a device with %zu bytes of shared memory a block, got %zu", g.shared_bytes,
                          machine.shared);
-  const int threads = g.threads();
-  const int fit =
-      static_cast<int>(std::min<size_t>(static_cast<size_t>((g.mt == 1 ? kMostThreads1 : kMostThreads2) / threads),
-                                        machine.shared / (g.shared_bytes + 1024)));
-  g.blocks = machine.processors * std::max(1, std::min(fit, 8));
-  g.value_tiles = static_cast<int>((std::max(t.v.width, t.refined ? t.x.width : 0) + kValues - 1) / kValues);
+  g.blocks = resident_blocks(g, most_threads, machine);
+  g.value_tiles = static_cast<int>((std::max(t.v.width, t.refine ? t.x.width : 0) + kValues - 1) / kValues);
   const int shared_by = g.agent_tiles * static_cast<int>((t.v.width + kValues - 1) / kValues);
   g.workers = std::max(1, (g.blocks + shared_by - 1) / shared_by);
-  int64_t tiles = (t.rows + kTile - 1) / kTile;  // a call does not know the longest history
-  for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
   return {};
 }
 
 void carve(Task& t, Arena& arena) {
-  const Geometry& g = t.g;
-  const int64_t workers = g.workers, padded = int64_t{g.agent_tiles} * g.tile_agents;
-  t.plan = arena.take<Plan>(1);
-  t.unit = arena.take<Unit>(t.users + 8 * workers);
-  t.shared = arena.take<SharedUser>(4 * workers);
-  t.packed = arena.take<uint16_t>(t.users * padded * g.parts * g.depth);
-  t.half = arena.take<float>(t.users * padded);
-  t.rate = arena.take<float>(t.users * padded);
-  t.stack = arena.take<float>(int64_t{g.blocks} * g.levels * g.state_floats());
-  t.slots = arena.take<float>(8 * workers * g.agent_tiles * g.value_tiles * g.state_floats());
+  const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
+  t.packed = arena.take<uint16_t>(agents * t.g.parts * t.g.depth);
+  t.half = arena.take<float>(agents);
+  t.rate = arena.take<float>(agents);
+  carve_units(t, t.g.state_floats(), arena);
 }
 
-Task describe(const RouteParams& params, const RouteInputs& in) {
-  Task t;
-  static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
-  t.x_aligned = aligned(t.x);
-  t.v_aligned = aligned(t.v);
-  t.agents = in.prototypes.shape[1];
-  t.prototypes = in.prototypes.data;
-  t.count = in.count.data;
-  t.temperature = params.temperature.data;
-  t.per_agent = params.temperature.shape[0] != 1;
-  t.softmax_over_agents = params.normalize == Normalize::agents;
-  t.missing = params.missing == Missing::token;
-  static float placeholder;
-  if (params.refine) t.refined = &placeholder;  // where it lies is known later
-  return t;
-}
-
-/// The leaf sums of so many entries and, over them, `route`.
-struct LeafRoute {
-  LeafTask leaves;
+struct Call {
+  LeafTask leaves;  // whose sums are the rows, of the leaf method
   Task task;
 };
 
-Status carve_leaves(const RouteParams& params, const RouteInputs& in, int64_t entries, const simt::Machine& machine,
-                    Arena& arena, LeafRoute* out) {
-  out->task = describe(params, carve_rows(params, in, entries, arena, &out->leaves));
-  HISAC_TRY(plan_geometry(out->task, params.precision, machine));
-  carve(out->task, arena);
+/// All of a call: with leaves, of so many entries.
+Status prepare(const RouteParams& params, const RouteInputs& in, int64_t entries, const simt::Machine& machine,
+               Arena& arena, Call* call) {
+  const bool exact = params.method == Method::exact;
+  call->task = describe_route(params, exact ? in : carve_rows(params, in, entries, arena, &call->leaves));
+  HISAC_TRY(plan_geometry(call->task, machine));
+  carve(call->task, arena);
   return {};
 }
 
-void launch_all(Task& t, const RouteParams& params, Launcher& launch, const Tokens& out) {
-  t.tokens = out.tokens.data;
-  t.token_type = out.tokens.dtype;
-  t.lse = out.lse.data;
-  if (params.refine) t.refined = out.refined.data;
+void launch_all(Task& t, Launcher& launch, const Tokens& out) {
+  t.out = out;
   if (t.users == 0) return;
   const auto tiles = t.softmax_over_agents ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
-  for (int round = 0; round <= params.refine; ++round) {
-    t.refining = round < params.refine;
+  for (int round = 0; round <= t.refine; ++round) {
+    t.refining = round < t.refine;
     t.first_pass = round == 0;
     t.g.value_tiles = static_cast<int>((t.value_width() + kValues - 1) / kValues);
     launch_pack_agents(t, launch);
@@ -293,7 +226,64 @@ void launch_all(Task& t, const RouteParams& params, Launcher& launch, const Toke
 
 }  // namespace
 
-Task describe_route(const RouteParams& params, const RouteInputs& in) { return describe(params, in); }
+Task describe_route(const RouteParams& params, const RouteInputs& in) {
+  Task t;
+  static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
+  t.x_aligned = aligned(t.x);
+  t.v_aligned = aligned(t.v);
+  t.agents = in.prototypes.shape[1];
+  t.prototypes = in.prototypes.data;
+  t.count = in.count.data;
+  t.temperature = params.temperature.data;
+  t.per_agent = params.temperature.shape[0] != 1;
+  t.softmax_over_agents = params.normalize == Normalize::agents;
+  t.missing = params.missing == Missing::token;
+  t.refine = params.refine;
+  Geometry& g = t.g;
+  const bool exact = t.x.dtype == DType::bfloat16 && t.v.dtype == DType::bfloat16;
+  g.parts = params.precision == Precision::bfloat16 ? 1 : 2;
+  g.stored = g.parts == 1 || exact ? 1 : 2;
+  g.mt = 3 - g.parts;
+  g.depth = depth_of(t.x.width);
+  int64_t tiles = (t.rows + kTile - 1) / kTile;  // a call does not know the longest history
+  for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
+  return t;
+}
+
+void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared) {
+  Geometry& g = t.g;
+  g.warps = warps;
+  g.tile_agents = warps * 16 * g.mt;
+  g.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t.agents + g.tile_agents - 1) / g.tile_agents));
+  const int64_t n = g.rows, pitch = g.pitch(), x = t.x.data ? bytes_of(t.x.dtype) : 0,
+                v = t.refining ? x : std::max(bytes_of(t.v.dtype), t.refine ? x : 0);
+  g.offset.prototypes = shared.take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
+  g.offset.x = shared.take(g.buffers * g.stored * n * pitch * 2);
+  g.offset.raw_x = shared.take(g.buffers * n * g.chunk * x);
+  g.offset.v = shared.take(values ? 2 * g.stored * n * kValuePitch * 2 : 0);
+  g.offset.raw_v = shared.take(values ? 2 * n * kValues * v : 0);
+  g.offset.ids = shared.take(t.gathers() ? 4 * n * 16 : 0);
+  g.offset.scale = shared.take(t.scale ? 2 * n * 4 : 0);
+  g.offset.bias = shared.take(t.bias ? 2 * n * 4 : 0);
+  g.offset.spread = shared.take(t.spread ? 2 * n * 4 : 0);
+  g.offset.codes = shared.take(2 * n * 4 * t.levels);
+  g.offset.half = shared.take(2 * n * 4);
+  g.offset.shift = shared.take(2 * n * 4);
+  g.offset.gone = shared.take(2 * n * 4);
+  g.offset.norm = shared.take(n * 4);
+  g.offset.cross = shared.take(t.softmax_over_agents ? 2 * warps * n * 4 : 0);
+  g.offset.row_lse = shared.take(!t.softmax_over_agents ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
+}
+
+void carve_units(Task& t, int64_t state_floats, Arena& arena) {
+  const int64_t workers = t.g.workers;
+  t.plan = arena.take<Plan>(1);
+  t.unit = arena.take<Unit>(t.users + 8 * workers);
+  t.shared = arena.take<SharedUser>(4 * workers);
+  t.stack = arena.take<float>(int64_t{t.g.blocks} * t.g.levels * state_floats);
+  t.slots = arena.take<float>(8 * workers * t.items() * state_floats);
+}
+
 void launch_pack_agents(const Task& t, Launcher& launch) {
   const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
   launch(pack_agents, least((agents + 7) / 8, launch.machine.processors * 16), kThreads, 0, t);
@@ -303,16 +293,10 @@ void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, 
 size_t route_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
+  Call call;
   Arena arena;
-  if (params.method == Method::leaf) {
-    LeafRoute leaf;
-    const Status status = carve_leaves(params, inputs, most_entries(inputs, longest), machine, arena, &leaf);
-    return status.ok() ? arena.used() : 0;
-  }
-  Task t = describe(params, inputs);
-  if (!plan_geometry(t, params.precision, machine).ok()) return 0;
-  carve(t, arena);
-  return arena.used();
+  const int64_t entries = params.method == Method::leaf ? most_entries(inputs, longest) : 0;
+  return prepare(params, inputs, entries, machine, arena, &call).ok() ? arena.used() : 0;
 }
 
 Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
@@ -320,28 +304,19 @@ Status route(const Context& context, const RouteParams& params, const RouteInput
   HISAC_TRY(check_columns("route", "D", inputs.prototypes.shape[2]));
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
+  const bool leaf = params.method == Method::leaf;
+  Call call;
+  const int64_t entries = entries_that_fit(
+      context, inputs, leaf ? most_entries(inputs, inputs.behaviours()) : 0,
+      [&](int64_t n, Arena& counter) { (void)prepare(params, inputs, n, launch.machine, counter, &call); });
   Arena arena(context.workspace);
-  if (params.method == Method::leaf) {
-    LeafRoute leaf;
-    const int64_t entries =
-        entries_that_fit(context, inputs, most_entries(inputs, inputs.behaviours()), [&](int64_t n, Arena& counter) {
-          LeafRoute other;
-          (void)carve_leaves(params, inputs, n, launch.machine, counter, &other);
-        });
-    HISAC_TRY(carve_leaves(params, inputs, entries, launch.machine, arena, &leaf));
-    HISAC_TRY(arena.check("route"));
-    HISAC_TRY(place_centers("route", context, inputs, leaf.leaves));
-    sum_leaves(leaf.leaves, launch);
-    launch_all(leaf.task, params, launch, out);
-    if (params.missing == Missing::token) absent_tokens(leaf.leaves, launch, out, leaf.task.agents + 1);
-    return launch.status();
-  }
-  Task t = describe(params, inputs);
-  HISAC_TRY(place_centers("route", context, inputs, t));
-  HISAC_TRY(plan_geometry(t, params.precision, launch.machine));
-  carve(t, arena);
+  HISAC_TRY(prepare(params, inputs, entries, launch.machine, arena, &call));
+  HISAC_TRY(place_centers("route", context, inputs, call.task));
+  HISAC_TRY(place_centers("route", context, inputs, call.leaves));
   HISAC_TRY(arena.check("route"));
-  launch_all(t, params, launch, out);
+  if (leaf) sum_leaves(call.leaves, launch);
+  launch_all(call.task, launch, out);
+  if (leaf && call.leaves.missing) absent_tokens(call.leaves, launch, out, call.task.agents + 1);
   return launch.status();
 }
 

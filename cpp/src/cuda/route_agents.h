@@ -11,67 +11,23 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
   using Base = RouteStream<MT, Q, S, R, kBack>;
 
  protected:
-  using Base::g, Base::floats, Base::agent, Base::pitch, Base::columns, Base::buffer_of;
-  using Base::prototypes, Base::operand_x;
+  using Base::g, Base::floats, Base::agent;
   using typename Base::Step;
   using Products = float[MT][R / 8][4];
 
   SIMT_DEVICE explicit RouteAgents(const Task& task) : Base(task) {}
 
-  /// Where a lane points in 16 x 16 elements whose four matrices it helps to load.
-  static SIMT_DEVICE int place(int row_pitch) { return (simt::lane() & 15) * row_pitch + (simt::lane() >> 4) * 8; }
-
-  /// y += the warp's agents times the rows; `depth` columns of both, `row_pitch` elements from one row to the next.
-  SIMT_DEVICE void product(Products& y, const uint16_t* agents, const uint16_t* rows, int row_pitch, int depth) const {
-    const uint16_t* const p = agents + simt::warp() * 16 * MT * row_pitch + place(row_pitch);
-    const uint16_t* const x = rows + place(row_pitch);
-    SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
-      uint32_t a[Q][MT][4];
-      SIMT_EACH (part, Q)
-        SIMT_EACH (h, MT) simt::load_matrices(a[part][h], p + (part * g.tile_agents + h * 16) * row_pitch + k);
-      SIMT_EACH (n, R / 16)
-        SIMT_EACH (stored, S) {
-          uint32_t b[4];
-          simt::load_matrices(b, x + (stored * R + n * 16) * row_pitch + k);
-          SIMT_EACH (part, Q - stored)
-            SIMT_EACH (h, MT) {
-              simt::multiply_add(y[h][2 * n], a[part][h], b[0], b[2]);
-              simt::multiply_add(y[h][2 * n + 1], a[part][h], b[1], b[3]);
-            }
-        }
-    }
-  }
-
   /// sum [agents, kValues] += w [agents, rows] times the step's values. `width`: columns of all values.
-  SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, const uint16_t* values,
+  SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, uint16_t* values,
                               int64_t width) const {
-    const uint16_t* const v = values + place(kValuePitch);
-    const int columns_left = least(width - this->work().value_tile * kValues, kValues);
-    SIMT_EACH (k, R / 16) {
-      uint32_t a[2][MT][4];
-      SIMT_EACH (h, MT)
-        SIMT_EACH (i, 4) {
-          const float* const pair = &w[h][2 * k + i / 2][i % 2 * 2];
-          a[0][h][i] = Q > 1 ? bf16_parts(pair[0], pair[1], &a[1][h][i]) : simt::pack(pair[0], pair[1]);
-        }
-      SIMT_EACH (n, kValues / 16) {
-        if (n * 16 >= columns_left) continue;
-        SIMT_EACH (stored, S) {
-          uint32_t b[4];
-          simt::load_matrices_transposed(b, v + (stored * R + k * 16) * kValuePitch + n * 16);
-          SIMT_EACH (part, Q - stored)
-            SIMT_EACH (h, MT) {
-              simt::multiply_add(sum[h][2 * n], a[part][h], b[0], b[1]);
-              simt::multiply_add(sum[h][2 * n + 1], a[part][h], b[2], b[3]);
-            }
-        }
-      }
-    }
+    const Operand<S> v{values, kValuePitch, R * kValuePitch};
+    const int columns = least(width - this->work().value_tile * kValues, kValues);
+    multiply_weights<MT, Q, kValues / 8>(sum, w, v, R, columns);
   }
 
   /// z = -d / 2, after the last chunk.
   SIMT_DEVICE void multiply(Products& z, Step s) const {
-    const int buffer = buffer_of(s), q = simt::lane() & 3, kind = s.block & 1;
+    const int q = simt::lane() & 3, kind = s.block & 1;
     if (s.chunk == 0 || s.chunk + 1 == g.chunks)
       SIMT_EACH (h, MT)
         SIMT_EACH (r, 2) {
@@ -79,12 +35,12 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
           SIMT_EACH (n, R / 8)
             SIMT_EACH (i, 2) {
               const float row_half =
-                  s.chunk + 1 == g.chunks ? floats(g.offset.half)[kind * R + n * 8 + 2 * q + i] : 0.f;
+                  s.chunk + 1 == g.chunks ? this->term_of(g.offset.half, kind, n * 8 + 2 * q + i) : 0.f;
               float& y = z[h][n][2 * r + i];
               y = g.chunks == 1 ? row_half + agent_half : s.chunk == 0 ? 0.f : y + (row_half + agent_half);
             }
         }
-    product(z, prototypes(g.chunks > 1 ? buffer : 0), operand_x(buffer), pitch(), columns(s.chunk));
+    this->multiply_step(z, s);
   }
 
   /// The log-sum-exp over agents of a step's rows. While tiles of agents are added, it is the rows' largest logits, and

@@ -29,47 +29,31 @@ template <int MT, int Q, int S, bool kOverAgents, bool kAgents>
 class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   static constexpr int R = rows_of_step(Q, kAgents), kPitch = R + 8;
   using Base = RouteAgents<MT, Q, S, R, true>;
-  using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::place;
+  using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::unit_end,
+      Base::term_of;
   using typename Base::Products;
   using typename Base::Step;  // chunk: the phase
   using typename Base::Work;
   enum What { kRowLse, kRowSums, kAll };  // a sweep's: log-sum-exp over agents; sums of dz; everything
 
-  struct Values : RouteStream<MT, Q, S, R, true> {
-    using Stream = RouteStream<MT, Q, S, R, true>;
-    using Stream::begin, Stream::end, Stream::g, Stream::fetch, Stream::fetch_agents, Stream::prepare, Stream::pitch;
-    using Stream::fetch_first_ids, Stream::prototypes, Stream::operand_x, Stream::buffer_of, Stream::columns;
-    SIMT_DEVICE explicit Values(const Task& task) : Stream(task) {}
-    SIMT_DEVICE static typename Stream::Step step(int block, int chunk) { return {block, chunk}; }
-  };
-
  public:
   SIMT_DEVICE explicit RouteBack(const BackTask& task) : Base(task.x), b(task), values(task.v) {}
 
   SIMT_DEVICE void run() {
-    Work& w = taken();
-    for (;;) {
-      if (simt::thread() == 0) {
-        if (kAgents) {
-          this->take_item(w);
-        } else {
-          w.value_tile = simt::atomic_add(b.next, 1);
-          w.found = w.value_tile < b.chunks.count;
-        }
-      }
-      simt::sync();
-      if (!work().found) return;
+    const auto take = [&] {
+      if (kAgents) return this->take_item();
+      work().value_tile = simt::atomic_add(b.next, 1);
+      work().found = work().value_tile < b.chunks.count;
+    };
+    each_taken(work().found, take, [&] {
       if constexpr (kAgents)
         unit();
       else
         chunk();
-      simt::sync();
-    }
+    });
   }
 
  private:
-  SIMT_DEVICE Work& taken() const { return *reinterpret_cast<Work*>(simt::shared() + g.offset.work); }
-
   // ---- the rows of a chunk
 
   SIMT_DEVICE int chunk_from() const { return work().value_tile * b.chunks.size; }
@@ -117,8 +101,8 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     }
     simt::sync();
     if (simt::thread() == 0) {
-      taken().start = start;
-      taken().unit.user = user;
+      work().start = start;
+      work().unit.user = user;
       covered() = {none ? first : least(c.from, last), none || c.to < first ? first : c.to};
     }
     simt::sync();
@@ -134,9 +118,9 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       const int n = static_cast<int>((to - from) * width);  // of a chunk, at most
       SIMT_ROLLED for (int i = simt::thread(); i < n; i += simt::threads()) first[i] = 0;
     };
-    zero(b.dv, b.v.x.width);
-    zero(b.dx, t.x.width);
-    zero(b.d_bias, 1);
+    zero(b.out.v.data, b.v.x.width);
+    zero(b.out.x.data, t.x.width);
+    zero(b.out.bias.data, 1);
   }
 
   // ---- rows by agents
@@ -160,8 +144,8 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     }
   }
 
-  SIMT_DEVICE int outputs_v() const { return !kAgents && b.dv ? values.g.chunks : 0; }
-  SIMT_DEVICE int outputs_x() const { return !kAgents && b.dx ? g.chunks : 0; }
+  SIMT_DEVICE int outputs_v() const { return !kAgents && b.out.v.data ? values.g.chunks : 0; }
+  SIMT_DEVICE int outputs_x() const { return !kAgents && b.out.x.data ? g.chunks : 0; }
   SIMT_DEVICE int phases() const {
     const int outputs = outputs_v() + outputs_x();
     return g.chunks + (what == kRowLse ? 0 : values.g.chunks) + (kAgents || what != kAll ? 0 : outputs ? outputs : 1);
@@ -175,13 +159,13 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     if (s.chunk < g.chunks)
       this->fetch(s);
     else if (s.chunk < g.chunks + values.g.chunks)
-      values.fetch(Values::step(s.block, s.chunk - g.chunks));
+      values.fetch({s.block, s.chunk - g.chunks});
   }
   SIMT_DEVICE void prepare_rows(Step s) {
     if (s.chunk < g.chunks)
       this->prepare(s);
     else if (s.chunk < g.chunks + values.g.chunks)
-      values.prepare(Values::step(s.block, s.chunk - g.chunks));
+      values.prepare({s.block, s.chunk - g.chunks});
   }
   /// Where agents do not stay: those of a phase. Two buffers take turns, in the outputs' phases too.
   SIMT_DEVICE void fetch_parts(Step s) {
@@ -189,7 +173,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     if (c < 0 ? g.chunks > 1 : x >= 0 && x < outputs_x() && g.chunks > 1)
       this->fetch_agents({s.block, c < 0 ? s.chunk : x}, tile);
     else if (c >= 0 && (o < 0 || x < 0) && values.g.chunks > 1)
-      values.fetch_agents(o < 0 ? Values::step(s.block, c) : Values::step(s.block + 1, o), tile);
+      values.fetch_agents(o < 0 ? Step{s.block, c} : Step{s.block + 1, o}, tile);
   }
 
   SIMT_DEVICE void sweep() {
@@ -237,9 +221,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
       SIMT_EACH (h, MT)
         SIMT_EACH (n, R / 8)
           SIMT_EACH (i, 4) y[h][n][i] = 0;
-    const int buffer = values.buffer_of(Values::step(block, chunk));
-    this->product(y, values.prototypes(values.g.chunks > 1 ? buffer : 0), values.operand_x(buffer), values.pitch(),
-                  values.columns(chunk));
+    values.multiply_step(y, {block, chunk});
   }
 
   /// z: logits in base 2, 0 or less.
@@ -253,7 +235,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     if (kOverAgents && (g.agent_tiles == 1 || what == kRowLse)) this->sum_over_agents(z, block, what == kRowLse);
   }
 
-  SIMT_DEVICE float shift(int block, int row) const { return floats(g.offset.shift)[(block & 1) * R + row]; }
+  SIMT_DEVICE float shift(int block, int row) const { return term_of(g.offset.shift, block & 1, row); }
   /// What makes a logit of a row one of its user's softmax.
   SIMT_DEVICE float add(int block, int row) const {
     return smaller(shift(block, row) - (kOverAgents ? this->row_lse(block)[row] : 0.f), kLargest);
@@ -306,31 +288,30 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   /// What a phase of outputs multiplies: weights or slopes by columns of d_tokens or prototypes.
   struct Output {
-    const uint16_t *left, *right;
+    const uint16_t* left;
+    Operand<Q> right;
     float* to;
     int64_t width;
-    int pitch, columns, column;  // in shared memory; the first
+    int columns, column;  // in shared memory; the first
     bool of_x;
   };
 
   /// Columns of dv, then of dx; the first phase has the bias too.
   SIMT_DEVICE void output(int block, int phase) {
     const int rows = least(end - begin - block * R, R);
-    for (int r = simt::thread(); phase == 0 && b.d_bias && r < rows; r += simt::threads())
-      put(b.d_bias, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
+    for (int r = simt::thread(); phase == 0 && b.out.bias.data && r < rows; r += simt::threads())
+      put(b.out.bias.data, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
     const int x = phase - outputs_v();
+    if (x >= outputs_x()) return;
+    const auto columns_of = [&](const auto& stream, int left, float* to, Step s) -> Output {
+      const int column = s.chunk * stream.g.chunk;
+      return {halves(left), stream.prototypes(s), to, stream.t.x.width, stream.columns(s.chunk), column, x >= 0};
+    };
     Output out;
-    if (x < 0) {
-      const int buffer = values.g.chunks > 1 ? values.buffer_of(Values::step(block + 1, phase)) : 0;
-      out = {halves(b.offset.weights), values.prototypes(buffer), b.dv, b.v.x.width, values.pitch(),
-             values.columns(phase),    phase * values.g.chunk,    false};
-    } else if (x < outputs_x()) {
-      const int buffer = g.chunks > 1 ? this->buffer_of({block, x}) : 0;
-      out = {halves(b.offset.slopes), this->prototypes(buffer), b.dx,        t.x.width,
-             this->pitch(),           this->columns(x),         x * g.chunk, true};
-    } else {
-      return;
-    }
+    if (x < 0)
+      out = columns_of(values, b.offset.weights, b.out.v.data, {block + 1, phase});
+    else
+      out = columns_of(*this, b.offset.slopes, b.out.x.data, {block, x});
     const int wide = (out.columns + 31) / 32;
     SIMT_ROLLED for (int i = simt::warp(); i < R / 16 * wide; i += g.warps)
         multiply_weights(out, block, rows, i / wide * 16, i % wide * 32);
@@ -341,10 +322,12 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   /// What an absent row that has a v gets of the gradient of its user's token of absent rows.
   SIMT_DEVICE float absent(int block, int row, int64_t column) const {
-    if (!t.missing || tile > 0 || floats(g.offset.gone)[(block & 1) * R + row] == 0.f) return 0;
+    if (!t.missing || tile > 0 || term_of(g.offset.gone, block & 1, row) == 0.f) return 0;
     const int64_t user = work().unit.user, token = user * b.token_rows() + t.agents;
     const float weight = b.absent[user];
-    return weight == 0.f ? 0.f : weight * element(b.d_tokens.data, b.d_tokens.dtype, token * b.v.x.width + column);
+    return weight == 0.f
+               ? 0.f
+               : weight * element(b.forward.d_tokens.data, b.forward.d_tokens.dtype, token * b.v.x.width + column);
   }
 
   SIMT_DEVICE void end_sweep() {
@@ -363,8 +346,6 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   }
 
   // ---- the prototypes' gradients
-
-  SIMT_DEVICE int unit_end() const { return least(int64_t{work().unit.last} * kTile, work().rows); }
 
   SIMT_DEVICE void unit() {
     reset();
@@ -434,7 +415,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   }
 
   const BackTask& b;
-  Values values;
+  RouteStream<MT, Q, S, R, true> values;
   int what = kAll, tile = 0;
   Products z, y;
   float total[MT][2];  // of a thread's agents: dz times logits, or q

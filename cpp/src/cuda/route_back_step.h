@@ -29,7 +29,7 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::gradients(int block)
       simt::sync_warp();  // one column after another, for want of registers
     }
   }
-  if (kOverAgents || (!kAgents && b.d_bias)) sum_agents(0);
+  if (kOverAgents || (!kAgents && b.out.bias.data)) sum_agents(0);
   float* const bias = floats(b.offset.row_bias) + (several() ? block * R : 0);
   if (kOverAgents && (!several() || what == kRowSums)) {
     SIMT_UNLESS_PLANTED(45, simt::sync());
@@ -59,8 +59,8 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::gradients(int block)
   }
   if constexpr (kAgents)
     return this->accumulate(moment, y, this->operand_v(this->buffer_of({block, g.chunks - 1})), t.x.width);
-  if (b.dv) put_operand(halves(b.offset.weights), z);
-  if (!b.dx) return;
+  if (b.out.v.data) put_operand(halves(b.offset.weights), z);
+  if (!b.out.x.data) return;
   put_operand(halves(b.offset.slopes), y);
   sum_agents(1);
 }
@@ -71,7 +71,6 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::multiply_weights(con
   float sum[4][4] = {};
   const int lane = simt::lane();
   const uint16_t* const left = out.left + ((lane >> 4) * 8 + (lane & 7)) * kPitch + row + (lane & 8);
-  const uint16_t* const right = out.right + place(out.pitch) + column;
   SIMT_ROLLED for (int k = 0; k < g.tile_agents; k += 16) {
     uint32_t a[Q][4];
     SIMT_EACH (part, Q) simt::load_matrices_transposed(a[part], left + (part * g.tile_agents + k) * kPitch);
@@ -79,7 +78,7 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::multiply_weights(con
       if (column + n * 16 >= out.columns) continue;
       SIMT_EACH (other, Q) {
         uint32_t p[4];
-        simt::load_matrices_transposed(p, right + (other * g.tile_agents + k) * out.pitch + n * 16);
+        simt::load_matrices_transposed(p, out.right.place(other, k, column + n * 16));
         SIMT_EACH (part, Q - other) {
           simt::multiply_add(sum[2 * n], a[part], p[0], p[1]);
           simt::multiply_add(sum[2 * n + 1], a[part], p[2], p[3]);

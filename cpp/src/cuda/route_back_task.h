@@ -7,6 +7,7 @@
 // are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
 // tree of base/reduction_tree.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
 #pragma once
+#include "base/arena.h"
 #include "cuda/device/launcher.h"
 #include "cuda/route_task.h"
 
@@ -25,13 +26,11 @@ struct Chunks {
 
 struct BackTask {
   Task x, v;  // v: its x is v, its prototypes are d_tokens
-  Rows d_tokens, tokens;
-  const float *lse = nullptr, *d_lse = nullptr;
-  float *dv = nullptr, *dx = nullptr, *d_bias = nullptr, *d_temperature = nullptr, *d_prototypes = nullptr;
+  RouteForward forward;
+  RouteGradients out;
   struct Offsets {  // in shared memory, beside those of the streams
     int weights, slopes, sums, row_bias, users;
   } offset = {};
-  size_t shared_bytes = 0;
   // workspace
   float *agent_lse = nullptr, *dz_constant = nullptr,
         *slope = nullptr;   // [B, padded M] lse in base 2, dlse - dtoken . token, 2 / tau
@@ -51,12 +50,21 @@ struct BackTask {
   SIMT_DEVICE void put_prototype(int64_t user, int64_t agent, int64_t column, float sum, float weight) const {
     if (agent >= x.agents || column >= x.x.width) return;
     const int64_t i = (user * x.agents + agent) * x.x.width + column;
-    d_prototypes[i] = x.half[user * padded() + agent] == -kInfinity ? 0.f : sum - x.prototypes[i] * weight;
+    out.prototypes.data[i] = x.half[user * padded() + agent] == -kInfinity ? 0.f : sum - x.prototypes[i] * weight;
   }
 };
 
 /// What route.cu does for route_backward too.
 Task describe_route(const RouteParams& params, const RouteInputs& in);
+/// What a stream of rows and its agents take of shared memory. values: a tile of values goes with the rows.
+void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared);
+/// The blocks that the device holds at a time, at most eight a processor.
+inline int resident_blocks(const Geometry& g, int most_threads, const simt::Machine& machine) {
+  const size_t fit =
+      std::min(static_cast<size_t>(most_threads / g.threads()), machine.shared / (g.shared_bytes + 1024));
+  return machine.processors * static_cast<int>(std::clamp<size_t>(fit, 1, 8));
+}
+void carve_units(Task& t, int64_t state_floats, Arena& arena);
 void launch_pack_agents(const Task& t, Launcher& launch);
 void launch_plan_units(const Task& t, Launcher& launch);
 

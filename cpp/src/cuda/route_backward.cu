@@ -4,7 +4,6 @@
 // merged.
 #include <algorithm>
 
-#include "base/arena.h"
 #include "cuda/leaf_back.h"
 #include "cuda/route_back_step.h"
 #include "cuda/verbs.h"
@@ -20,13 +19,14 @@ constexpr int kChunks = 2048;     // that chunks below kTile come to, at most
 SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
   const int lane = simt::lane();
   const Task &x = b.x, &v = b.v;
+  const RouteForward& f = b.forward;
   const int64_t all = int64_t{simt::blocks()} * kThreads, padded = b.padded(), width = v.x.width;
   const int64_t thread = int64_t{simt::block()} * kThreads + simt::thread();
   for (int64_t c = thread; c < b.chunks.count; c += all) b.chunks.first[c] = b.chunks.last[c] = 0;
   for (int64_t c = thread; c < b.windows.count; c += all) b.windows.first[c] = b.windows.last[c] = 0;
   if (thread == 0) *b.next = 0;
   for (int64_t user = thread; b.absent && user < x.users; user += all) {
-    const double e = static_cast<double>(b.lse[user * b.token_rows() + x.agents]) * 1.4426950408889634;
+    const double e = static_cast<double>(b.forward.lse.data[user * b.token_rows() + x.agents]) * 1.4426950408889634;
     const bool in_range = e > -126 && e < 59.794705707972522;  // a count below 1e18
     const int whole = in_range ? static_cast<int>(e) : 0;
     b.absent[user] =
@@ -37,27 +37,20 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
     const bool here = x.half[i] != -kInfinity;  // only those below M
     double dot = 0;
     for (int64_t c = lane; here && c < width; c += 32)
-      dot += static_cast<double>(element(b.d_tokens.data, b.d_tokens.dtype, row * width + c)) *
-             static_cast<double>(element(b.tokens.data, b.tokens.dtype, row * width + c));
+      dot += static_cast<double>(element(f.d_tokens.data, f.d_tokens.dtype, row * width + c)) *
+             static_cast<double>(element(f.tokens.data, f.tokens.dtype, row * width + c));
     for (int m = 16; m; m /= 2) dot += simt::shuffle_xor(dot, m);
     if (lane == 0) {
-      const float lse = here ? b.lse[row] : kInfinity;
+      const float lse = here ? f.lse.data[row] : kInfinity;
       const bool has_mass = finite(lse);
       b.agent_lse[i] = has_mass ? base2(lse) : kInfinity;
-      b.dz_constant[i] = has_mass ? static_cast<float>((b.d_lse ? static_cast<double>(b.d_lse[row]) : 0.0) - dot) : 0.f;
+      b.dz_constant[i] =
+          has_mass ? static_cast<float>((f.d_lse.data ? static_cast<double>(f.d_lse.data[row]) : 0.0) - dot) : 0.f;
       b.slope[i] = has_mass ? smaller(2 / x.temperature[x.per_agent ? agent : 0], kLargest) : 0.f;
     }
-    const int tile = static_cast<int>(agent / v.g.tile_agents), place = static_cast<int>(agent % v.g.tile_agents);
-    uint16_t* const out =
-        v.packed + ((user * v.g.agent_tiles + tile) * v.g.parts * v.g.tile_agents + place) * v.g.depth;
-    for (int c = 2 * lane; c < v.g.depth; c += 64) {
-      const auto gradient = [&](int64_t d) {
-        return here && d < width ? element(b.d_tokens.data, b.d_tokens.dtype, row * width + d) : 0.f;
-      };
-      uint32_t low, high = bf16_parts_keeping_infinity(gradient(c), gradient(c + 1), &low);
-      *reinterpret_cast<uint32_t*>(out + c) = high;
-      if (v.g.parts > 1) *reinterpret_cast<uint32_t*>(out + int64_t{v.g.tile_agents} * v.g.depth + c) = low;
-    }
+    v.pack_row(user, agent, [&](int64_t c) {
+      return here && c < width ? element(f.d_tokens.data, f.d_tokens.dtype, row * width + c) : 0.f;
+    });
   }
 }
 
@@ -128,11 +121,11 @@ SIMT_KERNEL(kThreads) finish_temperature(SIMT_CONSTANT BackTask b) {
   double sum = 0;
   for (int64_t a = simt::thread(); a < b.x.agents; a += kThreads)
     if (b.x.per_agent)
-      b.d_temperature[a] = static_cast<float>(b.total[a]);
+      b.out.temperature.data[a] = static_cast<float>(b.total[a]);
     else
       sum += b.total[a];
   sum = block_sum(sum);
-  if (!b.x.per_agent && simt::thread() == 0) *b.d_temperature = static_cast<float>(sum);
+  if (!b.x.per_agent && simt::thread() == 0) *b.out.temperature.data = static_cast<float>(sum);
 }
 
 /// A thread has two neighbours of a state: the tree of base/reduction_tree.h over a user's slots, as a binary counter
@@ -189,36 +182,14 @@ struct Launches {
 void lay_out(BackTask& b, bool prototypes, int warps) {
   SharedLayout shared;
   Geometry& g = b.x.g;
-  g.rows = rows_of_step(g.parts, prototypes);
-  const int64_t n = g.rows;
+  const int64_t n = rows_of_step(g.parts, prototypes);
+  const bool several = b.x.softmax_over_agents && b.x.agents > warps * 16 * g.mt;
   for (Task* t : {&b.x, &b.v}) {
     Geometry& s = t->g;
-    s.warps = warps;
-    s.rows = g.rows;
-    s.tile_agents = warps * 16 * s.mt;
-    s.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t->agents + s.tile_agents - 1) / s.tile_agents));
-    s.has_values = prototypes && t == &b.x;
-    const bool several = t->softmax_over_agents && s.agent_tiles > 1;
+    s.rows = static_cast<int>(n);
     s.buffers = s.chunks > 1 || (t == &b.x && (several || prototypes)) ? 2 : 1;
-    const int64_t bytes = t->x.data ? bytes_of(t->x.dtype) : 0, pitch = s.pitch(), m = s.buffers;
-    s.offset.prototypes = shared.take((s.chunks > 1 ? 2 : 1) * s.parts * s.tile_agents * pitch * 2);
-    s.offset.x = shared.take(m * s.stored * n * pitch * 2);
-    s.offset.raw_x = shared.take(m * n * s.chunk * bytes);
-    s.offset.v = shared.take(s.has_values ? 2 * s.stored * n * kValuePitch * 2 : 0);
-    s.offset.raw_v = shared.take(s.has_values ? 2 * n * kValues * bytes : 0);
-    s.offset.ids = shared.take(t->gathers() ? 4 * n * 16 : 0);
-    s.offset.scale = shared.take(t->scale ? 2 * n * 4 : 0);
-    s.offset.bias = shared.take(t->bias ? 2 * n * 4 : 0);
-    s.offset.spread = shared.take(t->spread ? 2 * n * 4 : 0);
-    s.offset.codes = shared.take(2 * n * 4 * t->levels);
-    s.offset.half = shared.take(2 * n * 4);
-    s.offset.shift = shared.take(2 * n * 4);
-    s.offset.gone = shared.take(2 * n * 4);
-    s.offset.norm = shared.take(n * 4);
+    lay_out_stream(*t, warps, t->refining, shared);
   }
-  const bool several = b.x.softmax_over_agents && g.agent_tiles > 1;
-  g.offset.cross = shared.take(b.x.softmax_over_agents ? 2 * warps * n * 4 : 0);
-  g.offset.row_lse = shared.take(!b.x.softmax_over_agents ? 0 : several ? 2 * kTile * 4 : n * 4);
   g.offset.agents = shared.take(5 * g.tile_agents * 4);
   g.offset.work = shared.take(kWorkBytes);
   b.v.g.offset.work = g.offset.work;
@@ -226,8 +197,8 @@ void lay_out(BackTask& b, bool prototypes, int warps) {
   b.offset.sums = shared.take(2 * warps * n * 4);
   b.offset.users = shared.take(warps * 4 + 8);
   const int64_t operand = g.parts * g.tile_agents * (n + 8) * 2;
-  b.offset.weights = shared.take(!prototypes && b.dv ? operand : 0);
-  b.offset.slopes = shared.take(!prototypes && b.dx ? operand : 0);
+  b.offset.weights = shared.take(!prototypes && b.out.v ? operand : 0);
+  b.offset.slopes = shared.take(!prototypes && b.out.x ? operand : 0);
   g.shared_bytes = static_cast<size_t>(shared.bytes());
 }
 
@@ -237,53 +208,34 @@ size_t lay_out(Launches& l, int warps) {
   return std::max(l.of_rows ? l.rows.x.g.shared_bytes : 0, l.of_prototypes ? l.prototypes.x.g.shared_bytes : 0);
 }
 
-Status plan_geometry(Launches& l, Precision precision, const simt::Machine& machine) {
+Status plan_geometry(Launches& l, const simt::Machine& machine) {
   const Task& x = l.rows.x;
-  const bool exact = x.x.dtype == DType::bfloat16 && x.v.dtype == DType::bfloat16;
-  const auto each = [&](auto set) {
-    for (BackTask* b : {&l.rows, &l.prototypes})
-      for (Task* t : {&b->x, &b->v}) set(t->x.width, t->g);
-  };
-  each([&](int64_t width, Geometry& g) {
-    g.parts = precision == Precision::bfloat16 ? 1 : 2;
-    g.stored = g.parts == 1 || exact ? 1 : 2;
-    g.mt = 3 - g.parts;
-    g.depth = static_cast<int>((width + 15) / 16 * 16);
-  });
-  const int limit = (x.g.mt == 1 ? kMostThreads1 : kMostThreads2) / 32;
-  const int per_warp = 16 * x.g.mt;
-  const int all = static_cast<int>(std::min<int64_t>((x.agents + per_warp - 1) / per_warp, 1 << 20));
+  const int most_threads = x.g.mt == 1 ? kMostThreads1 : kMostThreads2, limit = most_threads / 32;
+  const int all = x.g.warps_of(x.agents);
   int most = 0;
   // In agents mode every further tile of agents costs sweeps of its own, so narrower chunks are worth a single tile.
   bool found = false;
   for (const int enough : {x.softmax_over_agents && all <= limit ? std::max(all, 3) : 4, 4})
     for (int chunk = 128; !found && chunk >= 16; chunk /= 2) {
-      each([&](int64_t, Geometry& g) {
-        g.chunk = std::min(g.depth, chunk);
-        g.chunks = (g.depth + g.chunk - 1) / g.chunk;
-      });
+      for (Geometry* g : {&l.rows.x.g, &l.rows.v.g, &l.prototypes.x.g, &l.prototypes.v.g}) {
+        g->chunk = std::min(g->depth, chunk);
+        g->chunks = (g->depth + g->chunk - 1) / g->chunk;
+      }
       for (most = limit; most > 2; --most)
         if (lay_out(l, most) <= machine.shared) break;
       found = most >= enough;
     }
   lay_out(l, most);  // as few tiles as that, all of one size
-  const size_t shared =
-      lay_out(l, static_cast<int>(std::max<int64_t>(
-                     2, ((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles + per_warp - 1) / per_warp)));
+  const size_t shared = lay_out(l, std::max(2, x.g.warps_of((x.agents + x.g.agent_tiles - 1) / x.g.agent_tiles)));
   if (shared > machine.shared)
     return Status::error(Code::not_implemented,
                          "route_backward: expected a device with %zu bytes of shared memory a block, got %zu", shared,
                          machine.shared);
   for (BackTask* b : {&l.rows, &l.prototypes}) {
     Geometry& g = b->x.g;
-    const size_t most_threads = static_cast<size_t>(g.mt == 1 ? kMostThreads1 : kMostThreads2);
-    const size_t fit =
-        std::min(most_threads / static_cast<size_t>(g.threads()), machine.shared / (g.shared_bytes + 1024));
-    g.blocks = machine.processors * static_cast<int>(std::max<size_t>(1, std::min<size_t>(fit, 8)));
+    g.blocks = resident_blocks(g, most_threads, machine);
     g.value_tiles = static_cast<int>((b->x.x.width + kValues - 1) / kValues);
     g.workers = std::max(1, (g.blocks + b->x.items() - 1) / b->x.items());
-    int64_t tiles = (b->x.rows + kTile - 1) / kTile;
-    for (g.levels = 1; tiles > 1; tiles /= 2) ++g.levels;
     Chunks& c = b->chunks;
     c.size = kTile;
     while (c.size > kLeastChunk && b->x.rows / c.size < kChunks / 2) c.size /= 2;
@@ -305,11 +257,9 @@ void carve(Launches& l, Arena& arena) {
   for (int32_t** p : {&b.chunks.first, &b.chunks.last}) *p = arena.take<int32_t>(chunks);
   for (int32_t** p : {&b.windows.first, &b.windows.last}) *p = arena.take<int32_t>(b.windows.count);
   b.next = arena.take<int32_t>(1);
-  b.absent = arena.take<float>(b.x.missing ? users : 0);
-  b.raw = arena.take<float>(b.d_temperature ? padded * chunks : 0);
-  b.total = arena.take<double>(b.d_temperature ? padded : 0);
-  if (!b.x.missing) b.absent = nullptr;
-  if (!b.d_temperature) b.raw = nullptr;
+  b.absent = b.x.missing ? arena.take<float>(users) : nullptr;
+  b.raw = b.out.temperature ? arena.take<float>(padded * chunks) : nullptr;
+  b.total = arena.take<double>(b.out.temperature ? padded : 0);
   BackTask& p = l.prototypes;
   p.x.packed = b.x.packed;
   p.v.packed = b.v.packed;
@@ -318,14 +268,7 @@ void carve(Launches& l, Arena& arena) {
   p.agent_lse = b.agent_lse;
   p.dz_constant = b.dz_constant;
   p.slope = b.slope;
-  if (!l.of_prototypes) return;
-  const Geometry& g = p.x.g;
-  const int64_t workers = g.workers;
-  p.x.plan = arena.take<Plan>(1);
-  p.x.unit = arena.take<Unit>(users + 8 * workers);
-  p.x.shared = arena.take<SharedUser>(4 * workers);
-  p.x.stack = arena.take<float>(int64_t{g.blocks} * g.levels * p.state_floats());
-  p.x.slots = arena.take<float>(8 * workers * p.x.items() * p.state_floats());
+  if (l.of_prototypes) carve_units(p.x, p.state_floats(), arena);
 }
 
 Launches describe(const RouteParams& params, const RouteInputs& in, const RouteGradients& out) {
@@ -340,17 +283,14 @@ Launches describe(const RouteParams& params, const RouteInputs& in, const RouteG
   b.v.scale = b.v.bias = b.v.spread = nullptr;
   b.v.codes = nullptr;
   b.v.levels = 0;
-  b.v.missing = false;
-  b.dv = out.v.data;
-  b.dx = out.x.data;
-  b.d_bias = out.bias.data;
-  b.d_temperature = out.temperature.data;
-  b.d_prototypes = out.prototypes.data;
+  b.v.missing = b.v.softmax_over_agents = false;
+  b.v.g.depth = depth_of(b.v.x.width);
+  b.out = out;
   l.rows = l.prototypes = b;
   l.prototypes.x.missing = false;
   l.prototypes.x.refining = true;  // the values beside the rows are columns of x
-  l.of_rows = b.dv || b.dx || b.d_bias || b.d_temperature;
-  l.of_prototypes = b.d_prototypes;
+  l.of_rows = out.v || out.x || out.bias || out.temperature;
+  l.of_prototypes = static_cast<bool>(out.prototypes);
   return l;
 }
 
@@ -372,7 +312,7 @@ Status prepare(const RouteParams& params, const RouteInputs& in, const RouteGrad
     l->rows.windows.size = 32;
     l->rows.windows.count = out.v ? static_cast<int>((leaves.rows + 31) / 32) : 0;
   }
-  HISAC_TRY(plan_geometry(*l, params.precision, machine));
+  HISAC_TRY(plan_geometry(*l, machine));
   carve(*l, arena);
   return {};
 }
@@ -415,10 +355,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   HISAC_TRY(place_centers("route_backward", context, inputs, l.leaves));
   if (params.method == Method::leaf) sum_leaves(l.leaves, launch);
   BackTask& b = l.rows;
-  b.d_tokens = forward.d_tokens;
-  b.tokens = forward.tokens;
-  b.lse = forward.lse.data;
-  b.d_lse = forward.d_lse.data;
+  b.forward = forward;
   const bool softmax_over_agents = b.x.softmax_over_agents;
   launch_pack_agents(b.x, launch);
   launch(pack_tokens, machine.processors * 8, kThreads, 0, b);
@@ -428,7 +365,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
     launch(plan_chunks, machine.processors * 2, kThreads, 0, Spans(b.x), b.chunks);
     launch(kernel, g.blocks, g.threads(), g.shared_bytes, b);
   }
-  if (b.d_temperature) {
+  if (out.temperature) {
     launch(sum_temperature, machine.processors * 2, kThreads, kWarps * sizeof(double), b);
     launch(finish_temperature, 1, kThreads, kWarps * sizeof(double), b);
   }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows and agents into shared memory, for the inner kernel of `route`: any type, width and alignment, absence and norms
-// end here; what follows sees bfloat16 operands, half norms and shifts. 16 lanes have a row.
+// end here; what follows sees bfloat16 operands, half norms and shifts. 16 lanes have a row. multiply_step multiplies
+// the operands.
 #pragma once
+#include "cuda/device/product.h"
 #include "cuda/route_task.h"
 
 namespace hisac::cuda {
@@ -9,8 +11,7 @@ namespace hisac::cuda {
 /// Q and S: the bfloat16 parts of an agent and of a row; MT: tiles of 16 agents a warp; R: rows of a step; kBack: the
 /// geometry names buffers and whether values come too.
 template <int MT, int Q, int S, int R = 64 / S, bool kBack = false>
-class RouteStream {
- protected:
+struct RouteStream {
   static constexpr int kRows = R;
 
   SIMT_DEVICE explicit RouteStream(const Task& task) : t(task), g(task.g) {}
@@ -21,7 +22,7 @@ class RouteStream {
   SIMT_DEVICE bool has_x() const { return Q > S || t.x.data; }
   SIMT_DEVICE const float* scale() const { return Q > S ? nullptr : t.scale; }
 
-  SIMT_DEVICE bool has_values() const { return !kBack || g.has_values; }
+  SIMT_DEVICE bool has_values() const { return !kBack || t.refining; }
 
   /// What the block has taken.
   struct Work {
@@ -30,10 +31,12 @@ class RouteStream {
     int32_t found, rows, agent_tile, value_tile;  // found: there was one; value_tile: the chunk, of rows' gradients
   };
   static_assert(sizeof(Work) <= kWorkBytes, "Work has its place");
-  SIMT_DEVICE const Work& work() const { return *reinterpret_cast<const Work*>(simt::shared() + g.offset.work); }
+  SIMT_DEVICE Work& work() const { return *reinterpret_cast<Work*>(simt::shared() + g.offset.work); }
+  SIMT_DEVICE int unit_end() const { return least(int64_t{work().unit.last} * kTile, work().rows); }
 
   /// By one thread: the next item of the plan, that is a unit, a tile of agents and one of value columns.
-  SIMT_DEVICE void take_item(Work& w) const {
+  SIMT_DEVICE void take_item() const {
+    Work& w = work();
     const int item = simt::atomic_add(&t.plan->next, 1), unit = item / t.items();
     w.found = unit < t.plan->units;
     if (!w.found) return;
@@ -47,11 +50,7 @@ class RouteStream {
   // in shared memory: from offsets that lie in constant memory, so that no register holds a pointer
   static SIMT_DEVICE float* floats(int offset) { return reinterpret_cast<float*>(simt::shared() + offset); }
   static SIMT_DEVICE uint16_t* halves(int offset) { return reinterpret_cast<uint16_t*>(simt::shared() + offset); }
-  SIMT_DEVICE int pitch() const { return g.chunk + 8; }
-  SIMT_DEVICE int agents_size() const { return Q * g.tile_agents * pitch(); }  // elements of a buffer of each kind
-  SIMT_DEVICE int rows_size() const { return S * kRows * pitch(); }
-  SIMT_DEVICE uint16_t* prototypes(int buffer) const { return halves(g.offset.prototypes) + buffer * agents_size(); }
-  SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.offset.x) + buffer * rows_size(); }
+  SIMT_DEVICE uint16_t* operand_x(int buffer) const { return halves(g.offset.x) + buffer * (S * kRows * g.pitch()); }
   SIMT_DEVICE uint16_t* operand_v(int buffer) const { return halves(g.offset.v) + buffer * (S * kRows * kValuePitch); }
   SIMT_DEVICE std::byte* raw_x(int buffer, int row) const {
     return simt::shared() + g.offset.raw_x + (buffer * kRows + row) * g.chunk * size_of(x_type());
@@ -63,9 +62,8 @@ class RouteStream {
   SIMT_DEVICE float agent(int what, int h, int r) const {
     return floats(g.offset.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
   }
-  SIMT_DEVICE float& raw_bias(int buffer, int row) const { return floats(g.offset.bias)[buffer * kRows + row]; }
-  SIMT_DEVICE float& raw_spread(int buffer, int row) const { return floats(g.offset.spread)[buffer * kRows + row]; }
-  SIMT_DEVICE float& raw_scale(int buffer, int row) const { return floats(g.offset.scale)[buffer * kRows + row]; }
+  /// A float of a row, in one of two buffers. offset: that of scale, bias, spread, half, shift or gone.
+  SIMT_DEVICE float& term_of(int offset, int buffer, int row) const { return floats(offset)[buffer * kRows + row]; }
   SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
     return reinterpret_cast<int32_t*>(simt::shared() + g.offset.codes) + (buffer * kRows + row) * t.levels;
   }
@@ -101,14 +99,26 @@ class RouteStream {
   SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & ((kBack ? g.buffers : 2) - 1); }
   SIMT_DEVICE int columns(int chunk) const { return least(g.depth - chunk * g.chunk, g.chunk); }
 
+  /// The agents' columns of a step's chunk: where D is one chunk, they stay.
+  SIMT_DEVICE Operand<Q> prototypes(Step s) const {
+    const int pitch = g.pitch(), size = g.tile_agents * pitch;
+    return {halves(g.offset.prototypes) + (g.chunks > 1 ? buffer_of(s) : 0) * (Q * size), pitch, size};
+  }
+
+  /// y += the warp's agents times the rows of a step, by the columns of its chunk.
+  SIMT_DEVICE void multiply_step(float (&y)[MT][kRows / 8][4], Step s) const {
+    const Operand<S> rows{operand_x(buffer_of(s)), g.pitch(), kRows * g.pitch()};
+    multiply_rows<MT>(y, prototypes(s).from(simt::warp() * 16 * MT, 0), rows, columns(s.chunk), kRows);
+  }
+
   SIMT_DEVICE void fetch_agents(Step s, int agent_tile) {
-    const int buffer = g.chunks > 1 ? buffer_of(s) : 0, pieces = columns(s.chunk) / 8, lane = simt::lane() & 15;
+    const int pieces = columns(s.chunk) / 8, lane = simt::lane() & 15;
     const uint16_t* const from =
         t.packed + (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * Q * g.tile_agents * g.depth +
         s.chunk * g.chunk;
     SIMT_ROLLED for (int r = simt::thread() / 16; r < Q * g.tile_agents; r += simt::threads() / 16) {
       if (lane >= pieces) continue;
-      simt::copy16(prototypes(buffer) + r * pitch() + lane * 8, from + int64_t{r} * g.depth + lane * 8, true);
+      simt::copy16(prototypes(s).data + r * g.pitch() + lane * 8, from + int64_t{r} * g.depth + lane * 8, true);
     }
   }
 
@@ -172,12 +182,12 @@ class RouteStream {
       if (last || !has_x())
         SIMT_ROLLED for (int l = 0; l < t.levels; ++l)
             simt::copy4(raw_codes(buffer, r) + l, t.codes + row * t.levels + l, valid);
-      if (last && t.bias) simt::copy4(&raw_bias(buffer, r), t.bias + row, valid);
-      if (last && t.spread) simt::copy4(&raw_spread(buffer, r), t.spread + row, valid);
+      if (last && t.bias) simt::copy4(&term_of(g.offset.bias, buffer, r), t.bias + row, valid);
+      if (last && t.spread) simt::copy4(&term_of(g.offset.spread, buffer, r), t.spread + row, valid);
       if (!scale()) continue;
       const bool has_row = has(false, s.block, r);
-      simt::copy4(&raw_scale(buffer, r), t.scale + (t.scale_per_row && has_row ? row_of(false, s.block, r) : 0),
-                  has_row);
+      simt::copy4(&term_of(g.offset.scale, buffer, r),
+                  t.scale + (t.scale_per_row && has_row ? row_of(false, s.block, r) : 0), has_row);
     }
     SIMT_ROLLED for (int r = thread / 16; r < kRows; r += simt::threads() / 16) {
       const bool here = has(false, s.block, r), has_value = t.refining ? here : has(true, s.block, r);
@@ -198,7 +208,7 @@ class RouteStream {
     if (!has_x()) return t.prototype8(raw_codes(buffer, row), column, f);
     load8(raw, x_type(), f);
     if (scale())
-      SIMT_EACH (i, 8) f[i] *= raw_scale(buffer, row);
+      SIMT_EACH (i, 8) f[i] *= term_of(g.offset.scale, buffer, row);
   }
 
   /// 16 lanes a row: raw to operands; with the last chunk the row's norm, shift and absence.
@@ -213,7 +223,7 @@ class RouteStream {
         if (Q == 1)  // the norm of what is multiplied: small distances stay small
           SIMT_EACH (i, 8) f[i] = rounded(f[i]);
         SIMT_EACH (i, 8) squares = simt::fused(f[i], f[i], squares);
-        put<false>(f, raw, true, operand_x(buffer) + r * pitch() + lane * 8, kRows * pitch());
+        put<false>(f, raw, true, operand_x(buffer) + r * g.pitch() + lane * 8, kRows * g.pitch());
       }
       for (int m = 8; m; m /= 2) squares += simt::shuffle_xor(squares, m);
       float& norm = floats(g.offset.norm)[r];
@@ -224,11 +234,12 @@ class RouteStream {
         continue;
       }
       const bool has_value = has(true, s.block, r);
-      const float bias = t.bias ? raw_bias(buffer, r) : 0.f, spread = t.spread ? raw_spread(buffer, r) : 0.f;
+      const float bias = t.bias ? term_of(g.offset.bias, buffer, r) : 0.f,
+                  spread = t.spread ? term_of(g.offset.spread, buffer, r) : 0.f;
       const auto x_element = [&](int64_t d) {
         if (!has_x()) return t.prototype(raw_codes(buffer, r), d);
         return element(t.x.data, t.x.dtype, row_of(false, s.block, r) * t.x.width + d) *
-               (scale() ? raw_scale(buffer, r) : 1.f);
+               (scale() ? term_of(g.offset.scale, buffer, r) : 1.f);
       };
       const bool here = has_value && has(false, s.block, r) && t.valid_terms(bias, spread) &&
                         t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_element);
@@ -251,9 +262,9 @@ class RouteStream {
         put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
       }
       if (lane == 0) {
-        floats(g.offset.half)[kind * kRows + r] = here ? -0.5f * (squares + spread) : 0.f;
-        floats(g.offset.shift)[kind * kRows + r] = here ? base2(bias) : -kInfinity;
-        floats(g.offset.gone)[kind * kRows + r] = has_value && !here && !broken ? 1.f : 0.f;
+        term_of(g.offset.half, kind, r) = here ? -0.5f * (squares + spread) : 0.f;
+        term_of(g.offset.shift, kind, r) = here ? base2(bias) : -kInfinity;
+        term_of(g.offset.gone, kind, r) = has_value && !here && !broken ? 1.f : 0.f;
       }
     }
   }

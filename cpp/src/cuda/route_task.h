@@ -31,14 +31,13 @@ struct Plan {
   int32_t units, shared, next;  // next: the item to take
 };
 
-/// How a launch is laid out; all but the first four follow from them.
+/// How a launch is laid out.
 struct Geometry {
   int mt = 1, parts = 1, stored = 1;  // tiles of 16 agents a warp; bfloat16 parts of an agent and a weight, of a row
   int warps = 1;
   int depth = 0, chunk = 0, chunks = 0;  // D up to 16s; columns of a chunk; chunks
   int rows = 0;                          // of a step
   int buffers = 2;                       // of rows; 1 where other work comes between steps
-  bool has_values = true;                // a tile of values goes with the rows
   int tile_agents = 0, agent_tiles = 0, value_tiles = 0;
   int blocks = 0;   // resident: the grid
   int workers = 0;  // what the plan cuts for
@@ -50,11 +49,15 @@ struct Geometry {
   size_t shared_bytes = 0;
 
   SIMT_BOTH int threads() const { return 32 * warps; }
+  SIMT_BOTH int warps_of(int64_t agents) const { return least((agents + 16 * mt - 1) / (16 * mt), 1 << 20); }
   SIMT_BOTH int pitch() const { return chunk + 8; }  // elements; an odd number of 16 bytes, so that no bank conflicts
   /// Floats of a thread's state: max_logit and mass of an agent, the sums, the absent rows' sum and count.
   SIMT_BOTH int state() const { return mt * (4 + kValues / 2) + 2; }
   SIMT_BOTH int64_t state_floats() const { return int64_t{state()} * threads(); }
 };
+
+/// Columns, up to 16s.
+SIMT_BOTH int depth_of(int64_t width) { return static_cast<int>((width + 15) / 16 * 16); }
 
 struct Task : Behaviours {
   bool x_aligned = false, v_aligned = false;  // rows of whole 16 bytes at 16
@@ -64,6 +67,7 @@ struct Task : Behaviours {
   const float* temperature = nullptr;
   bool per_agent = false;  // temperature [M]
   bool softmax_over_agents = false, missing = false, refining = false, first_pass = true;
+  int refine = 0;  // rounds
   Geometry g;
   // workspace
   Plan* plan = nullptr;
@@ -72,16 +76,26 @@ struct Task : Behaviours {
   uint16_t* packed = nullptr;                // [B, agent_tiles, parts, tile_agents, depth]
   float *half = nullptr, *rate = nullptr;    // [B, agent_tiles * tile_agents] -|p|^2 / 2, 2 log2(e) / tau
   float *stack = nullptr, *slots = nullptr;  // [blocks, levels], [8 workers, agent_tiles, value_tiles] states
-  // results
-  void* tokens = nullptr;
-  DType token_type = DType::float32;
-  float *lse = nullptr, *refined = nullptr;
+  Tokens out;
 
   SIMT_DEVICE int64_t tiles(int64_t b) const { return (end(b) - start(b) + kTile - 1) / kTile; }
   SIMT_BOTH int64_t value_width() const { return refining ? x.width : v.width; }
   SIMT_BOTH const Rows& values() const { return refining ? x : v; }
   SIMT_DEVICE bool values_aligned() const { return refining ? x_aligned : v_aligned; }
   SIMT_BOTH int items() const { return g.agent_tiles * g.value_tiles; }  // of a unit
+
+  /// By a warp: what an agent's products take, in bfloat16 parts. element(d): of column d, zero past the last.
+  template <class Element>
+  SIMT_DEVICE void pack_row(int64_t user, int64_t agent, Element element) const {
+    const int64_t row =
+        (user * g.agent_tiles + agent / g.tile_agents) * g.parts * g.tile_agents + agent % g.tile_agents;
+    for (int d = 2 * simt::lane(); d < g.depth; d += 64) {
+      uint32_t low, high = bf16_parts_keeping_infinity(element(d), element(d + 1), &low);
+      auto* const to = reinterpret_cast<uint32_t*>(packed + row * g.depth + d);
+      *to = high;
+      if (g.parts > 1) to[int64_t{g.tile_agents} * g.depth / 2] = low;
+    }
+  }
 };
 
 /// The factors of an earlier and a later state that are added.
@@ -111,11 +125,11 @@ struct Row {
   SIMT_DEVICE void finish() const {
     if (columns == 0 || t.refining) return;
     const double sum = static_cast<double>(max_logit) + static_cast<double>(simt::log2(mass));
-    t.lse[row] = max_logit == -kInfinity ? -kInfinity : static_cast<float>(sum * kLn2);
+    t.out.lse.data[row] = max_logit == -kInfinity ? -kInfinity : static_cast<float>(sum * kLn2);
   }
   SIMT_DEVICE void put(int64_t column, float a, float b) const {
-    void* const out = t.refining ? t.refined : t.tokens;
-    const DType type = t.refining ? DType::float32 : t.token_type;
+    void* const out = t.refining ? t.out.refined.data : t.out.tokens.data;
+    const DType type = t.refining ? DType::float32 : t.out.tokens.dtype;
     if (column < columns) store(out, type, row * columns + column, max_logit == -kInfinity ? 0.f : a * scale);
     if (column + 1 < columns) store(out, type, row * columns + column + 1, max_logit == -kInfinity ? 0.f : b * scale);
   }
@@ -125,9 +139,9 @@ struct Row {
 SIMT_DEVICE void finish_missing(const Task& t, int64_t user, int64_t column, float count, float sum) {
   if (!t.missing || t.refining || column >= t.v.width) return;
   const int64_t row = user * (t.agents + 1) + t.agents;
-  store(t.tokens, t.token_type, row * t.v.width + column, count > 0 ? sum / count : 0.f);
+  store(t.out.tokens.data, t.out.tokens.dtype, row * t.v.width + column, count > 0 ? sum / count : 0.f);
   if (column == 0)
-    t.lse[row] = count > 0 ? static_cast<float>(static_cast<double>(simt::log2(count)) * kLn2) : -kInfinity;
+    t.out.lse.data[row] = count > 0 ? static_cast<float>(static_cast<double>(simt::log2(count)) * kLn2) : -kInfinity;
 }
 
 }  // namespace hisac::cuda

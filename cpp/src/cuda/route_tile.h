@@ -28,9 +28,9 @@ namespace hisac::cuda {
 template <int MT, int Q, int S, bool kOverAgents>
 class RouteTile : RouteAgents<MT, Q, S> {
   using Base = RouteAgents<MT, Q, S>;
-  using Base::buffer_of, Base::operand_v, Base::agent, Base::place, Base::row_lse;
+  using Base::buffer_of, Base::operand_v, Base::agent, Base::row_lse;
   using Base::fetch_agents, Base::fetch, Base::fetch_first_ids, Base::prepare, Base::multiply;
-  using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after;
+  using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after, Base::unit_end;
   using typename Base::Step;
   using typename Base::Work;
 
@@ -38,18 +38,10 @@ class RouteTile : RouteAgents<MT, Q, S> {
   SIMT_DEVICE explicit RouteTile(const Task& task) : Base(task) {}
 
   SIMT_DEVICE void run() {
-    Work& w = *reinterpret_cast<Work*>(simt::shared() + g.offset.work);
-    for (;;) {
-      if (simt::thread() == 0) this->take_item(w);
-      simt::sync();
-      if (!w.found) return;
-      unit();
-      SIMT_UNLESS_PLANTED(1, simt::sync());
-    }
+    each_taken(work().found, [&] { this->take_item(); }, [&] { unit(); });
   }
 
  private:
-  SIMT_DEVICE int unit_end() const { return least(int64_t{work().unit.last} * kTile, work().rows); }
   SIMT_DEVICE void unit() {
     reset();
     const bool single = !kOverAgents || g.agent_tiles == 1;
@@ -119,7 +111,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
         const float rate = agent(1, h, r);
         SIMT_EACH (n, kRows / 8)
           SIMT_EACH (i, 2) {
-            const float add = kOverAgents ? 0.f : floats(g.offset.shift)[kind * kRows + n * 8 + 2 * q + i];
+            const float add = kOverAgents ? 0.f : this->term_of(g.offset.shift, kind, n * 8 + 2 * q + i);
             z[h][n][2 * r + i] = simt::fused(rate, smaller(z[h][n][2 * r + i], 0.f), add);
           }
       }
@@ -133,7 +125,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
     SIMT_EACH (n, kRows / 8)
       SIMT_EACH (i, 2) {
         const int r = n * 8 + 2 * q + i;
-        const float add = smaller(floats(g.offset.shift)[kind * kRows + r] - row_lse(block)[r], kLargest);
+        const float add = smaller(this->term_of(g.offset.shift, kind, r) - row_lse(block)[r], kLargest);
         SIMT_EACH (h, MT) {
           z[h][n][i] += add;
           z[h][n][2 + i] += add;
@@ -173,7 +165,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
     if (!t.missing || t.refining || work().agent_tile != 0 || simt::thread() >= kValues) return;
     const uint16_t* const v = operand_v(buffer) + simt::thread();
     for (int r = 0; r < kRows; ++r) {
-      if (floats(g.offset.gone)[kind * kRows + r] == 0.f) continue;
+      if (this->term_of(g.offset.gone, kind, r) == 0.f) continue;
       float y = of_bfloat16(v[r * kValuePitch]);
       if (S > 1) y += of_bfloat16(v[(kRows + r) * kValuePitch]);
       floats(g.offset.absent)[simt::thread()] += y;
@@ -200,6 +192,13 @@ class RouteTile : RouteAgents<MT, Q, S> {
   SIMT_DEVICE void reset() {
     each([](float& y) { y = 0; });
     SIMT_EACH (h, MT) max_logit[h][0] = max_logit[h][1] = -kInfinity;
+  }
+
+  SIMT_DEVICE void write(float* to) {
+    each([&](float& y) {
+      *to = y;
+      to += simt::threads();
+    });
   }
 
   SIMT_DEVICE float* stacked(int n) const {
@@ -243,11 +242,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
     const int left = last ? 0 : simt::count_bits(static_cast<uint32_t>(before + 1)) - 1;
     SIMT_ROLLED while (level > left) merge_down(--level);
     if (last) return;
-    float* to = stacked(level);
-    each([&](float& y) {
-      *to = y;
-      to += simt::threads();
-    });
+    write(stacked(level));
     reset();
   }
 
@@ -255,13 +250,9 @@ class RouteTile : RouteAgents<MT, Q, S> {
   SIMT_DEVICE void end_unit() {
     const Work& w = work();
     if (w.unit.slot >= 0) {
-      float* to = t.slots +
-                  (int64_t{w.unit.slot} * t.items() + w.value_tile * g.agent_tiles + w.agent_tile) * g.state_floats() +
-                  simt::thread();
-      each([&](float& y) {
-        *to = y;
-        to += simt::threads();
-      });
+      write(t.slots +
+            (int64_t{w.unit.slot} * t.items() + w.value_tile * g.agent_tiles + w.agent_tile) * g.state_floats() +
+            simt::thread());
       return;
     }
     const int64_t first = int64_t{w.agent_tile} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;

@@ -70,6 +70,18 @@ SIMT_DEVICE T sum_so_far(T x) {
   return x;
 }
 
+/// Thread 0 takes work and the block does it, until there is none: take() sets `found`, which lies in shared memory.
+template <class Take, class Do>
+SIMT_DEVICE void each_taken(const int32_t& found, Take take, Do work) {
+  for (;;) {
+    if (simt::thread() == 0) take();
+    simt::sync();
+    if (!found) return;
+    work();
+    SIMT_UNLESS_PLANTED(1, simt::sync());
+  }
+}
+
 /// Whether rows are of whole 16 bytes, and at multiples of 16.
 inline bool aligned(const Rows& m) {
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Steps of products on tensor cores: a warp has 16 rows, operands lie in shared memory as P parts of bfloat16, products
-// of two low parts are left out.
+// Steps of products on tensor cores: a warp has 16 rows or several times 16, operands lie in shared memory as P parts
+// of bfloat16, products of two low parts are left out.
 #pragma once
 #include "cuda/device/elements.h"
 
@@ -28,46 +28,51 @@ SIMT_DEVICE uint32_t bf16_parts_clamped(float x, float y, uint32_t* low) {
   return high;
 }
 
-/// z[16, 8 N] += a[16, depth] b[8 N, depth]^T; b's rows past `rows`, to the next 16, are left out.
-template <int P, int N>
-SIMT_DEVICE void multiply_rows(float (&z)[N][4], const Operand<P>& a, const Operand<P>& b, int depth, int rows) {
+/// z[16 MT, 8 N] += a[16 MT, depth] b[8 N, depth]^T; b's rows past `rows`, to the next 16, are left out.
+template <int MT, int Q, int S, int N>
+SIMT_DEVICE void multiply_rows(float (*z)[N][4], const Operand<Q>& a, const Operand<S>& b, int depth, int rows) {
   SIMT_ROLLED for (int k = 0; k < depth; k += 16) {
-    uint32_t left[P][4];
-    SIMT_EACH (part, P) simt::load_matrices(left[part], a.place(part, 0, k));
+    uint32_t left[Q][MT][4];
+    SIMT_EACH (part, Q)
+      SIMT_EACH (h, MT) simt::load_matrices(left[part][h], a.place(part, h * 16, k));
     SIMT_EACH (n, N / 2) {
       if (n * 16 >= rows) continue;
-      SIMT_EACH (stored, P) {
+      SIMT_EACH (stored, S) {
         uint32_t right[4];
         simt::load_matrices(right, b.place(stored, n * 16, k));
-        SIMT_EACH (part, P - stored) {
-          simt::multiply_add(z[2 * n], left[part], right[0], right[2]);
-          simt::multiply_add(z[2 * n + 1], left[part], right[1], right[3]);
-        }
+        SIMT_EACH (part, Q - stored)
+          SIMT_EACH (h, MT) {
+            simt::multiply_add(z[h][2 * n], left[part][h], right[0], right[2]);
+            simt::multiply_add(z[h][2 * n + 1], left[part][h], right[1], right[3]);
+          }
       }
     }
   }
 }
 
-/// sum[16, 8 C] += w[16, 8 N] b[8 N, 8 C], w in two parts; rows of b past `rows` and columns past `columns`, each to
-/// the next 16, are left out.
-template <int C, int P, int N>
-SIMT_DEVICE void multiply_weights(float (*sum)[4], const float (&w)[N][4], const Operand<P>& b, int rows, int columns) {
+/// sum[16 MT, 8 C] += w[16 MT, 8 N] b[8 N, 8 C], w in Q parts; these columns of sum begin at 8 `first`. Rows of b past
+/// `rows` and columns past `columns`, each to the next 16, are left out.
+template <int MT, int Q, int C, int S, int N, int W>
+SIMT_DEVICE void multiply_weights(float (*sum)[W][4], const float (*w)[N][4], const Operand<S>& b, int rows,
+                                  int columns, int first = 0) {
   SIMT_EACH (k, N / 2) {
     if (k * 16 >= rows) continue;
-    uint32_t left[2][4];
-    SIMT_EACH (i, 4) {
-      const float* const pair = &w[2 * k + i / 2][i % 2 * 2];
-      left[0][i] = bf16_parts(pair[0], pair[1], &left[1][i]);
-    }
+    uint32_t left[2][MT][4];
+    SIMT_EACH (h, MT)
+      SIMT_EACH (i, 4) {
+        const float* const pair = &w[h][2 * k + i / 2][i % 2 * 2];
+        left[0][h][i] = Q > 1 ? bf16_parts(pair[0], pair[1], &left[1][h][i]) : simt::pack(pair[0], pair[1]);
+      }
     SIMT_EACH (n, C / 2) {
       if (n * 16 >= columns) continue;
-      SIMT_EACH (stored, P) {
+      SIMT_EACH (stored, S) {
         uint32_t right[4];
         simt::load_matrices_transposed(right, b.place(stored, k * 16, n * 16));
-        SIMT_EACH (part, 2 - stored) {
-          simt::multiply_add(sum[2 * n], left[part], right[0], right[1]);
-          simt::multiply_add(sum[2 * n + 1], left[part], right[2], right[3]);
-        }
+        SIMT_EACH (part, Q - stored)
+          SIMT_EACH (h, MT) {
+            simt::multiply_add(sum[h][first + 2 * n], left[part][h], right[0], right[1]);
+            simt::multiply_add(sum[h][first + 2 * n + 1], left[part][h], right[2], right[3]);
+          }
       }
     }
   }
