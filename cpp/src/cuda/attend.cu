@@ -6,6 +6,7 @@
 
 #include "base/arena.h"
 #include "cuda/attend_tile.h"
+#include "cuda/device/block.h"
 #include "cuda/device/launcher.h"
 #include "cuda/verbs.h"
 
@@ -16,28 +17,6 @@ using namespace attention;
 
 constexpr int kWide = 256;  // threads of the small kernels
 constexpr int kBlocks = 3;  // of the tiles' kernels, that a processor holds
-constexpr size_t kScanBytes = kWide / 32 * sizeof(int64_t);
-
-/// op over what the block's earlier threads give, and `total` before them; then total is op over all.
-template <class Op>
-SIMT_DEVICE int64_t scan(int64_t value, int64_t* total, Op op) {
-  auto* const sums = reinterpret_cast<int64_t*>(simt::shared());  // of each warp
-  const int lane = simt::lane();
-  for (int m = 1; m < 32; m *= 2) {
-    const int64_t left = simt::shuffle(value, lane < m ? lane : lane - m);
-    if (lane >= m) value = op(value, left);
-  }
-  SIMT_UNLESS_PLANTED(57, simt::sync());
-  if (lane == 31) sums[simt::warp()] = value;
-  simt::sync();
-  int64_t before = *total;
-  for (int w = 0; w < kWide / 32; ++w) {
-    if (w < simt::warp()) before = op(before, sums[w]);
-    *total = op(*total, sums[w]);
-  }
-  const int64_t left = simt::shuffle(value, lane ? lane - 1 : 0);
-  return lane ? op(before, left) : before;
-}
 
 /// Block 0: tiles of candidates, nobody's too; block 1: spans, at least one a user. A range begins where all earlier
 /// ones have ended, whatever the offsets hold: no candidate is two users'.
@@ -49,18 +28,16 @@ SIMT_KERNEL(kWide) plan_units(SIMT_CONSTANT Task t) {
   int64_t ended = 0, units = 0;  // units; above 32 bits: users of several
   for (int64_t first = 0; first <= t.users; first += kWide) {
     const int64_t b = first + simt::thread();
-    int64_t start = b < t.users ? t.clamped(t.starts, b) : t.candidates;
-    int64_t end = b < t.users ? t.clamped(t.ends, b) : t.candidates;
-    if (end < start) end = start;
-    const int64_t before = scan(end, &ended, [](int64_t x, int64_t y) { return x < y ? y : x; });
+    int64_t start = b < t.users ? t.start(b) : t.rows;
+    int64_t end = b < t.users ? t.end(b) : t.rows;
+    const int64_t before = scan_threads(end, &ended, Larger{});
     start = start < before ? before : start;
     end = end < start ? start : end;
     int64_t gap_units = 0, user_units = (end - start + size - 1) / size;
     SIMT_UNLESS_PLANTED(58, gap_units = spans ? 0 : (start - before + size - 1) / size);
     if (spans && b < t.users && user_units == 0) user_units = 1;
     const int64_t several = spans && user_units > 1;
-    const int64_t place =
-        scan(gap_units + user_units + (several << 32), &units, [](int64_t x, int64_t y) { return x + y; });
+    const int64_t place = scan_threads(gap_units + user_units + (several << 32), &units, Add{});
     const int64_t unit = place & 0xffffffff;
     const auto cut = [&](int64_t from, int64_t to, int64_t n, int64_t where, int64_t user) {
       for (int64_t i = 0; i < n; ++i)
@@ -81,7 +58,7 @@ SIMT_KERNEL(kWide) plan_units(SIMT_CONSTANT Task t) {
 
 /// Eight lanes a candidate's head: -lse in base 2, no weight where there are no tokens; dlse - dout . out.
 SIMT_KERNEL(kWide) candidate_terms(SIMT_CONSTANT Task t) {
-  const int64_t rows = t.candidates * t.heads, step = int64_t{simt::blocks()} * (kWide / 8);
+  const int64_t rows = t.rows * t.heads, step = int64_t{simt::blocks()} * (kWide / 8);
   for (int64_t first = int64_t{simt::block()} * (kWide / 8); first < rows; first += step) {
     const int64_t row = first + simt::thread() / 8;
     double dot = 0;
@@ -139,11 +116,8 @@ Task describe(const AttendInputs& in) {
   t.q = Matrix(in.q);
   t.keys = Matrix(in.keys);
   t.values = Matrix(in.values);
-  t.starts = in.candidates.starts;
-  t.ends = in.candidates.ends;
-  t.wide = in.candidates.dtype == DType::int64;
-  t.candidates = in.q.rows / std::max<int64_t>(1, in.heads);  // a workspace may be asked for before H is checked
-  t.users = in.candidates.users;
+  static_cast<Histories&>(t) = in.candidates;
+  t.rows = in.q.rows / std::max<int64_t>(1, in.heads);  // a workspace may be asked for before H is checked
   t.tokens = static_cast<int>(in.agents);
   t.heads = static_cast<int>(in.heads);
   t.bias = in.bias.data;
@@ -176,16 +150,16 @@ Status lay_out(Task& t, const char* verb, bool gradients, const simt::Machine& m
 }
 
 void carve(Task& t, Arena& arena, bool gradients) {
-  const int64_t most = t.candidates / kSpan;  // spans that are not a user's first; users of several
+  const int64_t most = t.rows / kSpan;  // spans that are not a user's first; users of several
   t.tiles.head = arena.take<List::Head>(1);
-  t.tiles.unit = arena.take<Unit>(t.candidates / 16 + 2 * t.users + 1);
+  t.tiles.unit = arena.take<Unit>(t.rows / 16 + 2 * t.users + 1);
   if (!gradients) return;
   t.spans.head = arena.take<List::Head>(1);
   t.spans.unit = arena.take<Unit>(t.users + most);
   t.spans.before = arena.take<int32_t>(t.users + 1);
   t.spans.shared = arena.take<SharedUser>(most);
-  t.shift = arena.take<float>(t.candidates * t.heads);
-  t.slope = arena.take<float>(t.candidates * t.heads);
+  t.shift = arena.take<float>(t.rows * t.heads);
+  t.slope = arena.take<float>(t.rows * t.heads);
   t.slots = arena.take<float>(most * t.slot_floats());
   t.biases = arena.take<float>(t.bias ? (t.users + most) * t.heads * t.tokens : 0);
 }
@@ -227,7 +201,7 @@ Status attend(const Context& context, const AttendInputs& inputs, Attended out) 
   Task t = describe(inputs);
   t.result = out;
   return launch_all(context, "attend", t, false, [&](auto launch) {
-    launch(plan_units, 2, kWide, kScanBytes);
+    launch(plan_units, 2, kWide, kFront);
     launch(exact(t) ? attend_tiles<kForward, 1> : attend_tiles<kForward, 2>, kBlocks, 32 * t.warps, t.shared_bytes);
   });
 }
@@ -247,7 +221,7 @@ Status attend_backward(const Context& context, const AttendInputs& inputs, const
   t.forward = forward;
   t.gradients = out;
   return launch_all(context, "attend_backward", t, true, [&](auto launch) {
-    launch(plan_units, 2, kWide, kScanBytes);
+    launch(plan_units, 2, kWide, kFront);
     launch(candidate_terms, 4, kWide, 0);
     launch(exact(t) ? attend_tiles<kOfCandidates, 1> : attend_tiles<kOfCandidates, 2>, kBlocks, 32 * t.warps,
            t.shared_bytes);

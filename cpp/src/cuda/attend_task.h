@@ -53,11 +53,8 @@ struct Matrix {
   SIMT_BOTH int chunks() const { return (depth + kChunk - 1) / kChunk; }
 };
 
-struct Task {
+struct Task : Spans {  // of candidates
   Matrix q, keys, values, d_out;
-  const void *starts = nullptr, *ends = nullptr;
-  bool wide = true;  // int64
-  int64_t candidates = 0, users = 0;
   int tokens = 0, heads = 0;
   const float* bias = nullptr;
   float scale = 1, rate = 1;  // rate: of q . k in base 2
@@ -75,10 +72,6 @@ struct Task {
   AttendForward forward;  // of the backward, with its gradients
   AttendGradients gradients;
 
-  SIMT_DEVICE int64_t clamped(const void* p, int64_t b) const {
-    const int64_t s = wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
-    return s < 0 ? 0 : s > candidates ? candidates : s;
-  }
   SIMT_BOTH int64_t slot_floats() const { return int64_t{tokens} * heads * (keys.width + values.width); }
   SIMT_BOTH int column_tiles(Pass pass) const {
     const int widest = keys.width > values.width ? keys.width : values.width;

@@ -133,11 +133,8 @@ class AttendTile {
         high.word[i] = pair;
       else if (type == DType::float32)
         high.word[i] = bf16_parts_clamped(simt::float_of(x), simt::float_of(y), &low.word[i]);
-      else if (type == DType::float16)
-        high.word[i] = bf16_parts_clamped(simt::from_half(static_cast<uint16_t>(pair)),
-                                          simt::from_half(static_cast<uint16_t>(pair >> 16)), &low.word[i]);
       else
-        high.word[i] = bf16_parts_clamped(of_bfloat16(pair), simt::float_of(pair & 0xffff0000u), &low.word[i]);
+        high.word[i] = bf16_parts_clamped(half_of(pair, 0, type), half_of(pair, 1, type), &low.word[i]);
     }
     *reinterpret_cast<simt::Quad*>(to.data) = high;
     if (P > 1) *reinterpret_cast<simt::Quad*>(to.data + to.part_stride) = low;
@@ -343,11 +340,6 @@ class AttendTile {
     }
   }
 
-  SIMT_DEVICE float over_lanes(float x) const {
-    x += simt::shuffle_xor(x, 1);
-    return x + simt::shuffle_xor(x, 2);
-  }
-
   SIMT_DEVICE void end_forward() {
     float q_nan[4] = {};  // q times 0: NaN for a candidate whose q is not finite
     const Operand<P> q = kept(0).from(warp_row(), 0);
@@ -356,7 +348,7 @@ class AttendTile {
         simt::load_matrices(left, q.place(part, 0, k));
         SIMT_UNLESS_PLANTED(55, simt::multiply_add(q_nan, left, 0, 0));
       }
-    SIMT_EACH (r, 2) mass[r] = over_lanes(mass[r]);
+    SIMT_EACH (r, 2) mass[r] = over_quad(mass[r]);
     const float scale[2] = {max_logit[0] == -kInfinity ? 0.f : 1.f / mass[0],
                             max_logit[1] == -kInfinity ? 0.f : 1.f / mass[1]};
     each([&](int row, int r, int c, float x) {
@@ -385,7 +377,7 @@ class AttendTile {
     float* const d_keys = w.slot < 0 ? t.gradients.keys.data + w.user * keys : t.slots + w.slot * t.slot_floats();
     float* const d_values =
         w.slot < 0 ? t.gradients.values.data + int64_t{w.user} * t.tokens * t.heads * t.values.width : d_keys + keys;
-    SIMT_EACH (r, 2) mass[r] = over_lanes(mass[r]);
+    SIMT_EACH (r, 2) mass[r] = over_quad(mass[r]);
     each([&](int row, int r, int c, float x) {
       const int64_t out = int64_t{row} * t.heads + w.head;
       const int column = w.column + c % (kColumns / 2);

@@ -3,7 +3,7 @@
 // canonical distance.
 #pragma once
 #include "codebook/image.h"
-#include "cuda/device/elements.h"
+#include "cuda/device/block.h"
 
 namespace hisac::cuda {
 
@@ -45,10 +45,6 @@ class EncodeRows {
     float value[n];
   };
 
-  template <class T>
-  static SIMT_DEVICE T* shared(int offset) {
-    return reinterpret_cast<T*>(simt::shared() + offset);
-  }
   template <class T>
   SIMT_DEVICE const T* part(int64_t offset) const {
     return reinterpret_cast<const T*>(t.image + offset);
@@ -94,10 +90,7 @@ class EncodeRows {
             if (per < 8)
               f[0].value[i] = simt::float_of(w);
             else
-              SIMT_EACH (k, 2)
-                f[i / 2].value[i % 2 * 2 + k] = t.x.dtype == DType::bfloat16
-                                                    ? of_bfloat16(w >> (16 * k))
-                                                    : simt::from_half(static_cast<uint16_t>(w >> (16 * k)));
+              SIMT_EACH (k, 2) f[i / 2].value[i % 2 * 2 + k] = half_of(w, k, t.x.dtype);
           }
           SIMT_EACH (i, 8)
             if (!finite(f[i / 4].value[i % 4])) broken |= 1u << j;

@@ -75,11 +75,11 @@ class EncodeTile : EncodeRows<kOnChip> {
   }
 
   SIMT_DEVICE uint16_t* panel(int buffer) const {
-    return Base::template shared<uint16_t>(t.offset.panels) + buffer * kCodes * t.panel_pitch();
+    return shared<uint16_t>(t.offset.panels) + buffer * kCodes * t.panel_pitch();
   }
-  SIMT_DEVICE float* head(int buffer) const { return Base::template shared<float>(t.offset.heads) + buffer * kHead; }
+  SIMT_DEVICE float* head(int buffer) const { return shared<float>(t.offset.heads) + buffer * kHead; }
   SIMT_DEVICE int32_t* kept(int row, int quad) const {
-    return Base::template shared<int32_t>(t.offset.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
+    return shared<int32_t>(t.offset.kept) + ((simt::warp() * kRows + row) * 4 + quad) * kKept;
   }
   SIMT_DEVICE const CodebookImage::Screen& screen_of(int level) const {
     return *Base::template part<CodebookImage::Screen>(t.book.level[level].screen);
@@ -170,10 +170,8 @@ class EncodeTile : EncodeRows<kOnChip> {
     const float width = static_cast<float>(t.book.width), most = screen_of(level).largest;
     const float lost = simt::root(width) * 0x1p-14f, g = (width + 64) * 0x1p-22f;
     SIMT_EACH (i, 4) {
-      for (int m = 1; m < 4; m *= 2) {
-        squares_[i] += simt::shuffle_xor(squares_[i], m);
-        errors_[i] += simt::shuffle_xor(errors_[i], m);
-      }
+      squares_[i] = over_quad(squares_[i]);
+      errors_[i] = over_quad(errors_[i]);
       const float norm = 1.01f * simt::root(squares_[i]) + lost;
       const float error = 1.01f * simt::root(errors_[i]) + 0x1p-22f * norm + lost, both = norm + error;
       by_norm_[i] = error + g * (both + most);

@@ -96,11 +96,8 @@ inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
   t.v_ids = in.v_ids;
   t.scale = in.x_scale.data;
   t.scale_per_row = in.x_scale.shape[0] != 1;
-  t.starts = in.histories.starts;
-  t.ends = in.histories.ends;
-  t.wide = in.histories.dtype == DType::int64;
+  static_cast<Histories&>(t) = in.histories;
   t.rows = in.behaviours();
-  t.users = in.histories.users;
   t.bias = in.bias.data;
   t.spread = in.spread.data;
   if (in.codes && in.book && !in.book->empty()) {

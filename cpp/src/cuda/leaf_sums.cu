@@ -3,13 +3,16 @@
 
 #include <algorithm>
 
-#include "cuda/leaf_sort.h"
+#include "base/radix_sort.h"
+#include "cuda/device/block.h"
 #include "cuda/verbs.h"
 
 namespace hisac::cuda {
 namespace {
 
-constexpr int kRun = 64;  // rows whose weighted sum is float32
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kPlacesAt = kFront + 16;  // in the sort's shared memory
+constexpr int kRun = 64;                // rows whose weighted sum is float32
 constexpr int kColumns = 128;
 constexpr int kShort = 4 * kRun;  // rows of a leaf that one warp sums
 
@@ -47,22 +50,57 @@ SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
 /// One block: where each user's entries go.
 SIMT_KERNEL(kThreads) plan_entries(SIMT_CONSTANT LeafTask t) {
   const auto capped = [&](int64_t n) { return n < t.capacity ? n : t.capacity; };
-  const int64_t all = scan(
-      t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.end(b) - t.start(b); },
-      [&](int64_t b, int64_t place) { t.first[b] = capped(place); });
+  const int64_t all = scan<int64_t>(
+      t.users, [&](int64_t b) { return t.length(b); },
+      [&](int64_t b, int64_t place, int64_t) { t.first[b] = capped(place); });
   if (simt::thread() == 0) t.first[t.users] = capped(all);
 }
 
 /// One block: where each user's sums go. All of them fit: there are at most as many as entries, and as leaves.
 SIMT_KERNEL(kThreads) plan_sums(SIMT_CONSTANT LeafTask t) {
-  const int64_t all = scan(
-      t.users, reinterpret_cast<int64_t*>(simt::shared()), [&](int64_t b) { return t.leaves[b]; },
-      [&](int64_t b, int64_t place) { t.out.offsets.data[b] = place; });
+  const int64_t all = scan<int64_t>(
+      t.users, [&](int64_t b) { return t.leaves[b]; },
+      [&](int64_t b, int64_t place, int64_t) { t.out.offsets.data[b] = place; });
   if (simt::thread() == 0) t.out.offsets.data[t.users] = all;
 }
 
-/// A block has a user.
-SIMT_KERNEL(kThreads) sort_rows(SIMT_CONSTANT LeafTask t) { Sorter(t).run(); }
+/// By a block: a user's present rows by leaf, stably, least significant digit first; then where each leaf's begin.
+SIMT_DEVICE void sort(const LeafTask& t, int64_t b) {
+  const int64_t first = t.first[b], start = t.start(b);
+  uint32_t n = static_cast<uint32_t>(t.first[b + 1] - first);
+  SIMT_UNLESS_PLANTED(17, n = n < t.length(b) ? 0 : n);  // a history that does not fit whole has no sums
+  const int32_t* from = nullptr;                         // null: the history as it stands
+  const int passes = t.bits > kDigit ? (t.bits + kDigit - 1) / kDigit : 1;
+  for (int p = 0; p < passes; ++p) {
+    int32_t* const to = ((passes - p) % 2 ? t.entry : t.spare) + first;
+    const auto item = [&](uint32_t e) {
+      const int32_t row = from ? from[e] : static_cast<int32_t>(start + e);
+      const bool present = from || t.norm[row] >= 0;
+      return Keyed<int32_t>{present ? digit_of(t.leaf[row], kDigit * p) : -1, row};
+    };
+    n = radix_pass<int32_t>(n, shared<uint32_t>(kPlacesAt), item,
+                            [&](uint32_t, int32_t row, uint32_t place) { to[place] = row; });
+    from = to;
+  }
+  int32_t* const begin = t.begin + first + b;
+  const int leaves = gather(
+      n, [&](uint32_t e) { return e == 0 || t.leaf[from[e]] != t.leaf[from[e - 1]]; },
+      [&](uint32_t e, int place) { begin[place] = static_cast<int32_t>(e); });
+  if (simt::thread() != 0) return;
+  begin[leaves] = static_cast<int32_t>(n);
+  t.leaves[b] = leaves;
+}
+SIMT_KERNEL(kThreads, 6) sort_rows(SIMT_CONSTANT LeafTask t) {
+  int32_t* const user = shared<int32_t>(kFront);
+  for (;;) {
+    if (simt::thread() == 0) *user = simt::atomic_add(t.next, 1);
+    simt::sync();
+    const int64_t b = *user;
+    if (b >= t.users) return;
+    sort(t, b);
+    simt::sync();
+  }
+}
 
 /// One leaf's row of sums: by a warp, or by all warps of the block, each with every eighth run.
 template <bool kBlock>
@@ -93,8 +131,7 @@ class Leaf {
     each_run([&](int first, int last) {
       for (int e = first + lane; t.bias && e < last; e += 32) max_bias = larger(max_bias, t.bias[rows[e]]);
     });
-    for (int m = 16; m; m /= 2) max_bias = larger(max_bias, simt::shuffle_xor(max_bias, m));
-    max_bias = t.bias ? static_cast<float>(over_parts(max_bias, false)) : 0.f;
+    max_bias = t.bias ? over_parts(max_bias, Larger{}) : 0.f;
     float scale = 1;  // a run's weights are at most 1 together, so that no sum of large v overflows
     while (scale * static_cast<float>(n < kRun ? n : kRun) > 1) scale /= 2;
     double mass = 0, squares = 0;
@@ -108,12 +145,8 @@ class Leaf {
       }
     });
     simt::sync_warp();
-    for (int m = 16; m; m /= 2) {
-      mass += simt::shuffle_xor(mass, m);
-      squares += simt::shuffle_xor(squares, m);
-    }
-    mass = over_parts(mass, true);
-    squares = over_parts(squares, true);
+    mass = over_parts(mass, Add{});
+    squares = over_parts(squares, Add{});
     double inverse = 1 / mass;
     means(
         static_cast<int>(t.v.width), inverse, t.out.v.data,
@@ -153,16 +186,18 @@ class Leaf {
       visit(first, first + kRun < n ? first + kRun : n);
   }
 
-  /// The sum of all warps' numbers, or the largest.
-  SIMT_DEVICE double over_parts(double value, bool add) const {
+  /// `op` over the numbers of all lanes of all the leaf's warps.
+  template <class T, class Op>
+  SIMT_DEVICE T over_parts(T value, Op op) const {
+    for (int m = 16; m; m /= 2) value = op(value, simt::shuffle_xor(value, m));
     if (!kBlock) return value;
-    auto* const all = reinterpret_cast<double*>(simt::shared());
+    T* const all = shared<T>(0);
     simt::sync();
     if (simt::lane() == 0) all[simt::warp()] = value;
     SIMT_UNLESS_PLANTED(14, simt::sync());
-    double y = all[0];
-    for (int w = 1; w < kWarps; ++w) y = add ? y + all[w] : y < all[w] ? all[w] : y;
-    return y;
+    value = all[0];
+    for (int w = 1; w < kWarps; ++w) value = op(value, all[w]);
+    return value;
   }
 
   /// to[out, :] = the weighted means; returns the sum of their squares. table_row(row): where a behaviour's row lies.
@@ -183,7 +218,7 @@ class Leaf {
         SIMT_EACH (j, kColumns / 32) sum[j] += static_cast<double>(run[j]);
       });
       if (kBlock) {
-        auto* const all = reinterpret_cast<double*>(simt::shared());  // [kWarps, kColumns]
+        double* const all = shared<double>(0);  // [kWarps, kColumns]
         simt::sync();
         SIMT_EACH (j, kColumns / 32) all[simt::warp() * kColumns + j * 32 + lane] = sum[j];
         simt::sync();
@@ -214,7 +249,7 @@ class Leaf {
 /// Eight leaves at a time: the short ones by a warp each, then the long ones by all.
 SIMT_KERNEL(kThreads, 3) add_leaves(SIMT_CONSTANT LeafTask t) {
   const int64_t all = t.out.offsets.data[t.users];
-  auto* const sizes = reinterpret_cast<int*>(simt::shared() + kWarps * kColumns * 8);  // [kWarps]
+  int* const sizes = shared<int>(kWarps * kColumns * 8);  // [kWarps]
   for (int64_t first = int64_t{simt::block()} * kWarps; first < all; first += warps()) {
     const bool has_leaf = first + simt::warp() < all;
     int size = 0;
@@ -242,8 +277,8 @@ struct AbsentTask {
 SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
   const LeafTask& t = a.leaves;
   const int lane = simt::lane(), warp = simt::warp();
-  auto* const sums = reinterpret_cast<double*>(simt::shared());         // [kWarps, 64]
-  auto* const counts = reinterpret_cast<int64_t*>(sums + kWarps * 64);  // [kWarps]
+  double* const sums = shared<double>(0);                    // [kWarps, 64]
+  int64_t* const counts = shared<int64_t>(kWarps * 64 * 8);  // [kWarps]
   const int64_t tiles = (t.v.width + 63) / 64;
   for (int64_t i = simt::block(); i < t.users * tiles; i += simt::blocks()) {
     const int64_t b = i / tiles, column = i % tiles * 64 + lane, start = t.start(b), end = t.end(b);
@@ -276,23 +311,14 @@ SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
 
 // ---- host
 
-}  // namespace
-
-LeafTask leaf_task(const RouteInputs& in, int64_t width) {
+LeafTask leaf_task(const RouteInputs& in) {
   LeafTask t;
-  static_cast<Behaviours&>(t) = behaviours_of(in, width);
+  static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
   uint64_t last = 0;
   for (int l = 0; l < t.levels; ++l)
     last = last * static_cast<uint64_t>(t.sizes[l]) + static_cast<uint64_t>(t.sizes[l] - 1);
-  for (; last; last /= 2) ++t.bits;
+  t.bits = bits_of(last);
   return t;
-}
-
-int64_t most_entries(const RouteInputs& in, int64_t longest) {
-  const Histories& h = in.histories;
-  const int64_t rows = in.behaviours();
-  if (h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype)) return rows;
-  return std::min<int64_t>(longest, rows) * h.users;
 }
 
 int64_t most_sums(const RouteInputs& in, int64_t entries) {
@@ -315,10 +341,19 @@ void carve(LeafTask& t, Arena& arena) {
   t.weight = arena.take<float>(t.capacity);
 }
 
+}  // namespace
+
+int64_t most_entries(const RouteInputs& in, int64_t longest) {
+  const Histories& h = in.histories;
+  const int64_t rows = in.behaviours();
+  if (h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype)) return rows;
+  return std::min<int64_t>(longest, rows) * h.users;
+}
+
 RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* out) {
   LeafTask& t = *out;
   const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
-  t = leaf_task(in, width);
+  t = leaf_task(in);
   t.missing = params.missing == Missing::token;
   t.capacity = entries;
   t.sums = sums;
@@ -346,11 +381,11 @@ RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t
 
 void sum_leaves(const LeafTask& t, Launcher& launch) {
   const int blocks = launch.machine.processors * 8;
-  constexpr size_t kScan = kWarps * 8, kSort = Sorter::kShared, kAdd = kWarps * (kColumns * 8 + 4);
+  constexpr size_t kSort = kPlacesAt + kWarps * (4 << kDigit), kAdd = kWarps * (kColumns * 8 + 4);
   launch(mark_rows, least((t.rows + kWarps) / kWarps, blocks), kThreads, 0, t);
-  launch(plan_entries, 1, kThreads, kScan, t);
+  launch(plan_entries, 1, kThreads, kFront, t);
   launch(sort_rows, least(t.users, blocks), kThreads, kSort, t);
-  launch(plan_sums, 1, kThreads, kScan, t);
+  launch(plan_sums, 1, kThreads, kFront, t);
   launch(add_leaves, least((t.sums + kWarps - 1) / kWarps, blocks), kThreads, kAdd, t);
 }
 
@@ -360,16 +395,8 @@ void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64
          kWarps * 65 * 8, a);
 }
 
-namespace {
-
-int64_t width_of(const RouteInputs& in) {
-  return in.x.data ? in.x.width : in.book && !in.book->empty() ? in.book->width() : 0;
-}
-
-}  // namespace
-
 size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t longest) noexcept {
-  LeafTask t = leaf_task(inputs, width_of(inputs));
+  LeafTask t = leaf_task(inputs);
   t.capacity = most_entries(inputs, longest);
   Arena arena;
   carve(t, arena);
@@ -378,7 +405,7 @@ size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t lo
 
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {
   HISAC_TRY(check_counts("leaf_sums", inputs));
-  LeafTask t = leaf_task(inputs, width_of(inputs));
+  LeafTask t = leaf_task(inputs);
   HISAC_TRY(place_centers("leaf_sums", context, inputs, t));
   t.out = out;
   t.sums = std::min({out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.codes.shape[0]});

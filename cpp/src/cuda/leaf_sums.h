@@ -30,8 +30,6 @@ struct LeafTask : Behaviours {
   static constexpr float kAbsent = -1, kNothing = -2;  // without a v that is finite
 };
 
-LeafTask leaf_task(const RouteInputs& in, int64_t width);
-void carve(LeafTask& t, Arena& arena);
 /// Leaf sums of so many entries as the rows of `route`, in the workspace; to be summed there by t.
 RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* t);
 /// The sums at t.out, all launches.
@@ -41,8 +39,6 @@ void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64
 
 /// Rows of all histories, as far as the host can tell: ragged ones do not overlap.
 int64_t most_entries(const RouteInputs& in, int64_t longest);
-/// Rows of leaf sums of so many entries.
-int64_t most_sums(const RouteInputs& in, int64_t entries);
 
 /// The most entries that fit, with all that `carve(entries, arena)` takes, in the workspace: a call does not know the
 /// longest history, as its workspace function does.

@@ -2,6 +2,7 @@
 // `route` in four launches a pass: agents packed, work planned, tiles, users with several units merged.
 #include <algorithm>
 
+#include "cuda/device/block.h"
 #include "cuda/leaf_sums.h"
 #include "cuda/route_back_task.h"
 #include "cuda/route_tile.h"
@@ -44,44 +45,26 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
 
 /// One block: the chunk that gives every worker some four units, then each user's units.
 SIMT_KERNEL(kThreads) plan_units(SIMT_CONSTANT Task t) {
-  auto* const sums = reinterpret_cast<int64_t*>(simt::shared());  // [8][3]
-  const int lane = simt::lane(), warp = simt::warp(), thread = simt::thread();
-  int64_t total = 0;
-  for (int64_t b = thread; b < t.users; b += kThreads) total += t.tiles(b);
-  for (int m = 16; m; m /= 2) total += simt::shuffle_xor(total, m);
-  if (lane == 0) sums[warp] = total;
-  simt::sync();
-  total = 0;
-  for (int w = 0; w < kThreads / 32; ++w) total += sums[w];
+  const int thread = simt::thread();
+  int64_t tiles_here = 0, total = 0;
+  for (int64_t b = thread; b < t.users; b += kThreads) tiles_here += t.tiles(b);
+  scan_threads(tiles_here, &total, Add{});
   int64_t chunk = 1;
   while (chunk < (total + 4 * t.g.workers - 1) / (4 * t.g.workers)) chunk *= 2;
-  int64_t before[3] = {};  // units, slots and shared users of earlier users
+  int64_t planned = 0;  // units of earlier users; above 32 bits: those users that share, who have several
   for (int64_t first = 0; first < t.users; first += kThreads) {
     const int64_t b = first + thread, tiles = b < t.users ? t.tiles(b) : 0;
-    const int64_t units = b >= t.users ? 0 : tiles > chunk ? (tiles + chunk - 1) / chunk : 1;
-    const int64_t number[3] = {units, units > 1 ? units : 0, units > 1};
-    int64_t sum[3];
-    for (int i = 0; i < 3; ++i) sum[i] = sum_so_far(number[i]);
-    simt::sync();
-    if (lane == 31)
-      for (int i = 0; i < 3; ++i) sums[warp * 3 + i] = sum[i];
-    SIMT_UNLESS_PLANTED(8, simt::sync());
-    int64_t place[3];
-    for (int i = 0; i < 3; ++i) {
-      place[i] = before[i] + sum[i] - number[i];
-      for (int w = 0; w < kThreads / 32; ++w) {
-        if (w < warp) place[i] += sums[w * 3 + i];
-        before[i] += sums[w * 3 + i];
-      }
-    }
+    const int64_t units = b >= t.users ? 0 : tiles > chunk ? (tiles + chunk - 1) / chunk : 1, several = units > 1;
+    const int64_t place = scan_threads(units + (several << 32), &planned, Add{});
+    const int64_t unit = place & 0xffffffff, sharers = place >> 32;
+    const int64_t slot = unit - (b - sharers);  // a user of one unit has none
     for (int64_t c = 0; c < units; ++c)
-      t.unit[place[0] + c] = {static_cast<int32_t>(b), static_cast<int32_t>(c * chunk),
-                              static_cast<int32_t>((c + 1) * chunk < tiles ? (c + 1) * chunk : tiles),
-                              units > 1 ? static_cast<int32_t>(place[1] + c) : -1};
-    if (units > 1)
-      t.shared[place[2]] = {static_cast<int32_t>(b), static_cast<int32_t>(place[1]), static_cast<int32_t>(units)};
+      t.unit[unit + c] = {static_cast<int32_t>(b), static_cast<int32_t>(c * chunk),
+                          static_cast<int32_t>((c + 1) * chunk < tiles ? (c + 1) * chunk : tiles),
+                          several ? static_cast<int32_t>(slot + c) : -1};
+    if (several) t.shared[sharers] = {static_cast<int32_t>(b), static_cast<int32_t>(slot), static_cast<int32_t>(units)};
   }
-  if (thread == 0) *t.plan = {static_cast<int32_t>(before[0]), static_cast<int32_t>(before[2]), 0};
+  if (thread == 0) *t.plan = {static_cast<int32_t>(planned & 0xffffffff), static_cast<int32_t>(planned >> 32), 0};
 }
 
 constexpr int kMostThreads1 = 512, kMostThreads2 = 256;  // of one and of two agent tiles a warp
@@ -288,7 +271,7 @@ void launch_pack_agents(const Task& t, Launcher& launch) {
   const int64_t agents = t.users * t.g.agent_tiles * t.g.tile_agents;
   launch(pack_agents, least((agents + 7) / 8, launch.machine.processors * 16), kThreads, 0, t);
 }
-void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, 24 * sizeof(int64_t), t); }
+void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, kFront, t); }
 
 size_t route_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
   simt::Machine machine;

@@ -334,9 +334,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
     if (b.raw)
       SIMT_EACH (h, MT)
         SIMT_EACH (r, 2) {
-          float sum = total[h][r];
-          sum += simt::shuffle_xor(sum, 1);
-          sum += simt::shuffle_xor(sum, 2);
+          const float sum = over_quad(total[h][r]);
           const int64_t a = int64_t{tile} * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4;
           if ((simt::lane() & 3) == 0) b.raw[a * b.chunks.count + work().value_tile] += sum;
         }
@@ -392,10 +390,7 @@ class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
   /// Down the tree, as a binary counter; the unit's last state stays in registers.
   SIMT_DEVICE void end_tile() {
     SIMT_EACH (h, MT)
-      SIMT_EACH (r, 2) {
-        total[h][r] += simt::shuffle_xor(total[h][r], 1);
-        total[h][r] += simt::shuffle_xor(total[h][r], 2);
-      }
+      SIMT_EACH (r, 2) total[h][r] = over_quad(total[h][r]);
     const bool last = end >= unit_end();
     const int before = (end - 1) / kTile - work().unit.first;  // tiles
     int level = simt::count_bits(static_cast<uint32_t>(before));

@@ -4,6 +4,7 @@
 // merged.
 #include <algorithm>
 
+#include "cuda/device/block.h"
 #include "cuda/leaf_back.h"
 #include "cuda/route_back_step.h"
 #include "cuda/verbs.h"
@@ -94,27 +95,16 @@ auto prototypes_kernel(const Geometry& g) {
                          : back_to_prototypes<1, 2, 2, kOverAgents>;
 }
 
-/// The block's sum, in a fixed order; seen by thread 0.
-SIMT_DEVICE double block_sum(double x) {
-  auto* const sums = reinterpret_cast<double*>(simt::shared());
-  for (int m = 16; m; m /= 2) x += simt::shuffle_xor(x, m);
-  if (simt::lane() == 0) sums[simt::warp()] = x;
-  SIMT_UNLESS_PLANTED(47, simt::sync());
-  x = 0;
-  for (int w = 0; w < kWarps; ++w) x += sums[w];
-  SIMT_UNLESS_PLANTED(48, simt::sync());
-  return x;
-}
-
 /// A block has an agent: its sums of chunks.
 SIMT_KERNEL(kThreads) sum_temperature(SIMT_CONSTANT BackTask b) {
   for (int64_t a = simt::block(); a < b.x.agents; a += simt::blocks()) {
     double sum = 0;
     for (int c = simt::thread(); c < b.chunks.count; c += kThreads)
       sum += static_cast<double>(b.raw[a * b.chunks.count + c]);
-    sum = block_sum(sum);
+    double total = 0;
+    scan_threads(sum, &total, Add{});
     const float tau = b.x.temperature[b.x.per_agent ? a : 0];
-    if (simt::thread() == 0) b.total[a] = tau > 0 ? -kLn2 * sum / static_cast<double>(tau) : 0;
+    if (simt::thread() == 0) b.total[a] = tau > 0 ? -kLn2 * total / static_cast<double>(tau) : 0;
   }
 }
 SIMT_KERNEL(kThreads) finish_temperature(SIMT_CONSTANT BackTask b) {
@@ -124,8 +114,9 @@ SIMT_KERNEL(kThreads) finish_temperature(SIMT_CONSTANT BackTask b) {
       b.out.temperature.data[a] = static_cast<float>(b.total[a]);
     else
       sum += b.total[a];
-  sum = block_sum(sum);
-  if (!b.x.per_agent && simt::thread() == 0) *b.out.temperature.data = static_cast<float>(sum);
+  double total = 0;
+  scan_threads(sum, &total, Add{});
+  if (!b.x.per_agent && simt::thread() == 0) *b.out.temperature.data = static_cast<float>(total);
 }
 
 /// A thread has two neighbours of a state: the tree of base/reduction_tree.h over a user's slots, as a binary counter
@@ -366,8 +357,8 @@ Status route_backward(const Context& context, const RouteParams& params, const R
     launch(kernel, g.blocks, g.threads(), g.shared_bytes, b);
   }
   if (out.temperature) {
-    launch(sum_temperature, machine.processors * 2, kThreads, kWarps * sizeof(double), b);
-    launch(finish_temperature, 1, kThreads, kWarps * sizeof(double), b);
+    launch(sum_temperature, machine.processors * 2, kThreads, kFront, b);
+    launch(finish_temperature, 1, kThreads, kFront, b);
   }
   if (l.of_prototypes) {
     const BackTask& p = l.prototypes;

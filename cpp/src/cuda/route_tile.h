@@ -231,10 +231,7 @@ class RouteTile : RouteAgents<MT, Q, S> {
   /// Down the tree; the unit's last state stays in registers.
   SIMT_DEVICE void end_tile(int so_far) {
     SIMT_EACH (h, MT)
-      SIMT_EACH (r, 2) {
-        mass[h][r] += simt::shuffle_xor(mass[h][r], 1);
-        mass[h][r] += simt::shuffle_xor(mass[h][r], 2);
-      }
+      SIMT_EACH (r, 2) mass[h][r] = over_quad(mass[h][r]);
     // as a binary counter: a state waits for every bit of how many tiles are done
     const bool last = so_far >= unit_end();
     const int before = (so_far - 1) / kTile - work().unit.first;  // tiles

@@ -24,24 +24,14 @@ static_assert(kSliceAt + sizeof(Slice) <= kFoundAt);
 
 /// One block: the longest history, and from it how many users the workspace can hold at a time.
 SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
-  auto* const longest = reinterpret_cast<int64_t*>(simt::shared());  // [32]
   if (t.cells) {
     if (simt::thread() == 0) t.plan->next = 0;
     return;
   }
-  int64_t most = 0;
-  for (int64_t b = simt::thread(); b < t.users; b += simt::threads()) {
-    const int64_t n = t.voters(b);
-    most = n > most ? n : most;
-  }
-  for (int m = 16; m; m /= 2) {
-    const int64_t other = simt::shuffle_xor(most, m);
-    most = other > most ? other : most;
-  }
-  if (simt::lane() == 0) longest[simt::warp()] = most;
-  simt::sync();
+  int64_t longest = 0, most = 0;
+  for (int64_t b = simt::thread(); b < t.users; b += simt::threads()) longest = Larger{}(longest, t.voters(b));
+  scan_threads(longest, &most, Larger{});
   if (simt::thread() != 0) return;
-  for (int w = 0; w < simt::threads() / 32; ++w) most = longest[w] > most ? longest[w] : most;
   const auto fitting =
       [&](int64_t bytes) {  // the most rows, up to `most`, of a slice of so many bytes; 0 where none fit
         if (t.slice_bytes(most) <= bytes) return most;
@@ -62,9 +52,9 @@ SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
 /// vote(user) for the users of the pass as they come, by the whole block.
 template <class Wanted, class Vote>
 SIMT_DEVICE void each_user(const VoteTask& t, Wanted wanted, Vote vote) {
-  auto* const next = reinterpret_cast<int32_t*>(simt::shared() + kSliceAt - 8);
-  auto* const found = reinterpret_cast<uint16_t*>(simt::shared() + kFoundAt);  // [chunk]
-  const int chunk = t.pass ? simt::threads() : 1;                              // few of them are for the second pass
+  auto* const next = shared<int32_t>(kSliceAt - 8);
+  auto* const found = shared<uint16_t>(kFoundAt);  // [chunk]
+  const int chunk = t.pass ? simt::threads() : 1;  // few of them are for the second pass
   for (;;) {
     if (simt::thread() == 0) *next = simt::atomic_add(&t.plan[t.pass].next, chunk);
     simt::sync();
@@ -81,9 +71,9 @@ SIMT_DEVICE void each_user(const VoteTask& t, Wanted wanted, Vote vote) {
 template <bool kBitmap>
 SIMT_KERNEL(2 * kMostThreads)
 vote_users(SIMT_CONSTANT VoteTask t) {
-  const Plan& plan = t.plan[t.pass];
+  const SlicePlan& plan = t.plan[t.pass];
   if (simt::block() >= plan.slices) return;
-  Slice& slice = *reinterpret_cast<Slice*>(simt::shared() + kSliceAt);
+  Slice& slice = *shared<Slice>(kSliceAt);
   if (simt::thread() == 0) t.slice(plan.capacity, t.slices + simt::block() * plan.slice_bytes, &slice);
   // Against the contract a user may have more rows than any slice can sort. The last pass gives it no agents.
   const auto wanted = [&](int64_t user) {
@@ -92,7 +82,7 @@ vote_users(SIMT_CONSTANT VoteTask t) {
   };
   each_user(t, wanted, [&](int64_t user) {
     const int64_t voters = t.voters(user);
-    int64_t rows = voters < plan.capacity ? voters : plan.capacity;
+    int rows = least(voters, plan.capacity);
     SIMT_UNLESS_PLANTED(39, rows = rows < voters ? 0 : rows);
     if (kBitmap && rows <= t.shared_rows)
       UserVote<uint32_t, true>(t, slice, user, rows).run();
@@ -168,7 +158,7 @@ VoteTask describe(const Codebook& book, const VoteParams& params) {
     t.fanout[l] = static_cast<uint32_t>(params.fanout[l]);
     stride *= t.size[l];  // 2^64 becomes 0
   }
-  for (uint64_t most = stride - 1; most; most /= 2) ++t.bits;
+  t.bits = bits_of(stride - 1);
   if (t.bits <= kMostBits) t.pairs = static_cast<int>(stride / 64 + 1);
   return t;
 }
@@ -180,7 +170,7 @@ size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& pa
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   VoteTask t = describe(book, params);
   Arena arena;
-  arena.take<Plan>(2);
+  arena.take<SlicePlan>(2);
   if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
     const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
     const int64_t least = t.pairs ? t.slice_bytes(kMostVoters) : each;  // a bitmap: enough for any history
@@ -198,28 +188,23 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   VoteTask t = describe(book, params);
   t.codes = codes.data;
   t.weights = weights.data;
-  t.starts = histories.starts;
-  t.ends = histories.ends;
-  t.wide = histories.dtype == DType::int64;
+  static_cast<Histories&>(t) = histories;
   t.rows = codes.shape[0];
-  t.users = histories.users;
   lay_out(t, launch.machine);
   Arena arena(context.workspace);
-  t.plan = arena.take<Plan>(2);
+  t.plan = arena.take<SlicePlan>(2);
   const size_t head = arena.used();
   t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(t.pairs ? std::min<int64_t>(t.rows, kMostVoters) : 0));
   HISAC_TRY(arena.check("vote"));
   t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
-  t.out_codes = out.codes.data;
-  t.out_votes = out.votes.data;
-  t.out_count = out.count.data;
+  t.out = out;
   if (t.users == 0) return {};
   t.blocks = static_cast<int>(std::min<int64_t>(t.blocks, t.users));
   const auto kernel = t.cells   ? t.weights ? vote_in_cells<uint64_t> : vote_in_cells<uint32_t>
                       : t.pairs ? vote_users<true>
                                 : vote_users<false>;
   const int threads = t.users > 32 ? 1024 : 32;
-  launch(plan_slices, 1, threads, 32 * sizeof(int64_t), t);
+  launch(plan_slices, 1, threads, kFront, t);
   for (; t.pass < (t.cells ? 1 : 2); ++t.pass)
     launch(kernel, t.blocks, t.threads, static_cast<size_t>(t.shared_bytes), t);
   return launch.status();

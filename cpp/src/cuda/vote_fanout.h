@@ -12,8 +12,7 @@ namespace hisac::cuda {
 template <class Sum>  // of a user's votes
 class FanoutVote {
  public:
-  SIMT_DEVICE FanoutVote(const VoteTask& task, int64_t user)
-      : t(task), b(user), n_rows(static_cast<int>(task.voters(user))), first_row(task.start(user)) {}
+  SIMT_DEVICE FanoutVote(const VoteTask& task, int64_t user) : t(task), b(user) {}
 
   SIMT_DEVICE void run() {
     uint64_t *const agent_keys = shared<uint64_t>(t.offset.area), *path = shared<uint64_t>(t.offset.nodes),
@@ -51,9 +50,7 @@ class FanoutVote {
             cell[i] = static_cast<Sum>(place + 1);
             next_path[place] = path[i / size] * static_cast<uint64_t>(size) + static_cast<uint64_t>(i % size);
           });
-      uint64_t* const kept = path;
-      path = next_path;
-      next_path = kept;
+      swap(path, next_path);
     }
     const uint32_t size = t.size[t.levels - 1];
     write_agents(t, b, agent_keys, static_cast<int>(cursor), [&](int place) {
@@ -63,17 +60,13 @@ class FanoutVote {
   }
 
  private:
-  template <class T>
-  SIMT_DEVICE static T* shared(int offset) {
-    return reinterpret_cast<T*>(simt::shared() + offset);
-  }
   SIMT_DEVICE Sum* cells_of(int level) const { return shared<Sum>(t.offset.before) + t.cells_before[level]; }
 
   /// The rows below kept nodes into the cells of `level`.
   SIMT_DEVICE void count(int level) const {
     Sum* const cell = cells_of(level);
     each_row<int>(
-        t, first_row, n_rows,
+        t, b, static_cast<int>(t.voters(b)),
         [&](int& node, int l, uint32_t code) {  // -1: not below one; last, a cell
           if (l > level || node < 0) return;
           node = node * static_cast<int>(t.size[l]) + static_cast<int>(code);
@@ -86,8 +79,6 @@ class FanoutVote {
 
   const VoteTask& t;
   int64_t b;
-  int n_rows;
-  int64_t first_row;
 };
 
 }  // namespace hisac::cuda

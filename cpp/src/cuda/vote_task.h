@@ -1,25 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the kernels of `vote` are told, where a block keeps its things, and a few verbs of whole blocks.
 //
-// A block takes one user after another. Its slice of the workspace holds a user of `Plan::capacity` rows; what is
+// A block takes one user after another. Its slice of the workspace holds a user of `SlicePlan::capacity` rows; what is
 // touched for every row or at random lies in shared memory where a user is small enough. Where the workspace cannot
 // hold the longest user of every block, the longer users wait for a second pass of fewer blocks.
 #pragma once
 #include <type_traits>
 
-#include "cuda/device/elements.h"
+#include "base/radix_sort.h"
+#include "cuda/device/block.h"
 #include "hisac/vote.h"
 
 namespace hisac::cuda {
 
-constexpr int kMostVoters = (1 << 24) - 1;
-constexpr uint64_t kMostVotes = (uint64_t{1} << 40) - 1;  // 16 * 2^12 a row stay below
-constexpr int kMostShared = 256;                          // nodes kept in shared memory
-constexpr int kDigit = 8;                                 // bits of a radix sort's digit
-constexpr uint16_t kLevelBits = 7;                        // of a mark
+constexpr int kMostShared = 256;    // nodes kept in shared memory
+constexpr uint16_t kLevelBits = 7;  // of a mark
 
 /// One of two passes over the users: those of more rows than `above`, and at most `capacity`.
-struct Plan {
+struct SlicePlan {
   int64_t above, capacity, slice_bytes;
   int32_t slices, next;  // next: the user to take
 };
@@ -47,7 +45,7 @@ struct Slice {
   void* number = nullptr;                               // [rows] of the leaves: 32 bits with a bitmap, else 64
   uint64_t* key = nullptr;                              // [rows]
   uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
-  uint64_t* before = nullptr;                           // [rows + 1]
+  void* before = nullptr;                               // [rows + 1]
   uint16_t* mark = nullptr;                             // [rows]
   Child* child = nullptr;                               // [rows]
   Node* node = nullptr;                                 // [M]
@@ -73,12 +71,10 @@ struct VoteTask : Spans {
   bool cells = false;                             // by fan-out, in cells of shared memory
   int cells_before[kMaxLevels] = {};              // of the levels above
   int64_t shared_bytes = 0, workspace_bytes = 0;  // of the slices
-  Plan* plan = nullptr;                           // [2]
+  SlicePlan* plan = nullptr;                      // [2]
   int pass = 0;
   std::byte* slices = nullptr;
-  int32_t* out_codes = nullptr;
-  int64_t* out_votes = nullptr;
-  int32_t* out_count = nullptr;
+  Agents out;
 
   SIMT_DEVICE int64_t voters(int64_t b) const {
     const int64_t n = length(b);
@@ -117,94 +113,31 @@ SIMT_DEVICE uint32_t quantise(float w) {
   return static_cast<uint32_t>(simt::smaller(w, 16.f) * 4096.f + kWhole - kWhole);
 }
 
-/// step(state, level, code) down the path of every row, then use(state, votes), by whole warps; 0 votes: the row does
-/// not vote, or is past the last, and its path was cut. Loads of four rows a thread are under way together.
+/// step(state, level, code) down the path of each of user b's first rows, then use(state, votes), by whole warps; 0
+/// votes: the row does not vote, or is past the last, and its path was cut. Loads of four rows a thread are under way
+/// together.
 template <class State, class Step, class Use>
-SIMT_DEVICE void each_row(const VoteTask& t, int64_t first_row, int rows, Step step, Use use) {
+SIMT_DEVICE void each_row(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
   constexpr int kTogether = 4;
+  const int64_t first_row = t.start(b);
   const auto row = [&](int first, int k) { return first + simt::thread() + k * simt::threads(); };
   for (int first = 0; first < rows; first += kTogether * simt::threads()) {
-    State state[kTogether];
+    State state[kTogether] = {};
     uint32_t votes[kTogether];
-    SIMT_EACH (k, kTogether) {
-      state[k] = 0;
-      votes[k] = 1;
-    }
+    SIMT_EACH (k, kTogether) votes[k] = row(first, k) < rows;
     SIMT_ROLLED for (int l = 0; l < t.levels; ++l) {
       const int32_t* const c = t.codes + first_row * t.levels + l;
       uint32_t code[kTogether];
+      SIMT_EACH (k, kTogether) code[k] = votes[k] ? static_cast<uint32_t>(c[int64_t{row(first, k)} * t.levels]) : ~0u;
       SIMT_EACH (k, kTogether) {
-        const int i = row(first, k);
-        code[k] = i < rows ? static_cast<uint32_t>(c[int64_t{i} * t.levels]) : ~0u;
-      }
-      SIMT_EACH (k, kTogether) {
-        votes[k] &= code[k] < t.size[l];
+        votes[k] = code[k] < t.size[l];
         if (votes[k]) step(state[k], l, code[k]);
       }
     }
-    if (t.weights)
-      SIMT_EACH (k, kTogether) {
-        const int i = row(first, k);
-        votes[k] = votes[k] ? quantise(t.weights[first_row + i]) : 0;
-      }
+    SIMT_EACH (k, kTogether)
+      if (t.weights && votes[k]) votes[k] = quantise(t.weights[first_row + row(first, k)]);
     SIMT_EACH (k, kTogether) use(state[k], votes[k]);
   }
-}
-
-/// The block's sum of value(i) over [0, n); emit(i, the sum before i, value(i)) in between. All of a block's threads;
-/// what was written before is seen by value after a sync, what emit writes is seen on return.
-template <class T, class Value, class Emit>
-SIMT_DEVICE T scan(int n, Value value, Emit emit) {
-  T* const totals = reinterpret_cast<T*>(simt::shared());  // [32]
-  const int lane = simt::lane(), warps = simt::threads() / 32;
-  const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = simt::warp() * each;
-  const int end = n < begin + each ? n : begin + each;
-  T sum = 0;
-  for (int i = begin + lane; i < end; i += 32) sum += value(i);
-  for (int m = 16; m; m /= 2) sum += simt::shuffle_xor(sum, m);
-  if (lane == 0) totals[simt::warp()] = sum;
-  SIMT_UNLESS_PLANTED(31, simt::sync());
-  T before = 0, total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w == simt::warp()) before = total;
-    total += totals[w];
-  }
-  for (int first = begin; first < end; first += 32) {
-    const int i = first + lane;
-    const T number = i < end ? value(i) : T{0};
-    const T up_to = sum_so_far(number);
-    if (i < end) emit(i, before + up_to - number, number);
-    before += simt::shuffle(up_to, 31);
-  }
-  simt::sync();
-  return total;
-}
-
-/// emit(i, how many before it) for those of [0, n) with flag(i); returns how many. As `scan`.
-template <class Flag, class Emit>
-SIMT_DEVICE int gather(int n, Flag flag, Emit emit) {
-  int* const totals = reinterpret_cast<int*>(simt::shared());  // [32]
-  const int lane = simt::lane(), warps = simt::threads() / 32;
-  const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = simt::warp() * each;
-  const int end = n < begin + each ? n : begin + each;
-  int sum = 0;
-  for (int first = begin; first < end; first += 32)
-    sum += simt::count_bits(simt::ballot(first + lane < end && flag(first + lane)));
-  if (lane == 0) totals[simt::warp()] = sum;
-  simt::sync();
-  int before = 0, total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w == simt::warp()) before = total;
-    total += totals[w];
-  }
-  for (int first = begin; first < end; first += 32) {
-    const bool set = first + lane < end && flag(first + lane);
-    const uint32_t all = simt::ballot(set);
-    if (set) emit(first + lane, before + simt::count_bits(all & ((1u << lane) - 1)));
-    before += simt::count_bits(all);
-  }
-  simt::sync();
-  return total;
 }
 
 /// By a warp: take(i, taken) for [begin, end), for 32 at a time; taken are the `seats` with most votes, then the first;
@@ -236,13 +169,17 @@ SIMT_DEVICE void pick(int begin, int end, uint32_t seats, Sum all, Votes votes, 
   }
 }
 
+/// By a warp: a place for each lane that wants one, from *cursor on.
+SIMT_DEVICE uint32_t take_place(uint32_t* cursor, bool wanted) {
+  const uint32_t all = simt::ballot(wanted);
+  uint32_t first = 0;
+  if (all && simt::lane() == 0) first = simt::atomic_add(cursor, static_cast<uint32_t>(simt::count_bits(all)));
+  return simt::shuffle(first, 0) + static_cast<uint32_t>(simt::count_bits(all & ((1u << simt::lane()) - 1)));
+}
+
 /// By a warp: to[..] = sort keys of the agents of those lanes that are taken. `cursor`: how many keys there are.
 SIMT_DEVICE void append(uint64_t* to, uint32_t* cursor, bool taken, uint64_t votes, int place) {
-  const uint32_t all = simt::ballot(taken);
-  if (!all) return;
-  uint32_t slot = 0;
-  if (simt::lane() == 0) slot = simt::atomic_add(cursor, static_cast<uint32_t>(simt::count_bits(all)));
-  slot = simt::shuffle(slot, 0) + static_cast<uint32_t>(simt::count_bits(all & ((1u << simt::lane()) - 1)));
+  const uint32_t slot = take_place(cursor, taken);
   if (taken) to[slot] = (kMostVotes - votes) << 24 | static_cast<uint32_t>(place);  // upwards: most votes first
 }
 
@@ -276,53 +213,15 @@ SIMT_DEVICE void write_agents(const VoteTask& t, int64_t b, uint64_t* agent_keys
   for (int i = simt::thread(); i < t.seats; i += simt::threads()) {
     const bool present = i < kept;
     auto number = path(present ? static_cast<int>(agent_keys[i] & kMostVoters) : 0);
-    t.out_votes[b * t.seats + i] = present ? static_cast<int64_t>(kMostVotes - (agent_keys[i] >> 24)) : 0;
-    int32_t* const c = t.out_codes + (b * t.seats + i) * t.levels;
+    t.out.votes.data[b * t.seats + i] = present ? static_cast<int64_t>(kMostVotes - (agent_keys[i] >> 24)) : 0;
+    int32_t* const c = t.out.codes.data + (b * t.seats + i) * t.levels;
     SIMT_ROLLED for (int l = t.levels - 1; l >= 0; --l) {
       const decltype(number) size = t.size[l], up = number / size;
       c[l] = present ? static_cast<int32_t>(number - up * size) : -1;
       number = up;
     }
   }
-  if (simt::thread() == 0) t.out_count[b] = kept;
-  simt::sync();
-}
-
-/// One stable pass by digit `low` of a radix sort; places [2^kDigit, warps] in shared memory. A warp owns a run of
-/// keys.
-SIMT_DEVICE void radix_pass(int n, int low, const uint64_t* key, uint64_t* to, const uint32_t* load, uint32_t* load_to,
-                            uint32_t* places) {
-  const int lane = simt::lane(), warp = simt::warp(), warps = simt::threads() / 32;
-  const int each = (n + simt::threads() - 1) / simt::threads() * 32, begin = warp * each;
-  const int end = n < begin + each ? n : begin + each;
-  const auto digit = [&](uint64_t k) { return static_cast<int>(k >> low & ((1 << kDigit) - 1)); };
-  for (int i = simt::thread(); i < warps << kDigit; i += simt::threads()) places[i] = 0;
-  simt::sync();
-  for (int i = begin + lane; i < end; i += 32) simt::atomic_add(&places[digit(key[i]) * warps + warp], 1u);
-  simt::sync();
-  scan<uint32_t>(
-      warps << kDigit, [&](int i) { return places[i]; }, [&](int i, uint32_t before, uint32_t) { places[i] = before; });
-  for (int first = begin; first < end; first += 32) {
-    const int i = first + lane;
-    const uint64_t value = i < end ? key[i] : 0;
-    const int d = digit(value);
-    uint32_t alike = simt::ballot(i < end);
-    for (int b = 0; b < kDigit; ++b) {
-      const bool set = d >> b & 1;
-      const uint32_t with = simt::ballot(set);
-      alike &= set ? with : ~with;
-    }
-    uint32_t* const next = &places[d * warps + warp];
-    const int place = simt::count_bits(alike & ((1u << lane) - 1));
-    if (i < end) {
-      const uint32_t j = *next + static_cast<uint32_t>(place);
-      to[j] = value;
-      if (load) load_to[j] = load[i];
-    }
-    SIMT_UNLESS_PLANTED(33, simt::sync_warp());
-    if (i < end && place == 0) *next += static_cast<uint32_t>(simt::count_bits(alike));
-    simt::sync_warp();
-  }
+  if (simt::thread() == 0) t.out.count.data[b] = kept;
   simt::sync();
 }
 

@@ -32,13 +32,8 @@ class UserVote {
   using Prefix = std::conditional_t<kShared, uint16_t, uint32_t>;
 
  public:
-  SIMT_DEVICE UserVote(const VoteTask& task, const Slice& slice, int64_t user, int64_t rows)
-      : t(task),
-        s(slice),
-        b(user),
-        n_rows(static_cast<int>(rows)),
-        first_row(task.start(user)),
-        number(static_cast<Number*>(slice.number)) {}
+  SIMT_DEVICE UserVote(const VoteTask& task, const Slice& slice, int64_t user, int user_rows)
+      : t(task), s(slice), b(user), rows(user_rows), number(static_cast<Number*>(slice.number)) {}
 
   SIMT_DEVICE void run() {
     if constexpr (kBitmap)
@@ -57,19 +52,10 @@ class UserVote {
   }
 
  private:
-  template <class T>
-  SIMT_DEVICE static T* shared(int offset) {
-    return reinterpret_cast<T*>(simt::shared() + offset);
-  }
   // recomputed where they are used: kept, they would take a third of the registers
   SIMT_DEVICE uint32_t* bits() const { return shared<uint32_t>(t.offset.area); }
   SIMT_DEVICE Prefix* prefix() const { return shared<Prefix>(t.offset.prefix); }
-  SIMT_DEVICE Sum* before() const {
-    if constexpr (kShared)
-      return shared<Sum>(t.offset.before);
-    else
-      return s.before;
-  }
+  SIMT_DEVICE Sum* before() const { return kShared ? shared<Sum>(t.offset.before) : static_cast<Sum*>(s.before); }
   SIMT_DEVICE uint16_t* mark() const { return kShared ? shared<uint16_t>(t.offset.mark) : s.mark; }
   SIMT_DEVICE uint32_t* sums() const { return shared<uint32_t>(t.offset.sums); }
   SIMT_DEVICE Node* node() const { return t.seats > kMostShared ? s.node : shared<Node>(t.offset.nodes); }
@@ -90,8 +76,8 @@ class UserVote {
   template <class Use>
   SIMT_DEVICE void each_leaf(Use use) const {
     each_row<Number>(
-        t, first_row, n_rows,
-        [&](Number& leaf, int l, uint32_t code) { leaf = leaf * static_cast<Number>(t.size[l]) + code; }, use);
+        t, b, rows, [&](Number& leaf, int l, uint32_t code) { leaf = leaf * static_cast<Number>(t.size[l]) + code; },
+        use);
   }
 
   SIMT_DEVICE int count_by_bitmap() {
@@ -144,10 +130,7 @@ class UserVote {
     if (simt::thread() == 0) sums()[0] = 0;
     simt::sync();
     each_leaf([&](Number leaf, uint32_t votes) {
-      const uint32_t voting = simt::ballot(votes != 0);
-      uint32_t to = 0;
-      if (simt::lane() == 0) to = simt::atomic_add(&sums()[0], static_cast<uint32_t>(simt::count_bits(voting)));
-      to = simt::shuffle(to, 0) + static_cast<uint32_t>(simt::count_bits(voting & ((1u << simt::lane()) - 1)));
+      const uint32_t to = take_place(&sums()[0], votes != 0);
       if (!votes) return;
       s.key[to] = leaf;
       if (t.weights) s.weight[to] = votes;
@@ -157,7 +140,12 @@ class UserVote {
     uint64_t *key = s.key, *spare = number;
     uint32_t *weight = t.weights ? s.weight : nullptr, *spare_weight = s.spare_weight;
     for (int low = 0; low < t.bits; low += kDigit) {
-      radix_pass(voters, low, key, spare, weight, spare_weight, bits());
+      radix_pass<uint64_t>(
+          voters, bits(), [&](int i) { return Keyed<uint64_t>{digit_of(key[i], low), key[i]}; },
+          [&](int i, uint64_t value, uint32_t place) {
+            spare[place] = value;
+            if (weight) spare_weight[place] = weight[i];
+          });
       swap(key, spare);
       if (weight) swap(weight, spare_weight);
     }
@@ -183,13 +171,6 @@ class UserVote {
     });
     simt::sync();
     return found;
-  }
-
-  template <class T>
-  SIMT_DEVICE static void swap(T& x, T& y) {
-    const T kept = x;
-    x = y;
-    y = kept;
   }
 
   // ---- levels
@@ -316,9 +297,7 @@ class UserVote {
       const Search& k = search()[c.node];
       return sums()[c.node] < k.seats && count(c, k.low, 0) && !count(c, k.high, 0);
     };
-    scan<uint32_t>(
-        children, [&](int j) { return uint32_t{last(j)}; },
-        [&](int j, uint32_t place, uint32_t) { s.child[j].order = place; });
+    scan<uint32_t>(children, last, [&](int j, uint32_t place, bool) { s.child[j].order = place; });
     each(children, [&](int j) {
       Child& c = s.child[j];
       const Search& k = search()[c.node];
@@ -378,8 +357,7 @@ class UserVote {
   const VoteTask& t;
   const Slice& s;
   int64_t b;
-  int n_rows;
-  int64_t first_row;
+  int rows;
   Number* number;
   int n = 0, nodes = 0, children = 0;
 };

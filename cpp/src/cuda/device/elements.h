@@ -19,12 +19,16 @@ SIMT_BOTH int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : 
 
 SIMT_BOTH int size_of(DType type) { return type == DType::float32 ? 4 : type == DType::int8 ? 1 : 2; }
 SIMT_DEVICE float of_bfloat16(uint32_t low) { return simt::float_of(low << 16); }
+/// Number k of a pair of bfloat16 or float16.
+SIMT_DEVICE float half_of(uint32_t pair, int k, DType type) {
+  const uint32_t bits = pair >> (16 * k);
+  return type == DType::bfloat16 ? of_bfloat16(bits) : simt::from_half(static_cast<uint16_t>(bits));
+}
 
 SIMT_DEVICE float element(const void* p, DType type, int64_t i) {
   if (type == DType::float32) return static_cast<const float*>(p)[i];
   if (type == DType::int8) return static_cast<const int8_t*>(p)[i];
-  const uint16_t h = static_cast<const uint16_t*>(p)[i];
-  return type == DType::bfloat16 ? of_bfloat16(h) : simt::from_half(h);
+  return half_of(static_cast<const uint16_t*>(p)[i], 0, type);
 }
 
 SIMT_DEVICE void store(void* p, DType type, int64_t i, float x) {
@@ -49,26 +53,17 @@ SIMT_DEVICE void load8(const void* p, DType type, float (&f)[8]) {
     }
     return;
   }
-  SIMT_EACH (i, 4) {
-    const uint32_t w = a.word[i];
-    f[2 * i] = type == DType::bfloat16 ? of_bfloat16(w) : simt::from_half(static_cast<uint16_t>(w));
-    f[2 * i + 1] =
-        type == DType::bfloat16 ? simt::float_of(w & 0xffff0000u) : simt::from_half(static_cast<uint16_t>(w >> 16));
-  }
+  SIMT_EACH (i, 8) f[i] = half_of(a.word[i / 2], i % 2, type);
+}
+
+/// The sum of x over four neighbouring lanes.
+SIMT_DEVICE float over_quad(float x) {
+  x += simt::shuffle_xor(x, 1);
+  return x + simt::shuffle_xor(x, 2);
 }
 
 /// The number of the lowest bit that is set.
 SIMT_DEVICE int lowest(uint32_t bits) { return simt::count_bits((bits & (0u - bits)) - 1); }
-
-/// The sum of x over this lane and the lanes before it.
-template <class T>
-SIMT_DEVICE T sum_so_far(T x) {
-  for (int m = 1; m < 32; m *= 2) {
-    const T left = simt::shuffle(x, simt::lane() < m ? simt::lane() : simt::lane() - m);
-    if (simt::lane() >= m) x += left;
-  }
-  return x;
-}
 
 /// Thread 0 takes work and the block does it, until there is none: take() sets `found`, which lies in shared memory.
 template <class Take, class Do>
@@ -88,10 +83,8 @@ inline bool aligned(const Rows& m) {
 }
 
 /// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
-struct Spans {
-  const void *starts = nullptr, *ends = nullptr;
-  bool wide = true;  // int64
-  int64_t rows = 0, users = 0;
+struct Spans : Histories {
+  int64_t rows = 0;
 
   SIMT_DEVICE int64_t start(int64_t b) const {
     const int64_t s = value(starts, b);
@@ -108,7 +101,7 @@ struct Spans {
 
  private:
   SIMT_DEVICE int64_t value(const void* p, int64_t b) const {
-    return wide ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
+    return dtype == DType::int64 ? static_cast<const int64_t*>(p)[b] : static_cast<const int32_t*>(p)[b];
   }
 };
 
