@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codebooks as bytes: what is written reads back; every corruption is refused by name and leaves the target as it was.
+// Codebooks as bytes: what is written reads back; every corruption is refused and leaves the target as it was. What
+// each refusal says is tested in tests/python/files/test_format.py.
 #include <doctest/doctest.h>
 
 #include <cstdio>
@@ -95,81 +96,73 @@ TEST_CASE("other writers' layouts of the same header are read") {
             .ok());
 }
 
-TEST_CASE("corruptions are refused by name") {
-  const std::string json = "the header is not the JSON that the format needs", good = file(header(), payload());
-  const std::string fields = "a tensor needs dtype, shape [C, D] and data_offsets",
-                    fit = "a tensor's shape and data_offsets do not fit the file",
-                    metadata = "metadata expected format, version and fingerprint",
-                    longer = "the header is longer than the file, or than 1 MiB",
-                    name = "tensors expected centers.0 to centers.7, got another name";
+TEST_CASE("every corruption is refused and leaves the target as it was") {
+  const std::string good = file(header(), payload());
   const float bad[] = {1, std::numeric_limits<float>::quiet_NaN()};
   const std::string nan(reinterpret_cast<const char*>(bad), 8);
   const auto with = [](const std::string& from, const std::string& to) { return file(header(from, to), payload()); };
   const std::string tensor = R"("centers.0":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]})";
   const struct {
     const char* what;
-    std::string bytes, message;
+    std::string bytes;
   } table[] = {
-      {"nothing", "", "expected at least 8 bytes"},
-      {"7 bytes", good.substr(0, 7), "expected at least 8 bytes"},
-      {"length only", good.substr(0, 8), longer},
-      {"header cut", good.substr(0, 40), longer},
-      {"payload cut", good.substr(0, good.size() - 1), fit},
-      {"payload gone", file(header(), ""), fit},
-      {"a byte more", good + "x", "bytes left over after the last tensor"},
-      {"length of 2^64 - 1", std::string(8, '\xff') + good.substr(8), longer},
-      {"length past 1 MiB", file(header() + std::string(1 << 20, ' '), payload()), longer},
-      {"length 0", file("", payload()), "the header is no JSON object"},
-      {"a list", file("[]", payload()), "the header is no JSON object"},
-      {"no members", file("{}", payload()), json},
-      {"no closing brace", file(header().substr(0, header().size() - 1), payload()), json},
-      {"two headers", file(header() + header(), payload()), json},
-      {"a NUL after it", file(header() + std::string(1, 0), payload()), json},
-      {"a control character in a name", with("centers.0", "centers\n0"), json},
-      {"a name that ends in a backslash", file("{\"a\\", ""), json},
-      {"a comma too many", with("[0,8]}}", "[0,8]},}"), json},
-      {"no colon", with("\"centers.0\":", "\"centers.0\""), json},
-      {"another tensor", with("centers.0", "centers.x"), name},
-      {"level 8", with("centers.0", "centers.8"), name},
-      {"level 10", with("centers.0", "centers.10"), name},
-      {"level 1 alone", with("centers.0", "centers.1"), "a level is missing"},
-      {"no tensor", with("," + tensor, ""), "no level"},
-      {"a tensor twice", with(tensor, tensor + "," + tensor), "a tensor appears twice"},
-      {"F64", with("F32", "F64"), "a tensor's dtype expected F32"},
-      {"a field unknown", with("\"dtype\"", "\"type\""), "a tensor has an unknown field"},
-      {"no dtype", with(R"("dtype":"F32",)", ""), fields},
-      {"no shape", with(R"("shape":[2,1],)", ""), fields},
-      {"no data_offsets", with(R"(,"data_offsets":[0,8])", ""), fields},
-      {"one dimension", with("[2,1]", "[2]"), fields},
-      {"three dimensions", with("[2,1]", "[2,1,1]"), fields},
-      {"negative", with("[2,1]", "[-2,1]"), fields},
-      {"a fraction", with("[2,1]", "[2.0,1]"), fields},
-      {"19 digits", with("[2,1]", "[2000000000000000000,1]"), fields},
-      {"no digits", with("[2,1]", "[,1]"), fields},
-      {"no codes", with("[2,1]", "[0,1]"), fit},
-      {"no width", with("[2,1]", "[2,0]"), fit},
-      {"a shape that overflows", with("[2,1]", "[1048577,1048577]"), fit},
-      {"a large shape", with("[2,1]", "[1048576,1048576]"), fit},
-      {"a shape beyond its bytes", with("[2,1]", "[3,1]"), fit},
-      {"bytes before the tensor", with("[0,8]", "[4,8]"), fit},
-      {"bytes back to front", with("[0,8]", "[8,0]"), fit},
-      {"bytes past the file", with("[0,8]", "[0,16]"), fit},
-      {"no format", with(R"("format":"hisac.codebook",)", ""), metadata},
-      {"no version", with(R"(,"version":"1")", ""), metadata},
-      {"no fingerprint", with(R"("fingerprint":")" + fingerprint() + "\",", ""), metadata},
-      {"empty metadata", file("{\"__metadata__\":{}," + tensor + "}", payload()), metadata},
-      {"no metadata", file("{" + tensor + "}", payload()), metadata},
-      {"metadata of numbers", with("\"version\":\"1\"", "\"version\":1"), "the metadata is not a map of strings"},
-      {"another format", with("hisac.codebook", "pt"), "metadata format expected hisac.codebook, got another"},
-      {"version 2", with("\"version\":\"1\"", "\"version\":\"2\""), "version expected 1, got 2"},
-      {"a fingerprint of 15 digits", with(fingerprint(), fingerprint().substr(1)),
-       "metadata fingerprint expected 16 hex digits"},
-      {"a fingerprint in capitals", with(fingerprint(), "ABCDEFABCDEFABCD"),
-       "metadata fingerprint expected 16 hex digits"},
-      {"another fingerprint", with(fingerprint(), "0123456789abcdef"),
-       "fingerprint expected 0123456789abcdef, the centers have " + fingerprint()},
-      {"a flipped bit", file(header(), nan.substr(0, 3) + payload().substr(3, 4) + "\x41"), ""},
-      {"NaN", file(header(), nan), "Codebook: expected finite centers, got nan at [1, 0] of level 0"},
+      {"nothing", ""},
+      {"7 bytes", good.substr(0, 7)},
+      {"length only", good.substr(0, 8)},
+      {"header cut", good.substr(0, 40)},
+      {"payload cut", good.substr(0, good.size() - 1)},
+      {"payload gone", file(header(), "")},
+      {"a byte more", good + "x"},
+      {"length of 2^64 - 1", std::string(8, '\xff') + good.substr(8)},
+      {"length past 1 MiB", file(header() + std::string(1 << 20, ' '), payload())},
+      {"length 0", file("", payload())},
+      {"a list", file("[]", payload())},
+      {"no members", file("{}", payload())},
+      {"no closing brace", file(header().substr(0, header().size() - 1), payload())},
+      {"two headers", file(header() + header(), payload())},
+      {"a NUL after it", file(header() + std::string(1, 0), payload())},
+      {"a control character in a name", with("centers.0", "centers\n0")},
+      {"a name that ends in a backslash", file("{\"a\\", "")},
+      {"a comma too many", with("[0,8]}}", "[0,8]},}")},
+      {"no colon", with("\"centers.0\":", "\"centers.0\"")},
+      {"another tensor", with("centers.0", "centers.x")},
+      {"level 8", with("centers.0", "centers.8")},
+      {"level 10", with("centers.0", "centers.10")},
+      {"level 1 alone", with("centers.0", "centers.1")},
+      {"no tensor", with("," + tensor, "")},
+      {"a tensor twice", with(tensor, tensor + "," + tensor)},
+      {"F64", with("F32", "F64")},
+      {"a field unknown", with("\"dtype\"", "\"type\"")},
+      {"no dtype", with(R"("dtype":"F32",)", "")},
+      {"no shape", with(R"("shape":[2,1],)", "")},
+      {"no data_offsets", with(R"(,"data_offsets":[0,8])", "")},
+      {"one dimension", with("[2,1]", "[2]")},
+      {"three dimensions", with("[2,1]", "[2,1,1]")},
+      {"negative", with("[2,1]", "[-2,1]")},
+      {"a fraction", with("[2,1]", "[2.0,1]")},
+      {"19 digits", with("[2,1]", "[2000000000000000000,1]")},
+      {"no digits", with("[2,1]", "[,1]")},
+      {"no codes", with("[2,1]", "[0,1]")},
+      {"no width", with("[2,1]", "[2,0]")},
+      {"a shape that overflows", with("[2,1]", "[1048577,1048577]")},
+      {"a large shape", with("[2,1]", "[1048576,1048576]")},
+      {"a shape beyond its bytes", with("[2,1]", "[3,1]")},
+      {"bytes before the tensor", with("[0,8]", "[4,8]")},
+      {"bytes back to front", with("[0,8]", "[8,0]")},
+      {"bytes past the file", with("[0,8]", "[0,16]")},
+      {"no format", with(R"("format":"hisac.codebook",)", "")},
+      {"no version", with(R"(,"version":"1")", "")},
+      {"no fingerprint", with(R"("fingerprint":")" + fingerprint() + "\",", "")},
+      {"empty metadata", file("{\"__metadata__\":{}," + tensor + "}", payload())},
+      {"no metadata", file("{" + tensor + "}", payload())},
+      {"metadata of numbers", with("\"version\":\"1\"", "\"version\":1")},
+      {"another format", with("hisac.codebook", "pt")},
+      {"version 2", with("\"version\":\"1\"", "\"version\":\"2\"")},
+      {"a fingerprint of 15 digits", with(fingerprint(), fingerprint().substr(1))},
+      {"a fingerprint in capitals", with(fingerprint(), "ABCDEFABCDEFABCD")},
+      {"another fingerprint", with(fingerprint(), "0123456789abcdef")},
+      {"a flipped bit", file(header(), nan.substr(0, 3) + payload().substr(3, 4) + "\x41")},
+      {"NaN", file(header(), nan)},
   };
   Random random(31);
   for (const auto& row : table) {
@@ -178,7 +171,7 @@ TEST_CASE("corruptions are refused by name") {
     const uint64_t before = book.fingerprint();
     const Status status = parse(row.bytes, &book);
     CHECK(status.code() == Code::corrupt_file);
-    if (!row.message.empty()) CHECK(std::string(status.what()) == "codebook file: " + row.message);
+    CHECK(std::string(status.what()).rfind("codebook file: ", 0) == 0);
     CHECK(book.fingerprint() == before);
   }
 }

@@ -43,14 +43,11 @@ LEVEL = np.zeros((2, 3), np.float32)
 @pytest.mark.parametrize(
     ("centers", "kind", "text"),
     [
-        ([], ValueError, "expected 1 to 8 levels, got 0"),
-        ([LEVEL] * 9, ValueError, "expected 1 to 8 levels, got 9"),
         ([LEVEL, LEVEL[:, :2]], ValueError, "centers of level 1 are [2, 2], level 0 has D = 3: D differs"),
         ([LEVEL[:0]], ValueError, "expected 1 to 2^20 codes at level 0, got 0"),
         ([LEVEL[:, :0]], ValueError, "expected a width of 1 to 2^20, got 0"),
         ([LEVEL, LEVEL * NAN], ValueError, "expected finite centers, got nan at [0, 0] of level 1"),
         ([np.array([[0, -INF]], np.float32)], ValueError, "expected finite centers, got -inf at [0, 1] of level 0"),
-        ([np.zeros((512, 1), np.float32)] * 8, ValueError, "expected at most 2^64 leaves, got more"),
         (LEVEL, ValueError, "centers expected float32 [C, D], got float32 [3]"),
         ([LEVEL.astype(float)], TypeError, "centers expected float32 [C, D], got float64 [2, 3]"),
         ([LEVEL.tolist()], TypeError, f"centers {KIND} list"),
