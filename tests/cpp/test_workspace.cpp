@@ -183,6 +183,51 @@ TEST_CASE("fit: scratch does not grow with workers times codes times width") {
         fit_workspace(test::sizing(1), params, 6000, 256) + 8 * kSums);
 }
 
+TEST_CASE("a workspace for more users, rows, workers or a longer history serves fewer and shorter") {
+  const float tau = 1;
+  test::Random random{2};
+  const Codebook book = test::codebook(random, {300, 7}, 4);
+  VoteParams by_budget, by_fanout;
+  by_budget.budget = 30;
+  by_fanout.fanout[0] = 5;
+  by_fanout.fanout[1] = 6;
+  const auto sizes = [&](int64_t users, int64_t longest, int workers) {
+    const Context context = test::sizing(workers);
+    std::vector<size_t> all;
+    for (const Method method : {Method::exact, Method::leaf}) {
+      RouteParams params;
+      params.method = method;
+      params.missing = Missing::token;
+      params.temperature = {&tau, {1}};
+      RouteInputs in;
+      in.x = in.v = {&tau, DType::float32, users * longest, 4};
+      in.histories = {&tau, &tau, DType::int64, users};
+      in.prototypes = {&tau, {users, 9, 4}};
+      in.codes = {reinterpret_cast<const int32_t*>(&tau), {users * longest, 2}};
+      in.book = &book;
+      all.push_back(route_workspace(context, params, in, longest));
+      all.push_back(route_backward_workspace(context, params, in, {}, longest));
+      all.push_back(leaf_sums_workspace(context, in, longest));
+    }
+    for (const VoteParams& params : {by_budget, by_fanout})
+      all.push_back(vote_workspace(context, book, params, longest));
+    return all;
+  };
+  for (int i = 0; i < 4000; ++i) {
+    const int64_t users = random.below(9), longest = random.below(1 + (int64_t{1} << random.below(18)));
+    const int workers = 1 + static_cast<int>(random.below(4));
+    const std::vector<size_t> small = sizes(users, longest, workers);
+    const std::vector<size_t> large =
+        sizes(users + random.below(3), longest + random.below(9000), workers + static_cast<int>(random.below(3)));
+    CAPTURE(users);
+    CAPTURE(longest);
+    for (size_t verb = 0; verb < small.size(); ++verb) {
+      CAPTURE(verb);
+      CHECK(small[verb] <= large[verb]);
+    }
+  }
+}
+
 TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and the call is refused") {
   constexpr int64_t kHuge = int64_t{1} << 60, kWide = (int64_t{1} << 57) + 1024;
   constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;

@@ -22,6 +22,12 @@ float scale_of(int64_t n) noexcept {
   return 1.f / static_cast<float>(uint64_t{1} << bits_of(static_cast<uint64_t>(n - 1)));
 }
 
+/// Never less for more users or a longer history, so that a workspace serves smaller batches too.
+int64_t capacity_of(int64_t users, int64_t longest) noexcept {
+  const bool many = longest > 0 && users > kCapacity / longest;
+  return std::max(longest, many ? kCapacity : users * longest);
+}
+
 LeafRows rows_from(const LeafSums& out, int64_t row) noexcept {
   return {out.x.data + row * out.x.shape[1], out.v.data + row * out.v.shape[1], out.bias.data + row,
           out.spread.data + row, out.codes.data + row * out.codes.shape[1]};
@@ -35,7 +41,7 @@ LeafSummer::LeafSummer(const RouteInputs& in, int64_t longest, int workers) noex
       k_(simd::kernels()),
       width_(in.prototypes.shape[2]),
       value_width_(in.v.width),
-      capacity_(longest > 0 ? std::max(longest, std::min(in.histories.users, kCapacity / longest) * longest) : 0),
+      capacity_(capacity_of(in.histories.users, longest)),
       workers_(workers) {}
 
 void LeafSummer::carve(Arena& arena) noexcept {
