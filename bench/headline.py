@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders README's few numbers from a run: one row a verb, one thread, with the fastest peer's own time.
+"""Renders README's few numbers from a run: verbs and requests, one thread, with the fastest peer's own time.
 
 python bench/headline.py rows.json
 python bench/headline.py rows.json --readme README.md            # replaces what is between the markers
@@ -48,18 +48,25 @@ LINES = (
         "`encode`: {rows} items, {codes} codes",
     ),
     Line(
-        ("attend/500",),
-        "fp32",
-        r"^(?P<rows>\d+) candidates, (?P<tokens>\d+) tokens",
-        "`attend`: {rows} candidates on {tokens} tokens",
-    ),
-    Line(
         ("request/cold",),
         "budget",
         ROWS + rf", budget {AGENTS}, .* (?P<candidates>\d+) candidates",
-        "`vote`, `route`, `attend`: {rows} behaviours, {agents} agents, {candidates} candidates",
+        "a request, `vote`, `route` in history mode, `attend`: {rows} behaviours, {candidates} candidates",
+    ),
+    Line(
+        ("request/cached",),
+        "budget",
+        ROWS + rf", budget {AGENTS}, .* (?P<candidates>\d+) candidates",
+        "a request with kept tokens, `attend`: {agents} tokens, {candidates} candidates",
     ),
 )
+PEERS = {
+    "np.unique budget": "the same rule in NumPy",
+    "faiss flat": "faiss, exact search",
+    "torch vote, expanded, SDPA": "the same steps in torch",
+    "SDPA on all behaviours": "torch's attention to all behaviours",
+}
+"""What a visitor calls a peer; any other is called as in the run."""
 MODE = "history"  # of `route` where a run's size names none
 
 
@@ -84,7 +91,7 @@ def line(wanted: Line, rows: dict[tuple[str, str], Row]) -> str | None:
             raise ValueError(f"{work}: its size is {mine['size']!r}, expected {wanted.size!r}")
         name = wanted.text.format(**{key: grouped(value) for key, value in sizes.groupdict().items()})
         ratio = mine["ratio_to_best_peer"]
-        peer = f"{mine['peer']}, {time(mine['median_ms'] * ratio)}"
+        peer = f"{PEERS.get(mine['peer'], mine['peer'])}, {time(mine['median_ms'] * ratio)}"
         return f"| {name} | {time(mine['median_ms'])} | {peer} | {number(ratio)} |"
     return None
 
@@ -95,8 +102,8 @@ def caption(data: dict[str, Any]) -> str:
     doubt = " Which kernels NumPy's BLAS ran is not recorded: ratios to NumPy may be too high."
     kernels = "" if machine.get("blas") else doubt
     return (
-        f"One thread of an {machine['cpu']} ({machine['cores']} cores), medians, {data['date'][:10]}, commit "
-        f"{data['commit'][:12]}, torch {versions['torch']}, NumPy {versions['numpy']}.{kernels}"
+        f"One thread of a machine with {machine['cores']} cores of an {machine['cpu']}; medians; {data['date'][:10]}, "
+        f"commit {data['commit'][:12]}, torch {versions['torch']}, NumPy {versions['numpy']}.{kernels}"
     )
 
 

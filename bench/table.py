@@ -58,16 +58,15 @@ def data_of(rows: list[Row]) -> str:
 def caption(data: dict[str, Any]) -> str:
     """Where the figures are from."""
     machine, versions = data["machine"], data["versions"]
-    peaks = ", ".join(f"{p['gflops']:.0f} GFLOP/s (threads: {p['threads']})" for p in data["peak"])
+    peaks = [f"{p['gflops']:.0f} GFLOP/s (threads: {p['threads']}) of {p['how']}" for p in data["peak"]]
     used = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "hisac")
-    how = data["peak"][0]["how"] if data["peak"] else "not measured"
     kind = "Quick run: sizes reduced, not a measurement. " if data["quick"] else ""
     dirty = "-dirty" if data["commit"].endswith("-dirty") else ""
     return (
         f"{kind}{machine['cpu']}, {machine['cores']} cores, {data['date'][:10]}, commit {data['commit'][:12]}{dirty}; "
         f"{used}. "
         "Medians in ms; ratios above 1 mean that hisac is faster than the fastest peer from the same inputs. "
-        f"Peak: {peaks}, {how}. "
+        f"Peak: {'; '.join(peaks) or 'not measured'}. "
         f"Kernels: {blas.described(data)}. "
         f"Data: {data_of(data['rows'])}."
     )

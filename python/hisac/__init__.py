@@ -5,7 +5,7 @@
     x --encode--> codes --vote--> agents --route--> tokens --attend--> candidates' features
 
 `hisac.torch` has the same verbs with gradients, and modules; `hisac.reference` defines each verb in NumPy;
-`hisac.testing` has Hypothesis strategies for tests of your own. `python -m hisac demo` shows it all on real data.
+`hisac.testing` has Hypothesis strategies for tests of your own. `python -m hisac demo` shows it all on a sample.
 """
 
 import math

@@ -69,7 +69,7 @@ def make_parser() -> Parser:
         p.add_argument("--threads", type=whole, metavar="N", help="threads to use (default: all processors)")
         return p
 
-    p = verb("demo", demo.run, "the whole way on bundled real data, in seconds: start here", "")
+    p = verb("demo", demo.run, "the whole way on a bundled sample of purchases, in seconds: start here", "")
     p.add_argument("--quick", action="store_true", help="a few requests only; its numbers mean little")
     p.add_argument("--png", default="hisac-demo.png", metavar="PATH", help="picture to write (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the codebook, the requests and the negatives (default: 0)")
