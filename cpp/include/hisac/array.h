@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Borrowed arrays. Nothing here owns memory; all arrays are row-major and contiguous.
+// Borrowed arrays. Nothing here owns memory; all arrays are row-major and contiguous. The natural alignment of
+// their elements suffices, but workspaces and codebook images need 64 bytes. Outputs must not overlap inputs or one
+// another; only the Python binding checks this. Verbs check the shape of a required array, but hardly ever its pointer:
+// null data there is undefined behaviour.
+//
 // Letters are dimensions everywhere: B users, T behaviours, D semantic width, V value width, L levels, C codes of a
 // level, M agents a user, N candidates, H heads.
 #pragma once
@@ -27,14 +31,16 @@ inline int64_t integer_at(const void* data, DType type, int64_t i) noexcept {
   return type == DType::int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
 }
 
-/// Read-only rows [rows, width] of float32, bfloat16 or float16: the x and v of the verbs.
+/// Read-only rows [rows, width] of float32, bfloat16 or float16: x and v of the verbs; q, keys and values of `attend`.
+/// The x of `route`, its backward and `leaf_sums` may be int8 too.
 struct Rows {
   const void* data = nullptr;
   DType dtype = DType::float32;
   int64_t rows = 0, width = 0;
 };
 
-/// The row of a table for each behaviour, [size] int32 or int64; an id outside the table names none. Null: row t for t.
+/// The row of a table for each behaviour, [size], int32 or int64. A behaviour whose id is outside the table is absent.
+/// Null: behaviour t uses row t.
 struct Ids {
   const void* data = nullptr;
   DType dtype = DType::int64;
@@ -44,7 +50,7 @@ struct Ids {
   int64_t operator[](int64_t t) const noexcept { return integer_at(data, dtype, t); }
 };
 
-/// Rows to write, [rows, width]; tokens have the type of v.
+/// Rows to write, [rows, width]: tokens, which have the type of v, and `out` of `attend`, which has the type of q.
 struct MutableRows {
   void* data = nullptr;
   DType dtype = DType::float32;

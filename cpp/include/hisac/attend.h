@@ -7,9 +7,13 @@
 
 namespace hisac {
 
-/// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m. A token whose bias or key holds a
-/// NaN or an infinity is absent, and for a q that holds one every token is; without tokens: zero and -inf. User b's
-/// candidates are offsets[b] .. offsets[b + 1].
+/// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m
+/// User b's candidates are [candidates.start(b), candidates.end(b)); a range that begins before the last one has ended
+/// is an error. There is no count of agents: to leave out absent ones, pass the lse of `route` as the bias, where
+/// theirs is -inf. A token whose bias or key holds a NaN or an infinity is absent. If q holds one, all tokens are
+/// absent for that candidate. A candidate without tokens has a zero row and an lse of -inf. A NaN or an infinity in the
+/// values of a present token makes that column of `out` NaN or infinite for all candidates of its user and head that
+/// have tokens.
 struct AttendInputs {
   Rows q;                         // [N * H, d]
   Rows keys;                      // [B * M * H, d], q's type

@@ -11,8 +11,11 @@ constexpr int kMaxLevels = 8;
 
 /// Immutable; any number of threads may share one. A leaf is a full code (c_1 .. c_L); its number is the mixed-radix
 /// number of its codes, ((c_1 C_2 + c_2) C_3 + c_3) ...; a parent's number is its child's, divided by the child level's
-/// size. Its prototype is the sum of the codewords on the path. Building, parsing and loading are the only calls that
-/// allocate.
+/// size. A leaf's prototype is the sum of the codewords on the path to it.
+///
+/// build, parse, load and save allocate; no other call does. build, parse and load replace *out even if other threads
+/// read it: load into a new Codebook, and then let the threads see that one. After an error *out is unchanged. Of an
+/// empty Codebook, levels, width, fingerprint and file_size are 0; the other accessors are undefined.
 class Codebook {
  public:
   Codebook() noexcept = default;
@@ -20,13 +23,15 @@ class Codebook {
   Codebook(Codebook&& other) noexcept : body_(other.body_) { other.body_ = nullptr; }
   Codebook& operator=(Codebook&& other) noexcept;
 
-  /// centers: `levels` arrays [C_l, D], 1 <= levels <= 8, finite; the product of the C_l is at most 2^64.
+  /// centers: `levels` arrays [C_l, D] of finite values. There are 1 to 8 levels, C_l and D are 1 to 2^20 each, and the
+  /// product of the C_l is at most 2^64.
   static Status build(const Array<const float, 2>* centers, int levels, Codebook* out) noexcept;
 
   /// safetensors: tensors "centers.0" .. (F32), metadata format, version and fingerprint (checked). `save` writes
   /// aside, in the same folder, and renames: readers see the old file or the new one, which keeps the old one's mode
-  /// and, where it may, its owner and group. A symbolic link stays, what it names is replaced; only a regular file is.
-  /// What killed writers have left in the folder (.hisac-<16 hex digits>.part) is removed.
+  /// and, where it may, its owner and group. If `path` is a symbolic link, the link stays and the file that it names is
+  /// replaced. load and save refuse a file that is not a regular one. save removes from the folder what killed writers
+  /// have left there (.hisac-<16 hex digits>.part).
   static Status load(const char* path, Codebook* out) noexcept;
   static Status parse(const void* bytes, size_t size, Codebook* out) noexcept;
   Status save(const char* path) const noexcept;

@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where a verb runs: the caller's memory and the caller's threads. A verb neither allocates nor starts a thread.
+//
+// Verbs may run at the same time if each has a workspace and outputs of its own. They may share inputs, codebooks and
+// an executor. Verbs assume the default floating-point environment (rounding to nearest, subnormals kept). They neither
+// set nor check it.
 #pragma once
 #include "array.h"
 
 namespace hisac {
 
-/// The caller's threads. parallel_for covers [0, n) by calls fn(arg, begin, end, worker) on disjoint ranges, returns
-/// when all are done, and gives no two calls that run at once the same worker in [0, workers). Results do not depend on
-/// `workers` nor on how the ranges are cut, if all threads have the caller's floating-point mode (ThreadPool's do).
+/// The caller's threads. parallel_for covers [0, n) by calls fn(arg, begin, end, worker) on disjoint ranges. No two
+/// calls that run at once have the same worker, and each worker is in [0, workers). When parallel_for returns, all
+/// calls have returned and what they wrote is visible to its caller. parallel_for must not throw, since verbs are
+/// noexcept. It must allow calls from several threads at once if verbs that run at the same time share it. fn does not
+/// throw and does not call parallel_for. Results do not depend on `workers` nor on how the ranges are cut, if all
+/// threads have the caller's floating-point environment (ThreadPool's do).
 struct Executor {
   void* ctx = nullptr;
   int workers = 1;
@@ -18,8 +25,16 @@ struct Executor {
 /// Where a verb's arrays lie, the workspace among them.
 enum class Device : int32_t { cpu, cuda };
 
-/// `workspace` is scratch of at least the bytes that <verb>_workspace(context, ..) names, aligned to 64; that function
-/// reads the device and the executor's number of workers alone. Null executor: serial.
+/// `workspace` is scratch of at least the bytes that <verb>_workspace(context, ..) names, aligned to 64. It need not be
+/// initialised, keeps nothing between calls, and serves one call at a time, on CUDA until the stream has done the work.
+///
+/// <verb>_workspace reads only the device and the number of workers of the context, and no array's elements. It cannot
+/// report an error: it returns 0 for parameters that the verb refuses and for a device that lacks the verb, and
+/// SIZE_MAX / 2 for sizes beyond the limits. The verb then returns the error. On the CPU, what encode, vote, attend and
+/// attend_backward need, and with Method::exact route and route_backward, does not shrink where B, T, N or `longest`
+/// grow: one workspace, for the largest of each, serves all requests.
+///
+/// The executor has to live as long as contexts that point to it are used. Null: serial.
 struct Context {
   Array<std::byte, 1> workspace{};
   const Executor* executor = nullptr;

@@ -40,8 +40,8 @@
 //   offsets (starts, ends)   A start is clamped to [0, T], an end to [start, T].
 //   candidates of attend     A user's range begins, at the earliest, where all earlier users' ranges have ended. A
 //                            candidate outside every range has a zero row and an lse of -inf.
-//   NaN in attend            A NaN or an infinity in q, keys or values may spoil all results of its user's head, where
-//                            the CPU takes the token, or the tokens of the candidate, for absent.
+//   NaN in attend            A NaN or an infinity in q, keys or values may spoil all results of its user's head. On the
+//                            CPU one in a key or in q makes tokens absent, and one in values stays in its column.
 //   workspace of vote        Any accepted workspace serves histories of any length, if the codebook has at most 2^18
 //                            leaves, or if the counters of a vote by fan-out fit in shared memory. Otherwise a user
 //                            with more rows than the workspace is made for has no agents: its count is 0.

@@ -27,10 +27,14 @@ struct FitReport {
 
 /// Lloyd's rounds from distinct rows drawn by counter-based random numbers of (seed, level, row). A round assigns as
 /// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes
-/// without rows take the worst-quantised rows. Left out are rows with a NaN or a value of 2^100 and more, and rows so
-/// large that they would make the grid of the sums coarser than 2^-16 of the median row (a row's largest value counts):
-/// by binary exponents, those more than 46 - b above the upper median, b the bits of the number of rows. x [T, D] ->
-/// the centers of each level, [C_l, D], and a report, which may not be null.
+/// without rows take the worst-quantised rows.
+///
+/// Left out are rows with a NaN or with a magnitude of 2^100 or more. Of the other rows, those with e > m + 46 - b are
+/// left out, since they would make the grid of the sums coarser than 2^-16 of the median row. Here e is the binary
+/// exponent of a row's largest magnitude, m the upper median of e over the other rows that are not zero, and b the
+/// number of bits in the count of the other rows.
+///
+/// x [T, D] -> the centers of each level, [C_l, D], and a report, which may not be null.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept;

@@ -5,9 +5,14 @@
 //   x --encode--> codes --vote--> agents --prototypes, route--> tokens --attend--> candidates' features
 //
 // Every verb takes a Context (your workspace, your threads) and borrowed arrays, returns a Status, never throws, never
-// allocates. Array values are never errors (an invalid code means absent, NaN loses, an empty history gives zero
-// tokens); shapes, types, order and parameters are. `<verb>_workspace` names the bytes of scratch. The definition of
-// every verb is in python/hisac/reference.
+// allocates. The calls that do allocate are Codebook::build, parse, load and save, ThreadPool::resize and executor,
+// and, inside CUDA, enable_cuda.
+//
+// The values of data (x, v, codes, weights, ids) are never errors: a behaviour with an invalid code or a NaN in x is
+// absent, a NaN in v reaches the result, and an empty history gives zero tokens. Offsets, shapes, types and parameters
+// are checked. It is also an error if centers are not finite, or if `fit` gets no row that it can use.
+//
+// `<verb>_workspace` names the bytes of scratch. The definition of every verb is in python/hisac/reference.
 #pragma once
 #include "array.h"
 #include "attend.h"
@@ -25,9 +30,14 @@
 namespace hisac {
 
 /// The instruction sets compiled in that this processor has, best last, separated by spaces: of "baseline", "avx2",
-/// "avx512", "avx512bf16" (AMD), "amx" (asks the system's permission); on AArch64 "neon", where it is the baseline.
+/// "avx512", "avx512bf16" (AMD), "amx"; on AArch64 "neon", where it is the baseline.
+///
+/// On a processor with AMX, the first call of this function or of one that makes the choice below asks Linux to let the
+/// process use AMX (arch_prctl, ARCH_REQ_XCOMP_PERM). It asks whatever HISAC_ISA says, and for the whole process.
 const char* available_isas() noexcept;
-/// The one in use: the best, or what the environment variable HISAC_ISA named when the first verb ran.
+/// The one in use. It is chosen once, by what comes first: this function, Codebook::build, parse or load, or a verb or
+/// a workspace function that needs it. The choice is the one that the environment variable HISAC_ISA names; without it,
+/// or where it names none of those available, the best.
 const char* active_isa() noexcept;
 
 }  // namespace hisac

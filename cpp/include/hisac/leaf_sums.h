@@ -19,7 +19,8 @@ struct LeafSums {
   Array<int32_t, 2> codes;    // [S, L]
 };
 
-/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once.
+/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once. longest: the longest history
+/// of the batch.
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
 size_t leaf_sums_workspace(const Context& context, const RouteInputs& inputs, int64_t longest) noexcept;
 

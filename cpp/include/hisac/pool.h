@@ -9,13 +9,20 @@
 namespace hisac {
 
 /// Owns workers - 1 threads; the calling thread is the last worker. One call runs at a time; a call that finds the pool
-/// busy runs serially in its own thread. After fork the child gets threads of its own with its next executor(). Any
-/// number of threads may call executor() and use what it returned while the pool lives. After a resize an older
-/// executor has the smaller number of workers; after a fork it is serial until the child has threads. A call's threads
-/// take its caller's floating-point environment (rounding, subnormals as zero), so the bits do not depend on their
-/// number; flags that they raise stay theirs. On Linux they may run where the caller may, or, if it is bound to one
-/// processor, where the process's main thread may. The processor of a caller that has been the only one for some calls
-/// is left to it.
+/// busy runs serially in its own thread. A caller that has no work left yields (sched_yield) for up to 100 us until the
+/// threads are done, and then sleeps. A call's threads take its caller's floating-point environment (rounding,
+/// subnormals as zero), so the bits do not depend on their number; flags that they raise stay theirs.
+///
+/// executor() allocates and starts the threads where there are none: call it at start-up. The threads inherit the
+/// signal mask of the thread that starts them. If the system refuses a thread, calls run with fewer; workers() stays as
+/// set. Any number of threads may call executor() and use what it returned while the pool lives. After a resize an
+/// older executor has the smaller number of workers. After fork the child gets threads of its own with its next
+/// executor(); an older executor is serial until then.
+///
+/// On Linux the pool sets the affinity of its own threads (pthread_setaffinity_np), never that of a caller. When they
+/// start, it is the affinity of the thread that starts them, or of the process's main thread if the former is bound to
+/// one processor. After 16 calls in a row from one thread, that caller's processor is taken out of it. This follows the
+/// caller when it moves, at most once in (workers - 1) ms, and ends when another thread calls.
 class ThreadPool {
  public:
   ThreadPool() noexcept = default;
@@ -23,8 +30,8 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  /// Set the number of workers, 1 to 256; threads start with the first executor(). Waits for a call that runs; not from
-  /// within one.
+  /// Sets the number of workers, 1 to 256. Threads start with the first executor(); if they have, resize ends them and
+  /// starts the new number. It waits for a call that runs, so it must not be called from within one.
   Status resize(int workers) noexcept;
   int workers() const noexcept { return workers_; }
   Executor executor() noexcept;

@@ -9,8 +9,9 @@ namespace hisac {
 enum class Normalize : int32_t { history, agents };
 enum class Method : int32_t { exact, leaf };
 enum class Missing : int32_t { drop, token };
-/// bfloat16: x, prototypes, weights and v may be rounded to bfloat16 for the products, where the processor multiplies
-/// that faster; sums are float32 always.
+/// float32: the products of `route` are of float32, or on AMX and CUDA three of bfloat16 each. bfloat16: x, prototypes,
+/// weights and v may be rounded to bfloat16 for the products, where the processor multiplies that faster. Sums are
+/// float32 always. Tokens of different instruction sets differ within the bounds that cpp/README.md states.
 enum class Precision : int32_t { float32, bfloat16 };
 
 /// d_ai = |x_i - p_a|^2 + spread_i
@@ -19,11 +20,12 @@ enum class Precision : int32_t { float32, bfloat16 };
 ///   token_a = sum_i u_ai v_i / sum_i u_ai,   lse_a = log sum_i u_ai;   an empty sum: a zero token, lse -inf
 /// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is
 /// absent where its codes are out of range, |x|^2 is not below 2^100, its bias is NaN or infinite, its spread is not in
-/// [0, FLT_MAX], or an id of its x or v is outside the table; without a row of v it is not counted by Missing::token
-/// either.
+/// [0, FLT_MAX], or an id of its x or v is outside the table. A NaN or an infinity in v does not make it absent: that
+/// column of the tokens of its user's present agents is then NaN or infinite. Missing::token does not count a behaviour
+/// without a row of v, or with a NaN or an infinity in v.
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;      // leaf: over the behaviours' leaf sums (below)
+  Method method = Method::exact;      // leaf: over the behaviours' leaf sums (leaf_sums.h)
   Missing missing = Missing::drop;    // token: one more token, the mean v and log count of the absent behaviours
   int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
@@ -68,8 +70,9 @@ struct RouteForward {
   Array<const float, 2> lse;    // [B, M']
 };
 
-/// Null arrays are not computed. Method::leaf has v and temperature only. Those of gathered x and v are of each
-/// behaviour's row, as loaded; sum_rows makes gradients of tables of them.
+/// Null arrays are not computed. Method::leaf has v and temperature only. With x_ids or v_ids, the gradients of x and v
+/// are of each behaviour's row, [T, ..], not of the rows of the table; sum_rows adds them up by row. With x of int8,
+/// the gradient of x is that of scale * int8.
 struct RouteGradients {
   Array<float, 2> v;            // [T, V]
   Array<float, 1> temperature;  // [1] or [M], as the temperature

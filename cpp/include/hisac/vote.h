@@ -8,9 +8,9 @@ namespace hisac {
 
 constexpr int64_t kMaxSeats = 4096;  // most agents a user
 
-/// Exactly one rule. `budget` M: seats in proportion; at every node the j-th leaf of child c has the key n_c / j,
-/// larger key, larger n_c, lower code first (D'Hondt). `fanout` (the paper's): under every kept node the k_l children
-/// with most votes; ties go to the lower code.
+/// Exactly one rule. `budget` M: seats in proportion; at every node the j-th leaf of child c has the key n_c / j, where
+/// n_c are the votes of c; larger key, larger n_c, lower code first (D'Hondt). `fanout` (the paper's): under every kept
+/// node the k_l children with most votes; ties go to the lower code.
 struct VoteParams {
   int64_t budget = 0;               // 0: by fan-out
   int64_t fanout[kMaxLevels] = {};  // k_l >= 1 for each level; their product at most kMaxSeats
@@ -29,7 +29,11 @@ struct Agents {
 int64_t seats(const VoteParams& params, int levels) noexcept;
 
 /// codes [T, L]; weights [T] or null, where a row counts rint(clip(w, 0, 16) 2^12) and NaN does not vote. Rows with a
-/// code out of range, and a user's rows past 2^24 - 1, do not vote. Integers throughout: blind to order and threads.
+/// code out of range, and a user's rows past 2^24 - 1, do not vote. Votes are integers, so the order of up to so many
+/// rows does not matter, nor does the number of threads. On the CPU each user is counted by one thread.
+///
+/// Set agents.fingerprint to book.fingerprint() before the call. `vote` does not write it. It refuses that of
+/// another codebook and does not check a 0.
 Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
             Histories histories, Array<const float, 1> weights, Agents agents) noexcept;
 /// longest: the longest history of the batch (T will do).

@@ -192,7 +192,7 @@ struct Fit {
     return total / static_cast<double>(n);
   }
 
-  /// The first `most` rows of keyed[0, candidates) that differ in value from those before; into picked.
+  /// The first `wanted` rows of keyed[0, candidates) that differ in value from those before; into picked.
   int64_t pick_distinct(int64_t candidates, int64_t wanted) noexcept {
     std::fill(table, table + slots, int64_t{-1});
     int64_t found = 0;

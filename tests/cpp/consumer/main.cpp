@@ -24,7 +24,8 @@ int main() {
   for (auto* a : {&coarse, &fine, &x, &v})
     for (float& f : *a) f = noise();
 
-  // Once: a codebook (in a service: Codebook::load(path, &book)), threads, and memory for the largest request.
+  // Once: a codebook (in a service: Codebook::load(path, &book), before readers see it), threads, and memory for the
+  // largest request.
   Codebook book;
   const Array<const float, 2> centers[L] = {{coarse.data(), {64, D}}, {fine.data(), {64, D}}};
   require(Codebook::build(centers, L, &book));

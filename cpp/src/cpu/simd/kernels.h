@@ -71,7 +71,7 @@ struct RouteWeights {
   float* factor;          // [m] out: 2^(old max_logit - new max_logit), which the sums so far are to be multiplied by
 };
 
-/// One block of route's backward; see route_gradient in kernels.inl.
+/// One block of route's backward; see route_gradient in kernels_softmax.inl.
 struct RouteGradient {
   const float* shift;    // [n] bias, less the row's log-sum-exp in agents mode
   const float* row_lse;  // [n] the softmax over agents; null in history mode

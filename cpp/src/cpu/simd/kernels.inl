@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops, once, over a vector of W floats; included by isa_*.cpp inside a target region, which defines W.
-// Everything is in an unnamed namespace and uses nothing from std::. So no instruction of this region can reach a weak
-// symbol that another translation unit may pick (tests/python/test_package.py checks that).
+// The inner loops, once, over a vector of W floats. Each isa_*.cpp defines W and includes this file, all but
+// isa_baseline.cpp inside a target region. Everything is in an unnamed namespace and uses nothing from std::. So no
+// instruction of such a region can reach a weak symbol that another translation unit may pick
+// (tests/python/test_package.py checks that).
 //
 // Products a * b + c are contracted to FMA where the ISA has it (-ffp-contract=fast for these files alone).
 
