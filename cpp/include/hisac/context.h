@@ -30,9 +30,8 @@ enum class Device : int32_t { cpu, cuda };
 ///
 /// <verb>_workspace reads only the device and the number of workers of the context, and no array's elements. It cannot
 /// report an error: it returns 0 for parameters that the verb refuses and for a device that lacks the verb, and
-/// SIZE_MAX / 2 for sizes beyond the limits. The verb then returns the error. On the CPU, what encode, vote, attend and
-/// attend_backward need, and with Method::exact route and route_backward, does not shrink where B, T, N or `longest`
-/// grow: one workspace, for the largest of each, serves all requests.
+/// SIZE_MAX / 2 for sizes beyond the limits. The verb then returns the error. On the CPU, what a verb needs does not
+/// shrink where B, T, N or `longest` grow (`fit` aside): one workspace, for the largest of each, serves all requests.
 ///
 /// The executor has to live as long as contexts that point to it are used. Null: serial.
 struct Context {

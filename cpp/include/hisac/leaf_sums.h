@@ -20,7 +20,7 @@ struct LeafSums {
 };
 
 /// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once. longest: the longest history
-/// of the batch.
+/// of the batch (T will do).
 Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
 size_t leaf_sums_workspace(const Context& context, const RouteInputs& inputs, int64_t longest) noexcept;
 
