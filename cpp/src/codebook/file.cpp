@@ -12,6 +12,7 @@
 // of it (flock), which ends with the process: what nobody holds is left of one that was killed, and the next save into
 // the folder removes it.
 #include <cerrno>
+#include <charconv>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -98,8 +99,9 @@ struct Header {
   uint64_t shape[kMaxLevels][2] = {}, range[kMaxLevels][2] = {};
 };
 
-/// Whether text, which a byte that is no digit follows, begins with exactly 16 lower-case hex digits.
-bool is_hex16(const char* text) noexcept { return std::strspn(text, "0123456789abcdef") == 16; }
+bool is_hex16(std::string_view text) noexcept {
+  return text.size() == 16 && text.find_first_not_of("0123456789abcdef") == text.npos;
+}
 
 Status parse_metadata(Parser& in, Header* h) noexcept {
   in.expect('{');
@@ -117,8 +119,8 @@ Status parse_metadata(Parser& in, Header* h) noexcept {
       for (size_t i = 0; i < value.size() && i < 20; ++i)  // for the message, so plain ASCII
         h->version_text[i] = value[i] >= ' ' && value[i] <= '~' ? value[i] : '?';
     } else if (key == "fingerprint") {
-      if (value.size() != 16 || !is_hex16(value.data())) return corrupt("metadata fingerprint expected 16 hex digits");
-      h->print = std::strtoull(value.data(), nullptr, 16);
+      if (!is_hex16(value)) return corrupt("metadata fingerprint expected 16 hex digits");
+      std::from_chars(value.data(), value.data() + value.size(), h->print, 16);
       h->fingerprint = true;
     }
   } while (in.take(','));
@@ -337,8 +339,9 @@ bool follow(const char* path, char* target) noexcept {
   return errno = ELOOP, false;
 }
 
-bool is_part(const char* name) noexcept {
-  return std::strncmp(name, ".hisac-", 7) == 0 && is_hex16(name + 7) && std::strcmp(name + 23, ".part") == 0;
+bool is_part(std::string_view name) noexcept {
+  return name.size() == 28 && name.substr(0, 7) == ".hisac-" && is_hex16(name.substr(7, 16)) &&
+         name.substr(23) == ".part";
 }
 
 /// Removes what killed writers have left in the folder: of this user, and locked by nobody.
