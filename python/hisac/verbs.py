@@ -67,15 +67,16 @@ def vote(
     _check(book, Codebook, "vote: book")
     codes, weights = take("vote", "codes T L, weights?", codes, weights)
     starts, ends = take_histories("vote", offsets)
-    children = [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
-    if fanout is not None and (len(children) != book.levels or min(children) < 1):
+    levels, children = book.levels, [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
+    if fanout is not None and (len(children) != levels or min(children) < 1):
+        raise ValueError(f"vote: fanout expected one number >= 1 for each of {levels} levels, got {tuple(children)}")
+    seats = math.prod(children) if budget is None else whole("vote", "budget", budget)
+    if not 1 <= seats <= 4096:
         raise ValueError(
-            f"vote: fanout expected one number >= 1 for each of {book.levels} levels, got {tuple(children)}"
+            f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
-    name, wanted = ("fanout's product", math.prod(children)) if budget is None else ("budget", budget)
-    seats = whole("vote", name, wanted, 1, 4096)
     users = starts.shape[0] - (ends is None)
-    agents = empty(codes, (users, seats, book.levels), INT32)
+    agents = empty(codes, (users, seats, levels), INT32)
     votes, count = empty(codes, (users, seats), INT64), empty(codes, (users,), INT32)
     core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
     return Agents(agents, votes, count, book.fingerprint)

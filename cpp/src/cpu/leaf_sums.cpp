@@ -155,14 +155,15 @@ void LeafSummer::sum_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) no
   }
 }
 
-/// The origin of a leaf's sums: its first present row, or zero. The spread is a difference of squares, which would lose
-/// its digits where rows lie far from zero and near each other.
-void LeafSummer::find_origin(int64_t i, int64_t g, Worker& w) const noexcept {
+/// The origin of a leaf's sums: its first present row, or zero; returns the row's entry, or -1. The spread is a
+/// difference of squares, which would lose its digits where rows lie far from zero and near each other.
+int64_t LeafSummer::find_origin(int64_t i, int64_t g, Worker& w) const noexcept {
   const int64_t* const first = begin_of(i);
   float norm;
   for (int64_t e = first[g]; e < first[g + 1]; ++e)
-    if (loader_.load_x_unchecked(row_[start_[i] + e], w.origin, &norm)) return;
+    if (loader_.load_x_unchecked(row_[start_[i] + e], w.origin, &norm)) return e;
   std::fill_n(w.origin, width_, 0.f);
+  return -1;
 }
 
 void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept {
@@ -171,7 +172,7 @@ void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
   const int64_t* const rows = row_ + start_[i];
   const float max_bias = max_bias_[start_[i] + g], scale = scale_of(first[g + 1] - first[g]);
   Sum& sum = sum_of(i, g, p, w);
-  find_origin(i, g, w);
+  const int64_t origin = find_origin(i, g, w);
   sum.present = 0;
   sum.total_weight = sum.squares = 0;
   for (int64_t run = begin; run < end; run += kRun) {
@@ -182,12 +183,12 @@ void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
       const int64_t row = rows[e];
       float norm = 0;
       if (e + kPrefetchRows < first[leaves_[i]]) loader_.prefetch(rows[e + kPrefetchRows]);
-      if (!loader_.load_x_unchecked(row, w.x, &norm)) {
+      if (e != origin && !loader_.load_x_unchecked(row, w.x, &norm)) {
         absent_[start_[i] + row - in_.histories.start(users_[i])] = true;
         weight_[start_[i] + e] = -1;
         continue;
       }
-      norm = k_.subtract_row(width_, w.origin, w.x);
+      if (e != origin) norm = k_.subtract_row(width_, w.origin, w.x);
       const float weight = in_.bias ? scale * std::exp(loader_.bias_of(row) - max_bias) : scale;
       weight_[start_[i] + e] = weight;
       sum.total_weight += double(weight);
@@ -196,7 +197,7 @@ void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
         std::fill(x, x + width_, 0.f);
         std::fill(v, v + value_width_, 0.f);
       }
-      k_.add_row(width_, w.x, weight, x);
+      if (e != origin) k_.add_row(width_, w.x, weight, x);  // its difference is zero
       loader_.add_v(row, weight, v, w.v);
     }
     sum.present += added;
@@ -235,8 +236,12 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   total_weight_[row] = sum.total_weight;
   float *const x = out_.x + row * width_, *const v = out_.v + row * value_width_;
   const double inverse = sum.present ? 1 / sum.total_weight : 0;
-  k_.store_row(v, DType::float32, value_width_, sum.v, static_cast<float>(inverse));
-  k_.store_row(x, DType::float32, width_, sum.x, static_cast<float>(inverse));
+  const auto mean = [&](int64_t width, const float* sums, float* means) {
+    std::fill(means, means + width, 0.f);
+    k_.add_row(width, sums, static_cast<float>(inverse), means);
+  };
+  mean(value_width_, sum.v, v);
+  mean(width_, sum.x, x);
   const float square = k_.load_row(x, DType::float32, width_, w.x);
   if (pieces_of(i, g) > 1) find_origin(i, g, w);  // the worker may have summed another leaf since
   if (sum.present) k_.add_row(width_, w.origin, 1.f, x);

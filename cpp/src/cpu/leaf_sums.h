@@ -71,7 +71,7 @@ class LeafSummer {
   void sort_by_leaf(int64_t i, int64_t n) noexcept;
   template <class Part>
   void each_user_part(int64_t begin, int64_t end, Part part) const noexcept;
-  void find_origin(int64_t i, int64_t g, Worker& w) const noexcept;
+  int64_t find_origin(int64_t i, int64_t g, Worker& w) const noexcept;
   void sum_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) noexcept;
   void sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept;
   void add_sums(const float* x, const float* v, Sum& sum) const noexcept;
