@@ -176,11 +176,6 @@ Status parse_header(const char* begin, const char* end, Header* h) noexcept {
   return {};
 }
 
-Status check_length(uint64_t length, uint64_t size) noexcept {
-  if (length <= kMostHeader && length <= size - 8) return {};
-  return corrupt("the header is longer than the file, or than 1 MiB");
-}
-
 /// text [length] -> the header of a file whose payload has so many bytes.
 Status read_header(const char* text, uint64_t length, uint64_t payload, Header* h) noexcept {
   HISAC_TRY(parse_header(text, text + length, h));
@@ -234,7 +229,7 @@ Status read_book(uint64_t size, Take take, Codebook* out) noexcept {
   uint64_t length = 0;
   if (size < 8) return corrupt("expected at least 8 bytes");
   HISAC_TRY(take(&length, 8));
-  HISAC_TRY(check_length(length, size));
+  if (length > kMostHeader || length > size - 8) return corrupt("the header is longer than the file, or than 1 MiB");
   Header h;
   {
     const Bytes text(length);

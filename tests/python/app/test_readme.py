@@ -155,6 +155,14 @@ def test_readmes_numbers_are_the_newest_results():
     assert between(README, headline.BEGIN, headline.END) == headline.render(json.loads(NEWEST.read_text()))
 
 
+def test_where_hisac_is_slower_is_the_newest_results():
+    rows = json.loads(NEWEST.read_text())["rows"]
+    mine = [r for r in rows if r["work"].startswith("backward/") and r["role"] == "hisac" and r["threads"] == 1]
+    least, *_, most = sorted(row["ratio_to_best_peer"] for row in mine)
+    said = f"slower in the backward of `route` on one user: {least:.2f} to {most:.2f} of the speed of {mine[0]['peer']}"
+    assert said.replace("compile autograd", "compile's autograd") in " ".join(README.split())
+
+
 def test_quality_is_the_demos():
     """The table, and what is said below it."""
     log = (BENCH / "results/2026-11-21-demo.txt").read_text()
