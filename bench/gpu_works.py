@@ -74,7 +74,7 @@ def relative(result: Array, truth: Array) -> float:
     return float(((a - b).norm() / b.norm()).item())
 
 
-class Histories:
+class Batch:
     """B users of `lengths`, D, V, M: rows x, v [T, ..], offsets, prototypes, and the same padded."""
 
     def __init__(self, lengths: Array, width: int, value: int, agents: int, dtype: Any, device: str) -> None:
@@ -85,6 +85,7 @@ class Histories:
         make = functools.partial(torch.randn, generator=g, device=device)
         self.x = functional.normalize(make(rows, width), dim=1).to(dtype)
         self.v = make(rows, value).to(dtype)
+        self.histories = hisac.Histories(self.x, self.v, self.offsets)
         self.p = functional.normalize(make(users, agents, width), dim=2)
         self.tau = torch.full((1,), TAU, device=device)
         self.longest = int(self.lengths.max())
@@ -110,7 +111,7 @@ class Histories:
         return torch.stack(tokens)
 
 
-def eager(h: Histories, group: int, shares: bool = False) -> Callable[[], Array]:
+def eager(h: Batch, group: int, shares: bool = False) -> Callable[[], Array]:
     """The expanded square in float32 sums, `group` users at a time."""
     x, v, shift = h.padded()
     p, norm = h.p.to(x.dtype), h.p.square().sum(2) / TAU
@@ -132,7 +133,7 @@ def eager(h: Histories, group: int, shares: bool = False) -> Callable[[], Array]
     return call
 
 
-def augmented(h: Histories) -> tuple[Array, Array, Array]:
+def augmented(h: Batch) -> tuple[Array, Array, Array]:
     """q, k, v of SDPA: q . k = 2 p . x / tau - |x|^2 / tau, the norm in a high and a low column."""
     x, v, shift = h.padded()
     users, m, width = h.p.shape
@@ -146,7 +147,7 @@ def augmented(h: Histories) -> tuple[Array, Array, Array]:
     return q, k, functional.pad(v[:, None], (0, wide - v.shape[2]))
 
 
-def flex(h: Histories) -> Callable[[], Array]:
+def flex(h: Batch) -> Callable[[], Array]:
     """FlexAttention over the padded batch, its score less the norm."""
     module = importlib.import_module("torch.nn.attention.flex_attention")
     x, v, shift = h.padded()
@@ -160,7 +161,7 @@ def flex(h: Histories) -> Callable[[], Array]:
     return lambda: run(q, x[:, None], v[:, None], score_mod=score, scale=1.0)[:, 0]
 
 
-def flash3(h: Histories) -> Callable[[], Array]:
+def flash3(h: Batch) -> Callable[[], Array]:
     """FlashAttention-3 where it is installed; it wants V as wide as D."""
     run = importlib.import_module("flash_attn_interface").flash_attn_func
     q, k, v = (a.transpose(1, 2).contiguous() for a in augmented(h))
@@ -172,13 +173,13 @@ def route(work: str, lengths: Array, device: str, *, agents: int, width: int, va
     or `packed` beforehand."""
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        h = Histories(lengths, width, value, agents, dtype, device)
+        h = Batch(lengths, width, value, agents, dtype, device)
         size, flops = f"{len(lengths)} users, T {len(h.x)}, M {agents}, D {width}, V {value}", 2 * h.pairs
         yield from (route_case(f"{work}{end}", name, size, flops * (width + value), h, device, end != "")
                     for end in ("", " agents"))  # fmt: skip
 
 
-def route_case(work: str, dtype: str, size: str, flops: float, h: Histories, device: str, shares: bool) -> Case:
+def route_case(work: str, dtype: str, size: str, flops: float, h: Batch, device: str, shares: bool) -> Case:
     truth, group = h.truth(shares), max(1, 2**28 // (h.p.shape[1] * h.longest))
     bound = PEER if dtype == "bfloat16" else 1e-2  # TF32 where torch takes it
 
@@ -187,7 +188,7 @@ def route_case(work: str, dtype: str, size: str, flops: float, h: Histories, dev
 
     def call(precision: str = "float32") -> Any:
         mode = "agents" if shares else "history"
-        return ht.route(h.x, h.v, h.offsets, h.p, temperature=h.tau, normalize=mode, precision=precision)
+        return ht.route(h.histories, h.p, temperature=h.tau, normalize=mode, precision=precision)
 
     def sdpa(q: Array, k: Array, v: Array) -> Array:
         return functional.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0, :, : h.v.shape[1]]
@@ -222,8 +223,8 @@ def route_case(work: str, dtype: str, size: str, flops: float, h: Histories, dev
 
 def backward(work: str, lengths: Array, device: str, *, agents: int, width: int, value: int = 64) -> Iterator[Case]:
     """Gradients from d_tokens, given the forward: of v and tau, then of all. Autograd's forward is not timed."""
-    h = Histories(lengths, width, value, agents, torch.bfloat16, device)
-    forward = hisac.route(h.x, h.v, h.offsets, h.p, temperature=h.tau)
+    h = Batch(lengths, width, value, agents, torch.bfloat16, device)
+    forward = hisac.route(h.histories, h.p, temperature=h.tau)
     d_tokens = torch.randn_like(forward.tokens)
 
     def expected() -> Array:
@@ -240,7 +241,7 @@ def backward(work: str, lengths: Array, device: str, *, agents: int, width: int,
         return relative(result[0], truth)
 
     def mine(need: tuple[str, ...]) -> Callable[[], Any]:
-        return lambda: hisac.route_backward(d_tokens, None, forward, h.x, h.v, h.offsets, temperature=h.tau, need=need)
+        return lambda: hisac.route_backward(d_tokens, None, forward, h.histories, temperature=h.tau, need=need)
 
     def autograd() -> Call:
         q, k, v = augmented(h)
@@ -275,15 +276,16 @@ def vote(work: str, users: int, rows: int, device: str, sizes: tuple[int, int] =
     on_cpu = np.concatenate([few[b % len(few)][1] for b in range(users)])
     codes = torch.from_numpy(on_cpu).to(device)
     offsets = torch.arange(users + 1, device=device) * rows
+    batch = hisac.Histories(codes=codes, offsets=offsets)
     leaf = (codes[:, 0].long() * sizes[1] + codes[:, 1]).view(users, rows)
 
     def case(rule: dict[str, Any], name: str) -> Iterator[Variant]:
-        expected = hisac.vote(book, on_cpu, np.arange(users + 1) * rows, **rule)
+        expected = hisac.vote(book, hisac.Histories(codes=on_cpu, offsets=np.arange(users + 1) * rows), **rule)
 
         def check(result: Any, i: int) -> float:
             return float(any((a.cpu().numpy() != b).any() for a, b in zip(result[:3], expected[:3], strict=True)))
 
-        yield from both(name, lambda: hisac.vote(book, codes, offsets, **rule), check, 0, device)
+        yield from both(name, lambda: hisac.vote(book, batch, **rule), check, 0, device)
 
     most = np.sort(np.bincount(leaf[0].cpu().numpy()))[::-1][:10].copy()
 

@@ -107,7 +107,14 @@ struct User {
       for (int64_t d = 0; d < D; ++d) x[static_cast<size_t>(i * D + d)] += p[d];
     }
   }
-  Histories history() const { return {&offsets[0], &offsets[1], DType::int64, 1}; }
+  Histories history() const {
+    Histories h;
+    h.x = {x.data(), DType::float32, rows, D};
+    h.v = {v.data(), DType::float32, rows, V};
+    h.offsets = {&offsets[0], &offsets[1], DType::int64, 1};
+    h.codes = {codes.data(), {rows, L}};
+    return h;
+  }
   Agents agents(int64_t m, const Codebook& book) {
     return {{kept.data(), {1, m, L}}, {votes.data(), {1, m}}, {count.data(), {1}}, book.fingerprint()};
   }
@@ -145,8 +152,7 @@ void votes(Service& s, int64_t rows, int calls) {
     const std::string name = "vote/" + std::to_string(rows / 1000) + "k " + (budget ? "budget" : "fanout");
     measure(name.c_str(), calls, rows, [&](int i) {
       User& u = users[static_cast<size_t>(i % 4)];
-      require(vote(s.context, s.book, params, {u.codes.data(), {rows, L}}, u.history(), {},
-                   u.agents(seats(params, L), s.book)));
+      require(vote(s.context, s.book, params, u.history(), u.agents(seats(params, L), s.book)));
     });
   }
 }
@@ -165,13 +171,13 @@ void requests(Service& s, int64_t rows, int calls) {
   routing.temperature = {&temperature, {1}};
   const auto of = [&](int i) -> User& { return users[static_cast<size_t>(i) % users.size()]; };
   const auto elect = [&](User& u) {
-    require(vote(s.context, s.book, voting, {u.codes.data(), {rows, L}}, u.history(), {}, u.agents(M, s.book)));
+    require(vote(s.context, s.book, voting, u.history(), u.agents(M, s.book)));
     require(hisac::prototypes(s.context, s.book, u.agents(M, s.book), {prototypes.data(), {1, M, D}}));
   };
   const auto compress = [&](User& u) {
-    const Rows x{u.x.data(), DType::float32, rows, D}, v{u.v.data(), DType::float32, rows, V};
-    const RouteInputs in{x, v, u.history(), {prototypes.data(), {1, M, D}}, {u.count.data(), {1}}, {}, {}, nullptr};
-    require(route(s.context, routing, in, {{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
+    const RouteAgents agents{{prototypes.data(), {1, M, D}}, {u.count.data(), {1}}};
+    require(route(s.context, nullptr, routing, u.history(), agents,
+                  {{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
   };
   const auto score = [&](User&) {
     const Rows keys{tokens.data(), DType::float32, M * kHeads, V / kHeads};

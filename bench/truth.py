@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hisac import reference as definition
-from hisac.types import RouteGradients, Tokens
+from hisac.types import Histories, RouteGradients, Tokens
 
 Array = Any
 reference: Any = definition  # untyped, to be read
@@ -83,7 +83,8 @@ def route(
     """The tokens by the truth that `which` names."""
     x, v = dense(x), dense(v)
     if which(len(x), p) == REFERENCE:
-        tokens: Tokens = reference.route(x, v, offsets, p, count=count, temperature=tau, normalize=normalize)
+        h = Histories(x, v, offsets)
+        tokens: Tokens = reference.route(h, p, count=count, temperature=tau, normalize=normalize)
         return tokens
     return route64(x, v, offsets, p, tau, count, normalize)
 

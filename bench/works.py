@@ -18,6 +18,7 @@ import peers_codes
 import truth
 from data import CLUSTERED, MIXTURE, NEAR, NORMAL, history, items, lengths, offsets_of, structured, unit
 from harness import Case, Variant
+from hisac import Histories
 from truth import reference
 from works_common import (
     BFLOAT16,
@@ -71,13 +72,13 @@ def one_vote(
 
     @cache
     def expected(i: int) -> Any:
-        return reference.vote(plain, codes[i], offsets, **rule)
+        return reference.vote(plain, Histories(codes=codes[i], offsets=offsets), **rule)
 
     def error(result: Any, i: int) -> float:
         return max(truth.differing(a, b) for a, b in zip(result[:3], expected(i)[:3], strict=True))
 
     def call(i: int) -> Any:
-        return ops.vote(book, codes[i], offsets, **rule)
+        return ops.vote(book, Histories(codes=codes[i], offsets=offsets), **rule)
 
     users = len(offsets) - 1
     size = f"{users} user{'s' * (users > 1)}, T {offsets[-1]}, {sizes[0]} x {sizes[1]} codes, {name} {rule[name]}"
@@ -231,7 +232,7 @@ def request(
     q = rng.standard_normal((candidates, heads, value // heads), dtype=np.float32)
     book, offsets, at = ops.Codebook(centers), np.array([0, rows]), np.array([0, candidates])
     plain = reference.Codebook(centers)
-    agents = reference.vote(plain, codes, offsets, budget=budget)
+    agents = reference.vote(plain, Histories(codes=codes, offsets=offsets), budget=budget)
     heads_of = (1, budget, heads, value // heads)
     rows_of = v.reshape(1, rows, heads, -1)
 
@@ -252,8 +253,9 @@ def request(
         return truth.relative(result, expected())
 
     def call_cold(i: int) -> Any:
-        a = ops.vote(book, codes, offsets, budget=budget)
-        t = ops.route(x, v, offsets, book.prototypes(a), count=a.count, temperature=TAU).tokens.reshape(heads_of)
+        h = Histories(x, v, offsets, codes)
+        a = ops.vote(book, h, budget=budget)
+        t = ops.route(h, book.prototypes(a), count=a.count, temperature=TAU).tokens.reshape(heads_of)
         return ops.attend(q, t, t, at).out
 
     stored = tokens().astype(np.float32) if cached else None

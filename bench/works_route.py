@@ -15,6 +15,7 @@ import peers_codes
 import truth
 from data import JOURNEY, NEAR, UNIT, history, household, lengths, offsets_of, structured, unit
 from harness import Case, Variant
+from hisac import Histories
 from truth import reference
 from works_common import (
     BFLOAT16,
@@ -67,7 +68,8 @@ def route(
             return max(error(result.tokens, i), truth.relative(lse, np.where(there, expected().lse, 0.0)))
 
         def call(i: int, precision: str) -> Any:
-            return ops.route(ax, av, at, ap, count=ac, temperature=TAU, normalize=normalize, precision=precision)
+            h = Histories(ax, av, at)
+            return ops.route(h, ap, count=ac, temperature=TAU, normalize=normalize, precision=precision)
 
         found = by_role(same(ax, av, at, ap, ac, TAU, bf16), error, peer_bound)
         mine = [Variant(variant, lambda: partial(call, precision="float32"), error_lse, bound, "hisac")]
@@ -95,7 +97,7 @@ def real(
     rows, offsets = len(h.item), np.array([0, len(h.item)])
     values = np.random.default_rng(0).standard_normal((len(h.table), value), dtype=np.float32)
     book = ops.fit(h.fitted, codes, iterations=iterations, seed=0)
-    found = ops.vote(book, ops.encode(book, h.table[h.item]), offsets, budget=budget)
+    found = ops.vote(book, Histories(codes=ops.encode(book, h.table[h.item]), offsets=offsets), budget=budget)
     p = np.asarray(book.prototypes(found), np.float32)[:, : int(found.count[0])]
 
     @cache
@@ -106,8 +108,8 @@ def real(
         return truth.relative(result, expected().tokens)
 
     def call(i: int) -> Any:
-        ids = {"x_ids": h.item, "v_ids": h.item}
-        return ops.route(h.table, values, offsets, p, temperature=tau, normalize="agents", **ids)
+        gathered = Histories(h.table, values, offsets, x_ids=h.item, v_ids=h.item)
+        return ops.route(gathered, p, temperature=tau, normalize="agents")
 
     mine = Variant("fp32", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac")
     same = by_role(peers_agents.gathered(h.table, h.item, values, h.item, p, tau), error, FLOAT32)
@@ -127,7 +129,8 @@ def backward(
     x, p, v = unit(rng, rows, width), unit(rng, 1, agents, width), rng.standard_normal((rows, value), dtype=np.float32)
     d_tokens = rng.standard_normal((1, agents, value), dtype=np.float32)
     offsets = np.array([0, rows])
-    forward = ops.route(x, v, offsets, p, temperature=TAU, normalize=normalize)
+    batch = Histories(x, v, offsets)
+    forward = ops.route(batch, p, temperature=TAU, normalize=normalize)
     name = truth.which(rows, p)
 
     @cache
@@ -136,7 +139,7 @@ def backward(
         gradients, terms = truth.backward64(d_tokens, exact, x, v, p, TAU, normalize)
         if name == truth.REFERENCE:
             options = {"temperature": TAU, "normalize": normalize, "need": ("v", "temperature")}
-            gradients = reference.route_backward(d_tokens, None, exact, x, v, offsets, **options)
+            gradients = reference.route_backward(d_tokens, None, exact, batch, **options)
         return gradients, terms
 
     def error(result: Any, i: int) -> float:
@@ -146,7 +149,7 @@ def backward(
 
     def call(i: int) -> Any:
         options = {"temperature": TAU, "normalize": normalize, "need": ("v", "temperature")}
-        return ops.route_backward(d_tokens, None, forward, x, v, offsets, **options)
+        return ops.route_backward(d_tokens, None, forward, Histories(x, v, offsets), **options)
 
     tokens, lse = (np.asarray(a, np.float32) for a in forward[:2])
     same = {"history": peers.backward, "agents": peers_agents.backward}[normalize]
@@ -186,20 +189,20 @@ def leaf(
         return truth.relative(result, expected().tokens)
 
     def call(i: int) -> Any:
-        return ops.route(x, v, offsets, p, temperature=TAU, codes=codes, book=book, method="leaf")
+        return ops.route(Histories(x, v, offsets, codes), p, temperature=TAU, book=book, method="leaf")
 
     mine = Variant(
         "leaf", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac",
         extra=lambda: {"error_to_exact": truth.relative(expected().tokens, exact().tokens)},
     )  # fmt: skip
-    sums = ops.leaf_sums(x, v, offsets, codes, book)
+    sums = ops.leaf_sums(book, Histories(x, v, offsets, codes))
     mean = np.add.reduceat(x[np.argsort(number, kind="stable")].astype(np.float64), np.cumsum(n) - n) / n[:, None]
 
     def add(i: int) -> Any:
-        return ops.leaf_sums(x, v, offsets, codes, book)
+        return ops.leaf_sums(book, Histories(x, v, offsets, codes))
 
     def kept(i: int) -> Any:
-        return ops.route(*sums[:3], p, temperature=TAU, bias=sums.bias, spread=sums.spread)
+        return ops.route(sums, p, temperature=TAU)
 
     alone = Variant("sums", lambda: add, lambda r, i: truth.relative(r.x, mean), FLOAT32, "hisac")
     from_kept = Variant("kept", lambda: kept, lambda r, i: error(r.tokens, i), FLOAT32, "hisac")

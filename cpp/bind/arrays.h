@@ -158,31 +158,4 @@ inline Ids ids(const View& view, Call& call, const char* name, const char* expec
   return {data, wide ? DType::int64 : DType::int32, view.tensor.shape[0]};
 }
 
-/// offsets [B + 1]
-inline Histories histories(const View& offsets, Call& call, const char* name) {
-  const Ids at = ids(offsets, call, name, "int32 or int64 [B + 1]");
-  if (at.size == 0) wrong_value(call, name, "[B + 1]", describe(offsets));
-  return {at.data, static_cast<const char*>(at.data) + bytes_of(at.dtype), at.dtype, at.size - 1};
-}
-
-/// starts and ends [B]; ends None: starts are offsets.
-inline Histories histories(const View& starts, const View& ends, Call& call) {
-  if (ends.none) return histories(starts, call, "offsets");
-  constexpr const char* kExpected = "int32 or int64 [B]";
-  const Ids first = ids(starts, call, "starts", kExpected), last = ids(ends, call, "ends", kExpected);
-  if (last.dtype != first.dtype || last.size != first.size)
-    wrong_value(call, "ends", "the type and length of starts, " + describe(starts), describe(ends));
-  return {first.data, last.data, first.dtype, first.size};
-}
-
-/// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`; on a GPU
-/// they are not seen.
-inline int64_t longest(const Call& call, const Histories& h, int64_t rows) {
-  if (call.on_cuda()) return rows;
-  int64_t most = 0;
-  for (int64_t b = 0; b < h.users; ++b)
-    most = std::max(most, std::clamp(h.end(b), int64_t{0}, rows) - std::clamp(h.start(b), int64_t{0}, rows));
-  return most;
-}
-
 }  // namespace hisac::bind

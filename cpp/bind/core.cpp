@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "arrays.h"
+#include "histories.h"
 #include "module.h"
 #include "runtime.h"
 
@@ -17,8 +18,6 @@ namespace {
 using nb::literals::operator""_a;
 
 constexpr const char* kX = "float32, bfloat16 or float16 [T, D]";
-constexpr const char* kRouteX = "float32, bfloat16, float16 or int8 [T, D]";
-constexpr const char* kV = "float32, bfloat16 or float16 [T, V]";
 constexpr const char* kTokens = "float32, bfloat16 or float16 [B, M, V]";
 constexpr const char* kCodes = "int32 [T, L]";
 
@@ -34,14 +33,18 @@ int32_t either(const char* verb, const char* name, nb::handle given, const char*
 
 // ---- inputs and outputs that need no more of Python
 
-/// Whether every array is plain, and of the rank that "name letters, .." gives it, "B+1" at least one long; "name?" may
-/// be None.
-bool all_plain(const char* names, nb::typed<nb::tuple, nb::object, nb::ellipsis> arrays) {
+/// Whether every array is plain, and of the rank that "name letters, .." gives it, "B+1" at least one long. "name?" may
+/// be None, "-" anything; in place of offsets "B+1" may be a tuple of two.
+bool all_plain(const char* names, Fields arrays) {
   nb::dlpack::dltensor t;
   for (nb::handle array : arrays) {
     const std::string_view name(names, std::strcspn(names, ","));
     names += std::min(name.size() + 2, std::strlen(names));
-    if (array.is_none() && name.find('?') != name.npos) continue;
+    if (name == "-" || (array.is_none() && name.find('?') != name.npos)) continue;
+    if (PyTuple_Check(array.ptr()) && name == "offsets B+1") {
+      if (nb::len(array) != 2 || !all_plain("starts B, ends B", nb::borrow<Fields>(array))) return false;
+      continue;
+    }
     const auto rank = std::count(name.begin(), name.end(), ' ');
     if (!plain(array, &t) || (rank && rank != t.ndim) || (name.find('+') != name.npos && !t.shape[0]) ||
         (rank > 1 && t.shape[rank - 1] > kMostWidth))
@@ -192,103 +195,90 @@ nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, 
   return nb::make_tuple(report.rows, report.left_out, nb::tuple(rounds), nb::tuple(errors), nb::tuple(unused));
 }
 
-void vote_agents(const Codebook& book, Lent codes, Lent starts, Lent ends, int64_t budget,
-                 const std::vector<int64_t>& fanout, Lent weights, Lent out_codes, Lent out_votes, Lent out_count) {
+void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, const std::vector<int64_t>& fanout,
+                 Lent out_codes, Lent out_votes, Lent out_count) {
   Call call("vote");
   VoteParams params;
   params.budget = budget;
   if (fanout.size() > kMaxLevels) throw nb::value_error("vote: fanout expected at most 8 levels");
   std::copy(fanout.begin(), fanout.end(), params.fanout);
-  const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
-  const Histories h = histories(starts, ends, call);
-  const auto weight = array<const float, 1>(weights, call, "weights", "float32 [T]", true);
+  Batch batch(call, histories);
+  batch.read_votes();
+  const Histories& in = batch.in;
   const Agents out{array<int32_t, 3>(out_codes, call, "out codes", "int32 [B, M, L]"),
                    array<int64_t, 2>(out_votes, call, "out votes", "int64 [B, M]"),
                    array<int32_t, 1>(out_count, call, "out count", "int32 [B]")};
-  const int64_t most = longest(call, h, from.shape[0]);
+  const int64_t most = longest(call, in.offsets, in.codes.shape[0]);
   run(
       call, [&](const Context& context) { return vote_workspace(context, book, params, most); },
-      [&](const Context& context) { return vote(context, book, params, from, h, weight, out); }, &book);
+      [&](const Context& context) { return vote(context, book, params, in, out); }, &book);
 }
 
 // ---- route
 
 /// The arguments that route and its backward share.
 struct RouteArguments {
+  const Codebook* book;
   RouteParams params;
-  RouteInputs in;
-  float temperature = 0;
-  int64_t most = 0;  // rows of the longest history
+  Batch batch;
+  const Histories& in = batch.in;
+  RouteAgents agents;
+  int64_t most;  // rows of the longest history
 
-  RouteArguments(Call& call, Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes,
-                 const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count,
+  RouteArguments(Call& call, const Codebook* codes_book, const Fields& histories, Lent prototypes, Lent count,
                  nb::handle tau, nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision,
                  int64_t refine)
-      : RouteArguments(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale) {
+      : book(codes_book), batch(call, histories) {
+    batch.read_rows();
+    if (book) batch.read_codes(true);
+    most = longest(call, in.offsets, in.behaviours());
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
     params.missing = static_cast<Missing>(either(call, "missing", missing, "drop", "token"));
     params.precision = static_cast<Precision>(either(call, "precision", precision, "float32", "bfloat16"));
     if (refine < 0 || refine > 1'000'000) wrong_value(call, "refine", "0 to 1000000", std::to_string(refine));
     params.refine = static_cast<int>(refine);
-    in.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
-    if (in.prototypes.shape[2] > kMostWidth)
+    agents.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
+    if (agents.prototypes.shape[2] > kMostWidth)
       wrong_value(call, "prototypes", "float32 [B, M, D], D at most 2^20", describe(prototypes));
-    in.count = array<const int32_t, 1>(count, call, "count", "int32 [B]", true);
+    agents.count = array<const int32_t, 1>(count, call, "count", "int32 [B]", true);
     if (PyFloat_Check(tau.ptr()) || PyLong_Check(tau.ptr())) {
-      temperature = static_cast<float>(nb::cast<double>(tau));
-      if (!(temperature > 0) || !(temperature <= 3.4028234e38f))
+      temperature_ = static_cast<float>(nb::cast<double>(tau));
+      if (!(temperature_ > 0) || !(temperature_ <= 3.4028234e38f))
         wrong_value(call, "temperature", "finite and > 0", nb::cast<std::string>(nb::str(tau)));
-      params.temperature = {&temperature, {1}};
+      params.temperature = {&temperature_, {1}};
     } else {
-      hold = nb::cast<View>(tau);
-      params.temperature = array<const float, 1>(hold, call, "temperature", "a number, or float32 [1] or [M]");
+      hold_ = nb::cast<View>(tau);
+      params.temperature = array<const float, 1>(hold_, call, "temperature", "a number, or float32 [1] or [M]");
     }
   }
 
-  /// Those of leaf_sums.
-  RouteArguments(Call& call, Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes,
-                 const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale) {
-    if (!x.none) in.x = rows(x, call, "x", 2, kRouteX, true);
-    in.v = rows(v, call, "v", 2, kV);
-    in.histories = histories(starts, ends, call);
-    in.bias = array<const float, 1>(bias, call, "bias", "float32 [T]", true);
-    in.spread = array<const float, 1>(spread, call, "spread", "float32 [T]", true);
-    in.codes = array<const int32_t, 2>(codes, call, "codes", kCodes, true);
-    in.book = book;
-    in.x_ids = ids(x_ids, call, "x_ids", "int32 or int64 [T]", true);
-    in.v_ids = ids(v_ids, call, "v_ids", "int32 or int64 [T]", true);
-    in.x_scale = array<const float, 1>(x_scale, call, "x_scale", "float32 [1] or [rows of x]", true);
-    most = longest(call, in.histories, in.behaviours());
-  }
-  RouteArguments(const RouteArguments&) = delete;
-
-  View hold;
+ private:
+  float temperature_ = 0;
+  View hold_;
 };
 
-void route_tokens(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes, const Codebook* book,
-                  Lent x_ids, Lent v_ids, Lent x_scale, Lent prototypes, Lent count, nb::handle temperature,
+void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle temperature,
                   nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine,
                   Lent tokens, Lent lse, Lent refined) {
   Call call("route");
-  const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale, prototypes, count,
-                         temperature, normalize, method, missing, precision, refine);
+  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, method, missing, precision,
+                         refine);
   const Tokens out{rows<MutableRows>(tokens, call, "out tokens", 3, kTokens),
                    array<float, 2>(lse, call, "out lse", "float32 [B, M]"),
                    array<float, 3>(refined, call, "out prototypes", "float32 [B, M, D]", true)};
   run(
-      call, [&](const Context& context) { return route_workspace(context, a.params, a.in, a.most); },
-      [&](const Context& context) { return route(context, a.params, a.in, out); }, book);
+      call, [&](const Context& context) { return route_workspace(context, book, a.params, a.in, a.agents, a.most); },
+      [&](const Context& context) { return route(context, book, a.params, a.in, a.agents, out); }, book);
 }
 
-void route_gradients(Lent d_tokens, Lent d_lse, Lent tokens, Lent lse, Lent x, Lent v, Lent starts, Lent ends,
-                     Lent bias, Lent spread, Lent codes, const Codebook* book, Lent x_ids, Lent v_ids, Lent x_scale,
+void route_gradients(Lent d_tokens, Lent d_lse, Lent tokens, Lent lse, const Codebook* book, const Fields& histories,
                      Lent prototypes, Lent count, nb::handle temperature, nb::handle normalize, nb::handle method,
                      nb::handle missing, nb::handle precision, Lent dv, Lent dtemperature, Lent dbias, Lent dx,
                      Lent dprototypes) {
   Call call("route_backward");
-  const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, book, x_ids, v_ids, x_scale, prototypes, count,
-                         temperature, normalize, method, missing, precision, 0);
+  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, method, missing, precision,
+                         0);
   const RouteForward forward{
       rows(d_tokens, call, "d_tokens", 3, kTokens), array<const float, 2>(d_lse, call, "d_lse", "float32 [B, M]", true),
       rows(tokens, call, "tokens", 3, kTokens), array<const float, 2>(lse, call, "lse", "float32 [B, M]")};
@@ -298,24 +288,31 @@ void route_gradients(Lent d_tokens, Lent d_lse, Lent tokens, Lent lse, Lent x, L
                            array<float, 2>(dx, call, "dx", "float32 [T, D]", true),
                            array<float, 3>(dprototypes, call, "dprototypes", "float32 [B, M, D]", true)};
   run(
-      call, [&](const Context& context) { return route_backward_workspace(context, a.params, a.in, out, a.most); },
-      [&](const Context& context) { return route_backward(context, a.params, a.in, forward, out); }, book);
+      call,
+      [&](const Context& context) {
+        return route_backward_workspace(context, book, a.params, a.in, a.agents, out, a.most);
+      },
+      [&](const Context& context) { return route_backward(context, book, a.params, a.in, a.agents, forward, out); },
+      book);
 }
 
-void sum_leaves(Lent x, Lent v, Lent starts, Lent ends, Lent bias, Lent spread, Lent codes, const Codebook& book,
-                Lent x_ids, Lent v_ids, Lent x_scale, Lent out_x, Lent out_v, Lent out_offsets, Lent out_bias,
-                Lent out_spread, Lent out_codes) {
+void sum_leaves(const Codebook& book, const Fields& histories, Lent out_x, Lent out_v, Lent out_offsets, Lent out_codes,
+                Lent out_bias, Lent out_spread) {
   Call call("leaf_sums");
-  const RouteArguments a(call, x, v, starts, ends, bias, spread, codes, &book, x_ids, v_ids, x_scale);
+  Batch batch(call, histories);
+  batch.read_rows();
+  batch.read_codes(false);
+  const Histories& in = batch.in;
+  const int64_t most = longest(call, in.offsets, in.behaviours());
   const LeafSums out{array<float, 2>(out_x, call, "out x", "float32 [S, D]"),
                      array<float, 2>(out_v, call, "out v", "float32 [S, V]"),
                      array<int64_t, 1>(out_offsets, call, "out offsets", "int64 [B + 1]"),
+                     array<int32_t, 2>(out_codes, call, "out codes", "int32 [S, L]"),
                      array<float, 1>(out_bias, call, "out bias", "float32 [S]"),
-                     array<float, 1>(out_spread, call, "out spread", "float32 [S]"),
-                     array<int32_t, 2>(out_codes, call, "out codes", "int32 [S, L]")};
+                     array<float, 1>(out_spread, call, "out spread", "float32 [S]")};
   run(
-      call, [&](const Context& context) { return leaf_sums_workspace(context, a.in, a.most); },
-      [&](const Context& context) { return leaf_sums(context, a.in, out); }, &book);
+      call, [&](const Context& context) { return leaf_sums_workspace(context, book, in, most); },
+      [&](const Context& context) { return leaf_sums(context, book, in, out); }, &book);
 }
 
 void sum_of_rows(Lent rows, Lent order, Lent begin, Lent out) {
@@ -349,7 +346,7 @@ struct AttendArguments {
                              ": expected q [N, H, d], keys [B, M, H, d] and values [B, M, H, V], got " + describe(q) +
                              ", " + describe(keys) + " and " + describe(values))
                                 .c_str());
-    in.candidates = histories(offsets, call, "candidate_offsets");
+    in.candidates = spans(offsets, call, "candidate_offsets");
     if (in.candidates.users != k[0])
       wrong_value(call, "candidate_offsets", "[" + std::to_string(k[0] + 1) + "]", describe(offsets));
   }
@@ -415,20 +412,17 @@ void fill(nb::module_& m) {
   m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none(),
         nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
                 "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
-  m.def("vote", vote_agents, "book"_a, "codes"_a, "starts"_a, "ends"_a.none(), "budget"_a, "fanout"_a,
-        "weights"_a.none(), "out_codes"_a, "out_votes"_a, "out_count"_a);
-  m.def("route", route_tokens, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(),
-        "codes"_a.none(), "book"_a.none(), "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "prototypes"_a,
-        "count"_a.none(), "temperature"_a, "normalize"_a.none(), "method"_a.none(), "missing"_a.none(),
-        "precision"_a.none(), "refine"_a, "tokens"_a, "lse"_a, "refined"_a.none());
-  m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "x"_a.none(), "v"_a,
-        "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(), "codes"_a.none(), "book"_a.none(),
-        "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "prototypes"_a, "count"_a.none(), "temperature"_a,
-        "normalize"_a.none(), "method"_a.none(), "missing"_a.none(), "precision"_a.none(), "dv"_a.none(),
-        "dtemperature"_a.none(), "dbias"_a.none(), "dx"_a.none(), "dprototypes"_a.none());
-  m.def("leaf_sums", sum_leaves, "x"_a.none(), "v"_a, "starts"_a, "ends"_a.none(), "bias"_a.none(), "spread"_a.none(),
-        "codes"_a, "book"_a, "x_ids"_a.none(), "v_ids"_a.none(), "x_scale"_a.none(), "out_x"_a, "out_v"_a,
-        "out_offsets"_a, "out_bias"_a, "out_spread"_a, "out_codes"_a);
+  m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "out_codes"_a, "out_votes"_a,
+        "out_count"_a);
+  m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,
+        "normalize"_a.none(), "method"_a.none(), "missing"_a.none(), "precision"_a.none(), "refine"_a, "tokens"_a,
+        "lse"_a, "refined"_a.none());
+  m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "book"_a.none(),
+        "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a.none(), "method"_a.none(),
+        "missing"_a.none(), "precision"_a.none(), "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(),
+        "dx"_a.none(), "dprototypes"_a.none());
+  m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_offsets"_a, "out_codes"_a,
+        "out_bias"_a, "out_spread"_a);
   m.def("sum_rows", sum_of_rows, "rows"_a, "order"_a, "begin"_a, "out"_a);
   m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a,
         "out"_a, "lse"_a);

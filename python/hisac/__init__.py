@@ -16,7 +16,7 @@ from . import _core
 from ._core import VERSION as __version__
 from ._core import CorruptFileError
 from .codebook import Codebook
-from .types import Agents, Attended, AttendGradients, FitReport, LeafSums, RouteGradients, Tokens
+from .types import Agents, Attended, AttendGradients, FitReport, Histories, RouteGradients, Tokens
 from .verbs import (
     attend,
     attend_backward,
@@ -39,7 +39,7 @@ __all__ = [
     "Codebook",
     "CorruptFileError",
     "FitReport",
-    "LeafSums",
+    "Histories",
     "RouteGradients",
     "Tokens",
     "__version__",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .types import Array
+from .types import Array, Histories
 
 FLOAT32, INT32, INT64 = map(np.dtype, (np.float32, np.int32, np.int64))
 NUMBERS = (int, float, np.number)
@@ -204,12 +204,44 @@ def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = 
     return number
 
 
-def take_histories(verb: str, offsets: Any) -> tuple[Array, ...]:
-    """offsets [B + 1], or (starts [B], ends [B]) -> starts, ends; offsets and None."""
+def take_histories(verb: str, names: str, histories: Histories) -> Histories:
+    """The fields that a verb reads, as `take`; "-" stands for a field that it does not read."""
+    if not isinstance(histories, Histories):
+        raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
+    if plain(names, histories):
+        return histories
+    taken: list[Any] = []
+    for kind, field in zip(names.split(", "), histories, strict=True):
+        name, _, letters = kind.partition(" ")
+        if name == "-" or (field is None and name[-1] == "?"):
+            taken.append(None)
+        elif name == "offsets":
+            taken.append(_take_offsets(verb, field, letters, histories))
+        elif name == "x_scale?" and isinstance(field, NUMBERS):
+            taken.append(number(float(field), taken[1]))
+        else:
+            taken.append(take_one(verb, name.rstrip("?"), field, letters))
+    return Histories(*taken)
+
+
+def _take_offsets(verb: str, offsets: Any, letters: str, beside: Histories) -> Any:
+    """offsets [B + 1], or (starts [B], ends [B]): arrays, or lists of integers, which go where codes or v are."""
     if isinstance(offsets, tuple):
         if len(offsets) != 2:
             raise ValueError(
                 f"{verb}: offsets expected an array, or a tuple (starts, ends), got a tuple of {len(offsets)}"
             )
-        return take(verb, "starts B, ends B", *offsets)
-    return *take(verb, "offsets B+1", offsets), None
+        pairs = zip(("starts", "ends"), offsets, strict=True)
+        return tuple(take_one(verb, name, _of_list(verb, name, a, beside), "B") for name, a in pairs)
+    if offsets is None:
+        raise TypeError(f"{verb}: offsets expected [B + 1], (starts, ends) or lengths=, got None")
+    return take_one(verb, "offsets", _of_list(verb, "offsets", offsets, beside), letters)
+
+
+def _of_list(verb: str, name: str, a: Any, beside: Histories) -> Array:
+    """A list of integers as int64, beside the arrays of a batch; anything else as it is."""
+    if not isinstance(a, list):
+        return a
+    found = np.array([whole(verb, name, n, -(2**63), 2**63 - 1) for n in a], np.int64)
+    like = next((t for t in (beside.codes, beside.v) if is_torch(t)), None)
+    return found if like is None else sys.modules["torch"].from_numpy(found).to(like.device)

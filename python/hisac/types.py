@@ -1,13 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs return: plain named tuples of arrays, the same for every backend and for the reference.
+"""What the verbs take and return: named tuples of arrays, the same for every backend and for the reference.
 
 Arrays live where the inputs live (NumPy or torch). Letters are dimensions: B users, T behaviours, D semantic width,
 V value width, L levels, M agents a user, N candidates, H heads.
 """
 
+import sys
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Array = Any  # numpy.ndarray, torch.Tensor, or anything with DLPack
+
+
+class _Fields(NamedTuple):
+    x: Array = None
+    """[T, D], or a table [rows, D] with `x_ids`: semantic embeddings, float32, bfloat16, float16 or int8. None: the
+    prototypes of `codes`."""
+    v: Array = None
+    """[T, V], or a table [rows, V] with `v_ids`: what tokens are means of, float32, bfloat16 or float16."""
+    offsets: Any = None
+    """[B + 1]: user b has the rows offsets[b] .. offsets[b + 1]; or (starts [B], ends [B]), which may overlap. int32 or
+    int64, or lists of integers."""
+    codes: Array = None
+    """[T, L] int32: semantic IDs."""
+    x_ids: Array = None
+    """[T] int32 or int64: behaviour i has row x_ids[i] of x."""
+    v_ids: Array = None
+    """[T] int32 or int64: behaviour i has row v_ids[i] of v."""
+    x_scale: Any = None
+    """A number, or float32 [1] or [rows of x], with x of int8: the embeddings are x_scale times x, in float32."""
+    bias: Array = None
+    """[T] float32: the logarithm of a behaviour's weight in routing, a time decay for instance."""
+    spread: Array = None
+    """[T] float32: added to a behaviour's squared distances; `leaf_sums` makes it."""
+    weights: Array = None
+    """[T] float32: a behaviour's weight in voting."""
+
+
+class Histories(_Fields):
+    """A batch of histories: the T behaviours of B users in one table. A verb reads the fields that it needs.
+
+    `lengths` [B], in place of offsets: how many rows each user has. Raises ValueError where both are given.
+
+    >>> import numpy as np
+    >>> Histories(np.zeros((3, 2)), np.zeros((3, 4)), lengths=[1, 2]).offsets
+    array([0, 1, 3])
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, x: Array = None, v: Array = None, offsets: Any = None, codes: Array = None, x_ids: Array = None,
+        v_ids: Array = None, x_scale: Any = None, bias: Array = None, spread: Array = None, weights: Array = None, *,
+        lengths: Any = None,
+    ) -> "Histories":  # fmt: skip
+        if lengths is not None:
+            if offsets is not None:
+                raise ValueError("Histories: expected either offsets or lengths, got both")
+            if hasattr(lengths, "new_zeros"):  # a torch tensor
+                offsets = sys.modules["torch"].cat([lengths.new_zeros(1), lengths.cumsum(0)])
+            else:
+                offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        return super().__new__(cls, x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights)
 
 
 class Agents(NamedTuple):
@@ -44,23 +99,6 @@ class Attended(NamedTuple):
     """[N, H, V], q's type."""
     lse: Array
     """[N, H] float32: log-sum-exp of the logits, that is how well the best tokens match; -inf without tokens."""
-
-
-class LeafSums(NamedTuple):
-    """A user's behaviours summed by leaf: rows for `route` that may be kept between requests."""
-
-    x: Array
-    """[G, D] float32: mean x of a leaf's behaviours, weighted by e^bias."""
-    v: Array
-    """[G, V] float32: mean v."""
-    offsets: Array
-    """[B + 1] int64: user b's leaves are the rows offsets[b] .. offsets[b + 1], sorted by code."""
-    bias: Array
-    """[G] float32: log of the sum of e^bias."""
-    spread: Array
-    """[G] float32: mean square distance of x from its mean."""
-    codes: Array
-    """[G, L] int32: the leaf."""
 
 
 class RouteGradients(NamedTuple):

@@ -31,7 +31,7 @@ from .arrays import (
     whole,
 )
 from .codebook import Codebook
-from .types import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
+from .types import Agents, Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
 
 fit = Codebook.fit
 
@@ -46,27 +46,20 @@ def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
 
 
 def vote(
-    book: Codebook,
-    codes: Array,
-    offsets: Any,
-    *,
-    budget: int | None = None,
-    fanout: Iterable[int] | None = None,
-    weights: Array = None,
+    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Iterable[int] | None = None
 ) -> Agents:
     """The interest-agents of each user: the leaves of the code tree kept by their behaviours' votes.
 
     `budget` M: seats in proportion to votes at every node (D'Hondt). `fanout` (k_1, .., k_L): the paper's rule, the k_l
-    children with most votes under every kept node. codes [T, L] int32; offsets [B + 1] or (starts, ends) [B], int32 or
-    int64; weights [T] float32 or None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code do not vote.
+    children with most votes under every kept node. Of the histories it reads codes [T, L], offsets, and weights [T] or
+    None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code do not vote.
     -> Agents of M = budget or the product of the fan-outs, at most 4096; blind to the order of rows.
     Raises ValueError, TypeError.
     """
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
     _check(book, Codebook, "vote: book")
-    codes, weights = take("vote", "codes T L, weights?", codes, weights)
-    starts, ends = take_histories("vote", offsets)
+    histories = take_histories("vote", _VOTES, histories)
     levels, children = book.levels, [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
     if fanout is not None and (len(children) != levels or min(children) < 1):
         raise ValueError(f"vote: fanout expected one number >= 1 for each of {levels} levels, got {tuple(children)}")
@@ -75,74 +68,58 @@ def vote(
         raise ValueError(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
-    users = starts.shape[0] - (ends is None)
-    agents = empty(codes, (users, seats, levels), INT32)
-    votes, count = empty(codes, (users, seats), INT64), empty(codes, (users,), INT32)
-    core.vote(book._core, codes, starts, ends, 0 if budget is None else seats, children, weights, agents, votes, count)
+    users, like = _users(histories), histories.codes
+    agents = empty(like, (users, seats, levels), INT32)
+    votes, count = empty(like, (users, seats), INT64), empty(like, (users,), INT32)
+    core.vote(book._core, histories, 0 if budget is None else seats, children, agents, votes, count)
     return Agents(agents, votes, count, book.fingerprint)
 
 
-def leaf_sums(
-    x: Array,
-    v: Array,
-    offsets: Any,
-    codes: Array,
-    book: Codebook,
-    *,
-    bias: Array = None,
-    spread: Array = None,
-    x_ids: Array = None,
-    v_ids: Array = None,
-    x_scale: Any = None,
-) -> LeafSums:
+def leaf_sums(book: Codebook, histories: Histories) -> Histories:
     """The present behaviours of each user, one row a leaf, sorted by code: with weights w_i = e^bias_i,
 
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
-    Arguments as in `route`, which gives from sums, `route(*sums[:3], prototypes, bias=sums.bias, spread=sums.spread)`,
-    what it gives by method="leaf" from the behaviours. Sums may be kept between requests. They add up: those of kept
-    sums and new behaviours, as the rows of one user, are the sums of all. -> LeafSums. Raises ValueError, TypeError.
+    Reads what `route` reads of the histories, and codes. `route` gives over the sums what it gives by method="leaf"
+    over the behaviours. Sums may be kept between requests. They add up: those of kept sums and new behaviours, as the
+    rows of one user, are the sums of all. -> Histories with x, v, offsets, codes, bias and spread, float32.
+    Raises ValueError, TypeError.
     """
-    verb = "leaf_sums"
-    (codes,) = take(verb, "codes T L", codes)
-    rows = x, v, starts, ends, *_ = _rows(verb, x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
-    n, m = (on_host(starts)[:-1], on_host(starts)[1:]) if ends is None else (on_host(starts), on_host(ends))
+    _check(book, Codebook, "leaf_sums: book")
+    histories = take_histories("leaf_sums", _CODED_ROWS, histories)
+    x, v, spans, codes = histories[:4]
+    starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
     most = codes.shape[0]  # the core checks the offsets
-    size = int((m - n).clip(0, most).sum(dtype=np.int64)) if n.shape == m.shape and n.dtype.kind == "i" else 0
-    room = LeafSums(
+    ordered = starts.shape == ends.shape and starts.dtype.kind == "i"
+    size = int((ends - starts).clip(0, most).sum(dtype=np.int64)) if ordered else 0
+    offsets = empty(v, (len(starts) + 1,), INT64)
+    room = (
         empty(v, (size, book.width if x is None else x.shape[1]), FLOAT32),
         empty(v, (size, v.shape[1]), FLOAT32),
-        empty(v, (len(n) + 1,), INT64),
-        empty(v, (size,), FLOAT32),
-        empty(v, (size,), FLOAT32),
+        offsets,
         empty(v, (size, book.levels), INT32),
+        empty(v, (size,), FLOAT32),
+        empty(v, (size,), FLOAT32),
     )
-    core.leaf_sums(*rows, *room)
-    used = int(room.offsets[-1])
-    return LeafSums(*(a if a is room.offsets else copy_of(a[:used]) for a in room))
+    core.leaf_sums(book._core, histories, *room)
+    used = int(offsets[-1])
+    x, v, _, codes, bias, spread = (a if a is offsets else copy_of(a[:used]) for a in room)
+    return Histories(x, v, offsets, codes, bias=bias, spread=spread)
 
 
 def route(
-    x: Array,
-    v: Array,
-    offsets: Any,
+    histories: Histories,
     prototypes: Array,
     *,
     count: Array = None,
     temperature: Any = 0.1,
     normalize: str = "history",
-    bias: Array = None,
-    spread: Array = None,
-    codes: Array = None,
     book: Codebook | None = None,
     method: str = "exact",
     refine: int = 0,
     missing: str = "drop",
     precision: str = "float32",
-    x_ids: Array = None,
-    v_ids: Array = None,
-    x_scale: Any = None,
     out: Tokens | None = None,
 ) -> Tokens:
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
@@ -152,34 +129,30 @@ def route(
         normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
-    x [T, D] and v [T, V] float32, bfloat16 or float16 (x None: the prototypes of `codes`); offsets [B + 1] or (starts,
-    ends) [B]; prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or
-    [M] float32, where an entry that is not positive empties its tokens; bias and spread [T] float32; codes [T, L] int32
-    with their book. Absent behaviours: an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that
-    is NaN, infinite or negative. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of
-    p_a <- sum u x / sum u first. missing="token": one more token, the mean v and log count of the absent behaviours.
+    Of the histories it reads all but weights, and codes where `book` is given; codes are needed where x is None and by
+    method="leaf". prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1]
+    or [M] float32, where an entry that is not positive empties its tokens. Absent behaviours: an invalid code, |x|^2 of
+    2^100 and more, a NaN or infinite bias, a spread that is NaN, infinite or negative, an id outside the table of x or
+    v. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of p_a <- sum u x / sum u first.
+    missing="token": one more token, the mean v and log count of the absent behaviours that have a row of v.
     precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
     faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32. `hisac.reference.bounds` has the
-    error of both.
-
-    Gathered inputs: x_ids and v_ids [T] int32 or int64 make x and v tables [rows, ..] whose row an id names; the same
-    bits as with the rows copied out. A behaviour with an id outside its table is absent, and without a row of v not
-    counted as missing either. x may be int8 then and otherwise, times x_scale, a number or float32 [1] or [rows of x],
-    rounded to float32. `encode` takes a table as it is, once an item. out: Tokens to write into.
+    error of both. Rows gathered by ids give the same bits as rows copied out. out: Tokens to write into.
     -> Tokens. Raises ValueError, TypeError.
     """
-    rows = _rows("route", x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    tree, histories = _rows("route", book, histories)
     prototypes, count, temperature = _agents("route", prototypes, count, temperature)
     refine = whole("route", "refine", refine, 0, 10**6)
-    v, (users, m, width) = rows[1], prototypes.shape
+    v, (users, m, width) = histories.v, prototypes.shape
     seats = m + (missing == "token")
     given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
     tokens = give("route", "out tokens", given.tokens, v, (users, seats, v.shape[1]))
     lse = give("route", "out lse", given.lse, v, (users, seats), FLOAT32)
     refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
     core.route(
-        *rows, prototypes, count, temperature, normalize, method, missing, precision, refine, tokens, lse, refined
-    )
+        tree, histories, prototypes, count, temperature, normalize, method, missing, precision, refine,
+        tokens, lse, refined,
+    )  # fmt: skip
     return Tokens(tokens, lse, prototypes if refined is None else refined)
 
 
@@ -187,23 +160,15 @@ def route_backward(
     d_tokens: Array,
     d_lse: Array,
     forward: Tokens,
-    x: Array,
-    v: Array,
-    offsets: Any,
+    histories: Histories,
     *,
     count: Array = None,
     temperature: Any = 0.1,
     normalize: str = "history",
-    bias: Array = None,
-    spread: Array = None,
-    codes: Array = None,
     book: Codebook | None = None,
     method: str = "exact",
     missing: str = "drop",
     precision: str = "float32",
-    x_ids: Array = None,
-    v_ids: Array = None,
-    x_scale: Any = None,
     need: Iterable[str] = ("v", "temperature", "bias"),
 ) -> RouteGradients:
     """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
@@ -219,9 +184,9 @@ def route_backward(
         raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {wanted}")
     _check(forward, Tokens, f"{verb}: forward")
     back = take(verb, "d_tokens, d_lse?, tokens, lse", d_tokens, d_lse, forward.tokens, forward.lse)
-    rows = _rows(verb, x, v, offsets, bias, spread, codes, book, x_ids, v_ids, x_scale)
+    tree, histories = _rows(verb, book, histories)
     prototypes, count, tau = _agents(verb, forward.prototypes, count, temperature)
-    v, v_ids = rows[1], rows[9]
+    v, v_ids = histories.v, histories.v_ids
     behaviours = v.shape[0] if v_ids is None else math.prod(v_ids.shape)
     shapes = {
         "v": (behaviours, v.shape[1]),
@@ -231,7 +196,9 @@ def route_backward(
         "prototypes": tuple(prototypes.shape),
     }
     gradients = RouteGradients(*(empty(v, shapes[f], FLOAT32) if f in wanted else None for f in RouteGradients._fields))
-    core.route_backward(*back, *rows, prototypes, count, tau, normalize, method, missing, precision, *gradients)
+    core.route_backward(
+        *back, tree, histories, prototypes, count, tau, normalize, method, missing, precision, *gradients
+    )
     return gradients
 
 
@@ -257,23 +224,21 @@ def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tup
     return prototypes, count, float(temperature)
 
 
-def _rows(
-    verb: str, x: Array, v: Array, offsets: Any, bias: Array, spread: Array, codes: Array, book: Codebook | None,
-    x_ids: Array, v_ids: Array, x_scale: Any,
-) -> tuple[Array, ...]:  # fmt: skip
-    """Behaviours, borrowed, as the core lists them."""
-    if (codes is None) != (book is None):
-        raise ValueError(f"{verb}: codes and book go together, got only {'book' if codes is None else 'codes'}")
-    starts, ends = take_histories(verb, offsets)
-    scale = None if x_scale is None or isinstance(x_scale, NUMBERS) else x_scale
-    v, x, bias, spread, codes, x_ids, v_ids, scale = take(
-        verb, "v T V, x? T D, bias?, spread?, codes?, x_ids?, v_ids?, x_scale?",
-        v, x, bias, spread, codes, x_ids, v_ids, scale,
-    )  # fmt: skip
-    tree = None if book is None else _check(book, Codebook, f"{verb}: book")._core
-    if scale is None and x_scale is not None:
-        scale = number(float(x_scale), v)
-    return x, v, starts, ends, bias, spread, codes, tree, x_ids, v_ids, scale
+_ROWS = "x? T D, v T V, offsets B+1, -, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
+_CODED_ROWS = _ROWS.replace("-", "codes T L", 1)
+_VOTES = "-, -, offsets B+1, codes T L, -, -, -, -, -, weights?"
+
+
+def _rows(verb: str, book: Codebook | None, histories: Histories) -> tuple[Any, Histories]:
+    """The codebook and the histories that are routed, as the core takes them."""
+    if book is None:
+        return None, take_histories(verb, _ROWS, histories)
+    return _check(book, Codebook, f"{verb}: book")._core, take_histories(verb, _CODED_ROWS, histories)
+
+
+def _users(histories: Histories) -> int:
+    spans = histories.offsets
+    return int(spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1)
 
 
 def attend(

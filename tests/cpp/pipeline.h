@@ -102,8 +102,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   const Options& o = p.options;
   const int workers = workers_of({{}, executor});
   const int64_t levels = p.book.levels(), t = p.rows, users = p.users, mt = p.tokens(), n = p.pairs;
-  const Histories histories = test::histories(p.offsets);
-  const Rows x = p.rows_of(p.x, d), v = p.rows_of(p.v, w);
+  const Rows x = p.rows_of(p.x, d);
   Results r;
 
   Guarded<int32_t> codes(t * levels);
@@ -111,13 +110,21 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
          [&](const Context& c) { return encode(c, p.book, x, {codes.data(), {t, levels}}); });
   r.keep("codes", codes);
 
+  Histories in;
+  in.x = x;
+  in.v = p.rows_of(p.v, w);
+  in.offsets = test::spans(p.offsets);
+  in.codes = {codes.data(), {t, levels}};
+  in.bias = {p.bias.data(), {t}};
+  in.weights = {p.weights.data(), {t}};
+
   VoteParams voting;
   if (o.fanout) voting = {0, {4, 3}};
   if (!o.fanout) voting.budget = m;
   Guarded<int32_t> agent_codes(users * m * levels), count(users);
   Guarded<int64_t> votes(users * m);
   r.call("vote", vote_workspace(test::sizing(workers), p.book, voting, t), executor, [&](const Context& c) {
-    return vote(c, p.book, voting, {codes.data(), {t, levels}}, histories, {p.weights.data(), {t}},
+    return vote(c, p.book, voting, in,
                 {{agent_codes.data(), {users, m, levels}}, {votes.data(), {users, m}}, {count.data(), {users}}});
   });
   r.keep("agents", agent_codes);
@@ -132,28 +139,22 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("prototypes", prototypes);
 
   RouteParams routing{o.normalize, o.method, o.missing, o.refine, {p.temperature.data(), {1}}};
-  RouteInputs in{x,
-                 v,
-                 histories,
-                 {prototypes.data(), {users, m, d}},
-                 {count.data(), {users}},
-                 {p.bias.data(), {t}},
-                 {codes.data(), {t, levels}},
-                 &p.book};
+  RouteAgents agents{{prototypes.data(), {users, m, d}}, {count.data(), {users}}};
   if (o.without_x) in.x = {};
   Guarded<std::byte> tokens(users * mt * w * bytes_of(o.dtype));
   Guarded<float> lse(users * mt), refined(o.refine ? users * m * d : 0);
-  r.call("route", route_workspace(test::sizing(workers), routing, in, t), executor, [&](const Context& c) {
-    return route(c, routing, in,
-                 {{tokens.data(), o.dtype, users * mt, w},
-                  {lse.data(), {users, mt}},
-                  {o.refine ? refined.data() : nullptr, {users, m, d}}});
-  });
+  r.call("route", route_workspace(test::sizing(workers), &p.book, routing, in, agents, t), executor,
+         [&](const Context& c) {
+           return route(c, &p.book, routing, in, agents,
+                        {{tokens.data(), o.dtype, users * mt, w},
+                         {lse.data(), {users, mt}},
+                         {o.refine ? refined.data() : nullptr, {users, m, d}}});
+         });
   r.keep("tokens", tokens);
   r.keep("lse", lse);
   r.keep("refined", refined);
 
-  if (o.refine) in.prototypes.data = refined.data();
+  if (o.refine) agents.prototypes.data = refined.data();
   routing.refine = 0;
   const bool exact = o.method == Method::exact, dx = exact && !o.without_x;
   Guarded<float> d_v(t * w), d_temperature(1), d_bias(exact ? t : 0), d_x(dx ? t * d : 0),
@@ -162,9 +163,9 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   if (exact) gradients.bias = {d_bias.data(), {t}};
   if (dx) gradients.x = {d_x.data(), {t, d}};
   if (exact) gradients.prototypes = {d_prototypes.data(), {users, m, d}};
-  r.call("route_backward", route_backward_workspace(test::sizing(workers), routing, in, gradients, t), executor,
-         [&](const Context& c) {
-           return route_backward(c, routing, in,
+  r.call("route_backward", route_backward_workspace(test::sizing(workers), &p.book, routing, in, agents, gradients, t),
+         executor, [&](const Context& c) {
+           return route_backward(c, &p.book, routing, in, agents,
                                  {p.rows_of(p.d_tokens, w),
                                   {p.d_lse.data(), {users, mt}},
                                   {tokens.data(), o.dtype, users * mt, w},
@@ -183,7 +184,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
                                p.rows_of(p.values_, w),
                                mt,
                                h,
-                               test::histories(p.candidates),
+                               test::spans(p.candidates),
                                {p.token_bias.data(), {users, mt}},
                                0.5f};
   Guarded<std::byte> out(n * h * w * bytes_of(o.dtype));

@@ -234,7 +234,7 @@ inline hisac::Rows rows(const std::vector<float>& values, int64_t width) {
   return {values.data(), DType::float32, static_cast<int64_t>(values.size()) / width, width};
 }
 
-inline hisac::Histories histories(const std::vector<int64_t>& offsets) {
+inline hisac::Spans spans(const std::vector<int64_t>& offsets) {
   return {offsets.data(), offsets.data() + 1, DType::int64, static_cast<int64_t>(offsets.size()) - 1};
 }
 

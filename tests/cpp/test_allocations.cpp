@@ -41,7 +41,13 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       lse(kUsers * (kSeats + 1)), refined(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth),
       dbias(kRows), dtau(1), dp(kUsers * kSeats * kWidth), out(kRows * kWidth), out_lse(kRows), centers(8 * kWidth);
   const Rows xs = test::rows(x, kWidth), vs = test::rows(v, kWidth);
-  const Histories histories = test::histories(offsets);
+  Histories in;
+  in.x = xs;
+  in.v = vs;
+  in.offsets = test::spans(offsets);
+  in.codes = {codes.data(), {kRows, 2}};
+  in.bias = in.weights = {bias.data(), {kRows}};
+  const RouteAgents to{{prototypes.data(), {kUsers, kSeats, kWidth}}, {count.data(), {kUsers}}};
 
   for (int workers : {1, 3}) {
     ThreadPool pool;
@@ -81,7 +87,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       check("vote", counted_size([&] { return vote_workspace(test::sizing(workers), book, params, kRows); }),
             [&](const Context& c) {
               return vote(
-                  c, book, params, {codes.data(), {kRows, 2}}, histories, {bias.data(), {kRows}},
+                  c, book, params, in,
                   {{agents.data(), {kUsers, kSeats, 2}}, {votes.data(), {kUsers, kSeats}}, {count.data(), {kUsers}}});
             });
     }
@@ -92,31 +98,24 @@ TEST_CASE("no verb allocates, serial or in a pool") {
     for (Method method : {Method::exact, Method::leaf})
       for (Normalize normalize : {Normalize::history, Normalize::agents}) {
         RouteParams params{normalize, method, Missing::token, 1, {temperature.data(), {1}}};
-        const RouteInputs in{xs,
-                             vs,
-                             histories,
-                             {prototypes.data(), {kUsers, kSeats, kWidth}},
-                             {count.data(), {kUsers}},
-                             {bias.data(), {kRows}},
-                             {codes.data(), {kRows, 2}},
-                             &book};
         constexpr int64_t kTokens = kSeats + 1;
-        check("route", counted_size([&] { return route_workspace(test::sizing(workers), params, in, kRows); }),
+        check("route",
+              counted_size([&] { return route_workspace(test::sizing(workers), &book, params, in, to, kRows); }),
               [&](const Context& c) {
-                return route(c, params, in,
+                return route(c, &book, params, in, to,
                              {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
                               {lse.data(), {kUsers, kTokens}},
                               {refined.data(), {kUsers, kSeats, kWidth}}});
               });
-        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), in, kRows); }),
+        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), book, in, kRows); }),
               [&](const Context& c) {
-                return leaf_sums(c, in,
+                return leaf_sums(c, book, in,
                                  {{dx.data(), {kRows, kWidth}},
                                   {dv.data(), {kRows, kWidth}},
                                   {leaf.data(), {kUsers + 1}},
+                                  {sum_codes.data(), {kRows, 2}},
                                   {dbias.data(), {kRows}},
-                                  {out_lse.data(), {kRows}},
-                                  {sum_codes.data(), {kRows, 2}}});
+                                  {out_lse.data(), {kRows}}});
               });
         params.refine = 0;
         RouteGradients gradients{{dv.data(), {kRows, kWidth}}, {dtau.data(), {1}}, {}, {}, {}};
@@ -126,23 +125,24 @@ TEST_CASE("no verb allocates, serial or in a pool") {
           gradients.prototypes = {dp.data(), {kUsers, kSeats, kWidth}};
         }
         check("route_backward", counted_size([&] {
-                return route_backward_workspace(test::sizing(workers), params, in, gradients, kRows);
+                return route_backward_workspace(test::sizing(workers), &book, params, in, to, gradients, kRows);
               }),
               [&](const Context& c) {
                 return route_backward(
-                    c, params, in,
+                    c, &book, params, in, to,
                     {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {kUsers, kTokens}}},
                     gradients);
               });
       }
-    const AttendInputs in{xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, histories, {},
-                          1};
-    check("attend", counted_size([&] { return attend_workspace(test::sizing(workers), in); }), [&](const Context& c) {
-      return attend(c, in, {{out.data(), DType::float32, kRows, kWidth}, {out_lse.data(), {kRows, 1}}});
-    });
-    check("attend_backward", counted_size([&] { return attend_backward_workspace(test::sizing(workers), in); }),
+    const AttendInputs attention{
+        xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, in.offsets, {}, 1};
+    check("attend", counted_size([&] { return attend_workspace(test::sizing(workers), attention); }),
           [&](const Context& c) {
-            return attend_backward(c, in, {vs, {}, test::rows(out, kWidth), {out_lse.data(), {kRows, 1}}},
+            return attend(c, attention, {{out.data(), DType::float32, kRows, kWidth}, {out_lse.data(), {kRows, 1}}});
+          });
+    check("attend_backward", counted_size([&] { return attend_backward_workspace(test::sizing(workers), attention); }),
+          [&](const Context& c) {
+            return attend_backward(c, attention, {vs, {}, test::rows(out, kWidth), {out_lse.data(), {kRows, 1}}},
                                    {{dx.data(), {kRows, 1, kWidth}},
                                     {dp.data(), {kUsers, kSeats, 1, kWidth}},
                                     {refined.data(), {kUsers, kSeats, 1, kWidth}},

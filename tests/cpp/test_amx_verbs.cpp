@@ -14,22 +14,23 @@ TEST_CASE("route on emulated AMX tiles, in bfloat16 and in bf16x3") {
   for (const vectors::Case& c : vectors::cases("amx")) {
     CAPTURE(c.name());
     const vectors::Routing r(c);
-    const RouteInputs& in = r.in;
-    const int64_t rows = r.users * r.agents, width = in.x.width, longest = vectors::longest(c);
+    const Histories& in = r.in;
+    const Codebook* const book = r.codebook.get();
+    const int64_t rows = r.users * r.seats, width = in.x.width, longest = vectors::longest(c);
     const double tau = double(r.params.temperature.data[0]);
     const bool bf16x3 = r.params.precision == Precision::float32;
     // of bf16x3: twice a product's 2^-15 of at most D, over tau; the weights' and v's own 2^-15
     const double e = bf16x3 ? 2 * 0x1.1p-15 * double(width) / tau + 0x1p-14 : 0;
     Guarded<float> tokens(rows * in.v.width), lse(rows), again(rows * in.v.width);
     const auto run = [&](const Context& context, Guarded<float>& out) {
-      return route(context, r.params, in,
-                   {{out.data(), DType::float32, rows, in.v.width}, {lse.data(), {r.users, r.agents}}, {}});
+      return route(context, book, r.params, in, r.agents,
+                   {{out.data(), DType::float32, rows, in.v.width}, {lse.data(), {r.users, r.seats}}, {}});
     };
     test::Backwards manner{3, 1};
     const Executor three = manner.executor();
-    REQUIRE(test::exactly(route_workspace(test::sizing(3), r.params, in, longest), &three,
+    REQUIRE(test::exactly(route_workspace(test::sizing(3), book, r.params, in, r.agents, longest), &three,
                           [&](const Context& context) { return run(context, again); }));
-    REQUIRE(test::exactly(route_workspace(test::sizing(1), r.params, in, longest), nullptr,
+    REQUIRE(test::exactly(route_workspace(test::sizing(1), book, r.params, in, r.agents, longest), nullptr,
                           [&](const Context& context) { return run(context, tokens); }));
     CHECK((tokens.intact() && lse.intact() && again.intact()));
     CHECK(tokens.values() == again.values());

@@ -41,17 +41,13 @@ TEST_CASE("vote") {
     VoteParams params;
     params.budget = rule[0];
     if (!rule[0]) std::copy(rule.begin() + 1, rule.end(), params.fanout);
-    const Histories histories = vectors::histories(c);
-    const vectors::Record& given = c["codes"];
-    const int64_t users = histories.users, m = seats(params, book.levels()), levels = book.levels();
-    const std::vector<float> none;
-    const std::vector<float>& weights = c.has("weights") ? c["weights"].floats : none;
+    const Histories in = vectors::histories(c);
+    const int64_t users = in.offsets.users, m = seats(params, book.levels()), levels = book.levels();
     Guarded<int32_t> agents(users * m * levels), count(users);
     Guarded<int64_t> votes(users * m);
     REQUIRE(test::exactly(
         vote_workspace(test::sizing(1), book, params, vectors::longest(c)), nullptr, [&](const Context& context) {
-          return vote(context, book, params, {given.ints.data(), {given.shape[0], levels}}, histories,
-                      {c.has("weights") ? weights.data() : nullptr, {given.shape[0]}},
+          return vote(context, book, params, in,
                       {{agents.data(), {users, m, levels}}, {votes.data(), {users, m}}, {count.data(), {users}}});
         }));
     CHECK((agents.intact() && votes.intact() && count.intact()));
@@ -64,16 +60,17 @@ TEST_CASE("vote") {
 TEST_CASE("route") {
   for (const Case& c : vectors::cases("route")) {
     const vectors::Routing r(c);
-    const RouteInputs& in = r.in;
-    const int64_t width = in.prototypes.shape[2], rows = r.users * r.tokens;
+    const Histories& in = r.in;
+    const Codebook* const book = r.codebook.get();
+    const int64_t width = r.agents.prototypes.shape[2], rows = r.users * r.tokens;
     Guarded<std::byte> tokens(rows * in.v.width * bytes_of(in.v.dtype));
-    Guarded<float> lse(rows), refined(r.params.refine ? r.users * r.agents * width : 0);
-    REQUIRE(test::exactly(route_workspace(test::sizing(1), r.params, in, vectors::longest(c)), nullptr,
+    Guarded<float> lse(rows), refined(r.params.refine ? r.users * r.seats * width : 0);
+    REQUIRE(test::exactly(route_workspace(test::sizing(1), book, r.params, in, r.agents, vectors::longest(c)), nullptr,
                           [&](const Context& context) {
-                            return route(context, r.params, in,
+                            return route(context, book, r.params, in, r.agents,
                                          {{tokens.data(), in.v.dtype, rows, in.v.width},
                                           {lse.data(), {r.users, r.tokens}},
-                                          {r.params.refine ? refined.data() : nullptr, {r.users, r.agents, width}}});
+                                          {r.params.refine ? refined.data() : nullptr, {r.users, r.seats, width}}});
                           }));
     CHECK((tokens.intact() && lse.intact() && refined.intact()));
     std::vector<float> decoded;
@@ -111,18 +108,17 @@ TEST_CASE("values are never errors: a finite bias of any size gives a finite tok
         CAPTURE(far);
         const std::vector<float> bias{large, 0}, x(4, far ? 1e4f : 0.f), temperature{far ? 1e-30f : 1.f};
         const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
-        const RouteInputs in{test::rows(x, 2),
-                             test::rows(v, 2),
-                             test::histories(offsets),
-                             {p.data(), {1, 1, 2}},
-                             {},
-                             {bias.data(), {2}},
-                             {},
-                             nullptr};
+        const RouteAgents agents{{p.data(), {1, 1, 2}}, {}};
+        Histories in;
+        in.x = test::rows(x, 2);
+        in.v = test::rows(v, 2);
+        in.offsets = test::spans(offsets);
+        in.bias = {bias.data(), {2}};
         float tokens[2], lse[1];
-        REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, 2), nullptr, [&](const Context& c) {
-          return route(c, params, in, {{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {}});
-        }));
+        REQUIRE(test::exactly(
+            route_workspace(test::sizing(1), nullptr, params, in, agents, 2), nullptr, [&](const Context& c) {
+              return route(c, nullptr, params, in, agents, {{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {}});
+            }));
         CHECK(tokens[0] == (large > 0 ? 1.f : 2.f));
         CHECK(tokens[1] == tokens[0]);
         CHECK(std::isfinite(lse[0]));

@@ -12,21 +12,23 @@ using vectors::Case;
 TEST_CASE("route_backward") {
   for (const Case& c : vectors::cases("route_backward")) {
     const vectors::Routing r(c);
-    const int64_t t = r.in.behaviours(), width = r.in.prototypes.shape[2];
+    const Codebook* const book = r.codebook.get();
+    const int64_t t = r.in.behaviours(), width = r.agents.prototypes.shape[2];
     const auto sized = [&](const char* name, int64_t n) { return c.has(std::string("grad ") + name) ? n : 0; };
     Guarded<float> v(sized("v", t * r.in.v.width)), tau(sized("temperature", r.params.temperature.shape[0])),
-        bias(sized("bias", t)), x(sized("x", t * width)), p(sized("prototypes", r.users * r.agents * width));
+        bias(sized("bias", t)), x(sized("x", t * width)), p(sized("prototypes", r.users * r.seats * width));
     RouteGradients out{{v.data(), {t, r.in.v.width}}, {tau.data(), {tau.count()}}, {}, {}, {}};
     if (bias.count()) out.bias = {bias.data(), {t}};
     if (x.count()) out.x = {x.data(), {t, width}};
-    if (p.count()) out.prototypes = {p.data(), {r.users, r.agents, width}};
+    if (p.count()) out.prototypes = {p.data(), {r.users, r.seats, width}};
     const Array<const float, 2> lse{c["lse"].floats.data(), {r.users, r.tokens}},
         d_lse{c["d_lse"].floats.data(), {r.users, r.tokens}};
-    REQUIRE(test::exactly(route_backward_workspace(test::sizing(1), r.params, r.in, out, vectors::longest(c)), nullptr,
-                          [&](const Context& context) {
-                            return route_backward(context, r.params, r.in,
-                                                  {c["d_tokens"].rows(), d_lse, c["tokens"].rows(), lse}, out);
-                          }));
+    REQUIRE(test::exactly(
+        route_backward_workspace(test::sizing(1), book, r.params, r.in, r.agents, out, vectors::longest(c)), nullptr,
+        [&](const Context& context) {
+          return route_backward(context, book, r.params, r.in, r.agents,
+                                {c["d_tokens"].rows(), d_lse, c["tokens"].rows(), lse}, out);
+        }));
     const std::pair<const char*, Guarded<float>*> all[] = {
         {"v", &v}, {"temperature", &tau}, {"bias", &bias}, {"x", &x}, {"prototypes", &p}};
     for (const auto& [name, gradient] : all) {

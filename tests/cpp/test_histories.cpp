@@ -26,23 +26,18 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
   Random random(20);
   const auto x = uniform(random, rows * kWidth), p = uniform(random, users * agents * kWidth);
   const std::vector<float> temperature{1};
-  const Histories histories{starts.data(), ends.data(), DType::int64, users};
+  Histories in;
+  in.x = in.v = test::rows(x, kWidth);
+  in.offsets = {starts.data(), ends.data(), DType::int64, users};
+  const RouteAgents to{{p.data(), {users, agents, kWidth}}, {}};
   for (Missing missing : {Missing::drop, Missing::token})
     for (int refine : {0, 1}) {
       const int64_t m = agents + (missing == Missing::token);
       RouteParams params{Normalize::agents, Method::exact, missing, refine, {temperature.data(), {1}}};
-      const RouteInputs in{test::rows(x, kWidth),
-                           test::rows(x, kWidth),
-                           histories,
-                           {p.data(), {users, agents, kWidth}},
-                           {},
-                           {},
-                           {},
-                           nullptr};
       std::vector<float> tokens(test::size(users * m * kWidth), 7.f), lse(test::size(users * m), 7.f),
           refined(test::size(users * agents * kWidth));
-      test::Workspace workspace(route_workspace(test::sizing(1), params, in, rows));
-      CHECK(what(route({workspace.array(), nullptr}, params, in,
+      test::Workspace workspace(route_workspace(test::sizing(1), nullptr, params, in, to, rows));
+      CHECK(what(route({workspace.array(), nullptr}, nullptr, params, in, to,
                        {{tokens.data(), DType::float32, users * m, kWidth},
                         {lse.data(), {users, m}},
                         {refined.data(), {users, agents, kWidth}}})) == "");
@@ -59,8 +54,8 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
                                {dbias.data(), {rows}},
                                {dx.data(), {rows, kWidth}},
                                {dp.data(), {users, agents, kWidth}}};
-      test::Workspace backward(route_backward_workspace(test::sizing(1), params, in, out, rows));
-      CHECK(what(route_backward({backward.array(), nullptr}, params, in,
+      test::Workspace backward(route_backward_workspace(test::sizing(1), nullptr, params, in, to, out, rows));
+      CHECK(what(route_backward({backward.array(), nullptr}, nullptr, params, in, to,
                                 {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {users, m}}},
                                 out)) == "");
       if (rows == 0 || agents == 0 || users == 0) CHECK(dtau[0] == 0.f);
@@ -74,7 +69,7 @@ void attend_all(int64_t users, int64_t pairs, int64_t tokens, const std::vector<
   Random random(21);
   const auto q = uniform(random, pairs * 2 * kWidth), k = uniform(random, users * tokens * 2 * kWidth);
   const AttendInputs in{
-      test::rows(q, kWidth), test::rows(k, kWidth), test::rows(k, kWidth), tokens, 2, test::histories(offsets), {}, 1};
+      test::rows(q, kWidth), test::rows(k, kWidth), test::rows(k, kWidth), tokens, 2, test::spans(offsets), {}, 1};
   std::vector<float> out(q.size(), 7.f), lse(test::size(pairs * 2), 7.f);
   test::Workspace workspace(attend_workspace(test::sizing(1), in));
   CHECK(what(attend({workspace.array(), nullptr}, in,
@@ -116,13 +111,16 @@ TEST_CASE("no rows or no users: vote") {
   std::vector<int64_t> votes(8, 7), zeros(3);
   test::Workspace workspace(vote_workspace(test::sizing(1), book, params, 0));
   const Context context{workspace.array(), nullptr};
-  CHECK(what(vote(context, book, params, {nullptr, {0, 2}}, test::histories(zeros), {},
+  Histories in;
+  in.codes = {nullptr, {0, 2}};
+  in.offsets = test::spans(zeros);
+  CHECK(what(vote(context, book, params, in,
                   {{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}})) == "");
   CHECK(agents == std::vector<int32_t>(16, -1));
   CHECK(votes == std::vector<int64_t>(8, 0));
   CHECK(count == std::vector<int32_t>{0, 0});
-  CHECK(what(vote(context, book, params, {nullptr, {0, 2}}, {}, {},
-                  {{nullptr, {0, 4, 2}}, {nullptr, {0, 4}}, {nullptr, {0}}})) == "");
+  in.offsets = {};
+  CHECK(what(vote(context, book, params, in, {{nullptr, {0, 4, 2}}, {nullptr, {0, 4}}, {nullptr, {0}}})) == "");
 }
 
 TEST_CASE("no users, no rows, no agents, in every combination: route and its backward") {
@@ -158,7 +156,7 @@ TEST_CASE("candidates outside every user's range have no output") {
 TEST_CASE("int32 and int64 offsets are one") {
   const int32_t narrow[] = {0, 4, 4, 9};
   const int64_t wide[] = {0, 4, 4, 9};
-  const Histories a{narrow, narrow + 1, DType::int32, 3}, b{wide, wide + 1, DType::int64, 3};
+  const Spans a{narrow, narrow + 1, DType::int32, 3}, b{wide, wide + 1, DType::int64, 3};
   for (int64_t u = 0; u < 3; ++u) CHECK((a.start(u) == b.start(u) && a.end(u) == b.end(u)));
   Random random(24);
   const Codebook book = test::codebook(random, {3}, 1);
@@ -167,12 +165,14 @@ TEST_CASE("int32 and int64 offsets are one") {
   params.budget = 3;
   std::vector<int64_t> votes[2]{std::vector<int64_t>(9), std::vector<int64_t>(9)};
   int i = 0;
-  for (const Histories& h : {a, b}) {
+  Histories in;
+  in.codes = {codes.data(), {9, 1}};
+  for (const Spans& offsets : {a, b}) {
+    in.offsets = offsets;
     std::vector<int32_t> agents(9), count(3);
     int64_t* const out = votes[i++].data();
     REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, 9), nullptr, [&](const Context& c) {
-      return vote(c, book, params, {codes.data(), {9, 1}}, h, {},
-                  {{agents.data(), {3, 3, 1}}, {out, {3, 3}}, {count.data(), {3}}});
+      return vote(c, book, params, in, {{agents.data(), {3, 3, 1}}, {out, {3, 3}}, {count.data(), {3}}});
     }));
   }
   CHECK(votes[0] == std::vector<int64_t>{2, 1, 1, 0, 0, 0, 3, 1, 1});
@@ -193,31 +193,29 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
   const auto solve = [&](int64_t first, int64_t users, const Executor* executor) {
     const int workers = workers_of({{}, executor});
     const int64_t agents = users * kAgents;
-    const RouteInputs in{test::rows(x, kWidth),
-                         test::rows(x, kWidth),
-                         {starts.data() + first, ends.data() + first, DType::int64, users},
-                         {p.data() + first * kAgents * kWidth, {users, kAgents, kWidth}},
-                         {},
-                         {},
-                         {},
-                         nullptr};
+    Histories in;
+    in.x = in.v = test::rows(x, kWidth);
+    in.offsets = {starts.data() + first, ends.data() + first, DType::int64, users};
+    const RouteAgents to{{p.data() + first * kAgents * kWidth, {users, kAgents, kWidth}}, {}};
     Out out{std::vector<float>(test::size(agents * kWidth)), std::vector<float>(test::size(agents)),
             std::vector<float>(kRows * kWidth), std::vector<float>(kRows * kWidth), std::vector<float>(kRows)};
-    REQUIRE(test::exactly(route_workspace(test::sizing(workers), params, in, kRows), executor, [&](const Context& c) {
-      return route(c, params, in,
-                   {{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}});
-    }));
+    REQUIRE(test::exactly(
+        route_workspace(test::sizing(workers), nullptr, params, in, to, kRows), executor, [&](const Context& c) {
+          return route(c, nullptr, params, in, to,
+                       {{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}});
+        }));
     const RouteGradients gradients{
         {out.dv.data(), {kRows, kWidth}}, {}, {out.dbias.data(), {kRows}}, {out.dx.data(), {kRows, kWidth}}, {}};
-    REQUIRE(test::exactly(
-        route_backward_workspace(test::sizing(workers), params, in, gradients, kRows), executor, [&](const Context& c) {
-          return route_backward(c, params, in,
+    REQUIRE(test::exactly(route_backward_workspace(test::sizing(workers), nullptr, params, in, to, gradients, kRows),
+                          executor, [&](const Context& c) {
+                            return route_backward(
+                                c, nullptr, params, in, to,
                                 {{d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
                                  {},
                                  test::rows(out.tokens, kWidth),
                                  {out.lse.data(), {users, kAgents}}},
                                 gradients);
-        }));
+                          }));
     return out;
   };
   const Out all = solve(0, kUsers, nullptr);

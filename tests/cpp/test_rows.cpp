@@ -18,19 +18,22 @@ constexpr int64_t kRows = 2300, kItems = 37, kValues = 21, kWidth = 19, kWide = 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 /// Everything that a forward and its backward return, in order.
-std::vector<float> run(const RouteParams& params, const RouteInputs& in) {
+std::vector<float> run(const Codebook& book, const RouteParams& params, const Histories& in,
+                       const RouteAgents& agents) {
   const int64_t t = in.behaviours(), m = kAgents + (params.missing == Missing::token);
   Guarded<float> tokens(kUsers * m * kWide), lse(kUsers * m), dv(t * kWide), dx(t * kWidth), dtau(1);
-  REQUIRE(test::exactly(route_workspace(test::sizing(1), params, in, t), nullptr, [&](const Context& c) {
-    return route(c, params, in, {{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}, {}});
+  REQUIRE(test::exactly(route_workspace(test::sizing(1), &book, params, in, agents, t), nullptr, [&](const Context& c) {
+    return route(c, &book, params, in, agents,
+                 {{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}, {}});
   }));
   RouteGradients gradients{{dv.data(), {t, kWide}}, {dtau.data(), {1}}, {}, {}, {}};
   if (params.method == Method::exact) gradients.x = {dx.data(), {t, kWidth}};
   const Rows given{tokens.data(), DType::float32, kUsers * m, kWide};
-  REQUIRE(test::exactly(
-      route_backward_workspace(test::sizing(1), params, in, gradients, t), nullptr, [&](const Context& c) {
-        return route_backward(c, params, in, {given, {}, given, {lse.data(), {kUsers, m}}}, gradients);
-      }));
+  REQUIRE(test::exactly(route_backward_workspace(test::sizing(1), &book, params, in, agents, gradients, t), nullptr,
+                        [&](const Context& c) {
+                          return route_backward(c, &book, params, in, agents,
+                                                {given, {}, given, {lse.data(), {kUsers, m}}}, gradients);
+                        }));
   std::vector<float> all;
   for (Guarded<float>* out : {&tokens, &lse, &dv, &dx, &dtau}) {
     CHECK(out->intact());
@@ -86,15 +89,14 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         params.method = method;
         params.missing = Missing::token;
         params.temperature = {temperature.data(), {1}};
-        RouteInputs in{test::rows(x, kWidth),
-                       test::rows(v, kWide),
-                       {starts.data(), ends.data(), DType::int64, kUsers},
-                       {p.data(), {kUsers, kAgents, kWidth}},
-                       {},
-                       {bias.data(), {kRows}},
-                       {codes.data(), {kRows, 2}},
-                       &book};
-        const auto copied = run(params, in);
+        Histories in;
+        in.x = test::rows(x, kWidth);
+        in.v = test::rows(v, kWide);
+        in.offsets = {starts.data(), ends.data(), DType::int64, kUsers};
+        in.codes = {codes.data(), {kRows, 2}};
+        in.bias = {bias.data(), {kRows}};
+        const RouteAgents agents{{p.data(), {kUsers, kAgents, kWidth}}, {}};
+        const auto copied = run(book, params, in, agents);
         const std::vector<float> none(kRows);
         in.bias = {none.data(), {kRows}};
         in.x = {type ? static_cast<const void*>(bytes.data()) : items.data(), type ? DType::int8 : DType::float32,
@@ -103,7 +105,7 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.x_ids = {x_ids.data(), DType::int64, kRows};
         in.v_ids = {v_ids.data(), DType::int32, kRows};
         if (type) in.x_scale = {scale.data(), {type == 1 ? kItems : 1}};
-        CHECK(same(run(params, in), copied));
+        CHECK(same(run(book, params, in, agents), copied));
       }
 }
 

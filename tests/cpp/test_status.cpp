@@ -29,13 +29,19 @@ struct Right {
   test::Workspace workspace{1 << 20};
   Context context{workspace.array(), nullptr};
   VoteParams voting;
-  Histories histories = test::histories(offsets);
   Agents seats{{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}};
   Array<const int32_t, 2> given{codes.data(), {6, 2}};
+  Histories voters = [this] {
+    Histories h;
+    h.offsets = test::spans(offsets);
+    h.codes = given;
+    return h;
+  }();
 
   RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {one.data(), {1}}};
-  RouteInputs in{test::rows(x, 3), test::rows(v, 2), test::histories(offsets), {p.data(), {2, 4, 3}}, {}, {}, {},
-                 nullptr};
+  const Codebook* routed_by = nullptr;
+  Histories in{test::rows(x, 3), test::rows(v, 2), test::spans(offsets)};
+  RouteAgents to{{p.data(), {2, 4, 3}}, {}};
   Tokens out{{tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}, {}};
   RouteForward forward{
       {tokens.data(), DType::float32, 8, 2}, {}, {tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}};
@@ -46,7 +52,7 @@ struct Right {
                          {p.data(), DType::float32, 4, 3},
                          2,
                          1,
-                         test::histories(offsets),
+                         test::spans(offsets),
                          {},
                          1};  // N = 6, M = 2, d = 2, V = 3
   Attended attended{{tokens.data(), DType::float32, 6, 3}, {lse.data(), {6, 1}}};
@@ -58,9 +64,9 @@ struct Right {
 
   Right() { voting.budget = 4; }
 
-  Status vote() { return hisac::vote(context, book, voting, given, histories, {}, seats); }
-  Status route() { return hisac::route(context, params, in, out); }
-  Status route_backward() { return hisac::route_backward(context, params, in, forward, gradients); }
+  Status vote() { return hisac::vote(context, book, voting, voters, seats); }
+  Status route() { return hisac::route(context, routed_by, params, in, to, out); }
+  Status route_backward() { return hisac::route_backward(context, routed_by, params, in, to, forward, gradients); }
   Status attend() { return hisac::attend(context, attention, attended); }
   Status attend_backward() { return hisac::attend_backward(context, attention, attend_forward, attend_gradients); }
 };
@@ -179,8 +185,7 @@ TEST_CASE("fit_workspace of sizes out of range answers") {
 
 TEST_CASE("vote") {
   Right r;
-  invalid(vote(r.context, Codebook(), r.voting, r.given, r.histories, {}, r.seats),
-          "vote: codebook expected, got an empty one");
+  invalid(vote(r.context, Codebook(), r.voting, r.voters, r.seats), "vote: codebook expected, got an empty one");
   r.voting.budget = 0;
   invalid(r.vote(), "vote: expected either budget or fanout, got neither");
   r.voting = {4, {2, 2}};
@@ -232,14 +237,15 @@ TEST_CASE("agents of another codebook") {
 
 TEST_CASE("histories") {
   Right r;
-  r.histories = {};
-  r.histories.users = 2;
+  Spans& offsets = r.voters.offsets;
+  offsets = {};
+  offsets.users = 2;
   invalid(r.vote(), "vote: offsets expected for 2 users, got none");
-  r.histories = test::histories(r.offsets);
-  r.histories.users = -2;
+  offsets = test::spans(r.offsets);
+  offsets.users = -2;
   invalid(r.vote(), "vote: offsets expected for -2 users, got none");
-  r.histories.users = 2;
-  r.histories.dtype = DType::float32;
+  offsets.users = 2;
+  offsets.dtype = DType::float32;
   is(r.vote(), Code::wrong_type, "vote: offsets expected int32 or int64");
 }
 
@@ -253,10 +259,16 @@ TEST_CASE("route") {
      "route: x expected float32, bfloat16, float16 or int8");
   is(spoiled([](Right& r) { r.in.v.dtype = DType::int8; }), Code::wrong_type, std::string("route: v") + kFloats);
   is(spoiled([](Right& r) { r.in.v.dtype = DType::int64; }), Code::wrong_type, std::string("route: v") + kFloats);
-  invalid(spoiled([](Right& r) { r.in.prototypes.shape[1] = (1 << 24) + 1; }),
+  invalid(spoiled([](Right& r) { r.to.prototypes.shape[1] = (1 << 24) + 1; }),
           "route: expected at most 2^24 agents, got 16777217");
   invalid(spoiled([](Right& r) { r.params.temperature = {}; }), "route: temperature expected [1] or [4], got [0]");
-  invalid(spoiled([](Right& r) { r.in.codes = r.given; }), "route: codebook expected, got an empty one");
+  const Codebook none;
+  invalid(spoiled([&](Right& r) { r.routed_by = &none; }), "route: codebook expected, got an empty one");
+  invalid(spoiled([](Right& r) {
+            r.in.codes = r.given;
+            r.params.method = Method::leaf;
+          }),
+          "route: codes and their codebook expected where x is not given and with the leaf method, got no codebook");
   invalid(spoiled([](Right& r) { r.out.lse.shape[1] = 5; }),
           "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
   invalid(spoiled([](Right& r) { r.out.tokens.dtype = DType::float16; }),
@@ -293,15 +305,14 @@ TEST_CASE("leaf_sums") {
   const auto spoiled = [&](auto spoil) {
     Right r;
     r.in.codes = r.given;
-    r.in.book = &r.book;
-    LeafSums out{{x.data(), {6, 3}}, {v.data(), {6, 2}},   {offsets.data(), {3}},
-                 {bias.data(), {6}}, {spread.data(), {6}}, {codes.data(), {6, 2}}};
+    LeafSums out{{x.data(), {6, 3}},     {v.data(), {6, 2}}, {offsets.data(), {3}},
+                 {codes.data(), {6, 2}}, {bias.data(), {6}}, {spread.data(), {6}}};
     spoil(r, out);
-    return leaf_sums(r.context, r.in, out);
+    return leaf_sums(r.context, r.book, r.in, out);
   };
   CHECK(std::string(spoiled([](Right&, LeafSums&) {}).what()) == "");
   const char* const shapes =
-      "leaf_sums: out expected offsets [3] and at least 6 rows of x [3], v [2], bias, spread and codes [2]";
+      "leaf_sums: out expected offsets [3] and at least 6 rows of x [3], v [2], codes [2], bias and spread";
   invalid(spoiled([](Right&, LeafSums& out) { out.x.shape[0] = 5; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.v.shape[1] = 4; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.bias.shape[0] = 5; }), shapes);
@@ -309,12 +320,11 @@ TEST_CASE("leaf_sums") {
   invalid(spoiled([](Right&, LeafSums& out) { out.offsets.shape[0] = 2; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.codes.shape[1] = 3; }), shapes);
   invalid(spoiled([](Right& r, LeafSums&) { r.in.codes = {}; }),
-          "leaf_sums: codes expected where x is not given and with the leaf method, got none");
-  invalid(spoiled([](Right& r, LeafSums&) { r.in.book = nullptr; }), "leaf_sums: codebook expected, got an empty one");
+          "leaf_sums: codes and their codebook expected where x is not given and with the leaf method, got no codes");
+  invalid(spoiled([](Right& r, LeafSums&) { r.book = Codebook(); }), "leaf_sums: codebook expected, got an empty one");
   Right r;
   r.in.codes = r.given;
-  r.in.book = &r.book;
-  const size_t need = leaf_sums_workspace(test::sizing(1), r.in, 3);
+  const size_t need = leaf_sums_workspace(test::sizing(1), r.book, r.in, 3);
   invalid(spoiled([](Right& right, LeafSums&) { right.context.workspace = {}; }),
           "leaf_sums: workspace expected at least " + std::to_string(need) + " bytes, got 0");
 }

@@ -39,23 +39,25 @@ class Verbs {
          [this] { return centers_.holds(0x5a); }},
         {"vote", [this](int w) { return vote_workspace(test::sizing(w), book_, vote_, kLongest); },
          [this](const Context& c) {
-           return vote(c, book_, vote_, {given_codes_.data(), {kRows, 2}}, histories_, {},
+           return vote(c, book_, vote_, in_,
                        {{agents_.data(), {2, kSeats, 2}}, {votes_.data(), {2, kSeats}}, {count_.data(), {2}}});
          },
          [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
-        {"route", [this](int w) { return route_workspace(test::sizing(w), route_, inputs_, kLongest); },
+        {"route", [this](int w) { return route_workspace(test::sizing(w), nullptr, route_, in_, to_, kLongest); },
          [this](const Context& c) {
-           return route(c, route_, inputs_,
+           return route(c, nullptr, route_, in_, to_,
                         {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
                          {lse_.data(), {2, kSeats}},
                          {refined_.data(), {2, kSeats, kWidth}}});
          },
          [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && refined_.holds(0x5a); }},
         {"route_backward",
-         [this](int w) { return route_backward_workspace(test::sizing(w), plain_, inputs_, gradients(), kLongest); },
+         [this](int w) {
+           return route_backward_workspace(test::sizing(w), nullptr, plain_, in_, to_, gradients(), kLongest);
+         },
          [this](const Context& c) {
            return route_backward(
-               c, plain_, inputs_,
+               c, nullptr, plain_, in_, to_,
                {test::rows(prototypes_, kWidth), {}, test::rows(prototypes_, kWidth), {given_lse_.data(), {2, kSeats}}},
                gradients());
          },
@@ -102,8 +104,16 @@ class Verbs {
                      given_lse_ = test::uniform(random_, 2 * kSeats), tau_{1};
   std::vector<int64_t> offsets_{0, kLongest, kRows};
   std::vector<int32_t> given_codes_ = std::vector<int32_t>(2 * kRows, 3);
-  Histories histories_ = test::histories(offsets_);
   Rows x_ = test::rows(values_, kWidth);
+  Histories in_ = [this] {
+    Histories h;
+    h.x = h.v = x_;
+    h.offsets = test::spans(offsets_);
+    h.codes = {given_codes_.data(), {kRows, 2}};
+    h.bias = {bias_.data(), {kRows}};
+    return h;
+  }();
+  RouteAgents to_{{prototypes_.data(), {2, kSeats, kWidth}}, {}};
   FitParams fit_ = [] {
     FitParams p;
     p.levels = 1;
@@ -117,10 +127,8 @@ class Verbs {
   }();
   RouteParams route_{Normalize::agents, Method::exact, Missing::drop, 1, {tau_.data(), {1}}},
       plain_{Normalize::agents, Method::exact, Missing::drop, 0, {tau_.data(), {1}}};
-  RouteInputs inputs_{x_, x_,     histories_, {prototypes_.data(), {2, kSeats, kWidth}}, {}, {bias_.data(), {kRows}},
-                      {}, nullptr};
   AttendInputs attention_{
-      x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, histories_, {}, 1};
+      x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, in_.offsets, {}, 1};
   Guarded<int32_t> codes_{kRows * 2}, agents_{2 * kSeats * 2}, count_{2};
   Guarded<int64_t> votes_{2 * kSeats};
   Guarded<float> centers_{4 * kWidth}, tokens_{2 * kSeats * kWidth}, lse_{2 * kSeats}, refined_{2 * kSeats * kWidth},
@@ -199,15 +207,14 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
       params.method = method;
       params.missing = Missing::token;
       params.temperature = {&tau, {1}};
-      RouteInputs in;
+      Histories in;
       in.x = in.v = {&tau, DType::float32, users * longest, 4};
-      in.histories = {&tau, &tau, DType::int64, users};
-      in.prototypes = {&tau, {users, 9, 4}};
+      in.offsets = {&tau, &tau, DType::int64, users};
       in.codes = {reinterpret_cast<const int32_t*>(&tau), {users * longest, 2}};
-      in.book = &book;
-      all.push_back(route_workspace(context, params, in, longest));
-      all.push_back(route_backward_workspace(context, params, in, {}, longest));
-      all.push_back(leaf_sums_workspace(context, in, longest));
+      const RouteAgents agents{{&tau, {users, 9, 4}}, {}};
+      all.push_back(route_workspace(context, &book, params, in, agents, longest));
+      all.push_back(route_backward_workspace(context, &book, params, in, agents, {}, longest));
+      all.push_back(leaf_sums_workspace(context, book, in, longest));
     }
     for (const VoteParams& params : {by_budget, by_fanout})
       all.push_back(vote_workspace(context, book, params, longest));
@@ -242,26 +249,25 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
       RouteParams params;
       params.method = method;
       params.temperature = {&tau, {1}};
-      RouteInputs in;
+      Histories in;
       int64_t longest = 10;
       in.x = {&tau, DType::float32, 0, 4};
       in.v = {&tau, DType::float32, 0, 4};
-      in.histories = {nobody, nobody + 1, DType::int64, 1};
-      in.prototypes = {&tau, {1, 0, 4}};
+      in.offsets = {nobody, nobody + 1, DType::int64, 1};
       in.codes = {reinterpret_cast<const int32_t*>(&tau), {0, 2}};
-      in.book = &book;
-      if (which == 0) in.x.width = in.prototypes.shape[2] = kWide;
+      RouteAgents agents{{&tau, {1, 0, 4}}, {}};
+      if (which == 0) in.x.width = agents.prototypes.shape[2] = kWide;
       if (which == 1) in.v.width = kWide - 1008;
-      if (which == 2) in.prototypes.shape[1] = kHuge;
+      if (which == 2) agents.prototypes.shape[1] = kHuge;
       if (which == 3) longest = kHuge;
-      if (which == 4) in.histories.users = in.prototypes.shape[0] = kHuge;
+      if (which == 4) in.offsets.users = agents.prototypes.shape[0] = kHuge;
       if (which == 5) in.x.rows = in.v.rows = in.codes.shape[0] = kHuge;
-      CHECK(route_workspace(none, params, in, longest) == kLimit);
-      CHECK(route_backward_workspace(none, params, in, {}, longest) == kLimit);
-      if (which != 2) CHECK(leaf_sums_workspace(none, in, longest) == kLimit);
+      CHECK(route_workspace(none, &book, params, in, agents, longest) == kLimit);
+      CHECK(route_backward_workspace(none, &book, params, in, agents, {}, longest) == kLimit);
+      if (which != 2) CHECK(leaf_sums_workspace(none, book, in, longest) == kLimit);
       if (which == 0 || which == 1) {
         const Status status =
-            route(none, params, in, {{nullptr, DType::float32, 0, in.v.width}, {nullptr, {1, 0}}, {}});
+            route(none, &book, params, in, agents, {{nullptr, DType::float32, 0, in.v.width}, {nullptr, {1, 0}}, {}});
         CHECK(std::string(status.what()).find("route: expected D and V of 1 to 2^20, got ") == 0);
       }
     }

@@ -11,7 +11,7 @@ from vectors import Case, Codes, Floats, Integers, Stored, Uniform, to_bfloat16
 
 from hisac import reference
 from hisac.reference import bounds
-from hisac.types import Attended, Tokens
+from hisac.types import Attended, Histories, Tokens
 
 NAN, INF = float("nan"), float("inf")
 METHODS = {"normalize": ("history", "agents"), "method": ("exact", "leaf"), "missing": ("drop", "token")}
@@ -76,12 +76,19 @@ def encode_cases() -> Iterator[Case]:
 # ----------------------------------------------------------------------------------------------------------------- vote
 
 
+def as_numpy(record: Any) -> Any:
+    a = record.array()
+    return (a.astype(np.uint32) << np.uint32(16)).view(np.float32) if a.dtype == np.uint16 else a
+
+
+def histories_of(records: dict[str, Any]) -> Histories:
+    """The histories that the records stand for."""
+    fields = {name: as_numpy(records[name]) for name in Histories._fields if name in records}
+    return Histories(**fields, offsets=(records["starts"].array(), records["ends"].array()))
+
+
 def vote_case(name: str, records: dict[str, Any], levels: int, rule: dict[str, Any]) -> Case:
-    weights = records.get("weights")
-    offsets = (records["starts"].array(), records["ends"].array())
-    found = reference.vote(
-        built(records), records["codes"].array(), offsets, weights=None if weights is None else weights.array(), **rule
-    )
+    found = reference.vote(built(records), histories_of(records), **rule)
     options = number(rule.get("budget") or 0, *(rule.get("fanout") or (0,) * levels))
     expected = {name: Integers(getattr(found, name)) for name in ("votes", "count")}
     return f"vote/{name}", records | {"rule": options, "agents": Integers(found.codes), **expected}
@@ -128,17 +135,12 @@ def vote_cases() -> Iterator[Case]:
 # ---------------------------------------------------------------------------------------------------------------- route
 
 
-def as_numpy(record: Any) -> Any:
-    a = record.array()
-    return (a.astype(np.uint32) << np.uint32(16)).view(np.float32) if a.dtype == np.uint16 else a
-
-
 def route_args(records: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `reference.route` that the records and options stand for."""
-    names = ("x", "v", "prototypes", "count", "temperature", "bias", "spread", "codes", "x_ids", "v_ids", "x_scale")
+    names = ("prototypes", "count", "temperature")
     args: dict[str, Any] = {name: as_numpy(records[name]) if name in records else None for name in names}
     book = built(records) if "codes" in records else None
-    return {**args, **options, "book": book, "offsets": (records["starts"].array(), records["ends"].array())}
+    return {**args, **options, "book": book, "histories": histories_of(records)}
 
 
 def options_record(options: dict[str, Any]) -> Stored:
@@ -252,8 +254,7 @@ def leaf_sums_cases() -> Iterator[Case]:
     for name, given in (("long", records), ("gathered", gathered()), ("without x", small())):
         given = {of: r for of, r in given.items() if of not in ("prototypes", "temperature") and (name, of) != (
             "without x", "x")}  # fmt: skip
-        args = route_args(given | {"prototypes": number(0)}, {})
-        args = {of: a for of, a in args.items() if of not in ("prototypes", "count", "temperature")}
+        args = {"book": built(given), "histories": histories_of(given)}
         found = reference.leaf_sums(**args)
         limit = bounds.leaf_sums_bound(args)
         sums = {f: Floats(getattr(found, f), getattr(limit, f)) for f in ("x", "v", "bias", "spread")}
@@ -280,7 +281,7 @@ def backward_case(name: str, records: dict[str, Any], options: dict[str, Any], s
         "d_lse": Uniform(451, forward.lse.shape),
     }
     need = ["v", "temperature", *(("bias", "x", "prototypes") if options.get("method") != "leaf" else ())]
-    need = [of for of in need if of != "x" or args["x"] is not None]
+    need = [of for of in need if of != "x" or args["histories"].x is not None]
     prototypes = args.pop("prototypes")
     args.pop("refine", None)
     args |= {of: as_numpy(given[of]) for of in ("d_tokens", "d_lse")}

@@ -250,8 +250,8 @@ inline hisac::Codebook book(const Case& c) {
   return out;
 }
 
-/// The histories of a case and the longest of them.
-inline hisac::Histories histories(const Case& c) {
+/// The users of a case and the longest of their histories.
+inline hisac::Spans spans(const Case& c) {
   const std::vector<int64_t>&starts = c["starts"].longs, &ends = c["ends"].longs;
   return {starts.data(), ends.data(), DType::int64, static_cast<int64_t>(starts.size())};
 }
@@ -261,13 +261,30 @@ inline int64_t longest(const Case& c) {
   return out;
 }
 
+inline hisac::Array<const float, 1> vector(const Case& c, const char* name) {
+  if (!c.has(name)) return {};
+  return {c[name].floats.data(), {c[name].count()}};
+}
+
+/// The histories of a case, with the fields that it names.
+inline hisac::Histories histories(const Case& c) {
+  hisac::Histories out;
+  if (c.has("x")) out.x = c["x"].rows();
+  if (c.has("v")) out.v = c["v"].rows();
+  out.offsets = spans(c);
+  if (c.has("codes")) out.codes = {c["codes"].ints.data(), {c["codes"].shape[0], c["codes"].shape[1]}};
+  if (c.has("x_ids")) out.x_ids = {c["x_ids"].longs.data(), DType::int64, c["x_ids"].count()};
+  if (c.has("v_ids")) out.v_ids = {c["v_ids"].ints.data(), DType::int32, c["v_ids"].count()};
+  out.x_scale = vector(c, "x_scale");
+  out.bias = vector(c, "bias");
+  out.spread = vector(c, "spread");
+  out.weights = vector(c, "weights");
+  return out;
+}
+
 /// The inputs of route, its gradients and leaf_sums.
 struct Routing {
-  explicit Routing(const Case& c) {
-    const auto vector = [&](const char* name) {
-      return c.has(name) ? hisac::Array<const float, 1>{c[name].floats.data(), {c[name].count()}}
-                         : hisac::Array<const float, 1>{};
-    };
+  explicit Routing(const Case& c) : in(histories(c)) {
     if (c.has("options")) {
       const std::vector<int64_t>& o = c["options"].longs;
       params.normalize = static_cast<hisac::Normalize>(o[0]);
@@ -276,33 +293,22 @@ struct Routing {
       params.refine = static_cast<int>(o[3]);
       params.precision = static_cast<hisac::Precision>(o[4]);
     }
-    params.temperature = vector("temperature");
-    if (c.has("x")) in.x = c["x"].rows();
-    in.v = c["v"].rows();
-    in.histories = histories(c);
+    params.temperature = vector(c, "temperature");
     if (c.has("prototypes")) {
       const Record& p = c["prototypes"];
-      in.prototypes = {p.floats.data(), {p.shape[0], p.shape[1], p.shape[2]}};
+      agents.prototypes = {p.floats.data(), {p.shape[0], p.shape[1], p.shape[2]}};
     }
-    in.bias = vector("bias");
-    in.spread = vector("spread");
-    in.x_scale = vector("x_scale");
-    if (c.has("count")) in.count = {c["count"].ints.data(), {c["count"].count()}};
-    if (c.has("x_ids")) in.x_ids = {c["x_ids"].longs.data(), DType::int64, c["x_ids"].count()};
-    if (c.has("v_ids")) in.v_ids = {c["v_ids"].ints.data(), DType::int32, c["v_ids"].count()};
-    if (c.has("codes")) {
-      codebook = std::make_unique<hisac::Codebook>(book(c));
-      in.book = codebook.get();
-      in.codes = {c["codes"].ints.data(), {c["codes"].shape[0], c["codes"].shape[1]}};
-    }
-    users = in.histories.users;
-    agents = in.prototypes.shape[1];
-    tokens = agents + (params.missing == hisac::Missing::token);
+    if (c.has("count")) agents.count = {c["count"].ints.data(), {c["count"].count()}};
+    if (in.codes) codebook = std::make_unique<hisac::Codebook>(book(c));
+    users = in.offsets.users;
+    seats = agents.prototypes.shape[1];
+    tokens = seats + (params.missing == hisac::Missing::token);
   }
-  std::unique_ptr<hisac::Codebook> codebook;
+  std::unique_ptr<hisac::Codebook> codebook;  // null: none
   hisac::RouteParams params;
-  hisac::RouteInputs in;
-  int64_t users = 0, agents = 0, tokens = 0;  // tokens: M', of a user
+  hisac::Histories in;
+  hisac::RouteAgents agents;
+  int64_t users = 0, seats = 0, tokens = 0;  // M and M' of a user
 };
 
 /// The inputs of attend and its gradients.
@@ -314,7 +320,7 @@ struct Attention {
           c["values"].rows(),
           keys[1],
           keys[2],
-          histories(c),
+          spans(c),
           {c["bias"].floats.data(), {keys[0], keys[1]}},
           c["scale"].floats[0]};
   }

@@ -209,21 +209,23 @@ class Held {
     };
     in.x = {p.codes_only ? nullptr : x_.data(), p.x_type, table(p, p.x, p.width), p.width};
     in.v = {v_.data(), p.v_type, table(p, p.v, p.values), p.values};
-    in.histories = {array(starts, narrow_starts, 0),
-                    ends_.empty() ? array(starts, narrow_starts, 1) : array(ends, narrow_ends, 0), type, users(p)};
-    in.prototypes = {p.prototypes.data(), {users(p), p.agents, p.width}};
+    in.offsets = {array(starts, narrow_starts, 0),
+                  ends_.empty() ? array(starts, narrow_starts, 1) : array(ends, narrow_ends, 0), type, users(p)};
+    agents.prototypes = {p.prototypes.data(), {users(p), p.agents, p.width}};
     if (!p.scale.empty()) in.x_scale = {p.scale.data(), {static_cast<int64_t>(p.scale.size())}};
     if (!p.spread.empty()) in.spread = {p.spread.data(), {p.rows}};
-    if (!p.count.empty()) in.count = {p.count.data(), {users(p)}};
+    if (!p.count.empty()) agents.count = {p.count.data(), {users(p)}};
     if (!p.bias.empty()) in.bias = {p.bias.data(), {p.rows}};
     if (!p.x_ids.empty()) in.x_ids = {array(x_ids, narrow_x_ids, 0), type, p.rows};
     if (!p.v_ids.empty()) in.v_ids = {array(v_ids, narrow_v_ids, 0), type, p.rows};
     if (!p.book) return;
     in.codes = {p.codes.data(), {p.rows, p.book->levels()}};
-    in.book = p.book.get();
+    book = p.book.get();
   }
 
-  RouteInputs in;
+  const Codebook* book = nullptr;
+  Histories in;
+  RouteAgents agents;
 
  private:
   static std::vector<int32_t> narrowed(const std::vector<int64_t>& a) { return {a.begin(), a.end()}; }
@@ -246,7 +248,7 @@ class Held {
   Guarded<int32_t> narrow_starts, narrow_ends, narrow_x_ids, narrow_v_ids;
 };
 
-/// verb(params, inputs, out); every result of its exact size.
+/// verb(held, params, out); every result of its exact size.
 template <class Verb>
 Result run(const Problem& p, bool clamp, Verb verb) {
   const int64_t m = p.agents + (p.params.missing == Missing::token), b = users(p);
@@ -258,7 +260,7 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   const Tokens out{{tokens.data(), p.v_type, b * m, p.values},
                    {lse.data(), {b, m}},
                    {p.params.refine ? refined.data() : nullptr, {b, p.agents, p.width}}};
-  const Status status = verb(params, held.in, out);
+  const Status status = verb(held, params, out);
   if (!status.ok()) fail("%s", status.what());
   if (!tokens.intact() || !lse.intact() || !refined.intact()) fail("a result's end was overwritten");
   return {decoded(tokens.values(), p.v_type), lse.values(), refined.values()};
@@ -284,17 +286,18 @@ inline Context context_of(const Problem& p, Workspace& workspace, Workspace& ima
 }
 
 inline Result on_cpu(const Problem& p) {
-  return run(p, true, [](const RouteParams& params, const RouteInputs& in, const Tokens& out) {
-    Workspace workspace(route_workspace(test::sizing(1), params, in, in.behaviours()));
-    return hisac::route({workspace.array(), nullptr}, params, in, out);
+  return run(p, true, [](const Held& h, const RouteParams& params, const Tokens& out) {
+    Workspace workspace(route_workspace(test::sizing(1), h.book, params, h.in, h.agents, h.in.behaviours()));
+    return hisac::route({workspace.array(), nullptr}, h.book, params, h.in, h.agents, out);
   });
 }
 
 inline Result on_cuda(const Problem& p) {
-  return run(p, false, [&](const RouteParams& params, const RouteInputs& in, const Tokens& out) {
-    Workspace workspace(cuda::route_workspace({}, params, in, longest(p)));
+  return run(p, false, [&](const Held& h, const RouteParams& params, const Tokens& out) {
+    Workspace workspace(cuda::route_workspace({}, h.book, params, h.in, h.agents, longest(p)));
     Workspace image(image_size(p));
-    const Status status = cuda::route(context_of(p, workspace, image), params, in, out);
+    const Context context = context_of(p, workspace, image);
+    const Status status = cuda::route(context, h.book, params, h.in, h.agents, out);
     if (!workspace.intact()) fail("the workspace's end was overwritten");
     return status;
   });

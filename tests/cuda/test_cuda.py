@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hisac
-from hisac import arrays
+from hisac import Histories, arrays
 
 torch = pytest.importorskip("torch")
 from cuda_places import on_gpu  # noqa: E402
@@ -26,8 +26,8 @@ def problem():
     book = hisac.Codebook([x[:16].copy(), 0.5 * x[16:24]])
     v, bias = rng.normal(size=(T, V)).astype(np.float32), rng.normal(size=T).astype(np.float32)
     offsets = np.array([0, 90, 90, T])
-    codes = book.encode(x)
-    return {"book": book, "x": x, "v": v, "bias": bias, "offsets": offsets, "codes": codes}
+    histories = Histories(x, v, offsets, book.encode(x), bias=bias, weights=np.abs(bias))
+    return {"book": book, "histories": histories, "agents": hisac.vote(book, histories, budget=M)}
 
 
 def numbers(a):
@@ -46,11 +46,12 @@ def assert_near(mine, expected, tolerance=1e-4):
 
 
 def test_codes_agents_and_prototypes_are_the_cpus(problem, on_cuda):
-    book, codes, offsets = problem["book"], problem["codes"], problem["offsets"]
-    np.testing.assert_array_equal(numbers(on_cuda(book.encode, problem["x"])), codes)
-    for rule in ({"budget": M}, {"fanout": (4, 3)}, {"budget": 5, "weights": np.abs(problem["bias"])}):
-        expected = hisac.vote(book, codes, offsets, **rule)
-        mine = on_cuda(functools.partial(hisac.vote, book), codes, offsets, **rule)
+    book, weighed = problem["book"], problem["histories"]
+    plain = weighed._replace(weights=None)
+    np.testing.assert_array_equal(numbers(on_cuda(book.encode, plain.x)), plain.codes)
+    for histories, rule in ((plain, {"budget": M}), (plain, {"fanout": (4, 3)}), (weighed, {"budget": 5})):
+        expected = hisac.vote(book, histories, **rule)
+        mine = on_cuda(functools.partial(hisac.vote, book), histories, **rule)
         for a, b in zip(mine[:3], expected[:3], strict=True):
             np.testing.assert_array_equal(numbers(a), b)
         np.testing.assert_array_equal(numbers(on_cuda(book.prototypes, mine)), book.prototypes(expected))
@@ -61,9 +62,9 @@ def test_codes_agents_and_prototypes_are_the_cpus(problem, on_cuda):
     {"temperature": np.float32([0.3])},
 ])  # fmt: skip
 def test_route(problem, on_cuda, options):
-    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
-    inputs = p["x"], p["v"], p["offsets"], p["book"].prototypes(agents)
-    rest = {"count": agents.count, "bias": p["bias"], "codes": p["codes"], "book": p["book"], **options}
+    p, agents = problem, problem["agents"]
+    inputs = p["histories"], p["book"].prototypes(agents)
+    rest = {"count": agents.count, "book": p["book"], **options}
     tolerance = 0.02 if "precision" in options else 1e-4
     mine, expected = on_cuda(hisac.route, *inputs, **rest), hisac.route(*inputs, **rest)
     assert_near(mine, expected, tolerance)
@@ -73,31 +74,32 @@ def test_route(problem, on_cuda, options):
 
 def test_bfloat16_keeps_near_agents_near(problem, on_cuda):
     """Distances are those of the rounded rows, norms too: an agent at a behaviour's place stays there."""
-    x = problem["x"][:8]
-    out = on_cuda(hisac.route, x, x, (np.arange(8), np.arange(1, 9)), x[:, None], temperature=0.01,
-                  precision="bfloat16")  # fmt: skip
+    x = problem["histories"].x[:8]
+    histories = Histories(x, x, (np.arange(8), np.arange(1, 9)))
+    out = on_cuda(hisac.route, histories, x[:, None], temperature=0.01, precision="bfloat16")
     assert np.abs(numbers(out.lse)).max() < 1e-3
 
 
 def test_route_of_tables(problem, on_cuda):
-    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    p = problem
     ids = np.random.default_rng(1).integers(-2, T + 2, 400)
     table = np.random.default_rng(2).integers(-127, 128, (T, D)).astype(np.int8)
-    inputs = table, p["v"], np.array([0, 100, 300, 400]), p["book"].prototypes(agents)
-    rest = {"x_ids": ids, "v_ids": ids.astype(np.int32), "x_scale": 0.002, "normalize": "agents"}
-    assert_near(on_cuda(hisac.route, *inputs, **rest), hisac.route(*inputs, **rest))
+    offsets, v_ids = np.array([0, 100, 300, 400]), ids.astype(np.int32)
+    histories = Histories(table, p["histories"].v, offsets, x_ids=ids, v_ids=v_ids, x_scale=0.002)
+    inputs = histories, p["book"].prototypes(p["agents"])
+    mine = on_cuda(hisac.route, *inputs, normalize="agents")
+    assert_near(mine, hisac.route(*inputs, normalize="agents"))
 
 
 def test_leaves_without_codes_are_refused(problem, on_cuda):
-    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
-    with pytest.raises(ValueError, match="codes expected"):
-        on_cuda(hisac.route, p["x"], p["v"], p["offsets"], p["book"].prototypes(agents), method="leaf")
+    p = problem
+    with pytest.raises(ValueError, match="codes and their codebook expected"):
+        on_cuda(hisac.route, p["histories"], p["book"].prototypes(p["agents"]), method="leaf")
 
 
 def test_leaf_sums(problem, on_cuda):
-    p = problem
-    inputs = p["x"], p["v"], p["offsets"], p["codes"], p["book"]
-    mine, expected = on_cuda(hisac.leaf_sums, *inputs, bias=p["bias"]), hisac.leaf_sums(*inputs, bias=p["bias"])
+    inputs = problem["book"], problem["histories"]
+    mine, expected = on_cuda(hisac.leaf_sums, *inputs), hisac.leaf_sums(*inputs)
     np.testing.assert_array_equal(numbers(mine.codes), expected.codes)
     np.testing.assert_array_equal(numbers(mine.offsets), expected.offsets)
     assert_near(mine, expected)
@@ -106,38 +108,40 @@ def test_leaf_sums(problem, on_cuda):
 @pytest.mark.parametrize("normalize", ["history", "agents"])
 def test_gradients(problem, on_cuda, place, normalize):
     """Through torch's operators: every input of route, and attend's after it."""
-    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    h, agents = problem["histories"], problem["agents"]
     rng = np.random.default_rng(3)
     q, candidates = rng.normal(size=(7, 2, V // 2)).astype(np.float32), np.array([0, 3, 3, 7])
-    leaves = {name: p[name] for name in ("x", "v", "bias")} | {"q": q, "tau": np.float32([0.2])}
-    leaves["prototypes"] = p["book"].prototypes(agents)
+    leaves = {"x": h.x, "v": h.v, "bias": h.bias, "q": q, "tau": np.float32([0.2])}
+    leaves["prototypes"] = problem["book"].prototypes(agents)
 
     def loss(offsets, count, candidates, **given):
         given = {name: a.detach().clone().requires_grad_() for name, a in given.items()}
-        out = ht.route(given["x"], given["v"], offsets, given["prototypes"], count=count, temperature=given["tau"],
-                       normalize=normalize, bias=given["bias"])  # fmt: skip
+        histories = Histories(given["x"], given["v"], offsets, bias=given["bias"])
+        options = {"count": count, "temperature": given["tau"], "normalize": normalize}
+        out = ht.route(histories, given["prototypes"], **options)
         keys = out.tokens.unflatten(2, (2, V // 2))
         found = ht.attend(given["q"], keys, keys.cos(), candidates, bias=out.lse)
         (found.out.sum() + found.lse.sin().nan_to_num().sum()).backward()
         return [found.out, found.lse, *(a.grad for a in given.values())]
 
-    arguments = p["offsets"], agents.count, candidates
+    arguments = h.offsets, agents.count, candidates
     cpu = loss(*map(torch.from_numpy, arguments), **{name: torch.from_numpy(a) for name, a in leaves.items()})
     assert_near(on_cuda(loss, *arguments, **leaves), cpu, 1e-3)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_of_tables(problem, on_cuda, sparse):
-    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    h = problem["histories"]
     rng = np.random.default_rng(1)
 
     def gradients(x, v, offsets, prototypes, x_ids, v_ids):
         x, v = (a.detach().clone().requires_grad_() for a in (x, v))
-        out = ht.route(x, v, offsets, prototypes, x_ids=x_ids, v_ids=v_ids, missing="token", sparse=sparse)
+        histories = Histories(x, v, offsets, x_ids=x_ids, v_ids=v_ids)
+        out = ht.route(histories, prototypes, missing="token", sparse=sparse)
         (out.tokens.sin().sum() + out.lse.nan_to_num(neginf=0).sum()).backward()
         return [a.grad.to_dense() for a in (x, v)]
 
-    inputs = p["x"][:60].copy(), p["v"][:50].copy(), p["offsets"], p["book"].prototypes(agents)
+    inputs = h.x[:60].copy(), h.v[:50].copy(), h.offsets, problem["book"].prototypes(problem["agents"])
     inputs += rng.integers(-2, 64, T), rng.integers(-2, 60, T).astype(np.int32)
     cpu = gradients(*map(torch.from_numpy, inputs))
     assert_near(on_cuda(gradients, *inputs), cpu, 1e-3)
@@ -147,28 +151,28 @@ def test_gradients_of_tables(problem, on_cuda, sparse):
 @pytest.mark.parametrize("kind", ["rows", "int8", "codes"])
 def test_route_backward(problem, on_cuda, kind, method):
     """What torch's operators have no gradient of, but may be given."""
-    p, agents = problem, hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
+    book, agents = problem["book"], problem["agents"]
     rng = np.random.default_rng(2)
-    x = {"rows": p["x"], "int8": rng.integers(-127, 128, (50, D)).astype(np.int8), "codes": None}[kind]
-    rest = {"count": agents.count, "bias": p["bias"], "spread": rng.uniform(size=T).astype(np.float32)}
-    rest |= {"codes": p["codes"], "book": p["book"], "normalize": "agents", "missing": "token", "method": method}
+    x = {"rows": problem["histories"].x, "int8": rng.integers(-127, 128, (50, D)).astype(np.int8), "codes": None}[kind]
+    histories = problem["histories"]._replace(x=x, spread=rng.uniform(size=T).astype(np.float32))
+    rest = {"count": agents.count, "book": book, "normalize": "agents", "missing": "token", "method": method}
     if kind == "int8":
-        rest |= {"x_ids": rng.integers(-2, 52, T), "x_scale": rng.uniform(0, 0.002, 50).astype(np.float32)}
-    inputs = x, p["v"], p["offsets"]
-    forward = hisac.route(*inputs, p["book"].prototypes(agents), **rest)
+        scale = rng.uniform(0, 0.002, 50).astype(np.float32)
+        histories = histories._replace(x_ids=rng.integers(-2, 52, T), x_scale=scale)
+    forward = hisac.route(histories, book.prototypes(agents), **rest)
     need = ["v", "temperature"] + (["bias", "prototypes"] + ["x"] * (kind != "codes") if method == "exact" else [])
-    given = np.cos(forward.tokens), np.sin(np.nan_to_num(forward.lse, neginf=0)), forward, *inputs
+    given = np.cos(forward.tokens), np.sin(np.nan_to_num(forward.lse, neginf=0)), forward, histories
     back = functools.partial(hisac.route_backward, need=need)
     assert_near(on_cuda(back, *given, **rest), back(*given, **rest), 1e-3)
 
 
 def test_modules(problem, on_cuda, place):
-    p = problem
-    compress = ht.Compressor(p["book"], budget=M, normalize="agents")
-    expected = compress(*(torch.from_numpy(p[name]) for name in ("x", "v", "offsets")))
+    h = problem["histories"]
+    compress = ht.Compressor(problem["book"], budget=M, normalize="agents")
+    expected = compress(Histories(*map(torch.from_numpy, h[:3])))
     if place.name == "gpu":
         compress.cuda()
-    mine = on_cuda(compress, p["x"], p["v"], p["offsets"])
+    mine = on_cuda(compress, Histories(*h[:3]))
     np.testing.assert_array_equal(numbers(mine.codes), numbers(expected.codes))
     assert_near(mine[:3], expected[:3])
 
@@ -183,18 +187,20 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.fixture
 def given(problem):
-    agents = hisac.vote(problem["book"], problem["codes"], problem["offsets"], budget=M)
-    inputs = problem["x"], problem["v"], problem["offsets"], problem["book"].prototypes(agents)
-    return [torch.from_numpy(a).cuda() for a in inputs]
+    inputs = *problem["histories"][:3], problem["book"].prototypes(problem["agents"])
+    x, v, offsets, prototypes = (torch.from_numpy(a).cuda() for a in inputs)
+    return Histories(x, v, offsets), prototypes
 
 
 @on_gpu
 def test_arrays_in_two_places_are_refused(given):
-    x, v, offsets, prototypes = given
+    histories, prototypes = given
     with pytest.raises(TypeError, match=r"offsets|starts"):
-        hisac.route(x, v, offsets.cpu(), prototypes)
+        hisac.route(histories._replace(offsets=histories.offsets.cpu()), prototypes)
     with pytest.raises(TypeError, match="prototypes"):
-        hisac.route(x, v, offsets, prototypes.cpu())
+        hisac.route(histories, prototypes.cpu())
+    listed = histories._replace(offsets=histories.offsets.tolist())
+    assert torch.equal(hisac.route(listed, prototypes).tokens, hisac.route(*given).tokens)
 
 
 @on_gpu
@@ -213,25 +219,25 @@ def test_the_current_stream_is_used_and_no_other_waited_for(given):
 
 @on_gpu
 def test_graph_capture(given):
-    x, v, offsets, prototypes = given
+    histories, prototypes = given
     tau = torch.full((1,), 0.1, device="cuda")
-    out = hisac.route(x, v, offsets, prototypes, temperature=tau)
+    out = hisac.route(histories, prototypes, temperature=tau)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        hisac.route(x, v, offsets, prototypes, temperature=tau, out=out)
-    v.mul_(2)
+        hisac.route(histories, prototypes, temperature=tau, out=out)
+    histories.v.mul_(2)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out.tokens, hisac.route(x, v, offsets, prototypes, temperature=tau).tokens)
+    assert torch.equal(out.tokens, hisac.route(histories, prototypes, temperature=tau).tokens)
 
 
 @on_gpu
 def test_compile_and_autocast(given):
-    x, v, offsets, prototypes = given
+    (x, v, offsets, *_), prototypes = given
 
     def tokens(v):
-        return ht.route(x, v, offsets, prototypes).tokens
+        return ht.route(Histories(x, v, offsets), prototypes).tokens
 
     assert torch.equal(torch.compile(tokens, fullgraph=True)(v), tokens(v))
     with torch.autocast("cuda", torch.bfloat16):
-        assert torch.equal(tokens(v), ht.route(x, v, offsets, prototypes).tokens)
+        assert torch.equal(tokens(v), ht.route(Histories(x, v, offsets), prototypes).tokens)

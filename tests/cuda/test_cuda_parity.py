@@ -75,8 +75,8 @@ def test_attend_and_its_backward(a, on_cuda):
 def test_subnormal_values_at_a_tiny_temperature(on_cuda):
     """No bfloat16 holds v; divided by tau^2 what is lost of it is not small."""
     v, spread, bias = np.float32([[4e-44], [3e-44]]), np.float32([8.8e-44, 2e-44]), np.float32([-1.5, 0])
-    args = {"x": np.zeros((2, 1), np.float32), "v": v, "offsets": np.array([0, 2]), "temperature": 1e-30}
-    args |= {"bias": bias, "spread": spread, "precision": "bfloat16"}
+    histories = hisac.Histories(np.zeros((2, 1), np.float32), v, np.array([0, 2]), bias=bias, spread=spread)
+    args = {"histories": histories, "temperature": 1e-30, "precision": "bfloat16"}
     out = hisac.route(prototypes=np.full((1, 1, 1), -6e-45, np.float32), **args)
     back = {"d_tokens": np.ones((1, 1, 1), np.float32), "d_lse": None, "forward": out, **args}
     mine = on_cuda(hisac.route_backward, **back)

@@ -28,7 +28,7 @@ int64_t entries(const Problem& p) {
   return rows;
 }
 
-/// verb(inputs, out): the sums that there are, in arrays of so many rows.
+/// verb(book, histories, out): the sums that there are, in arrays of so many rows.
 template <class Verb>
 Sums sums_of(const Problem& p, bool clamp, int64_t rows, Verb verb) {
   test::Held held(p, clamp);
@@ -36,13 +36,13 @@ Sums sums_of(const Problem& p, bool clamp, int64_t rows, Verb verb) {
   Guarded<float> x(rows * p.width), v(rows * p.values), bias(rows), spread(rows);
   Guarded<int32_t> codes(rows * levels);
   Guarded<int64_t> offsets(users + 1);
-  held.in.prototypes = {nullptr, {users, 0, p.width}};
-  const Status status = verb(held.in, LeafSums{{x.data(), {rows, p.width}},
-                                               {v.data(), {rows, p.values}},
-                                               {offsets.data(), {users + 1}},
-                                               {bias.data(), {rows}},
-                                               {spread.data(), {rows}},
-                                               {codes.data(), {rows, levels}}});
+  const Status status = verb(*held.book, held.in,
+                             LeafSums{{x.data(), {rows, p.width}},
+                                      {v.data(), {rows, p.values}},
+                                      {offsets.data(), {users + 1}},
+                                      {codes.data(), {rows, levels}},
+                                      {bias.data(), {rows}},
+                                      {spread.data(), {rows}}});
   if (!status.ok()) test::fail("%s", status.what());
   for (bool intact : {x.intact(), v.intact(), bias.intact(), spread.intact(), codes.intact(), offsets.intact()})
     if (!intact) test::fail("a result's end was overwritten");
@@ -57,17 +57,17 @@ Sums sums_of(const Problem& p, bool clamp, int64_t rows, Verb verb) {
 }
 
 Sums sums_on_cpu(const Problem& p) {
-  return sums_of(p, true, entries(p), [](const RouteInputs& in, const LeafSums& out) {
-    test::Workspace workspace(leaf_sums_workspace(test::sizing(1), in, in.behaviours()));
-    return leaf_sums({workspace.array(), nullptr}, in, out);
+  return sums_of(p, true, entries(p), [](const Codebook& book, const Histories& in, const LeafSums& out) {
+    test::Workspace workspace(leaf_sums_workspace(test::sizing(1), book, in, in.behaviours()));
+    return leaf_sums({workspace.array(), nullptr}, book, in, out);
   });
 }
 
 Sums sums_on_cuda(const Problem& p, int64_t rows, int64_t longest) {
-  return sums_of(p, false, rows, [&](const RouteInputs& in, const LeafSums& out) {
-    test::Workspace workspace(cuda::leaf_sums_workspace({}, in, longest));
+  return sums_of(p, false, rows, [&](const Codebook& book, const Histories& in, const LeafSums& out) {
+    test::Workspace workspace(cuda::leaf_sums_workspace({}, book, in, longest));
     test::Workspace image(test::image_size(p));
-    const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), in, out);
+    const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), book, in, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
   });
@@ -116,25 +116,22 @@ void compare_sums(const Problem& p, const Sums& cpu, const Sums& cuda) {
 }
 
 /// The tokens of `route` from kept sums, absent behaviours left out.
-Result from_sums(const Problem& p, const Sums& sums) {
-  Problem q = p;
-  q.starts.assign(sums.offsets.begin(), sums.offsets.end() - 1);
-  q.ends.assign(sums.offsets.begin() + 1, sums.offsets.end());
-  q.rows = sums.offsets.back();
-  q.x_type = DType::float32;
-  q.v_type = DType::float32;
-  q.x = sums.x;
-  q.v = sums.v;
-  q.bias = sums.bias;
-  q.spread = sums.spread;
-  q.codes.clear();
-  q.book.reset();
-  q.scale.clear();
-  q.x_ids.clear();
-  q.v_ids.clear();
-  q.codes_only = false;
-  q.params.method = Method::exact;
-  return test::on_cuda(q);
+Result from_sums(Problem p, Sums sums) {
+  p.params.method = Method::exact;
+  const int64_t rows = static_cast<int64_t>(sums.bias.size()), levels = p.book->levels();
+  const LeafSums kept{{sums.x.data(), {rows, p.width}},
+                      {sums.v.data(), {rows, p.values}},
+                      {sums.offsets.data(), {static_cast<int64_t>(sums.offsets.size())}},
+                      {sums.codes.data(), {rows, levels}},
+                      {sums.bias.data(), {rows}},
+                      {sums.spread.data(), {rows}}};
+  return test::run(p, false, [&](const test::Held& h, const RouteParams& params, const Tokens& out) {
+    const Histories in = kept.histories();
+    test::Workspace workspace(cuda::route_workspace({}, nullptr, params, in, h.agents, rows));
+    const Status status = cuda::route({workspace.array(), nullptr, Device::cuda}, nullptr, params, in, h.agents, out);
+    if (!workspace.intact()) test::fail("the workspace's end was overwritten");
+    return status;
+  });
 }
 
 void check(Problem p) {

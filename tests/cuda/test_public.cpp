@@ -65,60 +65,58 @@ void expect_limits() {
   const Array<const int32_t, 2> codes{code, {3, 1}};
   RouteParams params;
   params.temperature = {number, {1}};
-  RouteInputs in;  // B 1, T 3, M 2, D 4, V 5
+  Histories in;  // B 1, T 3, D 4, V 5
   in.x = {number, DType::float32, 3, 4};
   in.v = {number, DType::float32, 3, 5};
-  in.histories = {offsets, offsets + 1, DType::int64, 1};
-  in.prototypes = {number, {1, 2, 4}};
-  const auto tokens = [](const RouteInputs& i) {
-    const int64_t users = i.histories.users, m = i.prototypes.shape[1];
-    return Tokens{{nullptr, DType::float32, users * m, i.v.width}, {nullptr, {users, m}}, {}};
+  in.offsets = {offsets, offsets + 1, DType::int64, 1};
+  const RouteAgents agents{{number, {1, 2, 4}}, {}};  // M 2
+  const auto forward = [&](const Codebook* used, const Histories& h, const RouteAgents& to) {
+    const int64_t users = h.offsets.users, m = to.prototypes.shape[1];
+    return route(on_device, used, params, h, to,
+                 {{nullptr, DType::float32, users * m, h.v.width}, {nullptr, {users, m}}, {}});
   };
 
   test::name("limits of route");
-  RouteInputs wide = in;
-  wide.x.width = wide.prototypes.shape[2] = 4097;
-  expect(route(on_device, params, wide, tokens(wide)), Code::not_implemented,
-         "route: expected D up to 4096 on CUDA, got 4097");
-  RouteInputs many = in;
-  many.histories.users = many.prototypes.shape[0] = kMany;
-  many.prototypes.shape[1] = 0;
-  expect(route(on_device, params, many, tokens(many)), Code::not_implemented,
+  Histories wide = in;
+  RouteAgents wide_agents = agents;
+  wide.x.width = wide_agents.prototypes.shape[2] = 4097;
+  expect(forward(nullptr, wide, wide_agents), Code::not_implemented, "route: expected D up to 4096 on CUDA, got 4097");
+  Histories many = in;
+  many.offsets.users = kMany;
+  expect(forward(nullptr, many, {{number, {kMany, 0, 4}}, {}}), Code::not_implemented,
          "route: expected B up to 2^30 and T below 2^31 on CUDA, got 1073741825 and 3");
-  RouteInputs long_one = in;
+  Histories long_one = in;
   long_one.x.rows = long_one.v.rows = kLong;
-  expect(route(on_device, params, long_one, tokens(long_one)), Code::not_implemented,
+  expect(forward(nullptr, long_one, agents), Code::not_implemented,
          "route: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
-  RouteInputs by_code = in;
+  Histories by_code = in;
   by_code.x = {};
   by_code.codes = codes;
-  by_code.book = &book;
-  expect(route(on_device, params, by_code, tokens(by_code)), Code::invalid_argument,
+  expect(forward(&book, by_code, agents), Code::invalid_argument,
          "route: context.codebook_image expected [1408] on CUDA, got [0]");
 
   test::name("limits of route_backward");
-  const auto backward = [&](const RouteInputs& i) {
-    const Rows rows{nullptr, DType::float32, i.histories.users * i.prototypes.shape[1], i.v.width};
-    return route_backward(on_device, params, i, {rows, {}, rows, {nullptr, {i.histories.users, i.prototypes.shape[1]}}},
-                          {});
+  const auto backward = [&](const Histories& h, const RouteAgents& to) {
+    const int64_t users = h.offsets.users, m = to.prototypes.shape[1];
+    const Rows rows{nullptr, DType::float32, users * m, h.v.width};
+    return route_backward(on_device, nullptr, params, h, to, {rows, {}, rows, {nullptr, {users, m}}}, {});
   };
-  expect(backward(wide), Code::not_implemented, "route_backward: expected D up to 4096 on CUDA, got 4097");
+  expect(backward(wide, wide_agents), Code::not_implemented, "route_backward: expected D up to 4096 on CUDA, got 4097");
   wide = in;
   wide.v.width = 4097;
-  expect(backward(wide), Code::not_implemented, "route_backward: expected V up to 4096 on CUDA, got 4097");
-  expect(backward(long_one), Code::not_implemented,
+  expect(backward(wide, agents), Code::not_implemented, "route_backward: expected V up to 4096 on CUDA, got 4097");
+  expect(backward(long_one, agents), Code::not_implemented,
          "route_backward: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
 
   test::name("limits of leaf_sums, vote, encode and prototypes");
   long_one.codes = {code, {kLong, 1}};
-  long_one.book = &book;
-  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {nullptr, {2}}, {}, {}, {nullptr, {0, 1}}};
-  expect(leaf_sums(on_device, long_one, sums), Code::not_implemented,
+  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {nullptr, {2}}, {nullptr, {0, 1}}, {}, {}};
+  expect(leaf_sums(on_device, book, long_one, sums), Code::not_implemented,
          "leaf_sums: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
   VoteParams budget;
   budget.budget = 1;
-  expect(vote(on_device, book, budget, codes, many.histories, {},
-              {{nullptr, {kMany, 1, 1}}, {nullptr, {kMany, 1}}, {nullptr, {kMany}}}),
+  many.codes = codes;
+  expect(vote(on_device, book, budget, many, {{nullptr, {kMany, 1, 1}}, {nullptr, {kMany, 1}}, {nullptr, {kMany}}}),
          Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got 1073741825");
   expect(encode(on_device, book, in.x, {code, {3, 1}}), Code::invalid_argument,
          "encode: context.codebook_image expected [1408] on CUDA, got [0]");

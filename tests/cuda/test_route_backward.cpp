@@ -126,7 +126,7 @@ Problem many_users() {
   return p;
 }
 
-/// verb(params, inputs, forward, gradients); every array of its exact size, of hostile bits where it is written.
+/// verb(held, params, forward, gradients); every array of its exact size, of hostile bits where it is written.
 template <class Verb>
 Result run(const Problem& p, bool clamp, Verb verb) {
   test::Held held(p, clamp);
@@ -150,7 +150,7 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   if (p.wanted & 1 << kBias) out.bias = {gradient[kBias].data(), {p.rows}};
   if (p.wanted & 1 << kX) out.x = {gradient[kX].data(), {p.rows, p.width}};
   if (p.wanted & 1 << kPrototypes) out.prototypes = {gradient[kPrototypes].data(), {b, p.agents, p.width}};
-  const Status status = verb(params, held.in, forward, out);
+  const Status status = verb(held, params, forward, out);
   if (!status.ok()) test::fail("%s", status.what());
   Result result;
   for (int k = 0; k < kGradients; ++k) {
@@ -169,18 +169,21 @@ void go_forward(Problem& p) {
 
 Result on_cpu(const Problem& p) {
   return run(p, true,
-             [](const RouteParams& params, const RouteInputs& in, const RouteForward& f, const RouteGradients& out) {
-               test::Workspace workspace(route_backward_workspace(test::sizing(1), params, in, out, in.behaviours()));
-               return hisac::route_backward({workspace.array(), nullptr}, params, in, f, out);
+             [](const test::Held& h, const RouteParams& params, const RouteForward& f, const RouteGradients& out) {
+               test::Workspace workspace(
+                   route_backward_workspace(test::sizing(1), h.book, params, h.in, h.agents, out, h.in.behaviours()));
+               return hisac::route_backward({workspace.array(), nullptr}, h.book, params, h.in, h.agents, f, out);
              });
 }
 
 Result on_cuda(const Problem& p) {
   return run(p, false,
-             [&](const RouteParams& params, const RouteInputs& in, const RouteForward& f, const RouteGradients& out) {
-               test::Workspace workspace(cuda::route_backward_workspace({}, params, in, out, test::longest(p)));
+             [&](const test::Held& h, const RouteParams& params, const RouteForward& f, const RouteGradients& out) {
+               test::Workspace workspace(
+                   cuda::route_backward_workspace({}, h.book, params, h.in, h.agents, out, test::longest(p)));
                test::Workspace image(test::image_size(p));
-               const Status status = cuda::route_backward(test::context_of(p, workspace, image), params, in, f, out);
+               const Context context = test::context_of(p, workspace, image);
+               const Status status = cuda::route_backward(context, h.book, params, h.in, h.agents, f, out);
                if (!workspace.intact()) test::fail("the workspace's end was overwritten");
                return status;
              });

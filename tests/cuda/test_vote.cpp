@@ -116,7 +116,7 @@ Problem too_many_rows() {
   return p;
 }
 
-/// verb(params, codes, histories, weights, out); every array of its exact size.
+/// verb(histories, out); every array of its exact size.
 template <class Verb>
 Result run(const Problem& p, bool clamp, Verb verb) {
   const int64_t b = users(p), levels = p.book.levels(), m = seats(p.params, p.book.levels());
@@ -131,21 +131,23 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   test::Guarded<int32_t> codes(p.codes), out_codes(b * m * levels), count(b);
   test::Guarded<float> weights(p.weights);
   test::Guarded<int64_t> votes(b * m);
-  const Histories histories{p.narrow ? (void*)narrow_starts.data() : (void*)wide_starts.data(),
-                            p.narrow ? (void*)narrow_ends.data() : (void*)wide_ends.data(),
-                            p.narrow ? DType::int32 : DType::int64, b};
-  const Status status = verb(Array<const int32_t, 2>{codes.data(), {p.rows, levels}}, histories,
-                             Array<const float, 1>{p.weights.empty() ? nullptr : weights.data(), {p.rows}},
-                             Agents{{out_codes.data(), {b, m, levels}}, {votes.data(), {b, m}}, {count.data(), {b}}});
+  Histories histories;
+  histories.offsets = {p.narrow ? (void*)narrow_starts.data() : (void*)wide_starts.data(),
+                       p.narrow ? (void*)narrow_ends.data() : (void*)wide_ends.data(),
+                       p.narrow ? DType::int32 : DType::int64, b};
+  histories.codes = {codes.data(), {p.rows, levels}};
+  if (!p.weights.empty()) histories.weights = {weights.data(), {p.rows}};
+  const Status status =
+      verb(histories, Agents{{out_codes.data(), {b, m, levels}}, {votes.data(), {b, m}}, {count.data(), {b}}});
   if (!status.ok()) test::fail("%s", status.what());
   if (!out_codes.intact() || !votes.intact() || !count.intact()) test::fail("a result's end was overwritten");
   return {out_codes.values(), count.values(), votes.values()};
 }
 
 Result on_cpu(const Problem& p) {
-  return run(p, true, [&](auto codes, auto histories, auto weights, auto out) {
+  return run(p, true, [&](const Histories& histories, const Agents& out) {
     test::Workspace workspace(vote_workspace(test::sizing(1), p.book, p.params, p.rows));
-    return hisac::vote({workspace.array()}, p.book, p.params, codes, histories, weights, out);
+    return hisac::vote({workspace.array()}, p.book, p.params, histories, out);
   });
 }
 
@@ -158,17 +160,17 @@ int64_t longest(const Problem& p) {
 
 /// In the workspace that is made for histories of `longest`; or in the least of them, for one user at a time.
 Result on_cuda(const Problem& p, int64_t longest, bool least = false) {
-  return run(p, false, [&](auto codes, auto histories, auto weights, auto out) {
+  return run(p, false, [&](const Histories& histories, const Agents& out) {
     size_t bytes = cuda::vote_workspace({}, p.book, p.params, longest), refused = 0;
     if (least) {
       bytes = std::min(bytes, 128 + bytes / static_cast<size_t>(4 * simt::options.machine.processors));
-      const Status status = cuda::vote({}, p.book, p.params, codes, histories, weights, out);
+      const Status status = cuda::vote({}, p.book, p.params, histories, out);
       std::sscanf(status.what(), "vote: workspace expected at least %zu bytes", &refused);
       if (!refused) test::fail("no workspace: %s", status.what());
       bytes = std::max(bytes, refused);
     }
     test::Workspace workspace(bytes);
-    const Status status = cuda::vote({workspace.array()}, p.book, p.params, codes, histories, weights, out);
+    const Status status = cuda::vote({workspace.array()}, p.book, p.params, histories, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
   });

@@ -82,9 +82,7 @@ Codes encode_some(Bytes& in, bool hostile) {
 
 struct Users {
   std::vector<int64_t> starts, ends;
-  Histories histories() const {
-    return {starts.data(), ends.data(), DType::int64, static_cast<int64_t>(starts.size())};
-  }
+  Spans spans() const { return {starts.data(), ends.data(), DType::int64, static_cast<int64_t>(starts.size())}; }
 };
 
 Users users(Bytes& in, int64_t rows, bool overlap) {
@@ -125,10 +123,13 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
   Output<int32_t> agents(n * m * c.levels), count(n);
   Output<int64_t> votes(n * m);
+  Histories histories;
+  histories.offsets = u.spans();
+  histories.codes = {given.data(), {rows, c.levels}};
+  if (weighted) histories.weights = {weights.data(), {rows}};
   each_crew([&](int workers) { return vote_workspace(test::sizing(workers), c.book, params, longest); },
             [&](const Context& context, int crew) {
-              return vote(context, c.book, params, {given.data(), {rows, c.levels}}, u.histories(),
-                          {weighted ? weights.data() : nullptr, {rows}},
+              return vote(context, c.book, params, histories,
                           {{agents[crew], {n, m, c.levels}}, {votes[crew], {n, m}}, {count[crew], {n}}});
             });
   agents.equal();
@@ -172,22 +173,22 @@ struct Gathered {
   }
 };
 
-void leaf_some(const RouteInputs& in, const Codes& c, const Users& u, int64_t longest) {
-  const int64_t n = in.histories.users, width = c.book.width(), value_width = in.v.width;
+void leaf_some(const Histories& in, const Codes& c, const Users& u, int64_t longest) {
+  const int64_t n = in.offsets.users, width = c.book.width(), value_width = in.v.width;
   int64_t rows = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) rows += u.ends[b] - u.starts[b];
   Output<float> x(rows * width), v(rows * value_width), bias(rows), spread(rows);
   Output<int64_t> offsets(n + 1);
   Output<int32_t> codes(rows * c.levels);
-  each_crew([&](int workers) { return leaf_sums_workspace(test::sizing(workers), in, longest); },
+  each_crew([&](int workers) { return leaf_sums_workspace(test::sizing(workers), c.book, in, longest); },
             [&](const Context& context, int crew) {
-              return leaf_sums(context, in,
+              return leaf_sums(context, c.book, in,
                                {{x[crew], {rows, width}},
                                 {v[crew], {rows, value_width}},
                                 {offsets[crew], {n + 1}},
+                                {codes[crew], {rows, c.levels}},
                                 {bias[crew], {rows}},
-                                {spread[crew], {rows}},
-                                {codes[crew], {rows, c.levels}}});
+                                {spread[crew], {rows}}});
             });
   for (Output<float>* a : {&x, &v, &bias, &spread}) a->settled();
   offsets.equal();
@@ -231,18 +232,19 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   params.refine = static_cast<int>(in.between(0, 2));
   params.precision = static_cast<Precision>(in.between(0, 1));
   params.temperature = {temperature.data(), {temperature.count()}};
-  RouteInputs inputs{x.rows(), v.rows(), u.histories(), {p.data(), {n, agents, width}}, {}, {}, {}, nullptr, {},
-                     {},       {}};
+  const Codebook* book = nullptr;
+  Histories inputs{x.rows(), v.rows(), u.spans()};
+  RouteAgents to{{p.data(), {n, agents, width}}, {}};
   if (x_by_id) inputs.x_ids = some_x.ids();
   if (v_by_id) inputs.v_ids = some_v.ids();
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
-  if (in.flag()) inputs.count = {count.data(), {n}};
+  if (in.flag()) to.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
   if (params.method == Method::leaf || without_x || in.flag()) {
     inputs.codes = {codes.data(), {c.rows, c.levels}};
-    inputs.book = &c.book;
+    book = &c.book;
   }
   if (without_x) {
     inputs.x = {};
@@ -281,9 +283,9 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (inputs.spread) bound.spread = largest(spreads);
   Output<std::byte> tokens(n * m * value_width * bytes, type);
   Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
-  each_crew([&](int workers) { return route_workspace(test::sizing(workers), params, inputs, longest); },
+  each_crew([&](int workers) { return route_workspace(test::sizing(workers), book, params, inputs, to, longest); },
             [&](const Context& context, int crew) {
-              return route(context, params, inputs,
+              return route(context, book, params, inputs, to,
                            {{tokens[crew], type, n * m, value_width},
                             {lse[crew], {n, m}},
                             {params.refine ? refined[crew] : nullptr, {n, agents, width}}});
@@ -294,7 +296,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
 
   // Every set goes back from the same place, but where that is too far from its own: coarse weights would overflow.
   const bool own = bound.logit(0) > 60;
-  if (params.refine) inputs.prototypes.data = own ? refined[0] : refined.settled();
+  if (params.refine) to.prototypes.data = own ? refined[0] : refined.settled();
   params.refine = 0;
   const bool exact = params.method == Method::exact, want_x = exact && !without_x;
   Typed d_tokens(d, type, value_width);
@@ -313,10 +315,10 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   };
   each_crew(
       [&](int workers) {
-        return route_backward_workspace(test::sizing(workers), params, inputs, gradients(0), longest);
+        return route_backward_workspace(test::sizing(workers), book, params, inputs, to, gradients(0), longest);
       },
       [&](const Context& context, int crew) {
-        return route_backward(context, params, inputs,
+        return route_backward(context, book, params, inputs, to,
                               {{d_tokens.rows().data, type, n * m, value_width},
                                {d_lse.data(), {n, m}},
                                {own ? tokens[0] : tokens.settled(), type, n * m, value_width},
@@ -357,7 +359,7 @@ void attend_some(Bytes& in, bool hostile) {
       values(in.values(n * tokens * heads * value_width, hostile), type, value_width),
       d_out(in.values(pairs * heads * value_width, hostile), type, value_width);
   Guarded<float> bias(in.values(n * tokens, hostile)), d_lse(in.values(pairs * heads, hostile));
-  AttendInputs inputs{q.rows(), keys.rows(), values.rows(), tokens, heads, u.histories(), {}, in.value(false)};
+  AttendInputs inputs{q.rows(), keys.rows(), values.rows(), tokens, heads, u.spans(), {}, in.value(false)};
   if (in.flag()) inputs.bias = {bias.data(), {n, tokens}};
   const int64_t bytes = type == DType::float32 ? 4 : 2;
   const tolerance::Attend bound{double(pairs),

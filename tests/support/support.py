@@ -13,6 +13,17 @@ except ImportError:
     torch = None
 
 
+def grouped(args):
+    """Arguments of a verb, with the fields of Histories among them as the histories."""
+    fields = {name: a for name, a in args.items() if name in hisac.Histories._fields}
+    return {"histories": hisac.Histories(**fields)} | {name: a for name, a in args.items() if name not in fields}
+
+
+def by_field(verb):
+    """A verb that takes the fields of its histories as arguments of their own."""
+    return lambda *args, **named: verb(*args, **grouped(named))
+
+
 def kinds(p):
     """The ways into the core that hold the problem's values: (convert, dtype of its results)."""
     if p.dtype != "bfloat16":

@@ -57,9 +57,9 @@ struct MutableRows {
   int64_t rows = 0, width = 0;
 };
 
-/// User b's behaviours are the rows [starts[b], ends[b]), int32 or int64. Ragged offsets [B + 1]: starts = offsets,
-/// ends = offsets + 1. Ranges may overlap: the daily samples of one user share one table of events.
-struct Histories {
+/// User b has the rows [starts[b], ends[b]), int32 or int64. Ragged offsets [B + 1]: starts = offsets, ends =
+/// offsets + 1. Ranges may overlap: the daily samples of one user share one table of events.
+struct Spans {
   const void* starts = nullptr;
   const void* ends = nullptr;
   DType dtype = DType::int64;

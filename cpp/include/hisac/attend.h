@@ -19,7 +19,7 @@ struct AttendInputs {
   Rows keys;                      // [B * M * H, d], q's type
   Rows values;                    // [B * M * H, V], q's type
   int64_t agents = 0, heads = 0;  // M, H
-  Histories candidates;           // B users, from offsets [B + 1]
+  Spans candidates;               // B users, from offsets [B + 1]
   Array<const float, 2> bias;     // [B, M], null: 0
   float scale = 1;                // of q . k, commonly 1 / sqrt(d)
 };

@@ -1,27 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 // A user's behaviours summed by leaf of the codebook: rows that stand for them in `route`.
 #pragma once
-#include "route.h"
+#include "codebook.h"
+#include "context.h"
+#include "histories.h"
 
 namespace hisac {
 
 /// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
 ///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
 ///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
-/// As inputs of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of kept
-/// sums and new behaviours, as the rows of one user, are the sums of all.
+/// As the histories of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of
+/// kept sums and new behaviours, as the rows of one user, are the sums of all.
 struct LeafSums {
   Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
   Array<float, 2> v;          // [S, V]
   Array<int64_t, 1> offsets;  // [B + 1]
+  Array<int32_t, 2> codes;    // [S, L]
   Array<float, 1> bias;       // [S]
   Array<float, 1> spread;     // [S]
-  Array<int32_t, 2> codes;    // [S, L]
+
+  /// The sums as histories, to be read once they are written.
+  Histories histories() const noexcept {
+    Histories h;
+    h.x = {x.data, DType::float32, x.shape[0], x.shape[1]};
+    h.v = {v.data, DType::float32, v.shape[0], v.shape[1]};
+    h.offsets = {offsets.data, offsets.data + 1, DType::int64, offsets.shape[0] - 1};
+    h.codes = {codes.data, {codes.shape[0], codes.shape[1]}};
+    h.bias = {bias.data, {bias.shape[0]}};
+    h.spread = {spread.data, {spread.shape[0]}};
+    return h;
+  }
 };
 
-/// inputs: as of `route`, codes needed; without prototypes and count. Reads x and v once. longest: the longest history
-/// of the batch (T will do).
-Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept;
-size_t leaf_sums_workspace(const Context& context, const RouteInputs& inputs, int64_t longest) noexcept;
+/// Reads the fields of the histories that `route` reads; codes are needed. Reads x and v once. longest: the longest
+/// history of the batch (T will do).
+Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
+                 const LeafSums& out) noexcept;
+size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
+                           int64_t longest) noexcept;
 
 }  // namespace hisac

@@ -3,6 +3,7 @@
 #pragma once
 #include "codebook.h"
 #include "context.h"
+#include "histories.h"
 
 namespace hisac {
 
@@ -32,34 +33,28 @@ struct RouteParams {
   Precision precision = Precision::float32;
 };
 
-struct RouteInputs {
-  Rows x;                            // [T, D], or [rows, D] with x_ids; data null: the prototypes of `codes`
-  Rows v;                            // [T, V], or [rows, V] with v_ids
-  Histories histories;               // B users
-  Array<const float, 3> prototypes;  // [B, M, D]
-  Array<const int32_t, 1> count;     // [B], null: M each
-  Array<const float, 1> bias;        // [T], null: 0
-  Array<const int32_t, 2> codes;     // [T, L], null: every behaviour is present
-  const Codebook* book = nullptr;    // goes with codes
-  Ids x_ids{}, v_ids{};              // [T], null: behaviour t has row t
-  Array<const float, 1> x_scale{};   // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
-  Array<const float, 1> spread{};    // [T], null: 0
-
-  int64_t behaviours() const noexcept { return v_ids ? v_ids.size : v.rows; }  // T
+/// The agents of B users.
+struct RouteAgents {
+  Array<const float, 3> prototypes{};  // [B, M, D]
+  Array<const int32_t, 1> count{};     // [B], null: M each
 };
 
 struct Tokens {
-  MutableRows tokens;       // [B * M', V], v's type; M' = M, or M + 1 with Missing::token
-  Array<float, 2> lse;      // [B, M']
-  Array<float, 3> refined;  // [B, M, D]: the prototypes after `refine` rounds; null when refine is 0
+  MutableRows tokens;         // [B * M', V], v's type; M' = M, or M + 1 with Missing::token
+  Array<float, 2> lse;        // [B, M']
+  Array<float, 3> refined{};  // [B, M, D]: the prototypes after `refine` rounds; null when refine is 0
 };
 
 /// Fused: no T x M matrix. Sums run over tiles of 2,048 rows of a user, merged in a fixed tree: the same bits for any
 /// number of workers and any batch around the user.
-Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept;
+///
+/// Reads all fields of the histories but weights. book: that of the codes. If it is null, codes are not read, and a
+/// behaviour with an invalid code is present. Codes and book are needed where x is not given and by Method::leaf.
+Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
+             const RouteAgents& agents, Tokens out) noexcept;
 /// longest: the longest history of the batch (T will do).
-size_t route_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                       int64_t longest) noexcept;
+size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
+                       const Histories& histories, const RouteAgents& agents, int64_t longest) noexcept;
 
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
 /// refine), held constant.
@@ -83,10 +78,12 @@ struct RouteGradients {
 
 /// w_ai = exp(z_ai - lse_a), dz_ai = w_ai (dtoken_a . (v_i - token_a) + dlse_a), recomputed tile by tile;
 /// deterministic.
-Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                      const RouteForward& forward, const RouteGradients& out) noexcept;
-size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                                const RouteGradients& out, int64_t longest) noexcept;
+Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
+                      const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                      const RouteGradients& out) noexcept;
+size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
+                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
+                                int64_t longest) noexcept;
 
 /// sums[g] = sum of rows[order[i]] over i in [begin[g], begin[g + 1]), each in float64 and in this order, rounded once:
 /// with behaviours in the order of their ids, the gradient of each row of a table that has any. An order outside

@@ -29,8 +29,7 @@ inline bool within(std::initializer_list<int64_t> sizes, int64_t least, int64_t 
 }
 
 /// Every [start, end) lies in [0, rows) with start <= end. On a device the ranges cannot be read and are not checked.
-inline Status check_histories(const char* verb, const Histories& h, int64_t rows, Device device,
-                              const char* name = "offsets") noexcept {
+inline Status check_spans(const char* verb, const char* name, const Spans& h, int64_t rows, Device device) noexcept {
   if (h.users < 0 || (h.users > 0 && (!h.starts || !h.ends)))
     return Status::error(Code::invalid_argument, "%s: %s expected for %" PRId64 " users, got none", verb, name,
                          h.users);
@@ -75,7 +74,7 @@ Status check_shape(const char* verb, const char* name, const int64_t (&expected)
                        ShapeText(got.shape).text);
 }
 
-inline int64_t longest_of(const Histories& h) noexcept {
+inline int64_t longest_of(const Spans& h) noexcept {
   int64_t longest = 0;
   for (int64_t b = 0; b < h.users; ++b) longest = std::max(longest, h.end(b) - h.start(b));
   return longest;

@@ -28,7 +28,7 @@ class Units {
   void carve(Arena& arena, int64_t users) noexcept { arena.take_into(users + 1, unit_, slot_); }
 
   /// Plans the units of n users: those in order, or null for 0 .. n - 1.
-  void plan(const Histories& h, const int64_t* order, int64_t n, int workers) noexcept {
+  void plan(const Spans& h, const int64_t* order, int64_t n, int workers) noexcept {
     h_ = &h;
     order_ = order;
     n_ = n;
@@ -69,7 +69,7 @@ class Units {
 
   int64_t tiles(int64_t i) const noexcept { return tiles_of(h_->end(user(i)) - h_->start(user(i))); }
 
-  const Histories* h_ = nullptr;
+  const Spans* h_ = nullptr;
   const int64_t* order_ = nullptr;
   int64_t n_ = 0, chunk_ = 1;
   int64_t *unit_ = nullptr, *slot_ = nullptr;
@@ -86,7 +86,7 @@ class Waves {
 
   /// Interval colouring in the order of starts: a user joins the wave that ends first if that is in time, else a new
   /// one.
-  void plan(const Histories& h) noexcept {
+  void plan(const Spans& h) noexcept {
     std::iota(order_, order_ + h.users, int64_t{0});
     std::sort(order_, order_ + h.users,
               [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });

@@ -3,12 +3,18 @@
 #pragma once
 #include "base/checks.h"
 #include "hisac/codebook.h"
+#include "hisac/histories.h"
 
 namespace hisac {
 
 inline Status check_book(const char* verb, const Codebook* book) noexcept {
   if (book && !book->empty()) return {};
   return Status::error(Code::invalid_argument, "%s: codebook expected, got an empty one", verb);
+}
+
+/// D of a batch: that of x, or of the codebook where x is not given.
+inline int64_t width_of(const Codebook& book, const Histories& histories) noexcept {
+  return histories.x.data ? histories.x.width : book.width();
 }
 
 /// codes is [rows, L] of this book.

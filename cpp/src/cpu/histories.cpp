@@ -42,12 +42,14 @@ Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept {
   return allow_bf16x3 && k.matmul_bf16x3 ? Operands::bf16x3 : Operands::float32;
 }
 
-RowLoader::RowLoader(const RouteInputs& inputs, Operands operands, const float* origin) noexcept
-    : in_(inputs),
+RowLoader::RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands,
+                     const float* origin) noexcept
+    : book_(histories.codes ? book : nullptr),
+      in_(histories),
       k_(simd::kernels()),
-      width_(inputs.prototypes.shape[2]),
-      x_(inputs.x, inputs.x_ids, inputs.x_scale),
-      v_(inputs.v, inputs.v_ids),
+      width_(width),
+      x_(histories.x, histories.x_ids, histories.x_scale),
+      v_(histories.v, histories.v_ids),
       operands_(operands),
       origin_(origin) {}
 
@@ -55,14 +57,14 @@ bool RowLoader::may_be_present(int64_t row) const noexcept {
   if (!v_.has(row) || (x_ && !x_.has(row))) return false;
   const float spread = spread_of(row);
   return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX &&  // false for NaN
-         (!in_.codes || in_.book->valid(in_.codes.data + row * in_.codes.shape[1]));
+         (!book_ || book_->valid(codes_of(row)));
 }
 
 bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexcept {
   if (x_) {
     *norm = x_.load(row, x);
   } else {
-    in_.book->prototype(in_.codes.data + row * in_.codes.shape[1], x);
+    book_->prototype(codes_of(row), x);
     *norm = k_.load_row(x, DType::float32, width_, x);
   }
   return below_limit(*norm, x, width_);

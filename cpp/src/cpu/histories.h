@@ -58,8 +58,9 @@ struct Absent {
 
 class RowLoader {
  public:
-  /// origin [D] is subtracted from the x of blocks; null: zero.
-  RowLoader(const RouteInputs& inputs, Operands operands, const float* origin = nullptr) noexcept;
+  /// width: D. book null: codes are not read. origin [D] is subtracted from the x of blocks; null: zero.
+  RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands,
+            const float* origin = nullptr) noexcept;
 
   /// Loads rows [begin, end) of x and v as a block without the absent ones, which it adds to `absent` where that has a
   /// sum.
@@ -80,7 +81,7 @@ class RowLoader {
   __attribute__((always_inline)) void prefetch(int64_t row) const noexcept {
     x_.prefetch(row);
     v_.prefetch(row);
-    if (!x_) __builtin_prefetch(in_.codes.data + row * in_.codes.shape[1]);
+    if (!x_) __builtin_prefetch(codes_of(row));
     if (in_.bias) __builtin_prefetch(in_.bias.data + row);
   }
   /// Loads v [V] of a row; whether the row exists and v is finite.
@@ -90,8 +91,10 @@ class RowLoader {
 
  private:
   void add_absent(int64_t row, float* v, Absent* absent) const noexcept;
+  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + row * in_.codes.shape[1]; }
 
-  const RouteInputs& in_;
+  const Codebook* book_;
+  const Histories& in_;
   const simd::Kernels& k_;
   int64_t width_;
   RowSource x_, v_;
@@ -103,7 +106,7 @@ class RowLoader {
 /// a state, absent_of(state) returns its Absent or null, body(state) adds the block to it, and merge(into, from) adds a
 /// later state to an earlier one.
 template <class State, class Reset, class AbsentOf, class Body, class Merge>
-void fold_rows(const RowLoader& loader, const Histories& h, const Unit& unit, Block& block, State* stack, Reset reset,
+void fold_rows(const RowLoader& loader, const Spans& h, const Unit& unit, Block& block, State* stack, Reset reset,
                AbsentOf absent_of, Body body, Merge merge) {
   const int64_t start = h.start(unit.user), end = h.end(unit.user);
   reset(stack[0]);
@@ -140,9 +143,9 @@ struct AgentPanel {
 };
 
 /// The present agents of user b by count alone, clamped to [0, M].
-inline int64_t count_of(const RouteInputs& in, int64_t b) noexcept {
-  const int64_t m = in.prototypes.shape[1];
-  return in.count ? std::clamp<int64_t>(in.count.data[b], 0, m) : m;
+inline int64_t count_of(const RouteAgents& agents, int64_t b) noexcept {
+  const int64_t m = agents.prototypes.shape[1];
+  return agents.count ? std::clamp<int64_t>(agents.count.data[b], 0, m) : m;
 }
 
 inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {

@@ -8,6 +8,7 @@
 #include "base/checks.h"
 #include "base/parallel.h"
 #include "base/radix_sort.h"
+#include "codebook/checks.h"
 #include "cpu/verbs.h"
 
 namespace hisac::cpu {
@@ -35,17 +36,18 @@ LeafRows rows_from(const LeafSums& out, int64_t row) noexcept {
 
 }  // namespace
 
-LeafSummer::LeafSummer(const RouteInputs& in, int64_t longest, int workers) noexcept
-    : in_(in),
-      loader_(in, Operands::float32),
+LeafSummer::LeafSummer(const Codebook* book, const Histories& in, int64_t width, int64_t longest, int workers) noexcept
+    : book_(book),
+      in_(in),
+      loader_(book, in, width, Operands::float32),
       k_(simd::kernels()),
-      width_(in.prototypes.shape[2]),
+      width_(width),
       value_width_(in.v.width),
-      capacity_(capacity_of(in.histories.users, longest)),
+      capacity_(capacity_of(in.offsets.users, longest)),
       workers_(workers) {}
 
 void LeafSummer::carve(Arena& arena) noexcept {
-  const int64_t users = in_.histories.users;
+  const int64_t users = in_.offsets.users;
   start_ = arena.take<int64_t>(users + 1);
   leaves_ = arena.take<int64_t>(users);
   begin_ = arena.take<int64_t>(capacity_ + users);
@@ -68,7 +70,7 @@ void LeafSummer::carve(Arena& arena) noexcept {
 int64_t LeafSummer::users_that_fit(const int64_t* users, int64_t n) const noexcept {
   int64_t rows = 0, i = 0;
   for (; i < n; ++i) {
-    rows += in_.histories.end(users[i]) - in_.histories.start(users[i]);
+    rows += in_.offsets.end(users[i]) - in_.offsets.start(users[i]);
     if (i > 0 && rows > capacity_) break;
   }
   return i;
@@ -79,8 +81,7 @@ void LeafSummer::sum(const Context& context, const int64_t* users, int64_t n, co
   n_ = n;
   out_ = out;
   start_[0] = 0;
-  for (int64_t i = 0; i < n; ++i)
-    start_[i + 1] = start_[i] + in_.histories.end(users[i]) - in_.histories.start(users[i]);
+  for (int64_t i = 0; i < n; ++i) start_[i + 1] = start_[i] + in_.offsets.end(users[i]) - in_.offsets.start(users[i]);
   parallel_for(context, n, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) group_rows(i);
   });
@@ -107,12 +108,12 @@ void LeafSummer::each_user_part(int64_t begin, int64_t end, Part part) const noe
 }
 
 void LeafSummer::group_rows(int64_t i) noexcept {
-  const int64_t first = in_.histories.start(users_[i]), offset = start_[i], length = start_[i + 1] - offset;
+  const int64_t first = in_.offsets.start(users_[i]), offset = start_[i], length = start_[i + 1] - offset;
   int64_t n = 0;
   for (int64_t row = first; row < first + length; ++row) {
     absent_[offset + row - first] = !loader_.may_be_present(row);
     if (absent_[offset + row - first]) continue;
-    leaf_[offset + n] = in_.book->leaf(in_.codes.data + row * in_.codes.shape[1]);
+    leaf_[offset + n] = book_->leaf(in_.codes.data + row * in_.codes.shape[1]);
     row_[offset + n++] = row;
   }
   sort_by_leaf(i, n);
@@ -132,7 +133,7 @@ void LeafSummer::group_rows(int64_t i) noexcept {
 
 /// Sorts the n entries of user i by leaf; entries of one leaf keep the order of their rows.
 void LeafSummer::sort_by_leaf(int64_t i, int64_t n) noexcept {
-  const uint64_t all_leaves = in_.book->body().stride[0] * static_cast<uint64_t>(in_.book->size(0));  // 0: 2^64
+  const uint64_t all_leaves = book_->body().stride[0] * static_cast<uint64_t>(book_->size(0));  // 0: 2^64
   const int64_t offset = start_[i];
   uint64_t *leaf = leaf_ + offset, *spare_leaf = spare_leaf_ + offset;
   int64_t *row = row_ + offset, *spare_row = spare_row_ + offset;
@@ -184,7 +185,7 @@ void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
       float norm = 0;
       if (e + kPrefetchRows < first[leaves_[i]]) loader_.prefetch(rows[e + kPrefetchRows]);
       if (e != origin && !loader_.load_x_unchecked(row, w.x, &norm)) {
-        absent_[start_[i] + row - in_.histories.start(users_[i])] = true;
+        absent_[start_[i] + row - in_.offsets.start(users_[i])] = true;
         weight_[start_[i] + e] = -1;
         continue;
       }
@@ -252,8 +253,8 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   out_.spread[row] =
       static_cast<float>(std::min(std::max(0.0, sum.squares * inverse - double(square)), double(FLT_MAX)));
   uint64_t leaf = leaf_[start_[i] + first[g]];
-  for (int l = 0, levels = in_.book->levels(); out_.codes && l < levels; ++l) {
-    const uint64_t stride = in_.book->body().stride[l];
+  for (int l = 0, levels = book_->levels(); out_.codes && l < levels; ++l) {
+    const uint64_t stride = book_->body().stride[l];
     out_.codes[row * levels + l] = static_cast<int32_t>(leaf / stride);
     leaf %= stride;
   }
@@ -272,33 +273,31 @@ int64_t LeafSummer::absent(int64_t i, int worker, float* v) const noexcept {
   return count;
 }
 
-void LeafInput::carve(Arena& arena, LeafSummer& leaves, const RouteInputs& in) noexcept {
-  const int64_t capacity = leaves.capacity(), n = in.histories.users;
+void LeafInput::carve(Arena& arena, LeafSummer& leaves, int64_t n) noexcept {
+  const int64_t capacity = leaves.capacity();
   leaves.carve(arena);
-  sums.x = arena.take<float>(capacity, in.prototypes.shape[2]);
-  sums.v = arena.take<float>(capacity, in.v.width);
+  sums.x = arena.take<float>(capacity, leaves.width());
+  sums.v = arena.take<float>(capacity, leaves.value_width());
   arena.take_into(capacity, sums.bias, sums.spread);
   arena.take_into(n, users, starts, ends);
   for (int64_t b = 0; users && ends && b < n; ++b) users[b] = b;
 }
 
 void LeafInput::load(const Context& context, LeafSummer& leaves, const int64_t* list, int64_t n,
-                     RouteInputs* rows) noexcept {
+                     Histories* rows) noexcept {
   const int64_t capacity = leaves.capacity();
   leaves.sum(context, list, n, sums);
   for (int64_t i = 0; i < n; ++i) {
     starts[list[i]] = leaves.start(i);
     ends[list[i]] = leaves.start(i) + leaves.leaves(i);
   }
-  rows->x = {sums.x, DType::float32, capacity, rows->prototypes.shape[2]};
-  rows->v = {sums.v, DType::float32, capacity, rows->v.width};
+  const int64_t users_of_batch = rows->offsets.users;
+  *rows = {};
+  rows->x = {sums.x, DType::float32, capacity, leaves.width()};
+  rows->v = {sums.v, DType::float32, capacity, leaves.value_width()};
+  rows->offsets = {starts, ends, DType::int64, users_of_batch};
   rows->bias = {sums.bias, {capacity}};
   rows->spread = {sums.spread, {capacity}};
-  rows->histories = {starts, ends, DType::int64, rows->histories.users};
-  rows->x_ids = rows->v_ids = {};
-  rows->x_scale = {};
-  rows->codes = {};
-  rows->book = nullptr;
 }
 
 void LeafSummer::add_row_gradients(const Context& context, const float* d_leaf, float* out) const noexcept {
@@ -318,18 +317,20 @@ void LeafSummer::add_row_gradients(const Context& context, const float* d_leaf, 
   });
 }
 
-size_t leaf_sums_workspace(const Context& context, const RouteInputs& in, int64_t longest) noexcept {
+size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
+                           int64_t longest) noexcept {
   Arena arena;
-  LeafSummer(in, longest, workers_of(context)).carve(arena);
-  arena.take<int64_t>(in.histories.users);
+  LeafSummer(&book, histories, width_of(book, histories), longest, workers_of(context)).carve(arena);
+  arena.take<int64_t>(histories.offsets.users);
   return arena.used();
 }
 
 /// Writes each user's leaves at the offset of its rows, then moves the present ones of all users together.
-Status leaf_sums(const Context& context, const RouteInputs& in, const LeafSums& out) noexcept {
-  const int64_t users = in.histories.users;
+Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
+                 const LeafSums& out) noexcept {
+  const int64_t users = histories.offsets.users;
   int64_t kept = 0, offset = 0;
-  LeafSummer leaves(in, longest_of(in.histories), workers_of(context));
+  LeafSummer leaves(&book, histories, out.x.shape[1], longest_of(histories.offsets), workers_of(context));
   Arena arena(context.workspace);
   leaves.carve(arena);
   int64_t* const order = arena.take<int64_t>(users);

@@ -20,9 +20,12 @@ struct LeafRows {
 /// Sums the leaves of a list of users, whose histories have at most `capacity` rows together.
 class LeafSummer {
  public:
-  LeafSummer(const RouteInputs& in, int64_t longest, int workers) noexcept;
+  /// book: of the codes. width: D.
+  LeafSummer(const Codebook* book, const Histories& in, int64_t width, int64_t longest, int workers) noexcept;
   void carve(Arena& arena) noexcept;
   int64_t capacity() const noexcept { return capacity_; }
+  int64_t width() const noexcept { return width_; }
+  int64_t value_width() const noexcept { return value_width_; }
 
   /// How many users from the start of the list fit into the capacity, at least 1.
   int64_t users_that_fit(const int64_t* users, int64_t n) const noexcept;
@@ -39,7 +42,7 @@ class LeafSummer {
   /// Calls visit(row) for the i-th user's absent rows.
   template <class Visit>
   void each_absent(int64_t i, Visit visit) const noexcept {
-    const int64_t first = in_.histories.start(users_[i]);
+    const int64_t first = in_.offsets.start(users_[i]);
     for (int64_t entry = start_[i]; entry < start_[i + 1]; ++entry)
       if (absent_[entry]) visit(first + entry - start_[i]);
   }
@@ -77,7 +80,8 @@ class LeafSummer {
   void add_sums(const float* x, const float* v, Sum& sum) const noexcept;
   void write_leaf(int64_t i, int64_t g, Worker& w) noexcept;
 
-  const RouteInputs& in_;
+  const Codebook* book_;
+  const Histories& in_;
   RowLoader loader_;
   const simd::Kernels& k_;
   int64_t width_, value_width_, capacity_;
@@ -102,9 +106,9 @@ struct LeafInput {
   LeafRows sums;
   int64_t *users = nullptr, *starts = nullptr, *ends = nullptr;  // [B]; users: 0 .. B - 1
 
-  void carve(Arena& arena, LeafSummer& leaves, const RouteInputs& in) noexcept;
+  void carve(Arena& arena, LeafSummer& leaves, int64_t n) noexcept;
   /// Puts the sums of these users in place of their behaviours.
-  void load(const Context& context, LeafSummer& leaves, const int64_t* list, int64_t n, RouteInputs* rows) noexcept;
+  void load(const Context& context, LeafSummer& leaves, const int64_t* list, int64_t n, Histories* rows) noexcept;
 };
 
 }  // namespace hisac::cpu

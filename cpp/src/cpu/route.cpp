@@ -39,15 +39,15 @@ struct Worker {
 
 class Router : RouteCall {
  public:
-  Router(const Context& context, const RouteParams& params, const RouteInputs& in, const Tokens* out,
-         int64_t longest) noexcept
-      : RouteCall(context, params, in, true, longest),
+  Router(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
+         const RouteAgents& to, const Tokens* out, int64_t longest) noexcept
+      : RouteCall(context, book, params, in, to, true, longest),
         out_(out),
         sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)) {}
 
   void carve(Arena& arena) noexcept {
-    units_.carve(arena, in_.histories.users);
-    if (leaf()) leaf_input_.carve(arena, leaves_, in_);
+    units_.carve(arena, in_.offsets.users);
+    if (leaf()) leaf_input_.carve(arena, leaves_, in_.offsets.users);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::bf16);
@@ -66,12 +66,12 @@ class Router : RouteCall {
 
   void run() noexcept {
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    prototypes_ = in_.prototypes.data;
+    prototypes_ = to_.prototypes.data;
     if (params_.refine) {
-      std::copy_n(prototypes_, in_.histories.users * agents_ * width_, out_->refined.data);
+      std::copy_n(prototypes_, in_.offsets.users * agents_ * width_, out_->refined.data);
       prototypes_ = out_->refined.data;
     }
-    const int64_t users = in_.histories.users;
+    const int64_t users = in_.offsets.users;
     if (!leaf()) return route_users(nullptr, users);
     for (int64_t first = 0, n; first < users; first += n) {
       const int64_t* const part = leaf_input_.users + first;
@@ -92,7 +92,7 @@ class Router : RouteCall {
 
   /// Writes the tokens of the listed users; null: of 0 .. n - 1.
   void route_users(const int64_t* users, int64_t n) noexcept {
-    units_.plan(routed_.histories, users, n, workers_);
+    units_.plan(routed_.offsets, users, n, workers_);
     for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
     if (!leaf() || params_.missing == Missing::drop) return;
     parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
@@ -114,16 +114,16 @@ class Router : RouteCall {
 
   void load_agents(int64_t b, Worker& w) const noexcept {
     w.user = b;
-    w.panel.load(params_, prototypes_ + b * agents_ * width_, agents_, width_, count_of(in_, b));
+    w.panel.load(params_, prototypes_ + b * agents_ * width_, agents_, width_, count_of(to_, b));
   }
 
   void unit(const Unit& unit, bool refining, Worker& w) noexcept {
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        RowLoader(routed_, operands_, w.panel.origin), routed_.histories, unit, w.block, w.stack,
-        [&](State& s) { reset(s); }, [&](State& s) { return leaf() ? nullptr : &s.absent; },
-        [&](State& s) { block(refining, w, s); }, [&](State& state, State& later) { merge(state, later, w.panel.m); });
+        loader(routed_, w.panel.origin), routed_.offsets, unit, w.block, w.stack, [&](State& s) { reset(s); },
+        [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
+        [&](State& state, State& later) { merge(state, later, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else
@@ -180,11 +180,11 @@ class Router : RouteCall {
 
   /// After a user's last block: queues its tokens and the next user's prototypes, of present agents alone.
   void prefetch_next_user(Worker& w) const noexcept {
-    const int64_t users = in_.histories.users, next = w.user + 1, p = width_ * int64_t(sizeof(float));
+    const int64_t users = in_.offsets.users, next = w.user + 1, p = width_ * int64_t(sizeof(float));
     const int64_t token = value_width_ * bytes_of(in_.v.dtype), first = w.user * (out_->tokens.rows / users) * token;
-    w.block.prefetcher.add(out_->tokens.data, first, first + count_of(in_, w.user) * token);
+    w.block.prefetcher.add(out_->tokens.data, first, first + count_of(to_, w.user) * token);
     if (next < users)
-      w.block.prefetcher.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(in_, next)) * p);
+      w.block.prefetcher.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(to_, next)) * p);
   }
 
   /// Rounds the block's values to bfloat16, two rows an element.
@@ -296,15 +296,16 @@ class Router : RouteCall {
 
 }  // namespace
 
-size_t route_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                       int64_t longest) noexcept {
+size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
+                       const Histories& histories, const RouteAgents& agents, int64_t longest) noexcept {
   Arena arena;
-  Router(context, params, inputs, nullptr, longest).carve(arena);
+  Router(context, book, params, histories, agents, nullptr, longest).carve(arena);
   return arena.used();
 }
 
-Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  Router router(context, params, inputs, &out, longest_of(inputs.histories));
+Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
+             const RouteAgents& agents, Tokens out) noexcept {
+  Router router(context, book, params, histories, agents, &out, longest_of(histories.offsets));
   Arena arena(context.workspace);
   router.carve(arena);
   HISAC_TRY(arena.check("route"));

@@ -35,19 +35,19 @@ struct Worker {
 
 class Backward : RouteCall {
  public:
-  Backward(const Context& context, const RouteParams& params, const RouteInputs& in, const RouteForward* forward,
-           const RouteGradients& out, int64_t longest) noexcept
-      : RouteCall(context, params, in, false, longest),
+  Backward(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
+           const RouteAgents& to, const RouteForward* forward, const RouteGradients& out, int64_t longest) noexcept
+      : RouteCall(context, book, params, in, to, false, longest),
         forward_(forward),
         out_(out),
         agent_gradients_(out.temperature || out.prototypes) {}
 
   void carve(Arena& arena) noexcept {
-    waves_.carve(arena, in_.histories.users);
-    units_.carve(arena, in_.histories.users);
-    if (leaf()) leaf_input_.carve(arena, leaves_, in_);
+    waves_.carve(arena, in_.offsets.users);
+    units_.carve(arena, in_.offsets.users);
+    if (leaf()) leaf_input_.carve(arena, leaves_, in_.offsets.users);
     d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() : 0, value_width_);
-    user_temperature_ = arena.take<float>(out_.temperature ? in_.histories.users : 0, agents_);
+    user_temperature_ = arena.take<float>(out_.temperature ? in_.offsets.users : 0, agents_);
     slots_ = carve_sums(arena, Units::most_slots(workers_));
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
     worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
@@ -67,14 +67,14 @@ class Backward : RouteCall {
   }
 
   void run() noexcept {
-    const int64_t users = in_.histories.users;
+    const int64_t users = in_.offsets.users;
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
     zero(out_.v.data, in_.behaviours() * value_width_);
     zero(out_.x.data, in_.behaviours() * width_);
     zero(out_.bias.data, in_.behaviours());
     zero(out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) zero(user_temperature_, users * agents_);
-    waves_.plan(in_.histories);
+    waves_.plan(in_.offsets);
     for (int64_t wave = 0; wave < waves_.count(); ++wave) {
       const int64_t *const wave_users = waves_.users(wave), n = waves_.size(wave);
       if (!leaf()) pass(wave_users, n, out_.v.data);
@@ -112,24 +112,24 @@ class Backward : RouteCall {
   /// dv: the gradient of routed_.v
   void pass(const int64_t* users, int64_t n, float* dv) noexcept {
     dv_ = dv;
-    units_.plan(routed_.histories, users, n, workers_);
+    units_.plan(routed_.offsets, users, n, workers_);
     units_.run(
         context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
         [&](int64_t b, Sums* states, int64_t shared, int w) {
           if (!agent_gradients_) return;
-          worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+          worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(to_, b));
           fold_all(shared, states, [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
           write_agent_gradients(b, states[0], worker_[w].panel);
         });
   }
 
-  const float* prototypes(int64_t b) const noexcept { return in_.prototypes.data + b * agents_ * width_; }
+  const float* prototypes(int64_t b) const noexcept { return to_.prototypes.data + b * agents_ * width_; }
   int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
 
   /// Loads and packs what the user's rows need of its agents.
   void load_agents(int64_t b, Worker& w) const noexcept {
     AgentPanel& p = w.panel;
-    p.load(params_, prototypes(b), agents_, width_, count_of(in_, b));
+    p.load(params_, prototypes(b), agents_, width_, count_of(to_, b));
     for (int64_t j = 0; j < simd::pad(agents_); ++j) {
       w.lse[j] = INFINITY;
       w.offset[j] = w.rate[j] = 0;
@@ -153,17 +153,17 @@ class Backward : RouteCall {
   }
 
   void unit(const Unit& unit, Worker& w) noexcept {
-    const int64_t start = in_.histories.start(unit.user), end = in_.histories.end(unit.user);
+    const int64_t start = in_.offsets.start(unit.user), end = in_.offsets.end(unit.user);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    const RowLoader loader(routed_, operands_, w.panel.origin);
+    const RowLoader rows = loader(routed_, w.panel.origin);
     fold_rows(
-        loader, routed_.histories, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
+        rows, routed_.offsets, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
         [](Sums) -> Absent* { return nullptr; }, [&](Sums sums) { block(w, sums); },
         [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
     if (out_.v && params_.missing == Missing::token && !leaf())
       for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
-        if (float norm; !loader.load_x(i, w.block.x, &norm)) add_absent_gradient(unit.user, i, w);
+        if (float norm; !rows.load_x(i, w.block.x, &norm)) add_absent_gradient(unit.user, i, w);
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else if (agent_gradients_)
@@ -210,7 +210,7 @@ class Backward : RouteCall {
   void add_absent_gradient(int64_t b, int64_t i, Worker& w) noexcept {
     const int64_t row = b * token_rows() + agents_;
     const double count = std::exp(double(forward_->lse.data[row]));
-    if (!(count > 0) || !(count < 1e18) || !RowLoader(in_, operands_).has_value(i, w.out)) return;
+    if (!(count > 0) || !(count < 1e18) || !loader(in_).has_value(i, w.out)) return;
     load_row(forward_->d_tokens, row, w.token);
     k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
   }
@@ -235,7 +235,7 @@ class Backward : RouteCall {
     const int64_t entries = out_.temperature.shape[0], per_entry = entries == 1 ? agents_ : 1;
     for (int64_t e = 0; e < entries; ++e) {
       double total = 0;
-      for (int64_t b = 0; b < in_.histories.users; ++b)
+      for (int64_t b = 0; b < in_.offsets.users; ++b)
         for (int64_t j = 0; j < per_entry; ++j) total += user_temperature_[b * agents_ + e + j];
       out_.temperature.data[e] = static_cast<float>(total);
     }
@@ -253,16 +253,18 @@ class Backward : RouteCall {
 
 }  // namespace
 
-size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                                const RouteGradients& out, int64_t longest) noexcept {
+size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
+                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
+                                int64_t longest) noexcept {
   Arena arena;
-  Backward(context, params, inputs, nullptr, out, longest).carve(arena);
+  Backward(context, book, params, histories, agents, nullptr, out, longest).carve(arena);
   return arena.used();
 }
 
-Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                      const RouteForward& forward, const RouteGradients& out) noexcept {
-  Backward backward(context, params, inputs, &forward, out, longest_of(inputs.histories));
+Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
+                      const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                      const RouteGradients& out) noexcept {
+  Backward backward(context, book, params, histories, agents, &forward, out, longest_of(histories.offsets));
   Arena arena(context.workspace);
   backward.carve(arena);
   HISAC_TRY(arena.check("route_backward"));

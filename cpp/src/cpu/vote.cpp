@@ -366,11 +366,14 @@ size_t vote_workspace(const Context& context, const Codebook& book, const VotePa
   return arena.used();
 }
 
-Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
-            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
-  const int64_t m = out.codes.shape[1], users = histories.users;
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
+            Agents out) noexcept {
+  const Spans& spans = histories.offsets;
+  const int32_t* const codes = histories.codes.data;
+  const float* const weights = histories.weights.data;
+  const int64_t m = out.codes.shape[1], users = spans.users;
   const int levels = book.levels();
-  const int64_t longest = longest_of(histories);
+  const int64_t longest = longest_of(spans);
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) Voter(book, params).carve(arena, book, longest);
   HISAC_TRY(arena.check("vote"));
@@ -381,8 +384,8 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
     Voter voter(book, params);
     voter.carve(slice, book, longest);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = histories.start(b), rows = histories.end(b) - first;
-      const int64_t kept = voter.run(codes.data + first * levels, weights ? weights.data + first : nullptr, rows,
+      const int64_t first = spans.start(b), rows = spans.end(b) - first;
+      const int64_t kept = voter.run(codes + first * levels, weights ? weights + first : nullptr, rows,
                                      out.codes.data + b * m * levels, out.votes.data + b * m);
       out.count.data[b] = static_cast<int32_t>(kept);
       std::fill(out.codes.data + (b * m + kept) * levels, out.codes.data + (b + 1) * m * levels, -1);

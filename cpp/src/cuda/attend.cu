@@ -116,7 +116,7 @@ Task describe(const AttendInputs& in) {
   t.q = Matrix(in.q);
   t.keys = Matrix(in.keys);
   t.values = Matrix(in.values);
-  static_cast<Histories&>(t) = in.candidates;
+  static_cast<Spans&>(t) = in.candidates;
   t.rows = in.q.rows / std::max<int64_t>(1, in.heads);  // a workspace may be asked for before H is checked
   t.tokens = static_cast<int>(in.agents);
   t.heads = static_cast<int>(in.heads);

@@ -53,7 +53,7 @@ struct Matrix {
   SIMT_BOTH int chunks() const { return (depth + kChunk - 1) / kChunk; }
 };
 
-struct Task : Spans {  // of candidates
+struct Task : ClampedSpans {  // of candidates
   Matrix q, keys, values, d_out;
   int tokens = 0, heads = 0;
   const float* bias = nullptr;

@@ -23,7 +23,7 @@ SIMT_DEVICE bool below_limit(float norm, int64_t width, Element element) {
   return squares < 0x1p100;
 }
 
-struct Behaviours : Spans {
+struct Behaviours : ClampedSpans {
   Rows x, v;  // x.data null: the prototypes of the codes
   Ids x_ids, v_ids;
   const float* scale = nullptr;  // of x of int8
@@ -86,7 +86,8 @@ struct Behaviours : Spans {
 
 // ---- host
 
-inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
+/// width: D. book null: codes are not read.
+inline Behaviours behaviours_of(const Codebook* book, const Histories& in, int64_t width) {
   Behaviours t;
   t.x = in.x;
   t.x.width = width;
@@ -96,27 +97,36 @@ inline Behaviours behaviours_of(const RouteInputs& in, int64_t width) {
   t.v_ids = in.v_ids;
   t.scale = in.x_scale.data;
   t.scale_per_row = in.x_scale.shape[0] != 1;
-  static_cast<Histories&>(t) = in.histories;
+  static_cast<Spans&>(t) = in.offsets;
   t.rows = in.behaviours();
   t.bias = in.bias.data;
   t.spread = in.spread.data;
-  if (in.codes && in.book && !in.book->empty()) {
+  if (in.codes && book && !book->empty()) {
     t.codes = in.codes.data;
-    t.levels = in.book->levels();
-    for (int l = 0; l < t.levels; ++l)
-      t.sizes[l] = static_cast<int32_t>(std::min<int64_t>(in.book->size(l), 0x7fffffff));
+    t.levels = book->levels();
+    for (int l = 0; l < t.levels; ++l) t.sizes[l] = static_cast<int32_t>(std::min<int64_t>(book->size(l), 0x7fffffff));
   }
   return t;
 }
 
+/// What route and its backward are given.
+struct RouteCall {
+  const Codebook* book;  // null: codes are not read
+  const RouteParams& params;
+  const Histories& in;
+  const RouteAgents& agents;
+
+  int64_t width() const { return agents.prototypes.shape[2]; }
+};
+
 constexpr int64_t kMostColumns = 4096;  // D of `route`, D and V of its backward
 
 /// What the public verbs allow and CUDA's do not.
-inline Status check_counts(const char* verb, const RouteInputs& in) {
-  if (in.histories.users <= 1 << 30 && in.behaviours() < int64_t{1} << 31) return {};
+inline Status check_counts(const char* verb, const Histories& in) {
+  if (in.offsets.users <= 1 << 30 && in.behaviours() < int64_t{1} << 31) return {};
   return Status::error(Code::not_implemented,
                        "%s: expected B up to 2^30 and T below 2^31 on CUDA, got %" PRId64 " and %" PRId64, verb,
-                       in.histories.users, in.behaviours());
+                       in.offsets.users, in.behaviours());
 }
 inline Status check_columns(const char* verb, const char* name, int64_t columns) {
   if (columns <= kMostColumns) return {};
@@ -125,9 +135,9 @@ inline Status check_columns(const char* verb, const char* name, int64_t columns)
 }
 
 /// Where the levels' centers lie in the codebook's image; needed where there is no x.
-inline Status place_centers(const char* verb, const Context& context, const RouteInputs& in, Behaviours& t) {
-  if (in.x.data || t.levels == 0) return {};
-  const CodebookImage image(*in.book);
+inline Status place_centers(const char* verb, const Context& context, const Codebook* book, Behaviours& t) {
+  if (t.x.data || t.levels == 0) return {};
+  const CodebookImage image(*book);
   HISAC_TRY(check_image(verb, context, image));
   t.center_pitch = image.pitch;
   for (int l = 0; l < t.levels; ++l)

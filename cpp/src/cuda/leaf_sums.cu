@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/leaf_sums.h"
 
+#include "codebook/checks.h"
+
 #include <algorithm>
 
 #include "base/radix_sort.h"
@@ -311,9 +313,9 @@ SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
 
 // ---- host
 
-LeafTask leaf_task(const RouteInputs& in) {
+LeafTask leaf_task(const Codebook* book, const Histories& in, int64_t width) {
   LeafTask t;
-  static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
+  static_cast<Behaviours&>(t) = behaviours_of(book, in, width);
   uint64_t last = 0;
   for (int l = 0; l < t.levels; ++l)
     last = last * static_cast<uint64_t>(t.sizes[l]) + static_cast<uint64_t>(t.sizes[l] - 1);
@@ -321,11 +323,11 @@ LeafTask leaf_task(const RouteInputs& in) {
   return t;
 }
 
-int64_t most_sums(const RouteInputs& in, int64_t entries) {
+int64_t most_sums(const LeafTask& t, int64_t entries) {
   int64_t most = std::min<int64_t>(1, entries);
   const auto times = [&](int64_t n) { most = most && n > entries / most ? entries : most * n; };
-  for (int l = 0; in.book && !in.book->empty() && l < in.book->levels(); ++l) times(in.book->size(l));
-  times(in.histories.users);
+  for (int l = 0; l < t.levels; ++l) times(t.sizes[l]);
+  times(t.users);
   return most;
 }
 
@@ -343,18 +345,18 @@ void carve(LeafTask& t, Arena& arena) {
 
 }  // namespace
 
-int64_t most_entries(const RouteInputs& in, int64_t longest) {
-  const Histories& h = in.histories;
+int64_t most_entries(const Histories& in, int64_t longest) {
+  const Spans& h = in.offsets;
   const int64_t rows = in.behaviours();
   if (h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype)) return rows;
   return std::min<int64_t>(longest, rows) * h.users;
 }
 
-RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* out) {
+Histories carve_rows(const RouteCall& call, int64_t entries, Arena& arena, LeafTask* out) {
   LeafTask& t = *out;
-  const int64_t users = in.histories.users, width = in.prototypes.shape[2], sums = most_sums(in, entries);
-  t = leaf_task(in);
-  t.missing = params.missing == Missing::token;
+  t = leaf_task(call.book, call.in, call.width());
+  const int64_t users = t.users, width = t.x.width, sums = most_sums(t, entries);
+  t.missing = call.params.missing == Missing::token;
   t.capacity = entries;
   t.sums = sums;
   carve(t, arena);
@@ -368,14 +370,12 @@ RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t
   t.out.bias = {take(sums), {sums}};
   t.out.spread = {take(sums), {sums}};
   t.out.offsets = {arena.take<int64_t>(users + 1), {users + 1}};
-  RouteInputs kept;
+  Histories kept;
   kept.x = {t.out.x.data, DType::float32, sums, width};
   kept.v = {t.out.v.data, DType::float32, sums, t.v.width};
+  kept.offsets = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
   kept.bias = {t.out.bias.data, {sums}};
   kept.spread = {t.out.spread.data, {sums}};
-  kept.histories = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
-  kept.prototypes = in.prototypes;
-  kept.count = in.count;
   return kept;
 }
 
@@ -395,22 +395,23 @@ void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64
          kWarps * 65 * 8, a);
 }
 
-size_t leaf_sums_workspace(const Context&, const RouteInputs& inputs, int64_t longest) noexcept {
-  LeafTask t = leaf_task(inputs);
-  t.capacity = most_entries(inputs, longest);
+size_t leaf_sums_workspace(const Context&, const Codebook& book, const Histories& histories, int64_t longest) noexcept {
+  LeafTask t = leaf_task(&book, histories, width_of(book, histories));
+  t.capacity = most_entries(histories, longest);
   Arena arena;
   carve(t, arena);
   return arena.used();
 }
 
-Status leaf_sums(const Context& context, const RouteInputs& inputs, const LeafSums& out) noexcept {
-  HISAC_TRY(check_counts("leaf_sums", inputs));
-  LeafTask t = leaf_task(inputs);
-  HISAC_TRY(place_centers("leaf_sums", context, inputs, t));
+Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
+                 const LeafSums& out) noexcept {
+  HISAC_TRY(check_counts("leaf_sums", histories));
+  LeafTask t = leaf_task(&book, histories, out.x.shape[1]);
+  HISAC_TRY(place_centers("leaf_sums", context, &book, t));
   t.out = out;
   t.sums = std::min({out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.codes.shape[0]});
-  const int64_t most = most_entries(inputs, std::min(t.rows, t.sums));
-  t.capacity = entries_that_fit(context, inputs, most, [&](int64_t entries, Arena& arena) {
+  const int64_t most = most_entries(histories, std::min(t.rows, t.sums));
+  t.capacity = entries_that_fit(context, histories, most, [&](int64_t entries, Arena& arena) {
     LeafTask other = t;
     other.capacity = entries;
     carve(other, arena);

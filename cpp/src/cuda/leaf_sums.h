@@ -31,19 +31,19 @@ struct LeafTask : Behaviours {
 };
 
 /// Leaf sums of so many entries as the rows of `route`, in the workspace; to be summed there by t.
-RouteInputs carve_rows(const RouteParams& params, const RouteInputs& in, int64_t entries, Arena& arena, LeafTask* t);
+Histories carve_rows(const RouteCall& call, int64_t entries, Arena& arena, LeafTask* t);
 /// The sums at t.out, all launches.
 void sum_leaves(const LeafTask& t, Launcher& launch);
 /// The last token of each user, of `rows` tokens: the mean v of its absent behaviours.
 void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64_t rows);
 
 /// Rows of all histories, as far as the host can tell: ragged ones do not overlap.
-int64_t most_entries(const RouteInputs& in, int64_t longest);
+int64_t most_entries(const Histories& in, int64_t longest);
 
 /// The most entries that fit, with all that `carve(entries, arena)` takes, in the workspace: a call does not know the
 /// longest history, as its workspace function does.
 template <class Carve>
-int64_t entries_that_fit(const Context& context, const RouteInputs& in, int64_t most, Carve carve) {
+int64_t entries_that_fit(const Context& context, const Histories& in, int64_t most, Carve carve) {
   if (most <= in.behaviours()) return most;
   int64_t fit = 0;
   for (int64_t step = int64_t{1} << 40; step; step /= 2) {

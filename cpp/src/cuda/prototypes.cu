@@ -28,12 +28,11 @@ SIMT_KERNEL(kThreads) sum_codewords(SIMT_CONSTANT Behaviours t, float* out) {
 Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
                        Array<float, 2> out) noexcept {
   HISAC_TRY(check_image("prototypes", context, CodebookImage(book)));
-  RouteInputs in;
+  Histories in;
   in.codes = codes;
-  in.book = &book;
-  Behaviours t = behaviours_of(in, book.width());
+  Behaviours t = behaviours_of(&book, in, book.width());
   t.rows = codes.shape[0];
-  HISAC_TRY(place_centers("prototypes", context, in, t));
+  HISAC_TRY(place_centers("prototypes", context, &book, t));
   Launcher launch("prototypes", context);
   launch(sum_codewords, least((t.rows + kThreads / 32 - 1) / (kThreads / 32), launch.machine.processors * 8), kThreads,
          0, t, out.data);

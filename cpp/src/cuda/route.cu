@@ -177,18 +177,21 @@ void carve(Task& t, Arena& arena) {
   carve_units(t, t.g.state_floats(), arena);
 }
 
-struct Call {
+struct Prepared {
   LeafTask leaves;  // whose sums are the rows, of the leaf method
   Task task;
 };
 
 /// All of a call: with leaves, of so many entries.
-Status prepare(const RouteParams& params, const RouteInputs& in, int64_t entries, const simt::Machine& machine,
-               Arena& arena, Call* call) {
-  const bool exact = params.method == Method::exact;
-  call->task = describe_route(params, exact ? in : carve_rows(params, in, entries, arena, &call->leaves));
-  HISAC_TRY(plan_geometry(call->task, machine));
-  carve(call->task, arena);
+Status prepare(const RouteCall& call, int64_t entries, const simt::Machine& machine, Arena& arena, Prepared* prepared) {
+  if (call.params.method == Method::exact) {
+    prepared->task = describe_route(call);
+  } else {
+    const Histories sums = carve_rows(call, entries, arena, &prepared->leaves);
+    prepared->task = describe_route({nullptr, call.params, sums, call.agents});
+  }
+  HISAC_TRY(plan_geometry(prepared->task, machine));
+  carve(prepared->task, arena);
   return {};
 }
 
@@ -209,14 +212,15 @@ void launch_all(Task& t, Launcher& launch, const Tokens& out) {
 
 }  // namespace
 
-Task describe_route(const RouteParams& params, const RouteInputs& in) {
+Task describe_route(const RouteCall& call) {
+  const RouteParams& params = call.params;
   Task t;
-  static_cast<Behaviours&>(t) = behaviours_of(in, in.prototypes.shape[2]);
+  static_cast<Behaviours&>(t) = behaviours_of(call.book, call.in, call.width());
   t.x_aligned = aligned(t.x);
   t.v_aligned = aligned(t.v);
-  t.agents = in.prototypes.shape[1];
-  t.prototypes = in.prototypes.data;
-  t.count = in.count.data;
+  t.agents = call.agents.prototypes.shape[1];
+  t.prototypes = call.agents.prototypes.data;
+  t.count = call.agents.count.data;
   t.temperature = params.temperature.data;
   t.per_agent = params.temperature.shape[0] != 1;
   t.softmax_over_agents = params.normalize == Normalize::agents;
@@ -273,33 +277,37 @@ void launch_pack_agents(const Task& t, Launcher& launch) {
 }
 void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, kFront, t); }
 
-size_t route_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs, int64_t longest) noexcept {
+size_t route_workspace(const Context&, const Codebook* book, const RouteParams& params, const Histories& histories,
+                       const RouteAgents& agents, int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
-  Call call;
+  Prepared prepared;
   Arena arena;
-  const int64_t entries = params.method == Method::leaf ? most_entries(inputs, longest) : 0;
-  return prepare(params, inputs, entries, machine, arena, &call).ok() ? arena.used() : 0;
+  const int64_t entries = params.method == Method::leaf ? most_entries(histories, longest) : 0;
+  const RouteCall call{book, params, histories, agents};
+  return prepare(call, entries, machine, arena, &prepared).ok() ? arena.used() : 0;
 }
 
-Status route(const Context& context, const RouteParams& params, const RouteInputs& inputs, Tokens out) noexcept {
-  HISAC_TRY(check_counts("route", inputs));
-  HISAC_TRY(check_columns("route", "D", inputs.prototypes.shape[2]));
+Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
+             const RouteAgents& agents, Tokens out) noexcept {
+  const RouteCall call{book, params, histories, agents};
+  HISAC_TRY(check_counts("route", histories));
+  HISAC_TRY(check_columns("route", "D", call.width()));
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
   const bool leaf = params.method == Method::leaf;
-  Call call;
-  const int64_t entries = entries_that_fit(
-      context, inputs, leaf ? most_entries(inputs, inputs.behaviours()) : 0,
-      [&](int64_t n, Arena& counter) { (void)prepare(params, inputs, n, launch.machine, counter, &call); });
+  Prepared p;
+  const int64_t entries =
+      entries_that_fit(context, histories, leaf ? most_entries(histories, histories.behaviours()) : 0,
+                       [&](int64_t n, Arena& counter) { (void)prepare(call, n, launch.machine, counter, &p); });
   Arena arena(context.workspace);
-  HISAC_TRY(prepare(params, inputs, entries, launch.machine, arena, &call));
-  HISAC_TRY(place_centers("route", context, inputs, call.task));
-  HISAC_TRY(place_centers("route", context, inputs, call.leaves));
+  HISAC_TRY(prepare(call, entries, launch.machine, arena, &p));
+  HISAC_TRY(place_centers("route", context, book, p.task));
+  HISAC_TRY(place_centers("route", context, book, p.leaves));
   HISAC_TRY(arena.check("route"));
-  if (leaf) sum_leaves(call.leaves, launch);
-  launch_all(call.task, launch, out);
-  if (leaf && call.leaves.missing) absent_tokens(call.leaves, launch, out, call.task.agents + 1);
+  if (leaf) sum_leaves(p.leaves, launch);
+  launch_all(p.task, launch, out);
+  if (leaf && p.leaves.missing) absent_tokens(p.leaves, launch, out, p.task.agents + 1);
   return launch.status();
 }
 

@@ -19,16 +19,16 @@
 // s + 1 become operands, those of s are multiplied. Where agents are in several tiles, agents mode sweeps over all of
 // them first, for every tile of rows: for row_lse, then for the rows' sums of dz.
 #pragma once
-#include "cuda/route_agents.h"
 #include "cuda/route_back_task.h"
+#include "cuda/route_logits.h"
 
 namespace hisac::cuda {
 
 /// kOverAgents: the softmax is over agents. kAgents: the prototypes' gradients, else the rows' and the temperature's.
 template <int MT, int Q, int S, bool kOverAgents, bool kAgents>
-class RouteBack : RouteAgents<MT, Q, S, rows_of_step(Q, kAgents), true> {
+class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
   static constexpr int R = rows_of_step(Q, kAgents), kPitch = R + 8;
-  using Base = RouteAgents<MT, Q, S, R, true>;
+  using Base = RouteLogits<MT, Q, S, R, true>;
   using Base::t, Base::g, Base::begin, Base::end, Base::floats, Base::halves, Base::work, Base::agent, Base::unit_end,
       Base::term_of;
   using typename Base::Products;

@@ -55,7 +55,7 @@ struct BackTask {
 };
 
 /// What route.cu does for route_backward too.
-Task describe_route(const RouteParams& params, const RouteInputs& in);
+Task describe_route(const RouteCall& call);
 /// What a stream of rows and its agents take of shared memory. values: a tile of values goes with the rows.
 void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared);
 /// The blocks that the device holds at a time, at most eight a processor.

@@ -56,7 +56,7 @@ SIMT_KERNEL(kThreads) pack_tokens(SIMT_CONSTANT BackTask b) {
 }
 
 /// A warp has a user: the chunks that its history reaches into.
-SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT Spans s, SIMT_CONSTANT Chunks chunks) {
+SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT ClampedSpans s, SIMT_CONSTANT Chunks chunks) {
   for (int64_t user = int64_t{simt::block()} * kWarps + simt::warp(); user < s.users;
        user += int64_t{simt::blocks()} * kWarps) {
     const int64_t start = s.start(user), end = s.end(user);
@@ -262,10 +262,10 @@ void carve(Launches& l, Arena& arena) {
   if (l.of_prototypes) carve_units(p.x, p.state_floats(), arena);
 }
 
-Launches describe(const RouteParams& params, const RouteInputs& in, const RouteGradients& out) {
+Launches describe(const RouteCall& call, const RouteGradients& out) {
   Launches l;
   BackTask b;
-  b.x = describe_route(params, in);
+  b.x = describe_route(call);
   b.v = b.x;
   b.v.x = b.x.v;
   b.v.x_aligned = b.x.v_aligned;
@@ -286,19 +286,19 @@ Launches describe(const RouteParams& params, const RouteInputs& in, const RouteG
 }
 
 /// All of a call: with leaves, of so many entries.
-Status prepare(const RouteParams& params, const RouteInputs& in, const RouteGradients& out, int64_t entries,
-               const simt::Machine& machine, Arena& arena, Launches* l) {
+Status prepare(const RouteCall& call, const RouteGradients& out, int64_t entries, const simt::Machine& machine,
+               Arena& arena, Launches* l) {
   LeafTask leaves;
-  if (params.method == Method::exact) {
-    *l = describe(params, in, out);
+  if (call.params.method == Method::exact) {
+    *l = describe(call, out);
   } else {
-    const RouteInputs rows = carve_rows(params, in, entries, arena, &leaves);
+    const Histories rows = carve_rows(call, entries, arena, &leaves);
     static float placeholder;  // where bytes are counted
     float* const d_leaf = arena.take<float>(out.v ? rows.v.rows * rows.v.width : 0);
     RouteGradients of_leaves;
     of_leaves.temperature = out.temperature;
     if (out.v) of_leaves.v = {d_leaf ? d_leaf : &placeholder, {rows.v.rows, rows.v.width}};
-    *l = describe(params, rows, of_leaves);
+    *l = describe({nullptr, call.params, rows, call.agents}, of_leaves);
     l->leaves = leaves;
     l->rows.windows.size = 32;
     l->rows.windows.count = out.v ? static_cast<int>((leaves.rows + 31) / 32) : 0;
@@ -309,41 +309,45 @@ Status prepare(const RouteParams& params, const RouteInputs& in, const RouteGrad
 }
 
 /// Entries of leaves, as far as the host can tell; the sums' rows are counted in int.
-int64_t most_leaves(const RouteParams& params, const RouteInputs& in, int64_t longest) {
+int64_t most_leaves(const RouteParams& params, const Histories& in, int64_t longest) {
   return params.method == Method::exact ? 0 : std::min<int64_t>(most_entries(in, longest), 0x7fffffff);
 }
 
 }  // namespace
 
-size_t route_backward_workspace(const Context&, const RouteParams& params, const RouteInputs& inputs,
-                                const RouteGradients& out, int64_t longest) noexcept {
+size_t route_backward_workspace(const Context&, const Codebook* book, const RouteParams& params,
+                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
+                                int64_t longest) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Launches l;
   Arena arena;
-  const int64_t entries = most_leaves(params, inputs, longest);
-  return prepare(params, inputs, out, entries, machine, arena, &l).ok() ? arena.used() : 0;
+  const int64_t entries = most_leaves(params, histories, longest);
+  const RouteCall call{book, params, histories, agents};
+  return prepare(call, out, entries, machine, arena, &l).ok() ? arena.used() : 0;
 }
 
-Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                      const RouteForward& forward, const RouteGradients& out) noexcept {
-  HISAC_TRY(check_counts("route_backward", inputs));
-  HISAC_TRY(check_columns("route_backward", "D", inputs.prototypes.shape[2]));
-  HISAC_TRY(check_columns("route_backward", "V", inputs.v.width));
+Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
+                      const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                      const RouteGradients& out) noexcept {
+  const RouteCall call{book, params, histories, agents};
+  HISAC_TRY(check_counts("route_backward", histories));
+  HISAC_TRY(check_columns("route_backward", "D", call.width()));
+  HISAC_TRY(check_columns("route_backward", "V", histories.v.width));
   Launcher launch("route_backward", context);
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;
   Launches l;
   const int64_t entries =
-      entries_that_fit(context, inputs, most_leaves(params, inputs, inputs.behaviours()),
-                       [&](int64_t n, Arena& counter) { (void)prepare(params, inputs, out, n, machine, counter, &l); });
+      entries_that_fit(context, histories, most_leaves(params, histories, histories.behaviours()),
+                       [&](int64_t n, Arena& counter) { (void)prepare(call, out, n, machine, counter, &l); });
   Arena arena(context.workspace);
-  HISAC_TRY(prepare(params, inputs, out, entries, machine, arena, &l));
+  HISAC_TRY(prepare(call, out, entries, machine, arena, &l));
   HISAC_TRY(arena.check("route_backward"));
   if (!l.of_rows && !l.of_prototypes) return {};
-  HISAC_TRY(place_centers("route_backward", context, inputs, l.rows.x));
-  HISAC_TRY(place_centers("route_backward", context, inputs, l.prototypes.x));
-  HISAC_TRY(place_centers("route_backward", context, inputs, l.leaves));
+  HISAC_TRY(place_centers("route_backward", context, book, l.rows.x));
+  HISAC_TRY(place_centers("route_backward", context, book, l.prototypes.x));
+  HISAC_TRY(place_centers("route_backward", context, book, l.leaves));
   if (params.method == Method::leaf) sum_leaves(l.leaves, launch);
   BackTask& b = l.rows;
   b.forward = forward;
@@ -353,7 +357,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   if (l.of_rows) {
     const Geometry& g = b.x.g;
     const auto kernel = softmax_over_agents ? rows_kernel<true>(g) : rows_kernel<false>(g);
-    launch(plan_chunks, machine.processors * 2, kThreads, 0, Spans(b.x), b.chunks);
+    launch(plan_chunks, machine.processors * 2, kThreads, 0, ClampedSpans(b.x), b.chunks);
     launch(kernel, g.blocks, g.threads(), g.shared_bytes, b);
   }
   if (out.temperature) {
@@ -370,7 +374,7 @@ Status route_backward(const Context& context, const RouteParams& params, const R
   }
   if (b.windows.count > 0) {
     const LeafBack back{l.leaves, b, out.v.data};
-    launch(plan_chunks, machine.processors * 2, kThreads, 0, Spans(l.leaves), b.windows);
+    launch(plan_chunks, machine.processors * 2, kThreads, 0, ClampedSpans(l.leaves), b.windows);
     launch(give_back, machine.processors * 8, kThreads, 0, back);
   }
   return launch.status();

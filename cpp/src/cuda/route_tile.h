@@ -20,14 +20,14 @@
 // In agents mode logits first lose their log-sum-exp over agents. Where all agents are in one tile, the warps exchange
 // it; otherwise a sweep over all tiles of agents makes it, for every tile of rows.
 #pragma once
-#include "cuda/route_agents.h"
+#include "cuda/route_logits.h"
 
 namespace hisac::cuda {
 
 /// kOverAgents: the softmax is over agents, not over the history.
 template <int MT, int Q, int S, bool kOverAgents>
-class RouteTile : RouteAgents<MT, Q, S> {
-  using Base = RouteAgents<MT, Q, S>;
+class RouteTile : RouteLogits<MT, Q, S> {
+  using Base = RouteLogits<MT, Q, S>;
   using Base::buffer_of, Base::operand_v, Base::agent, Base::row_lse;
   using Base::fetch_agents, Base::fetch, Base::fetch_first_ids, Base::prepare, Base::multiply;
   using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after, Base::unit_end;

@@ -179,17 +179,18 @@ size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& pa
   return arena.used();
 }
 
-Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
-            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
-  if (histories.users > 1 << 30)
-    return Status::error(Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got %" PRId64, histories.users);
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
+            Agents out) noexcept {
+  const int64_t users = histories.offsets.users;
+  if (users > 1 << 30)
+    return Status::error(Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got %" PRId64, users);
   Launcher launch("vote", context);
   HISAC_TRY(launch.status());
   VoteTask t = describe(book, params);
-  t.codes = codes.data;
-  t.weights = weights.data;
-  static_cast<Histories&>(t) = histories;
-  t.rows = codes.shape[0];
+  t.codes = histories.codes.data;
+  t.weights = histories.weights.data;
+  static_cast<Spans&>(t) = histories.offsets;
+  t.rows = histories.codes.shape[0];
   lay_out(t, launch.machine);
   Arena arena(context.workspace);
   t.plan = arena.take<SlicePlan>(2);

@@ -52,7 +52,7 @@ struct Slice {
   Search* search = nullptr;                             // [M]
 };
 
-struct VoteTask : Spans {
+struct VoteTask : ClampedSpans {
   const int32_t* codes = nullptr;
   const float* weights = nullptr;
   int levels = 0, bits = 0;          // of a leaf's number

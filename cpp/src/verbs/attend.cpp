@@ -40,7 +40,7 @@ Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   if (in.bias) HISAC_TRY(check_shape(verb, "bias", {in.candidates.users, in.agents}, in.bias));
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
-  HISAC_TRY(check_histories(verb, in.candidates, in.q.rows / in.heads, device, "candidate_offsets"));
+  HISAC_TRY(check_spans(verb, "candidate_offsets", in.candidates, in.q.rows / in.heads, device));
   for (int64_t b = 1; b < in.candidates.users && device == Device::cpu; ++b)
     if (in.candidates.start(b) < in.candidates.end(b - 1))
       return Status::error(Code::invalid_argument,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.h"
 #include "base/arena.h"
-#include "verbs/route_inputs.h"
+#include "verbs/histories.h"
 
 namespace hisac {
 namespace {
 
-Status check_gradients(const RouteParams& params, const RouteInputs& in, const RouteForward& f,
+Status check_gradients(const RouteParams& params, const Histories& in, const RouteAgents& agents, const RouteForward& f,
                        const RouteGradients& out) noexcept {
-  const int64_t users = in.histories.users, m = in.prototypes.shape[1], width = in.prototypes.shape[2];
+  const int64_t users = in.offsets.users, m = agents.prototypes.shape[1], width = agents.prototypes.shape[2];
   const int64_t rows = m + (params.missing == Missing::token), t = in.behaviours(), v = in.v.width;
   if (params.refine != 0)
     return Status::error(Code::invalid_argument,
@@ -34,17 +34,21 @@ Status check_gradients(const RouteParams& params, const RouteInputs& in, const R
 
 }  // namespace
 
-size_t route_backward_workspace(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                                const RouteGradients& out, int64_t longest) noexcept {
-  if (!sizes_fit(inputs, longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::route_backward_workspace, context, params, inputs, out, longest);
+size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
+                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
+                                int64_t longest) noexcept {
+  const auto& p = agents.prototypes.shape;
+  if (!sizes_fit(histories, p[2], p[1], longest)) return Arena::kLimit;
+  return backend_workspace(&Backend::route_backward_workspace, context, book, params, histories, agents, out, longest);
 }
 
-Status route_backward(const Context& context, const RouteParams& params, const RouteInputs& inputs,
-                      const RouteForward& forward, const RouteGradients& out) noexcept {
-  HISAC_TRY(check_route("route_backward", params, inputs, context.device));
-  HISAC_TRY(check_gradients(params, inputs, forward, out));
-  return call_backend("route_backward", &Backend::route_backward, context, params, inputs, forward, out);
+Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
+                      const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                      const RouteGradients& out) noexcept {
+  HISAC_TRY(check_route("route_backward", book, params, histories, agents, context.device));
+  HISAC_TRY(check_gradients(params, histories, agents, forward, out));
+  return call_backend("route_backward", &Backend::route_backward, context, book, params, histories, agents, forward,
+                      out);
 }
 
 }  // namespace hisac

@@ -56,19 +56,20 @@ size_t vote_workspace(const Context& context, const Codebook& book, const VotePa
   return backend_workspace(&Backend::vote_workspace, context, book, params, longest);
 }
 
-Status vote(const Context& context, const Codebook& book, const VoteParams& params, Array<const int32_t, 2> codes,
-            Histories histories, Array<const float, 1> weights, Agents out) noexcept {
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
+            Agents out) noexcept {
+  const int64_t rows = histories.codes.shape[0];
   HISAC_TRY(check_book("vote", &book));
   HISAC_TRY(check_params(book, params));
-  HISAC_TRY(check_codes("vote", book, codes, codes.shape[0]));
-  HISAC_TRY(check_histories("vote", histories, codes.shape[0], context.device));
-  if (weights) HISAC_TRY(check_shape("vote", "weights", {codes.shape[0]}, weights));
-  const int64_t m = seats(params, book.levels()), users = histories.users, levels = book.levels();
+  HISAC_TRY(check_codes("vote", book, histories.codes, rows));
+  HISAC_TRY(check_spans("vote", "offsets", histories.offsets, rows, context.device));
+  if (histories.weights) HISAC_TRY(check_shape("vote", "weights", {rows}, histories.weights));
+  const int64_t m = seats(params, book.levels()), users = histories.offsets.users, levels = book.levels();
   if (!has_shape(out.codes, {users, m, levels}) || !has_shape(out.votes, {users, m}) || !has_shape(out.count, {users}))
     return Status::error(Code::invalid_argument, "vote: out expected codes %s, votes %s and count %s",
                          ShapeText({users, m, levels}).text, ShapeText({users, m}).text, ShapeText({users}).text);
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
-  return call_backend("vote", &Backend::vote, context, book, params, codes, histories, weights, out);
+  return call_backend("vote", &Backend::vote, context, book, params, histories, out);
 }
 
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {

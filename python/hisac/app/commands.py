@@ -57,7 +57,7 @@ def same_width(book: Any, x: Array, spec: str) -> None:
         raise ValueError(f"{spec}: x is {list(x.shape)}, expected width {book.width}, the codebook's")
 
 
-def histories(users: str | None, offsets: str | None, rows: int) -> tuple[Array, Array]:
+def spans(users: str | None, offsets: str | None, rows: int) -> tuple[Array, Array]:
     """(id of each user, offsets [users + 1] over `rows` behaviours), from either file."""
     if users is not None:
         ids = integers(users, "user", "rows")
@@ -132,20 +132,19 @@ def compress(
     values = x if v is None else matrix(v, "v")
     if len(values) != len(x):
         raise ValueError(f"{v}: v is {list(values.shape)}, expected {len(x)} rows, as x")
-    ids, bounds = histories(user, offsets, len(x))
+    ids, bounds = spans(user, offsets, len(x))
 
-    def results(x: Array, values: Array, codes: Array, some: Any) -> dict[str, Array]:
+    def results(batch: hisac.Histories) -> dict[str, Array]:
         """What is written of some histories."""
-        agents = hisac.vote(book, codes, some, budget=budget, fanout=fanout)
+        agents = hisac.vote(book, batch, budget=budget, fanout=fanout)
         made = hisac.route(
-            x, values, some, book.prototypes(agents), count=agents.count, codes=codes, book=book,
-            temperature=temperature, normalize=normalize,
-        )  # fmt: skip
+            batch, book.prototypes(agents), count=agents.count, temperature=temperature, normalize=normalize, book=book
+        )
         votes = {"codes": agents.codes, "votes": agents.votes, "count": agents.count}
         return {"tokens": made.tokens, "lse": made.lse, **votes}
 
     none = np.empty((0, book.levels), np.int32)
-    nobody = results(x[:0], values[:0], none, np.zeros(1, np.int64))  # refuses bad options before any work
+    nobody = results(hisac.Histories(x[:0], values[:0], [0], none))  # refuses bad options before any work
     if codes is None:
         own = encode_rows(book, x)
     else:
@@ -156,7 +155,8 @@ def compress(
     whole = {name: np.empty((len(ids), *array.shape[1:]), array.dtype) for name, array in nobody.items()}
     with progress("compress users", len(ids)) as advance:
         for begin, end in steps(bounds):
-            for name, part in results(x, values, own, (bounds[begin:end], bounds[begin + 1 : end + 1])).items():
+            some = bounds[begin:end], bounds[begin + 1 : end + 1]
+            for name, part in results(hisac.Histories(x, values, some, own)).items():
                 whole[name][begin:end] = part
             advance(end - begin)
     files.write(out, {**whole, "users": ids, "fingerprint": np.array([book.fingerprint], np.uint64)})

@@ -60,7 +60,7 @@ def routing_weights(x: Floats, prototypes: Floats, tau: float) -> Floats:
 
 def portrait(book: Any, codes: Ints, x: Floats, texts: list[tuple[str, ...]], tau: float) -> Portrait:
     """codes [n, L], x [n, D] and texts (department, category, type, brand, size) of one history, oldest first."""
-    agents = hisac.vote(book, codes, np.array([0, len(codes)]), budget=SEATS)
+    agents = hisac.vote(book, hisac.Histories(codes=codes, lengths=[len(codes)]), budget=SEATS)
     count = int(agents.count[0])
     kept, votes = agents.codes[0, :count], agents.votes[0, :count]
     leaf = book.leaves(codes)

@@ -89,9 +89,10 @@ def score(tokens: Floats, bias: Floats, q: Floats, candidate_offsets: Ints) -> F
 
 def compress(w: World, starts: Ints, ends: Ints, s: Setting, tau: float, voted: Any = None) -> tuple[Floats, Floats]:
     """Tokens of norm 1 [B, M, D] and log share of votes [B, M] of the histories starts..ends."""
-    agents = voted or hisac.vote(w.book, w.codes, (starts, ends), **s.rule)
+    histories = hisac.Histories(w.x, w.x, (starts, ends), w.codes)
+    agents = voted or hisac.vote(w.book, histories, **s.rule)
     p = w.book.prototypes(agents)
-    made = hisac.route(w.x, w.x, (starts, ends), p, count=agents.count, temperature=tau, normalize=s.normalize)
+    made = hisac.route(histories, p, count=agents.count, temperature=tau, normalize=s.normalize)
     return unit(made.tokens), log_share(agents.votes)
 
 
@@ -119,7 +120,7 @@ def choose_tau(w: World, r: Requests, taus: Iterable[float], advance: Advance) -
     """{setting: the temperature with the best GAUC on these requests}, the lower one on a tie."""
     q, best = candidates(w, r), {}
     for s in SETTINGS:
-        voted = hisac.vote(w.book, w.codes, (r.starts, r.ends), **s.rule)
+        voted = hisac.vote(w.book, hisac.Histories(codes=w.codes, offsets=(r.starts, r.ends)), **s.rule)
         found = {}
         for tau in sorted(taus):
             scores = score(*compress(w, r.starts, r.ends, s, tau, voted), q, r.candidate_offsets)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..types import Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
+from ..types import Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
 from . import verbs
 
 U = 2.0**-24
@@ -43,7 +43,7 @@ HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 LEAST = 2.0**-149  # what one rounding of a subnormal float32 may cost
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
-HISTORY = ("x", "v", "offsets", "prototypes", "count", "temperature", "bias", "spread", "codes", "book", "method")
+HISTORY = ("prototypes", "count", "temperature", "book", "method")  # of verbs.History, beside the batch
 
 
 def as_numpy(a: Array) -> Array:
@@ -67,10 +67,7 @@ def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
     than the definition does."""
     args = _in_numpy(args)
-    x, v, bias = verbs.gather(
-        args["x"], args["v"], args.get("bias"), *(args.pop(name, None) for name in ("x_ids", "v_ids", "x_scale"))
-    )
-    return args | {"x": x, "v": v, "bias": bias}
+    return args | {"histories": verbs.gather(args["histories"])}
 
 
 def _steps(n: int) -> float:
@@ -225,16 +222,17 @@ def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History, History of its single rows)."""
     full: dict[str, Any] = dict.fromkeys(HISTORY) | {"temperature": 0.1, "method": "exact"} | dict(args)
-    single = {name: full[name] for name in HISTORY if name != "offsets"} | {"method": "exact"}
-    for b, rows, h in verbs.histories(**{name: full[name] for name in HISTORY}):
-        yield b, rows, h, h if full["method"] == "exact" else verbs.History(b, rows, **single)
+    options = {name: full[name] for name in HISTORY}
+    single = options | {"method": "exact"}
+    for b, rows, h in verbs.each_history(full["histories"], **options):
+        yield b, rows, h, h if full["method"] == "exact" else verbs.History(b, rows, full["histories"], **single)
 
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Tokens:
     """args: the arguments of `route`; dtype: v's type; cuda: on a GPU -> the largest |difference| of tokens, lse and
     prototypes."""
     args = _dense(args)
-    p, v, missing = args["prototypes"], args["v"], args.get("missing") == "token"
+    p, v, missing = args["prototypes"], args["histories"].v, args.get("missing") == "token"
     m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
     rounding = _rounding(args, cuda)
     tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
@@ -265,13 +263,13 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
     return Tokens(tokens, lse, moved)
 
 
-def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> LeafSums:
+def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories:
     """args: the arguments of `leaf_sums`; cuda: on a GPU -> the largest |difference| of x, v, bias and spread; codes
     are exact."""
     args = _dense(args)
-    users, book = len(verbs.ranges(args["offsets"])), args["book"]
-    width = book.centers[0].shape[1] if args["x"] is None else args["x"].shape[1]
-    empty = np.zeros((0, width)), np.zeros((0, args["v"].shape[1])), np.zeros(0), np.zeros(0)
+    batch, book = args["histories"], args["book"]
+    users, width = len(verbs.ranges(batch.offsets)), book.centers[0].shape[1] if batch.x is None else batch.x.shape[1]
+    empty = np.zeros((0, width)), np.zeros((0, batch.v.shape[1])), np.zeros(0), np.zeros(0)
     parts = []
     with np.errstate(over="ignore", invalid="ignore"):
         for *_, h, raw in _users(args | {"prototypes": np.zeros((users, 0, width)), "method": "leaf"}):
@@ -284,7 +282,8 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> LeafSums:
             spread = 4 * skew * np.square(reach) + U * h.spread + float64_mean + TINY
             parts.append((_in_float32(h.x, x), _in_float32(h.v, v), bias, spread))
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
-    return LeafSums(x, v, np.zeros(users + 1), bias, spread, np.zeros((len(bias), len(book.centers))))
+    codes = np.zeros((len(bias), len(book.centers)))
+    return Histories(x, v, np.zeros(users + 1), codes, bias=bias, spread=spread)
 
 
 def unit_bound(expected: Tokens) -> Tokens:
@@ -301,7 +300,7 @@ def unit_bound(expected: Tokens) -> Tokens:
 def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:
     """args: the arguments of `route_backward`; cuda: on a GPU -> the largest |difference| of each wanted gradient."""
     args = _dense(args)
-    forward, v = args["forward"], args["v"]
+    forward, v = args["forward"], args["histories"].v
     p, normalize = forward.prototypes, args.get("normalize", "history")
     rounding, (m, width) = _rounding(args, cuda), p.shape[1:]
     # of a product with a gradient: what both factors are rounded by, and what is lost of one that is subnormal
@@ -310,7 +309,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
     returned = forward.tokens, forward.lse, args["d_tokens"], d_lse
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, rows, h, raw in _users({name: args[name] for name in HISTORY if name in args} | {"prototypes": p}):
+        for b, rows, h, raw in _users({**args, "prototypes": p}):
             logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding, cuda)
             token, total, dt, dl = (verbs.float64(a[b, h.agents]) for a in returned)
             mass, n = np.isfinite(total), len(h.x)

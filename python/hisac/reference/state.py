@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..types import Array, Tokens
+from ..types import Array, Histories, Tokens
 from .verbs import route, vote
 
 
@@ -38,8 +38,7 @@ class UserState:
 
     def refresh(self) -> None:
         """Vote again over everything."""
-        codes, weights = self.rows[2], self.rows[4]
-        self.agents = vote(self.book, codes, np.array([0, len(codes)]), weights=weights, **self.rule)
+        self.agents = vote(self.book, self._histories(), **self.rule)
 
     def forget(self, rows: Array) -> None:
         """Delete the rows with these indices as if they had never been."""
@@ -66,6 +65,9 @@ class UserState:
 
     def tokens(self) -> Tokens:
         """The Tokens [1, M, V] of the history so far."""
-        x, v, codes, bias, _ = self.rows
-        p, offsets = self.book.prototypes(self.agents), np.array([0, len(v)])
-        return route(x, v, offsets, p, count=self.agents.count, bias=bias, codes=codes, book=self.book, **self.options)
+        p = self.book.prototypes(self.agents)
+        return route(self._histories(), p, count=self.agents.count, book=self.book, **self.options)
+
+    def _histories(self) -> Histories:
+        x, v, codes, bias, weights = self.rows
+        return Histories(x, v, np.array([0, len(v)]), codes, bias=bias, weights=weights)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..types import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
+from ..types import Agents, Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
 from .codebook import valid_codes
 
 MAX_SEATS = 4096  # most agents a user
@@ -73,17 +73,16 @@ def by_budget(votes: Votes, budget: int, levels: int, prefix: Node = ()) -> list
     return [leaf for *_, leaf in sorted(ranked)[:budget]]
 
 
-def vote(
-    book: Any, codes: Array, offsets: Any, *, budget: int | None = None, fanout: Any = None, weights: Array = None
-) -> Agents:
+def vote(book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None) -> Agents:
     """The interest-agents of each user: the leaves kept by `budget` (ours) or `fanout` (the paper's rule).
 
-    codes [T, L], offsets [B + 1] or (starts, ends), weights [T] or None -> Agents of M = budget, or the product of the
+    Reads codes [T, L], offsets, and weights [T] or None of the histories -> Agents of M = budget, or the product of the
     fan-outs. Sorted by votes down, then code up. Blind to the order of a user's rows.
     """
+    codes, weights = histories.codes, histories.weights
     levels = len(book.centers)
     seats = int(budget or 0) if fanout is None else math.prod(fanout)
-    users = ranges(offsets)
+    users = ranges(histories.offsets)
     out = np.full((len(users), seats, levels), -1, np.int32)
     count_votes = np.zeros((len(users), seats), np.int64)
     count = np.zeros(len(users), np.int32)
@@ -129,12 +128,13 @@ def square_distances(x: Array, p: Array) -> Array:
     return np.stack([np.square(x - a).sum(1) for a in p], 1) if len(p) else np.zeros((len(x), 0))
 
 
-def gather(x: Array, v: Array, bias: Array, x_ids: Array, v_ids: Array, x_scale: Any) -> tuple[Array, Array, Array]:
-    """Gathered inputs as dense ones: x [T, D], v [T, V], bias [T].
+def gather(histories: Histories) -> Histories:
+    """The same histories without ids and scale: x [T, D], v [T, V], bias [T].
 
     int8 rows times their scale are rounded to float32. A behaviour whose id is outside its table gets a bias of NaN,
     so it is absent; and a row of NaN, so without one of v it is not counted as missing.
     """
+    x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights = histories
     if x is not None and x.dtype == np.int8:
         scale = np.reshape(np.float32(1.0 if x_scale is None else x_scale), (-1, 1))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -147,7 +147,7 @@ def gather(x: Array, v: Array, bias: Array, x_ids: Array, v_ids: Array, x_scale:
             rows[inside] = table[ids[inside]]
             table, bias = rows, np.where(inside, 0.0 if bias is None else bias, np.nan)
         dense.append(table)
-    return dense[0], dense[1], bias
+    return Histories(dense[0], dense[1], offsets, codes, bias=bias, spread=spread, weights=weights)
 
 
 class History:
@@ -155,12 +155,13 @@ class History:
     temperatures tau that are present, as indices `agents`; the values of absent rows."""
 
     def __init__(
-        self, b: int, rows: slice, x: Array, v: Array, prototypes: Array, count: Array, temperature: Any, bias: Array,
-        spread: Array, codes: Array, book: Any, method: str,
+        self, b: int, rows: slice, batch: Histories, prototypes: Array, count: Array, temperature: Any, book: Any,
+        method: str,
     ) -> None:  # fmt: skip
-        m = prototypes.shape[1]
-        self.x = float64(book.prototypes(codes[rows]) if x is None else x[rows])
-        self.v = float64(v[rows])
+        m, codes = prototypes.shape[1], batch.codes
+        self.x = float64(book.prototypes(codes[rows]) if batch.x is None else batch.x[rows])
+        self.v = float64(batch.v[rows])
+        bias, spread = batch.bias, batch.spread
         self.bias, self.spread = (np.zeros(len(self.x)) if a is None else float64(a[rows]) for a in (bias, spread))
         tau = np.broadcast_to(float64(temperature), (m,))
         p = float64(prototypes[b])
@@ -169,7 +170,7 @@ class History:
             ok = (np.square(self.x).sum(1) < ABSENT_NORM) & np.isfinite(self.bias)
             self.agents = np.flatnonzero((np.arange(m) < present) & (np.square(p).sum(1) < ABSENT_NORM) & (tau > 0))
         ok &= (self.spread >= 0) & (self.spread < np.inf)
-        if codes is not None:
+        if book is not None:
             ok &= valid_codes(book, codes[rows])
         self.rows = np.flatnonzero(ok)
         self.absent = np.flatnonzero(~ok & np.isfinite(self.v).all(1))
@@ -202,47 +203,45 @@ class History:
         return z + self.bias[:, None], s
 
 
-def histories(
-    x: Array, v: Array, offsets: Any, prototypes: Array, count: Array, temperature: Any, bias: Array, spread: Array,
-    codes: Array, book: Any, method: str,
-) -> Iterator[tuple[int, slice, History]]:  # fmt: skip
+def each_history(
+    histories: Histories, prototypes: Array, count: Array, temperature: Any, book: Any, method: str
+) -> Iterator[tuple[int, slice, History]]:
     """The users of a batch as (b, rows, History)."""
-    if (method == "leaf" or x is None) and codes is None:
-        raise ValueError("route: codes are needed when x is not given, and by method='leaf'")
-    for b, rows in enumerate(ranges(offsets)):
-        yield b, rows, History(b, rows, x, v, prototypes, count, temperature, bias, spread, codes, book, method)
+    if (method == "leaf" or histories.x is None) and (histories.codes is None or book is None):
+        raise ValueError("route: codes and book are needed when x is not given, and by method='leaf'")
+    batch = gather(histories)
+    for b, rows in enumerate(ranges(batch.offsets)):
+        yield b, rows, History(b, rows, batch, prototypes, count, temperature, book, method)
 
 
-def leaf_sums(
-    x: Array, v: Array, offsets: Any, codes: Array, book: Any, *, bias: Array = None, spread: Array = None,
-    x_ids: Array = None, v_ids: Array = None, x_scale: Any = None,
-) -> LeafSums:  # fmt: skip
+def leaf_sums(book: Any, histories: Histories) -> Histories:
     """The present behaviours of each user, one row a leaf, sorted by leaf: with weights w_i = e^bias_i,
 
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
-    Arguments as in `route` -> LeafSums. `route` over them is `route` with method="leaf" over the behaviours. Sums add
-    up: those of kept sums and new behaviours, as rows of one user, are the sums of all.
+    Reads what `route` reads, and codes -> Histories with x, v, offsets, codes, bias and spread. `route` over them is
+    `route` with method="leaf" over the behaviours. Sums add up: those of kept sums and new behaviours, as rows of one
+    user, are the sums of all.
     """
-    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
-    width, users = book.centers[0].shape[1] if x is None else x.shape[1], len(ranges(offsets))
-    sums = LeafSums(np.zeros((0, width)), np.zeros((0, v.shape[1])), np.zeros(users + 1, np.int64),
-                    np.zeros(0), np.zeros(0), np.zeros((0, len(book.centers)), np.int32))  # fmt: skip
-    agents = np.zeros((users, 0, width))
-    for b, rows, h in histories(x, v, offsets, agents, None, 1, bias, spread, codes, book, "leaf"):
-        sums.offsets[b + 1] = sums.offsets[b] + len(h.x)
+    width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
+    users, levels = len(ranges(histories.offsets)), len(book.centers)
+    offsets, codes = np.zeros(users + 1, np.int64), np.asarray(histories.codes, np.int32)
+    x, v, bias = np.zeros((0, width)), np.zeros((0, histories.v.shape[1])), np.zeros(0)
+    sums = [x, v, np.zeros((0, levels), np.int32), bias, bias]
+    for b, rows, h in each_history(histories, np.zeros((users, 0, width)), None, 1, book, "leaf"):
+        offsets[b + 1] = offsets[b] + len(h.x)
         first = h.rows[np.unique(h.leaf, return_index=True)[1]]
-        found = h.x, h.v, sums.offsets, h.bias, h.spread, np.asarray(codes, np.int32)[rows][first]
-        sums = LeafSums(*(a if a is m else np.concatenate([a, m]) for a, m in zip(sums, found, strict=True)))
-    return sums
+        found = h.x, h.v, codes[rows][first], h.bias, h.spread
+        sums = [np.concatenate(pair) for pair in zip(sums, found, strict=True)]
+    x, v, codes, bias, spread = sums
+    return Histories(x, v, offsets, codes, bias=bias, spread=spread)
 
 
 def route(
-    x: Array, v: Array, offsets: Any, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
-    normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None, book: Any = None,
-    method: str = "exact", refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Array = None,
-    v_ids: Array = None, x_scale: Any = None,
+    histories: Histories, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
+    normalize: str = "history", book: Any = None, method: str = "exact", refine: int = 0, missing: str = "drop",
+    precision: str = "float32",
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
@@ -251,19 +250,18 @@ def route(
         agents:  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
-    x [T, D] (None: the prototype of `codes`), v [T, V], offsets [B + 1] or (starts, ends), prototypes [B, M, D],
-    count [B], temperature a number or [1] or [M], bias and spread [T], codes [T, L] with their book -> Tokens.
+    Of the histories it reads all but weights: x [T, D] (None: the prototype of `codes`), v [T, V], offsets, bias and
+    spread [T], codes [T, L] where `book` is given; with x_ids, v_ids [T], x and v are tables, and behaviour i has row
+    ids_i. prototypes [B, M, D], count [B], temperature a number or [1] or [M] -> Tokens.
     method="leaf": over `leaf_sums`: the rows of one leaf act as one row at their mean, farther by their variance.
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
-    x_ids, v_ids [T]: x, v are tables, behaviour i has row ids_i; x_scale, a number or [1] or [rows]: of x in int8.
     precision changes no result here: it is how exact an implementation has to be (`hisac.reference.bounds`).
     """
-    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
-    users, m = len(ranges(offsets)), prototypes.shape[1]
-    tokens = np.zeros((users, m + (missing == "token"), v.shape[1]))
+    users, m = len(ranges(histories.offsets)), prototypes.shape[1]
+    tokens = np.zeros((users, m + (missing == "token"), histories.v.shape[1]))
     lse = np.full(tokens.shape[:2], -np.inf)
     refined = np.array(prototypes, np.float64)
-    for b, _, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
+    for b, _, h in each_history(histories, prototypes, count, temperature, book, method):
         for step in range(refine + 1):
             z, _ = h.logits(normalize)
             total = logsumexp(z, 0)
@@ -278,10 +276,9 @@ def route(
 
 
 def route_backward(
-    d_tokens: Array, d_lse: Array, forward: Tokens, x: Array, v: Array, offsets: Any, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "history", bias: Array = None, spread: Array = None, codes: Array = None,
-    book: Any = None, method: str = "exact", missing: str = "drop", precision: str = "float32", x_ids: Array = None,
-    v_ids: Array = None, x_scale: Any = None, need: Any = ("v", "temperature", "bias"),
+    d_tokens: Array, d_lse: Array, forward: Tokens, histories: Histories, *, count: Array = None,
+    temperature: Any = 0.1, normalize: str = "history", book: Any = None, method: str = "exact", missing: str = "drop",
+    precision: str = "float32", need: Any = ("v", "temperature", "bias"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
 
@@ -295,15 +292,14 @@ def route_backward(
     """
     if method == "leaf" and not set(need) <= {"v", "temperature"}:
         raise NotImplementedError("route_backward: method='leaf' has gradients for v and temperature only")
-    if x is None and "x" in need:
+    if histories.x is None and "x" in need:
         raise ValueError("route_backward: a gradient of x expected x, got none")
-    x, v, bias = gather(x, v, bias, x_ids, v_ids, x_scale)
-    prototypes = forward.prototypes
+    v, prototypes = gather(histories).v, forward.prototypes
     m, width = prototypes.shape[1:]
     d_lse = np.zeros(forward.lse.shape) if d_lse is None else d_lse
     dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
     dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
-    for b, rows, h in histories(x, v, offsets, prototypes, count, temperature, bias, spread, codes, book, method):
+    for b, rows, h in each_history(histories, prototypes, count, temperature, book, method):
         z, s = h.logits(normalize)
         given = forward.tokens, forward.lse, d_tokens, d_lse
         token, total, dt, dl = (float64(a[b, h.agents]) for a in given)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..reference import bounds
-from ..types import Agents, Array, Attended, AttendGradients, LeafSums, RouteGradients, Tokens
+from ..types import Agents, Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
 from .problems import Attention, Problem
 
 
@@ -61,7 +61,7 @@ def assert_tokens_close(mine: Tokens, expected: Tokens, within: Problem | Tokens
     _assert_fields(mine, expected, within.bound() if isinstance(within, Problem) else within)
 
 
-def assert_leaf_sums_close(mine: LeafSums, expected: LeafSums, bound: LeafSums) -> None:
+def assert_leaf_sums_close(mine: Histories, expected: Histories, bound: Histories) -> None:
     """Offsets and codes equal, sums within the bound from `bounds.leaf_sums_bound`."""
     assert_codes_equal(mine.offsets, expected.offsets, "offsets")
     assert_codes_equal(mine.codes, expected.codes, "codes")

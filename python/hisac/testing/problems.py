@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from .. import Codebook
 from .. import reference as _reference
 from ..reference import bounds
-from ..types import Array, Attended, Tokens
+from ..types import Array, Attended, Histories, Tokens
 
 reference: Any = _reference
 
@@ -106,7 +106,7 @@ def offsets(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> Ar
 
 
 @st.composite
-def histories(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> tuple[int, Any]:
+def spans(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> tuple[int, Any]:
     """(T, offsets): ragged offsets over all T rows or only a middle part, or (starts, ends) that overlap."""
     row = draw(offsets(max_users=max_users, max_history=max_history))
     before, after = (draw(st.integers(0, 3)), draw(st.integers(0, 3))) if draw(st.booleans()) else (0, 0)
@@ -139,6 +139,9 @@ class _Shown:
         def show(a: Any) -> str:
             if isinstance(a, Codebook):
                 return f"<{' x '.join(map(str, a.sizes))} codes>"
+            if isinstance(a, Histories):
+                given = ((name, field) for name, field in a._asdict().items() if field is not None)
+                return f"Histories({', '.join(f'{name}={show(field)}' for name, field in given)})"
             return f"{a.dtype}{list(a.shape)}" if isinstance(a, np.ndarray) and a.size > 12 else repr(a)
 
         fields = ", ".join(f"{name}={show(a)}" for name, a in vars(self).items() if name[0] != "_")
@@ -150,19 +153,13 @@ class _Shown:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem(_Shown):
-    """A batch and the options of every verb on it; arrays are named as in `hisac`. `dtype` is the type of x and v,
-    whose values NumPy holds as float32 when it is bfloat16; x may be int8."""
+    """Histories and the options of every verb on them; arrays are named as in `hisac`. `dtype` is the type of x and v,
+    whose values NumPy holds as float32 when it is bfloat16; x may be int8. `routed_codes`: `route` reads the codes."""
 
     book: Codebook
-    x: Array | None
-    v: Array
-    offsets: Any
+    histories: Histories
     prototypes: Array
-    codes: Array
     routed_codes: bool
-    bias: Array | None
-    spread: Array | None
-    weights: Array | None
     count: Array | None
     temperature: Any
     normalize: str
@@ -170,9 +167,6 @@ class Problem(_Shown):
     refine: int
     missing: str
     precision: str
-    x_ids: Array | None
-    v_ids: Array | None
-    x_scale: Any
     budget: int | None
     fanout: tuple[int, ...] | None
     dtype: str
@@ -185,32 +179,38 @@ class Problem(_Shown):
     def encode_args(self) -> dict[str, Any]:
         """The arguments of `encode`, in NumPy; a problem without float x encodes its prototypes."""
         rows = self.prototypes.reshape(-1, self.prototypes.shape[2])
-        given = self.x is not None and self.x.dtype != np.int8
-        return {"book": self.book, "x": self.x if given else rounded(rows, self.dtype)}
+        x = self.histories.x
+        return {"book": self.book, "x": rounded(rows, self.dtype) if x is None or x.dtype == np.int8 else x}
 
     def vote_args(self) -> dict[str, Any]:
         """The arguments of `vote`."""
-        rule = {"budget": self.budget, "fanout": self.fanout}
-        return {"book": self.book, "codes": self.codes, "offsets": self.offsets, "weights": self.weights, **rule}
+        return {"book": self.book, "histories": self.histories, "budget": self.budget, "fanout": self.fanout}
 
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
-        names = ("x", "v", "offsets", "prototypes", "count", "temperature", "normalize", "bias", "spread")
-        args = {name: getattr(self, name) for name in (*names, "method", "refine", "missing", "precision")}
-        args |= {name: a for name in ("x_ids", "v_ids", "x_scale") if (a := getattr(self, name)) is not None}
-        return args | ({"codes": self.codes, "book": self.book} if self.routed_codes else {})
+        names = (
+            "histories",
+            "prototypes",
+            "count",
+            "temperature",
+            "normalize",
+            "method",
+            "refine",
+            "missing",
+            "precision",
+        )
+        return {name: getattr(self, name) for name in names} | ({"book": self.book} if self.routed_codes else {})
 
     def leaf_args(self) -> dict[str, Any]:
         """The arguments of `leaf_sums`, in NumPy."""
-        names = ("x", "v", "offsets", "codes", "book", "bias", "spread", "x_ids", "v_ids", "x_scale")
-        return {name: getattr(self, name) for name in names}
+        return {"book": self.book, "histories": self.histories}
 
     def backward_args(self, forward: Tokens) -> dict[str, Any]:
         """The arguments of `route_backward`: random gradients of what `route` returned; every one the method has."""
         rng = np.random.default_rng(self.seed)
         args = {name: a for name, a in self.route_args().items() if name not in ("refine", "prototypes")}
         need = ("v", "temperature", "bias", "x", "prototypes")[: 2 if self.method == "leaf" else 5]
-        need = tuple(name for name in need if name != "x" or self.x is not None)
+        need = tuple(name for name in need if name != "x" or self.histories.x is not None)
         forward = Tokens(*map(bounds.as_numpy, forward))
         d_lse = rng.normal(size=forward.lse.shape).astype(np.float32) if rng.random() < 0.7 else None
         d_tokens = rounded(rng.normal(size=forward.tokens.shape), self.dtype)
@@ -249,7 +249,7 @@ def problems(
     infinities, subnormals and huge values into every array, and temperatures and counts that make no sense. `gathered`
     makes x and v tables with ids, some of them outside, and x int8 with a scale, now and then each."""
     book = draw(codebooks(max_levels=max_levels, max_codes=max_codes, max_width=max_width))
-    rows, ragged = draw(histories(max_users=max_users, max_history=max_history))
+    rows, ragged = draw(spans(max_users=max_users, max_history=max_history))
     users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
     agents, wide = draw(st.integers(1, max_agents)), draw(st.integers(1, max_width))
     method, dtype = draw(st.sampled_from(methods)), draw(st.sampled_from(dtypes))
@@ -293,17 +293,14 @@ def problems(
             x_scale = sprinkle(rng, x_scale.astype(np.float32), share)
             x_scale = x_scale[:1] if draw(st.booleans()) else x_scale
     fanout = draw(st.lists(st.integers(1, 3), min_size=book.levels, max_size=book.levels).map(tuple) | st.none())
+    prototypes = sprinkle(rng, prototypes, share)
+    bias = None if bias is None else sprinkle(rng, bias, share)
+    weights = None if weights is None else sprinkle(rng, weights.astype(np.float32), share)
     return Problem(
         book=book,
-        x=x,
-        v=v,
-        offsets=ragged,
-        prototypes=sprinkle(rng, prototypes, share),
-        codes=leaf,
+        histories=Histories(x, v, ragged, leaf, x_ids, v_ids, x_scale, bias, spread, weights),
+        prototypes=prototypes,
         routed_codes=routed_codes,
-        bias=None if bias is None else sprinkle(rng, bias, share),
-        spread=spread,
-        weights=None if weights is None else sprinkle(rng, weights.astype(np.float32), share),
         count=count,
         temperature=tau,
         normalize=draw(st.sampled_from(["history", "agents"])),
@@ -311,9 +308,6 @@ def problems(
         refine=draw(st.integers(0, max_refine)),
         missing=draw(st.sampled_from(["drop", "token"])),
         precision=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
-        x_ids=x_ids,
-        v_ids=v_ids,
-        x_scale=x_scale,
         budget=draw(st.integers(1, max_agents)) if fanout is None else None,
         fanout=fanout,
         dtype=dtype,
@@ -365,7 +359,7 @@ def attentions(
 ) -> Attention:
     """Attention problems: users without candidates, absent tokens, candidates outside every range."""
     rows, row = draw(
-        histories(max_users=max_users, max_history=max_candidates).filter(lambda h: isinstance(h[1], np.ndarray))
+        spans(max_users=max_users, max_history=max_candidates).filter(lambda h: isinstance(h[1], np.ndarray))
     )
     m, h, d, wide = (draw(st.integers(1, n)) for n in (9, 3, 8, 8))
     seed, dtype = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(dtypes))

@@ -11,11 +11,9 @@ from torch.autograd import forward_ad
 
 from .. import Codebook
 from ..reference import MAX_SEATS
-from ..types import Agents, Attended, Tokens
+from ..types import Agents, Attended, Histories, Tokens
 from . import operators as operators  # defines torch.ops.hisac
 from .library import register
-
-Offsets = Tensor | tuple[Tensor, Tensor] | None
 
 
 def _jagged(name: str, t: Tensor) -> Any:
@@ -30,13 +28,36 @@ def row_tensors(name: str, *tensors: Tensor | None) -> list[Any]:
     return [_jagged(name, t).values() if t is not None and t.is_nested else t for t in tensors]
 
 
-def spans_of(name: str, offsets: Offsets, ragged: Tensor) -> tuple[Tensor, Tensor]:
-    """Starts and ends of the users' rows; those of the jagged tensor `ragged` where no offsets are given."""
+def flat(name: str, histories: Histories) -> Histories:
+    """Histories of dense tensors, offsets as (starts, ends): the rows of jagged nested tensors, whose offsets are taken
+    where none are given; float32 but for x and v."""
+    if not isinstance(histories, Histories):
+        raise TypeError(f"{name}: histories expected hisac.Histories, got {type(histories).__name__}")
+    tensors = [t for t in histories if isinstance(t, Tensor)]
+    device, offsets = tensors[0].device if tensors else None, histories.offsets
     if offsets is None:
+        ragged = next((t for t in tensors if t.is_nested), None)
+        if ragged is None:
+            raise TypeError(f"{name}: got no offsets, expected them, or a jagged nested tensor")
         t = _jagged(name, ragged)
         starts, lengths = t.offsets()[:-1], t.lengths()
-        return starts, t.offsets()[1:] if lengths is None else starts + lengths
-    return offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
+        offsets = starts, t.offsets()[1:] if lengths is None else starts + lengths
+    elif isinstance(offsets, tuple):
+        offsets = tuple(torch.as_tensor(a, device=device) for a in offsets)
+    else:
+        offsets = torch.as_tensor(offsets, device=device)
+        offsets = offsets[:-1], offsets[1:]
+    x, v, _, codes, x_ids, v_ids, scale, *others = histories
+    if scale is not None and not isinstance(scale, Tensor):
+        scale = torch.full((1,), scale, dtype=torch.float32, device=device)
+    x, v, codes, x_ids, v_ids, *others = row_tensors(name, x, v, codes, x_ids, v_ids, scale, *others)
+    return Histories(x, v, offsets, codes, x_ids, v_ids, *(None if t is None else t.float() for t in others))
+
+
+def _fields(histories: Histories) -> tuple[Any, ...]:
+    """The arguments of an operator."""
+    x, v, spans, *others = histories
+    return x, v, *spans, *others
 
 
 def _reverse_mode_only(name: str, *inputs: Tensor | None) -> None:
@@ -59,28 +80,26 @@ def encode(book: Codebook, x: Tensor) -> Tensor:
     >>> encode(Codebook([torch.eye(2)]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
     [[0], [1]]
     """
-    return cast(Tensor, torch.ops.hisac.encode(*row_tensors("encode", x), register(book)))
+    return cast(Tensor, torch.ops.hisac.encode(register(book), *row_tensors("encode", x)))
 
 
 def vote(
-    book: Codebook, codes: Tensor, offsets: Offsets, *, budget: int | None = None,
-    fanout: Sequence[int] | None = None, weights: Tensor | None = None,
-) -> Agents:  # fmt: skip
+    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None
+) -> Agents:
     """The interest-agents of each user as `hisac.vote`, without gradient.
 
-    codes [T, L] int32, offsets [B + 1] or (starts, ends) or None for jagged codes, weights [T] -> Agents.
+    Reads codes [T, L] int32, offsets (or None for a jagged tensor) and weights [T] of the histories -> Agents.
 
     >>> codes = torch.tensor([[1], [0], [1]], dtype=torch.int32)
-    >>> vote(Codebook([torch.eye(2)]), codes, torch.tensor([0, 3]), budget=2).votes
+    >>> vote(Codebook([torch.eye(2)]), Histories(codes=codes, offsets=torch.tensor([0, 3])), budget=2).votes
     tensor([[2, 1]])
     """
-    starts, ends = spans_of("vote", offsets, codes)
-    codes, weights = row_tensors("vote", codes, weights)
+    h = flat("vote", histories)
     name = register(book)
-    weights = None if weights is None else weights.float()
     if budget is not None and budget < 1:  # for the core 0 is none
         raise ValueError(f"vote: budget expected 1 to {MAX_SEATS}, got {budget}")
-    found = torch.ops.hisac.vote(codes, starts, ends, name, int(budget or 0), list(fanout or ()), weights)
+    voting = Histories(None, None, h.offsets, h.codes, weights=h.weights)  # the others may need a gradient
+    found = torch.ops.hisac.vote(name, *_fields(voting), int(budget or 0), list(fanout or ()))
     return Agents(found[0], found[1], found[2], name % 2**64)
 
 
@@ -95,47 +114,44 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
         if codes.fingerprint != name % 2**64:
             raise ValueError(f"prototypes: agents of {codes.fingerprint:016x}, expected {name % 2**64:016x}")
         codes = codes.codes
-    return cast(Tensor, torch.ops.hisac.prototypes(codes, name))
+    return cast(Tensor, torch.ops.hisac.prototypes(name, codes))
 
 
 def route(
-    x: Tensor | None, v: Tensor, offsets: Offsets, prototypes: Tensor, *, count: Tensor | None = None,
-    temperature: float | Tensor = 0.1, normalize: str = "history", bias: Tensor | None = None,
-    spread: Tensor | None = None, codes: Tensor | None = None, book: Codebook | None = None, method: str = "exact",
-    refine: int = 0, missing: str = "drop", precision: str = "float32", x_ids: Tensor | None = None,
-    v_ids: Tensor | None = None, x_scale: float | Tensor | None = None, sparse: bool = False,
+    histories: Histories, prototypes: Tensor, *, count: Tensor | None = None, temperature: float | Tensor = 0.1,
+    normalize: str = "history", book: Codebook | None = None, method: str = "exact", refine: int = 0,
+    missing: str = "drop", precision: str = "float32", sparse: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
 
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
-    x [T, D] (None: codes and book), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, prototypes
-    [B, M, D], count [B], temperature a number, [1] or [M], bias, spread [T], codes [T, L] -> Tokens. spread and refined
-    prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    Of the histories it reads all but weights, and codes where `book` is given; offsets may be None beside a jagged
+    tensor. prototypes [B, M, D], count [B], temperature a number, [1] or [M] -> Tokens. spread and refined prototypes
+    are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
     precision="bfloat16" lets products round to bfloat16 where that is faster.
 
-    x_ids and v_ids [T] (or jagged, then without offsets too) make x and v tables, as the weight of an `nn.Embedding`:
-    an id outside is an absent behaviour, x may be int8 with x_scale, a number, [1] or [rows]. A table's gradient is the
-    sum over the behaviours of each row, in their order and in float64: dense, or `sparse` COO (not in torch.compile).
+    With x_ids and v_ids, x and v are tables, as the weight of an `nn.Embedding`: an id outside is an absent behaviour.
+    A table's gradient is the sum over the behaviours of each row, in their order and in float64: dense, or `sparse` COO
+    (not in torch.compile).
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
-    >>> out = route(torch.eye(2), v, torch.tensor([0, 2]), torch.eye(2)[None], temperature=0.01)
+    >>> out = route(Histories(torch.eye(2), v, torch.tensor([0, 2])), torch.eye(2)[None], temperature=0.01)
     >>> out.tokens.sum().backward()
     >>> out.tokens.tolist(), v.grad.tolist()
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
-    starts, ends = spans_of("route", offsets, v if v_ids is None else v_ids)
-    x, v, bias, spread, codes, x_ids, v_ids = row_tensors("route", x, v, bias, spread, codes, x_ids, v_ids)
-    tau = tau_tensor(temperature, v.device)
-    if x_scale is not None:
-        x_scale = x_scale.float() if isinstance(x_scale, Tensor) else tau.new_full((1,), x_scale)
+    h = flat("route", histories)
+    if h.v is None:
+        raise TypeError("route: v expected a tensor, got None")
+    tau = tau_tensor(temperature, h.v.device)
     if sparse and torch.compiler.is_compiling():
         raise NotImplementedError("route: sparse gradients are not for torch.compile, expected sparse=False")
-    _reverse_mode_only("route", x, v, prototypes, tau, bias, spread)
+    _reverse_mode_only("route", h.x, h.v, prototypes, tau, h.bias, h.spread)
+    routed = h._replace(weights=None, codes=None if book is None else h.codes)
     tokens, lse, refined = torch.ops.hisac.route(
-        x, v, starts, ends, prototypes, tau, count, None if bias is None else bias.float(), codes,
-        x_ids, v_ids, x_scale, None if book is None else register(book), normalize, method, refine, missing,
-        precision, None if spread is None else spread.float(), sparse,
+        None if book is None else register(book), *_fields(routed), prototypes, count, tau, normalize, method, missing,
+        precision, refine, sparse,
     )  # fmt: skip
     return Tokens(tokens, lse, refined if refine else prototypes)
 

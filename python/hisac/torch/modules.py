@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import Codebook
-from ..types import Agents, Attended, Tokens
-from .functions import Offsets, attend, encode, prototypes, route, row_tensors, spans_of, tau_tensor, vote
+from ..types import Agents, Attended, Histories, Tokens
+from .functions import attend, encode, flat, prototypes, route, tau_tensor, vote
 from .library import register
 
 
@@ -30,8 +30,9 @@ class Compressed(NamedTuple):
     codes: Tensor
 
 
-for _type in (Agents, Tokens, Attended, KeysValues, Compressed):  # as results of a saved torch.export program
+for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed):  # of a saved torch.export program
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
+cast(Any, torch.serialization).add_safe_globals([Histories])  # its example inputs are loaded by weights_only
 
 
 class Compressor(nn.Module):
@@ -41,7 +42,7 @@ class Compressor(nn.Module):
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
 
     >>> compress = Compressor(Codebook([torch.eye(2)]), budget=2, normalize="agents")
-    >>> out = compress(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2]))
+    >>> out = compress(Histories(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2])))
     >>> out.tokens.shape, out.agents.count.tolist()
     (torch.Size([1, 2, 3]), [2])
     """
@@ -57,32 +58,25 @@ class Compressor(nn.Module):
         self.precision, self.sparse = precision, sparse
         self.log_tau = nn.Parameter(tau_tensor(temperature).log(), learn_temperature)
         rows = torch.empty(0, book.width, dtype=torch.float32)
-        self(rows, rows, torch.zeros(1, dtype=torch.int64))  # checks every option
+        self(Histories(rows, rows, torch.zeros(1, dtype=torch.int64)))  # checks every option
 
-    def forward(
-        self, x: Tensor | None, v: Tensor, offsets: Offsets, *, codes: Tensor | None = None,
-        weights: Tensor | None = None, bias: Tensor | None = None, x_ids: Tensor | None = None,
-        v_ids: Tensor | None = None, x_scale: float | Tensor | None = None,
-    ) -> Compressed:  # fmt: skip
-        """x [T, D] (None: codes), v [T, V], offsets [B + 1] or (starts, ends) or None for jagged v, codes [T, L] of an
-        earlier call, weights [T] of the votes, bias [T] of the routing (log weight, time decay); x_ids, v_ids, x_scale
-        of gathered x and v as in `route`: with x_ids, codes are those of a table encoded once -> Compressed."""
-        if codes is None:
-            if x is None:
+    def forward(self, histories: Histories) -> Compressed:
+        """Histories -> Compressed. Without codes, those of x are computed. With x_ids, codes are needed: of a table
+        that is encoded once, indexed by the ids. weights count in the votes, bias in the routing."""
+        h = flat("Compressor", histories)
+        if h.codes is None:
+            if h.x is None:
                 raise ValueError("Compressor: neither x nor codes given, expected one of them")
-            if x_ids is not None:
+            if h.x_ids is not None:
                 raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once, index it")
-            codes = encode(self.book, x)
-        (codes,) = row_tensors("Compressor", codes)
-        spans = spans_of("Compressor", offsets, v if v_ids is None else v_ids)
-        agents = vote(self.book, codes, spans, budget=self.budget, fanout=self.fanout, weights=weights)
+            h = h._replace(codes=encode(self.book, h.x))
+        agents = vote(self.book, h, budget=self.budget, fanout=self.fanout)
         out = route(
-            x, v, spans, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
-            normalize=self.normalize, bias=bias, codes=codes, book=self.book, method=self.method, refine=self.refine,
-            missing=self.missing, precision=self.precision, x_ids=x_ids, v_ids=v_ids, x_scale=x_scale,
-            sparse=self.sparse,
+            h, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
+            normalize=self.normalize, book=self.book, method=self.method, refine=self.refine, missing=self.missing,
+            precision=self.precision, sparse=self.sparse,
         )  # fmt: skip
-        return Compressed(*out, agents, codes)
+        return Compressed(*out, agents, h.codes)
 
     def get_extra_state(self) -> Tensor:
         """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""

@@ -43,17 +43,21 @@ int main() {
   std::vector<float> prototypes(M * D), tokens(M * V), lse(M);
   const Agents agents{{kept.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}, book.fingerprint()};
   const float temperature = 1.f;
-  const Histories history{&offsets[0], &offsets[1], DType::int64, 1};
+  Histories history;
+  history.x = {x.data(), DType::float32, T, D};
+  history.v = {v.data(), DType::float32, T, V};
+  history.offsets = {&offsets[0], &offsets[1], DType::int64, 1};
+  history.codes = {codes.data(), {T, L}};
   VoteParams voting;
   voting.budget = M;
   RouteParams routing;
   routing.temperature = {&temperature, {1}};
-  const Rows xs{x.data(), DType::float32, T, D}, vs{v.data(), DType::float32, T, V};
-  const RouteInputs inputs{xs, vs, history, {prototypes.data(), {1, M, D}}, {count.data(), {1}}, {}, {}, nullptr};
-  require(encode(context, book, xs, {codes.data(), {T, L}}));
-  require(vote(context, book, voting, {codes.data(), {T, L}}, history, {}, agents));
+  const RouteAgents to{{prototypes.data(), {1, M, D}}, {count.data(), {1}}};
+  const Tokens out{{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}};
+  require(encode(context, book, history.x, {codes.data(), {T, L}}));
+  require(vote(context, book, voting, history, agents));
   require(hisac::prototypes(context, book, agents, {prototypes.data(), {1, M, D}}));
-  require(route(context, routing, inputs, {{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
+  require(route(context, nullptr, routing, history, to, out));
 
   std::printf("%d agents, the first with %d of %d votes, lse %.3f\n", count[0], static_cast<int>(votes[0]),
               static_cast<int>(T), static_cast<double>(lse[0]));

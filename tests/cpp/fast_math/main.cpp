@@ -66,13 +66,18 @@ Results results() {
   voting.budget = kBudget;
   std::vector<int32_t> kept(kUsers * kBudget * 2), count(kUsers);
   std::vector<int64_t> votes(kUsers * kBudget);
-  const Histories histories = test::histories(offsets);
+  Histories in;
+  in.x = test::rows(x, kWidth);
+  in.v = test::rows(v, kValues);
+  in.offsets = test::spans(offsets);
+  in.codes = {codes.data(), {kRows, 2}};
+  in.bias = {bias.data(), {kRows}};
   out.add(
       "vote",
       call(vote_workspace({}, book, voting, kRows),
            [&](const Context& c) {
              return vote(
-                 c, book, voting, {codes.data(), {kRows, 2}}, histories, {},
+                 c, book, voting, in,
                  {{kept.data(), {kUsers, kBudget, 2}}, {votes.data(), {kUsers, kBudget}}, {count.data(), {kUsers}}});
            }),
       kept);
@@ -88,17 +93,15 @@ Results results() {
     RouteParams routing;
     routing.normalize = normalize;
     routing.temperature = {&temperature, {1}};
-    const RouteInputs in{
-        test::rows(x, kWidth),    test::rows(v, kValues), histories, {prototypes.data(), {kUsers, kBudget, kWidth}},
-        {count.data(), {kUsers}}, {bias.data(), {kRows}}, {},        nullptr};
+    const RouteAgents agents{{prototypes.data(), {kUsers, kBudget, kWidth}}, {count.data(), {kUsers}}};
     std::vector<float> tokens(kUsers * kBudget * kValues), lse(kUsers * kBudget), scored(kUsers * kValues),
         total(kUsers);
     out.add(
         "route",
-        call(route_workspace({}, routing, in, kRows),
+        call(route_workspace({}, nullptr, routing, in, agents, kRows),
              [&](const Context& c) {
                return route(
-                   c, routing, in,
+                   c, nullptr, routing, in, agents,
                    {{tokens.data(), DType::float32, kUsers * kBudget, kValues}, {lse.data(), {kUsers, kBudget}}, {}});
              }),
         tokens);
@@ -110,7 +113,7 @@ Results results() {
                     test::rows(tokens, kValues),
                     kBudget,
                     1,
-                    test::histories(each),
+                    test::spans(each),
                     {},
                     0.5f};
     to.bias = {lse.data(), {kUsers, kBudget}};

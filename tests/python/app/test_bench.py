@@ -24,7 +24,7 @@ import table
 import truth
 import works
 from bench_support import BENCH, kernel, needs_threadpoolctl
-from hisac import reference
+from hisac import Histories, reference
 
 ONCE = harness.Effort(share=0.0, least=1, most=1, pause=0.0, sample=0.0)
 NAMES = [
@@ -189,13 +189,13 @@ def test_float64_truths_agree_with_the_reference(seed: int):
     v, p = rng.standard_normal((60, 3)), data.unit(rng, 3, 8, 6)
     offsets, count, book = np.array([0, 25, 26, 60]), np.array([8, 3, 5]), reference.Codebook(centers)
     for mode in ("history", "agents"):
-        expected = reference.route(x, v, offsets, p, count=count, temperature=0.2, normalize=mode)
+        expected = reference.route(Histories(x, v, offsets), p, count=count, temperature=0.2, normalize=mode)
         found = truth.route64(x, v, offsets, p, 0.2, count, mode)
         np.testing.assert_allclose(found.tokens, expected.tokens, rtol=1e-11, atol=1e-12)
         np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-11, atol=1e-12)
 
     one = np.array([0, 60])
-    expected = reference.route(x, v, one, p[:1], temperature=0.2, codes=codes, book=book, method="leaf")
+    expected = reference.route(Histories(x, v, one, codes), p[:1], temperature=0.2, book=book, method="leaf")
     found = truth.leaf64(x, v, peers_codes.numpy_leaves(codes, (7, 5)), p[0], 0.2)
     np.testing.assert_allclose(found.tokens, expected.tokens, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-10, atol=1e-12)
@@ -203,8 +203,8 @@ def test_float64_truths_agree_with_the_reference(seed: int):
     d_tokens = rng.standard_normal((1, 8, 3))
     for mode in ("history", "agents"):
         options = {"temperature": 0.2, "normalize": mode}
-        forward = reference.route(x, v, one, p[:1], **options)
-        expected = reference.route_backward(d_tokens, None, forward, x, v, one, **options)
+        forward = reference.route(Histories(x, v, one), p[:1], **options)
+        expected = reference.route_backward(d_tokens, None, forward, Histories(x, v, one), **options)
         found, terms = truth.backward64(d_tokens, forward, x, v, p[:1], 0.2, mode)
         np.testing.assert_allclose(found.v, expected.v, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(found.temperature, expected.temperature, atol=1e-11 * terms)
@@ -230,7 +230,7 @@ def test_voting_peers_break_ties_as_the_reference(rule: dict[str, Any], users: i
             continue
         call = make()
         for i, c in enumerate(codes):
-            expected = reference.vote(book, c, offsets, **rule)
+            expected = reference.vote(book, Histories(codes=c, offsets=offsets), **rule)
             for got, want in zip(call(i), expected[:3], strict=True):
                 assert np.array_equal(np.asarray(got), want), (name, i)
         ran += 1
@@ -240,9 +240,13 @@ def test_voting_peers_break_ties_as_the_reference(rule: dict[str, Any], users: i
 def rounded(f: Any) -> Any:
     """A reference function that takes torch's bfloat16 too, and then rounds its first result to it."""
 
+    def dense(a: Any) -> Any:
+        return a._make(map(dense, a)) if isinstance(a, Histories) else None if a is None else truth.dense(a)
+
     def call(*arrays: Any, **options: Any) -> Any:
-        result = f(*(truth.dense(a) for a in arrays), **options)
-        if "bfloat16" not in str(getattr(arrays[0], "dtype", "")):
+        result = f(*map(dense, arrays), **options)
+        first = arrays[0].v if isinstance(arrays[0], Histories) else arrays[0]
+        if "bfloat16" not in str(getattr(first, "dtype", "")):
             return result
         return result._replace(**{result._fields[0]: works.as_bf16(result[0])[0]})
 

@@ -112,9 +112,10 @@ def test_compress_is_the_definition(book, capsys, rule, normalize):
     assert out.startswith("tokens.npz: tokens [5, 6, 4] float32 of 90 behaviours; agents a user: ")
     x, offsets = np.load("events.npy"), np.load("offsets.npy")
     options = {"budget": 6} if rule[0] == "--budget" else {"fanout": (3, 2)}
-    agents = reference.vote(reference.Codebook(book.centers), book.encode(x), offsets, **options)
+    histories = hisac.Histories(x, x, offsets, book.encode(x))
+    agents = reference.vote(reference.Codebook(book.centers), histories, **options)
     p = reference.Codebook(book.centers).prototypes(agents)
-    wanted = reference.route(x, x, offsets, p, count=agents.count, temperature=0.5, normalize=normalize)
+    wanted = reference.route(histories, p, count=agents.count, temperature=0.5, normalize=normalize)
     with np.load("tokens.npz") as f:
         np.testing.assert_array_equal(f["codes"], agents.codes)
         np.testing.assert_array_equal(f["votes"], agents.votes)

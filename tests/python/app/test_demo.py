@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hisac
-from hisac import reference
+from hisac import Histories, reference
 from hisac.app import demo, explain, protocol, trial
 
 
@@ -198,12 +198,10 @@ def test_tokens_score_as_the_formula_says(world, asked, setting):
     q = trial.candidates(world, few)
     found = trial.score(tokens, bias, q, few.candidate_offsets)
     book = reference.Codebook(world.book.centers)
-    histories = few.starts, few.ends
-    agents = reference.vote(book, world.codes, histories, **setting.rule)
-    made = reference.route(
-        world.x, world.x, histories, book.prototypes(agents),
-        count=agents.count, temperature=0.5, normalize=setting.normalize,
-    )  # fmt: skip
+    histories = Histories(world.x, world.x, (few.starts, few.ends), world.codes)
+    agents = reference.vote(book, histories, **setting.rule)
+    options = {"count": agents.count, "temperature": 0.5, "normalize": setting.normalize}
+    made = reference.route(histories, book.prototypes(agents), **options)
     for n in range(0, len(q), 17):
         b = int(np.searchsorted(few.candidate_offsets, n, side="right") - 1)
         live = slice(0, agents.count[b])
@@ -325,11 +323,10 @@ def portrait(world, events):
 
 def test_the_weights_shown_are_those_of_route(world, events):
     p, rows, _ = portrait(world, events)
-    agents = hisac.vote(world.book, world.codes[rows], np.array([0, 900]), budget=explain.SEATS)
-    made = reference.route(
-        world.x[rows], world.x[rows], np.array([0, 900]), reference.Codebook(world.book.centers).prototypes(agents),
-        count=agents.count, temperature=0.1, normalize="agents",
-    )  # fmt: skip
+    histories = Histories(world.x[rows], world.x[rows], lengths=[900], codes=world.codes[rows])
+    agents = hisac.vote(world.book, histories, budget=explain.SEATS)
+    p_agents = reference.Codebook(world.book.centers).prototypes(agents)
+    made = reference.route(histories, p_agents, count=agents.count, temperature=0.1, normalize="agents")
     np.testing.assert_allclose(p.weights.T @ world.x[rows], made.tokens[0, : len(p.names)], atol=1e-5)
 
 

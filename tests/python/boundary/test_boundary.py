@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hisac
-from hisac import Attended, Codebook, Tokens
+from hisac import Attended, Codebook, Histories, Tokens
+from support import by_field
 
 torch = pytest.importorskip("torch")
 
@@ -29,12 +30,13 @@ OTHER = Codebook([normal(4, D + 1), normal(3, D + 1)])
 X, VALUE, BIAS, WEIGHTS = normal(T, D), normal(T, V), normal(T), np.abs(normal(T))
 OFFSETS = np.array([0, 4, T])
 CODES = BOOK.encode(X)
-AGENTS = hisac.vote(BOOK, CODES, OFFSETS, budget=M)
+AGENTS = hisac.vote(BOOK, Histories(offsets=OFFSETS, codes=CODES), budget=M)
 PROTOTYPES = BOOK.prototypes(AGENTS)
 TAU = np.array([0.5, 1, 2, 4], np.float32)
 ROUTE = {"x": X, "v": VALUE, "offsets": OFFSETS, "prototypes": PROTOTYPES}
 MORE = {"count": AGENTS.count, "temperature": TAU, "bias": BIAS, "codes": CODES}
-TOKENS = hisac.route(**ROUTE, **MORE, book=BOOK)
+route = by_field(hisac.route)
+TOKENS = route(**ROUTE, **MORE, book=BOOK)
 ATTEND = {
     "q": normal(N, H, D),
     "keys": normal(B, M, H, D),
@@ -47,7 +49,7 @@ ATTENDED = hisac.attend(**ATTEND, **LIKES)
 
 def route_backward(d_tokens, d_lse, tokens, lse, prototypes, **rest):
     need = hisac.RouteGradients._fields if rest.get("x") is not None else ("v",)
-    return hisac.route_backward(d_tokens, d_lse, Tokens(tokens, lse, prototypes), **{"need": need, **rest})
+    return by_field(hisac.route_backward)(d_tokens, d_lse, Tokens(tokens, lse, prototypes), **{"need": need, **rest})
 
 
 def attend_backward(d_out, d_lse, out, lse, **rest):
@@ -62,11 +64,11 @@ CALLS = {  # verb: the function and all its array arguments
     "encode": (partial(hisac.encode, BOOK), {"x": X}),
     "leaves": (BOOK.leaves, {"codes": CODES}),
     "prototypes": (BOOK.prototypes, {"codes": CODES}),
-    "vote": (partial(hisac.vote, BOOK, budget=M), {"codes": CODES, "offsets": OFFSETS, "weights": WEIGHTS}),
-    "route": (partial(hisac.route, book=BOOK), {**ROUTE, **MORE}),
+    "vote": (partial(by_field(hisac.vote), BOOK, budget=M), {"codes": CODES, "offsets": OFFSETS, "weights": WEIGHTS}),
+    "route": (partial(route, book=BOOK), {**ROUTE, **MORE}),
     "route_backward": (partial(route_backward, book=BOOK), {**BACK, **ROUTE, **MORE}),
     "leaf_sums": (
-        partial(hisac.leaf_sums, book=BOOK),
+        partial(by_field(hisac.leaf_sums), book=BOOK),
         {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "bias": BIAS, "spread": WEIGHTS},
     ),
     "attend": (hisac.attend, {**ATTEND, **LIKES}),
@@ -133,16 +135,17 @@ def test_results_are_of_the_inputs_kind(verb):
 def test_half_precision(dtype):
     half = getattr(torch, dtype)
     x, v, q, k, w = (torch.from_numpy(a).to(half) for a in (X, VALUE, *list(ATTEND.values())[:3]))
-    tokens = hisac.route(x, v, OFFSETS, PROTOTYPES)
-    exact = hisac.route(x.float(), v.float(), OFFSETS, PROTOTYPES)
+    tokens = hisac.route(Histories(x, v, OFFSETS), PROTOTYPES)
+    exact = hisac.route(Histories(x.float(), v.float(), OFFSETS), PROTOTYPES)
     assert tokens.tokens.dtype == half and tokens.lse.dtype == torch.float32
     assert torch.equal(tokens.tokens, exact.tokens.to(half)) and torch.equal(tokens.lse, exact.lse)
     assert torch.equal(hisac.encode(BOOK, x), hisac.encode(BOOK, x.float()))
     attended = hisac.attend(q, k, w, ATTEND["candidate_offsets"])
     assert attended.out.dtype == half and attended.lse.dtype == torch.float32
-    assert all(g.dtype == torch.float32 for g in hisac.route_backward(tokens.tokens, None, tokens, x, v, OFFSETS)[:3])
+    gradients = hisac.route_backward(tokens.tokens, None, tokens, Histories(x, v, OFFSETS))
+    assert all(g.dtype == torch.float32 for g in gradients[:3])
     if dtype == "float16":
-        assert hisac.route(x.numpy(), v.numpy(), OFFSETS, PROTOTYPES).tokens.dtype == np.float16
+        assert hisac.route(Histories(x.numpy(), v.numpy(), OFFSETS), PROTOTYPES).tokens.dtype == np.float16
 
 
 def test_inputs_are_borrowed_and_outputs_written_in_place():
@@ -165,12 +168,12 @@ def test_inputs_are_borrowed_and_outputs_written_in_place():
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("convert", [np.copy, lambda a: torch.from_numpy(a.copy())])
 def test_out_of_route_and_attend(refine, convert):
-    fresh = hisac.route(**ROUTE, refine=refine)
+    fresh = route(**ROUTE, refine=refine)
     out = Tokens(*(convert(np.full_like(a, 9)) for a in fresh))
-    again = hisac.route(**ROUTE, refine=refine, out=out)
+    again = route(**ROUTE, refine=refine, out=out)
     assert again.tokens is out.tokens and again.lse is out.lse and bits(again) == bits(fresh)
     assert (again.prototypes is out.prototypes) == (refine > 0)
-    partly = hisac.route(**ROUTE, refine=refine, out=Tokens(None, out.lse, None))
+    partly = route(**ROUTE, refine=refine, out=Tokens(None, out.lse, None))
     assert partly.lse is out.lse and bits(partly) == bits(fresh)
     out = Attended(*(convert(np.full_like(a, 9)) for a in ATTENDED))
     assert hisac.attend(**ATTEND, **LIKES, out=out)[0] is out.out and bits(out) == bits(ATTENDED)
@@ -251,8 +254,9 @@ def test_any_view_is_its_copy(data):
     x, v = view(rows, width), view(rows, width)
     prototypes = np.stack([view(3, width), view(3, width)])[:, ::-1]
     cut = data.draw(st.integers(0, rows))
-    args = np.array([0, cut, rows], data.draw(st.sampled_from([np.int32, np.int64]))), prototypes
-    assert bits(hisac.route(x, v, *args)) == bits(hisac.route(x.copy(), v.copy(), args[0], prototypes.copy()))
+    offsets = np.array([0, cut, rows], data.draw(st.sampled_from([np.int32, np.int64])))
+    copied = hisac.route(Histories(x.copy(), v.copy(), offsets), prototypes.copy())
+    assert bits(hisac.route(Histories(x, v, offsets), prototypes)) == bits(copied)
 
 
 # -------------------------------------------------------------------------------------------------------------- refused
@@ -301,6 +305,8 @@ REFUSED = {  # what comes: how it is made of a right argument, the words after "
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize(("verb", "name"), ARGUMENTS)
 def test_refused_kinds(verb, name, kind):
+    if (name, kind) == ("offsets", "list"):
+        pytest.skip("taken: test_offsets_of_every_kind")
     make, text = REFUSED[kind]
     bad = make(CALLS[verb][1][name])
     with pytest.raises(TypeError, match=re.escape(f"{verb}: {name} {text}")):
@@ -399,7 +405,7 @@ def test_out_tensors_whose_meaning_would_be_lost():
         (tokens.clone().requires_grad_(), "route: out tokens requires grad, which hisac.route would cut; "),
     ):
         with pytest.raises(TypeError, match=re.escape(text)):
-            hisac.route(x, v, OFFSETS, PROTOTYPES, out=Tokens(bad, None, None))
+            hisac.route(Histories(x, v, OFFSETS), PROTOTYPES, out=Tokens(bad, None, None))
     assert (tokens == 0).all()
 
 
@@ -421,5 +427,5 @@ def test_out_tensors_whose_meaning_would_be_lost():
 def test_nothing_is_written_on_error(wrong):
     out = Tokens(np.full((B, M, V), 9, np.float32), np.full((B, M), 9, np.float32), np.full((B, M, D), 9, np.float32))
     with pytest.raises(ValueError, match=r"^route: "):
-        hisac.route(**{**ROUTE, **wrong}, out=out)
+        route(**{**ROUTE, **wrong}, out=out)
     assert all((a == 9).all() for a in out)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import hisac
-from hisac import Attended, Codebook, Tokens
+from hisac import Attended, Codebook, Histories, Tokens
+from support import by_field
 
 RNG = np.random.default_rng(7)
 
@@ -21,7 +22,7 @@ X, VALUE = normal(10, 6), normal(10, 3)
 OFFSETS = np.array([0, 4, 10])
 STARTS, ENDS = OFFSETS[:-1], OFFSETS[1:]
 CODES = BOOK.encode(X)
-AGENTS = hisac.vote(BOOK, CODES, OFFSETS, budget=4)
+AGENTS = hisac.vote(BOOK, Histories(offsets=OFFSETS, codes=CODES), budget=4)
 PROTOTYPES = BOOK.prototypes(AGENTS)
 ONE = np.ones((10, 1), np.float32)
 NAN, INF = float("nan"), float("inf")
@@ -139,8 +140,12 @@ HISTORIES = [
     ((STARTS, ENDS[None]), ValueError, "ends expected [B], got int64 [1, 2]"),
     ((STARTS,), ValueError, "offsets expected an array, or a tuple (starts, ends), got a tuple of 1"),
     ((0, 4, 10), ValueError, "offsets expected an array, or a tuple (starts, ends), got a tuple of 3"),
-    ([0, 4, 10], TypeError, f"offsets {KIND} list"),
-    (None, TypeError, f"offsets {KIND} NoneType"),
+    ([0, 5, 4], ValueError, f"{ROWS} [5, 4) for user 1"),
+    ([0, 4.0, 10], TypeError, "offsets expected a whole number, got 4.0"),
+    ([0, 4, 2**63], ValueError, f"offsets expected {-(2**63)} to {2**63 - 1}, got {2**63}"),
+    (([0, 4], [4, 11]), ValueError, f"{ROWS} [4, 11) for user 1"),
+    ([], ValueError, "offsets expected [B+1], got an empty array"),
+    (None, TypeError, "offsets expected [B + 1], (starts, ends) or lengths=, got None"),
     (np.array([], int), ValueError, "offsets expected [B+1], got an empty array"),
     (np.array(3), ValueError, "offsets expected [B+1], got int64 []"),
     (OFFSETS[None], ValueError, "offsets expected [B+1], got int64 [1, 3]"),
@@ -150,8 +155,8 @@ HISTORIES = [
 
 @pytest.mark.parametrize(("offsets", "kind", "text"), HISTORIES)
 def test_histories(offsets, kind, text):
-    said(lambda: hisac.vote(BOOK, CODES, offsets, budget=4), kind, f"vote: {text}")
-    said(lambda: hisac.route(X, VALUE, offsets, PROTOTYPES), kind, f"route: {text}")
+    said(lambda: hisac.vote(BOOK, Histories(offsets=offsets, codes=CODES), budget=4), kind, f"vote: {text}")
+    said(lambda: hisac.route(Histories(X, VALUE, offsets), PROTOTYPES), kind, f"route: {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- vote
@@ -197,12 +202,13 @@ def test_histories(offsets, kind, text):
 )
 def test_vote(change, kind, text):
     right = {"book": BOOK, "codes": CODES, "offsets": OFFSETS, "budget": 4}
-    said(lambda: hisac.vote(**{**right, **change}), kind, f"vote: {text}")
+    said(lambda: by_field(hisac.vote)(**{**right, **change}), kind, f"vote: {text}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- route
 
 TAU = "temperature expected a number, or float32 [1] or [M]"
+NEEDED = "codes and their codebook expected where x is not given and with the leaf method, got no codebook"
 ROUTE = [
     ({"x": X[0]}, ValueError, "x expected [T, D], got float32 [6]"),
     ({"v": VALUE[0]}, ValueError, "v expected [T, V], got float32 [3]"),
@@ -216,8 +222,7 @@ ROUTE = [
     ({"bias": ONE[:9, 0]}, ValueError, "bias expected [10], got [9]"),
     ({"bias": ONE}, ValueError, "bias expected float32 [T], got float32 [10, 1]"),
     ({"spread": ONE[:9, 0]}, ValueError, "spread expected [10], got [9]"),
-    ({"codes": CODES}, ValueError, "codes and book go together, got only codes"),
-    ({"book": BOOK}, ValueError, "codes and book go together, got only book"),
+    ({"book": BOOK}, TypeError, f"codes {KIND} NoneType"),
     ({"codes": CODES, "book": "b"}, TypeError, "book expected hisac.Codebook, got str"),
     ({"codes": CODES[:9], "book": BOOK}, ValueError, "codes expected [10, 2], got [9, 2]"),
     ({"codes": CODES[:, :1], "book": BOOK}, ValueError, "codes expected [10, 2], got [10, 1]"),
@@ -226,12 +231,13 @@ ROUTE = [
         ValueError,
         "prototypes is [2, 4, 6], the codebook has D = 5: D differs",
     ),
-    ({"x": None}, ValueError, "codes expected where x is not given and with the leaf method, got none"),
-    ({"method": "leaf"}, ValueError, "codes expected where x is not given and with the leaf method, got none"),
+    ({"x": None}, ValueError, NEEDED),
+    ({"x": None, "codes": CODES}, ValueError, NEEDED),
+    ({"method": "leaf"}, ValueError, NEEDED),
     (
         {"method": "leaf", "x": X[:0], "v": VALUE[:0], "offsets": np.zeros(3, int)},
         ValueError,
-        "codes expected where x is not given and with the leaf method, got none",
+        NEEDED,
     ),
     ({"temperature": 0}, ValueError, "temperature expected finite and > 0, got 0.0"),
     ({"temperature": -1.0}, ValueError, "temperature expected finite and > 0, got -1.0"),
@@ -276,7 +282,7 @@ ROUTE = [
 )
 def test_route(change, kind, text):
     right = {"x": X, "v": VALUE, "offsets": OFFSETS, "prototypes": PROTOTYPES}
-    said(lambda: hisac.route(**{**right, **change}), kind, f"route: {text}")
+    said(lambda: by_field(hisac.route)(**{**right, **change}), kind, f"route: {text}")
 
 
 @pytest.mark.parametrize(
@@ -289,10 +295,10 @@ def test_route(change, kind, text):
 )
 def test_leaf_sums(change, kind, text):
     right = {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "book": BOOK}
-    said(lambda: hisac.leaf_sums(**{**right, **change}), kind, f"leaf_sums: {text}")
+    said(lambda: by_field(hisac.leaf_sums)(**{**right, **change}), kind, f"leaf_sums: {text}")
 
 
-TOKENS = hisac.route(X, VALUE, OFFSETS, PROTOTYPES)
+TOKENS = hisac.route(Histories(X, VALUE, OFFSETS), PROTOTYPES)
 LEAF = {"codes": CODES, "book": BOOK, "method": "leaf"}
 FIELDS = "('v', 'temperature', 'bias', 'x', 'prototypes')"
 RETURNED = "expected tokens and d_tokens [2, 4, 3], lse and d_lse [2, 4]"
@@ -320,7 +326,7 @@ RETURNED = "expected tokens and d_tokens [2, 4, 3], lse and d_lse [2, 4]"
 )
 def test_route_backward(change, kind, text):
     right = {"d_tokens": TOKENS.tokens, "d_lse": None, "forward": TOKENS, "x": X, "v": VALUE, "offsets": OFFSETS}
-    said(lambda: hisac.route_backward(**{**right, **change}), kind, f"route_backward: {text}")
+    said(lambda: by_field(hisac.route_backward)(**{**right, **change}), kind, f"route_backward: {text}")
 
 
 # --------------------------------------------------------------------------------------------------------------- attend
@@ -418,6 +424,6 @@ def test_set_num_threads(n, kind, text):
 def test_huge_offsets_ask_for_no_memory(end):
     """The leaf method's workspace grows with the longest history: wrong offsets are still named as such."""
     book, x = hisac.Codebook([np.eye(2, dtype=np.float32)]), np.zeros((3, 2), np.float32)
-    options = {"codes": np.zeros((3, 1), np.int32), "book": book, "method": "leaf"}
+    histories = Histories(x, x, np.array([0, end]), np.zeros((3, 1), np.int32))
     with pytest.raises(ValueError, match=r"^route: offsets expected 0 <= start <= end <= 3 for every user"):
-        hisac.route(x, x, np.array([0, end]), x[None, :2], **options)
+        hisac.route(histories, x[None, :2], book=book, method="leaf")

@@ -25,12 +25,13 @@ from test_boundary import (
     fake,
     locked,
     offset,
+    route,
     sliced,
     unaligned,
 )
 
 import hisac
-from hisac import Attended, Tokens, _core, arrays
+from hisac import Attended, Histories, Tokens, _core, arrays
 
 torch = pytest.importorskip("torch")
 
@@ -80,7 +81,7 @@ def test_what_is_not_plain_goes_through_take(kind):
 def test_builtin_types_by_their_names(letter):
     codes = CODES.astype(letter)
     with pytest.raises(TypeError) as error:
-        hisac.vote(BOOK, codes, ROUTE["offsets"], budget=2)
+        hisac.vote(BOOK, Histories(offsets=ROUTE["offsets"], codes=codes), budget=2)
     assert str(error.value) == f"vote: codes expected int32 [T, L], got {codes.dtype} {list(codes.shape)}"
 
 
@@ -93,11 +94,11 @@ def test_types_of_others_are_no_builtin_ones():
 
 
 OUT_FIELDS = {
-    "route: out tokens": (TOKENS.tokens, lambda a: hisac.route(**ROUTE, out=Tokens(a, None, None)).tokens),
-    "route: out lse": (TOKENS.lse, lambda a: hisac.route(**ROUTE, out=Tokens(None, a, None)).lse),
+    "route: out tokens": (TOKENS.tokens, lambda a: route(**ROUTE, out=Tokens(a, None, None)).tokens),
+    "route: out lse": (TOKENS.lse, lambda a: route(**ROUTE, out=Tokens(None, a, None)).lse),
     "route: out prototypes": (
         PROTOTYPES,
-        lambda a: hisac.route(**ROUTE, refine=1, out=Tokens(None, None, a)).prototypes,
+        lambda a: route(**ROUTE, refine=1, out=Tokens(None, None, a)).prototypes,
     ),
     "attend: out": (ATTENDED.out, lambda a: hisac.attend(**ATTEND, out=Attended(a, None)).out),
     "attend: out lse": (ATTENDED.lse, lambda a: hisac.attend(**ATTEND, out=Attended(None, a)).lse),
@@ -152,13 +153,13 @@ OUTS = {  # the output: what it holds, the call with it, the inputs
     "encode: out": (CODES, lambda a, x=X: hisac.encode(BOOK, x, out=a), {"x": X}),
     "route: out tokens": (
         TOKENS.tokens,
-        lambda a, **new: hisac.route(**{**ROUTE, **new}, out=Tokens(a, None, None)),
+        lambda a, **new: route(**{**ROUTE, **new}, out=Tokens(a, None, None)),
         ROUTE,
     ),
-    "route: out lse": (TOKENS.lse, lambda a, **new: hisac.route(**{**ROUTE, **new}, out=Tokens(None, a, None)), ROUTE),
+    "route: out lse": (TOKENS.lse, lambda a, **new: route(**{**ROUTE, **new}, out=Tokens(None, a, None)), ROUTE),
     "route: out prototypes": (
         PROTOTYPES,
-        lambda a, **new: hisac.route(**{**ROUTE, **new}, refine=1, out=Tokens(None, None, a)),
+        lambda a, **new: route(**{**ROUTE, **new}, refine=1, out=Tokens(None, None, a)),
         ROUTE,
     ),
     "attend: out": (ATTENDED.out, lambda a, **new: hisac.attend(**{**ATTEND, **new}, out=Attended(a, None)), ATTEND),
@@ -201,13 +202,13 @@ def test_outputs_share_no_memory():
         (Tokens(apart, lse, refined), "prototypes", "lse"),
     ):
         with pytest.raises(ValueError) as error:
-            hisac.route(**ROUTE, refine=1, out=given)
+            route(**ROUTE, refine=1, out=given)
         assert str(error.value) == f"route: out {name} expected memory of its own, got that of out {other}"
     with pytest.raises(ValueError, match=r"^attend: out lse expected memory of its own, got that of out$"):
         hisac.attend(**ATTEND, out=Attended(at(0, ATTENDED.out, memory), at(0, ATTENDED.lse, memory)))
-    first = hisac.route(**ROUTE)  # returns the prototypes that came in
+    first = route(**ROUTE)  # returns the prototypes that came in
     with pytest.raises(ValueError, match=r"^route: out prototypes expected memory of its own, got that of prototypes$"):
-        hisac.route(**ROUTE, refine=1, out=first)
+        route(**ROUTE, refine=1, out=first)
 
 
 def test_arrays_without_elements_share_nothing():
@@ -217,7 +218,7 @@ def test_arrays_without_elements_share_nothing():
     out = memory[8:8].view(np.int32).reshape(0, 2)
     assert hisac.encode(BOOK, x[1:1], out=out) is out
     tokens = Tokens(memory[8:8].view(np.float32).reshape(0, 4, D), memory[8:8].view(np.float32).reshape(0, 4), None)
-    assert hisac.route(x, x, np.zeros(1, int), PROTOTYPES[:0], out=tokens).tokens is tokens.tokens
+    assert hisac.route(Histories(x, x, np.zeros(1, int)), PROTOTYPES[:0], out=tokens).tokens is tokens.tokens
 
 
 def test_the_core_s_own_outputs():
@@ -225,9 +226,8 @@ def test_the_core_s_own_outputs():
     memory, book = np.zeros(1 << 12, np.uint8), BOOK._core
     codes, wide = at(0, CODES, memory), np.empty((T, 2), np.int64)
     rows, groups = at(0, X, memory), np.array([0, T])
-    none = dict.fromkeys(("x_ids", "v_ids", "x_scale"))
-    sums = dict(out_x=np.empty((T, D), "f4"), out_v=np.empty((T, 3), "f4"), out_offsets=np.empty(2, int))
-    sums |= dict(out_bias=np.empty(T, "f4"), out_spread=at(0, X[0], memory), out_codes=CODES.copy())
+    batch = Histories(rows, VALUE, groups, CODES)
+    sums = np.empty((T, D), "f4"), np.empty((T, 3), "f4"), np.empty(2, int), CODES.copy(), np.empty(T, "f4")
     for call_core, text in (
         (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
         (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
@@ -235,11 +235,11 @@ def test_the_core_s_own_outputs():
         (lambda: _core.fit(X, [rows[:2], rows[1:3]], 1, 0, None), "fit: centers {} centers"),
         (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
         (
-            lambda: _core.vote(book, CODES, groups, None, 1, [], None, codes[:1, None], wide[:1, :1], codes[0, :1]),
+            lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], codes[0, :1]),
             "vote: out count {} out codes",
         ),
         (
-            lambda: _core.leaf_sums(rows, VALUE, groups, None, None, None, CODES, book, **none, **sums),
+            lambda: _core.leaf_sums(book, batch, *sums, at(0, X[0], memory)),
             "leaf_sums: out spread {} x",
         ),
     ):  # fmt: skip
@@ -279,11 +279,11 @@ def test_bfloat16_of_others_is_torch_s(kind):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(np.asarray(a, np.float64), b.double().numpy())
 
-    rest = {"offsets": ROUTE["offsets"], "prototypes": PROTOTYPES}
+    offsets, v = ROUTE["offsets"], ROUTE["v"]
     both(lambda x: hisac.encode(BOOK, x), np.int32, x=X)
-    both(lambda x, v: hisac.route(x, v, **rest)[:2], x=X, v=ROUTE["v"])
-    both(lambda v: hisac.route(X, v, **rest, missing="token")[:2], v=ROUTE["v"]) if kind < 3 else None
-    both(lambda x, v: hisac.leaf_sums(x, v, rest["offsets"], CODES, BOOK), np.float32, x=X, v=ROUTE["v"])
+    both(lambda x, v: hisac.route(Histories(x, v, offsets), PROTOTYPES)[:2], x=X, v=v)
+    both(lambda v: hisac.route(Histories(X, v, offsets), PROTOTYPES, missing="token")[:2], v=v) if kind < 3 else None
+    both(lambda x, v: hisac.leaf_sums(BOOK, Histories(x, v, offsets, CODES)), np.float32, x=X, v=v)
     qkv = {name: ATTEND[name] for name in ("q", "keys", "values")}
     both(lambda **a: hisac.attend(**a, candidate_offsets=ATTEND["candidate_offsets"]), **qkv)
     tensor, array = torch.from_numpy(X).bfloat16(), other_bfloat16(X)[kind]
@@ -292,14 +292,15 @@ def test_bfloat16_of_others_is_torch_s(kind):
 
 def test_bfloat16_results_of_the_caller():
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
-    x, v = X.astype(bfloat16), ROUTE["v"].astype(bfloat16)
-    fresh = hisac.route(x, v, ROUTE["offsets"], PROTOTYPES)
+    x = X.astype(bfloat16)
+    histories = Histories(x, ROUTE["v"].astype(bfloat16), ROUTE["offsets"])
+    fresh = hisac.route(histories, PROTOTYPES)
     assert _core.plain("a T D", (x,))
     out = Tokens(np.zeros_like(fresh.tokens), None, None)
-    assert hisac.route(x, v, ROUTE["offsets"], PROTOTYPES, out=out).tokens is out.tokens
+    assert hisac.route(histories, PROTOTYPES, out=out).tokens is out.tokens
     assert out.tokens.tobytes() == fresh.tokens.tobytes()
     with pytest.raises(ValueError, match=r"^route: out tokens expected bfloat16 .*, got float16 "):
-        hisac.route(x, v, ROUTE["offsets"], PROTOTYPES, out=Tokens(fresh.tokens.astype(np.float16), None, None))
+        hisac.route(histories, PROTOTYPES, out=Tokens(fresh.tokens.astype(np.float16), None, None))
 
 
 def test_bfloat16_by_dlpack_needs_ml_dtypes(monkeypatch):
@@ -337,11 +338,14 @@ def test_empty_arrays_of_absurd_widths(width, convert):
     for function, name in (
         (lambda: hisac.encode(BOOK, x), "encode: x"),
         (lambda: hisac.fit(x, (2,)), "fit: x"),
-        (lambda: hisac.route(**{**right, "x": x}), "route: x"),
-        (lambda: hisac.route(**{**right, "v": x}), "route: v"),
-        (lambda: hisac.route(**{**right, "prototypes": prototypes}), "route: prototypes"),
-        (lambda: hisac.route_backward(none, None, Tokens(none, lse, prototypes), x, v, offsets), "route_backward: x"),
-        (lambda: hisac.leaf_sums(x, v, offsets, codes, BOOK), "leaf_sums: x"),
+        (lambda: route(**{**right, "x": x}), "route: x"),
+        (lambda: route(**{**right, "v": x}), "route: v"),
+        (lambda: route(**{**right, "prototypes": prototypes}), "route: prototypes"),
+        (
+            lambda: hisac.route_backward(none, None, Tokens(none, lse, prototypes), Histories(x, v, offsets)),
+            "route_backward: x",
+        ),
+        (lambda: hisac.leaf_sums(BOOK, Histories(x, v, offsets, codes)), "leaf_sums: x"),
         (lambda: hisac.attend(q, keys, keys, offsets), "attend: q"),
     ):
         with pytest.raises(ValueError, match=rf"^{name} expected [DVd] of at most 2\^20, got {width}$"):
@@ -352,13 +356,13 @@ def test_the_core_checks_widths_itself():
     """As torch's operators call it."""
     wide, v, offsets = np.empty((0, 2**57 + 1024), "f4"), np.empty((0, 3), "f4"), np.zeros(3, int)
     out = np.empty((2, 0, 3), "f4"), np.empty((2, 0), "f4")
-    rest = [offsets, None, None, None, None, None, None, None, None]
     options = [None, 1.0, "history", "exact", "drop", "float32", 0]
     with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
-        _core.route(wide, v, *rest, np.empty((2, 0, 1), "f4"), *options, *out, None)
+        _core.route(None, Histories(wide, v, offsets), np.empty((2, 0, 1), "f4"), *options, *out, None)
     with pytest.raises(ValueError, match=r"^route: prototypes expected .* D at most 2\^20, got float32 \[2, 0, 144"):
-        _core.route(v, v, *rest, np.empty((2, 0, 2**57), "f4"), *options, *out, None)
-    from hisac.torch import route
+        _core.route(None, Histories(v, v, offsets), np.empty((2, 0, 2**57), "f4"), *options, *out, None)
+    from hisac import torch as hisac_torch
 
+    wide, v, offsets, prototypes = map(torch.from_numpy, (wide, v, offsets, np.empty((2, 0, 2**57 + 1024), "f4")))
     with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
-        route(*map(torch.from_numpy, (wide, v, offsets, np.empty((2, 0, 2**57 + 1024), "f4"))))
+        hisac_torch.route(Histories(wide, v, offsets), prototypes)

@@ -118,8 +118,8 @@ rng = np.random.default_rng(0)
 x = rng.normal(size=(200, 16)).astype("f4")
 book = hisac.fit(x, (8, 8), iterations=3)
 codes, offsets = book.encode(x), np.array([0, 90, 200])
-agents = hisac.vote(book, codes, offsets, budget=10)
-t = hisac.route(x, x, offsets, book.prototypes(agents), normalize="agents")
+agents = hisac.vote(book, hisac.Histories(codes=codes, offsets=offsets), budget=10)
+t = hisac.route(hisac.Histories(x, x, offsets), book.prototypes(agents), normalize="agents")
 print(hisac.get_num_threads(), hisac.backends()["cpu"], book.fingerprint, codes.tolist(), agents.votes.tolist())
 print(" ".join(f"{n:.4f}" for n in t.tokens.ravel()[:64]))
 """
@@ -218,7 +218,8 @@ print("ImportError" in str(failure), "got a sub-interpreter" in str(failure))
 interpreters.destroy(legacy)
 import numpy as np, hisac
 book = hisac.Codebook([np.eye(2, dtype="f4")])
-print(book.sizes, hisac.vote(book, book.encode(book.centers[0]), np.array([0, 2]), budget=1).votes.tolist())
+histories = hisac.Histories(codes=book.encode(book.centers[0]), lengths=[2])
+print(book.sizes, hisac.vote(book, histories, budget=1).votes.tolist())
 """
     assert python(code).splitlines() == ["True True", "(2,) [[1]]"]
 
@@ -266,15 +267,15 @@ rng = np.random.default_rng(0)
 x, offsets = rng.normal(size=(2000, 16)).astype("f4"), np.array([0, 2000])
 book = hisac.Codebook([rng.normal(size=(16, 16)).astype("f4")] * 2)
 codes = book.encode(x)
-prototypes = book.prototypes(hisac.vote(book, codes, offsets, budget=20))
+prototypes = book.prototypes(hisac.vote(book, hisac.Histories(codes=codes, offsets=offsets), budget=20))
 path = os.path.join(tempfile.gettempdir(), f"hisac-daemon-{os.getpid()}")
 def work(*_):
     time.sleep(0.001)
     return sum(range(1000))
 calls = {
     "encode": lambda: book.encode(x),
-    "vote": lambda: hisac.vote(book, codes, offsets, budget=20),
-    "route": lambda: hisac.route(x, x, offsets, prototypes),
+    "vote": lambda: hisac.vote(book, hisac.Histories(codes=codes, offsets=offsets), budget=20),
+    "route": lambda: hisac.route(hisac.Histories(x, x, offsets), prototypes),
     "fit": lambda: hisac.fit(x, (8,)),
     "progress": lambda: hisac.fit(x, (8,), progress=work),
     "load": lambda: hisac.Codebook.load(path),

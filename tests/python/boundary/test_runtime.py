@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import hisac
-from hisac import Codebook
+from hisac import Codebook, Histories
+from support import by_field
 
 RNG = np.random.default_rng(3)
 
@@ -28,7 +29,7 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
     """A codebook, and calls of every verb over arrays of their own: name -> (function, keyword arguments)."""
     x, book = normal(rows, width), Codebook([normal(c, width) for c in sizes])
     offsets, codes = np.linspace(0, rows, users + 1).astype(np.int64), book.encode(x)
-    voted = hisac.vote(book, codes, offsets, budget=agents)
+    voted = hisac.vote(book, Histories(offsets=offsets, codes=codes), budget=agents)
     route = {
         "x": x,
         "v": normal(rows, 5),
@@ -38,7 +39,7 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
     }
     attend = {"q": normal(users, 2, 4), "keys": normal(users, agents, 2, 4), "values": normal(users, agents, 2, 3)}
     attend["candidate_offsets"] = np.arange(users + 1)
-    tokens, attended = hisac.route(**route), hisac.attend(**attend)
+    tokens, attended = by_field(hisac.route)(**route), hisac.attend(**attend)
     back = {"d_tokens": tokens.tokens, "d_lse": tokens.lse}
     back.update((name, array) for name, array in route.items() if name != "prototypes")
     return book, {
@@ -46,9 +47,9 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
         "fit": (partial(hisac.fit, codes=sizes[:1], iterations=2), {"x": x}),
         "encode": (partial(hisac.encode, book), {"x": x}),
         "prototypes": (book.prototypes, {"codes": codes}),
-        "vote": (partial(hisac.vote, book, budget=agents), {"codes": codes, "offsets": offsets}),
-        "route": (hisac.route, route),
-        "route_backward": (partial(hisac.route_backward, forward=tokens), back),
+        "vote": (partial(by_field(hisac.vote), book, budget=agents), {"codes": codes, "offsets": offsets}),
+        "route": (by_field(hisac.route), route),
+        "route_backward": (partial(by_field(hisac.route_backward), forward=tokens), back),
         "attend": (hisac.attend, attend),
         "attend_backward": (
             partial(hisac.attend_backward, forward=attended),
@@ -245,10 +246,10 @@ import numpy as np, hisac
 rng = np.random.default_rng(0)
 x, p = rng.normal(size=(8000, 16)).astype("f4"), rng.normal(size=(4, 20, 16)).astype("f4")
 offsets = np.array([0, 1000, 4000, 6000, 8000])
-want, end, wrong = hisac.route(x, x, offsets, p).tokens, time.monotonic() + 1.5, []
+want, end, wrong = hisac.route(hisac.Histories(x, x, offsets), p).tokens, time.monotonic() + 1.5, []
 def call():
     while time.monotonic() < end:
-        if not np.array_equal(hisac.route(x, x, offsets, p).tokens, want): wrong.append(1)
+        if not np.array_equal(hisac.route(hisac.Histories(x, x, offsets), p).tokens, want): wrong.append(1)
 def resize():
     n = 0
     while time.monotonic() < end:

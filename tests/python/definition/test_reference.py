@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hisac import reference, testing
+from hisac import Histories, reference, testing
 
 problem = testing.problems(max_history=24)
 
@@ -197,14 +197,12 @@ def exact_fanout(codes, weight, fanout):
 
 @given(problem)
 def test_vote_equals_brute_force(p):
-    args = p.by_reference(p.vote_args())
+    args, h = p.by_reference(p.vote_args()), p.histories
     book, agents = args["book"], reference.vote(**args)
-    for b, rows in enumerate(users_of(p.offsets)):
-        weight = (
-            np.ones(len(rows), np.int64) if p.weights is None else reference.verbs.quantise_weights(p.weights[rows])
-        )
-        ok = reference.valid_codes(book, p.codes[rows])
-        codes, weight = p.codes[rows][ok], weight[ok]
+    weights = np.ones(len(h.codes), np.int64) if h.weights is None else reference.verbs.quantise_weights(h.weights)
+    for b, rows in enumerate(users_of(h.offsets)):
+        ok = reference.valid_codes(book, h.codes[rows])
+        codes, weight = h.codes[rows][ok], weights[rows][ok]
         votes = {}
         for leaf, n in zip(map(tuple, codes.tolist()), weight.tolist(), strict=True):
             if n:
@@ -224,9 +222,9 @@ def test_agents_are_sorted_by_votes_then_code():
     """Not by the order of choice: node 1 has more votes, so its leaf is chosen before the equal one of node 0."""
     book = reference.Codebook([np.eye(2), np.eye(2)])
     codes = np.array([[1, 1], [1, 1], [1, 0], [1, 0], [0, 0], [0, 0], [1, 1]])
-    agents = reference.vote(book, codes, np.array([0, 7]), budget=3)
+    agents = reference.vote(book, Histories(codes=codes, lengths=[7]), budget=3)
     assert agents.codes[0].tolist() == [[1, 1], [0, 0], [1, 0]] and agents.votes[0].tolist() == [3, 2, 2]
-    chosen = reference.vote(book, codes, np.array([0, 7]), budget=2)
+    chosen = reference.vote(book, Histories(codes=codes, lengths=[7]), budget=2)
     assert chosen.codes[0].tolist() == [[1, 1], [1, 0]]
 
 
@@ -238,24 +236,24 @@ def test_budget_keys_decide_as_fractions(counts, budget):
 
 @given(problem, st.integers(0, 2**32 - 1))
 def test_votes_are_blind_to_order_and_add_up(p, seed):
-    args = p.by_reference(p.vote_args())
-    weights = np.ones(len(p.codes)) if p.weights is None else p.weights
-    for rows in users_of(p.offsets):
+    args, h = p.by_reference(p.vote_args()), p.histories
+    weights = np.ones(len(h.codes)) if h.weights is None else h.weights
+    for rows in users_of(h.offsets):
         order = np.random.default_rng(seed).permutation(rows)
         half = len(order) // 2
         parts = [
-            reference.verbs.leaf_votes(args["book"], p.codes[r], weights[r]) for r in (rows, order[:half], order[half:])
+            reference.verbs.leaf_votes(args["book"], h.codes[r], weights[r]) for r in (rows, order[:half], order[half:])
         ]
         assert parts[0] == {k: parts[1].get(k, 0) + parts[2].get(k, 0) for k in parts[1] | parts[2]}
-        one = args | {"codes": p.codes[rows], "offsets": np.array([0, len(rows)]), "weights": weights[rows]}
-        other = one | {"codes": p.codes[order], "weights": weights[order]}
-        testing.assert_agents_equal(reference.vote(**one), reference.vote(**other))
+        one, other = (Histories(codes=h.codes[r], lengths=[len(r)], weights=weights[r]) for r in (rows, order))
+        agents = reference.vote(**args | {"histories": other})
+        testing.assert_agents_equal(reference.vote(**args | {"histories": one}), agents)
 
 
 @given(problem)
 def test_a_parent_has_the_votes_of_its_children(p):
     book = p.by_reference(p.vote_args())["book"]
-    votes = reference.verbs.leaf_votes(book, p.codes, p.weights)
+    votes = reference.verbs.leaf_votes(book, p.histories.codes, p.histories.weights)
     levels = len(book.sizes)
 
     def check(prefix):
@@ -284,6 +282,6 @@ def test_weights_in_units():
 def test_only_the_first_rows_vote(monkeypatch):
     monkeypatch.setattr(reference.verbs, "MAX_VOTERS", 3)
     book = reference.Codebook([np.eye(4)])
-    agents = reference.vote(book, np.array([[0], [9], [1], [2]]), np.array([0, 4]), budget=4)
+    agents = reference.vote(book, Histories(codes=np.array([[0], [9], [1], [2]]), lengths=[4]), budget=4)
     assert agents.codes[0, :, 0].tolist() == [0, 1, -1, -1]
     assert reference.verbs.MAX_VOTERS == 3

@@ -9,13 +9,22 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hisac import reference, testing
+from hisac import Histories, reference, testing
+from support import by_field, grouped
 
 problem = testing.problems(max_history=24)
+route = by_field(reference.route)
 
 
 def args_of(p, **changes):
-    return p.by_reference(p.route_args()) | changes
+    """The arguments of `route`, with changes of them or of fields of the histories."""
+    return changed(p.by_reference(p.route_args()), changes)
+
+
+def changed(args, changes):
+    fields = {name: a for name, a in changes.items() if name in Histories._fields}
+    rest = {name: a for name, a in changes.items() if name not in fields}
+    return args | rest | {"histories": args["histories"]._replace(**fields)}
 
 
 def same(a, b, rtol=1e-9):
@@ -33,16 +42,16 @@ def users_of(offsets):
 @given(testing.problems(max_history=24, hostile=True))
 def test_weights_sum_to_one_or_zero(p):
     """For any finite values, however large the logits: tokens of v = 1 are 1, or 0 where lse is -inf."""
-    out = reference.route(**args_of(p, v=np.ones((len(p.v), 1)), missing="drop"))
+    out = reference.route(**args_of(p, v=np.ones((len(p.histories.v), 1)), missing="drop"))
     np.testing.assert_allclose(out.tokens[..., 0], np.where(np.isneginf(out.lse), 0.0, 1.0), rtol=1e-9)
     assert not np.isnan(out.lse).any()
 
 
 @given(testing.problems(max_history=24, hostile=True))
 def test_tokens_lie_in_the_hull_of_the_present_rows(p):
-    args = args_of(p, missing="drop", v=np.random.default_rng(p.seed).normal(size=p.v.shape))
+    args = args_of(p, missing="drop", v=np.random.default_rng(p.seed).normal(size=p.histories.v.shape))
     out = reference.route(**args)
-    for b, _, h in reference.histories(*history_args(args)):
+    for b, _, h in reference.each_history(*history_args(args)):
         for a in h.agents if len(h.v) else ():
             assert (h.v.min(0) - 1e-9 <= out.tokens[b, a]).all() and (out.tokens[b, a] <= h.v.max(0) + 1e-9).all()
         rest = np.setdiff1d(np.arange(out.lse.shape[1]), h.agents) if len(h.v) else slice(None)
@@ -50,30 +59,31 @@ def test_tokens_lie_in_the_hull_of_the_present_rows(p):
 
 
 def history_args(args):
-    """The arguments of `reference.histories` from those of `route`."""
-    full = dict.fromkeys(inspect.signature(reference.histories).parameters) | {"method": "exact"}
+    """The arguments of `reference.each_history` from those of `route`."""
+    full = dict.fromkeys(inspect.signature(reference.each_history).parameters) | {"method": "exact"}
     return [args.get(name, default) for name, default in full.items()]
 
 
 @given(problem, st.sampled_from(["codes", "x", "bias", "spread"]), st.integers(0, 2**32 - 1))
 def test_absent_rows_change_nothing(p, how, seed):
-    args = args_of(p, missing="drop")
-    assume(p.x is not None and not isinstance(p.offsets, tuple) and (how != "codes" or p.routed_codes))
+    h = p.histories
+    assume(h.x is not None and not isinstance(h.offsets, tuple) and (how != "codes" or p.routed_codes))
     rng = np.random.default_rng(seed)
-    at = np.sort(rng.integers(p.offsets[0], p.offsets[-1] + 1, 5))
-    zero = np.zeros(len(p.v), np.float32)
-    args |= {name: zero for name in ("bias", "spread") if args[name] is None}
+    at = np.sort(rng.integers(h.offsets[0], h.offsets[-1] + 1, 5))
+    zero = np.zeros(len(h.v), np.float32)
+    h = h._replace(**{name: zero for name in ("bias", "spread") if getattr(h, name) is None})
+    args = args_of(p, missing="drop") | {"histories": h}
     junk = {
-        "x": np.full((5, p.x.shape[1]), np.nan if how == "x" else 0.0),
-        "v": np.full((5, p.v.shape[1]), np.nan),
-        "codes": np.full((5, p.codes.shape[1]), -1 if how == "codes" else 0),
+        "x": np.full((5, h.x.shape[1]), np.nan if how == "x" else 0.0),
+        "v": np.full((5, h.v.shape[1]), np.nan),
+        "codes": np.full((5, h.codes.shape[1]), -1 if how == "codes" else 0),
         "bias": np.full(5, -np.inf if how == "bias" else 0.0),
         "spread": np.full(5, -1 if how == "spread" else 0.0),
     }
-    padded = {name: np.insert(args[name], at, junk[name], 0) for name in junk if name in args}
-    offsets = p.offsets + np.searchsorted(at, p.offsets, "left")
-    offsets[-1] = p.offsets[-1] + 5
-    same(reference.route(**args), reference.route(**args | padded | {"offsets": offsets}))
+    padded = {name: np.insert(getattr(h, name), at, junk[name], 0) for name in junk}
+    offsets = h.offsets + np.searchsorted(at, h.offsets, "left")
+    offsets[-1] = h.offsets[-1] + 5
+    same(reference.route(**args), reference.route(**changed(args, padded | {"offsets": offsets})))
 
 
 @given(problem)
@@ -96,9 +106,11 @@ def test_parts_of_a_history_merge(p, cut):
     """token = sum over parts of exp(lse_part - lse) token_part; so tiles, machines and updates may be merged."""
     args = args_of(p, missing="drop", refine=0, method="exact")
     whole = reference.route(**args)
-    starts, ends = np.array([[r.start, max(r.start, r.stop)] for r in reference.ranges(p.offsets)]).reshape(-1, 2).T
+    starts, ends = (
+        np.array([[r.start, max(r.start, r.stop)] for r in reference.ranges(p.histories.offsets)]).reshape(-1, 2).T
+    )
     middle = np.minimum(starts + cut, ends)
-    parts = [reference.route(**args | {"offsets": pair}) for pair in ((starts, middle), (middle, ends))]
+    parts = [reference.route(**changed(args, {"offsets": pair})) for pair in ((starts, middle), (middle, ends))]
     lse = np.logaddexp(parts[0].lse, parts[1].lse)
     np.testing.assert_allclose(whole.lse, lse, rtol=1e-9, atol=1e-9)
     shares = [np.exp(part.lse - np.where(np.isfinite(lse), lse, 0))[..., None] for part in parts]
@@ -111,24 +123,25 @@ def test_parts_of_a_history_merge(p, cut):
 def test_users_do_not_meet(p):
     """A batch is its users one by one; ragged, overlapping or empty."""
     args, out = args_of(p), reference.route(**args_of(p))
-    for b, rows in enumerate(users_of(p.offsets)):
-        one = {name: None if args.get(name) is None else args[name][rows] for name in ("x", "v", "bias", "spread")}
-        one |= {"codes": args["codes"][rows]} if p.routed_codes else {}
+    for b, rows in enumerate(users_of(p.histories.offsets)):
+        fields = ((name, getattr(p.histories, name)) for name in ("x", "v", "codes", "bias", "spread"))
+        one = {name: None if a is None else a[rows] for name, a in fields}
         one |= {"prototypes": p.prototypes[b : b + 1], "count": None if p.count is None else p.count[b : b + 1]}
-        alone = reference.route(**args | one | {"offsets": np.array([0, len(rows)])})
+        alone = reference.route(**changed(args, one | {"offsets": np.array([0, len(rows)])}))
         for a, c in zip(out, alone, strict=True):
             np.testing.assert_array_equal(a[b], c[0])
 
 
 @given(problem, st.data())
 def test_one_users_nan_spoils_nobody_else(p, data):
-    assume(not isinstance(p.offsets, tuple) and p.offsets[-1] > p.offsets[0])
-    row = data.draw(st.integers(int(p.offsets[0]), int(p.offsets[-1]) - 1))
-    b, v = int(np.searchsorted(p.offsets, row, "right")) - 1, p.v.copy()
+    users, v = users_of(p.histories.offsets), p.histories.v.copy()
+    assume(any(map(len, users)))
+    row = data.draw(st.sampled_from(sorted(set().union(*users))))
+    spoilt = [b for b, rows in enumerate(users) if row in rows]
     v[row] = np.nan
     clean, spoiled = reference.route(**args_of(p)), reference.route(**args_of(p, v=v))
     for a, c in zip(clean, spoiled, strict=True):
-        np.testing.assert_array_equal(np.delete(a, b, 0), np.delete(c, b, 0))
+        np.testing.assert_array_equal(np.delete(a, spoilt, 0), np.delete(c, spoilt, 0))
 
 
 @given(problem)
@@ -136,7 +149,7 @@ def test_agents_mode_conserves_mass(p):
     """Each present row gives exp(bias) to the agents together: sum_a exp(lse_a) = sum_i exp(bias_i)."""
     args = args_of(p, normalize="agents", missing="drop", refine=0)
     out = reference.route(**args)
-    for b, _, h in reference.histories(*history_args(args | {"method": "exact"})):
+    for b, _, h in reference.each_history(*history_args(args | {"method": "exact"})):
         if len(h.agents) and len(h.x):
             np.testing.assert_allclose(reference.logsumexp(out.lse[b], 0), reference.logsumexp(h.bias, 0), atol=1e-9)
 
@@ -147,7 +160,7 @@ def test_limits_of_temperature(p):
     args = args_of(p, missing="drop", normalize="history")
     cold, hot = (reference.route(**args | {"temperature": tau}) for tau in (1e-9, 1e12))
     fair = reference.route(**args | {"temperature": 1e12, "normalize": "agents"})
-    for b, _, h in reference.histories(*history_args(args)):
+    for b, _, h in reference.each_history(*history_args(args)):
         if len(h.x):
             d = reference.verbs.square_distances(h.x, h.p) + h.spread[:, None]
             nearest, second = (np.sort(d, 0)[i] if len(d) > i else np.full(d.shape[1], np.inf) for i in (0, 1))
@@ -164,11 +177,11 @@ def test_limits_of_temperature(p):
 def test_a_changed_bias_changes_tokens(normalize):
     x, p = np.float32([[0, 0], [1, 0], [0, 1]]), np.float32([[[0, 0], [1, 1]]])
     options = {"x": x, "v": x, "offsets": np.array([0, 3]), "prototypes": p, "temperature": 1.0, "normalize": normalize}
-    plain = reference.route(**options)
-    same(plain, reference.route(**options, bias=np.zeros(3)))
-    biased = reference.route(**options, bias=np.array([0.0, 1.0, 0.0]))
+    plain = route(**options)
+    same(plain, route(**options, bias=np.zeros(3)))
+    biased = route(**options, bias=np.array([0.0, 1.0, 0.0]))
     assert (np.abs(biased.tokens - plain.tokens).max(-1) > 1e-3).all() and (biased.lse > plain.lse).all()
-    shifted = reference.route(**options, bias=np.full(3, 0.7))
+    shifted = route(**options, bias=np.full(3, 0.7))
     np.testing.assert_allclose(shifted.tokens, plain.tokens, atol=1e-12)
     np.testing.assert_allclose(shifted.lse, plain.lse + 0.7)
 
@@ -183,16 +196,16 @@ def test_refinement_continues_where_it_stopped(p, n, more):
 def test_refinement_has_fixed_points():
     x = np.float32([[0, 0], [0.2, 0], [5, 5], [5, 5.2]])
     options = {"x": x, "v": x, "offsets": np.array([0, 4]), "temperature": 0.5}
-    out = reference.route(prototypes=np.float32([[[1, 0], [4, 5], [0, 0]]]), refine=60, count=np.array([2]), **options)
+    out = route(prototypes=np.float32([[[1, 0], [4, 5], [0, 0]]]), refine=60, count=np.array([2]), **options)
     np.testing.assert_allclose(out.prototypes[0], [[0.1, 0], [5, 5.1], [0, 0]], atol=1e-6)
     np.testing.assert_allclose(out.tokens[0, :2], out.prototypes[0, :2], atol=1e-6)
-    empty = reference.route(prototypes=np.float32([[[1, 0]]]), refine=3, **options | {"offsets": np.array([0, 0])})
+    empty = route(prototypes=np.float32([[[1, 0]]]), refine=3, **options | {"offsets": np.array([0, 0])})
     assert empty.prototypes.tolist() == [[[1, 0]]] and np.isneginf(empty.lse).all()
 
 
 @given(problem)
 def test_leaf_is_exact_when_a_leafs_rows_coincide(p):
-    args = args_of(p, x=None, spread=None, codes=p.codes, book=p.by_reference(p.vote_args())["book"])
+    args = args_of(p, x=None, spread=None, book=p.by_reference(p.vote_args())["book"])
     exact, leaf = (reference.route(**args | {"method": method}) for method in ("exact", "leaf"))
     same(exact, leaf, 1e-7)
 
@@ -201,25 +214,27 @@ def test_leaf_rows_act_at_their_mean():
     book = reference.Codebook([[[0.0], [9.0]]])
     x, p = np.array([[0.0], [2.0], [9.0]]), np.array([[[1.0]]])
     out = reference.route(
-        x, x, np.array([0, 3]), p, temperature=1.0, codes=np.array([[0], [0], [1]]), book=book, method="leaf"
+        Histories(x, x, np.array([0, 3]), np.array([[0], [0], [1]])), p, temperature=1.0, book=book, method="leaf"
     )
     z = np.array([math.log(2) - (0 + 1), -64.0])  # mean 1, variance 1; one row at 9
     assert math.isclose(out.lse[0, 0], np.logaddexp(*z))
     assert math.isclose(out.tokens[0, 0, 0], np.exp(z - np.logaddexp(*z)) @ [1, 9])
-    with pytest.raises(ValueError, match="codes are needed"):
-        reference.route(x, x, np.array([0, 3]), p, method="leaf")
+    with pytest.raises(ValueError, match="codes and book are needed"):
+        reference.route(Histories(x, x, np.array([0, 3])), p, method="leaf")
 
 
 def test_missing_token_is_the_mean_of_absent_rows():
     x = np.float32([[0], [np.nan], [np.inf], [1], [2.0**50]])
     v = np.float32([[1], [2], [4], [8], [np.nan]])
     out = reference.route(
-        x, v, np.array([0, 4, 5]), np.zeros((2, 1, 1)), missing="token", bias=np.float32([0, 0, 0, np.nan, 0])
+        Histories(x, v, np.array([0, 4, 5]), bias=np.float32([0, 0, 0, np.nan, 0])),
+        np.zeros((2, 1, 1)),
+        missing="token",
     )
     np.testing.assert_allclose(out.tokens[0, 1], (2 + 4 + 8) / 3)
     assert math.isclose(out.lse[0, 1], math.log(3)) and math.isclose(out.tokens[0, 0, 0], 1)
     assert out.tokens[1].tolist() == [[0], [0]] and np.isneginf(out.lse[1]).all()
-    assert reference.route(x, v, np.array([0, 4, 5]), np.zeros((2, 1, 1))).tokens.shape == (2, 1, 1)
+    assert reference.route(Histories(x, v, np.array([0, 4, 5])), np.zeros((2, 1, 1))).tokens.shape == (2, 1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- gradients
@@ -247,18 +262,15 @@ def test_route_backward_equals_finite_differences(p):
     args = args_of(p)
     tau = np.full(1, p.temperature) if isinstance(p.temperature, float) else p.temperature.astype(np.float64)
     args["temperature"] = tau = np.maximum(tau, 0.5)
-    free = {
-        "v": p.v,
-        "temperature": tau,
-        "bias": np.zeros(len(p.v)) if p.bias is None else p.bias,
-        "prototypes": p.prototypes,
-    }
-    free |= {} if p.x is None else {"x": p.x}
+    h = p.histories
+    bias = np.zeros(len(h.v)) if h.bias is None else h.bias
+    free = {"v": h.v, "temperature": tau, "bias": bias, "prototypes": p.prototypes}
+    free |= {} if h.x is None else {"x": h.x}
     free = {
         name: a.astype(np.float64) / (10 if name == "x" and np.abs(a).max(initial=0) > 10 else 1)
         for name, a in free.items()
     }
-    args |= free
+    args = changed(args, free)
     forward = reference.route(**args)
     back = p.backward_args(forward)
     back = {name: a for name, a in args.items() if name not in ("refine", "prototypes")} | {
@@ -283,21 +295,21 @@ def test_every_gradient_of_route_matters(normalize, tau):
     x, v, p, bias, d_tokens, d_lse = (rng.normal(size=s) for s in ((3, 2), (3, 2), (1, 3, 2), 3, (1, 3, 2), (1, 3)))
     args = {"x": x / 2, "v": v, "prototypes": p / 2, "bias": bias, "temperature": tau.copy()}
     options = {"offsets": np.array([0, 3]), "normalize": normalize}
-    given = {name: a for name, a in args.items() if name != "prototypes"}
-    forward = reference.route(**args, **options)
-    mine = reference.route_backward(d_tokens, d_lse, forward, **given, **options, need=tuple(args))
+    given = grouped({name: a for name, a in (args | options).items() if name != "prototypes"})
+    forward = route(**args, **options)
+    mine = reference.route_backward(d_tokens, d_lse, forward, **given, need=tuple(args))
     for name, values in args.items():
-        expected = slopes(lambda _: pairing(reference.route(**args, **options), d_tokens, d_lse), values)
+        expected = slopes(lambda _: pairing(route(**args, **options), d_tokens, d_lse), values)
         assert np.abs(expected).max() > 0.1
         np.testing.assert_allclose(getattr(mine, name), expected, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
 def test_leaf_has_no_gradient_of_x():
     x, book = np.zeros((1, 1)), reference.Codebook([[[0.0]]])
-    options = {"codes": np.zeros((1, 1), int), "book": book, "method": "leaf"}
-    forward = reference.route(x, x, np.array([0, 1]), np.zeros((1, 1, 1)), **options)
+    histories, options = Histories(x, x, [0, 1], np.zeros((1, 1), int)), {"book": book, "method": "leaf"}
+    forward = reference.route(histories, np.zeros((1, 1, 1)), **options)
     with pytest.raises(NotImplementedError, match="v and temperature only"):
-        reference.route_backward(forward.tokens, None, forward, x, x, np.array([0, 1]), need=("x",), **options)
+        reference.route_backward(forward.tokens, None, forward, histories, need=("x",), **options)
 
 
 @given(testing.attentions(max_users=2, max_candidates=3, dtypes=("float32",)))

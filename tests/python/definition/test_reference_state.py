@@ -14,13 +14,22 @@ from hisac.types import Agents
 @st.composite
 def streams(draw):
     """A book, rows of one user, the state's options."""
-    p = draw(testing.problems(max_users=1, max_history=20).filter(lambda p: p.x is not None and p.bias is None))
+    p = draw(
+        testing.problems(max_users=1, max_history=20).filter(
+            lambda p: p.histories.x is not None and p.histories.bias is None
+        )
+    )
     options = {"budget": 4, "normalize": p.normalize, "temperature": 0.5}
     return p, p.by_reference(p.vote_args())["book"], options
 
 
 def feed(state, p, rows):
-    state.append(p.x[rows], p.v[rows], p.codes[rows], weights=None if p.weights is None else p.weights[rows])
+    state.append(
+        p.histories.x[rows],
+        p.histories.v[rows],
+        p.histories.codes[rows],
+        weights=None if p.histories.weights is None else p.histories.weights[rows],
+    )
     return state
 
 
@@ -33,7 +42,7 @@ def check_states(a, b):
 @given(streams(), st.integers(0, 20), st.integers(0, 20))
 def test_state_appends_in_parts(stream, i, j):
     p, book, options = stream
-    n, (i, j) = len(p.v), sorted((i, j))
+    n, (i, j) = len(p.histories.v), sorted((i, j))
     whole = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(n))
     parts = reference_state.UserState(book, revote="always", **options)
     for rows in np.split(np.arange(n), [min(i, n), min(j, n)]):
@@ -50,19 +59,23 @@ def test_state_appends_in_parts(stream, i, j):
 @given(streams(), st.sets(st.integers(0, 19)))
 def test_state_forgets(stream, gone):
     p, book, options = stream
-    gone = sorted(row for row in gone if row < len(p.v))
-    state = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(len(p.v)))
+    gone = sorted(row for row in gone if row < len(p.histories.v))
+    state = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(len(p.histories.v)))
     state.forget(gone)
     check_states(
         state,
-        feed(reference_state.UserState(book, revote="always", **options), p, np.delete(np.arange(len(p.v)), gone)),
+        feed(
+            reference_state.UserState(book, revote="always", **options),
+            p,
+            np.delete(np.arange(len(p.histories.v)), gone),
+        ),
     )
 
 
 @given(streams(), st.integers(0, 20), st.integers(0, 20))
 def test_state_merges(stream, i, j):
     p, book, options = stream
-    n = len(p.v)
+    n = len(p.histories.v)
     cuts = [0, *sorted((min(i, n), min(j, n))), n]
     whole = feed(reference_state.UserState(book, **options), p, np.arange(n))
 

@@ -38,8 +38,8 @@ def test_codebooks_have_duplicates_and_any_shape():
     find(testing.codebooks(), lambda b: b.levels == 3 and len(set(b.sizes)) == 3, settings=SEARCH)
 
 
-@given(testing.histories(max_users=3, max_history=9))
-def test_histories_are_valid(drawn):
+@given(testing.spans(max_users=3, max_history=9))
+def test_spans_are_valid(drawn):
     rows, ragged = drawn
     for r in reference.ranges(ragged):
         assert 0 <= r.start <= r.stop <= rows and r.stop - r.start <= 9
@@ -61,8 +61,8 @@ def overlapping(drawn):
     ],
     ids=["overlap", "no users", "an empty user", "rows outside", "int32"],
 )
-def test_histories_reach(wanted):
-    find(testing.histories(), wanted, settings=SEARCH)
+def test_spans_reach(wanted):
+    find(testing.spans(), wanted, settings=SEARCH)
 
 
 def test_codes_are_int32_and_may_be_invalid():
@@ -85,8 +85,9 @@ def test_embeddings_turn_hostile():
 @given(testing.problems(max_history=16))
 def test_problems_run_by_the_reference(p):
     out = p.reference()
-    assert finite(p.x, p.v, p.prototypes, out.tokens) and not np.isnan(out.lse).any()
-    assert out.tokens.shape[:2] == (len(reference.ranges(p.offsets)), p.prototypes.shape[1] + (p.missing == "token"))
+    assert finite(p.histories.x, p.histories.v, p.prototypes, out.tokens) and not np.isnan(out.lse).any()
+    users = len(reference.ranges(p.histories.offsets))
+    assert out.tokens.shape[:2] == (users, p.prototypes.shape[1] + (p.missing == "token"))
     reference.vote(**p.by_reference(p.vote_args()))
     reference.encode(**p.by_reference(p.encode_args()))
     gradients = reference.route_backward(**p.by_reference(p.backward_args(out)))
@@ -106,14 +107,14 @@ def test_problems_run_compiled(p):
     "wanted",
     [
         lambda p: p.method == "leaf" and p.normalize == "agents" and p.missing == "token" and p.refine == 2,
-        lambda p: p.x is None,
-        lambda p: p.x is not None and p.routed_codes and p.method == "exact",
-        lambda p: p.bias is not None and np.isneginf(p.bias).any(),
-        lambda p: p.weights is not None and p.fanout is not None,
+        lambda p: p.histories.x is None,
+        lambda p: p.histories.x is not None and p.routed_codes and p.method == "exact",
+        lambda p: p.histories.bias is not None and np.isneginf(p.histories.bias).any(),
+        lambda p: p.histories.weights is not None and p.fanout is not None,
         lambda p: p.count is not None and 0 in p.count,
         lambda p: np.shape(p.temperature) == (1,),
         lambda p: np.shape(p.temperature) == (3,),
-        lambda p: p.dtype == "bfloat16" and isinstance(p.offsets, tuple),
+        lambda p: p.dtype == "bfloat16" and isinstance(p.histories.offsets, tuple),
     ],
 )
 def test_problems_reach(wanted):
@@ -123,8 +124,8 @@ def test_problems_reach(wanted):
 @pytest.mark.parametrize(
     "wanted",
     [
-        lambda p: p.x is not None and np.isnan(p.x).any(),
-        lambda p: np.isinf(p.v).any() and p.dtype == "float32",
+        lambda p: p.histories.x is not None and np.isnan(p.histories.x).any(),
+        lambda p: np.isinf(p.histories.v).any() and p.dtype == "float32",
         lambda p: np.isnan(p.prototypes).any(),
         lambda p: (
             isinstance(p.temperature, np.ndarray) and (np.isnan(p.temperature).any() or (p.temperature <= 0).any())
@@ -147,22 +148,24 @@ def test_rounded_to_nearest_even():
 @given(testing.problems(max_history=8))
 def test_to_torch_gives_rows_their_type(p):
     torch = pytest.importorskip("torch")
-    args = testing.to_torch(p.route_args(), p.dtype)
-    assert args["v"].dtype == getattr(torch, p.dtype) and args["prototypes"].dtype == torch.float32
-    np.testing.assert_array_equal(bounds.as_numpy(args["v"]).astype(np.float32), p.v.astype(np.float32))
-    assert isinstance(args["offsets"], tuple) == isinstance(p.offsets, tuple)
+    args, given = testing.to_torch(p.route_args(), p.dtype), p.histories
+    h = args["histories"]
+    assert h.v.dtype == getattr(torch, p.dtype) and args["prototypes"].dtype == torch.float32
+    np.testing.assert_array_equal(bounds.as_numpy(h.v).astype(np.float32), given.v.astype(np.float32))
+    assert isinstance(h.offsets, tuple) == isinstance(given.offsets, tuple)
     assert args["normalize"] == p.normalize
-    assert (args["x"] is None) == (p.x is None) and (p.x is None or args["x"].dtype == args["v"].dtype)
+    assert (h.x is None) == (given.x is None) and (given.x is None or h.x.dtype == h.v.dtype)
     tokens = testing.to_torch(Tokens(*p.reference()), p.dtype)
-    assert isinstance(tokens, Tokens) and tokens.tokens.dtype == args["v"].dtype and torch.is_tensor(tokens.lse)
+    assert isinstance(tokens, Tokens) and tokens.tokens.dtype == h.v.dtype and torch.is_tensor(tokens.lse)
 
 
 # ------------------------------------------------------------------------------------------------------------ bounds
 
 
-def plain_route(x, v, offsets, prototypes, *, temperature, normalize, bias=None, wrong=None):
+def plain_route(histories, prototypes, *, temperature, normalize, wrong=None):
     """`route` by the book in float32, expanded distances and all; `wrong` plants a fault."""
-    f, users = np.float32, reference.ranges(offsets)
+    x, v, bias = histories.x, histories.v, histories.bias
+    f, users = np.float32, reference.ranges(histories.offsets)
     tokens, lse = (
         np.zeros((len(users), prototypes.shape[1], v.shape[1]), f),
         np.full((len(users), prototypes.shape[1]), -np.inf, f),
@@ -191,16 +194,8 @@ def tame(seed, normalize, rows=200, dtype=np.float32):
     x, p = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype), p / np.linalg.norm(p, axis=-1, keepdims=True)
     v = (rng.uniform(-1, 1, (rows, 8))).astype(dtype)
     bias = rng.normal(size=rows).astype(np.float32)
-    offsets = np.array([0, rows // 3, rows])
-    return {
-        "x": x,
-        "v": v,
-        "offsets": offsets,
-        "prototypes": p,
-        "temperature": 0.1,
-        "normalize": normalize,
-        "bias": bias,
-    }
+    histories = hisac.Histories(x, v, np.array([0, rows // 3, rows]), bias=bias)
+    return {"histories": histories, "prototypes": p, "temperature": 0.1, "normalize": normalize}
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["history", "agents"]), st.integers(0, 400))
@@ -234,15 +229,15 @@ def test_bound_where_float32_has_no_digits_left():
     """Logits of 1e10 mean nothing in float32; what is left is that tokens are means of the rows."""
     args = tame(3, "history") | {"temperature": 1e-10, "missing": "drop"}
     limit, expected = bounds.route_bound(args).tokens, reference.route(**args).tokens
-    for b, rows in enumerate(reference.ranges(args["offsets"])):
-        low, high = args["v"][rows].min(0), args["v"][rows].max(0)
+    h = args["histories"]
+    for b, rows in enumerate(reference.ranges(h.offsets)):
+        low, high = h.v[rows].min(0), h.v[rows].max(0)
         assert (expected[b] + limit[b] >= high - 1e-6).all() and (limit[b] <= high - low + 1e-3).all()
 
 
 def test_bound_of_what_is_absent_or_spoiled():
     args = tame(4, "history") | {"count": np.int32([5, 2])}
-    args["v"] = args["v"].copy()
-    args["v"][150, 3] = np.nan
+    args["histories"].v[150, 3] = np.nan
     limit = bounds.route_bound(args)
     assert (limit.tokens[1, 2:] == 0).all() and (limit.lse[1, 2:] == 0).all()
     assert np.isnan(limit.tokens[1, :2, 3]).all() and np.isfinite(limit.tokens[0]).all()
@@ -330,7 +325,7 @@ BACK = {
     "d_lse": None,
     "forward": Tokens(np.zeros((0, 1, 1)), np.zeros((0, 1)), np.zeros((0, 1, 1))),
 }
-BACK |= {"x": np.zeros((0, 1)), "v": np.zeros((0, 1)), "offsets": np.array([0]), "need": ()}
+BACK |= {"histories": hisac.Histories(np.zeros((0, 1)), np.zeros((0, 1)), np.array([0])), "need": ()}
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -10,10 +10,10 @@ import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
 from hisac.types import RouteGradients
-from support import kinds, with_threads
+from support import by_field, grouped, kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
-GATHERED = ("x_ids", "v_ids", "x_scale")
+route, leaf_sums = by_field(hisac.route), by_field(hisac.leaf_sums)
 PROBLEMS = st.booleans().flatmap(lambda hostile: testing.problems(gathered=True, hostile=hostile))
 MANY = 3 * settings().max_examples  # of the profile: so many options meet
 SEARCH = settings(max_examples=3000, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
@@ -27,19 +27,19 @@ def bits(result):
 
 def copied(args):
     """The same arguments with the rows copied out in the types they had, int8 as float32: NaN where there is none."""
-    args = dict(args)
-    x_ids, v_ids, scale = (args.pop(name, None) for name in GATHERED)
-    x, v = args["x"], args["v"]
-    bias = np.zeros(len(v if v_ids is None else v_ids), "f4") if args["bias"] is None else args["bias"].copy()
+    x, v, offsets, codes, x_ids, v_ids, scale, bias, spread, _ = args["histories"]
+    bias = np.zeros(len(v if v_ids is None else v_ids), "f4") if bias is None else bias.copy()
     if x is not None and x.dtype == np.int8:
-        args["x"] = x.astype(np.float32) * (np.float32(1) if scale is None else scale[:, None])
-    for name, ids in (("x", x_ids), ("v", v_ids)):
+        x = x.astype(np.float32) * (np.float32(1) if scale is None else scale[:, None])
+    dense = []
+    for table, ids in ((x, x_ids), (v, v_ids)):
         if ids is not None:
-            table, outside = args[name], (ids < 0) | (ids >= len(args[name]))
+            outside = (ids < 0) | (ids >= len(table))
             rows = np.concatenate([table, np.full((1, table.shape[1]), np.nan, table.dtype)])
-            args[name] = rows[np.where(outside, len(table), ids)]
+            table = rows[np.where(outside, len(table), ids)]
             bias[outside] = np.nan
-    return args | {"bias": bias}
+        dense.append(table)
+    return {**args, "histories": hisac.Histories(*dense, offsets, codes, bias=bias, spread=spread)}
 
 
 @settings(max_examples=MANY)
@@ -67,24 +67,26 @@ def test_route_backward(p):
 
 
 def behaviours(p):
-    return len(p.v if p.v_ids is None else p.v_ids)
+    h = p.histories
+    return len(h.v if h.v_ids is None else h.v_ids)
 
 
 @pytest.mark.parametrize(
     "wanted",
     [
-        lambda p: p.x_ids is not None and p.v_ids is not None and not np.array_equal(p.x_ids, p.v_ids),
-        lambda p: p.x_ids is not None and p.v_ids is None and p.x_ids.dtype == np.int32 and (p.x_ids < 0).any(),
-        lambda p: p.v_ids is not None and len(p.v) > 0 and (p.v_ids == len(p.v)).any() and p.missing == "token",
-        lambda p: p.v_ids is not None and len(p.v) == 0 and len(p.v_ids) > 0,
-        lambda p: p.x is not None and p.x.dtype == np.int8 and p.x_ids is None and len(p.x_scale) > 1,
-        lambda p: p.x is not None and p.x.dtype == np.int8 and p.x_ids is not None and len(p.x_scale) == len(p.x) > 1,
-        lambda p: p.x is not None and p.x.dtype == np.int8 and np.abs(p.x.astype(int)).max(initial=0) > 50,
-        lambda p: p.x_scale is not None and not np.isfinite(p.x_scale).all(),
+        lambda h: h.x_ids is not None and h.v_ids is not None and not np.array_equal(h.x_ids, h.v_ids),
+        lambda h: h.x_ids is not None and h.v_ids is None and h.x_ids.dtype == np.int32 and (h.x_ids < 0).any(),
+        lambda h: h.v_ids is not None and len(h.v) > 0 and (h.v_ids == len(h.v)).any(),
+        lambda h: h.v_ids is not None and len(h.v) == 0 and len(h.v_ids) > 0,
+        lambda h: h.x is not None and h.x.dtype == np.int8 and h.x_ids is None and len(h.x_scale) > 1,
+        lambda h: h.x is not None and h.x.dtype == np.int8 and h.x_ids is not None and len(h.x_scale) == len(h.x) > 1,
+        lambda h: h.x is not None and h.x.dtype == np.int8 and np.abs(h.x.astype(int)).max(initial=0) > 50,
+        lambda h: h.x_scale is not None and not np.isfinite(h.x_scale).all(),
     ],
 )
 def test_problems_reach(wanted):
-    find(testing.problems(gathered=True, hostile=True, max_history=12), wanted, settings=SEARCH)
+    problems = testing.problems(gathered=True, hostile=True, max_history=12)
+    find(problems, lambda p: wanted(p.histories) and p.missing == "token", settings=SEARCH)
 
 
 # ------------------------------------------------------------------------------------------------------ small and exact
@@ -98,25 +100,25 @@ def test_an_id_outside_its_table_is_an_absent_behaviour():
     for bad in (-1, 3, -(2**31), 2**31 - 1):
         for dtype in (np.int32, np.int64):
             ids = np.array([0, bad, 2, 1], dtype)
-            out = hisac.route(X, v, x_ids=ids, missing="token", **ONE)
+            out = route(x=X, v=v, x_ids=ids, missing="token", **ONE)
             assert out.tokens[0].ravel().tolist() == [1, 8, 4, 2]  # it has a value: counted as missing
-            out = hisac.route(X[np.array([0, 1, 2, 1])], v[:3], v_ids=ids, missing="token", **ONE)
+            out = route(x=X[np.array([0, 1, 2, 1])], v=v[:3], v_ids=ids, missing="token", **ONE)
             assert out.tokens[0].ravel().tolist() == [1, 2, 4, 0] and out.lse[0, 3] == -np.inf  # it has none
     for bad in (2**62, 2**63 - 1, -(2**63)):
-        out = hisac.route(X, v, x_ids=np.array([0, bad, 2, 1]), **ONE)
+        out = route(x=X, v=v, x_ids=np.array([0, bad, 2, 1]), **ONE)
         assert out.tokens[0].ravel().tolist() == [1, 8, 4]
 
 
 def test_an_empty_table_makes_everyone_absent():
     ids, v = np.zeros(4, np.int64), np.float32([[1], [2], [3], [4]])
-    assert hisac.route(X[:0], v, x_ids=ids, missing="token", **ONE).tokens.ravel().tolist() == [0, 0, 0, 2.5]
-    assert not hisac.route(X[[0, 1, 2, 0]], v[:0], v_ids=ids, missing="token", **ONE).tokens.any()
+    assert route(x=X[:0], v=v, x_ids=ids, missing="token", **ONE).tokens.ravel().tolist() == [0, 0, 0, 2.5]
+    assert not route(x=X[[0, 1, 2, 0]], v=v[:0], v_ids=ids, missing="token", **ONE).tokens.any()
 
 
 def test_no_behaviours():
     none, p = np.zeros(0, np.int32), ONE["prototypes"]
     for offsets in (np.array([0]), np.array([0, 0])):
-        out = hisac.route(X, X, offsets, p[: len(offsets) - 1], x_ids=none, v_ids=none)
+        out = hisac.route(hisac.Histories(X, X, offsets, x_ids=none, v_ids=none), p[: len(offsets) - 1])
         assert out.tokens.shape == (len(offsets) - 1, 3, 2) and not out.tokens.any()
 
 
@@ -126,9 +128,9 @@ def test_int8_is_scaled_and_rounded(scale):
     ids, v = np.array([2, 0, 1, 2]), np.float32([[1], [2], [4], [8]])
     rows = x.astype(np.float32) * np.reshape(np.float32(1 if scale is None else scale), (-1, 1))
     args = ONE | {"temperature": 1000.0}
-    mine = hisac.route(x, v, x_ids=ids, x_scale=scale, **args)
-    assert bits(mine) == bits(hisac.route(rows[ids], v, **args))
-    exact = args | {"x": x, "v": v, "x_ids": ids, "x_scale": scale}
+    mine = route(x=x, v=v, x_ids=ids, x_scale=scale, **args)
+    assert bits(mine) == bits(route(x=rows[ids], v=v, **args))
+    exact = grouped(args | {"x": x, "v": v, "x_ids": ids, "x_scale": scale})
     testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact))
 
 
@@ -143,10 +145,10 @@ def test_a_scale_of_zero_gives_zeros(scale, method):
     more = {"codes": np.int32([0, 0, 0, 1, 1, 1])[:, None], "book": book, "offsets": np.array([0, 6])}
     options = {"prototypes": book.centers[0][None], "method": method, "refine": int(method == "exact"), **more}
     with np.errstate(all="raise"):
-        mine = hisac.route(x, v, x_ids=ids, x_scale=scale, **options)
+        mine = route(x=x, v=v, x_ids=ids, x_scale=scale, **options)
     assert np.isfinite(mine.tokens).all()
-    sums = hisac.leaf_sums(x, v, x_ids=ids, x_scale=scale, **more)
-    for got, want in ((mine, hisac.route(rows, v, **options)), (sums, hisac.leaf_sums(rows, v, **more))):
+    sums = leaf_sums(x=x, v=v, x_ids=ids, x_scale=scale, **more)
+    for got, want in ((mine, route(x=rows, v=v, **options)), (sums, leaf_sums(x=rows, v=v, **more))):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -155,9 +157,9 @@ def test_a_scale_of_zero_gives_zeros(scale, method):
 def test_a_scale_that_is_not_finite_or_absurd_makes_absent(scale):
     x = np.array([[0, 0], [1, 0], [0, 5]], np.int8)
     v, ids = np.float32([[1], [2], [4]]), np.array([0, 1, 2, 0])
-    out = hisac.route(x, v, v_ids=ids, x_ids=ids, x_scale=np.float32([1, scale, 0.8]), **ONE)
+    out = route(x=x, v=v, v_ids=ids, x_ids=ids, x_scale=np.float32([1, scale, 0.8]), **ONE)
     assert out.tokens[0, [0, 2]].ravel().tolist() == [1, 4] and out.lse[0, 1] < -100
-    zeros = hisac.route(x[:1], v, x_ids=np.zeros(3, int), x_scale=scale, **ONE | {"offsets": np.array([0, 3])})
+    zeros = route(x=x[:1], v=v, x_ids=np.zeros(3, int), x_scale=scale, **ONE | {"offsets": np.array([0, 3])})
     assert np.isfinite(zeros.lse).any() == np.isfinite(scale)  # 0 times infinity is no row
 
 
@@ -171,6 +173,7 @@ def test_subnormal_rows_and_values(method, normalize):
     args |= {"prototypes": rng.normal(size=(1, 4, 3)).astype(np.float32), "method": method, "normalize": normalize}
     if method == "leaf":
         args |= {"codes": rng.integers(0, 2, (n, 3)).astype(np.int32), "book": book}
+    args = grouped(args)
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
 
 
@@ -182,8 +185,8 @@ def test_every_width_of_int8(width, precision):
     ids, v = rng.integers(0, 50, 300), rng.normal(size=(300, 3)).astype(np.float32)
     p = rng.normal(size=(2, 5, width)).astype(np.float32)
     args = {"offsets": np.array([0, 100, 300]), "prototypes": p, "temperature": 5.0, "precision": precision}
-    gathered, dense = (x, v), (x.astype(np.float32)[ids] * scale[ids, None], v)
-    assert bits(hisac.route(*gathered, x_ids=ids, x_scale=scale, **args)) == bits(hisac.route(*dense, **args))
+    dense = x.astype(np.float32)[ids] * scale[ids, None]
+    assert bits(route(x=x, v=v, x_ids=ids, x_scale=scale, **args)) == bits(route(x=dense, v=v, **args))
 
 
 def test_many_tiles_and_overlapping_histories():
@@ -193,7 +196,7 @@ def test_many_tiles_and_overlapping_histories():
     v_ids = rng.integers(-5, 705, n).astype(np.int32)
     args = {"x": items, "v": values, "offsets": (np.array([0, 10, 2000]), np.array([9000, 5000, 2000]))}
     args |= {"prototypes": items[:24].reshape(3, 8, 12), "x_ids": ids, "v_ids": v_ids, "bias": None}
-    args["missing"] = "token"
+    args = grouped(args | {"missing": "token"})
     out = with_threads(lambda: hisac.route(**args))
     assert bits(out) == bits(hisac.route(**copied(args)))
     testing.assert_tokens_close(out, reference.route(**args), bounds.route_bound(args))
@@ -248,11 +251,11 @@ RIGHT = {"x": X, "v": V, "x_ids": IDS, **ONE}
     ],
 )
 def test_refusals(change, kind, text):
-    forward = hisac.route(**RIGHT)
+    forward = route(**RIGHT)
     args = {**RIGHT, **change}
     back = {name: a for name, a in args.items() if name != "prototypes"}
     back |= {"d_tokens": forward.tokens, "d_lse": None, "forward": forward}
     for verb, given_ in (("route", args), ("route_backward", back)):
         with pytest.raises(kind) as error:
-            getattr(hisac, verb)(**given_)
+            getattr(hisac, verb)(**grouped(given_))
         assert str(error.value) == f"{verb}: {text}"

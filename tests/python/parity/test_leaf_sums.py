@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hisac
-from hisac import reference, testing
+from hisac import Histories, reference, testing
 from hisac.reference import bounds
 from support import flat, kinds, with_threads
 
@@ -37,10 +37,8 @@ def check_leaf_sums(p):
 @given(testing.problems(methods=("leaf",), dtypes=("float32",), gathered=True))
 def test_route_from_leaf_sums_is_the_leaf_method(p):
     sums, args = hisac.leaf_sums(**p.leaf_args()), p.route_args() | {"missing": "drop"}
-    kept = {name: getattr(sums, name) for name in ("x", "v", "offsets", "bias", "spread")}
-    behaviours = ("codes", "book", "method", "x_ids", "v_ids", "x_scale")
-    options = {name: a for name, a in args.items() if name not in behaviours}
-    assert flat(hisac.route(**options | kept)) == flat(hisac.route(**args))
+    options = {name: a for name, a in args.items() if name not in ("book", "method")}
+    assert flat(hisac.route(**options | {"histories": sums})) == flat(hisac.route(**args))
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -53,11 +51,11 @@ def test_leaf_sums_of_long_leaves(rows, biased):
     x, v = rng.normal(size=(rows, 9)).astype(np.float32), rng.normal(size=(rows, 5)).astype(np.float32)
     x[::97] = np.nan
     bias = 5 * rng.normal(size=rows).astype(np.float32) if biased else None
-    args = {"x": x, "v": v, "offsets": np.array([0, 7, rows]), "codes": codes, "book": book, "bias": bias}
+    args = {"book": book, "histories": Histories(x, v, np.array([0, 7, rows]), codes, bias=bias)}
     exact = args | {"book": reference.Codebook(book.centers)}
     mine, expected = with_threads(lambda: hisac.leaf_sums(**args)), reference.leaf_sums(**exact)
     testing.assert_leaf_sums_close(mine, expected, bounds.leaf_sums_bound(exact))
-    for a, b in zip(mine, expected, strict=True):
+    for a, b in zip(*([a for a in sums if a is not None] for sums in (mine, expected)), strict=True):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
 
 
@@ -65,15 +63,16 @@ def test_leaf_sums_under_an_absent_row_of_the_largest_weight():
     """Whether a row is present shows only when x is read; weights relative to an absent row's would all be 0."""
     book = hisac.Codebook([np.zeros((1, 2), np.float32)])
     x = np.float32([[1e20, 0], [3, 0], [5, 0]])
-    args = {"v": x[:, :1], "offsets": np.array([0, 3]), "codes": np.zeros((3, 1), np.int32), "book": book}
-    sums = hisac.leaf_sums(x, bias=np.float32([1e6, 0, 0]), **args)
+    codes, bias = np.zeros((3, 1), np.int32), np.float32([1e6, 0, 0])
+    sums = hisac.leaf_sums(book, Histories(x, x[:, :1], np.array([0, 3]), codes, bias=bias))
     assert sums.x.tolist() == [[4, 0]] and sums.spread.tolist() == [1]
     np.testing.assert_allclose(sums.bias, np.log(2), rtol=1e-6)
 
 
 def test_leaf_sums_of_large_values_stay_finite():
     book, big = hisac.Codebook([np.zeros((1, 1), np.float32)]), np.full((3000, 1), 3e38, np.float32)
-    sums = hisac.leaf_sums(np.zeros_like(big), big, np.array([0, 3000]), np.zeros((3000, 1), np.int32), book)
+    codes = np.zeros((3000, 1), np.int32)
+    sums = hisac.leaf_sums(book, Histories(np.zeros_like(big), big, np.array([0, 3000]), codes))
     np.testing.assert_allclose(sums.v, 3e38, rtol=1e-5)
 
 
@@ -84,7 +83,7 @@ def test_a_spread_does_not_lose_its_digits_to_a_shift():
     x = (0.3 * rng.normal(size=(3000, 64)) + 100).astype(np.float32)
     book = hisac.Codebook([np.zeros((2, 64), np.float32)])
     codes, v = rng.integers(0, 2, (3000, 1)).astype(np.int32), np.ones((3000, 1), np.float32)
-    mine = with_threads(lambda: hisac.leaf_sums(x, v, np.array([0, 3000]), codes, book))
+    mine = with_threads(lambda: hisac.leaf_sums(book, Histories(x, v, np.array([0, 3000]), codes)))
     for leaf in range(2):
         rows = x[codes[:, 0] == leaf].astype(np.float64)
         np.testing.assert_allclose(mine.spread[leaf], np.square(rows - rows.mean(0)).sum(1).mean(), rtol=1e-5)
@@ -94,21 +93,17 @@ def test_a_spread_does_not_lose_its_digits_to_a_shift():
 @given(testing.problems(), st.integers(0, 64))
 def test_leaf_sums_add_up(p, cut):
     """The sums of kept sums and new rows are those of all, to the rounding of both."""
-    args = p.leaf_args()
-    rows = len(p.v)
-    x = np.asarray(p.book.prototypes(p.codes)) if p.x is None else p.x
-    whole = {**args, "x": np.asarray(x, np.float32), "v": np.asarray(p.v, np.float32), "offsets": np.array([0, rows])}
+    h, rows = p.histories, len(p.histories.v)
+    x = np.asarray(p.book.prototypes(h.codes)) if h.x is None else h.x
+    bias, spread = (np.zeros(rows, np.float32) if a is None else a for a in (h.bias, h.spread))
+    x, v = np.asarray(x, np.float32), np.asarray(h.v, np.float32)
+    whole = Histories(x, v, np.array([0, rows]), h.codes, bias=bias, spread=spread)
     cut = min(cut, rows)
-    kept = hisac.leaf_sums(**whole | {"offsets": np.array([0, cut])})
-    bias, spread = (np.zeros(rows, np.float32) if a is None else a for a in (p.bias, p.spread))
-    old_and_new = {
-        "x": np.concatenate([kept.x, whole["x"][cut:]]),
-        "v": np.concatenate([kept.v, whole["v"][cut:]]),
-        "codes": np.concatenate([kept.codes, p.codes[cut:]]),
-        "bias": np.concatenate([kept.bias, bias[cut:]]),
-        "spread": np.concatenate([kept.spread, spread[cut:]]),
-        "offsets": np.array([0, len(kept.x) + rows - cut]),
-    }
-    exact = p.by_reference(whole)
-    limit = type(kept)(*(4 * a for a in bounds.leaf_sums_bound(exact)))
-    testing.assert_leaf_sums_close(hisac.leaf_sums(**args | old_and_new), reference.leaf_sums(**exact), limit)
+    kept = hisac.leaf_sums(p.book, whole._replace(offsets=np.array([0, cut])))
+    pairs = {name: (getattr(kept, name), getattr(whole, name)[cut:]) for name in ("x", "v", "codes", "bias", "spread")}
+    old_and_new = Histories(
+        **{name: np.concatenate(pair) for name, pair in pairs.items()}, lengths=[len(kept.x) + rows - cut]
+    )
+    exact = p.by_reference({"book": p.book, "histories": whole})
+    limit = Histories(*(None if a is None else 4 * a for a in bounds.leaf_sums_bound(exact)))
+    testing.assert_leaf_sums_close(hisac.leaf_sums(p.book, old_and_new), reference.leaf_sums(**exact), limit)

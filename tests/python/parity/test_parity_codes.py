@@ -187,13 +187,14 @@ def test_vote(p, hostile, seed):
     agents = check_vote(p.vote_args(), p.by_reference)
     for convert, _ in kinds(p):
         testing.assert_agents_equal(hisac.vote(**convert(p.vote_args())), agents)
-    if isinstance(p.offsets, tuple):
+    h = p.histories
+    if isinstance(h.offsets, tuple):
         return
-    order = np.arange(len(p.codes))
-    for rows in reference.ranges(p.offsets):
+    order = np.arange(len(h.codes))
+    for rows in reference.ranges(h.offsets):
         np.random.default_rng(seed).shuffle(order[rows])
-    shuffled = {"codes": p.codes[order], "weights": None if p.weights is None else p.weights[order]}
-    testing.assert_agents_equal(hisac.vote(**p.vote_args() | shuffled), agents)
+    shuffled = h._replace(codes=h.codes[order], weights=None if h.weights is None else h.weights[order])
+    testing.assert_agents_equal(hisac.vote(**p.vote_args() | {"histories": shuffled}), agents)
 
 
 @given(testing.problems(hostile=True))
@@ -219,13 +220,8 @@ def test_vote_on_any_tree(sizes, rule):
     rule = {"fanout": tuple([5, 3, 2, 2, 2, 2, 2, 2][: len(sizes)])} if "fanout" in rule else rule
     weights = rng.exponential(size=n).astype(np.float32)
     for w in (None, weights):
-        args = {
-            "book": hisac.Codebook(centers),
-            "codes": codes,
-            "offsets": np.array([0, 0, n // 3, n]),
-            "weights": w,
-            **rule,
-        }
+        histories = hisac.Histories(codes=codes, offsets=np.array([0, 0, n // 3, n]), weights=w)
+        args = {"book": hisac.Codebook(centers), "histories": histories, **rule}
         testing.assert_agents_equal(hisac.vote(**args), reference.vote(**args | {"book": reference.Codebook(centers)}))
 
 
@@ -242,23 +238,22 @@ def test_vote_on_long_histories(sizes, rows, rule):
     codes = np.where(rng.random((n, 1)) < 0.1, rng.integers(-1, np.array(sizes) + 1, codes.shape), codes)
     args = {
         "book": hisac.Codebook([np.zeros((s, 1), np.float32) for s in sizes]),
-        "codes": codes.astype(np.int32),
-        "offsets": np.append(0, np.cumsum(lengths)),
         "fanout": {"fanout": (16, 16, 8)[: len(sizes)], "few": (2,) * len(sizes)}.get(rule),
         "budget": 200 if rule == "budget" else None,
     }
     expected = args | {"book": reference.Codebook(args["book"].centers)}
     for weights in (None, rng.exponential(size=n), rng.exponential(2.0**-12, n)):
-        weighted = {"weights": None if weights is None else weights.astype(np.float32)}
-        agents = with_threads(lambda w=weighted: hisac.vote(**args, **w))
-        testing.assert_agents_equal(agents, reference.vote(**expected, **weighted))
+        weights = None if weights is None else weights.astype(np.float32)
+        h = hisac.Histories(codes=codes.astype(np.int32), lengths=lengths, weights=weights)
+        agents = with_threads(lambda h=h: hisac.vote(histories=h, **args))
+        testing.assert_agents_equal(agents, reference.vote(histories=h, **expected))
 
 
 def test_vote_counts_above_32_bits():
     """16 * 2^12 units a row: 2^17 such rows pass 2^32."""
     centers, n = [np.zeros((3, 1), np.float32)], 140_000
     codes = np.repeat(np.int32([[1], [2]]), [n - 7, 7], 0)
-    args = {"codes": codes, "offsets": np.array([0, n]), "budget": 3, "weights": np.full(n, 16, np.float32)}
-    agents = hisac.vote(hisac.Codebook(centers), **args)
-    testing.assert_agents_equal(agents, reference.vote(reference.Codebook(centers), **args))
+    histories = hisac.Histories(codes=codes, lengths=[n], weights=np.full(n, 16, np.float32))
+    agents = hisac.vote(hisac.Codebook(centers), histories, budget=3)
+    testing.assert_agents_equal(agents, reference.vote(reference.Codebook(centers), histories, budget=3))
     assert agents.votes[0, 0] > 2**32

@@ -4,14 +4,16 @@
 import gc
 import importlib
 import math
+import re
 
 import pytest
 from hypothesis import given
 
 import hisac
-from hisac import reference, testing
+from hisac import Histories, reference, testing
 from hisac.reference import bounds
 from hisac.types import RouteGradients
+from support import by_field
 
 torch = pytest.importorskip("torch")
 small = importlib.import_module("small_ranking")  # needs torch
@@ -35,24 +37,25 @@ def test_functions_meet_the_reference(p):
     testing.assert_tokens_close(hisac_torch.route(**args), p.reference(), p)
     votes = testing.to_torch(p.vote_args())
     testing.assert_agents_equal(hisac_torch.vote(**votes), reference.vote(**p.by_reference(p.vote_args())))
-    x = testing.to_torch(p.encode_args(), "float32" if p.x is None else p.dtype)["x"]
+    x = testing.to_torch(p.encode_args(), "float32" if p.histories.x is None else p.dtype)["x"]
     testing.assert_codes_equal(hisac_torch.encode(p.book, x), reference.encode(**p.by_reference(p.encode_args())))
 
 
 @given(testing.problems(dtypes=("float32",)))
 def test_route_gradients_meet_the_reference(p):
     args = testing.to_torch(p.route_args())
+    given = args | args["histories"]._asdict()
     names = ["v", "temperature"] if p.method == "leaf" else ["v", "temperature", "bias", "x", "prototypes"]
-    names = [name for name in names if isinstance(args[name], torch.Tensor)]
+    names = [name for name in names if isinstance(given[name], torch.Tensor)]
     if p.refine and "prototypes" in names:
         names.remove("prototypes")
     for name in names:
-        args[name].requires_grad_()
+        given[name].requires_grad_()
     out = hisac_torch.route(**args)
     back = p.by_reference(p.backward_args(type(out)(*(t.detach() for t in out)))) | {"need": names}
     outputs = [t for t, d in zip(out, (back["d_tokens"], back["d_lse"]), strict=False) if d is not None]
     given_ = [torch.from_numpy(d) for d in (back["d_tokens"], back["d_lse"]) if d is not None]
-    mine = dict(zip(names, torch.autograd.grad(outputs, [args[name] for name in names], given_), strict=True))
+    mine = dict(zip(names, torch.autograd.grad(outputs, [given[name] for name in names], given_), strict=True))
     expected, bound = reference.route_backward(**back), bounds.route_backward_bound(back)
     for name in RouteGradients._fields:
         if name in names:
@@ -79,8 +82,8 @@ def test_strides_do_not_matter(book):
 
     def run(change):
         args = [wanted(change(t)) for t in (x, v, p, bias)]
-        options = {"bias": args[3], "codes": change(codes), "book": book, "temperature": 5.0}
-        out = hisac_torch.route(args[0], args[1], change(OFFSETS), args[2], **options)
+        histories = Histories(args[0], args[1], change(OFFSETS), change(codes), bias=args[3])
+        out = hisac_torch.route(histories, args[2], book=book, temperature=5.0)
         out.tokens.backward(change(torch.ones(3, 2, 5)))  # torch's own gradients of sums have strides of 0
         return [out.tokens, out.lse, *(t.grad for t in args)]
 
@@ -94,11 +97,12 @@ def test_strides_do_not_matter(book):
 
 def test_the_default_dtype_does_not_matter(book):
     x, v = rows()
-    expected = hisac_torch.Compressor(book, budget=2, temperature=0.5)(x, v, OFFSETS)
+    expected = hisac_torch.Compressor(book, budget=2, temperature=0.5)(Histories(x, v, OFFSETS))
     torch.set_default_dtype(torch.float64)
     try:
-        found = hisac_torch.Compressor(book, budget=2, temperature=0.5)(x, v, OFFSETS)
-        tokens = hisac_torch.route(x, v, OFFSETS, found.prototypes, count=found.agents.count, temperature=0.5).tokens
+        histories = Histories(x, v, OFFSETS)
+        found = hisac_torch.Compressor(book, budget=2, temperature=0.5)(histories)
+        tokens = hisac_torch.route(histories, found.prototypes, count=found.agents.count, temperature=0.5).tokens
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -125,8 +129,8 @@ def test_route_gradcheck(normalize, missing, taus):
 
     def run(v, p, tau, bias, present):
         x_ = x.float().index_put((torch.tensor([0, 1, 3, 4, 6]),), present)
-        options = {"temperature": tau, "bias": bias, "normalize": normalize, "missing": missing}
-        return hisac_torch.route(x_, v, offsets, p, **options)[:2]
+        options = {"temperature": tau, "normalize": normalize, "missing": missing}
+        return hisac_torch.route(Histories(x_, v, offsets, bias=bias), p, **options)[:2]
 
     inputs = [wanted(t) for t in (v, p, tau.abs() + 0.5, bias, x[[0, 1, 3, 4, 6]])]
     assert torch.autograd.gradcheck(in_double(run), inputs, **FINITE)
@@ -138,7 +142,11 @@ def test_gradcheck_of_a_compressor(book, method):
     x, v = rows()
 
     def run(v, log_tau):
-        return torch.func.functional_call(compress, {"log_tau": log_tau}, (x, v, OFFSETS)).tokens[[0, 2]].unbind()
+        return (
+            torch.func.functional_call(compress, {"log_tau": log_tau}, (Histories(x, v, OFFSETS),))
+            .tokens[[0, 2]]
+            .unbind()
+        )
 
     assert torch.autograd.gradcheck(in_double(run), [wanted(v.double()), wanted(compress.log_tau.double())], **FINITE)
 
@@ -160,7 +168,7 @@ def test_a_gradient_has_the_type_of_its_input():
     x, v = rows()
     inputs = [wanted(x.bfloat16()), wanted(v.half()), wanted(torch.tensor([0.5], dtype=torch.float64))]
     x, v, tau = inputs
-    out = hisac_torch.route(x, v, OFFSETS, torch.zeros(3, 2, 8), temperature=tau)
+    out = hisac_torch.route(Histories(x, v, OFFSETS), torch.zeros(3, 2, 8), temperature=tau)
     assert (out.tokens.dtype, out.lse.dtype) == (torch.float16, torch.float32)
     (out.tokens.float().sum() + out.lse[[0, 2]].sum()).backward()
     assert [t.grad.dtype for t in inputs] == [t.dtype for t in inputs]
@@ -169,7 +177,7 @@ def test_a_gradient_has_the_type_of_its_input():
 def test_only_lse_and_only_tokens_are_differentiable_alone(book):
     x, v = rows()
     tau, p = wanted(torch.tensor([0.5])), torch.zeros(3, 2, 8)
-    out = hisac_torch.route(x, wanted(v), OFFSETS, p, temperature=tau)
+    out = hisac_torch.route(Histories(x, wanted(v), OFFSETS), p, temperature=tau)
     by_tokens, by_lse = (torch.autograd.grad(t[[0, 2]].sum(), tau, retain_graph=True)[0] for t in out[:2])
     both = torch.autograd.grad(out.tokens[[0, 2]].sum() + out.lse[[0, 2]].sum(), tau)[0]
     assert by_tokens.abs() > 0 and by_lse.abs() > 0
@@ -179,12 +187,12 @@ def test_only_lse_and_only_tokens_are_differentiable_alone(book):
 def test_refined_prototypes_are_constants():
     x, v = rows()
     p = torch.randn(3, 2, 8)
-    out = hisac_torch.route(x, wanted(v), OFFSETS, p, refine=2)
+    out = hisac_torch.route(Histories(x, wanted(v), OFFSETS), p, refine=2)
     assert not out.prototypes.requires_grad and not torch.equal(out.prototypes, p)
-    again = hisac_torch.route(x, v, OFFSETS, out.prototypes)
+    again = hisac_torch.route(Histories(x, v, OFFSETS), out.prototypes)
     assert torch.equal(again.tokens, out.tokens) and again.prototypes is out.prototypes
     with pytest.raises(NotImplementedError, match="refine > 0 has no gradient for prototypes"):
-        hisac_torch.route(x, v, OFFSETS, wanted(p), refine=1)
+        hisac_torch.route(Histories(x, v, OFFSETS), wanted(p), refine=1)
 
 
 @pytest.mark.parametrize("name", ["x", "bias", "prototypes"])
@@ -193,9 +201,8 @@ def test_leaf_has_gradients_for_v_and_temperature_only(book, name):
     args = {"x": x, "bias": torch.zeros(20), "prototypes": torch.zeros(3, 2, 8)}
     args[name] = wanted(args[name])
     with pytest.raises(NotImplementedError, match="method='leaf' has gradients for v and temperature only"):
-        hisac_torch.route(
-            v=v, offsets=OFFSETS, codes=hisac_torch.encode(book, x.detach()), book=book, method="leaf", **args
-        )
+        codes = hisac_torch.encode(book, x.detach())
+        by_field(hisac_torch.route)(v=v, offsets=OFFSETS, codes=codes, book=book, method="leaf", **args)
 
 
 def test_absent_rows_have_no_gradient(book):
@@ -205,7 +212,8 @@ def test_absent_rows_have_no_gradient(book):
     absent = [2, 9, 12, 13]
     v[absent] = float("nan")
     x, v, bias = wanted(x), wanted(v), wanted(bias)
-    out = hisac_torch.route(x, v, OFFSETS, torch.zeros(3, 2, 8), temperature=5.0, bias=bias, codes=codes, book=book)
+    histories = Histories(x, v, OFFSETS, codes, bias=bias)
+    out = hisac_torch.route(histories, torch.zeros(3, 2, 8), temperature=5.0, book=book)
     (out.tokens.sum() + out.lse[[0, 2]].sum()).backward()
     present = [i for i in range(20) if i not in absent]
     for t in (x, v, bias):
@@ -221,7 +229,7 @@ def test_one_users_nan_spoils_nobody_else(book, name):
             args[name][0] = float("nan")
         d_tokens = args.pop("d_tokens")
         args = {key: wanted(a) for key, a in args.items()}
-        out = hisac_torch.Compressor(book, budget=4, temperature=5.0)(**args, offsets=OFFSETS)
+        out = hisac_torch.Compressor(book, budget=4, temperature=5.0)(Histories(**args, offsets=OFFSETS))
         out.tokens.backward(d_tokens)
         per_user = [out.tokens, out.lse, out.prototypes, *out.agents[:3]]
         return [a[1:] for a in per_user] + [a.grad[7:] for a in args.values()], out.tokens[0]
@@ -246,7 +254,7 @@ def test_one_users_nan_spoils_nobody_else(book, name):
 def test_vote_refuses(book, options, message):
     args = {"codes": torch.zeros(20, 2, dtype=torch.int32), "offsets": OFFSETS} | options
     with pytest.raises(ValueError) as error:
-        hisac_torch.vote(book, **args)
+        by_field(hisac_torch.vote)(book, **args)
     assert str(error.value) == message
 
 
@@ -268,12 +276,13 @@ def test_vote_refuses(book, options, message):
 def test_route_refuses(options, kind, message):
     args = {"x": torch.zeros(20, 8), "v": torch.zeros(20, 5), "offsets": OFFSETS, "prototypes": torch.zeros(3, 2, 8)}
     with pytest.raises(kind) as error:
-        hisac_torch.route(**args | options)
+        by_field(hisac_torch.route)(**args | options)
     assert str(error.value) == message
 
 
 def test_agents_of_another_codebook_are_refused(book):
-    agents = hisac_torch.vote(book, hisac_torch.encode(book, rows()[0]), OFFSETS, budget=2)
+    codes = hisac_torch.encode(book, rows()[0])
+    agents = hisac_torch.vote(book, Histories(codes=codes, offsets=OFFSETS), budget=2)
     with pytest.raises(ValueError, match=f"{book.fingerprint:016x}"):
         hisac_torch.prototypes(make_book(1), agents)
 
@@ -284,41 +293,65 @@ def test_agents_of_another_codebook_are_refused(book):
 def operator_calls(book):
     """Every operator with arguments that use all its inputs."""
     name, (x, v) = hisac_torch.register(book), rows()
-    codes = hisac_torch.encode(book, x)
-    starts, ends, bias, tau = OFFSETS[:-1], OFFSETS[1:], torch.linspace(-1, 1, 20), torch.tensor([0.7])
-    agents = ops.vote(codes, starts, ends, name, 4, [], None)
-    p = ops.prototypes(agents[0], name)
-    tensors = (x, v, starts, ends, p, tau, agents[2], bias, codes, None, None, None)
-    differentiable = (wanted(x), wanted(v), starts, ends, wanted(p), wanted(tau), agents[2], wanted(bias), *tensors[8:])
-    spread = torch.rand(20)
-    last, back = ("token", "float32", spread, False), (name, "agents", "exact", 0, "token", "bfloat16", spread)
-    tokens, lse, _ = ops.route(*tensors, name, "agents", "exact", 0, *last)
+    codes, spans = hisac_torch.encode(book, x), (OFFSETS[:-1], OFFSETS[1:])
+    bias, spread, tau = torch.linspace(-1, 1, 20), torch.rand(20), torch.tensor([0.7])
     ids, scale = torch.arange(20) % 9 - 1, torch.tensor([0.1])
-    gathered = (*tensors[:9], ids, ids.int(), None)
-    plain = (0, "drop", "bfloat16", None, False)
-    int8 = (x.to(torch.int8), wanted(v), *tensors[2:10], ids, scale, name)
-    q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
-    attention, scale = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
-    out, out_lse = ops.attend(*attention, scale)
+
+    def batch(
+        x=x, v=v, spans=spans, codes=codes, x_ids=None, v_ids=None, x_scale=None, bias=bias, spread=spread, weights=None
+    ):
+        return x, v, *spans, codes, x_ids, v_ids, x_scale, bias, spread, weights
+
+    def voted(**fields):
+        return batch(x=None, v=None, bias=None, spread=None, **fields)
+
+    agents = ops.vote(name, *voted(), 4, [])
+    p, count = ops.prototypes(name, agents[0]), agents[2]
+    to, agents_mode = (p, count, tau), ("agents", "exact", "token", "float32", 0)
+    learnt = batch(wanted(x), wanted(v), bias=wanted(bias)), (wanted(p), count, wanted(tau))
+    tokens, lse, _ = ops.route(name, *batch(), *to, *agents_mode, False)
+    constant = batch(x, wanted(v), bias=None, spread=None), (p, count, wanted(tau))
+    tables = {"x_ids": ids, "v_ids": ids.int()}
+    back = (tokens, lse, tokens, lse), ("agents", "exact", "token", "bfloat16", 0)
     some, every = [True, True, False, False, True], [True] * 5
+    q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
+    attention, sharpness = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
+    out, out_lse = ops.attend(*attention, sharpness)
+    halves, plain = tuple(t.int() for t in spans), ("drop", "bfloat16", 0, False)
+    int8 = batch(x.to(torch.int8), wanted(v), bias=wanted(bias), x_scale=scale, **tables)
     return {
-        "encode": (x, name),
-        "vote budget": (codes, starts, ends, name, 4, [], None),
-        "vote fanout": (codes, starts.int(), ends.int(), name, 0, [2, 3], torch.rand(20)),
-        "prototypes": (agents[0], name),
-        "route": (*differentiable, name, "agents", "exact", 0, *last),
-        "route refine": (*differentiable[:4], p, *differentiable[5:], name, "history", "exact", 2, *last),
-        "route leaf": (x, wanted(v), *tensors[2:5], wanted(tau), *tensors[6:], name, "agents", "leaf", *plain),
-        "route codes": (None, wanted(v), *tensors[2:6], None, None, *tensors[8:], name, "history", "exact", *plain),
-        "route gathered": (*differentiable[:9], *gathered[9:], name, "agents", "exact", 0, *last),
-        "route int8": (*int8, "history", "exact", 0, *last),
-        "route_backward": (tokens, lse, tokens, lse, every, *tensors, *back),
-        "route_backward gathered": (tokens, lse, tokens, lse, every, *gathered, *back),
+        "encode": (name, x),
+        "vote budget": (name, *voted(), 4, []),
+        "vote fanout": (name, *voted(spans=halves, weights=torch.rand(20)), 0, [2, 3]),
+        "prototypes": (name, agents[0]),
+        "route": (name, *learnt[0], *learnt[1], *agents_mode, False),
+        "route refine": (name, *learnt[0], p, *learnt[1][1:], "history", "exact", "token", "float32", 2, False),
+        "route leaf": (name, *constant[0], *constant[1], "agents", "leaf", *plain),
+        "route codes": (
+            name,
+            *batch(None, wanted(v), bias=None, spread=None),
+            p,
+            None,
+            wanted(tau),
+            "history",
+            "exact",
+            *plain,
+        ),
+        "route gathered": (
+            name,
+            *batch(wanted(x), wanted(v), bias=wanted(bias), **tables),
+            *learnt[1],
+            *agents_mode,
+            False,
+        ),
+        "route int8": (name, *int8, *to, "history", "exact", "token", "float32", 0, False),
+        "route_backward": (*back[0], every, name, *batch(), *to, *back[1]),
+        "route_backward gathered": (*back[0], every, name, *batch(**tables), *to, *back[1]),
         "sum_rows": (v, torch.tensor([3, 1, 19]), torch.tensor([0, 2, 2, 3])),
-        "route_backward some": (tokens, None, tokens, lse, some, *tensors, *back),
-        "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), scale),
-        "attend_backward": (out, out_lse, out, out_lse, *attention, scale),
-        "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, scale),
+        "route_backward some": (tokens, None, tokens, lse, some, name, *batch(), *to, *back[1]),
+        "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), sharpness),
+        "attend_backward": (out, out_lse, out, out_lse, *attention, sharpness),
+        "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, sharpness),
     }
 
 
@@ -338,7 +371,8 @@ def test_compiled_functions_follow_their_codebook():
 
     def codes(book):
         found = hisac_torch.encode(book, x)
-        return found, hisac_torch.prototypes(book, hisac_torch.vote(book, found, OFFSETS, budget=3))
+        agents = hisac_torch.vote(book, Histories(codes=found, offsets=OFFSETS), budget=3)
+        return found, hisac_torch.prototypes(book, agents)
 
     compiled = torch.compile(codes, fullgraph=True, backend="aot_eager")
     for seed in (0, 1):
@@ -353,18 +387,18 @@ def test_a_codebook_is_known_while_any_copy_lives(first):
     assert name == same
     del books[first]
     gc.collect()
-    assert torch.equal(ops.encode(x, name), codes)
+    assert torch.equal(ops.encode(name, x), codes)
     books.clear()
     gc.collect()
     with pytest.raises(LookupError, match=r"call hisac.torch.register\(book\) and keep the book"):
-        ops.encode(x, name)
+        ops.encode(name, x)
 
 
 def test_a_backward_keeps_its_codebook():
     book, (x, v) = make_book(29), rows()
     v = wanted(v)
     codes = hisac_torch.encode(book, x)
-    out = hisac_torch.route(None, v, OFFSETS, torch.zeros(3, 2, 8), codes=codes, book=book)
+    out = hisac_torch.route(Histories(None, v, OFFSETS, codes), torch.zeros(3, 2, 8), book=book)
     del book
     gc.collect()
     out.tokens.sum().backward()
@@ -381,9 +415,9 @@ def test_double_backward_raises(graph):
     """The gradients of sums depend on saved tensors only: `once_differentiable` would be silent there."""
     x, v = rows()
     v, tau, q = wanted(v), wanted(torch.tensor([0.5])), torch.randn(9, 2, 4, requires_grad=True)
-    keys = wanted(torch.randn(3, 5, 2, 4))
+    keys, p = wanted(torch.randn(3, 5, 2, 4)), torch.zeros(3, 2, 8)
     cases = {
-        (v, tau): lambda: hisac_torch.route(x, v, OFFSETS, torch.zeros(3, 2, 8), temperature=tau).tokens.sum(),
+        (v, tau): lambda: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).tokens.sum(),
         (q, keys): lambda: hisac_torch.attend(q, keys, keys, CANDIDATES).out.sum(),
     }
     for inputs, function in cases.items():
@@ -396,9 +430,9 @@ def test_forward_mode_raises():
     q, keys, tau = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.tensor([0.5])
     p = torch.zeros(3, 2, 8)
     cases = [
-        (lambda v: hisac_torch.route(x, v, OFFSETS, p).tokens, v),
-        (lambda x: hisac_torch.route(x, v, OFFSETS, p).lse, x),
-        (lambda tau: hisac_torch.route(x, v, OFFSETS, p, temperature=tau).lse, tau),
+        (lambda v: hisac_torch.route(Histories(x, v, OFFSETS), p).tokens, v),
+        (lambda x: hisac_torch.route(Histories(x, v, OFFSETS), p).lse, x),
+        (lambda tau: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).lse, tau),
         (lambda q: hisac_torch.attend(q, keys, keys, CANDIDATES).lse, q),
     ]
     for function, at in cases:
@@ -414,8 +448,8 @@ def test_forward_mode_raises():
 def test_vmap_goes_one_by_one_and_is_right(book):
     x, v = rows()
     many, compress = torch.stack([v, 2 * v]), hisac_torch.Compressor(book, budget=4)
-    one_by_one = torch.stack([compress(x, one, OFFSETS).tokens for one in many])
-    assert torch.equal(torch.vmap(lambda v: compress(x, v, OFFSETS).tokens)(many), one_by_one)
+    one_by_one = torch.stack([compress(Histories(x, one, OFFSETS)).tokens for one in many])
+    assert torch.equal(torch.vmap(lambda v: compress(Histories(x, v, OFFSETS)).tokens)(many), one_by_one)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -424,20 +458,25 @@ def test_jagged_tensors(book):
     nested_x = torch.nested.nested_tensor_from_jagged(x, OFFSETS)
     nested_v = torch.nested.nested_tensor_from_jagged(wanted(v), OFFSETS)
     compress = hisac_torch.Compressor(book, budget=4)
-    expected = compress(x, v, OFFSETS)
-    for found in (compress(nested_x, nested_v, None), compress(x, nested_v, None), compress(nested_x, v, OFFSETS)):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    expected = compress(Histories(x, v, OFFSETS))
+    for h in (Histories(nested_x, nested_v), Histories(x, nested_v), Histories(nested_x, v), Histories(x, v, OFFSETS)):
+        torch.testing.assert_close(compress(h), expected, rtol=0, atol=0)
     holes = torch.nested.nested_tensor_from_jagged(v, OFFSETS, lengths=torch.tensor([5, 0, 1]))
     spans = OFFSETS[:-1], OFFSETS[:-1] + torch.tensor([5, 0, 1])
-    torch.testing.assert_close(compress(x, holes, None), compress(x, v, spans), rtol=0, atol=0)
+    torch.testing.assert_close(compress(Histories(x, holes)), compress(Histories(x, v, spans)), rtol=0, atol=0)
     q, keys = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4)
     nested_q = torch.nested.nested_tensor_from_jagged(q, CANDIDATES)
     expected = hisac_torch.attend(q, keys, keys, CANDIDATES)
     torch.testing.assert_close(hisac_torch.attend(nested_q, keys, keys, None), expected, rtol=0, atol=0)
-    for wrong, got in ((v, "no offsets"), (torch.nested.nested_tensor([v]), "a strided nested tensor")):
-        message = rf"got {got}, expected a jagged nested tensor, or its values\(\) and offsets\(\)"
-        with pytest.raises(TypeError, match=message):
-            compress(x, wrong, None)
+    for wrong, got in (
+        (v, "got no offsets, expected them, or a jagged nested tensor"),
+        (
+            torch.nested.nested_tensor([v]),
+            "got a strided nested tensor, expected a jagged nested tensor, or its values()",
+        ),
+    ):
+        with pytest.raises(TypeError, match=re.escape(got)):
+            compress(Histories(x, wrong))
 
 
 @pytest.mark.parametrize("face", ["encode", "route", "attend"])
@@ -446,7 +485,7 @@ def test_the_functions_outside_torch_refuse_tensors_with_gradients(book, face):
     q = torch.randn(9, 2, 4)
     calls = {
         "encode": ("x", lambda: hisac.encode(book, wanted(x))),
-        "route": ("v", lambda: hisac.route(x, wanted(v), OFFSETS, torch.zeros(3, 2, 8))),
+        "route": ("v", lambda: hisac.route(Histories(x, wanted(v), OFFSETS), torch.zeros(3, 2, 8))),
         "attend": ("q", lambda: hisac.attend(wanted(q), torch.ones(3, 5, 2, 4), torch.ones(3, 5, 2, 4), CANDIDATES)),
     }
     name, call = calls[face]

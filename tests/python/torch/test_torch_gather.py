@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 import hisac
-from hisac import reference, testing
+from hisac import Histories, reference, testing
 from hisac.reference import bounds
 
 torch = pytest.importorskip("torch")
@@ -40,21 +40,22 @@ def summed(d, ids, size):
 @given(testing.problems(gathered=True, dtypes=("float32",), max_refine=0))
 def test_gradients_meet_the_reference(p):
     args = testing.to_torch(p.route_args())
-    names = [name for name in ("x", "v") if args[name] is not None and args[name].is_floating_point()]
+    given = args["histories"]._asdict()
+    names = [name for name in ("x", "v") if given[name] is not None and given[name].is_floating_point()]
     names = ["v"] if p.method == "leaf" else names
     for name in names:
-        args[name].requires_grad_()
+        given[name].requires_grad_()
     out = hisac_torch.route(**args)
     testing.assert_tokens_close(type(out)(*(t.detach() for t in out)), p.reference(), p)
     back = p.by_reference(p.backward_args(type(out)(*(t.detach() for t in out)))) | {"need": names}
     d_lse = np.zeros(out.lse.shape) if back["d_lse"] is None else back["d_lse"]
     given_ = [torch.from_numpy(back["d_tokens"]), torch.from_numpy(d_lse).float()]
-    found = torch.autograd.grad(out[:2], [args[name] for name in names], given_)
+    found = torch.autograd.grad(out[:2], [given[name] for name in names], given_)
     back["d_lse"] = d_lse
     expected, bound = reference.route_backward(**back), bounds.route_backward_bound(back)
     for name, grad in zip(names, found, strict=True):
         value, limit = getattr(expected, name), getattr(bound, name)
-        if (ids := getattr(p, f"{name}_ids")) is not None:
+        if (ids := getattr(p.histories, f"{name}_ids")) is not None:
             limit = summed(limit, ids, len(grad)) + 2.0**-24 * summed(np.abs(value), ids, len(grad))
             value = summed(value, ids, len(grad))
         testing.assert_close(grad, value, limit, name)
@@ -67,12 +68,11 @@ def test_a_table_is_an_embeddings_weight(dtype, sparse):
     items, values, p = tables()
     ids = IDS.clamp(0, 6)
     embedding = torch.nn.Embedding.from_pretrained(values.to(dtype, copy=True), freeze=False, sparse=sparse)
-    looked_up = hisac_torch.route(items[ids], embedding(ids), OFFSETS, p, temperature=5.0)
+    looked_up = hisac_torch.route(Histories(items[ids], embedding(ids), OFFSETS), p, temperature=5.0)
     looked_up.tokens.float().square().sum().backward()
     expected, embedding.weight.grad = embedding.weight.grad, None
-    out = hisac_torch.route(
-        items, embedding.weight, OFFSETS, p, x_ids=ids, v_ids=ids.int(), temperature=5.0, sparse=sparse
-    )
+    histories = Histories(items, embedding.weight, OFFSETS, x_ids=ids, v_ids=ids.int())
+    out = hisac_torch.route(histories, p, temperature=5.0, sparse=sparse)
     assert torch.equal(out.tokens, looked_up.tokens) and torch.equal(out.lse, looked_up.lse)
     out.tokens.float().square().sum().backward()
     grad = embedding.weight.grad
@@ -88,12 +88,13 @@ def test_a_table_is_an_embeddings_weight(dtype, sparse):
 def test_both_tables_have_gradients(sparse):
     items, values, p = tables()
     x, v = wanted(items), wanted(values)
-    out = hisac_torch.route(x, v, OFFSETS, p, x_ids=IDS, v_ids=IDS.flip(0), temperature=5.0, sparse=sparse)
+    histories = Histories(x, v, OFFSETS, x_ids=IDS, v_ids=IDS.flip(0))
+    out = hisac_torch.route(histories, p, temperature=5.0, sparse=sparse)
     (out.tokens.sum() + out.lse[[0, 2]].sum()).backward()
     outside = (IDS < 0) | (IDS > 7) | (IDS.flip(0) < 0) | (IDS.flip(0) > 6)
     rows = wanted(items[IDS.clamp(0, 7)]), wanted(values[IDS.flip(0).clamp(0, 6)])
     bias = torch.where(outside, torch.nan, 0.0)
-    out = hisac_torch.route(*rows, OFFSETS, p, bias=bias, temperature=5.0)
+    out = hisac_torch.route(Histories(*rows, OFFSETS, bias=bias), p, temperature=5.0)
     (out.tokens.sum() + out.lse[[0, 2]].sum()).backward()
     for grad, row, ids in ((x.grad, rows[0].grad, IDS), (v.grad, rows[1].grad, IDS.flip(0))):
         expected = summed(row.numpy(), ids.numpy(), len(grad))
@@ -119,12 +120,11 @@ def test_gradcheck(method, sparse):
     items, values, p = tables()
     book = hisac.Codebook([items[:4].numpy()])
     codes = hisac_torch.encode(book, items)[IDS.clamp(0, 7)]
-    options = {"method": method, "missing": "token", "v_ids": IDS, "x_ids": IDS.flip(0), "codes": codes, "book": book}
+    options = {"method": method, "missing": "token", "book": book, "sparse": sparse}
 
     def run(v, tau):
-        found = hisac_torch.route(
-            items, InFloat.apply(v), OFFSETS, p, temperature=tau.float(), sparse=sparse, **options
-        )
+        histories = Histories(items, InFloat.apply(v), OFFSETS, codes, x_ids=IDS.flip(0), v_ids=IDS)
+        found = hisac_torch.route(histories, p, temperature=tau.float(), **options)
         return found.tokens.double()[[0, 2]], found.lse.double()[[0, 2], :2]
 
     inputs = wanted(values.double()), wanted(torch.tensor([5.0], dtype=torch.float64))
@@ -159,7 +159,7 @@ def test_compiles_in_one_graph():
     items, values, p = tables()
 
     def run(x, v, ids):
-        out = hisac_torch.route(x, v, OFFSETS, p, x_ids=ids, v_ids=ids, temperature=5.0)
+        out = hisac_torch.route(Histories(x, v, OFFSETS, x_ids=ids, v_ids=ids), p, temperature=5.0)
         return out.tokens.sum() + out.lse[[0, 2]].sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -178,7 +178,8 @@ def test_a_compiled_program_steps_out_for_sparse_gradients():
     v = wanted(values)
 
     def run(v):
-        return hisac_torch.route(items, v * 1, OFFSETS, p, x_ids=IDS, v_ids=IDS, sparse=True).tokens.sum()
+        histories = Histories(items, v * 1, OFFSETS, x_ids=IDS, v_ids=IDS)
+        return hisac_torch.route(histories, p, sparse=True).tokens.sum()
 
     torch.compile(run, backend="aot_eager")(v).backward()
     expected = wanted(values)
@@ -190,7 +191,8 @@ def test_a_compiled_program_steps_out_for_sparse_gradients():
 def test_double_backward_raises(sparse):
     items, values, p = tables()
     v, tau = wanted(values), wanted(torch.tensor([5.0]))
-    out = hisac_torch.route(items, v, OFFSETS, p, x_ids=IDS, v_ids=IDS, temperature=tau, sparse=sparse)
+    histories = Histories(items, v, OFFSETS, x_ids=IDS, v_ids=IDS)
+    out = hisac_torch.route(histories, p, temperature=tau, sparse=sparse)
     (grad,) = torch.autograd.grad(out.tokens.square().sum(), v, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward is not supported"):
         grad.to_dense().sum().backward()
@@ -200,9 +202,9 @@ def test_a_scale_has_no_gradient():
     items, values, p = tables()
     x, scale = (items * 10).to(torch.int8), torch.tensor([0.1])
     with pytest.raises(NotImplementedError, match=r"x_scale has no gradient, expected x_scale.detach\(\)"):
-        hisac_torch.route(x, values, OFFSETS, p, x_ids=IDS, v_ids=IDS, x_scale=wanted(scale))
-    found = hisac_torch.route(x, wanted(values), OFFSETS, p, x_ids=IDS, v_ids=IDS, x_scale=scale)
-    again = hisac_torch.route(x, values, OFFSETS, p, x_ids=IDS, v_ids=IDS, x_scale=0.1)
+        hisac_torch.route(Histories(x, values, OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=wanted(scale)), p)
+    found = hisac_torch.route(Histories(x, wanted(values), OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=scale), p)
+    again = hisac_torch.route(Histories(x, values, OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=0.1), p)
     assert torch.equal(found.tokens, again.tokens)
 
 
@@ -212,9 +214,10 @@ def test_a_compressor_takes_tables(sparse):
     book = hisac.Codebook([items[:4].numpy(), items[4:6].numpy() / 4])
     compress = hisac_torch.Compressor(book, budget=3, temperature=5.0, sparse=sparse)
     codes, v = hisac_torch.encode(book, items)[IDS.clamp(0, 6)], wanted(values)
-    found = compress(items, v, OFFSETS, codes=codes, x_ids=IDS.clamp(0, 6), v_ids=IDS.clamp(0, 6))
+    ids = IDS.clamp(0, 6)
+    found = compress(Histories(items, v, OFFSETS, codes, x_ids=ids, v_ids=ids))
     rows = wanted(values[IDS.clamp(0, 6)])
-    expected = compress(items[IDS.clamp(0, 6)], rows, OFFSETS)
+    expected = compress(Histories(items[ids], rows, OFFSETS))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     found.tokens.sum().backward()
     expected.tokens.sum().backward()
@@ -222,13 +225,13 @@ def test_a_compressor_takes_tables(sparse):
     summed_rows = torch.from_numpy(summed(rows.grad.numpy(), IDS.clamp(0, 6).numpy(), 7)).float()
     torch.testing.assert_close(v.grad.to_dense(), summed_rows, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="codes expected with x_ids, got none"):
-        compress(items, v, OFFSETS, x_ids=IDS, v_ids=IDS)
+        compress(Histories(items, v, OFFSETS, x_ids=IDS, v_ids=IDS))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_jagged_ids():
     items, values, p = tables()
     ids = torch.nested.nested_tensor_from_jagged(IDS, OFFSETS)
-    found = hisac_torch.route(items, values, None, p, x_ids=ids, v_ids=ids)
-    expected = hisac_torch.route(items, values, OFFSETS, p, x_ids=IDS, v_ids=IDS)
+    found = hisac_torch.route(Histories(items, values, None, x_ids=ids, v_ids=ids), p)
+    expected = hisac_torch.route(Histories(items, values, OFFSETS, x_ids=IDS, v_ids=IDS), p)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import hisac
+from hisac import Histories
 
 torch = pytest.importorskip("torch")
 small = importlib.import_module("small_ranking")  # needs torch
@@ -34,7 +35,7 @@ class Ranker(torch.nn.Module):
         self.score = torch.nn.Linear(10, 1)
 
     def forward(self, x, v, offsets, candidates, candidate_offsets):
-        found = self.compress(x, v, offsets)
+        found = self.compress(Histories(x, v, offsets))
         out, lse = self.attention(candidates, found.tokens, candidate_offsets, bias=found.lse)
         lse = lse.clamp(min=-30)  # -inf for a user without a history
         return self.score(torch.cat([out, lse], 1)).squeeze(1)
@@ -120,7 +121,7 @@ def test_an_exported_program_runs_at_other_sizes_and_asks_for_its_codebook(batch
 
 
 def test_a_compressor_can_be_exported_and_saved(book):
-    file, args = io.BytesIO(), (*rows(), OFFSETS)
+    file, args = io.BytesIO(), (Histories(*rows(), OFFSETS),)
     compress = hisac_torch.Compressor(book, budget=4)
     torch.export.save(torch.export.export(compress, args), file)
     file.seek(0)
@@ -162,14 +163,14 @@ def test_autocast_leaves_the_semantic_side_alone(ranker, batch):
     x, v, offsets, candidates, candidate_offsets = batch
     project = torch.nn.Linear(5, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ranker.compress(x, project(v), offsets)
+        found = ranker.compress(Histories(x, project(v), offsets))
         cached = ranker.attention.keys_values(found.tokens)
         out, lse = ranker.attention(candidates, cached, candidate_offsets, bias=found.lse)
         mixed = hisac_torch.attend(torch.randn(9, 2, 4).bfloat16(), *map(torch.Tensor.float, cached), CANDIDATES)
         scores = ranker(*batch)
     assert [t.dtype for t in (found.tokens, out, mixed.out)] == [torch.bfloat16] * 3
     assert [t.dtype for t in (found.lse, found.prototypes, lse, mixed.lse)] == [torch.float32] * 4
-    expected = ranker.compress(x, v, offsets)
+    expected = ranker.compress(Histories(x, v, offsets))
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.lse, expected.lse)
     torch.testing.assert_close(scores.float(), ranker(*batch), atol=0.05, rtol=0.05)
     (scores.float().sum() + out.float().sum()).backward()
@@ -214,14 +215,14 @@ def test_empty_users_and_empty_batches(ranker, offsets):
     users, n = len(offsets) - 1, 2 * (len(offsets) - 1)
     out, *grads = gradients(ranker, (x, v, offsets, torch.ones(n, 6), 2 * torch.arange(users + 1)))
     assert out.shape == (n,) and out.isfinite().all() and all(g.isfinite().all() for g in grads)
-    found = ranker.compress(x, v, offsets)
+    found = ranker.compress(Histories(x, v, offsets))
     assert found.tokens.shape == (users, 4, 5) and found.tokens.count_nonzero() == 0
     assert (found.lse == -math.inf).all() and found.agents.count.tolist() == [0] * users
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_a_modules_type_leaves_the_codebook_alone(book, cast):
-    args = (*rows(), OFFSETS)
+    args = (Histories(*rows(), OFFSETS),)
     compress = hisac_torch.Compressor(book, budget=4, temperature=0.5)
     expected = compress(*args)
     found = getattr(copy.deepcopy(compress), cast)()(*args)
@@ -241,7 +242,7 @@ def test_unpickling_registers_the_codebook():
     x, _ = rows()
     module = pickle.loads(data)
     fingerprint = make_book(31).fingerprint
-    assert torch.equal(ops.encode(x, fingerprint - 2**64 * (fingerprint >= 2**63)), hisac_torch.encode(module.book, x))
+    assert torch.equal(ops.encode(fingerprint - 2**64 * (fingerprint >= 2**63), x), hisac_torch.encode(module.book, x))
 
 
 def test_a_state_dict_brings_its_codebook(ranker, batch):
@@ -296,18 +297,19 @@ def test_a_compressor_needs_rows_or_codes_and_takes_either(book):
     x, v = rows()
     compress = hisac_torch.Compressor(book, fanout=(2, 2), learn_temperature=False)
     with pytest.raises(ValueError, match="neither x nor codes given"):
-        compress(None, v, OFFSETS)
+        compress(Histories(None, v, OFFSETS))
     codes = hisac_torch.encode(book, x)
-    torch.testing.assert_close(compress(x, v, OFFSETS, codes=codes), compress(x, v, OFFSETS), rtol=0, atol=0)
-    by_codes = compress(None, v, OFFSETS, codes=codes)
-    expected = compress(book.prototypes(codes), v, OFFSETS, codes=codes)
+    own = compress(Histories(x, v, OFFSETS))
+    torch.testing.assert_close(compress(Histories(x, v, OFFSETS, codes)), own, rtol=0, atol=0)
+    by_codes = compress(Histories(None, v, OFFSETS, codes))
+    expected = compress(Histories(book.prototypes(codes), v, OFFSETS, codes))
     torch.testing.assert_close(by_codes, expected, rtol=0, atol=0)
     assert not by_codes.tokens.requires_grad
 
 
 def test_cached_keys_and_absent_tokens(ranker, batch):
     x, v, offsets, candidates, candidate_offsets = batch
-    attention, found = ranker.attention, ranker.compress(x, v, offsets)
+    attention, found = ranker.attention, ranker.compress(Histories(x, v, offsets))
     for bias in (found.lse, hisac_torch.log_share(found.agents), None):
         direct = attention(candidates, found.tokens, candidate_offsets, bias=bias)
         cached = attention(candidates, attention.keys_values(found.tokens), candidate_offsets, bias=bias)

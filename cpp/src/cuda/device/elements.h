@@ -83,7 +83,7 @@ inline bool aligned(const Rows& m) {
 }
 
 /// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
-struct Spans : Histories {
+struct ClampedSpans : Spans {
   int64_t rows = 0;
 
   SIMT_DEVICE int64_t start(int64_t b) const {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "verbs/route_inputs.h"
+#include "verbs/histories.h"
 
 #include "codebook/checks.h"
 
@@ -12,7 +12,7 @@ ShapeText extent(const Rows& rows, const Ids& ids) noexcept {
 }
 
 /// The types of x, v, their ids and the scale, and that all have the same number of behaviours.
-Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
+Status check_gathered(const char* verb, const Histories& in) noexcept {
   const bool int8 = in.x.data && in.x.dtype == DType::int8;
   if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
   HISAC_TRY(check_float(verb, "v", in.v.dtype));
@@ -36,53 +36,59 @@ Status check_gathered(const char* verb, const RouteInputs& in) noexcept {
 
 }  // namespace
 
-bool sizes_fit(const RouteInputs& in, int64_t longest) noexcept {
-  const int64_t* const p = in.prototypes.shape;
-  return within({p[2], in.v.width}, 1, kMostWidth) && within({p[1]}, 0, kMostAgents) &&
-         within({in.histories.users, in.behaviours(), longest}, 0, kMostRows);
+bool sizes_fit(const Histories& in, int64_t width, int64_t agents, int64_t longest) noexcept {
+  return within({width, in.v.width}, 1, kMostWidth) && within({agents}, 0, kMostAgents) &&
+         within({in.offsets.users, in.behaviours(), longest}, 0, kMostRows);
 }
 
-Status check_route(const char* verb, const RouteParams& params, const RouteInputs& in, Device device) noexcept {
-  const auto& p = in.prototypes.shape;
+Status check_histories(const char* verb, const Codebook* book, const Histories& in, int64_t width, bool needs_codes,
+                       Device device) noexcept {
   const int64_t rows = in.behaviours();
   HISAC_TRY(check_gathered(verb, in));
+  if (!within({width, in.v.width}, 1, kMostWidth))
+    return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
+                         verb, width, in.v.width);
+  if (!within({in.offsets.users, rows}, 0, kMostRows))
+    return Status::error(Code::invalid_argument,
+                         "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
+                         in.offsets.users, rows);
+  HISAC_TRY(check_spans(verb, "offsets", in.offsets, rows, device));
+  if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
+  if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
+  if (!(book && in.codes) && (needs_codes || !in.x.data) && (rows > 0 || (needs_codes && !book)))
+    return Status::error(
+        Code::invalid_argument,
+        "%s: codes and their codebook expected where x is not given and with the leaf method, got no %s", verb,
+        book ? "codes" : "codebook");
+  if (!book) return {};
+  HISAC_TRY(check_book(verb, book));
+  if (in.codes) HISAC_TRY(check_codes(verb, *book, in.codes, rows));
+  return {};
+}
+
+Status check_route(const char* verb, const Codebook* book, const RouteParams& params, const Histories& in,
+                   const RouteAgents& agents, Device device) noexcept {
+  const auto& p = agents.prototypes.shape;
   if (in.x.data && in.x.width != p[2])
     return Status::error(Code::invalid_argument, "%s: prototypes is %s, x is %s: D differs (%" PRId64 ", %" PRId64 ")",
                          verb, ShapeText(p).text, ShapeText({in.x.rows, in.x.width}).text, p[2], in.x.width);
-  if (!within({p[2], in.v.width}, 1, kMostWidth))
-    return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
-                         verb, p[2], in.v.width);
-  if (!within({in.histories.users, rows}, 0, kMostRows))
-    return Status::error(Code::invalid_argument,
-                         "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
-                         in.histories.users, rows);
-  HISAC_TRY(check_histories(verb, in.histories, rows, device));
-  if (p[0] != in.histories.users)
+  HISAC_TRY(check_histories(verb, book, in, p[2], params.method == Method::leaf, device));
+  if (!in.x.data && book && in.codes && book->width() != p[2])
+    return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
+                         verb, ShapeText(p).text, book->width());
+  if (p[0] != in.offsets.users)
     return Status::error(Code::invalid_argument,
                          "%s: prototypes is %s, offsets name %" PRId64 " users: B differs (%" PRId64 ", %" PRId64 ")",
-                         verb, ShapeText(p).text, in.histories.users, p[0], in.histories.users);
+                         verb, ShapeText(p).text, in.offsets.users, p[0], in.offsets.users);
   if (p[1] > kMostAgents)
     return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
+  if (agents.count) HISAC_TRY(check_shape(verb, "count", {p[0]}, agents.count));
   const int64_t temperatures = params.temperature.shape[0];
   if (!params.temperature || (temperatures != 1 && temperatures != p[1]))
     return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
                          verb, p[1], params.temperature ? temperatures : 0);
-  if (in.count) HISAC_TRY(check_shape(verb, "count", {p[0]}, in.count));
-  if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
-  if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
   if (params.refine < 0)
     return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
-  const bool leaf = params.method == Method::leaf;
-  if (!in.codes && (rows > 0 ? leaf || !in.x.data : leaf && !in.book))
-    return Status::error(Code::invalid_argument,
-                         "%s: codes expected where x is not given and with the leaf method, got none", verb);
-  if (in.codes || leaf) HISAC_TRY(check_book(verb, in.book));
-  if (in.codes) {
-    HISAC_TRY(check_codes(verb, *in.book, in.codes, rows));
-    if (!in.x.data && in.book->width() != p[2])
-      return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
-                           verb, ShapeText(p).text, in.book->width());
-  }
   return {};
 }
 

@@ -7,7 +7,7 @@
 namespace hisac::cuda {
 
 template <int MT, int Q, int S, int R = 64 / S, bool kBack = false>
-class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
+class RouteLogits : protected RouteStream<MT, Q, S, R, kBack> {
   using Base = RouteStream<MT, Q, S, R, kBack>;
 
  protected:
@@ -15,7 +15,7 @@ class RouteAgents : protected RouteStream<MT, Q, S, R, kBack> {
   using typename Base::Step;
   using Products = float[MT][R / 8][4];
 
-  SIMT_DEVICE explicit RouteAgents(const Task& task) : Base(task) {}
+  SIMT_DEVICE explicit RouteLogits(const Task& task) : Base(task) {}
 
   /// sum [agents, kValues] += w [agents, rows] times the step's values. `width`: columns of all values.
   SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, uint16_t* values,

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// A batch of histories from Python: a tuple of the fields of hisac.Histories, in their order.
+#pragma once
+#include <algorithm>
+
+#include "arrays.h"
+
+namespace hisac::bind {
+
+/// offsets [B + 1]
+inline Spans spans(const View& offsets, Call& call, const char* name) {
+  const Ids at = ids(offsets, call, name, "int32 or int64 [B + 1]");
+  if (at.size == 0) wrong_value(call, name, "[B + 1]", describe(offsets));
+  return {at.data, static_cast<const char*>(at.data) + bytes_of(at.dtype), at.dtype, at.size - 1};
+}
+
+/// starts and ends [B]
+inline Spans spans(const View& starts, const View& ends, Call& call) {
+  constexpr const char* kExpected = "int32 or int64 [B]";
+  const Ids first = ids(starts, call, "starts", kExpected), last = ids(ends, call, "ends", kExpected);
+  if (last.dtype != first.dtype || last.size != first.size)
+    wrong_value(call, "ends", "the type and length of starts, " + describe(starts), describe(ends));
+  return {first.data, last.data, first.dtype, first.size};
+}
+
+/// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`; on a GPU
+/// they are not seen.
+inline int64_t longest(const Call& call, const Spans& h, int64_t rows) {
+  if (call.on_cuda()) return rows;
+  int64_t most = 0;
+  for (int64_t b = 0; b < h.users; ++b)
+    most = std::max(most, std::clamp(h.end(b), int64_t{0}, rows) - std::clamp(h.start(b), int64_t{0}, rows));
+  return most;
+}
+
+using Fields = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
+
+/// The fields that a verb asks for, borrowed.
+class Batch {
+ public:
+  Histories in;
+
+  Batch(Call& call, const Fields& given) : call_(call), given_(given) {
+    if (given.size() != kFields) wrong_type(call, "histories", "hisac.Histories", "another tuple");
+  }
+  Batch(const Batch&) = delete;
+
+  /// What is routed, and by what.
+  void read_rows() {
+    if (!field(kX).is_none()) in.x = rows(view(kX), call_, "x", 2, "float32, bfloat16, float16 or int8 [T, D]", true);
+    in.v = rows(view(kV), call_, "v", 2, "float32, bfloat16 or float16 [T, V]");
+    read_spans();
+    in.x_ids = ids(view(kXIds), call_, "x_ids", "int32 or int64 [T]", true);
+    in.v_ids = ids(view(kVIds), call_, "v_ids", "int32 or int64 [T]", true);
+    in.x_scale = array<const float, 1>(view(kXScale), call_, "x_scale", "float32 [1] or [rows of x]", true);
+    in.bias = array<const float, 1>(view(kBias), call_, "bias", "float32 [T]", true);
+    in.spread = array<const float, 1>(view(kSpread), call_, "spread", "float32 [T]", true);
+  }
+  void read_codes(bool optional) {
+    in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]", optional);
+  }
+  /// What votes.
+  void read_votes() {
+    read_codes(false);
+    read_spans();
+    in.weights = array<const float, 1>(view(kWeights), call_, "weights", "float32 [T]", true);
+  }
+
+ private:
+  enum Field { kX, kV, kOffsets, kCodes, kXIds, kVIds, kXScale, kBias, kSpread, kWeights, kFields };
+
+  nb::handle field(Field at) const { return PyTuple_GET_ITEM(given_.ptr(), at); }
+  const View& view(Field at) { return hold(field(at), at); }
+  const View& hold(nb::handle array, int at) { return view_[at] = nb::cast<View>(array); }
+
+  void read_spans() {
+    const nb::handle offsets = field(kOffsets);
+    if (!PyTuple_Check(offsets.ptr())) {
+      in.offsets = spans(view(kOffsets), call_, "offsets");
+    } else {
+      const auto pair = nb::borrow<nb::tuple>(offsets);
+      if (pair.size() != 2) wrong_value(call_, "offsets", "an array, or a tuple (starts, ends)", "another tuple");
+      in.offsets = spans(hold(pair[0], kOffsets), hold(pair[1], kFields), call_);
+    }
+  }
+
+  Call& call_;
+  const Fields& given_;
+  View view_[kFields + 1];
+};
+
+}  // namespace hisac::bind

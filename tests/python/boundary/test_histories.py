@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Histories`, the noun of all verbs: one order of fields everywhere, offsets of every kind, what each verb reads."""
+
+import copy
+import inspect
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_boundary import BOOK, CODES, OFFSETS, PROTOTYPES, VALUE, WEIGHTS, B, X, bits
+
+import hisac
+from hisac import Histories, reference
+
+torch = pytest.importorskip("torch")
+hisac_torch = pytest.importorskip("hisac.torch")
+
+FIELDS = Histories._fields
+PLAIN = Histories(X, VALUE, OFFSETS, CODES, weights=WEIGHTS)
+LENGTHS = np.diff(OFFSETS)
+VERBS = {
+    "vote": lambda h: hisac.vote(BOOK, h, budget=3)[:3],
+    "route": lambda h: hisac.route(h, PROTOTYPES),
+    "leaf_sums": lambda h: hisac.leaf_sums(BOOK, h),
+}
+IN_TORCH = {
+    "vote": lambda h: hisac_torch.vote(BOOK, h, budget=3)[:3],
+    "route": lambda h: hisac_torch.route(h, torch.from_numpy(np.asarray(PROTOTYPES)))[:2],
+    "Compressor": lambda h: hisac_torch.Compressor(BOOK, budget=3, learn_temperature=False)(h)[:2],
+}
+
+
+def in_torch(h):
+    return h._replace(**{name: torch.from_numpy(a) for name, a in h._asdict().items() if isinstance(a, np.ndarray)})
+
+
+def test_the_fields_have_one_order_everywhere():
+    """In Python, in its constructor, in the C++ header and in the schemas of torch's operators."""
+    assert tuple(inspect.signature(Histories).parameters) == (*FIELDS, "lengths")
+    header = Path(__file__).parents[3] / "cpp/include/hisac/histories.h"
+    body = re.search(r"struct Histories \{(.*?)\n\n", header.read_text(encoding="utf-8"), re.DOTALL)[1]
+    members = re.sub(r"//.*", "", body).replace("{}", "")
+    declared = [
+        re.sub(r".* ", "", name.strip()) for line in members.split(";") for name in re.split(r",(?![^<]*>)", line)
+    ]
+    assert tuple(filter(None, declared)) == FIELDS
+    for name in ("vote", "route", "route_backward"):
+        arguments = [a.name for a in getattr(torch.ops.hisac, name).default._schema.arguments]
+        first = arguments.index("x")
+        found = tuple("offsets" if a == "starts" else a for a in arguments[first : first + 11] if a != "ends")
+        assert found == FIELDS, name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        OFFSETS.astype(np.int32),
+        OFFSETS.tolist(),
+        (OFFSETS[:-1], OFFSETS[1:]),
+        (OFFSETS[:-1].tolist(), OFFSETS[1:].tolist()),
+        (OFFSETS[:-1].tolist(), OFFSETS[1:]),
+        OFFSETS.tolist()[:1] + list(map(np.int64, OFFSETS[1:])),
+        torch.from_numpy(OFFSETS),
+    ],
+)
+def test_offsets_of_every_kind(verb, offsets):
+    expected = bits(VERBS[verb](PLAIN))
+    assert bits(VERBS[verb](PLAIN._replace(offsets=offsets))) == expected
+    assert bits(VERBS[verb](in_torch(PLAIN)._replace(offsets=offsets))) == expected
+
+
+@pytest.mark.parametrize("verb", IN_TORCH)
+@pytest.mark.parametrize("offsets", [OFFSETS, OFFSETS.tolist(), (OFFSETS[:-1], OFFSETS[1:].tolist())])
+def test_lists_and_numpy_offsets_beside_tensors(verb, offsets):
+    h = in_torch(PLAIN)
+    assert bits(IN_TORCH[verb](h._replace(offsets=offsets))) == bits(IN_TORCH[verb](h))
+
+
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, LENGTHS.tolist(), tuple(LENGTHS), LENGTHS.astype(np.int32), torch.from_numpy(LENGTHS)]
+)
+def test_lengths_in_place_of_offsets(lengths):
+    found = Histories(X, VALUE, codes=CODES, lengths=lengths)
+    np.testing.assert_array_equal(found.offsets, OFFSETS)
+    assert torch.is_tensor(found.offsets) == torch.is_tensor(lengths)
+    assert Histories(X, lengths=[]).offsets.tolist() == [0]
+    with pytest.raises(ValueError, match=r"^Histories: expected either offsets or lengths, got both$"):
+        Histories(X, VALUE, OFFSETS, lengths=lengths)
+
+
+def test_lengths_in_a_compiled_program():
+    torch.compiler.reset()
+    compress, h = hisac_torch.Compressor(BOOK, budget=3), in_torch(PLAIN)
+
+    def tokens(x, v, lengths):
+        return compress(Histories(x, v, lengths=lengths)).tokens
+
+    compiled = torch.compile(tokens, fullgraph=True, backend="aot_eager")
+    for lengths in (torch.from_numpy(LENGTHS), torch.tensor([9, 1])):
+        assert torch.equal(compiled(h.x, h.v, lengths), tokens(h.x, h.v, lengths))
+
+
+def test_it_is_a_tuple_and_a_pytree():
+    for same in (pickle.loads(pickle.dumps(PLAIN)), copy.deepcopy(PLAIN), PLAIN._replace()):
+        assert type(same) is Histories and bits(same) == bits(PLAIN)
+    doubled = torch.utils._pytree.tree_map(lambda t: t if t is None else 2 * t, in_torch(PLAIN))
+    assert type(doubled) is Histories and torch.equal(doubled.x, 2 * torch.from_numpy(X)) and doubled.bias is None
+
+
+@pytest.mark.parametrize("call", [*VERBS.values(), *IN_TORCH.values()])
+@pytest.mark.parametrize("other", [X, tuple(PLAIN), None, {"x": X}])
+def test_nothing_else_is_taken_for_histories(call, other):
+    text = rf"^\w+: histories expected hisac.Histories, got {type(other).__name__}$"
+    with pytest.raises(TypeError, match=text):
+        call(other)
+
+
+def test_a_verb_reads_the_fields_that_it_names():
+    """And no other: whatever those hold."""
+    junk = "nothing that could be read"
+    others = dict.fromkeys(("x", "v", "x_ids", "v_ids", "x_scale", "bias", "spread"), junk)
+    assert bits(VERBS["vote"](PLAIN._replace(**others))) == bits(VERBS["vote"](PLAIN))
+    assert bits(VERBS["route"](PLAIN._replace(codes=junk, weights=junk))) == bits(VERBS["route"](PLAIN))
+    assert bits(VERBS["leaf_sums"](PLAIN._replace(weights=junk))) == bits(VERBS["leaf_sums"](PLAIN))
+
+
+def test_codes_count_in_route_with_their_book_only():
+    wrong = CODES.copy()
+    wrong[::2, 1] = 99
+    plain, coded = (hisac.route(PLAIN._replace(codes=wrong), PROTOTYPES, book=book) for book in (None, BOOK))
+    assert bits(plain) == bits(hisac.route(PLAIN, PROTOTYPES)) and bits(plain) != bits(coded)
+    definition = reference.Codebook(BOOK.centers)
+    for found, book in ((plain, None), (coded, definition)):
+        expected = reference.route(PLAIN._replace(codes=wrong), PROTOTYPES, book=book)
+        np.testing.assert_allclose(found.tokens, expected.tokens, atol=1e-4)
+    assert len(plain.tokens) == B
+
+
+def test_sums_are_histories():
+    sums = hisac.leaf_sums(BOOK, PLAIN)
+    assert type(sums) is Histories and [name for name in FIELDS if getattr(sums, name) is not None] == [
+        "x", "v", "offsets", "codes", "bias", "spread"]  # fmt: skip
+    by_leaf = hisac.route(PLAIN, PROTOTYPES, book=BOOK, method="leaf")
+    assert bits(hisac.route(sums, PROTOTYPES)) == bits(by_leaf)
