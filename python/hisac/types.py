@@ -13,6 +13,9 @@ import numpy as np
 Array = Any  # numpy.ndarray, torch.Tensor, or anything with DLPack
 
 
+_tuple = tuple.__new__  # 0.1 us faster than by way of the named tuple's own
+
+
 class _Fields(NamedTuple):
     x: Array = None
     """[T, D], or a table [rows, D] with `x_ids`: semantic embeddings, float32, bfloat16, float16 or int8. None: the
@@ -62,7 +65,7 @@ class Histories(_Fields):
                 offsets = sys.modules["torch"].cat([lengths.new_zeros(1), lengths.cumsum(0)])
             else:
                 offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        return super().__new__(cls, x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights)
+        return _tuple(cls, (x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights))
 
 
 class Agents(NamedTuple):

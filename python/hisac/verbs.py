@@ -24,6 +24,7 @@ from .arrays import (
     empty,
     give,
     is_cuda,
+    maker,
     number,
     on_host,
     take,
@@ -58,9 +59,9 @@ def vote(
     """
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
-    _check(book, Codebook, "vote: book")
+    tree = _check(book, Codebook, "vote: book")._core
     histories = take_histories("vote", _VOTES, histories)
-    levels, children = book.levels, [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
+    levels, children = tree.levels, [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
     if fanout is not None and (len(children) != levels or min(children) < 1):
         raise ValueError(f"vote: fanout expected one number >= 1 for each of {levels} levels, got {tuple(children)}")
     seats = math.prod(children) if budget is None else whole("vote", "budget", budget)
@@ -68,11 +69,11 @@ def vote(
         raise ValueError(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
-    users, like = _users(histories), histories.codes
-    agents = empty(like, (users, seats, levels), INT32)
-    votes, count = empty(like, (users, seats), INT64), empty(like, (users,), INT32)
-    core.vote(book._core, histories, 0 if budget is None else seats, children, agents, votes, count)
-    return Agents(agents, votes, count, book.fingerprint)
+    spans, new = histories.offsets, maker(histories.codes)
+    users = spans[0].shape[0] if type(spans) is tuple else spans.shape[0] - 1
+    agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
+    core.vote(tree, histories, 0 if budget is None else seats, children, agents, votes, count)
+    return Agents(agents, votes, count, tree.fingerprint)
 
 
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
@@ -234,11 +235,6 @@ def _rows(verb: str, book: Codebook | None, histories: Histories) -> tuple[Any, 
     if book is None:
         return None, take_histories(verb, _ROWS, histories)
     return _check(book, Codebook, f"{verb}: book")._core, take_histories(verb, _CODED_ROWS, histories)
-
-
-def _users(histories: Histories) -> int:
-    spans = histories.offsets
-    return int(spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1)
 
 
 def attend(
