@@ -218,19 +218,17 @@ void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, 
 
 /// The arguments that route and its backward share.
 struct RouteArguments {
-  const Codebook* book;
   RouteParams params;
   Batch batch;
   const Histories& in = batch.in;
   RouteAgents agents;
   int64_t most;  // rows of the longest history
 
-  RouteArguments(Call& call, const Codebook* codes_book, const Fields& histories, Lent prototypes, Lent count,
-                 nb::handle tau, nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision,
-                 int64_t refine)
-      : book(codes_book), batch(call, histories) {
+  RouteArguments(Call& call, const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle tau,
+                 nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine)
+      : batch(call, histories) {
     batch.read_rows();
-    if (book) batch.read_codes(true);
+    if (book) batch.read_codes();
     most = longest(call, in.offsets, in.behaviours());
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
@@ -301,7 +299,7 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent out_x, Lent 
   Call call("leaf_sums");
   Batch batch(call, histories);
   batch.read_rows();
-  batch.read_codes(false);
+  batch.read_codes();
   const Histories& in = batch.in;
   const int64_t most = longest(call, in.offsets, in.behaviours());
   const LeafSums out{array<float, 2>(out_x, call, "out x", "float32 [S, D]"),

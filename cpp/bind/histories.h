@@ -45,7 +45,7 @@ class Batch {
   }
   Batch(const Batch&) = delete;
 
-  /// What is routed, and by what.
+  /// Every field but codes and weights.
   void read_rows() {
     if (!field(kX).is_none()) in.x = rows(view(kX), call_, "x", 2, "float32, bfloat16, float16 or int8 [T, D]", true);
     in.v = rows(view(kV), call_, "v", 2, "float32, bfloat16 or float16 [T, V]");
@@ -56,12 +56,10 @@ class Batch {
     in.bias = array<const float, 1>(view(kBias), call_, "bias", "float32 [T]", true);
     in.spread = array<const float, 1>(view(kSpread), call_, "spread", "float32 [T]", true);
   }
-  void read_codes(bool optional) {
-    in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]", optional);
-  }
-  /// What votes.
+  void read_codes() { in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]"); }
+  /// Codes, offsets and weights.
   void read_votes() {
-    read_codes(false);
+    read_codes();
     read_spans();
     in.weights = array<const float, 1>(view(kWeights), call_, "weights", "float32 [T]", true);
   }

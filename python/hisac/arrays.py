@@ -120,12 +120,12 @@ def take_one(verb: str, name: str, x: Array, letters: str = "") -> Array:
             f"{verb}: {name} expected a NumPy array, a torch tensor or anything with DLPack, got {type(x).__name__}"
         )
     if letters and x.ndim != letters.count(" ") + 1:
-        shape = ", ".join(letters.split())
+        shape = ", ".join(letters.split()).replace("+", " + ")
         raise ValueError(f"{verb}: {name} expected [{shape}], got {dtype_name(x)} {list(x.shape)}")
     if letters[-1:] in tuple("DVd") and x.shape[-1] > 2**20:
         raise ValueError(f"{verb}: {name} expected {letters[-1]} of at most 2^20, got {x.shape[-1]}")
     if letters == "B+1" and not x.shape[0]:
-        raise ValueError(f"{verb}: {name} expected [B+1], got an empty array")
+        raise ValueError(f"{verb}: {name} expected [B + 1], got an empty array")
     return taken
 
 
@@ -220,6 +220,8 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
         name, _, letters = kind.partition(" ")
         if name == "-" or (field is None and name[-1] == "?"):
             taken.append(None)
+        elif field is None:
+            raise TypeError(f"{verb}: {name} expected in the histories, got None")
         elif name == "offsets":
             taken.append(_take_offsets(verb, field, letters, histories))
         elif name == "x_scale?" and isinstance(field, NUMBERS):
@@ -234,18 +236,16 @@ def _take_offsets(verb: str, offsets: Any, letters: str, beside: Histories) -> A
     if isinstance(offsets, tuple):
         if len(offsets) != 2:
             raise ValueError(
-                f"{verb}: offsets expected an array, or a tuple (starts, ends), got a tuple of {len(offsets)}"
+                f"{verb}: offsets expected an array, a list, or a tuple (starts, ends), got a tuple of {len(offsets)}"
             )
         pairs = zip(("starts", "ends"), offsets, strict=True)
         return tuple(take_one(verb, name, _of_list(verb, name, a, beside), "B") for name, a in pairs)
-    if offsets is None:
-        raise TypeError(f"{verb}: offsets expected [B + 1], (starts, ends) or lengths=, got None")
     return take_one(verb, "offsets", _of_list(verb, "offsets", offsets, beside), letters)
 
 
 def _of_list(verb: str, name: str, a: Any, beside: Histories) -> Array:
-    """A list of integers as int64, beside the arrays of a batch; anything else as it is."""
-    if not isinstance(a, list):
+    """A list or range of integers as int64, beside the arrays of a batch; anything else as it is."""
+    if not isinstance(a, list | range):
         return a
     found = np.array([whole(verb, name, n, -(2**63), 2**63 - 1) for n in a], np.int64)
     like = next((t for t in (beside.codes, beside.v) if is_torch(t)), None)

@@ -5,6 +5,8 @@ Arrays live where the inputs live (NumPy or torch). Letters are dimensions: B us
 V value width, L levels, M agents a user, N candidates, H heads.
 """
 
+import itertools
+import operator
 import sys
 from typing import Any, NamedTuple
 
@@ -18,33 +20,35 @@ _tuple = tuple.__new__  # 0.1 us faster than by way of the named tuple's own
 
 class _Fields(NamedTuple):
     x: Array = None
-    """[T, D], or a table [rows, D] with `x_ids`: semantic embeddings, float32, bfloat16, float16 or int8. None: the
-    prototypes of `codes`."""
     v: Array = None
-    """[T, V], or a table [rows, V] with `v_ids`: what tokens are means of, float32, bfloat16 or float16."""
     offsets: Any = None
-    """[B + 1]: user b has the rows offsets[b] .. offsets[b + 1]; or (starts [B], ends [B]), which may overlap. int32 or
-    int64, or lists of integers."""
     codes: Array = None
-    """[T, L] int32: semantic IDs."""
     x_ids: Array = None
-    """[T] int32 or int64: behaviour i has row x_ids[i] of x."""
     v_ids: Array = None
-    """[T] int32 or int64: behaviour i has row v_ids[i] of v."""
     x_scale: Any = None
-    """A number, or float32 [1] or [rows of x], with x of int8: the embeddings are x_scale times x, in float32."""
     bias: Array = None
-    """[T] float32: the logarithm of a behaviour's weight in routing, a time decay for instance."""
     spread: Array = None
-    """[T] float32: added to a behaviour's squared distances; `leaf_sums` makes it."""
     weights: Array = None
-    """[T] float32: a behaviour's weight in voting."""
 
 
 class Histories(_Fields):
-    """A batch of histories: the T behaviours of B users in one table. A verb reads the fields that it needs.
+    """A batch of histories: the T behaviours of B users in one table. Each verb names the fields that it reads.
 
-    `lengths` [B], in place of offsets: how many rows each user has. Raises ValueError where both are given.
+        x        [T, D], or a table [rows, D] with x_ids: semantic embeddings, float32, bfloat16, float16 or int8;
+                 None: the prototypes of codes
+        v        [T, V], or a table [rows, V] with v_ids: what tokens are means of, float32, bfloat16 or float16
+        offsets  [B + 1]: user b has the rows offsets[b] .. offsets[b + 1]; or (starts [B], ends [B]), which may
+                 overlap; int32 or int64, or lists of integers. Rows outside all ranges are nobody's. In `hisac.torch`
+                 None where a field is a jagged tensor
+        codes    [T, L] int32: semantic IDs of the behaviours; `route` reads them only where its book is given
+        x_ids, v_ids    [T] int32 or int64: behaviour i has row x_ids[i] of x, row v_ids[i] of v
+        x_scale  a number, or float32 [1] or [rows of x], with x of int8: the embeddings are x_scale times x, in float32
+        bias     [T] float32: the logarithm of a behaviour's weight in routing, a time decay for instance
+        spread   [T] float32: added to a behaviour's squared distances; `leaf_sums` makes it
+        weights  [T] float32: a behaviour's weight in voting
+
+    `lengths` [B], in place of offsets: how many rows each user has, from the first row on. Raises ValueError where both
+    are given or a length is negative, TypeError where lengths are no whole numbers.
 
     >>> import numpy as np
     >>> Histories(np.zeros((3, 2)), np.zeros((3, 4)), lengths=[1, 2]).offsets
@@ -61,11 +65,28 @@ class Histories(_Fields):
         if lengths is not None:
             if offsets is not None:
                 raise ValueError("Histories: expected either offsets or lengths, got both")
-            if hasattr(lengths, "new_zeros"):  # a torch tensor
-                offsets = sys.modules["torch"].cat([lengths.new_zeros(1), lengths.cumsum(0)])
-            else:
-                offsets = np.cumsum([0, *lengths], dtype=np.int64)
+            offsets = _offsets_of(lengths, codes if v is None else v)
         return _tuple(cls, (x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights))
+
+
+def _offsets_of(lengths: Any, beside: Any) -> Any:
+    """lengths [B] -> offsets [B + 1]; those of a list in torch where `beside` is a tensor, and in its place."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(lengths, torch.Tensor):
+        if lengths.ndim != 1 or lengths.dtype not in (torch.int32, torch.int64):
+            kind = f"{str(lengths.dtype).replace('torch.', '')} {list(lengths.shape)}"
+            raise TypeError(f"Histories: lengths expected whole numbers [B], got {kind}")
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    try:
+        whole = [operator.index(n) for n in lengths]
+    except TypeError:
+        raise TypeError(f"Histories: lengths expected whole numbers [B], got {lengths!r:.60}") from None
+    if min(whole, default=0) < 0:
+        raise ValueError(f"Histories: lengths expected 0 or more, got {min(whole)}")
+    found = [0, *itertools.accumulate(whole)]
+    if torch is not None and isinstance(beside, torch.Tensor):
+        return torch.tensor(found, device=beside.device)
+    return np.array(found, np.int64)
 
 
 class Agents(NamedTuple):

@@ -3,7 +3,8 @@
 
 Arguments, meaning and order are those of `hisac.reference`, which defines each verb; here they run compiled, in float32
 accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL, or on a GPU's current stream.
-Results live where x lives; all arrays of a call lie in one place. `fit` and `Codebook.leaves` are the CPU's.
+All arrays of a call lie in one place, and so do the results: NumPy's beside NumPy's codes (vote) or v (the others),
+tensors beside tensors. `fit` and `Codebook.leaves` are the CPU's.
 Letters: B users, T behaviours, D semantic width, V value width, L levels, M agents a user, N candidates, H heads.
 """
 
@@ -70,7 +71,7 @@ def vote(
             f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
         )
     spans, new = histories.offsets, maker(histories.codes)
-    users = spans[0].shape[0] if type(spans) is tuple else spans.shape[0] - 1
+    users = spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1
     agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
     core.vote(tree, histories, 0 if budget is None else seats, children, agents, votes, count)
     return Agents(agents, votes, count, tree.fingerprint)
@@ -83,9 +84,9 @@ def leaf_sums(book: Codebook, histories: Histories) -> Histories:
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
     Reads what `route` reads of the histories, and codes. `route` gives over the sums what it gives by method="leaf"
-    over the behaviours. Sums may be kept between requests. They add up: those of kept sums and new behaviours, as the
-    rows of one user, are the sums of all. -> Histories with x, v, offsets, codes, bias and spread, float32.
-    Raises ValueError, TypeError.
+    over the behaviours; for `vote` a row of sums would count once. Sums may be kept between requests. They add up:
+    those of kept sums and new behaviours, as the rows of one user, are the sums of all.
+    -> Histories with x, v, offsets, codes, bias and spread, float32. Raises ValueError, TypeError.
     """
     _check(book, Codebook, "leaf_sums: book")
     histories = take_histories("leaf_sums", _CODED_ROWS, histories)
@@ -130,11 +131,11 @@ def route(
         normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
-    Of the histories it reads all but weights, and codes where `book` is given; codes are needed where x is None and by
-    method="leaf". prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1]
-    or [M] float32, where an entry that is not positive empties its tokens. Absent behaviours: an invalid code, |x|^2 of
-    2^100 and more, a NaN or infinite bias, a spread that is NaN, infinite or negative, an id outside the table of x or
-    v. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of p_a <- sum u x / sum u first.
+    Of the histories it reads every field but weights; codes only where `book` is given. Both are needed where x is None
+    and by method="leaf". prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0,
+    or [1] or [M] float32, where an entry that is not positive empties its tokens. Absent behaviours: an invalid code,
+    |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that is NaN, infinite or negative, an id outside the table
+    of x or v. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of p_a <- sum u x / sum u first.
     missing="token": one more token, the mean v and log count of the absent behaviours that have a row of v.
     precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
     faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32. `hisac.reference.bounds` has the
@@ -226,7 +227,7 @@ def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tup
 
 
 _ROWS = "x? T D, v T V, offsets B+1, -, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
-_CODED_ROWS = _ROWS.replace("-", "codes T L", 1)
+_CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
 _VOTES = "-, -, offsets B+1, codes T L, -, -, -, -, -, weights?"
 
 

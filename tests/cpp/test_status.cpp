@@ -264,6 +264,7 @@ TEST_CASE("route") {
   invalid(spoiled([](Right& r) { r.params.temperature = {}; }), "route: temperature expected [1] or [4], got [0]");
   const Codebook none;
   invalid(spoiled([&](Right& r) { r.routed_by = &none; }), "route: codebook expected, got an empty one");
+  invalid(spoiled([](Right& r) { r.routed_by = &r.book; }), "route: codes expected [6, 2], got [0, 0]");
   invalid(spoiled([](Right& r) {
             r.in.codes = r.given;
             r.params.method = Method::leaf;
@@ -319,8 +320,7 @@ TEST_CASE("leaf_sums") {
   invalid(spoiled([](Right&, LeafSums& out) { out.spread.shape[0] = 0; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.offsets.shape[0] = 2; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.codes.shape[1] = 3; }), shapes);
-  invalid(spoiled([](Right& r, LeafSums&) { r.in.codes = {}; }),
-          "leaf_sums: codes and their codebook expected where x is not given and with the leaf method, got no codes");
+  invalid(spoiled([](Right& r, LeafSums&) { r.in.codes = {}; }), "leaf_sums: codes expected [6, 2], got [0, 0]");
   invalid(spoiled([](Right& r, LeafSums&) { r.book = Codebook(); }), "leaf_sums: codebook expected, got an empty one");
   Right r;
   r.in.codes = r.given;

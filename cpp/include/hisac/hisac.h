@@ -8,8 +8,9 @@
 // allocates. The calls that do allocate are Codebook::build, parse, load and save, ThreadPool::resize and executor,
 // and, inside CUDA, enable_cuda.
 //
-// The values of data (x, v, codes, weights, ids) are never errors: a behaviour with an invalid code or a NaN in x is
-// absent, a NaN in v reaches the result, and an empty history gives zero tokens. Offsets, shapes, types and parameters
+// The behaviours of a batch of users are one value, Histories. The values in it (x, v, codes, ids, bias, spread,
+// weights) are never errors: a behaviour with a NaN in x is absent, one with an invalid code is absent where codes are
+// read, a NaN in v reaches the result, and an empty history gives zero tokens. Offsets, shapes, types and parameters
 // are checked. It is also an error if centers are not finite, or if `fit` gets no row that it can use.
 //
 // `<verb>_workspace` names the bytes of scratch. The definition of every verb is in python/hisac/reference.
@@ -21,6 +22,7 @@
 #include "cuda.h"
 #include "encode.h"
 #include "fit.h"
+#include "histories.h"
 #include "leaf_sums.h"
 #include "pool.h"
 #include "route.h"

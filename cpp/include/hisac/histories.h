@@ -5,8 +5,9 @@
 
 namespace hisac {
 
-/// The behaviours of B users. The same fields in the same order are `hisac.Histories` in Python. A verb reads the
-/// fields that its header names; the others may be anything.
+/// The behaviours of B users. The same fields in the same order are `hisac.Histories` in Python. Each verb names the
+/// fields that it reads, and looks at no other. A field whose data is null is not given: an empty array that is given
+/// needs another pointer.
 struct Histories {
   Rows x{};                         // [T, D], or [rows, D] with x_ids; data null: the prototypes of `codes`
   Rows v{};                         // [T, V], or [rows, V] with v_ids

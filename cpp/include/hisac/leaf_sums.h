@@ -10,8 +10,9 @@ namespace hisac {
 /// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
 ///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
 ///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
-/// As the histories of `route` they stand for the behaviours; they may be kept between requests. Sums add up: those of
-/// kept sums and new behaviours, as the rows of one user, are the sums of all.
+/// As the histories of `route` they stand for the behaviours; they may be kept between requests. In `vote` each of them
+/// would count as one behaviour. Sums add up: those of kept sums and new behaviours, as the rows of one user, are the
+/// sums of all.
 struct LeafSums {
   Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
   Array<float, 2> v;          // [S, V]
@@ -20,7 +21,7 @@ struct LeafSums {
   Array<float, 1> bias;       // [S]
   Array<float, 1> spread;     // [S]
 
-  /// The sums as histories, to be read once they are written.
+  /// The sums as the histories of a later call of `route`.
   Histories histories() const noexcept {
     Histories h;
     h.x = {x.data, DType::float32, x.shape[0], x.shape[1]};
@@ -33,8 +34,8 @@ struct LeafSums {
   }
 };
 
-/// Reads the fields of the histories that `route` reads; codes are needed. Reads x and v once. longest: the longest
-/// history of the batch (T will do).
+/// Takes the same fields of the histories as `route`, and needs codes. Every row of x and v is read once. longest: the
+/// longest history of the batch (T will do).
 Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
                  const LeafSums& out) noexcept;
 size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,

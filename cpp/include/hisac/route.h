@@ -33,7 +33,8 @@ struct RouteParams {
   Precision precision = Precision::float32;
 };
 
-/// The agents of B users.
+/// The agents of B users. Give the count of `vote`'s Agents too: without it absent agents, whose prototypes are zero,
+/// take part.
 struct RouteAgents {
   Array<const float, 3> prototypes{};  // [B, M, D]
   Array<const int32_t, 1> count{};     // [B], null: M each
@@ -48,11 +49,11 @@ struct Tokens {
 /// Fused: no T x M matrix. Sums run over tiles of 2,048 rows of a user, merged in a fixed tree: the same bits for any
 /// number of workers and any batch around the user.
 ///
-/// Reads all fields of the histories but weights. book: that of the codes. If it is null, codes are not read, and a
-/// behaviour with an invalid code is present. Codes and book are needed where x is not given and by Method::leaf.
+/// Reads every field of the histories but weights; codes only where there is a book. Without a book, a behaviour with
+/// an invalid code is present. Codes and book are needed where x is not given and by Method::leaf.
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept;
-/// longest: the longest history of the batch (T will do).
+/// Takes the same fields as the call. longest: the longest history of the batch (T will do).
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                        const Histories& histories, const RouteAgents& agents, int64_t longest) noexcept;
 

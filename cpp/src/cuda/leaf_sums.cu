@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/leaf_sums.h"
 
-#include "codebook/checks.h"
-
 #include <algorithm>
 
 #include "base/radix_sort.h"
+#include "codebook/checks.h"
 #include "cuda/device/block.h"
 #include "cuda/verbs.h"
 
@@ -323,11 +322,11 @@ LeafTask leaf_task(const Codebook* book, const Histories& in, int64_t width) {
   return t;
 }
 
-int64_t most_sums(const LeafTask& t, int64_t entries) {
+int64_t most_sums(const Codebook* book, int64_t users, int64_t entries) {
   int64_t most = std::min<int64_t>(1, entries);
   const auto times = [&](int64_t n) { most = most && n > entries / most ? entries : most * n; };
-  for (int l = 0; l < t.levels; ++l) times(t.sizes[l]);
-  times(t.users);
+  for (int l = 0; book && l < book->levels(); ++l) times(book->size(l));
+  times(users);
   return most;
 }
 
@@ -355,7 +354,7 @@ int64_t most_entries(const Histories& in, int64_t longest) {
 Histories carve_rows(const RouteCall& call, int64_t entries, Arena& arena, LeafTask* out) {
   LeafTask& t = *out;
   t = leaf_task(call.book, call.in, call.width());
-  const int64_t users = t.users, width = t.x.width, sums = most_sums(t, entries);
+  const int64_t users = t.users, width = t.x.width, sums = most_sums(call.book, users, entries);
   t.missing = call.params.missing == Missing::token;
   t.capacity = entries;
   t.sums = sums;

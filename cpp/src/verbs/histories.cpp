@@ -55,14 +55,15 @@ Status check_histories(const char* verb, const Codebook* book, const Histories& 
   HISAC_TRY(check_spans(verb, "offsets", in.offsets, rows, device));
   if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
   if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
-  if (!(book && in.codes) && (needs_codes || !in.x.data) && (rows > 0 || (needs_codes && !book)))
-    return Status::error(
-        Code::invalid_argument,
-        "%s: codes and their codebook expected where x is not given and with the leaf method, got no %s", verb,
-        book ? "codes" : "codebook");
-  if (!book) return {};
-  HISAC_TRY(check_book(verb, book));
-  if (in.codes) HISAC_TRY(check_codes(verb, *book, in.codes, rows));
+  if (book) {
+    HISAC_TRY(check_book(verb, book));
+    return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, rows) : Status();
+  }
+  if (needs_codes || (!in.x.data && rows > 0))
+    return Status::error(Code::invalid_argument,
+                         "%s: codes and their codebook expected where x is not given and with the leaf method, got no "
+                         "codebook",
+                         verb);
   return {};
 }
 

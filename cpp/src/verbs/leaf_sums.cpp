@@ -10,6 +10,7 @@ namespace hisac {
 namespace {
 
 Status check(const Codebook& book, const Histories& in, const LeafSums& out, Device device) noexcept {
+  HISAC_TRY(check_book("leaf_sums", &book));
   const int64_t width = width_of(book, in);
   HISAC_TRY(check_histories("leaf_sums", &book, in, width, true, device));
   const int64_t users = in.offsets.users, levels = book.levels();

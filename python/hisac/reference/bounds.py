@@ -43,7 +43,7 @@ HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 LEAST = 2.0**-149  # what one rounding of a subnormal float32 may cost
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
-HISTORY = ("prototypes", "count", "temperature", "book", "method")  # of verbs.History, beside the batch
+OPTIONS = ("prototypes", "count", "temperature", "book", "method")  # of verbs.each_history
 
 
 def as_numpy(a: Array) -> Array:
@@ -221,8 +221,8 @@ def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
 
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History, History of its single rows)."""
-    full: dict[str, Any] = dict.fromkeys(HISTORY) | {"temperature": 0.1, "method": "exact"} | dict(args)
-    options = {name: full[name] for name in HISTORY}
+    full: dict[str, Any] = dict.fromkeys(OPTIONS) | {"temperature": 0.1, "method": "exact"} | dict(args)
+    options = {name: full[name] for name in OPTIONS}
     single = options | {"method": "exact"}
     for b, rows, h in verbs.each_history(full["histories"], **options):
         yield b, rows, h, h if full["method"] == "exact" else verbs.History(b, rows, full["histories"], **single)

@@ -208,7 +208,7 @@ def each_history(
 ) -> Iterator[tuple[int, slice, History]]:
     """The users of a batch as (b, rows, History)."""
     if (method == "leaf" or histories.x is None) and (histories.codes is None or book is None):
-        raise ValueError("route: codes and book are needed when x is not given, and by method='leaf'")
+        raise ValueError("codes and book expected where x is not given and for leaf sums, got none")
     batch = gather(histories)
     for b, rows in enumerate(ranges(batch.offsets)):
         yield b, rows, History(b, rows, batch, prototypes, count, temperature, book, method)
@@ -221,18 +221,18 @@ def leaf_sums(book: Any, histories: Histories) -> Histories:
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
     Reads what `route` reads, and codes -> Histories with x, v, offsets, codes, bias and spread. `route` over them is
-    `route` with method="leaf" over the behaviours. Sums add up: those of kept sums and new behaviours, as rows of one
-    user, are the sums of all.
+    `route` with method="leaf" over the behaviours; for `vote` a row of sums would count once. Sums add up: those of
+    kept sums and new behaviours, as rows of one user, are the sums of all.
     """
     width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
     users, levels = len(ranges(histories.offsets)), len(book.centers)
-    offsets, codes = np.zeros(users + 1, np.int64), np.asarray(histories.codes, np.int32)
+    offsets = np.zeros(users + 1, np.int64)
     x, v, bias = np.zeros((0, width)), np.zeros((0, histories.v.shape[1])), np.zeros(0)
     sums = [x, v, np.zeros((0, levels), np.int32), bias, bias]
     for b, rows, h in each_history(histories, np.zeros((users, 0, width)), None, 1, book, "leaf"):
         offsets[b + 1] = offsets[b] + len(h.x)
         first = h.rows[np.unique(h.leaf, return_index=True)[1]]
-        found = h.x, h.v, codes[rows][first], h.bias, h.spread
+        found = h.x, h.v, histories.codes[rows][first].astype(np.int32), h.bias, h.spread
         sums = [np.concatenate(pair) for pair in zip(sums, found, strict=True)]
     x, v, codes, bias, spread = sums
     return Histories(x, v, offsets, codes, bias=bias, spread=spread)
@@ -250,9 +250,9 @@ def route(
         agents:  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
-    Of the histories it reads all but weights: x [T, D] (None: the prototype of `codes`), v [T, V], offsets, bias and
-    spread [T], codes [T, L] where `book` is given; with x_ids, v_ids [T], x and v are tables, and behaviour i has row
-    ids_i. prototypes [B, M, D], count [B], temperature a number or [1] or [M] -> Tokens.
+    Of the histories it reads every field but weights: x [T, D] (None: the prototype of `codes`), v [T, V], offsets,
+    bias and spread [T], codes [T, L] where `book` is given; with x_ids, v_ids [T], x and v are tables, and behaviour i
+    has row ids_i. prototypes [B, M, D], count [B], temperature a number or [1] or [M] -> Tokens.
     method="leaf": over `leaf_sums`: the rows of one leaf act as one row at their mean, farther by their variance.
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
     precision changes no result here: it is how exact an implementation has to be (`hisac.reference.bounds`).

@@ -12,7 +12,7 @@ hypothesis.
 
 
 def _register() -> None:
-    """The `hypothesis` entry point: `st.from_type` learns Codebook and Problem. It stands above the imports because
+    """The `hypothesis` entry point: `st.from_type` learns Codebook. It stands above the imports because
     importing this module first makes hypothesis call it while the module is still half loaded."""
     from hypothesis import strategies
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import Codebook
+from ..arrays import NUMBERS
 from ..reference import MAX_SEATS
 from ..types import Agents, Attended, Histories, Tokens
 from . import operators as operators  # defines torch.ops.hisac
@@ -23,35 +24,60 @@ def _jagged(name: str, t: Tensor) -> Any:
     return t
 
 
-def row_tensors(name: str, *tensors: Tensor | None) -> list[Any]:
-    """The rows of jagged nested tensors; any other tensor as it is."""
-    return [_jagged(name, t).values() if t is not None and t.is_nested else t for t in tensors]
+def rows_of(name: str, t: Tensor | None) -> Any:
+    """The rows of a jagged nested tensor; any other tensor as it is."""
+    return _jagged(name, t).values() if t is not None and t.is_nested else t
 
 
-def flat(name: str, histories: Histories) -> Histories:
+def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histories:
     """Histories of dense tensors, offsets as (starts, ends): the rows of jagged nested tensors, whose offsets are taken
-    where none are given; float32 but for x and v."""
+    where none are given; float32 but for x and v; without the fields in `unread`."""
     if not isinstance(histories, Histories):
-        raise TypeError(f"{name}: histories expected hisac.Histories, got {type(histories).__name__}")
+        raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
     tensors = [t for t in histories if isinstance(t, Tensor)]
-    device, offsets = tensors[0].device if tensors else None, histories.offsets
+    read: dict[str, Any] = {"offsets": _spans(verb, histories.offsets, tensors)}
+    for name, field in histories._asdict().items():
+        if field is None or name in read or name in unread:
+            continue
+        if name == "x_scale" and isinstance(field, NUMBERS):
+            field = torch.full((1,), float(field), dtype=torch.float32, device=tensors[0].device)
+        if not isinstance(field, Tensor):
+            raise TypeError(f"{verb}: {name} expected a tensor, got {type(field).__name__}")
+        rows = rows_of(verb, field)
+        read[name] = rows.float() if name in ("x_scale", "bias", "spread", "weights") else rows
+    return Histories(**read)
+
+
+def _spans(verb: str, offsets: Any, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Starts and ends of the users' rows, beside a batch's tensors; the first jagged one's where none are given."""
     if offsets is None:
         ragged = next((t for t in tensors if t.is_nested), None)
         if ragged is None:
-            raise TypeError(f"{name}: got no offsets, expected them, or a jagged nested tensor")
-        t = _jagged(name, ragged)
+            raise TypeError(f"{verb}: got no offsets, expected them, or a jagged nested tensor")
+        t = _jagged(verb, ragged)
         starts, lengths = t.offsets()[:-1], t.lengths()
-        offsets = starts, t.offsets()[1:] if lengths is None else starts + lengths
-    elif isinstance(offsets, tuple):
-        offsets = tuple(torch.as_tensor(a, device=device) for a in offsets)
-    else:
-        offsets = torch.as_tensor(offsets, device=device)
-        offsets = offsets[:-1], offsets[1:]
-    x, v, _, codes, x_ids, v_ids, scale, *others = histories
-    if scale is not None and not isinstance(scale, Tensor):
-        scale = torch.full((1,), scale, dtype=torch.float32, device=device)
-    x, v, codes, x_ids, v_ids, *others = row_tensors(name, x, v, codes, x_ids, v_ids, scale, *others)
-    return Histories(x, v, offsets, codes, x_ids, v_ids, *(None if t is None else t.float() for t in others))
+        return starts, t.offsets()[1:] if lengths is None else starts + lengths
+    device = tensors[0].device if tensors else None
+
+    def tensor(name: str, a: Any, size: str) -> Tensor:
+        found = torch.as_tensor(a, device=device)
+        if found.ndim != 1 or found.dtype not in (torch.int32, torch.int64):
+            got = f"{str(found.dtype).replace('torch.', '')} {list(found.shape)}"
+            raise (TypeError if found.ndim == 1 else ValueError)(
+                f"{verb}: {name} expected int32 or int64 {size}, got {got}"
+            )
+        return found
+
+    if not isinstance(offsets, tuple):
+        found = tensor("offsets", offsets, "[B + 1]")
+        if found.shape[0] == 0:
+            raise ValueError(f"{verb}: offsets expected [B + 1], got an empty array")
+        return found[:-1], found[1:]
+    if len(offsets) != 2:
+        raise ValueError(
+            f"{verb}: offsets expected an array, a list, or a tuple (starts, ends), got a tuple of {len(offsets)}"
+        )
+    return tensor("starts", offsets[0], "[B]"), tensor("ends", offsets[1], "[B]")
 
 
 def _fields(histories: Histories) -> tuple[Any, ...]:
@@ -80,7 +106,7 @@ def encode(book: Codebook, x: Tensor) -> Tensor:
     >>> encode(Codebook([torch.eye(2)]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
     [[0], [1]]
     """
-    return cast(Tensor, torch.ops.hisac.encode(register(book), *row_tensors("encode", x)))
+    return cast(Tensor, torch.ops.hisac.encode(register(book), rows_of("encode", x)))
 
 
 def vote(
@@ -94,12 +120,13 @@ def vote(
     >>> vote(Codebook([torch.eye(2)]), Histories(codes=codes, offsets=torch.tensor([0, 3])), budget=2).votes
     tensor([[2, 1]])
     """
-    h = flat("vote", histories)
+    h = flat("vote", histories, ("x", "v", "x_ids", "v_ids", "x_scale", "bias", "spread"))
+    if h.codes is None:
+        raise TypeError("vote: codes expected in the histories, got None")
     name = register(book)
     if budget is not None and budget < 1:  # for the core 0 is none
         raise ValueError(f"vote: budget expected 1 to {MAX_SEATS}, got {budget}")
-    voting = Histories(None, None, h.offsets, h.codes, weights=h.weights)  # the others may need a gradient
-    found = torch.ops.hisac.vote(name, *_fields(voting), int(budget or 0), list(fanout or ()))
+    found = torch.ops.hisac.vote(name, *_fields(h), int(budget or 0), list(fanout or ()))
     return Agents(found[0], found[1], found[2], name % 2**64)
 
 
@@ -126,9 +153,9 @@ def route(
 
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
-    Of the histories it reads all but weights, and codes where `book` is given; offsets may be None beside a jagged
-    tensor. prototypes [B, M, D], count [B], temperature a number, [1] or [M] -> Tokens. spread and refined prototypes
-    are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
+    Of the histories it reads every field but weights; codes only where `book` is given; offsets may be None beside a
+    jagged tensor. prototypes [B, M, D], count [B], temperature a number, [1] or [M] -> Tokens. spread and refined
+    prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
     precision="bfloat16" lets products round to bfloat16 where that is faster.
 
     With x_ids and v_ids, x and v are tables, as the weight of an `nn.Embedding`: an id outside is an absent behaviour.
@@ -141,16 +168,15 @@ def route(
     >>> out.tokens.tolist(), v.grad.tolist()
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
-    h = flat("route", histories)
+    h = flat("route", histories, ("weights", "codes") if book is None else ("weights",))
     if h.v is None:
-        raise TypeError("route: v expected a tensor, got None")
+        raise TypeError("route: v expected in the histories, got None")
     tau = tau_tensor(temperature, h.v.device)
     if sparse and torch.compiler.is_compiling():
         raise NotImplementedError("route: sparse gradients are not for torch.compile, expected sparse=False")
     _reverse_mode_only("route", h.x, h.v, prototypes, tau, h.bias, h.spread)
-    routed = h._replace(weights=None, codes=None if book is None else h.codes)
     tokens, lse, refined = torch.ops.hisac.route(
-        None if book is None else register(book), *_fields(routed), prototypes, count, tau, normalize, method, missing,
+        None if book is None else register(book), *_fields(h), prototypes, count, tau, normalize, method, missing,
         precision, refine, sparse,
     )  # fmt: skip
     return Tokens(tokens, lse, refined if refine else prototypes)
@@ -172,7 +198,7 @@ def attend(
     tensor([2., 2., 2.])
     """
     candidate_offsets = _jagged("attend", q).offsets() if candidate_offsets is None else candidate_offsets
-    (q,) = row_tensors("attend", q)
+    q = rows_of("attend", q)
     _reverse_mode_only("attend", q, keys, values, bias)
     keys, values = keys.to(q.dtype), values.to(q.dtype)  # autocast casts q in a model that caches keys and values
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ from hisac import Histories, reference
 
 torch = pytest.importorskip("torch")
 hisac_torch = pytest.importorskip("hisac.torch")
+
+
+class Span(NamedTuple):
+    starts: np.ndarray
+    ends: np.ndarray
+
 
 FIELDS = Histories._fields
 PLAIN = Histories(X, VALUE, OFFSETS, CODES, weights=WEIGHTS)
@@ -64,6 +71,7 @@ def test_the_fields_have_one_order_everywhere():
         (OFFSETS[:-1].tolist(), OFFSETS[1:]),
         OFFSETS.tolist()[:1] + list(map(np.int64, OFFSETS[1:])),
         torch.from_numpy(OFFSETS),
+        Span(OFFSETS[:-1], OFFSETS[1:]),
     ],
 )
 def test_offsets_of_every_kind(verb, offsets):
@@ -89,6 +97,32 @@ def test_lengths_in_place_of_offsets(lengths):
     assert Histories(X, lengths=[]).offsets.tolist() == [0]
     with pytest.raises(ValueError, match=r"^Histories: expected either offsets or lengths, got both$"):
         Histories(X, VALUE, OFFSETS, lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kind", "text"),
+    [
+        ([4.7, 7.9], TypeError, "lengths expected whole numbers [B], got [4.7, 7.9]"),
+        (np.float64([4, 8]), TypeError, "lengths expected whole numbers [B], got array([4., 8.])"),
+        (torch.tensor([4.0, 8.0]), TypeError, "lengths expected whole numbers [B], got float32 [2]"),
+        (np.array([[4, 8]]), TypeError, "lengths expected whole numbers [B], got array([[4, 8]])"),
+        (torch.tensor([[4, 8]]), TypeError, "lengths expected whole numbers [B], got int64 [1, 2]"),
+        (torch.tensor(4), TypeError, "lengths expected whole numbers [B], got int64 []"),
+        (12, TypeError, "lengths expected whole numbers [B], got 12"),
+        ("12", TypeError, "lengths expected whole numbers [B], got '12'"),
+        ([4, -1], ValueError, "lengths expected 0 or more, got -1"),
+    ],
+)
+def test_lengths_are_whole_numbers(lengths, kind, text):
+    with pytest.raises(kind) as error:
+        Histories(X, VALUE, lengths=lengths)
+    assert str(error.value) == f"Histories: {text}"
+
+
+def test_lengths_of_a_list_lie_beside_the_batch():
+    h = in_torch(PLAIN)
+    for found in (Histories(h.x, h.v, lengths=[4, 6]), Histories(codes=h.codes, lengths=(4, 6))):
+        assert torch.equal(found.offsets, torch.from_numpy(OFFSETS))
 
 
 def test_lengths_in_a_compiled_program():
@@ -118,6 +152,39 @@ def test_nothing_else_is_taken_for_histories(call, other):
         call(other)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        (
+            {"offsets": (0, 4, 10)},
+            ValueError,
+            "offsets expected an array, a list, or a tuple (starts, ends), got a tuple of 3",
+        ),
+        ({"offsets": (0, 10)}, ValueError, "starts expected int32 or int64 [B], got int64 []"),
+        ({"offsets": torch.tensor(3)}, ValueError, "offsets expected int32 or int64 [B + 1], got int64 []"),
+        ({"offsets": [0.0, 4.0, 10.0]}, TypeError, "offsets expected int32 or int64 [B + 1], got float32 [3]"),
+        ({"offsets": torch.zeros(0, dtype=torch.int64)}, ValueError, "offsets expected [B + 1], got an empty array"),
+        ({"offsets": None}, TypeError, "got no offsets, expected them, or a jagged nested tensor"),
+        ({"codes": CODES}, TypeError, "codes expected a tensor, got ndarray"),
+        ({"codes": None}, TypeError, "codes expected in the histories, got None"),
+    ],
+)
+def test_torch_says_what_is_missing(change, kind, text):
+    with pytest.raises(kind) as error:
+        hisac_torch.vote(BOOK, in_torch(PLAIN)._replace(**change), budget=3)
+    assert str(error.value) == f"vote: {text}"
+
+
+def test_torch_says_which_rows_are_missing():
+    h, p = in_torch(PLAIN), torch.from_numpy(np.asarray(PROTOTYPES))
+    for change, text in (
+        ({"v": None}, "v expected in the histories, got None"),
+        ({"bias": [1]}, "bias expected a tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"^route: {text}"):
+            hisac_torch.route(h._replace(**change), p)
+
+
 def test_a_verb_reads_the_fields_that_it_names():
     """And no other: whatever those hold."""
     junk = "nothing that could be read"
@@ -125,6 +192,9 @@ def test_a_verb_reads_the_fields_that_it_names():
     assert bits(VERBS["vote"](PLAIN._replace(**others))) == bits(VERBS["vote"](PLAIN))
     assert bits(VERBS["route"](PLAIN._replace(codes=junk, weights=junk))) == bits(VERBS["route"](PLAIN))
     assert bits(VERBS["leaf_sums"](PLAIN._replace(weights=junk))) == bits(VERBS["leaf_sums"](PLAIN))
+    tensors = in_torch(PLAIN)
+    assert bits(IN_TORCH["vote"](tensors._replace(**others))) == bits(IN_TORCH["vote"](tensors))
+    assert bits(IN_TORCH["route"](tensors._replace(codes=junk, weights=junk))) == bits(IN_TORCH["route"](tensors))
 
 
 def test_codes_count_in_route_with_their_book_only():

@@ -219,7 +219,7 @@ def test_leaf_rows_act_at_their_mean():
     z = np.array([math.log(2) - (0 + 1), -64.0])  # mean 1, variance 1; one row at 9
     assert math.isclose(out.lse[0, 0], np.logaddexp(*z))
     assert math.isclose(out.tokens[0, 0, 0], np.exp(z - np.logaddexp(*z)) @ [1, 9])
-    with pytest.raises(ValueError, match="codes and book are needed"):
+    with pytest.raises(ValueError, match="codes and book expected"):
         reference.route(Histories(x, x, np.array([0, 3])), p, method="leaf")
 
 
