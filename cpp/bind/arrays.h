@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From borrowed Python arrays to the core's arrays, with one kind of message for everything that does not fit.
 #pragma once
-#include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "backend.h"

@@ -231,15 +231,22 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
     return Histories(*taken)
 
 
+def pair_of(verb: str, offsets: Any) -> tuple[Any, Any] | None:
+    """Offsets that are (starts, ends); None for any other than a tuple."""
+    if not isinstance(offsets, tuple):
+        return None
+    if len(offsets) != 2:
+        raise ValueError(
+            f"{verb}: offsets expected an array, a list, or a tuple (starts, ends), got a tuple of {len(offsets)}"
+        )
+    return offsets
+
+
 def _take_offsets(verb: str, offsets: Any, letters: str, beside: Histories) -> Any:
     """offsets [B + 1], or (starts [B], ends [B]): arrays, or lists of integers, which go where codes or v are."""
-    if isinstance(offsets, tuple):
-        if len(offsets) != 2:
-            raise ValueError(
-                f"{verb}: offsets expected an array, a list, or a tuple (starts, ends), got a tuple of {len(offsets)}"
-            )
-        pairs = zip(("starts", "ends"), offsets, strict=True)
-        return tuple(take_one(verb, name, _of_list(verb, name, a, beside), "B") for name, a in pairs)
+    if pair := pair_of(verb, offsets):
+        both = zip(("starts", "ends"), pair, strict=True)
+        return tuple(take_one(verb, name, _of_list(verb, name, a, beside), "B") for name, a in both)
     return take_one(verb, "offsets", _of_list(verb, "offsets", offsets, beside), letters)
 
 

@@ -70,23 +70,27 @@ class Histories(_Fields):
 
 
 def _offsets_of(lengths: Any, beside: Any) -> Any:
-    """lengths [B] -> offsets [B + 1]; those of a list in torch where `beside` is a tensor, and in its place."""
+    """lengths [B] -> offsets [B + 1]; in torch where lengths or `beside` are tensors, in the latter's place."""
     torch = sys.modules.get("torch")
+    found: Any
     if torch is not None and isinstance(lengths, torch.Tensor):
         if lengths.ndim != 1 or lengths.dtype not in (torch.int32, torch.int64):
             kind = f"{str(lengths.dtype).replace('torch.', '')} {list(lengths.shape)}"
             raise TypeError(f"Histories: lengths expected whole numbers [B], got {kind}")
         return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    try:
-        whole = [operator.index(n) for n in lengths]
-    except TypeError:
-        raise TypeError(f"Histories: lengths expected whole numbers [B], got {lengths!r:.60}") from None
-    if min(whole, default=0) < 0:
-        raise ValueError(f"Histories: lengths expected 0 or more, got {min(whole)}")
-    found = [0, *itertools.accumulate(whole)]
+    if isinstance(lengths, np.ndarray) and lengths.ndim == 1 and lengths.dtype.kind in "iu":
+        least, found = lengths.min(initial=0), np.append(0, lengths.cumsum(dtype=np.int64))
+    else:
+        try:
+            whole = [operator.index(n) for n in lengths]
+        except TypeError:
+            raise TypeError(f"Histories: lengths expected whole numbers [B], got {lengths!r:.60}") from None
+        least, found = min(whole, default=0), [0, *itertools.accumulate(whole)]
+    if least < 0:
+        raise ValueError(f"Histories: lengths expected 0 or more, got {least}")
     if torch is not None and isinstance(beside, torch.Tensor):
-        return torch.tensor(found, device=beside.device)
-    return np.array(found, np.int64)
+        return torch.as_tensor(found, device=beside.device)
+    return np.asarray(found, np.int64)
 
 
 class Agents(NamedTuple):

@@ -95,14 +95,15 @@ def leaf_sums(book: Codebook, histories: Histories) -> Histories:
     most = codes.shape[0]  # the core checks the offsets
     ordered = starts.shape == ends.shape and starts.dtype.kind == "i"
     size = int((ends - starts).clip(0, most).sum(dtype=np.int64)) if ordered else 0
-    offsets = empty(v, (len(starts) + 1,), INT64)
+    new = maker(v)
+    offsets = new((len(starts) + 1,), INT64)
     room = (
-        empty(v, (size, book.width if x is None else x.shape[1]), FLOAT32),
-        empty(v, (size, v.shape[1]), FLOAT32),
+        new((size, book.width if x is None else x.shape[1]), FLOAT32),
+        new((size, v.shape[1]), FLOAT32),
         offsets,
-        empty(v, (size, book.levels), INT32),
-        empty(v, (size,), FLOAT32),
-        empty(v, (size,), FLOAT32),
+        new((size, book.levels), INT32),
+        new((size,), FLOAT32),
+        new((size,), FLOAT32),
     )
     core.leaf_sums(book._core, histories, *room)
     used = int(offsets[-1])

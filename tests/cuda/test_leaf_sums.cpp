@@ -75,6 +75,17 @@ Sums sums_on_cuda(const Problem& p, int64_t rows, int64_t longest) {
 
 Sums sums_on_cuda(const Problem& p) { return sums_on_cuda(p, entries(p), test::longest(p)); }
 
+/// A workspace may be asked for before the codes are there.
+void check_sizes(const Problem& p) {
+  const test::Held h(p, false);
+  Histories later = h.in;
+  later.codes.data = nullptr;
+  const auto size = [&](const Histories& in) {
+    return cuda::route_workspace({}, h.book, p.params, in, h.agents, in.behaviours());
+  };
+  if (size(later) != size(h.in)) test::fail("the workspace depends on the codes' pointer");
+}
+
 /// In arrays of fewer rows, or in a workspace for shorter histories: a user has all of its sums or none.
 void check_short(const Problem& p, const Sums& whole) {
   const int64_t levels = p.book->levels();
@@ -139,6 +150,7 @@ void check(Problem p) {
   compare_sums(p, sums_on_cpu(p), first);
   check_short(p, first);
   p.params.method = Method::leaf;
+  check_sizes(p);
   const Result tokens = test::on_cuda(p);
   const float e = p.reach * 8 * kSkew;
   test::compare(p, test::on_cpu(p), tokens, e);

@@ -50,7 +50,7 @@ WINGS = {
 MOST_CODE = {
     "headers and CPU": 5_610,
     "CUDA": 4_720,
-    "binding and Python verbs": 1_580,
+    "binding and Python verbs": 1_590,
     "torch": 420,
     "reference and testing": 1_200,
     "command line and demo": 1_080,

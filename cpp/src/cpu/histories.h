@@ -88,10 +88,11 @@ class RowLoader {
   bool has_value(int64_t row, float* v) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
   float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
+  /// [L], where codes are read.
+  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + row * in_.codes.shape[1]; }
 
  private:
   void add_absent(int64_t row, float* v, Absent* absent) const noexcept;
-  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + row * in_.codes.shape[1]; }
 
   const Codebook* book_;
   const Histories& in_;

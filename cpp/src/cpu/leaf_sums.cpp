@@ -113,7 +113,7 @@ void LeafSummer::group_rows(int64_t i) noexcept {
   for (int64_t row = first; row < first + length; ++row) {
     absent_[offset + row - first] = !loader_.may_be_present(row);
     if (absent_[offset + row - first]) continue;
-    leaf_[offset + n] = book_->leaf(in_.codes.data + row * in_.codes.shape[1]);
+    leaf_[offset + n] = book_->leaf(loader_.codes_of(row));
     row_[offset + n++] = row;
   }
   sort_by_leaf(i, n);

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import Codebook
-from ..arrays import NUMBERS
+from ..arrays import NUMBERS, dtype_name, pair_of
 from ..reference import MAX_SEATS
 from ..types import Agents, Attended, Histories, Tokens
 from . import operators as operators  # defines torch.ops.hisac
@@ -62,22 +62,16 @@ def _spans(verb: str, offsets: Any, tensors: list[Tensor]) -> tuple[Tensor, Tens
     def tensor(name: str, a: Any, size: str) -> Tensor:
         found = torch.as_tensor(a, device=device)
         if found.ndim != 1 or found.dtype not in (torch.int32, torch.int64):
-            got = f"{str(found.dtype).replace('torch.', '')} {list(found.shape)}"
-            raise (TypeError if found.ndim == 1 else ValueError)(
-                f"{verb}: {name} expected int32 or int64 {size}, got {got}"
-            )
+            text = f"{verb}: {name} expected int32 or int64 {size}, got {dtype_name(found)} {list(found.shape)}"
+            raise TypeError(text) if found.ndim == 1 else ValueError(text)
         return found
 
-    if not isinstance(offsets, tuple):
-        found = tensor("offsets", offsets, "[B + 1]")
-        if found.shape[0] == 0:
-            raise ValueError(f"{verb}: offsets expected [B + 1], got an empty array")
-        return found[:-1], found[1:]
-    if len(offsets) != 2:
-        raise ValueError(
-            f"{verb}: offsets expected an array, a list, or a tuple (starts, ends), got a tuple of {len(offsets)}"
-        )
-    return tensor("starts", offsets[0], "[B]"), tensor("ends", offsets[1], "[B]")
+    if pair := pair_of(verb, offsets):
+        return tensor("starts", pair[0], "[B]"), tensor("ends", pair[1], "[B]")
+    found = tensor("offsets", offsets, "[B + 1]")
+    if found.shape[0] == 0:
+        raise ValueError(f"{verb}: offsets expected [B + 1], got an empty array")
+    return found[:-1], found[1:]
 
 
 def _fields(histories: Histories) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import pytest
 from test_boundary import BOOK, CODES, OFFSETS, PROTOTYPES, VALUE, WEIGHTS, B, X, bits
 
 import hisac
-from hisac import Histories, reference
+from hisac import Histories, _core, reference
 
 torch = pytest.importorskip("torch")
 hisac_torch = pytest.importorskip("hisac.torch")
@@ -80,6 +80,28 @@ def test_offsets_of_every_kind(verb, offsets):
     assert bits(VERBS[verb](in_torch(PLAIN)._replace(offsets=offsets))) == expected
 
 
+def test_offsets_of_a_range():
+    """A user every five rows."""
+    expected = bits(VERBS["leaf_sums"](PLAIN._replace(offsets=np.arange(0, 11, 5))))
+    assert bits(VERBS["leaf_sums"](PLAIN._replace(offsets=range(0, 11, 5)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"offsets": (OFFSETS,) * 3}, "offsets expected an array, or a tuple (starts, ends), got another tuple"),
+        (None, "histories expected hisac.Histories, got another tuple"),
+    ],
+)
+def test_the_core_checks_tuples_itself(change, text):
+    """As torch's operators call it: what is no Histories, and offsets that no caller has looked at."""
+    given = (X, VALUE) if change is None else tuple(PLAIN._replace(**change))
+    out = np.empty((2, 1, 2), np.int32), np.empty((2, 1), np.int64), np.empty(2, np.int32)
+    with pytest.raises((TypeError, ValueError)) as error:
+        _core.vote(BOOK._core, given, 1, [], *out)
+    assert str(error.value) == f"vote: {text}"
+
+
 @pytest.mark.parametrize("verb", IN_TORCH)
 @pytest.mark.parametrize("offsets", [OFFSETS, OFFSETS.tolist(), (OFFSETS[:-1], OFFSETS[1:].tolist())])
 def test_lists_and_numpy_offsets_beside_tensors(verb, offsets):
@@ -111,6 +133,7 @@ def test_lengths_in_place_of_offsets(lengths):
         (12, TypeError, "lengths expected whole numbers [B], got 12"),
         ("12", TypeError, "lengths expected whole numbers [B], got '12'"),
         ([4, -1], ValueError, "lengths expected 0 or more, got -1"),
+        (np.array([4, -1]), ValueError, "lengths expected 0 or more, got -1"),
     ],
 )
 def test_lengths_are_whole_numbers(lengths, kind, text):
@@ -133,7 +156,7 @@ def test_lengths_in_a_compiled_program():
         return compress(Histories(x, v, lengths=lengths)).tokens
 
     compiled = torch.compile(tokens, fullgraph=True, backend="aot_eager")
-    for lengths in (torch.from_numpy(LENGTHS), torch.tensor([9, 1])):
+    for lengths in (torch.from_numpy(LENGTHS), torch.tensor([9, 1]), [4, 6], (9, 1)):
         assert torch.equal(compiled(h.x, h.v, lengths), tokens(h.x, h.v, lengths))
 
 
