@@ -208,7 +208,7 @@ void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, 
   const Agents out{array<int32_t, 3>(out_codes, call, "out codes", "int32 [B, M, L]"),
                    array<int64_t, 2>(out_votes, call, "out votes", "int64 [B, M]"),
                    array<int32_t, 1>(out_count, call, "out count", "int32 [B]")};
-  const int64_t most = longest(call, in.offsets, in.codes.shape[0]);
+  const int64_t most = longest(call, in.offsets, in.behaviours());
   run(
       call, [&](const Context& context) { return vote_workspace(context, book, params, most); },
       [&](const Context& context) { return vote(context, book, params, in, out); }, &book);
@@ -227,8 +227,7 @@ struct RouteArguments {
   RouteArguments(Call& call, const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle tau,
                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine)
       : batch(call, histories) {
-    batch.read_rows();
-    if (book) batch.read_codes();
+    batch.read_rows(book);
     most = longest(call, in.offsets, in.behaviours());
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
@@ -298,8 +297,7 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent out_x, Lent 
                 Lent out_bias, Lent out_spread) {
   Call call("leaf_sums");
   Batch batch(call, histories);
-  batch.read_rows();
-  batch.read_codes();
+  batch.read_rows(true);
   const Histories& in = batch.in;
   const int64_t most = longest(call, in.offsets, in.behaviours());
   const LeafSums out{array<float, 2>(out_x, call, "out x", "float32 [S, D]"),

@@ -45,31 +45,57 @@ class Batch {
   }
   Batch(const Batch&) = delete;
 
-  /// Every field but codes and weights.
-  void read_rows() {
+  /// Every field but weights, and but codes where not `coded`: of these it sees the sizes, as of all that is not read.
+  void read_rows(bool coded) {
     if (!field(kX).is_none()) in.x = rows(view(kX), call_, "x", 2, "float32, bfloat16, float16 or int8 [T, D]", true);
     in.v = rows(view(kV), call_, "v", 2, "float32, bfloat16 or float16 [T, V]");
     read_spans();
-    in.x_ids = ids(view(kXIds), call_, "x_ids", "int32 or int64 [T]", true);
-    in.v_ids = ids(view(kVIds), call_, "v_ids", "int32 or int64 [T]", true);
+    if (coded) read_codes();
+    in.x_ids = read_ids(kXIds, "x_ids");
+    in.v_ids = read_ids(kVIds, "v_ids");
     in.x_scale = array<const float, 1>(view(kXScale), call_, "x_scale", "float32 [1] or [rows of x]", true);
     in.bias = array<const float, 1>(view(kBias), call_, "bias", "float32 [T]", true);
     in.spread = array<const float, 1>(view(kSpread), call_, "spread", "float32 [T]", true);
+    if (!coded) see(kCodes, in.codes);
+    see(kWeights, in.weights);
   }
-  void read_codes() { in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]"); }
-  /// Codes, offsets and weights.
+  /// Codes, x_ids, offsets and weights.
   void read_votes() {
     read_codes();
     read_spans();
+    in.x_ids = read_ids(kXIds, "x_ids");
     in.weights = array<const float, 1>(view(kWeights), call_, "weights", "float32 [T]", true);
+    if (const int64_t* const n = shape(kX, 2)) in.x = {kUnread, DType::float32, n[0], n[1]};
+    if (const int64_t* const n = shape(kV, 2)) in.v = {kUnread, DType::float32, n[0], n[1]};
+    if (const int64_t* const n = shape(kVIds, 1)) in.v_ids = {kUnread, DType::int64, n[0]};
+    see(kBias, in.bias);
+    see(kSpread, in.spread);
   }
 
  private:
   enum Field { kX, kV, kOffsets, kCodes, kXIds, kVIds, kXScale, kBias, kSpread, kWeights, kFields };
 
+  alignas(8) static constexpr char kUnread[8] = {};  // in place of elements that are not read
+
   nb::handle field(Field at) const { return PyTuple_GET_ITEM(given_.ptr(), at); }
   const View& view(Field at) { return hold(field(at), at); }
   const View& hold(nb::handle array, int at) { return view_[at] = nb::cast<View>(array); }
+
+  void read_codes() { in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]"); }
+  Ids read_ids(Field at, const char* name) { return ids(view(at), call_, name, "int32 or int64 [T]", true); }
+
+  /// The shape of an array whose elements are not read; null where there is none of so many dimensions.
+  const int64_t* shape(Field at, int dimensions) {
+    const View& array = view(at);
+    return array.none || array.unreadable || array.tensor.ndim != dimensions ? nullptr : array.tensor.shape;
+  }
+  template <class T, int N>
+  void see(Field at, Array<const T, N>& to) {
+    const int64_t* const n = shape(at, N);
+    if (!n) return;
+    to.data = reinterpret_cast<const T*>(kUnread);
+    std::copy_n(n, N, to.shape);
+  }
 
   void read_spans() {
     const nb::handle offsets = field(kOffsets);

@@ -210,7 +210,7 @@ def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = 
 
 
 def take_histories(verb: str, names: str, histories: Histories) -> Histories:
-    """The fields that a verb reads, as `take`; "-" stands for a field that it does not read."""
+    """The fields that a verb reads, as `take`; "-" stands for one that it does not read, which stays as it is."""
     if not isinstance(histories, Histories):
         raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
     if plain(names, histories):
@@ -219,7 +219,7 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
     for kind, field in zip(names.split(", "), histories, strict=True):
         name, _, letters = kind.partition(" ")
         if name == "-" or (field is None and name[-1] == "?"):
-            taken.append(None)
+            taken.append(field)
         elif field is None:
             raise TypeError(f"{verb}: {name} expected in the histories, got None")
         elif name == "offsets":
@@ -229,6 +229,12 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
         else:
             taken.append(take_one(verb, name.rstrip("?"), field, letters))
     return Histories(*taken)
+
+
+def behaviours_of(histories: Histories) -> int:
+    """T of histories that are taken."""
+    x, v, _, codes, x_ids, v_ids = histories[:6]
+    return int(next(a for a in (x_ids, v_ids, v, x, codes) if a is not None).shape[0])
 
 
 def pair_of(verb: str, offsets: Any) -> tuple[Any, Any] | None:

@@ -32,20 +32,28 @@ class _Fields(NamedTuple):
 
 
 class Histories(_Fields):
-    """A batch of histories: the T behaviours of B users in one table. Each verb names the fields that it reads.
+    """A batch of histories: the T behaviours of B users in one table. Each verb names the fields that it reads. The
+    sizes of all fields that are given must agree.
 
-        x        [T, D], or a table [rows, D] with x_ids: semantic embeddings, float32, bfloat16, float16 or int8;
+        x        [T, D], or a table [items, D] with x_ids: semantic embeddings, float32, bfloat16, float16 or int8;
                  None: the prototypes of codes
         v        [T, V], or a table [rows, V] with v_ids: what tokens are means of, float32, bfloat16 or float16
         offsets  [B + 1]: user b has the rows offsets[b] .. offsets[b + 1]; or (starts [B], ends [B]), which may
                  overlap; int32 or int64, or lists of integers. Rows outside all ranges are nobody's. In `hisac.torch`
                  None where a field is a jagged tensor
-        codes    [T, L] int32: semantic IDs of the behaviours; `route` reads them only where its book is given
-        x_ids, v_ids    [T] int32 or int64: behaviour i has row x_ids[i] of x, row v_ids[i] of v
+        codes    [T, L] int32, or a table [items, L] with x_ids: semantic IDs; `route` reads them only where its book is
+                 given
+        x_ids    [T] int32 or int64: x and codes are tables of items, with the same rows, and behaviour i has row
+                 x_ids[i]. Encode the table once. One whose id is outside (-1 for padding) is absent in every verb
+        v_ids    [T] int32 or int64: v is a table, and behaviour i has row v_ids[i]. One whose id is outside votes, but
+                 is not routed
         x_scale  a number, or float32 [1] or [rows of x], with x of int8: the embeddings are x_scale times x, in float32
         bias     [T] float32: the logarithm of a behaviour's weight in routing, a time decay for instance
         spread   [T] float32: added to a behaviour's squared distances; `leaf_sums` makes it
         weights  [T] float32: a behaviour's weight in voting
+
+    An `nn.Embedding` with a padding_idx has a row that stands for no item: give -1 in its place, for instance
+    `ids.masked_fill(ids == padding_idx, -1)`, and it is absent and gets no gradient.
 
     `lengths` [B], in place of offsets: how many rows each user has, from the first row on. Raises ValueError where both
     are given or a length is negative, TypeError where lengths are no whole numbers.

@@ -19,6 +19,7 @@ from .arrays import (
     INT32,
     INT64,
     NUMBERS,
+    behaviours_of,
     copy_of,
     core,
     cuda_missing,
@@ -53,8 +54,9 @@ def vote(
     """The interest-agents of each user: the leaves of the code tree kept by their behaviours' votes.
 
     `budget` M: seats in proportion to votes at every node (D'Hondt). `fanout` (k_1, .., k_L): the paper's rule, the k_l
-    children with most votes under every kept node. Of the histories it reads codes [T, L], offsets, and weights [T] or
-    None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code do not vote.
+    children with most votes under every kept node. Of the histories it reads codes [T, L] (a table with x_ids), x_ids,
+    offsets, and weights [T] or None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code, or with an id
+    outside the table, do not vote.
     -> Agents of M = budget or the product of the fan-outs, at most 4096; blind to the order of rows.
     Raises ValueError, TypeError.
     """
@@ -90,11 +92,10 @@ def leaf_sums(book: Codebook, histories: Histories) -> Histories:
     """
     _check(book, Codebook, "leaf_sums: book")
     histories = take_histories("leaf_sums", _CODED_ROWS, histories)
-    x, v, spans, codes = histories[:4]
+    x, v, spans = histories[:3]
     starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
-    most = codes.shape[0]  # the core checks the offsets
-    ordered = starts.shape == ends.shape and starts.dtype.kind == "i"
-    size = int((ends - starts).clip(0, most).sum(dtype=np.int64)) if ordered else 0
+    ordered = starts.shape == ends.shape and starts.dtype.kind == "i"  # the core checks the offsets
+    size = int((ends - starts).clip(0, behaviours_of(histories)).sum(dtype=np.int64)) if ordered else 0
     new = maker(v)
     offsets = new((len(starts) + 1,), INT64)
     room = (
@@ -189,8 +190,7 @@ def route_backward(
     back = take(verb, "d_tokens, d_lse?, tokens, lse", d_tokens, d_lse, forward.tokens, forward.lse)
     tree, histories = _rows(verb, book, histories)
     prototypes, count, tau = _agents(verb, forward.prototypes, count, temperature)
-    v, v_ids = histories.v, histories.v_ids
-    behaviours = v.shape[0] if v_ids is None else math.prod(v_ids.shape)
+    v, behaviours = histories.v, behaviours_of(histories)
     shapes = {
         "v": (behaviours, v.shape[1]),
         "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
@@ -229,7 +229,7 @@ def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tup
 
 _ROWS = "x? T D, v T V, offsets B+1, -, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
 _CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
-_VOTES = "-, -, offsets B+1, codes T L, -, -, -, -, -, weights?"
+_VOTES = "-, -, offsets B+1, codes T L, x_ids?, -, -, -, -, weights?"
 
 
 def _rows(verb: str, book: Codebook | None, histories: Histories) -> tuple[Any, Histories]:

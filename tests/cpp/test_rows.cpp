@@ -62,7 +62,7 @@ TEST_CASE("gathered rows give the bits of copied ones") {
     v_ids[i] = static_cast<int32_t>(i % 70 ? random.below(kValues) : i % 140 ? -1 : 1 << 30);
   }
   const Codebook book = test::codebook(random, {4, 3}, kWidth);
-  std::vector<int32_t> codes(kRows * 2);
+  std::vector<int32_t> codes(kItems * 2), row_codes(kRows * 2, -1);
   for (int32_t& c : codes) c = static_cast<int32_t>(random.below(3));
   const std::vector<int64_t> starts{0, 2100, 500}, ends{2100, 2300, 2200};  // overlapping
   const std::vector<float> temperature{3};
@@ -75,6 +75,8 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         std::vector<float> x(kRows * kWidth, kNan), v(kRows * kWide, kNan), bias(kRows);
         for (size_t i = 0; i < kRows; ++i) {
           const int64_t a = x_ids[i], b = v_ids[i];
+          for (int64_t l = 0; a >= 0 && a < kItems && l < 2; ++l)
+            row_codes[i * 2 + test::size(l)] = codes[test::size(a * 2 + l)];
           if (a < 0 || a >= kItems || b < 0 || b >= kValues) bias[i] = kNan;
           for (int64_t d = 0; a >= 0 && a < kItems && d < kWidth; ++d) {
             const size_t at = test::size(a * kWidth + d);
@@ -93,7 +95,7 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.x = test::rows(x, kWidth);
         in.v = test::rows(v, kWide);
         in.offsets = {starts.data(), ends.data(), DType::int64, kUsers};
-        in.codes = {codes.data(), {kRows, 2}};
+        in.codes = {row_codes.data(), {kRows, 2}};
         in.bias = {bias.data(), {kRows}};
         const RouteAgents agents{{p.data(), {kUsers, kAgents, kWidth}}, {}};
         const auto copied = run(book, params, in, agents);
@@ -104,6 +106,7 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.v = test::rows(values, kWide);
         in.x_ids = {x_ids.data(), DType::int64, kRows};
         in.v_ids = {v_ids.data(), DType::int32, kRows};
+        in.codes = {codes.data(), {kItems, 2}};
         if (type) in.x_scale = {scale.data(), {type == 1 ? kItems : 1}};
         CHECK(same(run(book, params, in, agents), copied));
       }

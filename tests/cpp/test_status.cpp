@@ -297,6 +297,27 @@ TEST_CASE("route: gathered inputs") {
      "route: x_ids expected int32 or int64");
   is(spoiled([](Right& r) { r.in.v_ids.dtype = DType::float32; }), Code::wrong_type,
      "route: v_ids expected int32 or int64");
+  invalid(spoiled([](Right& r) { r.in.v = {}; }), "route: v expected, got none");
+  invalid(spoiled([](Right& r) { r.in.x = {}; }), "route: x_ids expected with x or codes, got neither");
+  invalid(spoiled([](Right& r) {
+            r.in.codes = r.given;
+            r.in.x.rows = 5;
+          }),
+          "route: codes expected [5, 2], got [6, 2]");
+  invalid(spoiled([](Right& r) { r.in.weights = {r.one.data(), {1}}; }), "route: weights expected [6], got [1]");
+}
+
+TEST_CASE("vote: the sizes of what it does not read") {
+  const auto spoiled = [](auto spoil) {
+    Right r;
+    r.voters.x = r.in.x;
+    r.voters.v = r.in.v;
+    spoil(r.voters);
+    return r.vote();
+  };
+  CHECK(std::string(spoiled([](Histories&) {}).what()) == "");
+  invalid(spoiled([](Histories& in) { in.v.rows = 5; }), "vote: x is [6, 3], v is [5, 2]: T differs (6, 5)");
+  invalid(spoiled([](Histories& in) { in.x.rows = in.v.rows = 5; }), "vote: codes expected [5, 2], got [6, 2]");
 }
 
 TEST_CASE("leaf_sums") {

@@ -181,7 +181,9 @@ def small(rows: int = 60) -> dict[str, Any]:
 
 
 def gathered() -> dict[str, Any]:
+    """Items and values as tables, and int8."""
     records = {name: r for name, r in small().items() if name not in ("x", "v")}
+    records["codes"] = Codes(413, (25, 2), {23: -1}, (3, 4), ("even", "skewed"))
     records["x"] = Stored(Codes(420, (25, 6), {}, (256,) * 6, ("even",) * 6).array().astype(np.uint8).view(np.int8))
     records["v"] = Uniform(421, (20, 5))
     records["x_ids"] = Stored(Codes(422, (60, 1), {3: 25, 4: -1}, (25,), ("even",)).array()[:, 0].astype(np.int64))

@@ -44,6 +44,8 @@ struct Result {
 inline int64_t table(const Problem& p, const std::vector<float>& x, int64_t width) {
   return p.codes_only && x.empty() ? 0 : static_cast<int64_t>(x.size()) / width;
 }
+/// Rows of x and codes.
+inline int64_t items(const Problem& p) { return p.x_ids.empty() ? p.rows : std::min(1 + p.rows / 2, p.rows); }
 inline int64_t users(const Problem& p) { return static_cast<int64_t>(p.starts.size()); }
 
 inline Problem random_problem(uint64_t seed) {
@@ -116,6 +118,13 @@ inline std::vector<int64_t> shuffle_rows(Random& r, const Problem& p, int64_t wi
   return ids;
 }
 
+/// Ids of x and codes, which become shorter.
+inline void shuffle_items(Random& r, Problem& p) {
+  std::vector<float> none;
+  p.x_ids = shuffle_rows(r, p, p.width, p.codes_only ? &none : &p.x);
+  if (p.book) p.codes.resize(size(items(p) * p.book->levels()));
+}
+
 /// The same behaviours as a service keeps them: tables and ids, int8, codes alone, spreads.
 inline void gather(uint64_t seed, Problem& p) {
   Random r(seed + 1000);
@@ -128,8 +137,9 @@ inline void gather(uint64_t seed, Problem& p) {
   if (p.codes_only) {
     p.x.clear();
     p.x_type = DType::float32;
+    if (r.below(2)) shuffle_items(r, p);
   } else {
-    if (r.below(2)) p.x_ids = shuffle_rows(r, p, p.width, &p.x);
+    if (r.below(2)) shuffle_items(r, p);
     if (r.below(3) == 0) {
       p.x_type = DType::int8;
       for (float& y : p.x) y = std::isfinite(y) ? std::nearbyint(std::max(std::min(127 * y, 127.f), -128.f)) : -128.f;
@@ -153,7 +163,7 @@ inline void add_codes(uint64_t seed, Problem& p) {
   const std::vector<int64_t>& levels = sizes[size(r.below(4))];
   p.book = std::make_shared<Codebook>(codebook(r, levels, p.width));
   p.codes.clear();
-  for (int64_t i = 0; i < p.rows; ++i)
+  for (int64_t i = 0; i < items(p); ++i)
     for (int64_t c : levels)
       p.codes.push_back(static_cast<int32_t>(r.below(15)
                                                  ? r.below(std::min<int64_t>(c, 9)) * (c / std::min<int64_t>(c, 9))
@@ -169,17 +179,19 @@ inline Problem copied(const Problem& p) {
   q.x_ids.clear();
   q.v_ids.clear();
   q.scale.clear();
+  q.codes.clear();
   q.codes_only = false;
   if (p.x_type == DType::int8) q.x_type = DType::float32;
   q.bias.resize(size(p.rows));
-  const int64_t x_rows = table(p, p.x, p.width), v_rows = table(p, p.v, p.values);
+  const int64_t levels = p.book ? p.book->levels() : 0, v_rows = table(p, p.v, p.values);
   for (int64_t i = 0; i < p.rows; ++i) {
     const int64_t x = p.x_ids.empty() ? i : p.x_ids[size(i)], v = p.v_ids.empty() ? i : p.v_ids[size(i)];
-    const bool has_x = p.codes_only || (x >= 0 && x < x_rows), has_v = v >= 0 && v < v_rows;
+    const bool has_x = x >= 0 && x < items(p), has_v = v >= 0 && v < v_rows;
     if (!has_x || !has_v) q.bias[size(i)] = NAN;
     for (int64_t d = 0; d < p.values; ++d) q.v.push_back(has_v ? p.v[size(v * p.values + d)] : NAN);
     std::vector<float> row(size(p.width));
-    if (p.codes_only) p.book->prototype(p.codes.data() + i * p.book->levels(), row.data());
+    for (int64_t l = 0; l < levels; ++l) q.codes.push_back(has_x ? p.codes[size(x * levels + l)] : -1);
+    if (p.codes_only) p.book->prototype(q.codes.data() + i * levels, row.data());
     const float scale = p.scale.empty() || !has_x ? 1 : p.scale[p.scale.size() == 1 ? 0 : size(x)];
     for (int64_t d = 0; d < p.width; ++d)
       q.x.push_back(p.codes_only ? row[size(d)] : has_x ? p.x[size(x * p.width + d)] * scale : 0);
@@ -219,7 +231,7 @@ class Held {
     if (!p.x_ids.empty()) in.x_ids = {array(x_ids, narrow_x_ids, 0), type, p.rows};
     if (!p.v_ids.empty()) in.v_ids = {array(v_ids, narrow_v_ids, 0), type, p.rows};
     if (!p.book) return;
-    in.codes = {p.codes.data(), {p.rows, p.book->levels()}};
+    in.codes = {p.codes.data(), {items(p), p.book->levels()}};
     book = p.book.get();
   }
 

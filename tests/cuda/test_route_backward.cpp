@@ -91,7 +91,7 @@ Problem several_tiles(Normalize normalize) {
   p.x[5] = NAN;
   p.v[test::size(70 * p.values + 71)] = p.x[test::size(70 * p.width)] = INFINITY;
   if (normalize == Normalize::history) return p;
-  p.x_ids = test::shuffle_rows(r, p, p.width, &p.x);
+  test::shuffle_items(r, p);
   p.v_ids = test::shuffle_rows(r, p, p.values, &p.v);
   return p;
 }

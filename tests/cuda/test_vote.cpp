@@ -15,8 +15,9 @@ struct Problem {
   VoteParams params;
   Codebook book;
   std::vector<int32_t> codes;
+  std::vector<int64_t> ids;  // of codes
   std::vector<float> weights;
-  bool narrow = false;  // int32 offsets
+  bool narrow = false;  // int32 offsets and ids
 };
 
 struct Result {
@@ -27,10 +28,15 @@ struct Result {
 
 int64_t users(const Problem& p) { return static_cast<int64_t>(p.starts.size()); }
 
-/// Codes that many rows share, or few, or hardly any; invalid ones among them.
+/// Codes that many rows share, or few, or hardly any; invalid ones among them. Now and then they are a table.
 void draw_rows(Random& r, Problem& p) {
-  const int64_t levels = static_cast<int64_t>(p.sizes.size()), manner = r.below(4);
-  for (int64_t i = 0; i < p.rows; ++i)
+  const int64_t levels = static_cast<int64_t>(p.sizes.size()), manner = r.below(4), items = r.below(p.rows + 1);
+  const bool by_id = r.below(3) == 0;
+  for (int64_t i = 0; by_id && i < p.rows; ++i) {
+    const int64_t none[] = {-1, items, p.narrow ? 0x7fffffff : INT64_MAX, p.narrow ? -0x80000000ll : int64_t{5} << 32};
+    p.ids.push_back(r.below(9) && items ? r.below(items) : none[r.below(4)]);
+  }
+  for (int64_t i = 0; i < (by_id ? items : p.rows); ++i)
     for (int64_t l = 0; l < levels; ++l) {
       const int64_t size = p.sizes[test::size(l)];
       int64_t c = r.below(size);
@@ -128,6 +134,8 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   test::Guarded<int64_t> wide_starts(starts), wide_ends(ends);
   test::Guarded<int32_t> narrow_starts(std::vector<int32_t>(starts.begin(), starts.end())),
       narrow_ends(std::vector<int32_t>(ends.begin(), ends.end()));
+  test::Guarded<int64_t> wide_ids(p.ids);
+  test::Guarded<int32_t> narrow_ids(std::vector<int32_t>(p.ids.begin(), p.ids.end()));
   test::Guarded<int32_t> codes(p.codes), out_codes(b * m * levels), count(b);
   test::Guarded<float> weights(p.weights);
   test::Guarded<int64_t> votes(b * m);
@@ -135,7 +143,10 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   histories.offsets = {p.narrow ? (void*)narrow_starts.data() : (void*)wide_starts.data(),
                        p.narrow ? (void*)narrow_ends.data() : (void*)wide_ends.data(),
                        p.narrow ? DType::int32 : DType::int64, b};
-  histories.codes = {codes.data(), {p.rows, levels}};
+  histories.codes = {codes.data(), {static_cast<int64_t>(p.codes.size()) / levels, levels}};
+  if (!p.ids.empty())
+    histories.x_ids = {p.narrow ? (void*)narrow_ids.data() : (void*)wide_ids.data(),
+                       p.narrow ? DType::int32 : DType::int64, p.rows};
   if (!p.weights.empty()) histories.weights = {weights.data(), {p.rows}};
   const Status status =
       verb(histories, Agents{{out_codes.data(), {b, m, levels}}, {votes.data(), {b, m}}, {count.data(), {b}}});

@@ -97,6 +97,27 @@ Users users(Bytes& in, int64_t rows, bool overlap) {
   return out;
 }
 
+/// Ids [T] into a table of so many rows, some of them outside, in exact-size memory.
+struct SomeIds {
+  Guarded<int32_t> narrow;
+  Guarded<int64_t> wide;
+  bool is_wide;
+
+  SomeIds(Bytes& in, int64_t count, int64_t size) : narrow(count), wide(count), is_wide(in.flag()) {
+    const int64_t step = in.between(1, 7), start = in.byte();
+    const int64_t odd[] = {-1, size, INT64_MIN, INT64_MAX, int64_t{1} << 32, -(int64_t{1} << 31)};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t id = i % 16 == start % 16 ? odd[i % 6] : size ? (start + i * step) % size : 0;
+      wide.data()[i] = id;
+      narrow.data()[i] = static_cast<int32_t>(id);
+    }
+  }
+  Ids ids() {
+    if (is_wide) return {wide.data(), DType::int64, wide.count()};
+    return {narrow.data(), DType::int32, narrow.count()};
+  }
+};
+
 void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   VoteParams params;
   if (in.flag())
@@ -115,9 +136,14 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
     u.starts = {0};
     u.ends = {rows};
   }
-  const bool weighted = in.flag();
+  const bool weighted = in.flag(), by_id = in.flag();
   Guarded<float> weights(weighted ? in.values(rows, hostile) : std::vector<float>{});
-  Guarded<int32_t> given(codes);
+  const int64_t items = by_id ? in.between(0, rows) : rows;
+  Guarded<int32_t> given(std::vector<int32_t>(codes.begin(), codes.begin() + items * c.levels));
+  SomeIds some(in, by_id ? rows : 0, items);
+  for (int64_t i = 0; by_id && i < rows; ++i)
+    for (int64_t l = 0, id = some.ids()[i]; l < c.levels; ++l)
+      codes[test::size(i * c.levels + l)] = id >= 0 && id < items ? given.data()[id * c.levels + l] : -1;
   const int64_t n = static_cast<int64_t>(u.starts.size()), m = seats(params, static_cast<int>(c.levels));
   int64_t longest = 0;
   for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
@@ -125,7 +151,8 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   Output<int64_t> votes(n * m);
   Histories histories;
   histories.offsets = u.spans();
-  histories.codes = {given.data(), {rows, c.levels}};
+  histories.codes = {given.data(), {items, c.levels}};
+  if (by_id) histories.x_ids = some.ids();
   if (weighted) histories.weights = {weights.data(), {rows}};
   each_crew([&](int workers) { return vote_workspace(test::sizing(workers), c.book, params, longest); },
             [&](const Context& context, int crew) {
@@ -146,32 +173,6 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
       tree.fullest(params.fanout);
   }
 }
-
-/// Ids [T] into a table, some of them outside, in exact-size memory; and the table, some rows of what was given.
-struct Gathered {
-  std::vector<float> table;
-  Guarded<int32_t> narrow;
-  Guarded<int64_t> wide;
-  bool is_wide;
-
-  Gathered(Bytes& in, const std::vector<float>& rows, int64_t count, int64_t width)
-      : table(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(width * in.between(0, count))),
-        narrow(count),
-        wide(count),
-        is_wide(in.flag()) {
-    const int64_t size = static_cast<int64_t>(table.size()) / width, step = in.between(1, 7), start = in.byte();
-    const int64_t odd[] = {-1, size, INT64_MIN, INT64_MAX, int64_t{1} << 32, -(int64_t{1} << 31)};
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t id = i % 16 == start % 16 ? odd[i % 6] : size ? (start + i * step) % size : 0;
-      wide.data()[i] = id;
-      narrow.data()[i] = static_cast<int32_t>(id);
-    }
-  }
-  Ids ids() {
-    if (is_wide) return {wide.data(), DType::int64, wide.count()};
-    return {narrow.data(), DType::int32, narrow.count()};
-  }
-};
 
 void leaf_some(const Histories& in, const Codes& c, const Users& u, int64_t longest) {
   const int64_t n = in.offsets.users, width = c.book.width(), value_width = in.v.width;
@@ -206,11 +207,15 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
   const DType type = kTypes[in.byte() % 3];
   const auto vs = in.values(c.rows * value_width, hostile), ps = in.values(n * agents * width, hostile);
-  Gathered some_x(in, c.x, c.rows, width), some_v(in, vs, c.rows, value_width);
   const uint8_t manner = in.byte();
   const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
-  Typed x(x_by_id ? some_x.table : c.x, int8 ? DType::int8 : type, width),
-      v(v_by_id ? some_v.table : vs, type, value_width);
+  const int64_t items = x_by_id ? in.between(0, c.rows) : c.rows, v_rows = v_by_id ? in.between(0, c.rows) : c.rows;
+  SomeIds x_ids(in, c.rows, items), v_ids(in, c.rows, v_rows);
+  const auto table = [](const auto& rows, int64_t size) {
+    return std::vector(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(size));
+  };
+  Typed x(table(c.x, items * width), int8 ? DType::int8 : type, width),
+      v(table(vs, v_rows * value_width), type, value_width);
   const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
   Guarded<float> scale(scales);
   Guarded<float> p(ps), bias(in.values(c.rows, hostile));
@@ -223,7 +228,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
     if (!hostile) t = std::fabs(t) + 1;
   if (taus.empty()) taus = {1};
   Guarded<float> temperature(taus);
-  Guarded<int32_t> count(n), codes(c.codes);
+  Guarded<int32_t> count(n), codes(table(c.codes, items * c.levels));
   for (int64_t b = 0; b < n; ++b) count.data()[b] = static_cast<int32_t>(in.between(0, 80)) - 4;
   RouteParams params;
   params.normalize = static_cast<Normalize>(in.between(0, 1));
@@ -235,20 +240,19 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const Codebook* book = nullptr;
   Histories inputs{x.rows(), v.rows(), u.spans()};
   RouteAgents to{{p.data(), {n, agents, width}}, {}};
-  if (x_by_id) inputs.x_ids = some_x.ids();
-  if (v_by_id) inputs.v_ids = some_v.ids();
+  if (x_by_id) inputs.x_ids = x_ids.ids();
+  if (v_by_id) inputs.v_ids = v_ids.ids();
   if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
   if (in.flag()) to.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
   const bool without_x = in.byte() % 4 == 0;
   if (params.method == Method::leaf || without_x || in.flag()) {
-    inputs.codes = {codes.data(), {c.rows, c.levels}};
+    inputs.codes = {codes.data(), {items, c.levels}};
     book = &c.book;
   }
   if (without_x) {
     inputs.x = {};
-    inputs.x_ids = {};
     inputs.x_scale = {};
   }
   int64_t longest = 0;

@@ -39,8 +39,8 @@ struct Rows {
   int64_t rows = 0, width = 0;
 };
 
-/// The row of a table for each behaviour, [size], int32 or int64. A behaviour whose id is outside the table is absent.
-/// Null: behaviour t uses row t.
+/// The row of a table for each behaviour, [size], int32 or int64; one outside the table means no row. Null: behaviour t
+/// has row t.
 struct Ids {
   const void* data = nullptr;
   DType dtype = DType::int64;

@@ -5,22 +5,28 @@
 
 namespace hisac {
 
-/// The behaviours of B users. The same fields in the same order are `hisac.Histories` in Python. Each verb names the
-/// fields that it reads, and looks at no other. A field whose data is null is not given: an empty array that is given
-/// needs another pointer.
+/// The behaviours of B users. The same fields in the same order are `hisac.Histories` in Python. A field whose data is
+/// null is not given: an empty array that is given needs another pointer. Each verb names the fields that it reads. The
+/// sizes of all fields that are given must agree.
+///
+/// With x_ids, x and codes are tables of items, with the same rows: encode a catalogue once, and name the item of each
+/// behaviour. A behaviour whose id is outside the table (-1 for padding) is absent in every verb. With v_ids, v is a
+/// table; a behaviour whose id is outside has no v: it votes, and is not routed.
 struct Histories {
-  Rows x{};                         // [T, D], or [rows, D] with x_ids; data null: the prototypes of `codes`
+  Rows x{};                         // [T, D], or [items, D] with x_ids; data null: the prototypes of `codes`
   Rows v{};                         // [T, V], or [rows, V] with v_ids
   Spans offsets{};                  // B users
-  Array<const int32_t, 2> codes{};  // [T, L] semantic IDs
-  Ids x_ids{}, v_ids{};             // [T], null: behaviour t has row t
+  Array<const int32_t, 2> codes{};  // [T, L], or [items, L] with x_ids: semantic IDs
+  Ids x_ids{}, v_ids{};             // [T]; null: behaviour t has row t
   Array<const float, 1> x_scale{};  // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
   Array<const float, 1> bias{};     // [T] of routing: the logarithm of a behaviour's weight; null: 0
   Array<const float, 1> spread{};   // [T] added to a behaviour's squared distances; null: 0
   Array<const float, 1> weights{};  // [T] of voting; null: 1
 
-  /// T as `route` and `leaf_sums` count it.
-  int64_t behaviours() const noexcept { return v_ids ? v_ids.size : v.rows; }
+  /// T: the size of x_ids, else of v_ids, else the rows of v, of x, of codes.
+  int64_t behaviours() const noexcept { return x_ids ? x_ids.size : v_ids ? v_ids.size : v.data ? v.rows : items(); }
+  /// The rows of x and codes.
+  int64_t items() const noexcept { return x.data ? x.rows : codes.shape[0]; }
 };
 
 }  // namespace hisac

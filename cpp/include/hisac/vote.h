@@ -29,9 +29,9 @@ struct Agents {
 /// M of these params: the budget, or the product of the fan-outs.
 int64_t seats(const VoteParams& params, int levels) noexcept;
 
-/// Reads codes, offsets and weights of the histories. T is the number of rows of codes here. A row counts
-/// rint(clip(w, 0, 16) 2^12) where there are weights, and NaN does not vote. Rows with a code out of range, and a
-/// user's rows past 2^24 - 1, do not vote. Votes are integers, so the order of up to so many rows does not matter, nor
+/// Reads codes, x_ids, offsets and weights of the histories. A row counts rint(clip(w, 0, 16) 2^12) where there are
+/// weights, and NaN does not vote. Rows with a code out of range, rows whose id is outside the table of codes, and a
+/// user's rows past 2^24 - 1 do not vote. Votes are integers, so the order of up to so many rows does not matter, nor
 /// does the number of threads. On the CPU each user is counted by one thread.
 ///
 /// Set agents.fingerprint to book.fingerprint() before the call: `vote` does not write it. `vote` refuses the

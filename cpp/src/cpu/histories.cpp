@@ -17,6 +17,9 @@ float median(float a, float b, float c, float d, float e) noexcept {
   return median(std::max(std::min(a, b), std::min(c, d)), std::min(std::max(a, b), std::max(c, d)), e);
 }
 
+/// x with the rows of codes where it is not given.
+Rows items_of(const Histories& in) noexcept { return {in.x.data, in.x.dtype, in.items(), in.x.width}; }
+
 }  // namespace
 
 void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands, bool keep_x) noexcept {
@@ -48,13 +51,13 @@ RowLoader::RowLoader(const Codebook* book, const Histories& histories, int64_t w
       in_(histories),
       k_(simd::kernels()),
       width_(width),
-      x_(histories.x, histories.x_ids, histories.x_scale),
+      x_(items_of(histories), histories.x_ids, histories.x_scale),
       v_(histories.v, histories.v_ids),
       operands_(operands),
       origin_(origin) {}
 
 bool RowLoader::may_be_present(int64_t row) const noexcept {
-  if (!v_.has(row) || (x_ && !x_.has(row))) return false;
+  if (!v_.has(row) || !x_.has(row)) return false;
   const float spread = spread_of(row);
   return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX &&  // false for NaN
          (!book_ || book_->valid(codes_of(row)));

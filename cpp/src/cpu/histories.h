@@ -88,8 +88,8 @@ class RowLoader {
   bool has_value(int64_t row, float* v) const noexcept;
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
   float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
-  /// [L], where codes are read.
-  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + row * in_.codes.shape[1]; }
+  /// [L] of a row that may be present, where codes are read.
+  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + x_.number(row) * in_.codes.shape[1]; }
 
  private:
   void add_absent(int64_t row, float* v, Absent* absent) const noexcept;
@@ -98,7 +98,7 @@ class RowLoader {
   const Histories& in_;
   const simd::Kernels& k_;
   int64_t width_;
-  RowSource x_, v_;
+  RowSource x_, v_;  // x_ without data: the rows of codes
   Operands operands_;
   const float* origin_;
 };

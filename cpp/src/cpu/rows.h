@@ -24,6 +24,8 @@ class RowSource {
 
   explicit operator bool() const noexcept { return rows_.data != nullptr; }
   bool has(int64_t t) const noexcept { return static_cast<uint64_t>(number(t)) < static_cast<uint64_t>(rows_.rows); }
+  /// The row of behaviour t.
+  int64_t number(int64_t t) const noexcept { return ids_ ? ids_[t] : t; }
 
   /// out [width] = the existing row of behaviour t; returns its sum of squares.
   float load(int64_t t, float* out) const noexcept;
@@ -48,7 +50,6 @@ class RowSource {
   void queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept;
 
  private:
-  int64_t number(int64_t t) const noexcept { return ids_ ? ids_[t] : t; }
   const std::byte* row(int64_t t) const noexcept {
     return static_cast<const std::byte*>(rows_.data) + number(t) * bytes_;
   }

@@ -29,7 +29,7 @@ constexpr int64_t kDenseRows = 2048;      // least rows, by budget
 constexpr int64_t kCells = 4;             // most 32-bit counters a row, by budget
 constexpr int64_t kFanoutRows = 512;      // least rows, by fan-out
 constexpr int64_t kFanoutCells = 16;      // most counters a row, by fan-out
-constexpr int64_t kBlock = 256;           // rows located at a time
+constexpr int64_t kBlock = 256;           // rows located or gathered at a time
 constexpr int kLanes = 4;                 // histograms of parents, so that equal codes in turn do not wait for a store
 constexpr int64_t kLanesParents = 4096;   // most parents for several histograms
 constexpr int kMostPasses = 3;            // most passes that count leaves
@@ -73,24 +73,44 @@ class Voter {
     arena.take_into(rows + 1, located_, last_code_, owner_);
     votes_ = arena.take<int64_t>(rows + 1);
     parent_ = arena.take<Parent>(most_parents + 1);
+    gathered_ = arena.take<int32_t>(kBlock * levels_);
     allocation_.carve(arena, book, params_, most_parents);
   }
 
-  /// Votes for one user: writes the kept leaves, by votes and code; returns how many.
-  int64_t run(const int32_t* codes, const float* weights, int64_t rows, int32_t* out_codes,
-              int64_t* out_votes) noexcept {
+  /// Votes for one user, who has the rows [first, first + rows): writes the kept leaves, by votes and code; returns how
+  /// many.
+  int64_t run(const Histories& in, int64_t first, int64_t rows, int32_t* out_codes, int64_t* out_votes) noexcept {
+    in_ = &in;
+    first_ = first;
     rows = std::min(rows, kMostVoters);
     parents_ = candidates_ = seated_ = all_votes_ = 0;
     key_ = located_;
     spare_ = buffer_;
-    const bool counted = counts_densely(rows) && (weights ? count_dense<int64_t>(codes, weights, rows)
-                                                          : count_dense<int32_t>(codes, weights, rows));
-    if (!counted) weights ? count_sorted<int64_t>(codes, weights, rows) : count_sorted<int32_t>(codes, weights, rows);
+    const float* const weights = in.weights ? in.weights.data + first : nullptr;
+    const bool counted =
+        counts_densely(rows) && (weights ? count_dense<int64_t>(weights, rows) : count_dense<int32_t>(weights, rows));
+    if (!counted) weights ? count_sorted<int64_t>(weights, rows) : count_sorted<int32_t>(weights, rows);
     return write(out_codes, out_votes);
   }
 
  private:
   // ---- counting
+
+  /// The codes of the user's rows [begin, end), at most kBlock of them: where they lie, or gathered by ids.
+  template <int L>
+  const int32_t* codes_of(int64_t begin, int64_t end) const noexcept {
+    const int levels = L ? L : levels_;
+    const int32_t* const table = in_->codes.data;
+    if (!in_->x_ids) return table + (first_ + begin) * levels;
+    const uint64_t items = static_cast<uint64_t>(in_->codes.shape[0]);
+    int32_t* to = gathered_;
+    for (int64_t i = first_ + begin; i < first_ + end; ++i, to += levels) {
+      const int64_t id = in_->x_ids[i];
+      const bool inside = static_cast<uint64_t>(id) < items;
+      for (int l = 0; l < levels; ++l) to[l] = inside ? table[id * levels + l] : -1;
+    }
+    return gathered_;
+  }
 
   /// Monotone in `rows`, so that what is carved for the longest history suffices for all.
   bool counts_densely(int64_t rows) const noexcept {
@@ -102,10 +122,14 @@ class Voter {
   int64_t histograms() const noexcept { return parents_possible_ <= kLanesParents ? kLanes : 1; }
 
   template <class Count>
-  void count_sorted(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+  void count_sorted(const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
-    const int64_t n =
-        levels_ == 2 ? find_leaves<2, weighted>(codes, weights, rows) : find_leaves<0, weighted>(codes, weights, rows);
+    int64_t n = 0;
+    for (int64_t begin = 0; begin < rows; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, rows);
+      n = levels_ == 2 ? find_leaves<2, weighted>(weights, begin, end, n)
+                       : find_leaves<0, weighted>(weights, begin, end, n);
+    }
     if (n == 0) return;
     radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, weight_, spare_weight_);
     uint64_t* const key = key_;
@@ -153,13 +177,14 @@ class Voter {
     }
   }
 
-  /// Writes the leaf numbers of the rows that vote, and their votes where weighted, in row order; returns how many.
+  /// Writes the leaf numbers of those of the rows [begin, end) that vote, and their votes where weighted, in row order
+  /// behind the n of earlier rows; returns how many there are.
   template <int L, bool weighted>
-  int64_t find_leaves(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+  int64_t find_leaves(const float* weights, int64_t begin, int64_t end, int64_t n) noexcept {
     const int levels = L ? L : levels_;
+    const int32_t* codes = codes_of<L>(begin, end);
     uint64_t* const key = key_;
-    int64_t n = 0;
-    for (int64_t i = 0; i < rows; ++i, codes += levels) {
+    for (int64_t i = begin; i < end; ++i, codes += levels) {
       bool ok = true;
       uint64_t number = 0;
       for (int l = 0; l < levels; ++l) {
@@ -180,7 +205,7 @@ class Voter {
 
   /// False, with nothing done, where the leaves of too many parents would have to be counted.
   template <class Count>
-  bool count_dense(const int32_t* codes, const float* weights, int64_t rows) noexcept {
+  bool count_dense(const float* weights, int64_t rows) noexcept {
     constexpr bool weighted = sizeof(Count) == 8;
     const int64_t none = parents_possible_, lanes = histograms(), stride = lanes > 1 ? none + 1 : 0;
     uint32_t* const row = reinterpret_cast<uint32_t*>(key_);  // its parent << 16 | its last code
@@ -189,7 +214,7 @@ class Voter {
     std::fill(lane, lane + (none + 1) * lanes, Count{0});
     for (int64_t block_begin = 0; block_begin < rows; block_begin += kBlock) {
       const int64_t block_end = std::min(block_begin + kBlock, rows);
-      levels_ == 2 ? locate<2>(codes, block_begin, block_end, row) : locate<0>(codes, block_begin, block_end, row);
+      levels_ == 2 ? locate<2>(block_begin, block_end, row) : locate<0>(block_begin, block_end, row);
       for (int64_t i = block_begin; weighted && i < block_end; ++i) weight_[i] = quantise(weights[i]);
       int64_t i = block_begin;
       for (; i + kLanes <= block_end; i += kLanes)
@@ -257,11 +282,11 @@ class Voter {
   /// row[i] = parent << 16 | last code for rows [begin, end). The parent is parents_possible where a code is out of
   /// range.
   template <int L>
-  void locate(const int32_t* codes, int64_t begin, int64_t end, uint32_t* row) const noexcept {
+  void locate(int64_t begin, int64_t end, uint32_t* row) const noexcept {
     const int levels = L ? L : levels_;
     const uint32_t none = static_cast<uint32_t>(parents_possible_) << 16;
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t* const c = codes + i * levels;
+    const int32_t* c = codes_of<L>(begin, end);
+    for (int64_t i = begin; i < end; ++i, c += levels) {
       const uint32_t last = static_cast<uint32_t>(c[levels - 1]);
       bool ok = last < static_cast<uint32_t>(last_);
       uint32_t number = 0;
@@ -336,6 +361,8 @@ class Voter {
 
   const Codebook::Body& body_;
   const VoteParams& params_;
+  const Histories* in_ = nullptr;
+  int64_t first_ = 0;  // the user's first row
   int levels_, leaves_bits_;
   int64_t last_;                  // codes of the last level
   int64_t parents_possible_ = 1;  // above kMostParents where there are more
@@ -353,6 +380,7 @@ class Voter {
   uint32_t *weight_ = nullptr, *spare_weight_ = nullptr;  // [rows]
   uint32_t *last_code_ = nullptr, *owner_ = nullptr;      // [leaves] last code; index of the parent
   void* votes_ = nullptr;                                 // [leaves] int32_t, or int64_t where weighted
+  int32_t* gathered_ = nullptr;                           // [kBlock, L]
   Parent* parent_ = nullptr;
   SeatAllocation allocation_;
 };
@@ -369,8 +397,6 @@ size_t vote_workspace(const Context& context, const Codebook& book, const VotePa
 Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
             Agents out) noexcept {
   const Spans& spans = histories.offsets;
-  const int32_t* const codes = histories.codes.data;
-  const float* const weights = histories.weights.data;
   const int64_t m = out.codes.shape[1], users = spans.users;
   const int levels = book.levels();
   const int64_t longest = longest_of(spans);
@@ -385,8 +411,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
     voter.carve(slice, book, longest);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = spans.start(b), rows = spans.end(b) - first;
-      const int64_t kept = voter.run(codes + first * levels, weights ? weights + first : nullptr, rows,
-                                     out.codes.data + b * m * levels, out.votes.data + b * m);
+      const int64_t kept = voter.run(histories, first, rows, out.codes.data + b * m * levels, out.votes.data + b * m);
       out.count.data[b] = static_cast<int32_t>(kept);
       std::fill(out.codes.data + (b * m + kept) * levels, out.codes.data + (b + 1) * m * levels, -1);
       std::fill(out.votes.data + b * m + kept, out.votes.data + (b + 1) * m, int64_t{0});

@@ -24,12 +24,12 @@ SIMT_DEVICE bool below_limit(float norm, int64_t width, Element element) {
 }
 
 struct Behaviours : ClampedSpans {
-  Rows x, v;  // x.data null: the prototypes of the codes
+  Rows x, v;  // x.data null: the prototypes of the codes, and the rows are those of codes
   Ids x_ids, v_ids;
   const float* scale = nullptr;  // of x of int8
   bool scale_per_row = false;    // scale [rows of x]
   const float *bias = nullptr, *spread = nullptr;
-  const int32_t* codes = nullptr;
+  const int32_t* codes = nullptr;  // of a row of x
   int levels = 0;
   int32_t sizes[kMaxLevels] = {};
   const float* centers[kMaxLevels] = {};  // [C_l, center_pitch] each
@@ -64,8 +64,8 @@ struct Behaviours : ClampedSpans {
   SIMT_DEVICE int64_t x_row(int64_t b) const { return row_of(x_ids, b, x.rows); }
   SIMT_DEVICE int64_t v_row(int64_t b) const { return row_of(v_ids, b, v.rows); }
   /// An element of that row of x, as loaded.
-  SIMT_DEVICE float x_element(int64_t b, int64_t row, int64_t d) const {
-    if (!x.data) return prototype(codes + b * levels, d);
+  SIMT_DEVICE float x_element(int64_t row, int64_t d) const {
+    if (!x.data) return prototype(codes + row * levels, d);
     return element(x.data, x.dtype, row * x.width + d) * (scale ? scale[scale_per_row ? row : 0] : 1.f);
   }
   SIMT_DEVICE float v_element(int64_t row, int64_t d) const { return element(v.data, v.dtype, row * v.width + d); }
@@ -90,6 +90,7 @@ struct Behaviours : ClampedSpans {
 inline Behaviours behaviours_of(const Codebook* book, const Histories& in, int64_t width) {
   Behaviours t;
   t.x = in.x;
+  t.x.rows = in.items();
   t.x.width = width;
   if (!in.x.data) t.x.dtype = DType::float32;
   t.v = in.v;

@@ -26,15 +26,15 @@ SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
   for (int64_t b = int64_t{simt::block()} * kWarps + simt::warp(); b < t.rows; b += warps()) {
     const int64_t x_row = t.x_row(b), v_row = t.v_row(b);
     const float spread = t.spread ? t.spread[b] : 0.f;
-    const int32_t* const codes = t.codes + b * t.levels;
+    const int32_t* const codes = t.codes + (x_row < 0 ? 0 : x_row) * t.levels;
     bool here = x_row >= 0 && v_row >= 0 && t.valid_terms(t.bias ? t.bias[b] : 0.f, spread) && t.valid(codes);
     float squares = 0;
     for (int64_t d = lane; here && d < t.x.width; d += 32) {
-      const float y = t.x_element(b, x_row, d);
+      const float y = t.x_element(x_row, d);
       squares = simt::fused(y, y, squares);
     }
     for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
-    here = here && below_limit(squares, t.x.width, [&](int64_t d) { return t.x_element(b, x_row, d); });
+    here = here && below_limit(squares, t.x.width, [&](int64_t d) { return t.x_element(x_row, d); });
     bool whole = v_row >= 0;
     for (int64_t c = lane; t.missing && !here && v_row >= 0 && c < t.v.width; c += 32)
       whole = whole && finite(t.v_element(v_row, c));
@@ -150,12 +150,10 @@ class Leaf {
     squares = over_parts(squares, Add{});
     double inverse = 1 / mass;
     means(
-        static_cast<int>(t.v.width), inverse, t.out.v.data,
-        [&](int32_t, int64_t v_row, int d) { return t.v_element(v_row, d); },
+        static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int64_t v_row, int d) { return t.v_element(v_row, d); },
         [&](int32_t row) { return t.v_row(row); });
     double square = means(
-        static_cast<int>(t.x.width), inverse, t.out.x.data,
-        [&](int32_t row, int64_t x_row, int d) { return t.x_element(row, x_row, d); },
+        static_cast<int>(t.x.width), inverse, t.out.x.data, [&](int64_t x_row, int d) { return t.x_element(x_row, d); },
         [&](int32_t row) { return t.x_row(row); });
     if (!stores()) return;
     if (square > 0x1.fffff0p99) {  // every row is below 2^100: rounding shall not take their mean there
@@ -173,8 +171,9 @@ class Leaf {
     t.out.spread.data[out] = static_cast<float>(spread > 0 ? (spread < kLargest ? spread : kLargest) : 0.0);
     t.out.bias.data[out] = static_cast<float>(static_cast<double>(max_bias) +
                                               kLn2 * static_cast<double>(simt::log2(static_cast<float>(mass / scale))));
+    const int64_t first = t.x_row(rows[0]);
     for (int l = 0; t.out.codes.data && l < t.levels; ++l)
-      t.out.codes.data[out * t.levels + l] = t.codes[int64_t{rows[0]} * t.levels + l];
+      t.out.codes.data[out * t.levels + l] = t.codes[first * t.levels + l];
   }
 
  private:
@@ -214,7 +213,7 @@ class Leaf {
           const int64_t row = table_row(rows[e]);
           SIMT_EACH (j, kColumns / 32)
             if (const int d = first + j * 32 + lane; d < width)
-              run[j] = simt::fused(weights[e], element(rows[e], row, d), run[j]);
+              run[j] = simt::fused(weights[e], element(row, d), run[j]);
         }
         SIMT_EACH (j, kColumns / 32) sum[j] += static_cast<double>(run[j]);
       });

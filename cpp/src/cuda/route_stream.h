@@ -179,9 +179,11 @@ struct RouteStream {
       const int place = place_of(s.block, r);
       const bool valid = place < end;
       const int64_t row = valid ? work().start + place : 0;
-      if (last || !has_x())
-        SIMT_ROLLED for (int l = 0; l < t.levels; ++l)
-            simt::copy4(raw_codes(buffer, r) + l, t.codes + row * t.levels + l, valid);
+      if (t.levels && (last || !has_x())) {
+        const bool coded = has(false, s.block, r);
+        const int32_t* const codes = t.codes + (coded ? row_of(false, s.block, r) : 0) * t.levels;
+        SIMT_ROLLED for (int l = 0; l < t.levels; ++l) simt::copy4(raw_codes(buffer, r) + l, codes + l, coded);
+      }
       if (last && t.bias) simt::copy4(&term_of(g.offset.bias, buffer, r), t.bias + row, valid);
       if (last && t.spread) simt::copy4(&term_of(g.offset.spread, buffer, r), t.spread + row, valid);
       if (!scale()) continue;

@@ -190,7 +190,9 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   t.codes = histories.codes.data;
   t.weights = histories.weights.data;
   static_cast<Spans&>(t) = histories.offsets;
-  t.rows = histories.codes.shape[0];
+  t.rows = histories.behaviours();
+  t.ids = histories.x_ids;
+  t.items = histories.items();
   lay_out(t, launch.machine);
   Arena arena(context.workspace);
   t.plan = arena.take<SlicePlan>(2);

@@ -53,7 +53,9 @@ struct Slice {
 };
 
 struct VoteTask : ClampedSpans {
-  const int32_t* codes = nullptr;
+  const int32_t* codes = nullptr;  // [rows], or with ids [items]
+  Ids ids;
+  int64_t items = 0;
   const float* weights = nullptr;
   int levels = 0, bits = 0;          // of a leaf's number
   uint32_t size[kMaxLevels] = {};    // C_l
@@ -113,22 +115,30 @@ SIMT_DEVICE uint32_t quantise(float w) {
   return static_cast<uint32_t>(simt::smaller(w, 16.f) * 4096.f + kWhole - kWhole);
 }
 
-/// step(state, level, code) down the path of each of user b's first rows, then use(state, votes), by whole warps; 0
-/// votes: the row does not vote, or is past the last, and its path was cut. Loads of four rows a thread are under way
-/// together.
-template <class State, class Step, class Use>
-SIMT_DEVICE void each_row(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
+template <class State, bool kIds, class Step, class Use>
+SIMT_DEVICE void each_row_of(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
   constexpr int kTogether = 4;
   const int64_t first_row = t.start(b);
   const auto row = [&](int first, int k) { return first + simt::thread() + k * simt::threads(); };
   for (int first = 0; first < rows; first += kTogether * simt::threads()) {
     State state[kTogether] = {};
     uint32_t votes[kTogether];
-    SIMT_EACH (k, kTogether) votes[k] = row(first, k) < rows;
+    int64_t item[kIds ? kTogether : 1];
+    SIMT_EACH (k, kTogether) {
+      votes[k] = row(first, k) < rows;
+      if (kIds && votes[k]) {
+        item[k] = t.ids.dtype == DType::int64 ? static_cast<const int64_t*>(t.ids.data)[first_row + row(first, k)]
+                                              : static_cast<const int32_t*>(t.ids.data)[first_row + row(first, k)];
+        votes[k] = static_cast<uint64_t>(item[k]) < static_cast<uint64_t>(t.items);
+      }
+    }
     SIMT_ROLLED for (int l = 0; l < t.levels; ++l) {
-      const int32_t* const c = t.codes + first_row * t.levels + l;
+      const int32_t* const c = t.codes + (kIds ? 0 : first_row) * t.levels + l;
       uint32_t code[kTogether];
-      SIMT_EACH (k, kTogether) code[k] = votes[k] ? static_cast<uint32_t>(c[int64_t{row(first, k)} * t.levels]) : ~0u;
+      SIMT_EACH (k, kTogether) {
+        const int64_t at = kIds ? item[k] : row(first, k);
+        code[k] = votes[k] ? static_cast<uint32_t>(c[at * t.levels]) : ~0u;
+      }
       SIMT_EACH (k, kTogether) {
         votes[k] = code[k] < t.size[l];
         if (votes[k]) step(state[k], l, code[k]);
@@ -138,6 +148,17 @@ SIMT_DEVICE void each_row(const VoteTask& t, int64_t b, int rows, Step step, Use
       if (t.weights && votes[k]) votes[k] = quantise(t.weights[first_row + row(first, k)]);
     SIMT_EACH (k, kTogether) use(state[k], votes[k]);
   }
+}
+
+/// step(state, level, code) down the path of each of user b's first rows, then use(state, votes), by whole warps; 0
+/// votes: the row does not vote, or is past the last, and its path was cut. Loads of four rows a thread are under way
+/// together.
+template <class State, class Step, class Use>
+SIMT_DEVICE void each_row(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
+  if (t.ids.data)
+    each_row_of<State, true>(t, b, rows, step, use);
+  else
+    each_row_of<State, false>(t, b, rows, step, use);
 }
 
 /// By a warp: take(i, taken) for [begin, end), for 32 at a time; taken are the `seats` with most votes, then the first;

@@ -11,30 +11,40 @@ ShapeText extent(const Rows& rows, const Ids& ids) noexcept {
   return ids ? ShapeText({ids.size}) : ShapeText({rows.rows, rows.width});
 }
 
-/// The types of x, v, their ids and the scale, and that all have the same number of behaviours.
-Status check_gathered(const char* verb, const Histories& in) noexcept {
+/// The types of x, v and the scale.
+Status check_rows(const char* verb, const Histories& in) noexcept {
   const bool int8 = in.x.data && in.x.dtype == DType::int8;
   if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
+  if (!in.v.data && in.behaviours() > 0) return Status::error(Code::invalid_argument, "%s: v expected, got none", verb);
   HISAC_TRY(check_float(verb, "v", in.v.dtype));
-  for (const Ids* ids : {&in.x_ids, &in.v_ids})
-    if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
-      return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb,
-                           ids == &in.x_ids ? "x_ids" : "v_ids");
-  if (in.x_ids && !in.x.data) return Status::error(Code::invalid_argument, "%s: x_ids expected with x, got none", verb);
   if (in.x_scale && !int8)
     return Status::error(Code::invalid_argument, "%s: x_scale expected with x of int8, got another", verb);
   if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
     return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
                          in.x.rows, in.x_scale.shape[0]);
-  const int64_t x_rows = in.x_ids ? in.x_ids.size : in.x.rows, v_rows = in.behaviours();
-  if (in.x.data && x_rows != v_rows)
-    return Status::error(Code::invalid_argument, "%s: x%s is %s, v%s is %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
-                         in.x_ids ? "_ids" : "", extent(in.x, in.x_ids).text, in.v_ids ? "_ids" : "",
-                         extent(in.v, in.v_ids).text, x_rows, v_rows);
   return {};
 }
 
 }  // namespace
+
+Status check_sizes(const char* verb, const Histories& in) noexcept {
+  for (const Ids* ids : {&in.x_ids, &in.v_ids})
+    if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
+      return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb,
+                           ids == &in.x_ids ? "x_ids" : "v_ids");
+  if (in.x_ids && !in.x.data && !in.codes)
+    return Status::error(Code::invalid_argument, "%s: x_ids expected with x or codes, got neither", verb);
+  const int64_t rows = in.behaviours(), x_rows = in.x_ids ? in.x_ids.size : in.x.rows,
+                v_rows = in.v_ids ? in.v_ids.size : in.v.rows, items = in.x_ids ? in.items() : rows;
+  if ((in.x_ids || in.x.data) && (in.v_ids || in.v.data) && x_rows != v_rows)
+    return Status::error(Code::invalid_argument, "%s: x%s is %s, v%s is %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
+                         in.x_ids ? "_ids" : "", extent(in.x, in.x_ids).text, in.v_ids ? "_ids" : "",
+                         extent(in.v, in.v_ids).text, x_rows, v_rows);
+  if (in.codes) HISAC_TRY(check_shape(verb, "codes", {items, in.codes.shape[1]}, in.codes));
+  if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
+  if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
+  return in.weights ? check_shape(verb, "weights", {rows}, in.weights) : Status();
+}
 
 bool sizes_fit(const Histories& in, int64_t width, int64_t agents, int64_t longest) noexcept {
   return within({width, in.v.width}, 1, kMostWidth) && within({agents}, 0, kMostAgents) &&
@@ -44,7 +54,8 @@ bool sizes_fit(const Histories& in, int64_t width, int64_t agents, int64_t longe
 Status check_histories(const char* verb, const Codebook* book, const Histories& in, int64_t width, bool needs_codes,
                        Device device) noexcept {
   const int64_t rows = in.behaviours();
-  HISAC_TRY(check_gathered(verb, in));
+  HISAC_TRY(check_rows(verb, in));
+  HISAC_TRY(check_sizes(verb, in));
   if (!within({width, in.v.width}, 1, kMostWidth))
     return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
                          verb, width, in.v.width);
@@ -53,11 +64,9 @@ Status check_histories(const char* verb, const Codebook* book, const Histories& 
                          "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
                          in.offsets.users, rows);
   HISAC_TRY(check_spans(verb, "offsets", in.offsets, rows, device));
-  if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
-  if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
   if (book) {
     HISAC_TRY(check_book(verb, book));
-    return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, rows) : Status();
+    return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, in.x_ids ? in.items() : rows) : Status();
   }
   if (needs_codes || (!in.x.data && rows > 0))
     return Status::error(Code::invalid_argument,

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The checks of a batch of histories that `route`, its backward and `leaf_sums` share. A message begins with `verb`.
+// The checks of a batch of histories that verbs share. A message begins with `verb`.
 #pragma once
 #include "hisac/route.h"
 
 namespace hisac {
+
+/// The sizes of all fields that are given agree, and ids are integers.
+Status check_sizes(const char* verb, const Histories& histories) noexcept;
 
 /// Whether a workspace may be sized by these: all sizes are within the limits of base/checks.h.
 bool sizes_fit(const Histories& histories, int64_t width, int64_t agents, int64_t longest) noexcept;

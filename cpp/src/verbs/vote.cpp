@@ -6,6 +6,7 @@
 #include "backend.h"
 #include "base/arena.h"
 #include "codebook/checks.h"
+#include "verbs/histories.h"
 
 namespace hisac {
 namespace {
@@ -58,12 +59,11 @@ size_t vote_workspace(const Context& context, const Codebook& book, const VotePa
 
 Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
             Agents out) noexcept {
-  const int64_t rows = histories.codes.shape[0];
   HISAC_TRY(check_book("vote", &book));
   HISAC_TRY(check_params(book, params));
-  HISAC_TRY(check_codes("vote", book, histories.codes, rows));
-  HISAC_TRY(check_spans("vote", "offsets", histories.offsets, rows, context.device));
-  if (histories.weights) HISAC_TRY(check_shape("vote", "weights", {rows}, histories.weights));
+  HISAC_TRY(check_sizes("vote", histories));
+  HISAC_TRY(check_codes("vote", book, histories.codes, histories.codes.shape[0]));
+  HISAC_TRY(check_spans("vote", "offsets", histories.offsets, histories.behaviours(), context.device));
   const int64_t m = seats(params, book.levels()), users = histories.offsets.users, levels = book.levels();
   if (!has_shape(out.codes, {users, m, levels}) || !has_shape(out.votes, {users, m}) || !has_shape(out.count, {users}))
     return Status::error(Code::invalid_argument, "vote: out expected codes %s, votes %s and count %s",

@@ -76,10 +76,10 @@ def by_budget(votes: Votes, budget: int, levels: int, prefix: Node = ()) -> list
 def vote(book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None) -> Agents:
     """The interest-agents of each user: the leaves kept by `budget` (ours) or `fanout` (the paper's rule).
 
-    Reads codes [T, L], offsets, and weights [T] or None of the histories -> Agents of M = budget, or the product of the
-    fan-outs. Sorted by votes down, then code up. Blind to the order of a user's rows.
+    Reads codes [T, L] (with x_ids, a table), offsets, and weights [T] or None of the histories -> Agents of M = budget,
+    or the product of the fan-outs. Sorted by votes down, then code up. Blind to the order of a user's rows.
     """
-    codes, weights = histories.codes, histories.weights
+    codes, weights = gather(histories).codes, histories.weights
     levels = len(book.centers)
     seats = int(budget or 0) if fanout is None else math.prod(fanout)
     users = ranges(histories.offsets)
@@ -129,10 +129,11 @@ def square_distances(x: Array, p: Array) -> Array:
 
 
 def gather(histories: Histories) -> Histories:
-    """The same histories without ids and scale: x [T, D], v [T, V], bias [T].
+    """The same histories without ids and scale: x [T, D], v [T, V], codes [T, L], bias [T].
 
     int8 rows times their scale are rounded to float32. A behaviour whose id is outside its table gets a bias of NaN,
-    so it is absent; and a row of NaN, so without one of v it is not counted as missing.
+    so it is not routed; outside x and codes it gets codes of -1, so it does not vote; outside v a row of NaN, so it is
+    not counted as missing.
     """
     x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights = histories
     if x is not None and x.dtype == np.int8:
@@ -140,14 +141,15 @@ def gather(histories: Histories) -> Histories:
         with np.errstate(over="ignore", invalid="ignore"):
             x = x.astype(np.float32) * scale
     dense = []
-    for table, ids in ((x, x_ids), (v, v_ids)):
-        if ids is not None:
+    for table, ids, nothing in ((x, x_ids, np.nan), (codes, x_ids, -1), (v, v_ids, np.nan)):
+        if ids is not None and table is not None:
             inside = (ids >= 0) & (ids < len(table))
-            rows = np.full((len(ids), table.shape[1]), np.nan)
+            rows = np.full((len(ids), table.shape[1]), nothing)
             rows[inside] = table[ids[inside]]
             table, bias = rows, np.where(inside, 0.0 if bias is None else bias, np.nan)
         dense.append(table)
-    return Histories(dense[0], dense[1], offsets, codes, bias=bias, spread=spread, weights=weights)
+    x, codes, v = dense
+    return Histories(x, v, offsets, codes, bias=bias, spread=spread, weights=weights)
 
 
 class History:
@@ -225,15 +227,15 @@ def leaf_sums(book: Any, histories: Histories) -> Histories:
     kept sums and new behaviours, as rows of one user, are the sums of all.
     """
     width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
-    users, levels = len(ranges(histories.offsets)), len(book.centers)
+    users, levels, codes = len(ranges(histories.offsets)), len(book.centers), gather(histories).codes
     offsets = np.zeros(users + 1, np.int64)
     x, v, bias = np.zeros((0, width)), np.zeros((0, histories.v.shape[1])), np.zeros(0)
     sums = [x, v, np.zeros((0, levels), np.int32), bias, bias]
     for b, rows, h in each_history(histories, np.zeros((users, 0, width)), None, 1, book, "leaf"):
         offsets[b + 1] = offsets[b] + len(h.x)
         first = h.rows[np.unique(h.leaf, return_index=True)[1]]
-        found = h.x, h.v, histories.codes[rows][first].astype(np.int32), h.bias, h.spread
-        sums = [np.concatenate(pair) for pair in zip(sums, found, strict=True)]
+        of_user = h.x, h.v, codes[rows][first].astype(np.int32), h.bias, h.spread
+        sums = [np.concatenate(pair) for pair in zip(sums, of_user, strict=True)]
     x, v, codes, bias, spread = sums
     return Histories(x, v, offsets, codes, bias=bias, spread=spread)
 
@@ -251,8 +253,9 @@ def route(
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     Of the histories it reads every field but weights: x [T, D] (None: the prototype of `codes`), v [T, V], offsets,
-    bias and spread [T], codes [T, L] where `book` is given; with x_ids, v_ids [T], x and v are tables, and behaviour i
-    has row ids_i. prototypes [B, M, D], count [B], temperature a number or [1] or [M] -> Tokens.
+    bias and spread [T], codes [T, L] where `book` is given. With x_ids [T], x and codes are tables, with v_ids [T] v is
+    one: behaviour i has row ids_i, and is absent where there is no such row. prototypes [B, M, D], count [B],
+    temperature a number or [1] or [M] -> Tokens.
     method="leaf": over `leaf_sums`: the rows of one leaf act as one row at their mean, farther by their variance.
     refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
     precision changes no result here: it is how exact an implementation has to be (`hisac.reference.bounds`).

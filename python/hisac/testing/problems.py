@@ -44,11 +44,14 @@ def sprinkle(rng: np.random.Generator, a: Array, share: float, values: Array = S
     return a
 
 
-def shuffled(rng: np.random.Generator, rows: Array) -> tuple[Array, Array]:
-    """Some of the rows as a table in another order, and ids into it, a few of them outside: (table, ids [T])."""
-    table = rows[rng.permutation(len(rows))[: rng.integers(0, len(rows) + 1)]]
-    ids = rng.integers(0, max(len(table), 1), len(rows)).astype(rng.choice(["i4", "i8"]))
-    return table, sprinkle(rng, ids, 0.1, np.array([-1, len(table), -(2**31), 2**31 - 1]))
+def shuffled(rng: np.random.Generator, *arrays: Array) -> tuple[Array, ...]:
+    """Some rows of arrays [T, ..], the same of each, as tables in another order, and ids into them, a few of them
+    outside: (*tables, ids [T]). None stays None."""
+    rows = next(len(a) for a in arrays if a is not None)
+    order = rng.permutation(rows)[: rng.integers(0, rows + 1)]
+    ids = rng.integers(0, max(len(order), 1), rows).astype(rng.choice(["i4", "i8"]))
+    ids = sprinkle(rng, ids, 0.1, np.array([-1, len(order), -(2**31), 2**31 - 1]))
+    return *(None if a is None else a[order] for a in arrays), ids
 
 
 def to_torch(args: Any, dtype: str = "float32") -> Any:
@@ -247,7 +250,7 @@ def problems(
 ) -> Problem:
     """Whole problems: ragged or overlapping histories, absent rows and agents, every option. `hostile` puts NaN,
     infinities, subnormals and huge values into every array, and temperatures and counts that make no sense. `gathered`
-    makes x and v tables with ids, some of them outside, and x int8 with a scale, now and then each."""
+    makes x with codes, and v, tables with ids, some of them outside, and x int8 with a scale, now and then each."""
     book = draw(codebooks(max_levels=max_levels, max_codes=max_codes, max_width=max_width))
     rows, ragged = draw(spans(max_users=max_users, max_history=max_history))
     users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
@@ -285,8 +288,8 @@ def problems(
     if gathered:
         if draw(st.booleans()):
             v, v_ids = shuffled(rng, v)
-        if x is not None and draw(st.booleans()):
-            x, x_ids = shuffled(rng, x)
+        if draw(st.booleans()):
+            x, leaf, x_ids = shuffled(rng, x, leaf)
         if x is not None and draw(st.booleans()):
             x_scale = draw(HOSTILE_SCALES if hostile else SCALES) / 100 * rng.uniform(0.5, 2, len(x) or 1)
             x = np.clip(np.nan_to_num(x.astype(np.float64)) / x_scale[:, None][: len(x)], -128, 127).astype(np.int8)

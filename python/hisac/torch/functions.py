@@ -31,13 +31,16 @@ def rows_of(name: str, t: Tensor | None) -> Any:
 
 def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histories:
     """Histories of dense tensors, offsets as (starts, ends): the rows of jagged nested tensors, whose offsets are taken
-    where none are given; float32 but for x and v; without the fields in `unread`."""
+    where none are given; float32 but for x and v. Of the fields in `unread` only the sizes matter."""
     if not isinstance(histories, Histories):
         raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
     tensors = [t for t in histories if isinstance(t, Tensor)]
     read: dict[str, Any] = {"offsets": _spans(verb, histories.offsets, tensors)}
     for name, field in histories._asdict().items():
-        if field is None or name in read or name in unread:
+        if field is None or name in read:
+            continue
+        if name in unread:
+            read[name] = rows_of(verb, field).detach() if isinstance(field, Tensor) else None
             continue
         if name == "x_scale" and isinstance(field, NUMBERS):
             field = torch.full((1,), float(field), dtype=torch.float32, device=tensors[0].device)
@@ -108,13 +111,14 @@ def vote(
 ) -> Agents:
     """The interest-agents of each user as `hisac.vote`, without gradient.
 
-    Reads codes [T, L] int32, offsets (or None for a jagged tensor) and weights [T] of the histories -> Agents.
+    Reads codes [T, L] int32 (a table, with x_ids), offsets (or None for a jagged tensor) and weights [T] of the
+    histories -> Agents.
 
     >>> codes = torch.tensor([[1], [0], [1]], dtype=torch.int32)
     >>> vote(Codebook([torch.eye(2)]), Histories(codes=codes, offsets=torch.tensor([0, 3])), budget=2).votes
     tensor([[2, 1]])
     """
-    h = flat("vote", histories, ("x", "v", "x_ids", "v_ids", "x_scale", "bias", "spread"))
+    h = flat("vote", histories, ("x", "v", "v_ids", "x_scale", "bias", "spread"))
     if h.codes is None:
         raise TypeError("vote: codes expected in the histories, got None")
     name = register(book)
@@ -152,7 +156,8 @@ def route(
     prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
     precision="bfloat16" lets products round to bfloat16 where that is faster.
 
-    With x_ids and v_ids, x and v are tables, as the weight of an `nn.Embedding`: an id outside is an absent behaviour.
+    With x_ids, x and codes are tables, and with v_ids v is one, as the weight of an `nn.Embedding`: an id outside is an
+    absent behaviour.
     A table's gradient is the sum over the behaviours of each row, in their order and in float64: dense, or `sparse` COO
     (not in torch.compile).
 

@@ -61,14 +61,14 @@ class Compressor(nn.Module):
         self(Histories(rows, rows, torch.zeros(1, dtype=torch.int64)))  # checks every option
 
     def forward(self, histories: Histories) -> Compressed:
-        """Histories -> Compressed. Without codes, those of x are computed. With x_ids, codes are needed: of a table
-        that is encoded once, indexed by the ids. weights count in the votes, bias in the routing."""
+        """Histories -> Compressed. Without codes, those of x are computed; with x_ids codes are needed, of a table that
+        is encoded once. weights count in the votes, bias in the routing."""
         h = flat("Compressor", histories)
         if h.codes is None:
             if h.x is None:
                 raise ValueError("Compressor: neither x nor codes given, expected one of them")
             if h.x_ids is not None:
-                raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once, index it")
+                raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once and keep them")
             h = h._replace(codes=encode(self.book, h.x))
         agents = vote(self.book, h, budget=self.budget, fanout=self.fanout)
         out = route(

@@ -20,9 +20,10 @@ _BATCH = [name for field in Histories._fields for name in (("starts", "ends") if
 _BATCH_SCHEMA = ", ".join(f"Tensor{'' if name in ('starts', 'ends') else '?'} {name}" for name in _BATCH)
 
 
-def _histories(batch: Sequence[Any]) -> tuple[Any, ...]:
+def _histories(batch: Sequence[Any], unread: Sequence[str] = ()) -> tuple[Any, ...]:
     """The fields for the core, which does not convert."""
-    x, v, starts, ends, *others = dense(*batch)
+    named = zip(_BATCH, batch, strict=True)
+    x, v, starts, ends, *others = (a if a is None or name in unread else a.contiguous() for name, a in named)
     return x, v, (starts, ends), *others
 
 
@@ -44,7 +45,7 @@ def _vote(fingerprint: int, *inputs: Any) -> Any:
     agents = codes.new_empty((*size, book.levels), dtype=torch.int32)
     results = agents, codes.new_empty(size, dtype=torch.int64), codes.new_empty(size[:1], dtype=torch.int32)
     yield results
-    core.vote(book._core, _histories(batch), budget, fanout, *results)
+    core.vote(book._core, _histories(batch, ("x", "v")), budget, fanout, *results)
 
 
 @operator("prototypes(int fingerprint, Tensor codes) -> Tensor")

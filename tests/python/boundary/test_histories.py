@@ -211,7 +211,7 @@ def test_torch_says_which_rows_are_missing():
 def test_a_verb_reads_the_fields_that_it_names():
     """And no other: whatever those hold."""
     junk = "nothing that could be read"
-    others = dict.fromkeys(("x", "v", "x_ids", "v_ids", "x_scale", "bias", "spread"), junk)
+    others = dict.fromkeys(("x", "v", "v_ids", "x_scale", "bias", "spread"), junk)
     assert bits(VERBS["vote"](PLAIN._replace(**others))) == bits(VERBS["vote"](PLAIN))
     assert bits(VERBS["route"](PLAIN._replace(codes=junk, weights=junk))) == bits(VERBS["route"](PLAIN))
     assert bits(VERBS["leaf_sums"](PLAIN._replace(weights=junk))) == bits(VERBS["leaf_sums"](PLAIN))

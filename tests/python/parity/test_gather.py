@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
+from hisac.testing.problems import sprinkle
 from hisac.types import RouteGradients
 from support import by_field, grouped, kinds, with_threads
 
@@ -26,20 +27,23 @@ def bits(result):
 
 
 def copied(args):
-    """The same arguments with the rows copied out in the types they had, int8 as float32: NaN where there is none."""
-    x, v, offsets, codes, x_ids, v_ids, scale, bias, spread, _ = args["histories"]
+    """The same arguments with the rows copied out in the types they had, int8 as float32: NaN, or -1, where there is
+    none."""
+    x, v, offsets, codes, x_ids, v_ids, scale, bias, spread, weights = args["histories"]
     bias = np.zeros(len(v if v_ids is None else v_ids), "f4") if bias is None else bias.copy()
     if x is not None and x.dtype == np.int8:
         x = x.astype(np.float32) * (np.float32(1) if scale is None else scale[:, None])
     dense = []
-    for table, ids in ((x, x_ids), (v, v_ids)):
-        if ids is not None:
+    for table, ids, nothing in ((x, x_ids, np.nan), (v, v_ids, np.nan), (codes, x_ids, -1)):
+        if ids is not None and table is not None:
             outside = (ids < 0) | (ids >= len(table))
-            rows = np.concatenate([table, np.full((1, table.shape[1]), np.nan, table.dtype)])
+            rows = np.concatenate([table, np.full((1, table.shape[1]), nothing, table.dtype)])
             table = rows[np.where(outside, len(table), ids)]
             bias[outside] = np.nan
         dense.append(table)
-    return {**args, "histories": hisac.Histories(*dense, offsets, codes, bias=bias, spread=spread)}
+    x, v, codes = dense
+    histories = hisac.Histories(x, v, offsets, codes, bias=bias, spread=spread, weights=weights)
+    return {**args, "histories": histories}
 
 
 @settings(max_examples=MANY)
@@ -66,6 +70,34 @@ def test_route_backward(p):
         assert bits(mine) == bits(hisac.route_backward(**copied(args)))
 
 
+@settings(max_examples=MANY)
+@given(PROBLEMS)
+def test_vote(p):
+    """An id outside v votes, one outside the codes does not."""
+    expected = reference.vote(**p.by_reference(p.vote_args()))
+    for convert, _ in kinds(p):
+        testing.assert_agents_equal(with_threads(lambda: hisac.vote(**convert(p.vote_args()))), expected)  # noqa: B023
+    testing.assert_agents_equal(hisac.vote(**copied(p.vote_args())), expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sizes", [(8,), (16, 8), (64, 64), (4, 4, 4, 4), (300, 300, 300)])
+@pytest.mark.parametrize("n", [255, 257, 3000, 20_000])
+def test_vote_in_every_way_of_counting(n, sizes, weighted):
+    """Users on both sides of a block of rows, counted by histograms or sorted, as their rows copied out."""
+    rng = np.random.default_rng(n)
+    book = hisac.Codebook([rng.normal(size=(c, 2)).astype(np.float32) for c in sizes])
+    table = rng.integers(-1, np.array(sizes) + (rng.random(len(sizes)) < 0.3), (500, len(sizes))).astype(np.int32)
+    ids = sprinkle(rng, rng.zipf(1.3, n).clip(0, 502) - 2, 0.01, np.array([2**40, -(2**63), 500]))
+    h = hisac.Histories(offsets=[0, n // 2, n], codes=table, x_ids=ids)
+    h = h._replace(weights=rng.exponential(size=n).astype(np.float32)) if weighted else h
+    rows = np.where(((ids >= 0) & (ids < 500))[:, None], table[ids.clip(0, 499)], -1)
+    for rule in ({"budget": 30}, {"fanout": (2,) * len(sizes)}):
+        expected = hisac.vote(book, h._replace(codes=rows, x_ids=None), **rule)
+        testing.assert_agents_equal(hisac.vote(book, h, **rule), expected)
+        assert expected.count.min() > 0
+
+
 def behaviours(p):
     h = p.histories
     return len(h.v if h.v_ids is None else h.v_ids)
@@ -82,6 +114,7 @@ def behaviours(p):
         lambda h: h.x is not None and h.x.dtype == np.int8 and h.x_ids is not None and len(h.x_scale) == len(h.x) > 1,
         lambda h: h.x is not None and h.x.dtype == np.int8 and np.abs(h.x.astype(int)).max(initial=0) > 50,
         lambda h: h.x_scale is not None and not np.isfinite(h.x_scale).all(),
+        lambda h: h.x is None and h.x_ids is not None and len(h.codes) != len(h.x_ids),
     ],
 )
 def test_problems_reach(wanted):
@@ -142,13 +175,14 @@ def test_a_scale_of_zero_gives_zeros(scale, method):
     x, v = rng.integers(-128, 128, (3, 4)).astype(np.int8), rng.normal(size=(6, 2)).astype(np.float32)
     book, ids = hisac.Codebook([rng.normal(size=(2, 4)).astype(np.float32)]), np.array([0, 1, 2, 2, 0, 1])
     rows = np.where(np.reshape(scale, (-1, 1)) == 0, 0, x * np.float32(0.5)).astype(np.float32)[ids]
-    more = {"codes": np.int32([0, 0, 0, 1, 1, 1])[:, None], "book": book, "offsets": np.array([0, 6])}
+    codes = np.int32([[0], [1], [0]])
+    more = {"book": book, "offsets": np.array([0, 6])}
     options = {"prototypes": book.centers[0][None], "method": method, "refine": int(method == "exact"), **more}
     with np.errstate(all="raise"):
-        mine = route(x=x, v=v, x_ids=ids, x_scale=scale, **options)
+        mine = route(x=x, v=v, codes=codes, x_ids=ids, x_scale=scale, **options)
     assert np.isfinite(mine.tokens).all()
-    sums = leaf_sums(x=x, v=v, x_ids=ids, x_scale=scale, **more)
-    for got, want in ((mine, route(x=rows, v=v, **options)), (sums, leaf_sums(x=rows, v=v, **more))):
+    sums, dense = leaf_sums(x=x, v=v, codes=codes, x_ids=ids, x_scale=scale, **more), {"x": rows, "codes": codes[ids]}
+    for got, want in ((mine, route(v=v, **dense, **options)), (sums, leaf_sums(v=v, **dense, **more))):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -227,7 +261,14 @@ RIGHT = {"x": X, "v": V, "x_ids": IDS, **ONE}
             TypeError,
             "x_ids expected a NumPy array, a torch tensor or anything with DLPack, got list",
         ),
-        ({"x": None}, ValueError, "x_ids expected with x, got none"),
+        ({"x": None}, ValueError, "x_ids expected with x or codes, got neither"),
+        ({"codes": np.zeros((2, 1), "i4")}, ValueError, "codes expected [3, 1], got [2, 1]"),
+        (
+            {"x_ids": None, "x": X[[0, 1, 2, 0]], "codes": np.zeros((3, 1), "i4")},
+            ValueError,
+            "codes expected [4, 1], got [3, 1]",
+        ),
+        ({"weights": np.zeros(3, "f4")}, ValueError, "weights expected [4], got [3]"),
         ({"x_scale": 0.5}, ValueError, "x_scale expected with x of int8, got another"),
         ({"x": None, "x_ids": None, "x_scale": 0.5}, ValueError, "x_scale expected with x of int8, got another"),
         ({"x": X.astype(np.int8), "x_scale": np.ones(2, "f4")}, ValueError, "x_scale expected [1] or [3], got [2]"),
