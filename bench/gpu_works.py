@@ -226,6 +226,7 @@ def backward(work: str, lengths: Array, device: str, *, agents: int, width: int,
     h = Batch(lengths, width, value, agents, torch.bfloat16, device)
     forward = hisac.route(h.histories, h.p, temperature=h.tau)
     d_tokens = torch.randn_like(forward.tokens)
+    given = hisac.Tokens(d_tokens, None)
 
     def expected() -> Array:
         s = slice(0, int(h.offsets[1]))
@@ -238,10 +239,10 @@ def backward(work: str, lengths: Array, device: str, *, agents: int, width: int,
     truth = expected()
 
     def check(result: Any, i: int) -> float:
-        return relative(result[0], truth)
+        return relative(result.v if hasattr(result, "v") else result[0], truth)
 
     def mine(need: tuple[str, ...]) -> Callable[[], Any]:
-        return lambda: hisac.route_backward(d_tokens, None, forward, h.histories, temperature=h.tau, need=need)
+        return lambda: hisac.route_backward(h.histories, h.p, forward, given, temperature=h.tau, need=need)
 
     def autograd() -> Call:
         q, k, v = augmented(h)

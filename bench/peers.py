@@ -363,7 +363,7 @@ def numpy_leaf(p: Array, mu: Array, mean_v: Array, log_count: Array, square: Arr
 
 
 def leaf(x: Array, v: Array, codes: Array, sizes: tuple[int, ...], p: Array, tau: float) -> list[Peer]:
-    """Peers of route(method="leaf") for one history."""
+    """Peers of `route` over leaf sums for one history."""
 
     def in_torch() -> Call:
         torch = package("torch")

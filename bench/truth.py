@@ -90,7 +90,7 @@ def route(
 
 
 def leaf64(x: Array, v: Array, leaf: Array, p: Array, tau: float) -> Tokens:
-    """method="leaf" for one user: x [T, D], v [T, V], leaf [T], p [M, D]."""
+    """`route` over the leaf sums of one user: x [T, D], v [T, V], leaf [T], p [M, D]."""
     order = np.argsort(leaf, kind="stable")
     starts = np.flatnonzero(np.diff(leaf[order], prepend=-1))
     n = np.diff(starts, append=len(leaf))[:, None]
@@ -98,7 +98,7 @@ def leaf64(x: Array, v: Array, leaf: Array, p: Array, tau: float) -> Tokens:
     mu, mean_v = (np.add.reduceat(a, starts) / n for a in (xs, vs))
     spread = np.add.reduceat(np.square(xs - np.repeat(mu, n[:, 0], 0)).sum(1), starts) / n[:, 0]
     w, lse, _ = weights(mu, p.astype(np.float64), tau, spread, np.log(n[:, 0]))
-    return Tokens((w @ mean_v)[None], lse[None], p[None])
+    return Tokens((w @ mean_v)[None], lse[None])
 
 
 def backward64(
@@ -112,7 +112,8 @@ def backward64(
     if normalize == "agents":
         dz -= w * np.exp(lse)[:, None] * dz.sum(0)
     terms = dz * d / tau**2
-    return RouteGradients(w.T @ dt, np.array([terms.sum()]), None, None, None), float(np.abs(terms).sum())
+    found = dict.fromkeys(RouteGradients._fields) | {"v": w.T @ dt, "temperature": np.array([terms.sum()])}
+    return RouteGradients(**found), float(np.abs(terms).sum())
 
 
 def nearest(x: Array, c: Array, block: int = 8192) -> tuple[Array, Array]:

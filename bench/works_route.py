@@ -15,7 +15,7 @@ import peers_codes
 import truth
 from data import JOURNEY, NEAR, UNIT, history, household, lengths, offsets_of, structured, unit
 from harness import Case, Variant
-from hisac import Histories
+from hisac import Histories, Tokens
 from truth import reference
 from works_common import (
     BFLOAT16,
@@ -139,17 +139,18 @@ def backward(
         gradients, terms = truth.backward64(d_tokens, exact, x, v, p, TAU, normalize)
         if name == truth.REFERENCE:
             options = {"temperature": TAU, "normalize": normalize, "need": ("v", "temperature")}
-            gradients = reference.route_backward(d_tokens, None, exact, batch, **options)
+            gradients = reference.route_backward(batch, p, exact, Tokens(d_tokens, None), **options)
         return gradients, terms
 
     def error(result: Any, i: int) -> float:
         gradients, terms = expected()
-        slope = abs(float(truth.dense(result[1])[0]) - float(gradients.temperature[0])) / terms
-        return max(truth.relative(result[0], gradients.v), slope)
+        v, temperature = (result.v, result.temperature) if hasattr(result, "temperature") else result[:2]
+        slope = abs(float(truth.dense(temperature)[0]) - float(gradients.temperature[0])) / terms
+        return max(truth.relative(v, gradients.v), slope)
 
     def call(i: int) -> Any:
         options = {"temperature": TAU, "normalize": normalize, "need": ("v", "temperature")}
-        return ops.route_backward(d_tokens, None, forward, Histories(x, v, offsets), **options)
+        return ops.route_backward(Histories(x, v, offsets), p, forward, Tokens(d_tokens, None), **options)
 
     tokens, lse = (np.asarray(a, np.float32) for a in forward[:2])
     same = {"history": peers.backward, "agents": peers_agents.backward}[normalize]
@@ -165,8 +166,8 @@ def leaf(
     work: str, ops: ModuleType, threads: int, *, rows: int, agents: int, width: int, sizes: tuple[int, int],
     value: int = 64,
 ) -> Iterator[Case]:  # fmt: skip
-    """Three cases: method="leaf" from the rows, with peers of the same approximation and of the exact form it stands in
-    for; the sums alone; and `route` from kept sums, with peers from kept means."""
+    """Three cases: `route` over leaf sums from the rows, with peers of the same approximation and of the exact form it
+    stands in for; the sums alone; and `route` from kept sums, with peers from kept means."""
     rng = np.random.default_rng(0)
     centers, codes, x = structured(rng, rows, sizes, width)
     v = rng.standard_normal((rows, value), dtype=np.float32)
@@ -189,7 +190,7 @@ def leaf(
         return truth.relative(result, expected().tokens)
 
     def call(i: int) -> Any:
-        return ops.route(Histories(x, v, offsets, codes), p, temperature=TAU, book=book, method="leaf")
+        return ops.route(ops.leaf_sums(book, Histories(x, v, offsets, codes)), p, temperature=TAU)
 
     mine = Variant(
         "leaf", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac",

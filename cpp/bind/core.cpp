@@ -164,7 +164,7 @@ nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, 
   FitParams params;
   Array<float, 2> levels[kMaxLevels];
   if (centers.size() < 1 || centers.size() > kMaxLevels)
-    throw nb::value_error(("fit: codes expected 1 to 8 levels, got " + std::to_string(centers.size())).c_str());
+    throw nb::value_error(("fit: sizes expected 1 to 8 levels, got " + std::to_string(centers.size())).c_str());
   params.levels = static_cast<int>(centers.size());
   params.iterations = iterations;
   params.seed = seed;
@@ -225,16 +225,12 @@ struct RouteArguments {
   int64_t most;  // rows of the longest history
 
   RouteArguments(Call& call, const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle tau,
-                 nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine)
+                 nb::handle normalize, nb::handle precision)
       : batch(call, histories) {
     batch.read_rows(book);
     most = longest(call, in.offsets, in.behaviours());
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
-    params.method = static_cast<Method>(either(call, "method", method, "exact", "leaf"));
-    params.missing = static_cast<Missing>(either(call, "missing", missing, "drop", "token"));
     params.precision = static_cast<Precision>(either(call, "precision", precision, "float32", "bfloat16"));
-    if (refine < 0 || refine > 1'000'000) wrong_value(call, "refine", "0 to 1000000", std::to_string(refine));
-    params.refine = static_cast<int>(refine);
     agents.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
     if (agents.prototypes.shape[2] > kMostWidth)
       wrong_value(call, "prototypes", "float32 [B, M, D], D at most 2^20", describe(prototypes));
@@ -256,59 +252,104 @@ struct RouteArguments {
 };
 
 void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle temperature,
-                  nb::handle normalize, nb::handle method, nb::handle missing, nb::handle precision, int64_t refine,
-                  Lent tokens, Lent lse, Lent refined) {
+                  nb::handle normalize, nb::handle precision, Lent tokens, Lent lse, Lent mean_x) {
   Call call("route");
-  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, method, missing, precision,
-                         refine);
-  const Tokens out{rows<MutableRows>(tokens, call, "out tokens", 3, kTokens),
-                   array<float, 2>(lse, call, "out lse", "float32 [B, M]"),
-                   array<float, 3>(refined, call, "out prototypes", "float32 [B, M, D]", true)};
+  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, precision);
+  Tokens out;
+  if (!tokens.none) out.tokens = rows<MutableRows>(tokens, call, "out tokens", 3, kTokens);
+  out.lse = array<float, 2>(lse, call, "out lse", "float32 [B, M]");
+  out.mean_x = array<float, 3>(mean_x, call, "out mean_x", "float32 [B, M, D]", true);
   run(
-      call, [&](const Context& context) { return route_workspace(context, book, a.params, a.in, a.agents, a.most); },
+      call,
+      [&](const Context& context) { return route_workspace(context, book, a.params, a.in, a.agents, out, a.most); },
       [&](const Context& context) { return route(context, book, a.params, a.in, a.agents, out); }, book);
 }
 
-void route_gradients(Lent d_tokens, Lent d_lse, Lent tokens, Lent lse, const Codebook* book, const Fields& histories,
-                     Lent prototypes, Lent count, nb::handle temperature, nb::handle normalize, nb::handle method,
-                     nb::handle missing, nb::handle precision, Lent dv, Lent dtemperature, Lent dbias, Lent dx,
-                     Lent dprototypes) {
+void route_gradients(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle temperature,
+                     nb::handle normalize, nb::handle precision, Lent tokens, Lent lse, Lent mean_x, Lent d_tokens,
+                     Lent d_lse, Lent d_mean_x, Lent dx, Lent dv, Lent dbias, Lent dspread, Lent dprototypes,
+                     Lent dtemperature) {
   Call call("route_backward");
-  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, method, missing, precision,
-                         0);
-  const RouteForward forward{
-      rows(d_tokens, call, "d_tokens", 3, kTokens), array<const float, 2>(d_lse, call, "d_lse", "float32 [B, M]", true),
-      rows(tokens, call, "tokens", 3, kTokens), array<const float, 2>(lse, call, "lse", "float32 [B, M]")};
-  const RouteGradients out{array<float, 2>(dv, call, "dv", "float32 [T, V]", true),
-                           array<float, 1>(dtemperature, call, "dtemperature", "float32 [1] or [M]", true),
+  constexpr const char* kMeanX = "float32 [B, M, D]";
+  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, precision);
+  RouteForward f;
+  if (!d_tokens.none) {
+    f.tokens = rows(tokens, call, "tokens", 3, kTokens);
+    f.d_tokens = rows(d_tokens, call, "d_tokens", 3, kTokens);
+  }
+  f.lse = array<const float, 2>(lse, call, "lse", "float32 [B, M]");
+  f.mean_x = array<const float, 3>(mean_x, call, "mean_x", kMeanX, true);
+  f.d_lse = array<const float, 2>(d_lse, call, "d_lse", "float32 [B, M]", true);
+  f.d_mean_x = array<const float, 3>(d_mean_x, call, "d_mean_x", kMeanX, true);
+  const RouteGradients out{array<float, 2>(dx, call, "dx", "float32 [T, D]", true),
+                           array<float, 2>(dv, call, "dv", "float32 [T, V]", true),
                            array<float, 1>(dbias, call, "dbias", "float32 [T]", true),
-                           array<float, 2>(dx, call, "dx", "float32 [T, D]", true),
-                           array<float, 3>(dprototypes, call, "dprototypes", "float32 [B, M, D]", true)};
+                           array<float, 1>(dspread, call, "dspread", "float32 [T]", true),
+                           array<float, 3>(dprototypes, call, "dprototypes", "float32 [B, M, D]", true),
+                           array<float, 1>(dtemperature, call, "dtemperature", "float32 [1] or [M]", true)};
   run(
       call,
       [&](const Context& context) {
-        return route_backward_workspace(context, book, a.params, a.in, a.agents, out, a.most);
+        return route_backward_workspace(context, book, a.params, a.in, a.agents, f, out, a.most);
       },
-      [&](const Context& context) { return route_backward(context, book, a.params, a.in, a.agents, forward, out); },
-      book);
+      [&](const Context& context) { return route_backward(context, book, a.params, a.in, a.agents, f, out); }, book);
 }
 
-void sum_leaves(const Codebook& book, const Fields& histories, Lent out_x, Lent out_v, Lent out_offsets, Lent out_codes,
-                Lent out_bias, Lent out_spread) {
+void missing_rows(const Codebook* book, const Fields& histories, Lent out) {
+  Call call("missing");
+  Batch batch(call, histories);
+  batch.read_rows(book);
+  const auto to = array<float, 1>(out, call, "out", "float32 [T]");
+  run(
+      call, [&](const Context& context) { return missing_workspace(context, book, batch.in); },
+      [&](const Context& context) { return missing(context, book, batch.in, to); }, book);
+}
+
+// ---- leaf sums
+
+/// Where sums lie: offsets [B + 1], or (starts, ends) [B] each.
+MutableSpans sum_spans(Call& call, Lent starts, Lent ends) {
+  const auto first = array<int64_t, 1>(starts, call, "out starts", "int64 [B], or offsets [B + 1]");
+  const auto last = array<int64_t, 1>(ends, call, "out ends", "int64 [B]", true);
+  if (!last) return {first.data, first.data + 1, first.shape[0] - 1};
+  if (last.shape[0] != first.shape[0]) wrong_value(call, "out ends", "[B]", describe(ends));
+  return {first.data, last.data, first.shape[0]};
+}
+
+void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, Lent starts, Lent ends, Lent codes,
+                Lent bias, Lent spread) {
   Call call("leaf_sums");
   Batch batch(call, histories);
   batch.read_rows(true);
   const Histories& in = batch.in;
   const int64_t most = longest(call, in.offsets, in.behaviours());
-  const LeafSums out{array<float, 2>(out_x, call, "out x", "float32 [S, D]"),
-                     array<float, 2>(out_v, call, "out v", "float32 [S, V]"),
-                     array<int64_t, 1>(out_offsets, call, "out offsets", "int64 [B + 1]"),
-                     array<int32_t, 2>(out_codes, call, "out codes", "int32 [S, L]"),
-                     array<float, 1>(out_bias, call, "out bias", "float32 [S]"),
-                     array<float, 1>(out_spread, call, "out spread", "float32 [S]")};
+  const LeafSums out{array<float, 2>(x, call, "out x", "float32 [S, D]"),
+                     array<float, 2>(v, call, "out v", "float32 [S, V]"),
+                     sum_spans(call, starts, ends),
+                     array<int32_t, 2>(codes, call, "out codes", "int32 [S, L]"),
+                     array<float, 1>(bias, call, "out bias", "float32 [S]"),
+                     array<float, 1>(spread, call, "out spread", "float32 [S]")};
   run(
       call, [&](const Context& context) { return leaf_sums_workspace(context, book, in, most); },
       [&](const Context& context) { return leaf_sums(context, book, in, out); }, &book);
+}
+
+void leaf_gradients(const Codebook& book, const Fields& histories, const Fields& sums, const Fields& gradients, Lent dv,
+                    Lent dbias) {
+  Call call("leaf_sums_backward");
+  Batch batch(call, histories), of_sums(call, sums), of_gradients(call, gradients);
+  batch.read_rows(true);
+  of_sums.read_sums();
+  const Histories& in = batch.in;
+  LeafSumsForward f;
+  f.sums = of_sums.in;
+  of_gradients.read_gradients(f);
+  const LeafSumsGradients out{array<float, 2>(dv, call, "dv", "float32 [T, V]", true),
+                              array<float, 1>(dbias, call, "dbias", "float32 [T]", true)};
+  const int64_t most = longest(call, in.offsets, in.behaviours());
+  run(
+      call, [&](const Context& context) { return leaf_sums_backward_workspace(context, book, in, out, most); },
+      [&](const Context& context) { return leaf_sums_backward(context, book, in, f, out); }, &book);
 }
 
 void sum_of_rows(Lent rows, Lent order, Lent begin, Lent out) {
@@ -411,14 +452,16 @@ void fill(nb::module_& m) {
   m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "out_codes"_a, "out_votes"_a,
         "out_count"_a);
   m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,
-        "normalize"_a.none(), "method"_a.none(), "missing"_a.none(), "precision"_a.none(), "refine"_a, "tokens"_a,
-        "lse"_a, "refined"_a.none());
-  m.def("route_backward", route_gradients, "d_tokens"_a, "d_lse"_a.none(), "tokens"_a, "lse"_a, "book"_a.none(),
-        "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a, "normalize"_a.none(), "method"_a.none(),
-        "missing"_a.none(), "precision"_a.none(), "dv"_a.none(), "dtemperature"_a.none(), "dbias"_a.none(),
-        "dx"_a.none(), "dprototypes"_a.none());
-  m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_offsets"_a, "out_codes"_a,
-        "out_bias"_a, "out_spread"_a);
+        "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none());
+  m.def("route_backward", route_gradients, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(),
+        "temperature"_a, "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none(),
+        "d_tokens"_a.none(), "d_lse"_a.none(), "d_mean_x"_a.none(), "dx"_a.none(), "dv"_a.none(), "dbias"_a.none(),
+        "dspread"_a.none(), "dprototypes"_a.none(), "dtemperature"_a.none());
+  m.def("missing", missing_rows, "book"_a.none(), "histories"_a, "out"_a);
+  m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_starts"_a, "out_ends"_a.none(),
+        "out_codes"_a, "out_bias"_a, "out_spread"_a);
+  m.def("leaf_sums_backward", leaf_gradients, "book"_a, "histories"_a, "sums"_a, "gradients"_a, "dv"_a.none(),
+        "dbias"_a.none());
   m.def("sum_rows", sum_of_rows, "rows"_a, "order"_a, "begin"_a, "out"_a);
   m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a,
         "out"_a, "lse"_a);

@@ -48,7 +48,7 @@ class Batch {
   /// Every field but weights, and but codes where not `coded`: of these it sees the sizes, as of all that is not read.
   void read_rows(bool coded) {
     if (!field(kX).is_none()) in.x = rows(view(kX), call_, "x", 2, "float32, bfloat16, float16 or int8 [T, D]", true);
-    in.v = rows(view(kV), call_, "v", 2, "float32, bfloat16 or float16 [T, V]");
+    if (!field(kV).is_none()) in.v = rows(view(kV), call_, "v", 2, "float32, bfloat16 or float16 [T, V]");
     read_spans();
     if (coded) read_codes();
     in.x_ids = read_ids(kXIds, "x_ids");
@@ -58,6 +58,24 @@ class Batch {
     in.spread = array<const float, 1>(view(kSpread), call_, "spread", "float32 [T]", true);
     if (!coded) see(kCodes, in.codes);
     see(kWeights, in.weights);
+  }
+  /// Leaf sums.
+  void read_sums() {
+    const auto x = array<const float, 2>(view(kX), call_, "sums.x", "float32 [S, D]");
+    const auto v = array<const float, 2>(view(kV), call_, "sums.v", "float32 [S, V]");
+    in.x = {x.data, DType::float32, x.shape[0], x.shape[1]};
+    in.v = {v.data, DType::float32, v.shape[0], v.shape[1]};
+    read_spans();
+    in.codes = array<const int32_t, 2>(view(kCodes), call_, "sums.codes", "int32 [S, L]");
+    in.bias = array<const float, 1>(view(kBias), call_, "sums.bias", "float32 [S]");
+    in.spread = array<const float, 1>(view(kSpread), call_, "sums.spread", "float32 [S]");
+  }
+  /// The gradients of leaf sums.
+  void read_gradients(LeafSumsForward& f) {
+    f.d_x = array<const float, 2>(view(kX), call_, "gradients.x", "float32 [S, D]", true);
+    f.d_v = array<const float, 2>(view(kV), call_, "gradients.v", "float32 [S, V]", true);
+    f.d_bias = array<const float, 1>(view(kBias), call_, "gradients.bias", "float32 [S]", true);
+    f.d_spread = array<const float, 1>(view(kSpread), call_, "gradients.spread", "float32 [S]", true);
   }
   /// Codes, x_ids, offsets and weights.
   void read_votes() {

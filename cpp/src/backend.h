@@ -18,8 +18,10 @@ namespace hisac {
 /// The verbs that a backend has, by the names of the public ones.
 #define HISAC_EACH_VERB(X)                                                     \
   X(encode) X(encode_workspace) X(code_prototypes) X(vote) X(vote_workspace)   \
-  X(leaf_sums) X(leaf_sums_workspace) X(route) X(route_workspace)              \
-  X(route_backward) X(route_backward_workspace) X(sum_rows)                    \
+  X(leaf_sums) X(leaf_sums_workspace)                                          \
+  X(leaf_sums_backward) X(leaf_sums_backward_workspace)                        \
+  X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
+  X(missing) X(missing_workspace) X(sum_rows)                                  \
   X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)
 // clang-format on
 

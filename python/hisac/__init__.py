@@ -4,6 +4,8 @@
     item embeddings --fit--> codebook
     x --encode--> codes --vote--> agents --route--> tokens --attend--> candidates' features
 
+`compress` is the way from histories to tokens in one call.
+
 `hisac.torch` has the same verbs with gradients, and modules; `hisac.reference` defines each verb in NumPy;
 `hisac.testing` has Hypothesis strategies for tests of your own. `python -m hisac demo` shows it all on a sample.
 """
@@ -16,15 +18,28 @@ from . import _core
 from ._core import VERSION as __version__
 from ._core import CorruptFileError
 from .codebook import Codebook
-from .types import Agents, Attended, AttendGradients, FitReport, Histories, RouteGradients, Tokens
+from .types import (
+    Agents,
+    Attended,
+    AttendGradients,
+    Compressed,
+    FitReport,
+    Histories,
+    LeafGradients,
+    RouteGradients,
+    Tokens,
+)
 from .verbs import (
     attend,
     attend_backward,
     backends,
+    compress,
     encode,
     fit,
     get_num_threads,
     leaf_sums,
+    leaf_sums_backward,
+    missing,
     route,
     route_backward,
     set_num_threads,
@@ -37,19 +52,24 @@ __all__ = [
     "AttendGradients",
     "Attended",
     "Codebook",
+    "Compressed",
     "CorruptFileError",
     "FitReport",
     "Histories",
+    "LeafGradients",
     "RouteGradients",
     "Tokens",
     "__version__",
     "attend",
     "attend_backward",
     "backends",
+    "compress",
     "encode",
     "fit",
     "get_num_threads",
     "leaf_sums",
+    "leaf_sums_backward",
+    "missing",
     "route",
     "route_backward",
     "set_num_threads",

@@ -170,6 +170,13 @@ def on_host(a: Array) -> Any:
     return a.cpu().numpy() if is_torch(a) else np.asarray(a)
 
 
+def beside(like: Array, a: Array) -> Array:
+    """The same numbers of the kind of `like`, in its place."""
+    if is_torch(like) != is_torch(a):
+        return sys.modules["torch"].as_tensor(a, device=like.device) if is_torch(like) else on_host(a)
+    return a
+
+
 def copy_of(a: Array) -> Array:
     """A copy of its own memory."""
     return a.clone() if is_torch(a) else a.copy()
@@ -231,10 +238,10 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
     return Histories(*taken)
 
 
-def behaviours_of(histories: Histories) -> int:
+def behaviours_of(histories: Histories) -> Any:
     """T of histories that are taken."""
     x, v, _, codes, x_ids, v_ids = histories[:6]
-    return int(next(a for a in (x_ids, v_ids, v, x, codes) if a is not None).shape[0])
+    return next(a for a in (x_ids, v_ids, v, x, codes) if a is not None).shape[0]
 
 
 def pair_of(verb: str, offsets: Any) -> tuple[Any, Any] | None:

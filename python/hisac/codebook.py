@@ -49,13 +49,14 @@ class Codebook:
     def fit(
         cls,
         x: Array,
-        codes: Iterable[int] = (512, 512),
+        sizes: int | Iterable[int] = (512, 512),
         *,
         iterations: int = 20,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> "Codebook":
-        """Residual k-means, level by level; the same bits on any number of threads.
+        """Residual k-means, level by level; the same bits on any number of threads. sizes: the codes of each level, a
+        number alone for one level.
 
         A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
@@ -64,12 +65,12 @@ class Codebook:
         progress(level, round, mean squared distance) is called after a round.
         """
         (x,) = take("fit", "x T D", x)
-        sizes = [whole("fit", "codes", c) for c in codes]
-        for level, size in enumerate(sizes):
+        counts = [whole("fit", "sizes", n) for n in (sizes if isinstance(sizes, Iterable) else [sizes])]
+        for level, size in enumerate(counts):
             if not 1 <= size <= 2**20:
-                raise ValueError(f"fit: codes expected 1 to 2^20 at level {level}, got {size}")
+                raise ValueError(f"fit: sizes expected 1 to 2^20 at level {level}, got {size}")
         iterations = whole("fit", "iterations", iterations, 0, 10**6)
-        centers = [np.empty((size, x.shape[1]), np.float32) for size in sizes]
+        centers = [np.empty((size, x.shape[1]), np.float32) for size in counts]
         report = _core.fit(x, centers, iterations, whole("fit", "seed", seed) % 2**64, progress)
         book = cls(centers)
         book.report = FitReport(*report)

@@ -121,11 +121,24 @@ class Tokens(NamedTuple):
     """A compressed history (paper, soft-routing attention)."""
 
     tokens: Array
-    """[B, M, V], v's type; [B, M + 1, V] with `missing="token"`."""
+    """[B, M, V], v's type; None where they are not wanted."""
     lse: Array
     """[B, M] float32: log of the mass an agent received; -inf where it received none."""
+    mean_x: Array = None
+    """[B, M, D] float32: the mean of x, weighted as the tokens are; None where it is not wanted."""
+
+
+class Compressed(NamedTuple):
+    """What `compress` makes of a batch of histories."""
+
+    tokens: Array
+    """[B, M, V], v's type; [B, M + 1, V] with `missing="token"`."""
+    lse: Array
+    """[B, M] or [B, M + 1] float32: log of the mass a token received; -inf where it received none."""
     prototypes: Array
     """[B, M, D] float32: the prototypes in use, after `refine` rounds."""
+    agents: Agents
+    """The interest-agents."""
 
 
 class Attended(NamedTuple):
@@ -138,18 +151,29 @@ class Attended(NamedTuple):
 
 
 class RouteGradients(NamedTuple):
-    """Gradients of `route`; None where not asked for."""
+    """Gradients of `route`, float32; None where not asked for."""
+
+    x: Array
+    """[T, D]."""
+    v: Array
+    """[T, V]."""
+    bias: Array
+    """[T]."""
+    spread: Array
+    """[T]."""
+    prototypes: Array
+    """[B, M, D]."""
+    temperature: Array
+    """[1] or [M], as the temperature."""
+
+
+class LeafGradients(NamedTuple):
+    """Gradients of `leaf_sums`, float32; None where not asked for."""
 
     v: Array
-    """[T, V] float32."""
-    temperature: Array
-    """[1] or [M] float32, as the temperature."""
+    """[T, V]."""
     bias: Array
-    """[T] float32."""
-    x: Array
-    """[T, D] float32."""
-    prototypes: Array
-    """[B, M, D] float32."""
+    """[T]."""
 
 
 class AttendGradients(NamedTuple):

@@ -9,23 +9,27 @@ Letters: B users, T behaviours, D semantic width, V value width, L levels, M age
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
 
+from . import compose
 from .arrays import (
     FLOAT32,
     INT32,
     INT64,
     NUMBERS,
     behaviours_of,
+    beside,
     copy_of,
     core,
     cuda_missing,
     empty,
     give,
     is_cuda,
+    is_torch,
     maker,
     number,
     on_host,
@@ -34,7 +38,17 @@ from .arrays import (
     whole,
 )
 from .codebook import Codebook
-from .types import Agents, Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
+from .types import (
+    Agents,
+    Array,
+    Attended,
+    AttendGradients,
+    Compressed,
+    Histories,
+    LeafGradients,
+    RouteGradients,
+    Tokens,
+)
 
 fit = Codebook.fit
 
@@ -79,37 +93,101 @@ def vote(
     return Agents(agents, votes, count, tree.fingerprint)
 
 
+def compress(
+    book: Codebook,
+    histories: Histories,
+    *,
+    budget: int | None = None,
+    fanout: Iterable[int] | None = None,
+    agents: Agents | None = None,
+    temperature: Any = 0.1,
+    normalize: str = "history",
+    method: str = "exact",
+    refine: int = 0,
+    missing: str = "drop",
+    precision: str = "float32",
+) -> Compressed:
+    """Histories -> tokens in one call: `vote`, or the `agents` of an earlier one, then `route`.
+
+    budget, fanout: as in `vote`. temperature, normalize, precision: as in `route`. Without codes, those of x are
+    computed; with x_ids they are needed, as a table that is encoded once.
+    method="leaf": routes the behaviours' `leaf_sums` in their place: faster, where many behaviours share a leaf.
+    refine=n: n rounds of p_a <- mean_x_a first, for agents that received mass.
+    missing="token": one more token, the mean v and log count of the behaviours that are `missing`.
+    -> Compressed. Raises ValueError, TypeError.
+    """
+    _check(book, Codebook, "compress: book")
+    histories = take_histories("compress", _EVERY, histories)
+    refine, v = whole("compress", "refine", refine, 0, 10**6), histories.v
+    verbs = _VERBS._replace(
+        prototypes=lambda book, agents: beside(v, book.prototypes(agents)),
+        numbers=sys.modules["torch"] if is_torch(v) else np,
+    )
+    return compose.compress(
+        verbs, book, histories, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
+        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+    )  # fmt: skip
+
+
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
     """The present behaviours of each user, one row a leaf, sorted by code: with weights w_i = e^bias_i,
 
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
-    Reads what `route` reads of the histories, and codes. `route` gives over the sums what it gives by method="leaf"
-    over the behaviours; for `vote` a row of sums would count once. Sums may be kept between requests. They add up:
-    those of kept sums and new behaviours, as the rows of one user, are the sums of all.
+    Reads what `route` reads of the histories, and codes. In `route` the sums stand for the behaviours; for `vote` a row
+    of sums would count once. Sums may be kept between requests. They add up: those of kept sums and new behaviours, as
+    the rows of one user, are the sums of all.
     -> Histories with x, v, offsets, codes, bias and spread, float32. Raises ValueError, TypeError.
     """
-    _check(book, Codebook, "leaf_sums: book")
-    histories = take_histories("leaf_sums", _CODED_ROWS, histories)
-    x, v, spans = histories[:3]
-    starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
-    ordered = starts.shape == ends.shape and starts.dtype.kind == "i"  # the core checks the offsets
-    size = int((ends - starts).clip(0, behaviours_of(histories)).sum(dtype=np.int64)) if ordered else 0
-    new = maker(v)
-    offsets = new((len(starts) + 1,), INT64)
-    room = (
-        new((size, book.width if x is None else x.shape[1]), FLOAT32),
-        new((size, v.shape[1]), FLOAT32),
-        offsets,
-        new((size, book.levels), INT32),
-        new((size,), FLOAT32),
-        new((size,), FLOAT32),
+    sums = _sum_leaves(book, histories, apart=False)
+    used = int(sums.offsets[-1])
+    x, v, offsets, codes, *_, bias, spread, _ = (
+        a if a is None or a is sums.offsets else copy_of(a[:used]) for a in sums
     )
-    core.leaf_sums(book._core, histories, *room)
-    used = int(offsets[-1])
-    x, v, _, codes, bias, spread = (a if a is offsets else copy_of(a[:used]) for a in room)
     return Histories(x, v, offsets, codes, bias=bias, spread=spread)
+
+
+def leaf_sums_backward(
+    book: Codebook,
+    histories: Histories,
+    sums: Histories,
+    gradients: Histories,
+    *,
+    need: Iterable[str] = ("v", "bias"),
+) -> LeafGradients:
+    """Gradients of `leaf_sums`, given the sums that it returned and the gradients of their x, v, bias and spread, as
+    Histories (each may be None). With the share s_i = exp(bias_i - bias) of a behaviour in the sum of its leaf:
+
+        dv_i = s_i dv
+        dbias_i = s_i (dv . (v_i - v) + dx . (x_i - x) + dbias + dspread (spread_i + |x_i - x|^2 - spread))
+
+    `need` names the gradients wanted, of v and bias; x is held constant. Those of gathered v are of each behaviour's
+    row, [T, V]. -> LeafGradients, float32, None where not wanted. Raises ValueError, TypeError.
+    """
+    verb, wanted = "leaf_sums_backward", _wanted("leaf_sums_backward", need, LeafGradients)
+    _check(book, Codebook, f"{verb}: book")
+    histories = take_histories(verb, _CODED_ROWS, histories)
+    sums = take_histories(verb, _SUMS, sums)
+    gradients = take_histories(verb, _OF_SUMS, gradients)
+    size, v = behaviours_of(histories), histories.v
+    shapes = {"v": (size, v.shape[1]), "bias": (size,)}
+    out = LeafGradients(*(empty(v, shapes[f], FLOAT32) if f in wanted else None for f in LeafGradients._fields))
+    core.leaf_sums_backward(book._core, histories, sums, gradients, *out)
+    return out
+
+
+def missing(histories: Histories, *, book: Codebook | None = None) -> Array:
+    """[T] float32: 0 for a behaviour that is missing, -inf for any other.
+
+    One is missing where `route` takes it for absent, though it has a row of v without a NaN or an infinity. As the x
+    [T, 1] of another `route`, to one prototype of 0, this gives the mean v and the log count of the missing: that is
+    the token of `compress(missing="token")`. Reads what `route` reads. Raises ValueError, TypeError.
+    """
+    tree, histories = _rows("missing", book, histories)
+    found = empty(histories.v, (behaviours_of(histories),), FLOAT32)
+    core.missing(tree, histories, found)
+    return found
 
 
 def route(
@@ -120,10 +198,9 @@ def route(
     temperature: Any = 0.1,
     normalize: str = "history",
     book: Codebook | None = None,
-    method: str = "exact",
-    refine: int = 0,
-    missing: str = "drop",
     precision: str = "float32",
+    tokens: bool = True,
+    mean_x: bool = False,
     out: Tokens | None = None,
 ) -> Tokens:
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
@@ -131,78 +208,75 @@ def route(
         d_ai = |x_i - p_a|^2 + spread_i
         normalize="history": u_ai = exp(bias_i - d_ai / tau)
         normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
-        token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
+        token_a = sum_i u_ai v_i / sum_i u_ai     mean_x_a = sum_i u_ai x_i / sum_i u_ai     lse_a = log sum_i u_ai
 
-    Of the histories it reads every field but weights; codes only where `book` is given. Both are needed where x is None
-    and by method="leaf". prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0,
-    or [1] or [M] float32, where an entry that is not positive empties its tokens. Absent behaviours: an invalid code,
-    |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that is NaN, infinite or negative, an id outside the table
-    of x or v. method="leaf": over the behaviours' `leaf_sums`. refine=n: n rounds of p_a <- sum u x / sum u first.
-    missing="token": one more token, the mean v and log count of the absent behaviours that have a row of v.
+    Of the histories it reads every field but weights; codes only where `book` is given. Both are needed where x is
+    None. prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or [M]
+    float32, where an entry that is not positive empties its tokens. Absent behaviours: an invalid code, |x|^2 of 2^100
+    and more, a NaN or infinite bias, a spread that is NaN, infinite or negative, an id outside the table of x or v.
     precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
     faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32. `hisac.reference.bounds` has the
-    error of both. Rows gathered by ids give the same bits as rows copied out. out: Tokens to write into.
+    error of both. Rows gathered by ids give the same bits as rows copied out. tokens, mean_x: whether these are wanted;
+    v may be None without tokens. out: Tokens to write into.
     -> Tokens. Raises ValueError, TypeError.
     """
-    tree, histories = _rows("route", book, histories)
+    tree, histories = _rows("route", book, histories, tokens)
     prototypes, count, temperature = _agents("route", prototypes, count, temperature)
-    refine = whole("route", "refine", refine, 0, 10**6)
     v, (users, m, width) = histories.v, prototypes.shape
-    seats = m + (missing == "token")
+    like = prototypes if v is None else v
     given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
-    tokens = give("route", "out tokens", given.tokens, v, (users, seats, v.shape[1]))
-    lse = give("route", "out lse", given.lse, v, (users, seats), FLOAT32)
-    refined = give("route", "out prototypes", given.prototypes, prototypes, (users, m, width)) if refine else None
-    core.route(
-        tree, histories, prototypes, count, temperature, normalize, method, missing, precision, refine,
-        tokens, lse, refined,
-    )  # fmt: skip
-    return Tokens(tokens, lse, prototypes if refined is None else refined)
+    made = Tokens(
+        give("route", "out tokens", given.tokens, v, (users, m, v.shape[1])) if tokens else None,
+        give("route", "out lse", given.lse, like, (users, m), FLOAT32),
+        give("route", "out mean_x", given.mean_x, like, (users, m, width), FLOAT32) if mean_x else None,
+    )
+    core.route(tree, histories, prototypes, count, temperature, normalize, precision, *made)
+    return made
 
 
 def route_backward(
-    d_tokens: Array,
-    d_lse: Array,
-    forward: Tokens,
     histories: Histories,
+    prototypes: Array,
+    forward: Tokens,
+    gradients: Tokens,
     *,
     count: Array = None,
     temperature: Any = 0.1,
     normalize: str = "history",
     book: Codebook | None = None,
-    method: str = "exact",
-    missing: str = "drop",
     precision: str = "float32",
-    need: Iterable[str] = ("v", "temperature", "bias"),
+    need: Iterable[str] = ("v", "bias", "temperature"),
 ) -> RouteGradients:
-    """Gradients of `route`, given what it returned; weights are recomputed, nothing of size T x M is kept.
+    """Gradients of `route`, given what it returned and the gradients of that; weights are recomputed, nothing of size
+    T x M is kept.
 
-    d_tokens as tokens, d_lse as lse or None; `need` names the gradients wanted, of v, temperature, bias, x, prototypes
-    (constant during `refine`). method="leaf" has v and temperature. precision as in the forward: x and prototypes are
-    rounded alike; the products with gradients are float32 on the CPU, and rounded too on CUDA. Those of gathered x and
-    v are of each behaviour's row, [T, ..], as loaded. -> RouteGradients, float32, None where not wanted.
+        w_ai = exp(z_ai - lse_a)     dz_ai = w_ai (dtoken_a . (v_i - token_a) + dmean_x_a . (x_i - mean_x_a) + dlse_a)
+
+    gradients: Tokens, each field may be None; `need` names those wanted, of x, v, bias, spread, prototypes,
+    temperature. precision as in the forward: x and prototypes are rounded alike; the products with gradients are
+    float32 on the CPU, and rounded too on CUDA. Those of gathered x and v are of each behaviour's row, [T, ..], as
+    loaded. That of mean_x does not reach x. -> RouteGradients, float32, None where not wanted.
     Raises ValueError, TypeError, NotImplementedError.
     """
-    verb, wanted = "route_backward", (need,) if isinstance(need, str) else tuple(need)
-    if not set(wanted) <= set(RouteGradients._fields):
-        raise ValueError(f"{verb}: need expected names of {RouteGradients._fields}, got {wanted}")
+    verb, wanted = "route_backward", _wanted("route_backward", need, RouteGradients)
     _check(forward, Tokens, f"{verb}: forward")
-    back = take(verb, "d_tokens, d_lse?, tokens, lse", d_tokens, d_lse, forward.tokens, forward.lse)
-    tree, histories = _rows(verb, book, histories)
-    prototypes, count, tau = _agents(verb, forward.prototypes, count, temperature)
-    v, behaviours = histories.v, behaviours_of(histories)
+    _check(gradients, Tokens, f"{verb}: gradients")
+    back = take(verb, "tokens?, lse, mean_x?, d_tokens?, d_lse?, d_mean_x?", *forward, *gradients)
+    tree, histories = _rows(verb, book, histories, False)
+    prototypes, count, tau = _agents(verb, prototypes, count, temperature)
+    size, v = behaviours_of(histories), histories.v
     shapes = {
-        "v": (behaviours, v.shape[1]),
-        "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
-        "bias": (behaviours,),
-        "x": (behaviours, prototypes.shape[2]),
+        "x": (size, prototypes.shape[2]),
+        "v": (size, 0 if v is None else v.shape[1]),
+        "bias": (size,),
+        "spread": (size,),
         "prototypes": tuple(prototypes.shape),
+        "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
     }
-    gradients = RouteGradients(*(empty(v, shapes[f], FLOAT32) if f in wanted else None for f in RouteGradients._fields))
-    core.route_backward(
-        *back, tree, histories, prototypes, count, tau, normalize, method, missing, precision, *gradients
-    )
-    return gradients
+    new = maker(prototypes if v is None else v)
+    out = RouteGradients(*(new(shapes[name], FLOAT32) if name in wanted else None for name in RouteGradients._fields))
+    core.route_backward(tree, histories, prototypes, count, tau, normalize, precision, *back, *out)
+    return out
 
 
 _Kind = TypeVar("_Kind")
@@ -227,16 +301,53 @@ def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tup
     return prototypes, count, float(temperature)
 
 
-_ROWS = "x? T D, v T V, offsets B+1, -, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
-_CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
+def _wanted(verb: str, need: Iterable[str], gradients: Any) -> tuple[str, ...]:
+    wanted = (need,) if isinstance(need, str) else tuple(need)
+    if not set(wanted) <= set(gradients._fields):
+        raise ValueError(f"{verb}: need expected names of {gradients._fields}, got {wanted}")
+    return wanted
+
+
 _VOTES = "-, -, offsets B+1, codes T L, x_ids?, -, -, -, -, weights?"
+_CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
+_ROWS = _CODED_ROWS.replace("codes T L", "-")
+_EVERY = _CODED_ROWS.replace("codes", "codes?")[:-1] + "weights?"
+_SUMS = "sums.x S D, sums.v S V, offsets B+1, sums.codes S L, -, -, -, sums.bias, sums.spread, -"
+_OF_SUMS = "gradients.x? S D, gradients.v? S V, -, -, -, -, -, gradients.bias?, gradients.spread?, -"
+_WITHOUT_V = {True: _CODED_ROWS.replace("v T V", "v? T V"), False: _ROWS.replace("v T V", "v? T V")}
 
 
-def _rows(verb: str, book: Codebook | None, histories: Histories) -> tuple[Any, Histories]:
-    """The codebook and the histories that are routed, as the core takes them."""
-    if book is None:
-        return None, take_histories(verb, _ROWS, histories)
-    return _check(book, Codebook, f"{verb}: book")._core, take_histories(verb, _CODED_ROWS, histories)
+def _rows(verb: str, book: Codebook | None, histories: Histories, values: bool = True) -> tuple[Any, Histories]:
+    """The codebook and the histories that are routed, as the core takes them; values: v is needed."""
+    tree = None if book is None else _check(book, Codebook, f"{verb}: book")._core
+    names = _WITHOUT_V[tree is not None] if not values else _ROWS if tree is None else _CODED_ROWS
+    return tree, take_histories(verb, names, histories)
+
+
+def _sum_leaves(book: Codebook, histories: Histories, *, apart: bool = True) -> Histories:
+    """Leaf sums in arrays with a row for each row of the histories. apart: where the user's rows are, offsets are
+    (starts, ends); else those of all users together."""
+    _check(book, Codebook, "leaf_sums: book")
+    histories = take_histories("leaf_sums", _CODED_ROWS, histories)
+    x, v, spans = histories[:3]
+    starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
+    ordered = starts.shape == ends.shape and starts.dtype.kind == "i"  # the core checks the offsets
+    size = int((ends - starts).clip(0, behaviours_of(histories)).sum(dtype=np.int64)) if ordered else 0
+    new = maker(v)
+    width = book.width if x is None else x.shape[1]
+    sum_x, sum_v = new((size, width), FLOAT32), new((size, v.shape[1]), FLOAT32)
+    first = new((len(starts) + (not apart),), INT64)
+    last = new((len(starts),), INT64) if apart else None
+    codes, bias, spread = new((size, book.levels), INT32), new((size,), FLOAT32), new((size,), FLOAT32)
+    core.leaf_sums(book._core, histories, sum_x, sum_v, first, last, codes, bias, spread)
+    return Histories(sum_x, sum_v, first if last is None else (first, last), codes, bias=bias, spread=spread)
+
+
+def _as_type(a: Array, like: Array) -> Array:
+    return a.to(like.dtype) if is_torch(a) else a.astype(like.dtype, copy=False)
+
+
+_VERBS = compose.Verbs(encode, vote, Codebook.prototypes, _sum_leaves, missing, route, np, _as_type)
 
 
 def attend(

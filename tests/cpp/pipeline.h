@@ -12,10 +12,12 @@ namespace test {
 struct Options {
   DType dtype = DType::float32;
   hisac::Normalize normalize = hisac::Normalize::history;
-  hisac::Method method = hisac::Method::exact;
-  hisac::Missing missing = hisac::Missing::drop;
-  int refine = 0;
-  bool fanout = false, without_x = false;
+  hisac::Precision precision = hisac::Precision::float32;
+  bool mean_x = false;     // route returns it, and goes back from its gradient
+  bool tokens = true;      // the same of the tokens
+  bool over_sums = false;  // route reads the leaf sums
+  bool together = false;   // all users' leaf sums; otherwise each user's lie where its rows do
+  bool fanout = false, without_x = false, without_v = false;
 };
 
 /// Random numbers of a type, within [-1, 1).
@@ -44,7 +46,7 @@ struct Problem {
   int64_t rows = 13227, users = 6, pairs = 1300;
   hisac::Codebook book;
   std::vector<std::byte> x, v, q, keys, values_, d_tokens, d_out;
-  std::vector<float> weights, bias, temperature, token_bias, d_lse, d_out_lse;
+  std::vector<float> weights, bias, temperature, token_bias, d_lse, d_mean_x, d_sums, d_out_lse;
 
   explicit Problem(const Options& o) : options(o) {
     Random random(1);
@@ -59,18 +61,19 @@ struct Problem {
       std::memcpy(x.data() + i * kWidth * bytes_of(t), from, size(bytes_of(t)));
     }
     q = values(random, t, pairs * kHeads * kKey);
-    keys = values(random, t, users * tokens() * kHeads * kKey);
-    values_ = values(random, t, users * tokens() * kHeads * kValues);
-    d_tokens = values(random, t, users * tokens() * kValues);
+    keys = values(random, t, users * kSeats * kHeads * kKey);
+    values_ = values(random, t, users * kSeats * kHeads * kValues);
+    d_tokens = values(random, o.over_sums ? DType::float32 : t, users * kSeats * kValues);
     d_out = values(random, t, pairs * kHeads * kValues);
     weights = uniform(random, rows, 2);
     bias = uniform(random, rows);
     temperature = {2.f};
-    token_bias = uniform(random, users * tokens());
-    d_lse = uniform(random, users * tokens());
+    token_bias = uniform(random, users * kSeats);
+    d_lse = uniform(random, users * kSeats);
+    d_mean_x = uniform(random, users * kSeats * kWidth);
+    d_sums = uniform(random, rows * kWidth);
     d_out_lse = uniform(random, pairs * kHeads);
   }
-  int64_t tokens() const { return kSeats + (options.missing == hisac::Missing::token); }
   hisac::Rows rows_of(const std::vector<std::byte>& data, int64_t width) const {
     return {data.data(), options.dtype, static_cast<int64_t>(data.size()) / width / bytes_of(options.dtype), width};
   }
@@ -101,7 +104,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   constexpr int64_t d = Problem::kWidth, w = Problem::kValues, h = Problem::kHeads, m = Problem::kSeats;
   const Options& o = p.options;
   const int workers = workers_of({{}, executor});
-  const int64_t levels = p.book.levels(), t = p.rows, users = p.users, mt = p.tokens(), n = p.pairs;
+  const int64_t levels = p.book.levels(), t = p.rows, users = p.users, n = p.pairs;
   const Rows x = p.rows_of(p.x, d);
   Results r;
 
@@ -138,54 +141,97 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   });
   r.keep("prototypes", prototypes);
 
-  RouteParams routing{o.normalize, o.method, o.missing, o.refine, {p.temperature.data(), {1}}};
-  RouteAgents agents{{prototypes.data(), {users, m, d}}, {count.data(), {users}}};
   if (o.without_x) in.x = {};
-  Guarded<std::byte> tokens(users * mt * w * bytes_of(o.dtype));
-  Guarded<float> lse(users * mt), refined(o.refine ? users * m * d : 0);
-  r.call("route", route_workspace(test::sizing(workers), &p.book, routing, in, agents, t), executor,
-         [&](const Context& c) {
-           return route(c, &p.book, routing, in, agents,
-                        {{tokens.data(), o.dtype, users * mt, w},
-                         {lse.data(), {users, mt}},
-                         {o.refine ? refined.data() : nullptr, {users, m, d}}});
-         });
+  if (o.without_v) in.v = {};
+  Guarded<float> absent(t);
+  r.call("missing", missing_workspace(test::sizing(workers), &p.book, in), executor,
+         [&](const Context& c) { return missing(c, &p.book, in, {absent.data(), {t}}); });
+  r.keep("missing", absent);
+
+  Guarded<float> sum_x(t * d), sum_v(t * in.v.width), sum_bias(t), sum_spread(t);
+  Guarded<int64_t> sum_starts(users + 1), sum_ends(users);
+  Guarded<int32_t> sum_codes(t * levels);
+  const LeafSums sums{{sum_x.data(), {t, d}},
+                      {in.v.data ? sum_v.data() : nullptr, {t, in.v.width}},
+                      {sum_starts.data(), o.together ? sum_starts.data() + 1 : sum_ends.data(), users},
+                      {sum_codes.data(), {t, levels}},
+                      {sum_bias.data(), {t}},
+                      {sum_spread.data(), {t}}};
+  r.call("leaf_sums", leaf_sums_workspace(test::sizing(workers), p.book, in, t), executor,
+         [&](const Context& c) { return leaf_sums(c, p.book, in, sums); });
+  r.keep("sum_starts", sum_starts);
+  r.keep("sum_ends", sum_ends);
+  r.keep("sum_x", sum_x);
+  r.keep("sum_v", sum_v);
+  r.keep("sum_bias", sum_bias);
+  r.keep("sum_spread", sum_spread);
+  r.keep("sum_codes", sum_codes);
+
+  const Codebook* const book = o.over_sums ? nullptr : &p.book;
+  const Histories routed = o.over_sums ? sums.histories() : in;
+  const int64_t wide = routed.v.width, of_tokens = o.tokens ? wide : 0, of_mean_x = o.mean_x ? d : 0;
+  const DType type = routed.v.dtype;
+  RouteParams routing{o.normalize, {p.temperature.data(), {1}}, o.precision};
+  RouteAgents agents{{prototypes.data(), {users, m, d}}, {count.data(), {users}}};
+  Guarded<std::byte> tokens(users * m * of_tokens * bytes_of(type));
+  Guarded<float> lse(users * m), mean_x(users * m * of_mean_x);
+  Tokens returned{{}, {lse.data(), {users, m}}};
+  if (of_tokens) returned.tokens = {tokens.data(), type, users * m, wide};
+  if (of_mean_x) returned.mean_x = {mean_x.data(), {users, m, d}};
+  r.call("route", route_workspace(test::sizing(workers), book, routing, routed, agents, returned, t), executor,
+         [&](const Context& c) { return route(c, book, routing, routed, agents, returned); });
   r.keep("tokens", tokens);
   r.keep("lse", lse);
-  r.keep("refined", refined);
+  r.keep("mean_x", mean_x);
 
-  if (o.refine) agents.prototypes.data = refined.data();
-  routing.refine = 0;
-  const bool exact = o.method == Method::exact, dx = exact && !o.without_x;
-  Guarded<float> d_v(t * w), d_temperature(1), d_bias(exact ? t : 0), d_x(dx ? t * d : 0),
-      d_prototypes(exact ? users * m * d : 0);
-  RouteGradients gradients{{d_v.data(), {t, w}}, {d_temperature.data(), {1}}, {}, {}, {}};
-  if (exact) gradients.bias = {d_bias.data(), {t}};
-  if (dx) gradients.x = {d_x.data(), {t, d}};
-  if (exact) gradients.prototypes = {d_prototypes.data(), {users, m, d}};
-  r.call("route_backward", route_backward_workspace(test::sizing(workers), &p.book, routing, in, agents, gradients, t),
-         executor, [&](const Context& c) {
-           return route_backward(c, &p.book, routing, in, agents,
-                                 {p.rows_of(p.d_tokens, w),
-                                  {p.d_lse.data(), {users, mt}},
-                                  {tokens.data(), o.dtype, users * mt, w},
-                                  {lse.data(), {users, mt}}},
-                                 gradients);
-         });
-  r.keep("d_v", d_v);
-  r.keep("d_temperature", d_temperature);
-  r.keep("d_bias", d_bias);
+  const int64_t to_x = !o.mean_x && routed.x.data ? d : 0;
+  RouteForward forward{{}, {lse.data(), {users, m}}, {}, {}, {p.d_lse.data(), {users, m}}, {}};
+  if (of_tokens) forward.tokens = {tokens.data(), type, users * m, wide};
+  if (of_tokens) forward.d_tokens = {p.d_tokens.data(), type, users * m, wide};
+  if (of_mean_x) forward.mean_x = {mean_x.data(), {users, m, d}};
+  if (of_mean_x) forward.d_mean_x = {p.d_mean_x.data(), {users, m, d}};
+  Guarded<float> d_x(t * to_x), d_v(t * wide), d_bias(t), d_spread(t), d_prototypes(users * m * d), d_temperature(1);
+  RouteGradients gradients{{},
+                           {},
+                           {d_bias.data(), {t}},
+                           {d_spread.data(), {t}},
+                           {d_prototypes.data(), {users, m, d}},
+                           {d_temperature.data(), {1}}};
+  if (to_x) gradients.x = {d_x.data(), {t, d}};
+  if (wide) gradients.v = {d_v.data(), {t, wide}};
+  r.call("route_backward",
+         route_backward_workspace(test::sizing(workers), book, routing, routed, agents, forward, gradients, t),
+         executor,
+         [&](const Context& c) { return route_backward(c, book, routing, routed, agents, forward, gradients); });
   r.keep("d_x", d_x);
+  r.keep("d_v", d_v);
+  r.keep("d_bias", d_bias);
+  r.keep("d_spread", d_spread);
   r.keep("d_prototypes", d_prototypes);
+  r.keep("d_temperature", d_temperature);
+
+  LeafSumsForward summed{sums.histories()};  // goes back from what route gave, or from anything
+  const float* const any = p.d_sums.data();
+  summed.d_x = {to_x && o.over_sums ? d_x.data() : any, {t, d}};
+  if (wide) summed.d_v = {o.over_sums ? d_v.data() : any, {t, wide}};
+  summed.d_bias = {o.over_sums ? d_bias.data() : any, {t}};
+  summed.d_spread = {o.over_sums ? d_spread.data() : any, {t}};
+  Guarded<float> d_leaf_v(t * wide), d_leaf_bias(t);
+  LeafSumsGradients to_leaves{{}, {d_leaf_bias.data(), {t}}};
+  if (wide) to_leaves.v = {d_leaf_v.data(), {t, wide}};
+  r.call("leaf_sums_backward", leaf_sums_backward_workspace(test::sizing(workers), p.book, in, to_leaves, t), executor,
+         [&](const Context& c) { return leaf_sums_backward(c, p.book, in, summed, to_leaves); });
+  r.keep("d_leaf_v", d_leaf_v);
+  r.keep("d_leaf_bias", d_leaf_bias);
 
   const int64_t key = Problem::kKey;
   const AttendInputs attention{p.rows_of(p.q, key),
                                p.rows_of(p.keys, key),
                                p.rows_of(p.values_, w),
-                               mt,
+                               m,
                                h,
                                test::spans(p.candidates),
-                               {p.token_bias.data(), {users, mt}},
+                               {p.token_bias.data(), {users, m}},
                                0.5f};
   Guarded<std::byte> out(n * h * w * bytes_of(o.dtype));
   Guarded<float> out_lse(n * h);
@@ -195,7 +241,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("out", out);
   r.keep("out_lse", out_lse);
 
-  Guarded<float> d_q(n * h * key), d_keys(users * mt * h * key), d_values(users * mt * h * w), d_token_bias(users * mt);
+  Guarded<float> d_q(n * h * key), d_keys(users * m * h * key), d_values(users * m * h * w), d_token_bias(users * m);
   r.call("attend_backward", attend_backward_workspace(test::sizing(workers), attention), executor,
          [&](const Context& c) {
            return attend_backward(c, attention,
@@ -204,9 +250,9 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
                                    {out.data(), o.dtype, n * h, w},
                                    {out_lse.data(), {n, h}}},
                                   {{d_q.data(), {n, h, key}},
-                                   {d_keys.data(), {users, mt, h, key}},
-                                   {d_values.data(), {users, mt, h, w}},
-                                   {d_token_bias.data(), {users, mt}}});
+                                   {d_keys.data(), {users, m, h, key}},
+                                   {d_values.data(), {users, m, h, w}},
+                                   {d_token_bias.data(), {users, m}}});
          });
   r.keep("d_q", d_q);
   r.keep("d_keys", d_keys);

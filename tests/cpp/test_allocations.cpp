@@ -36,10 +36,11 @@ TEST_CASE("no verb allocates, serial or in a pool") {
   const std::vector<int64_t> offsets{0, 4600, kRows};
   const std::vector<float> temperature{1};
   std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers), sum_codes(kRows * 2);
-  std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows);
-  std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * (kSeats + 1) * kWidth),
-      lse(kUsers * (kSeats + 1)), refined(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth),
-      dbias(kRows), dtau(1), dp(kUsers * kSeats * kWidth), out(kRows * kWidth), out_lse(kRows), centers(8 * kWidth);
+  std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows), sum_starts(kUsers + 1), sum_ends(kUsers);
+  std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * kSeats * kWidth), lse(kUsers * kSeats),
+      mean_x(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth), dbias(kRows), dspread(kRows), dtau(1),
+      dp(kUsers * kSeats * kWidth), out(kRows * kWidth), out_lse(kRows), centers(8 * kWidth), sum_x(kRows * kWidth),
+      sum_v(kRows * kWidth), sum_bias(kRows), sum_spread(kRows), absent(kRows);
   const Rows xs = test::rows(x, kWidth), vs = test::rows(v, kWidth);
   Histories in;
   in.x = xs;
@@ -95,45 +96,53 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       return hisac::code_prototypes(c, book, {agents.data(), {kUsers * kSeats, 2}},
                                     {prototypes.data(), {kUsers * kSeats, kWidth}});
     });
-    for (Method method : {Method::exact, Method::leaf})
+    for (bool has_mean_x : {false, true})
       for (Normalize normalize : {Normalize::history, Normalize::agents}) {
-        RouteParams params{normalize, method, Missing::token, 1, {temperature.data(), {1}}};
-        constexpr int64_t kTokens = kSeats + 1;
-        check("route",
-              counted_size([&] { return route_workspace(test::sizing(workers), &book, params, in, to, kRows); }),
-              [&](const Context& c) {
-                return route(c, &book, params, in, to,
-                             {{tokens.data(), DType::float32, kUsers * kTokens, kWidth},
-                              {lse.data(), {kUsers, kTokens}},
-                              {refined.data(), {kUsers, kSeats, kWidth}}});
-              });
-        check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), book, in, kRows); }),
-              [&](const Context& c) {
-                return leaf_sums(c, book, in,
-                                 {{dx.data(), {kRows, kWidth}},
-                                  {dv.data(), {kRows, kWidth}},
-                                  {leaf.data(), {kUsers + 1}},
-                                  {sum_codes.data(), {kRows, 2}},
-                                  {dbias.data(), {kRows}},
-                                  {out_lse.data(), {kRows}}});
-              });
-        params.refine = 0;
-        RouteGradients gradients{{dv.data(), {kRows, kWidth}}, {dtau.data(), {1}}, {}, {}, {}};
-        if (method == Method::exact) {
-          gradients.bias = {dbias.data(), {kRows}};
-          gradients.x = {dx.data(), {kRows, kWidth}};
-          gradients.prototypes = {dp.data(), {kUsers, kSeats, kWidth}};
-        }
-        check("route_backward", counted_size([&] {
-                return route_backward_workspace(test::sizing(workers), &book, params, in, to, gradients, kRows);
+        const RouteParams params{normalize, {temperature.data(), {1}}};
+        const Rows given{tokens.data(), DType::float32, kUsers * kSeats, kWidth};
+        const Array<float, 3> means{has_mean_x ? mean_x.data() : nullptr, {kUsers, kSeats, kWidth}};
+        const Tokens returned{
+            {tokens.data(), DType::float32, kUsers * kSeats, kWidth}, {lse.data(), {kUsers, kSeats}}, means};
+        check("route", counted_size([&] {
+                return route_workspace(test::sizing(workers), &book, params, in, to, returned, kRows);
               }),
-              [&](const Context& c) {
-                return route_backward(
-                    c, &book, params, in, to,
-                    {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {kUsers, kTokens}}},
-                    gradients);
-              });
+              [&](const Context& c) { return route(c, &book, params, in, to, returned); });
+        const Array<const float, 3> some{means.data, {kUsers, kSeats, kWidth}};
+        const RouteForward forward{given, {lse.data(), {kUsers, kSeats}}, some, given, {}, some};
+        const RouteGradients gradients{{has_mean_x ? nullptr : dx.data(), {kRows, kWidth}},
+                                       {dv.data(), {kRows, kWidth}},
+                                       {dbias.data(), {kRows}},
+                                       {dspread.data(), {kRows}},
+                                       {dp.data(), {kUsers, kSeats, kWidth}},
+                                       {dtau.data(), {1}}};
+        check("route_backward", counted_size([&] {
+                return route_backward_workspace(test::sizing(workers), &book, params, in, to, forward, gradients,
+                                                kRows);
+              }),
+              [&](const Context& c) { return route_backward(c, &book, params, in, to, forward, gradients); });
       }
+    check("missing", counted_size([&] { return missing_workspace(test::sizing(workers), &book, in); }),
+          [&](const Context& c) { return missing(c, &book, in, {absent.data(), {kRows}}); });
+    for (bool together : {true, false}) {
+      const LeafSums sums{{sum_x.data(), {kRows, kWidth}},
+                          {sum_v.data(), {kRows, kWidth}},
+                          {sum_starts.data(), together ? sum_starts.data() + 1 : sum_ends.data(), kUsers},
+                          {sum_codes.data(), {kRows, 2}},
+                          {sum_bias.data(), {kRows}},
+                          {sum_spread.data(), {kRows}}};
+      check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), book, in, kRows); }),
+            [&](const Context& c) { return leaf_sums(c, book, in, sums); });
+      const LeafSumsForward forward{sums.histories(),
+                                    {dx.data(), {kRows, kWidth}},
+                                    {dx.data(), {kRows, kWidth}},
+                                    {dspread.data(), {kRows}},
+                                    {dspread.data(), {kRows}}};
+      const LeafSumsGradients gradients{{dv.data(), {kRows, kWidth}}, {dbias.data(), {kRows}}};
+      check("leaf_sums_backward", counted_size([&] {
+              return leaf_sums_backward_workspace(test::sizing(workers), book, in, gradients, kRows);
+            }),
+            [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, gradients); });
+    }
     const AttendInputs attention{
         xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, in.offsets, {}, 1};
     check("attend", counted_size([&] { return attend_workspace(test::sizing(workers), attention); }),
@@ -145,7 +154,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
             return attend_backward(c, attention, {vs, {}, test::rows(out, kWidth), {out_lse.data(), {kRows, 1}}},
                                    {{dx.data(), {kRows, 1, kWidth}},
                                     {dp.data(), {kUsers, kSeats, 1, kWidth}},
-                                    {refined.data(), {kUsers, kSeats, 1, kWidth}},
+                                    {mean_x.data(), {kUsers, kSeats, 1, kWidth}},
                                     {}});
           });
     FitParams params;

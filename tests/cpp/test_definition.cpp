@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// encode, vote, route and attend give what hisac.reference says: integers exactly, floats within their bounds.
+// encode, vote, route, missing and attend give what hisac.reference says: integers exactly, floats within their bounds.
 #include <doctest/doctest.h>
 
 #include "support.h"
@@ -62,23 +62,80 @@ TEST_CASE("route") {
     const vectors::Routing r(c);
     const Histories& in = r.in;
     const Codebook* const book = r.codebook.get();
-    const int64_t width = r.agents.prototypes.shape[2], rows = r.users * r.tokens;
-    Guarded<std::byte> tokens(rows * in.v.width * bytes_of(in.v.dtype));
-    Guarded<float> lse(rows), refined(r.params.refine ? r.users * r.seats * width : 0);
-    REQUIRE(test::exactly(route_workspace(test::sizing(1), book, r.params, in, r.agents, vectors::longest(c)), nullptr,
-                          [&](const Context& context) {
-                            return route(context, book, r.params, in, r.agents,
-                                         {{tokens.data(), in.v.dtype, rows, in.v.width},
-                                          {lse.data(), {r.users, r.tokens}},
-                                          {r.params.refine ? refined.data() : nullptr, {r.users, r.seats, width}}});
-                          }));
-    CHECK((tokens.intact() && lse.intact() && refined.intact()));
+    const int64_t width = r.agents.prototypes.shape[2], rows = r.users * r.seats;
+    const bool has_tokens = c.has("tokens"), has_mean_x = c.has("mean_x");
+    Guarded<std::byte> tokens(has_tokens ? rows * in.v.width * bytes_of(in.v.dtype) : 0);
+    Guarded<float> lse(rows), mean_x(has_mean_x ? rows * width : 0);
+    Tokens out{{}, {lse.data(), {r.users, r.seats}}};
+    if (has_tokens) out.tokens = {tokens.data(), in.v.dtype, rows, in.v.width};
+    if (has_mean_x) out.mean_x = {mean_x.data(), {r.users, r.seats, width}};
+    const size_t bytes = route_workspace(test::sizing(1), book, r.params, in, r.agents, out, vectors::longest(c));
+    REQUIRE(test::exactly(bytes, nullptr,
+                          [&](const Context& context) { return route(context, book, r.params, in, r.agents, out); }));
+    CHECK((tokens.intact() && lse.intact() && mean_x.intact()));
     std::vector<float> decoded;
     for (int64_t at = 0; at < tokens.count(); at += bytes_of(in.v.dtype))
       decoded.push_back(test::decode(tokens.data() + at, in.v.dtype));
-    c.check_floats("tokens", decoded);
     c.check_floats("lse", lse.values());
-    if (r.params.refine) c.check_floats("refined", refined.values());
+    if (has_tokens) c.check_floats("tokens", decoded);
+    if (has_mean_x) c.check_floats("mean_x", mean_x.values());
+  }
+}
+
+TEST_CASE("missing") {
+  for (const Case& c : vectors::cases("missing")) {
+    const vectors::Routing r(c);
+    const Codebook* const book = r.codebook.get();
+    Guarded<float> out(r.in.behaviours());
+    REQUIRE(test::exactly(missing_workspace(test::sizing(1), book, r.in), nullptr, [&](const Context& context) {
+      return missing(context, book, r.in, {out.data(), {out.count()}});
+    }));
+    CHECK(out.intact());
+    std::vector<int32_t> found;
+    for (float f : out.values()) {
+      CHECK((f == 0 || f == -std::numeric_limits<float>::infinity()));
+      found.push_back(f == 0);
+    }
+    CHECK(std::count(found.begin(), found.end(), 1) > 0);
+    c.check_integers("missing", found);
+  }
+}
+
+TEST_CASE("missing: as the x of another route, the mean v and the log count of a user's missing behaviours") {
+  for (const Case& c : vectors::cases("missing")) {
+    const vectors::Routing r(c);
+    if (r.in.v.dtype != DType::float32) continue;
+    const Codebook* const book = r.codebook.get();
+    const int64_t t = r.in.behaviours(), wide = r.in.v.width;
+    std::vector<float> x(test::size(t));
+    REQUIRE(test::exactly(missing_workspace(test::sizing(1), book, r.in), nullptr,
+                          [&](const Context& context) { return missing(context, book, r.in, {x.data(), {t}}); }));
+    Histories in;
+    in.x = test::rows(x, 1);
+    in.v = r.in.v;
+    in.v_ids = r.in.v_ids;
+    in.offsets = r.in.offsets;
+    const std::vector<float> zeros(test::size(r.users)), temperature{1};
+    const RouteParams params{Normalize::history, {temperature.data(), {1}}};
+    const RouteAgents agents{{zeros.data(), {r.users, 1, 1}}, {}};
+    std::vector<float> tokens(test::size(r.users * wide)), lse(test::size(r.users));
+    const Tokens out{{tokens.data(), DType::float32, r.users, wide}, {lse.data(), {r.users, 1}}, {}};
+    REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, in, agents, out, t), nullptr,
+                          [&](const Context& context) { return route(context, nullptr, params, in, agents, out); }));
+    for (int64_t b = 0; b < r.users; ++b) {
+      double count = 0;
+      std::vector<double> sum(test::size(wide));
+      for (int64_t i = in.offsets.start(b); i < in.offsets.end(b); ++i) {
+        if (x[test::size(i)] != 0) continue;
+        const float* const row = static_cast<const float*>(in.v.data) + (in.v_ids ? in.v_ids[i] : i) * wide;
+        for (int64_t d = 0; d < wide; ++d) sum[test::size(d)] += double(row[d]);
+        ++count;
+      }
+      const float total = lse[test::size(b)];
+      CHECK((count > 0 ? std::fabs(double(total) - std::log(count)) < 1e-5 : std::isinf(total) && total < 0));
+      for (int64_t d = 0; d < wide; ++d)
+        CHECK(std::fabs(double(tokens[test::size(b * wide + d)]) - sum[test::size(d)] / std::max(count, 1.)) < 1e-4);
+    }
   }
 }
 
@@ -107,20 +164,20 @@ TEST_CASE("values are never errors: a finite bias of any size gives a finite tok
         CAPTURE(large);
         CAPTURE(far);
         const std::vector<float> bias{large, 0}, x(4, far ? 1e4f : 0.f), temperature{far ? 1e-30f : 1.f};
-        const RouteParams params{normalize, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
+        const RouteParams params{normalize, {temperature.data(), {1}}};
         const RouteAgents agents{{p.data(), {1, 1, 2}}, {}};
         Histories in;
         in.x = test::rows(x, 2);
         in.v = test::rows(v, 2);
         in.offsets = test::spans(offsets);
         in.bias = {bias.data(), {2}};
-        float tokens[2], lse[1];
-        REQUIRE(test::exactly(
-            route_workspace(test::sizing(1), nullptr, params, in, agents, 2), nullptr, [&](const Context& c) {
-              return route(c, nullptr, params, in, agents, {{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {}});
-            }));
+        float tokens[2], lse[1], mean_x[2];
+        const Tokens out{{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {mean_x, {1, 1, 2}}};
+        REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, in, agents, out, 2), nullptr,
+                              [&](const Context& c) { return route(c, nullptr, params, in, agents, out); }));
         CHECK(tokens[0] == (large > 0 ? 1.f : 2.f));
         CHECK(tokens[1] == tokens[0]);
+        CHECK((mean_x[0] == x[0] && mean_x[1] == x[0]));
         CHECK(std::isfinite(lse[0]));
       }
 }

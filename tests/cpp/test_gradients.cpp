@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// route_backward and attend_backward give the gradients that hisac.reference says, within their bounds.
+// route_backward, leaf_sums_backward and attend_backward give the gradients that hisac.reference says, within their
+// bounds.
 #include <doctest/doctest.h>
+
+#include <cmath>
 
 #include "support.h"
 #include "vectors.h"
@@ -15,26 +18,54 @@ TEST_CASE("route_backward") {
     const Codebook* const book = r.codebook.get();
     const int64_t t = r.in.behaviours(), width = r.agents.prototypes.shape[2];
     const auto sized = [&](const char* name, int64_t n) { return c.has(std::string("grad ") + name) ? n : 0; };
-    Guarded<float> v(sized("v", t * r.in.v.width)), tau(sized("temperature", r.params.temperature.shape[0])),
-        bias(sized("bias", t)), x(sized("x", t * width)), p(sized("prototypes", r.users * r.seats * width));
-    RouteGradients out{{v.data(), {t, r.in.v.width}}, {tau.data(), {tau.count()}}, {}, {}, {}};
-    if (bias.count()) out.bias = {bias.data(), {t}};
+    Guarded<float> x(sized("x", t * width)), v(sized("v", t * r.in.v.width)), bias(t), spread(t),
+        p(r.users * r.seats * width), tau(r.params.temperature.shape[0]);
+    RouteGradients out{{}, {}, {bias.data(), {t}}, {spread.data(), {t}}, {}, {tau.data(), {tau.count()}}};
+    out.prototypes = {p.data(), {r.users, r.seats, width}};
     if (x.count()) out.x = {x.data(), {t, width}};
-    if (p.count()) out.prototypes = {p.data(), {r.users, r.seats, width}};
-    const Array<const float, 2> lse{c["lse"].floats.data(), {r.users, r.tokens}},
-        d_lse{c["d_lse"].floats.data(), {r.users, r.tokens}};
-    REQUIRE(test::exactly(
-        route_backward_workspace(test::sizing(1), book, r.params, r.in, r.agents, out, vectors::longest(c)), nullptr,
-        [&](const Context& context) {
-          return route_backward(context, book, r.params, r.in, r.agents,
-                                {c["d_tokens"].rows(), d_lse, c["tokens"].rows(), lse}, out);
-        }));
+    if (v.count()) out.v = {v.data(), {t, r.in.v.width}};
+    RouteForward forward{{}, vectors::matrix(c, "lse"),   vectors::cube(c, "mean_x"),
+                         {}, vectors::matrix(c, "d_lse"), {}};
+    forward.d_mean_x = vectors::cube(c, "d_mean_x");
+    const std::vector<float> unread(test::size(r.users * r.seats * width), NAN);  // without a gradient
+    if (!c.has("mean_x")) forward.mean_x = {unread.data(), {r.users, r.seats, width}};
+    if (c.has("tokens")) forward.tokens = c["tokens"].rows();
+    if (c.has("d_tokens")) forward.d_tokens = c["d_tokens"].rows();
+    const size_t bytes =
+        route_backward_workspace(test::sizing(1), book, r.params, r.in, r.agents, forward, out, vectors::longest(c));
+    REQUIRE(test::exactly(bytes, nullptr, [&](const Context& context) {
+      return route_backward(context, book, r.params, r.in, r.agents, forward, out);
+    }));
     const std::pair<const char*, Guarded<float>*> all[] = {
-        {"v", &v}, {"temperature", &tau}, {"bias", &bias}, {"x", &x}, {"prototypes", &p}};
+        {"x", &x}, {"v", &v}, {"bias", &bias}, {"spread", &spread}, {"prototypes", &p}, {"temperature", &tau}};
     for (const auto& [name, gradient] : all) {
       CHECK(gradient->intact());
       if (gradient->count()) c.check_floats(std::string("grad ") + name, gradient->values());
     }
+  }
+}
+
+TEST_CASE("leaf_sums_backward") {
+  for (const Case& c : vectors::cases("leaf_sums_backward")) {
+    const vectors::Routing r(c);
+    const Codebook& book = *r.codebook;
+    const std::vector<int64_t>& ends = c["sum offsets"].longs;
+    const int64_t t = r.in.behaviours(), sums = ends.back();
+    const auto of_sums = [&](const char* name) { return c[std::string("sum ") + name].rows(); };
+    LeafSumsForward forward{{}, vectors::matrix(c, "d_x"), vectors::matrix(c, "d_v"), {}, {}};
+    forward.sums = {of_sums("x"), of_sums("v"), test::spans(ends), {c["sum codes"].ints.data(), {sums, book.levels()}}};
+    forward.sums.bias = vectors::vector(c, "sum bias");
+    forward.sums.spread = vectors::vector(c, "sum spread");
+    forward.d_bias = vectors::vector(c, "d_bias");
+    forward.d_spread = vectors::vector(c, "d_spread");
+    Guarded<float> v(t * r.in.v.width), bias(t);
+    const LeafSumsGradients out{{v.data(), {t, r.in.v.width}}, {bias.data(), {t}}};
+    const size_t bytes = leaf_sums_backward_workspace(test::sizing(1), book, r.in, out, vectors::longest(c));
+    REQUIRE(test::exactly(
+        bytes, nullptr, [&](const Context& context) { return leaf_sums_backward(context, book, r.in, forward, out); }));
+    CHECK((v.intact() && bias.intact()));
+    c.check_floats("grad v", v.values());
+    c.check_floats("grad bias", bias.values());
   }
 }
 

@@ -17,48 +17,87 @@ constexpr int64_t kWidth = 3;
 
 std::string what(const Status& status) { return status.what(); }
 
-/// Routes `users` histories over `rows` rows to `agents` agents, forward and back; empty vectors have null data.
+/// Calls route and its backward, missing, leaf_sums and its backward with `users` histories over `rows` rows and, the
+/// first two, `agents` agents; empty vectors have null data.
 void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<int64_t>& starts,
                const std::vector<int64_t>& ends) {
   CAPTURE(users);
   CAPTURE(rows);
   CAPTURE(agents);
   Random random(20);
+  const Codebook book = test::codebook(random, {2, 2}, kWidth);
   const auto x = uniform(random, rows * kWidth), p = uniform(random, users * agents * kWidth);
+  const std::vector<int32_t> codes(test::size(rows * 2), 1);
   const std::vector<float> temperature{1};
   Histories in;
   in.x = in.v = test::rows(x, kWidth);
   in.offsets = {starts.data(), ends.data(), DType::int64, users};
   const RouteAgents to{{p.data(), {users, agents, kWidth}}, {}};
-  for (Missing missing : {Missing::drop, Missing::token})
-    for (int refine : {0, 1}) {
-      const int64_t m = agents + (missing == Missing::token);
-      RouteParams params{Normalize::agents, Method::exact, missing, refine, {temperature.data(), {1}}};
-      std::vector<float> tokens(test::size(users * m * kWidth), 7.f), lse(test::size(users * m), 7.f),
-          refined(test::size(users * agents * kWidth));
-      test::Workspace workspace(route_workspace(test::sizing(1), nullptr, params, in, to, rows));
-      CHECK(what(route({workspace.array(), nullptr}, nullptr, params, in, to,
-                       {{tokens.data(), DType::float32, users * m, kWidth},
-                        {lse.data(), {users, m}},
-                        {refined.data(), {users, agents, kWidth}}})) == "");
+  const RouteParams params{Normalize::agents, {temperature.data(), {1}}};
+  for (bool has_v : {true, false})
+    for (bool has_mean_x : {true, false}) {
+      in.v = has_v ? in.x : Rows{};
+      const int64_t m = agents;
+      std::vector<float> tokens(test::size(has_v ? users * m * kWidth : 0), 7.f), lse(test::size(users * m), 7.f),
+          mean_x(test::size(has_mean_x ? users * m * kWidth : 0), 7.f);
+      Tokens returned{{}, {lse.data(), {users, m}}, {mean_x.data(), {users, m, kWidth}}};
+      if (has_v) returned.tokens = {tokens.data(), DType::float32, users * m, kWidth};
+      test::Workspace workspace(route_workspace(test::sizing(1), nullptr, params, in, to, returned, rows));
+      CHECK(what(route({workspace.array(), nullptr}, nullptr, params, in, to, returned)) == "");
       for (int64_t b = 0; b < users; ++b)
         if (starts[test::size(b)] == ends[test::size(b)])
           for (int64_t a = b * m; a < (b + 1) * m; ++a) {
             CHECK(lse[test::size(a)] == -std::numeric_limits<float>::infinity());
-            for (int64_t d = 0; d < kWidth; ++d) CHECK(tokens[test::size(a * kWidth + d)] == 0.f);
+            for (int64_t d = 0; has_v && d < kWidth; ++d) CHECK(tokens[test::size(a * kWidth + d)] == 0.f);
+            for (int64_t d = 0; has_mean_x && d < kWidth; ++d) CHECK(mean_x[test::size(a * kWidth + d)] == 0.f);
           }
-      params.refine = 0;
-      std::vector<float> dv(x.size()), dtau(1, 7.f), dx(x.size()), dbias(test::size(rows)), dp(p.size());
-      const RouteGradients out{{dv.data(), {rows, kWidth}},
-                               {dtau.data(), {1}},
-                               {dbias.data(), {rows}},
-                               {dx.data(), {rows, kWidth}},
-                               {dp.data(), {users, agents, kWidth}}};
-      test::Workspace backward(route_backward_workspace(test::sizing(1), nullptr, params, in, to, out, rows));
-      CHECK(what(route_backward({backward.array(), nullptr}, nullptr, params, in, to,
-                                {test::rows(tokens, kWidth), {}, test::rows(tokens, kWidth), {lse.data(), {users, m}}},
-                                out)) == "");
+      std::vector<float> dv(x.size()), dtau(1, 7.f), dx(x.size()), dbias(test::size(rows)), dspread(dbias),
+          dp(p.size());
+      RouteGradients out{{},
+                         {},
+                         {dbias.data(), {rows}},
+                         {dspread.data(), {rows}},
+                         {dp.data(), {users, agents, kWidth}},
+                         {dtau.data(), {1}}};
+      if (!has_mean_x) out.x = {dx.data(), {rows, kWidth}};
+      if (has_v) out.v = {dv.data(), {rows, kWidth}};
+      const Rows of_tokens{tokens.data(), DType::float32, users * m, has_v ? kWidth : 0};
+      const Array<const float, 3> of_mean_x{mean_x.data(), {users, m, kWidth}};
+      const RouteForward forward{of_tokens, {lse.data(), {users, m}}, of_mean_x, of_tokens, {}, of_mean_x};
+      test::Workspace backward(route_backward_workspace(test::sizing(1), nullptr, params, in, to, forward, out, rows));
+      CHECK(what(route_backward({backward.array(), nullptr}, nullptr, params, in, to, forward, out)) == "");
       if (rows == 0 || agents == 0 || users == 0) CHECK(dtau[0] == 0.f);
+
+      std::vector<float> absent(test::size(rows), 7.f);
+      test::Workspace scratch(missing_workspace(test::sizing(1), nullptr, in));
+      CHECK(what(missing({scratch.array(), nullptr}, nullptr, in, {absent.data(), {rows}})) == "");
+      CHECK(absent == std::vector<float>(test::size(rows), -std::numeric_limits<float>::infinity()));
+      Histories coded = in;
+      coded.codes = {codes.data(), {rows, 2}};
+      for (bool together : {true, false}) {
+        std::vector<float> sum_x(x.size()), sum_v(dv.size()), bias(test::size(rows)), spread(bias);
+        std::vector<int64_t> sum_starts(test::size(together || users ? users + 1 : 0), 7),
+            sum_ends(test::size(users), 7);
+        std::vector<int32_t> sum_codes(codes.size());
+        const LeafSums sums{{sum_x.data(), {rows, kWidth}},
+                            {sum_v.data(), {rows, coded.v.width}},
+                            {sum_starts.data(), together ? sum_starts.data() + 1 : sum_ends.data(), users},
+                            {sum_codes.data(), {rows, 2}},
+                            {bias.data(), {rows}},
+                            {spread.data(), {rows}}};
+        test::Workspace of_sums(leaf_sums_workspace(test::sizing(1), book, coded, rows));
+        CHECK(what(leaf_sums({of_sums.array(), nullptr}, book, coded, sums)) == "");
+        const Spans found = sums.histories().offsets;
+        for (int64_t b = 0; b < users; ++b)  // all rows of a user are of one leaf
+          CHECK(found.end(b) - found.start(b) == (starts[test::size(b)] < ends[test::size(b)]));
+        if (together) CHECK(sum_starts[0] == 0);
+        LeafSumsGradients to_leaves{{}, {dbias.data(), {rows}}};
+        if (has_v) to_leaves.v = {dv.data(), {rows, kWidth}};
+        test::Workspace of_leaves(leaf_sums_backward_workspace(test::sizing(1), book, coded, to_leaves, rows));
+        CHECK(what(leaf_sums_backward({of_leaves.array(), nullptr}, book, coded, {sums.histories(), {}, {}, {}, {}},
+                                      to_leaves)) == "");
+        CHECK(dbias == std::vector<float>(test::size(rows)));
+      }
     }
 }
 
@@ -123,7 +162,7 @@ TEST_CASE("no rows or no users: vote") {
   CHECK(what(vote(context, book, params, in, {{nullptr, {0, 4, 2}}, {nullptr, {0, 4}}, {nullptr, {0}}})) == "");
 }
 
-TEST_CASE("no users, no rows, no agents, in every combination: route and its backward") {
+TEST_CASE("no users, no rows, no agents, in every combination: route, missing, leaf_sums and the backwards") {
   for (int64_t agents : {0, 1, 5}) {
     route_all(0, 0, agents, {}, {});
     route_all(0, 4, agents, {}, {});
@@ -186,9 +225,9 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
   const auto x = uniform(random, kRows * kWidth), p = uniform(random, kUsers * kAgents * kWidth),
              d_tokens = uniform(random, kUsers * kAgents * kWidth);
   const std::vector<float> temperature{1};
-  const RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {temperature.data(), {1}}};
+  const RouteParams params{Normalize::history, {temperature.data(), {1}}};
   struct Out {
-    std::vector<float> tokens, lse, dv, dx, dbias;
+    std::vector<float> tokens, lse, dv, dx, dbias, dspread;
   };
   const auto solve = [&](int64_t first, int64_t users, const Executor* executor) {
     const int workers = workers_of({{}, executor});
@@ -197,29 +236,34 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
     in.x = in.v = test::rows(x, kWidth);
     in.offsets = {starts.data() + first, ends.data() + first, DType::int64, users};
     const RouteAgents to{{p.data() + first * kAgents * kWidth, {users, kAgents, kWidth}}, {}};
-    Out out{std::vector<float>(test::size(agents * kWidth)), std::vector<float>(test::size(agents)),
-            std::vector<float>(kRows * kWidth), std::vector<float>(kRows * kWidth), std::vector<float>(kRows)};
+    Out out{std::vector<float>(test::size(agents * kWidth)),
+            std::vector<float>(test::size(agents)),
+            std::vector<float>(kRows * kWidth),
+            std::vector<float>(kRows * kWidth),
+            std::vector<float>(kRows),
+            std::vector<float>(kRows)};
+    const Tokens returned{{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}};
+    REQUIRE(test::exactly(route_workspace(test::sizing(workers), nullptr, params, in, to, returned, kRows), executor,
+                          [&](const Context& c) { return route(c, nullptr, params, in, to, returned); }));
+    const RouteForward forward{test::rows(out.tokens, kWidth),
+                               {out.lse.data(), {users, kAgents}},
+                               {},
+                               {d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
+                               {},
+                               {}};
+    const RouteGradients gradients{{out.dx.data(), {kRows, kWidth}},
+                                   {out.dv.data(), {kRows, kWidth}},
+                                   {out.dbias.data(), {kRows}},
+                                   {out.dspread.data(), {kRows}},
+                                   {},
+                                   {}};
     REQUIRE(test::exactly(
-        route_workspace(test::sizing(workers), nullptr, params, in, to, kRows), executor, [&](const Context& c) {
-          return route(c, nullptr, params, in, to,
-                       {{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}});
-        }));
-    const RouteGradients gradients{
-        {out.dv.data(), {kRows, kWidth}}, {}, {out.dbias.data(), {kRows}}, {out.dx.data(), {kRows, kWidth}}, {}};
-    REQUIRE(test::exactly(route_backward_workspace(test::sizing(workers), nullptr, params, in, to, gradients, kRows),
-                          executor, [&](const Context& c) {
-                            return route_backward(
-                                c, nullptr, params, in, to,
-                                {{d_tokens.data() + first * kAgents * kWidth, DType::float32, agents, kWidth},
-                                 {},
-                                 test::rows(out.tokens, kWidth),
-                                 {out.lse.data(), {users, kAgents}}},
-                                gradients);
-                          }));
+        route_backward_workspace(test::sizing(workers), nullptr, params, in, to, forward, gradients, kRows), executor,
+        [&](const Context& c) { return route_backward(c, nullptr, params, in, to, forward, gradients); }));
     return out;
   };
   const Out all = solve(0, kUsers, nullptr);
-  std::vector<double> dv(all.dv.size()), dx(all.dx.size()), dbias(all.dbias.size());
+  std::vector<double> dv(all.dv.size()), dx(all.dx.size()), dbias(all.dbias.size()), dspread(all.dspread.size());
   for (int64_t b = 0; b < kUsers; ++b) {
     const Out one = solve(b, 1, nullptr);
     CHECK(std::equal(one.tokens.begin(), one.tokens.end(), all.tokens.begin() + b * kAgents * kWidth));
@@ -227,6 +271,7 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
     for (size_t i = 0; i < dv.size(); ++i) dv[i] += double(one.dv[i]);
     for (size_t i = 0; i < dx.size(); ++i) dx[i] += double(one.dx[i]);
     for (size_t i = 0; i < dbias.size(); ++i) dbias[i] += double(one.dbias[i]);
+    for (size_t i = 0; i < dspread.size(); ++i) dspread[i] += double(one.dspread[i]);
   }
   const auto close = [](const std::vector<float>& a, const std::vector<double>& b) {
     double most = 0, size = 0;
@@ -240,6 +285,7 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
   close(all.dv, dv);
   close(all.dx, dx);
   close(all.dbias, dbias);
+  close(all.dspread, dspread);
   for (int workers : {2, 7}) {
     test::Threads threads{workers};
     const Executor executor = threads.executor();
@@ -248,5 +294,6 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
     CHECK(shared.dv == all.dv);
     CHECK(shared.dx == all.dx);
     CHECK(shared.dbias == all.dbias);
+    CHECK(shared.dspread == all.dspread);
   }
 }

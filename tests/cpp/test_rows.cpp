@@ -2,6 +2,7 @@
 // Gathered inputs: the bits of rows copied out, forward and backward, whatever the type; ids outside; sums by id.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -17,29 +18,81 @@ namespace {
 constexpr int64_t kRows = 2300, kItems = 37, kValues = 21, kWidth = 19, kWide = 11, kAgents = 9, kUsers = 3;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-/// Everything that a forward and its backward return, in order.
-std::vector<float> run(const Codebook& book, const RouteParams& params, const Histories& in,
-                       const RouteAgents& agents) {
-  const int64_t t = in.behaviours(), m = kAgents + (params.missing == Missing::token);
-  Guarded<float> tokens(kUsers * m * kWide), lse(kUsers * m), dv(t * kWide), dx(t * kWidth), dtau(1);
-  REQUIRE(test::exactly(route_workspace(test::sizing(1), &book, params, in, agents, t), nullptr, [&](const Context& c) {
-    return route(c, &book, params, in, agents,
-                 {{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}, {}});
-  }));
-  RouteGradients gradients{{dv.data(), {t, kWide}}, {dtau.data(), {1}}, {}, {}, {}};
-  if (params.method == Method::exact) gradients.x = {dx.data(), {t, kWidth}};
+std::vector<float> drawn(uint64_t seed, int64_t n) {
+  Random random(seed);
+  return uniform(random, n);
+}
+
+/// Everything that route and its backward return, in order.
+std::vector<float> routed(const Codebook& book, const RouteParams& params, const Histories& in,
+                          const RouteAgents& agents, bool has_mean_x) {
+  const int64_t t = in.behaviours(), m = kAgents;
+  Guarded<float> tokens(kUsers * m * kWide), lse(kUsers * m), mean_x(kUsers * m * kWidth), dv(t * kWide), dbias(t),
+      dspread(t), dx(t * kWidth), dp(kUsers * m * kWidth), dtau(1);
+  const auto d_mean_x = drawn(13, kUsers * m * kWidth);
+  Tokens out{{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}};
+  if (has_mean_x) out.mean_x = {mean_x.data(), {kUsers, m, kWidth}};
+  REQUIRE(test::exactly(route_workspace(test::sizing(1), &book, params, in, agents, out, t), nullptr,
+                        [&](const Context& c) { return route(c, &book, params, in, agents, out); }));
   const Rows given{tokens.data(), DType::float32, kUsers * m, kWide};
-  REQUIRE(test::exactly(route_backward_workspace(test::sizing(1), &book, params, in, agents, gradients, t), nullptr,
-                        [&](const Context& c) {
-                          return route_backward(c, &book, params, in, agents,
-                                                {given, {}, given, {lse.data(), {kUsers, m}}}, gradients);
-                        }));
+  RouteForward forward{given, {lse.data(), {kUsers, m}}, {}, given, {}, {}};
+  RouteGradients gradients{{},
+                           {dv.data(), {t, kWide}},
+                           {dbias.data(), {t}},
+                           {dspread.data(), {t}},
+                           {dp.data(), {kUsers, m, kWidth}},
+                           {dtau.data(), {1}}};
+  if (has_mean_x) forward.mean_x = {mean_x.data(), {kUsers, m, kWidth}};
+  if (has_mean_x) forward.d_mean_x = {d_mean_x.data(), {kUsers, m, kWidth}};
+  if (!has_mean_x) gradients.x = {dx.data(), {t, kWidth}};
+  REQUIRE(test::exactly(
+      route_backward_workspace(test::sizing(1), &book, params, in, agents, forward, gradients, t), nullptr,
+      [&](const Context& c) { return route_backward(c, &book, params, in, agents, forward, gradients); }));
   std::vector<float> all;
-  for (Guarded<float>* out : {&tokens, &lse, &dv, &dx, &dtau}) {
-    CHECK(out->intact());
-    if (out == &dx && params.method == Method::leaf) continue;
-    for (float f : out->values()) all.push_back(f);
+  for (Guarded<float>* one : {&tokens, &lse, &mean_x, &dv, &dbias, &dspread, &dx, &dp, &dtau}) {
+    CHECK(one->intact());
+    if (one != (has_mean_x ? &dx : &mean_x))
+      for (float f : one->values()) all.push_back(f);
   }
+  return all;
+}
+
+/// Everything that leaf_sums, its backward and missing return, in order.
+std::vector<float> summed(const Codebook& book, const Histories& in) {
+  const int64_t t = in.behaviours();
+  int64_t most = 0;
+  for (int64_t b = 0; b < kUsers; ++b) most += in.offsets.end(b) - in.offsets.start(b);
+  Guarded<float> x(most * kWidth), v(most * kWide), bias(most), spread(most), dv(t * kWide), dbias(t), absent(t);
+  Guarded<int64_t> offsets(kUsers + 1);
+  Guarded<int32_t> codes(most * 2);
+  const LeafSums sums{
+      {x.data(), {most, kWidth}}, {v.data(), {most, kWide}}, {offsets.data(), offsets.data() + 1, kUsers},
+      {codes.data(), {most, 2}},  {bias.data(), {most}},     {spread.data(), {most}}};
+  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), book, in, t), nullptr,
+                        [&](const Context& c) { return leaf_sums(c, book, in, sums); }));
+  const auto d = drawn(14, most * kWidth);
+  const LeafSumsForward forward{sums.histories(),
+                                {d.data(), {most, kWidth}},
+                                {d.data() + 1, {most, kWide}},
+                                {d.data() + 2, {most}},
+                                {d.data() + 3, {most}}};
+  const LeafSumsGradients gradients{{dv.data(), {t, kWide}}, {dbias.data(), {t}}};
+  REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(1), book, in, gradients, t), nullptr,
+                        [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, gradients); }));
+  REQUIRE(test::exactly(missing_workspace(test::sizing(1), &book, in), nullptr,
+                        [&](const Context& c) { return missing(c, &book, in, {absent.data(), {t}}); }));
+  std::vector<float> all;
+  const int64_t n = offsets.data()[kUsers];
+  for (int64_t end : offsets.values()) all.push_back(static_cast<float>(end));
+  for (int64_t i = 0; i < n * 2; ++i) all.push_back(static_cast<float>(codes.data()[i]));
+  const std::pair<Guarded<float>*, int64_t> outputs[] = {{&x, n * kWidth}, {&v, n * kWide}, {&bias, n},  {&spread, n},
+                                                         {&dv, t * kWide}, {&dbias, t},     {&absent, t}};
+  for (const auto& [one, count] : outputs) {
+    CHECK(one->intact());
+    CHECK(std::any_of(one->data(), one->data() + count, [](float f) { return f != 0; }));
+    all.insert(all.end(), one->data(), one->data() + count);
+  }
+  CHECK(std::count(absent.data(), absent.data() + t, 0.f) > 0);
   return all;
 }
 
@@ -69,9 +122,9 @@ TEST_CASE("gathered rows give the bits of copied ones") {
 
   for (int type : {0, 1, 2})  // float32, int8 with a scale a row, int8 with one scale
     for (Normalize normalize : {Normalize::history, Normalize::agents})
-      for (Method method : {Method::exact, Method::leaf}) {
+      for (bool mean_x : {false, true}) {
         CAPTURE(type);
-        CAPTURE(static_cast<int>(method));
+        CAPTURE(mean_x);
         std::vector<float> x(kRows * kWidth, kNan), v(kRows * kWide, kNan), bias(kRows);
         for (size_t i = 0; i < kRows; ++i) {
           const int64_t a = x_ids[i], b = v_ids[i];
@@ -88,8 +141,6 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         }
         RouteParams params;
         params.normalize = normalize;
-        params.method = method;
-        params.missing = Missing::token;
         params.temperature = {temperature.data(), {1}};
         Histories in;
         in.x = test::rows(x, kWidth);
@@ -98,7 +149,7 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.codes = {row_codes.data(), {kRows, 2}};
         in.bias = {bias.data(), {kRows}};
         const RouteAgents agents{{p.data(), {kUsers, kAgents, kWidth}}, {}};
-        const auto copied = run(book, params, in, agents);
+        const auto copied = routed(book, params, in, agents, mean_x), copied_sums = summed(book, in);
         const std::vector<float> none(kRows);
         in.bias = {none.data(), {kRows}};
         in.x = {type ? static_cast<const void*>(bytes.data()) : items.data(), type ? DType::int8 : DType::float32,
@@ -108,7 +159,8 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.v_ids = {v_ids.data(), DType::int32, kRows};
         in.codes = {codes.data(), {kItems, 2}};
         if (type) in.x_scale = {scale.data(), {type == 1 ? kItems : 1}};
-        CHECK(same(run(book, params, in, agents), copied));
+        CHECK(same(routed(book, params, in, agents, mean_x), copied));
+        CHECK(same(summed(book, in), copied_sums));
       }
 }
 

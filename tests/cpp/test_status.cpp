@@ -1,90 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The errors of the core's verbs that Python cannot see, word for word; those that it can stand in test_errors.py and
-// test_gather.py. Files: test_codebook and test_save; workspaces: test_workspace.
+// test_gather.py. What route reads: test_status_route. Files: test_codebook and test_save; workspaces: test_workspace.
 #include <doctest/doctest.h>
 
 #include <limits>
 #include <string>
 
-#include "support.h"
+#include "right.h"
 
 using namespace hisac;
-
-namespace {
-
-void is(const Status& status, Code code, const std::string& message) {
-  CHECK(std::string(status.what()) == message);
-  CHECK(static_cast<int>(status.code()) == static_cast<int>(code));
-}
-void invalid(const Status& status, const std::string& message) { is(status, Code::invalid_argument, message); }
-
-/// Arguments that are right, for tests to spoil one at a time: 2 users, 6 rows, D = 3, V = 2, M = 4, codes [2, 3].
-struct Right {
-  test::Random random{40};
-  Codebook book = test::codebook(random, {2, 3}, 3);
-  std::vector<float> x = std::vector<float>(18), v = std::vector<float>(12), p = std::vector<float>(24),
-                     tokens = std::vector<float>(60), lse = std::vector<float>(10), one = std::vector<float>(1, 1.f);
-  std::vector<int32_t> codes = std::vector<int32_t>(12), agents = std::vector<int32_t>(16), count{4, 4};
-  std::vector<int64_t> votes = std::vector<int64_t>(8), offsets{0, 3, 6};
-  test::Workspace workspace{1 << 20};
-  Context context{workspace.array(), nullptr};
-  VoteParams voting;
-  Agents seats{{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}};
-  Array<const int32_t, 2> given{codes.data(), {6, 2}};
-  Histories voters = [this] {
-    Histories h;
-    h.offsets = test::spans(offsets);
-    h.codes = given;
-    return h;
-  }();
-
-  RouteParams params{Normalize::history, Method::exact, Missing::drop, 0, {one.data(), {1}}};
-  const Codebook* routed_by = nullptr;
-  Histories in{test::rows(x, 3), test::rows(v, 2), test::spans(offsets)};
-  RouteAgents to{{p.data(), {2, 4, 3}}, {}};
-  Tokens out{{tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}, {}};
-  RouteForward forward{
-      {tokens.data(), DType::float32, 8, 2}, {}, {tokens.data(), DType::float32, 8, 2}, {lse.data(), {2, 4}}};
-  RouteGradients gradients;
-
-  AttendInputs attention{test::rows(v, 2),
-                         {x.data(), DType::float32, 4, 2},
-                         {p.data(), DType::float32, 4, 3},
-                         2,
-                         1,
-                         test::spans(offsets),
-                         {},
-                         1};  // N = 6, M = 2, d = 2, V = 3
-  Attended attended{{tokens.data(), DType::float32, 6, 3}, {lse.data(), {6, 1}}};
-  AttendForward attend_forward{
-      {tokens.data(), DType::float32, 6, 3}, {}, {tokens.data(), DType::float32, 6, 3}, {lse.data(), {6, 1}}};
-  std::vector<float> dq = std::vector<float>(12), dk = std::vector<float>(8), dv = std::vector<float>(12),
-                     db = std::vector<float>(4);
-  AttendGradients attend_gradients{{dq.data(), {6, 1, 2}}, {dk.data(), {2, 2, 1, 2}}, {dv.data(), {2, 2, 1, 3}}, {}};
-
-  Right() { voting.budget = 4; }
-
-  Status vote() { return hisac::vote(context, book, voting, voters, seats); }
-  Status route() { return hisac::route(context, routed_by, params, in, to, out); }
-  Status route_backward() { return hisac::route_backward(context, routed_by, params, in, to, forward, gradients); }
-  Status attend() { return hisac::attend(context, attention, attended); }
-  Status attend_backward() { return hisac::attend_backward(context, attention, attend_forward, attend_gradients); }
-};
-
-constexpr const char* kFloats = " expected float32, bfloat16 or float16";
-
-}  // namespace
-
-TEST_CASE("what is right is ok") {
-  Right r;
-  CHECK(std::string(r.vote().what()) == "");
-  CHECK(std::string(r.route().what()) == "");
-  CHECK(std::string(r.route_backward().what()) == "");
-  CHECK(std::string(r.attend().what()) == "");
-  CHECK(std::string(r.attend_backward().what()) == "");
-  CHECK(Status().ok());
-  CHECK(Status().code() == Code::ok);
-}
+using test::invalid;
+using test::is;
+using test::kFloats;
+using test::Right;
 
 TEST_CASE("a message is cut at its end, never past it") {
   const Status status = Status::error(Code::io_error, "%s", std::string(1000, 'x').c_str());
@@ -153,14 +81,14 @@ TEST_CASE("fit") {
   is(fit({r.x.data(), DType::int64, 6, 3}), Code::wrong_type, std::string("fit: x") + kFloats);
   for (int levels : {0, 9}) {
     params.levels = levels;
-    invalid(fit(x), "fit: codes expected 1 to 8 levels, got " + std::to_string(levels));
+    invalid(fit(x), "fit: sizes expected 1 to 8 levels, got " + std::to_string(levels));
   }
   params.levels = 1;
   params.iterations = -1;
   invalid(fit(x), "fit: iterations expected 0 or more, got -1");
   params.iterations = 1;
   params.sizes[0] = 0;
-  invalid(fit(x), "fit: codes expected 1 to 2^20 at level 0, got 0");
+  invalid(fit(x), "fit: sizes expected 1 to 2^20 at level 0, got 0");
   params.sizes[0] = 3;
   invalid(fit(x), "fit: centers of level 0 expected [3, 3], got [2, 3]");
   params.sizes[0] = 2;
@@ -249,64 +177,6 @@ TEST_CASE("histories") {
   is(r.vote(), Code::wrong_type, "vote: offsets expected int32 or int64");
 }
 
-TEST_CASE("route") {
-  const auto spoiled = [](auto spoil) {
-    Right r;
-    spoil(r);
-    return r.route();
-  };
-  is(spoiled([](Right& r) { r.in.x.dtype = DType::int32; }), Code::wrong_type,
-     "route: x expected float32, bfloat16, float16 or int8");
-  is(spoiled([](Right& r) { r.in.v.dtype = DType::int8; }), Code::wrong_type, std::string("route: v") + kFloats);
-  is(spoiled([](Right& r) { r.in.v.dtype = DType::int64; }), Code::wrong_type, std::string("route: v") + kFloats);
-  invalid(spoiled([](Right& r) { r.to.prototypes.shape[1] = (1 << 24) + 1; }),
-          "route: expected at most 2^24 agents, got 16777217");
-  invalid(spoiled([](Right& r) { r.params.temperature = {}; }), "route: temperature expected [1] or [4], got [0]");
-  const Codebook none;
-  invalid(spoiled([&](Right& r) { r.routed_by = &none; }), "route: codebook expected, got an empty one");
-  invalid(spoiled([](Right& r) { r.routed_by = &r.book; }), "route: codes expected [6, 2], got [0, 0]");
-  invalid(spoiled([](Right& r) {
-            r.in.codes = r.given;
-            r.params.method = Method::leaf;
-          }),
-          "route: codes and their codebook expected where x is not given and with the leaf method, got no codebook");
-  invalid(spoiled([](Right& r) { r.out.lse.shape[1] = 5; }),
-          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
-  invalid(spoiled([](Right& r) { r.out.tokens.dtype = DType::float16; }),
-          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
-  invalid(spoiled([](Right& r) { r.params.missing = Missing::token; }),
-          "route: out expected tokens [2, 5, 2] of v's type and lse [2, 5]");
-  invalid(spoiled([](Right& r) { r.params.refine = 1; }), "route: refined expected [2, 4, 3], got [0, 0, 0]");
-}
-
-TEST_CASE("route: gathered inputs") {
-  const auto spoiled = [](auto spoil) {
-    Right r;
-    r.in.x_ids = {r.codes.data(), DType::int32, 6};
-    r.in.v_ids = {r.codes.data(), DType::int32, 6};
-    spoil(r);
-    return r.route();
-  };
-  CHECK(std::string(spoiled([](Right&) {}).what()) == "");
-  const auto int8 = [](Right& r) {
-    r.in.x = {r.x.data(), DType::int8, 5, 3};
-    r.in.x_scale = {r.one.data(), {1}};
-  };
-  CHECK(std::string(spoiled(int8).what()) == "");
-  is(spoiled([](Right& r) { r.in.x_ids.dtype = DType::int8; }), Code::wrong_type,
-     "route: x_ids expected int32 or int64");
-  is(spoiled([](Right& r) { r.in.v_ids.dtype = DType::float32; }), Code::wrong_type,
-     "route: v_ids expected int32 or int64");
-  invalid(spoiled([](Right& r) { r.in.v = {}; }), "route: v expected, got none");
-  invalid(spoiled([](Right& r) { r.in.x = {}; }), "route: x_ids expected with x or codes, got neither");
-  invalid(spoiled([](Right& r) {
-            r.in.codes = r.given;
-            r.in.x.rows = 5;
-          }),
-          "route: codes expected [5, 2], got [6, 2]");
-  invalid(spoiled([](Right& r) { r.in.weights = {r.one.data(), {1}}; }), "route: weights expected [6], got [1]");
-}
-
 TEST_CASE("vote: the sizes of what it does not read") {
   const auto spoiled = [](auto spoil) {
     Right r;
@@ -318,56 +188,6 @@ TEST_CASE("vote: the sizes of what it does not read") {
   CHECK(std::string(spoiled([](Histories&) {}).what()) == "");
   invalid(spoiled([](Histories& in) { in.v.rows = 5; }), "vote: x is [6, 3], v is [5, 2]: T differs (6, 5)");
   invalid(spoiled([](Histories& in) { in.x.rows = in.v.rows = 5; }), "vote: codes expected [5, 2], got [6, 2]");
-}
-
-TEST_CASE("leaf_sums") {
-  std::vector<float> x(18), v(12), bias(6), spread(6);
-  std::vector<int64_t> offsets(3);
-  std::vector<int32_t> codes(12);
-  const auto spoiled = [&](auto spoil) {
-    Right r;
-    r.in.codes = r.given;
-    LeafSums out{{x.data(), {6, 3}},     {v.data(), {6, 2}}, {offsets.data(), {3}},
-                 {codes.data(), {6, 2}}, {bias.data(), {6}}, {spread.data(), {6}}};
-    spoil(r, out);
-    return leaf_sums(r.context, r.book, r.in, out);
-  };
-  CHECK(std::string(spoiled([](Right&, LeafSums&) {}).what()) == "");
-  const char* const shapes =
-      "leaf_sums: out expected offsets [3] and at least 6 rows of x [3], v [2], codes [2], bias and spread";
-  invalid(spoiled([](Right&, LeafSums& out) { out.x.shape[0] = 5; }), shapes);
-  invalid(spoiled([](Right&, LeafSums& out) { out.v.shape[1] = 4; }), shapes);
-  invalid(spoiled([](Right&, LeafSums& out) { out.bias.shape[0] = 5; }), shapes);
-  invalid(spoiled([](Right&, LeafSums& out) { out.spread.shape[0] = 0; }), shapes);
-  invalid(spoiled([](Right&, LeafSums& out) { out.offsets.shape[0] = 2; }), shapes);
-  invalid(spoiled([](Right&, LeafSums& out) { out.codes.shape[1] = 3; }), shapes);
-  invalid(spoiled([](Right& r, LeafSums&) { r.in.codes = {}; }), "leaf_sums: codes expected [6, 2], got [0, 0]");
-  invalid(spoiled([](Right& r, LeafSums&) { r.book = Codebook(); }), "leaf_sums: codebook expected, got an empty one");
-  Right r;
-  r.in.codes = r.given;
-  const size_t need = leaf_sums_workspace(test::sizing(1), r.book, r.in, 3);
-  invalid(spoiled([](Right& right, LeafSums&) { right.context.workspace = {}; }),
-          "leaf_sums: workspace expected at least " + std::to_string(need) + " bytes, got 0");
-}
-
-TEST_CASE("route_backward") {
-  const auto spoiled = [](auto spoil) {
-    Right r;
-    spoil(r);
-    return r.route_backward();
-  };
-  invalid(spoiled([](Right& r) { r.params.refine = 1; }),
-          "route_backward: refine expected 0 with the refined prototypes, got 1");
-  is(spoiled([](Right& r) { r.forward.d_tokens.dtype = DType::int32; }), Code::wrong_type,
-     std::string("route_backward: d_tokens") + kFloats);
-  is(spoiled([](Right& r) { r.forward.tokens.dtype = DType::int32; }), Code::wrong_type,
-     std::string("route_backward: tokens") + kFloats);
-  const char* const gradients = "route_backward: gradients expected the shapes of their arguments";
-  invalid(spoiled([](Right& r) { r.gradients.v = {r.tokens.data(), {6, 3}}; }), gradients);
-  invalid(spoiled([](Right& r) { r.gradients.x = {r.tokens.data(), {6, 2}}; }), gradients);
-  invalid(spoiled([](Right& r) { r.gradients.bias = {r.tokens.data(), {5}}; }), gradients);
-  invalid(spoiled([](Right& r) { r.gradients.temperature = {r.tokens.data(), {4}}; }), gradients);
-  invalid(spoiled([](Right& r) { r.gradients.prototypes = {r.tokens.data(), {2, 4, 2}}; }), gradients);
 }
 
 TEST_CASE("attend and attend_backward") {

@@ -43,25 +43,35 @@ class Verbs {
                        {{agents_.data(), {2, kSeats, 2}}, {votes_.data(), {2, kSeats}}, {count_.data(), {2}}});
          },
          [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
-        {"route", [this](int w) { return route_workspace(test::sizing(w), nullptr, route_, in_, to_, kLongest); },
-         [this](const Context& c) {
-           return route(c, nullptr, route_, in_, to_,
-                        {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
-                         {lse_.data(), {2, kSeats}},
-                         {refined_.data(), {2, kSeats, kWidth}}});
-         },
-         [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && refined_.holds(0x5a); }},
+        {"route",
+         [this](int w) { return route_workspace(test::sizing(w), nullptr, route_, in_, to_, returned(), kLongest); },
+         [this](const Context& c) { return route(c, nullptr, route_, in_, to_, returned()); },
+         [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && mean_x_.holds(0x5a); }},
         {"route_backward",
          [this](int w) {
-           return route_backward_workspace(test::sizing(w), nullptr, plain_, in_, to_, gradients(), kLongest);
+           return route_backward_workspace(test::sizing(w), nullptr, route_, in_, to_, forward(), gradients(),
+                                           kLongest);
          },
-         [this](const Context& c) {
-           return route_backward(
-               c, nullptr, plain_, in_, to_,
-               {test::rows(prototypes_, kWidth), {}, test::rows(prototypes_, kWidth), {given_lse_.data(), {2, kSeats}}},
-               gradients());
+         [this](const Context& c) { return route_backward(c, nullptr, route_, in_, to_, forward(), gradients()); },
+         [this] {
+           return d_v_.holds(0x5a) && d_tau_.holds(0x5a) && d_x_.holds(0x5a) && d_p_.holds(0x5a) &&
+                  d_bias_.holds(0x5a) && d_spread_.holds(0x5a);
+         }},
+        {"missing", [this](int w) { return missing_workspace(test::sizing(w), &book_, in_); },
+         [this](const Context& c) { return missing(c, &book_, in_, {absent_.data(), {kRows}}); },
+         [this] { return absent_.holds(0x5a); }},
+        {"leaf_sums", [this](int w) { return leaf_sums_workspace(test::sizing(w), book_, in_, kLongest); },
+         [this](const Context& c) { return leaf_sums(c, book_, in_, sums(sum_offsets_.data() + 1)); },
+         [this] { return sums_untouched() && sum_offsets_.holds(0x5a); }},
+        {"leaf_sums", [this](int w) { return leaf_sums_workspace(test::sizing(w), book_, in_, kLongest); },
+         [this](const Context& c) { return leaf_sums(c, book_, in_, sums(sum_ends_.data())); },
+         [this] { return sums_untouched() && sum_offsets_.holds(0x5a) && sum_ends_.holds(0x5a); }},
+        {"leaf_sums_backward",
+         [this](int w) {
+           return leaf_sums_backward_workspace(test::sizing(w), book_, in_, leaf_gradients(), kLongest);
          },
-         [this] { return d_v_.holds(0x5a) && d_tau_.holds(0x5a) && d_x_.holds(0x5a) && d_p_.holds(0x5a); }},
+         [this](const Context& c) { return leaf_sums_backward(c, book_, in_, leaf_forward(), leaf_gradients()); },
+         [this] { return d_leaf_v_.holds(0x5a) && d_leaf_bias_.holds(0x5a); }},
         {"attend", [this](int w) { return attend_workspace(test::sizing(w), attention_); },
          [this](const Context& c) {
            return attend(c, attention_, {{out_.data(), DType::float32, kRows, kWidth}, {out_lse_.data(), {kRows, 1}}});
@@ -81,20 +91,43 @@ class Verbs {
 
   bool intact() {
     bool ok = codes_.intact() && agents_.intact() && votes_.intact() && count_.intact();
-    for (Guarded<float>* a : {&centers_, &tokens_, &lse_, &refined_, &d_v_, &d_tau_, &d_x_, &d_p_, &out_, &out_lse_,
-                              &d_q_, &d_k_, &d_value_})
+    ok = ok && sum_offsets_.intact() && sum_ends_.intact() && sum_codes_.intact();
+    for (Guarded<float>* a :
+         {&centers_,     &tokens_,   &lse_,     &mean_x_, &d_v_,   &d_tau_,    &d_x_,        &d_p_,
+          &d_bias_,      &d_spread_, &absent_,  &sum_x_,  &sum_v_, &sum_bias_, &sum_spread_, &d_leaf_v_,
+          &d_leaf_bias_, &out_,      &out_lse_, &d_q_,    &d_k_,   &d_value_})
       ok = a->intact() && ok;
     return ok;
   }
 
  private:
-  RouteGradients gradients() {
-    return {{d_v_.data(), {kRows, kWidth}},
-            {d_tau_.data(), {1}},
-            {},
-            {d_x_.data(), {kRows, kWidth}},
-            {d_p_.data(), {2, kSeats, kWidth}}};
+  Tokens returned() {
+    return {{tokens_.data(), DType::float32, 2 * kSeats, kWidth},
+            {lse_.data(), {2, kSeats}},
+            {mean_x_.data(), {2, kSeats, kWidth}}};
   }
+  RouteForward forward() {
+    const Rows some = test::rows(prototypes_, kWidth);
+    return {some, {given_lse_.data(), {2, kSeats}}, {}, some, {}, {}};
+  }
+  RouteGradients gradients() {
+    return {{d_x_.data(), {kRows, kWidth}}, {d_v_.data(), {kRows, kWidth}},     {d_bias_.data(), {kRows}},
+            {d_spread_.data(), {kRows}},    {d_p_.data(), {2, kSeats, kWidth}}, {d_tau_.data(), {1}}};
+  }
+  LeafSums sums(int64_t* ends) {
+    return {{sum_x_.data(), {kRows, kWidth}}, {sum_v_.data(), {kRows, kWidth}}, {sum_offsets_.data(), ends, 2},
+            {sum_codes_.data(), {kRows, 2}},  {sum_bias_.data(), {kRows}},      {sum_spread_.data(), {kRows}}};
+  }
+  bool sums_untouched() {
+    return sum_x_.holds(0x5a) && sum_v_.holds(0x5a) && sum_bias_.holds(0x5a) && sum_spread_.holds(0x5a) &&
+           sum_codes_.holds(0x5a);
+  }
+  LeafSumsForward leaf_forward() {  // as if each behaviour were its sum
+    Histories given = in_;
+    given.spread = {bias_.data(), {kRows}};
+    return {given, {values_.data(), {kRows, kWidth}}, {values_.data(), {kRows, kWidth}}, {}, {}};
+  }
+  LeafSumsGradients leaf_gradients() { return {{d_leaf_v_.data(), {kRows, kWidth}}, {d_leaf_bias_.data(), {kRows}}}; }
 
   static constexpr int64_t kRows = 5000, kLongest = 4990, kWidth = 5, kSeats = 7;  // long enough to be cut for workers
   test::Random random_{11};
@@ -125,15 +158,16 @@ class Verbs {
     p.budget = kSeats;
     return p;
   }();
-  RouteParams route_{Normalize::agents, Method::exact, Missing::drop, 1, {tau_.data(), {1}}},
-      plain_{Normalize::agents, Method::exact, Missing::drop, 0, {tau_.data(), {1}}};
+  RouteParams route_{Normalize::agents, {tau_.data(), {1}}};
   AttendInputs attention_{
       x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, in_.offsets, {}, 1};
-  Guarded<int32_t> codes_{kRows * 2}, agents_{2 * kSeats * 2}, count_{2};
-  Guarded<int64_t> votes_{2 * kSeats};
-  Guarded<float> centers_{4 * kWidth}, tokens_{2 * kSeats * kWidth}, lse_{2 * kSeats}, refined_{2 * kSeats * kWidth},
-      d_v_{kRows * kWidth}, d_tau_{1}, d_x_{kRows * kWidth}, d_p_{2 * kSeats * kWidth}, out_{kRows * kWidth},
-      out_lse_{kRows}, d_q_{kRows * kWidth}, d_k_{2 * kSeats * kWidth}, d_value_{2 * kSeats * kWidth};
+  Guarded<int32_t> codes_{kRows * 2}, agents_{2 * kSeats * 2}, count_{2}, sum_codes_{kRows * 2};
+  Guarded<int64_t> votes_{2 * kSeats}, sum_offsets_{3}, sum_ends_{2};
+  Guarded<float> centers_{4 * kWidth}, tokens_{2 * kSeats * kWidth}, lse_{2 * kSeats}, mean_x_{2 * kSeats * kWidth},
+      d_v_{kRows * kWidth}, d_tau_{1}, d_x_{kRows * kWidth}, d_p_{2 * kSeats * kWidth}, d_bias_{kRows},
+      d_spread_{kRows}, absent_{kRows}, sum_x_{kRows * kWidth}, sum_v_{kRows * kWidth}, sum_bias_{kRows},
+      sum_spread_{kRows}, d_leaf_v_{kRows * kWidth}, d_leaf_bias_{kRows}, out_{kRows * kWidth}, out_lse_{kRows},
+      d_q_{kRows * kWidth}, d_k_{2 * kSeats * kWidth}, d_value_{2 * kSeats * kWidth};
 };
 
 }  // namespace
@@ -146,7 +180,7 @@ TEST_CASE("too small: an error that names the bytes, outputs untouched, nothing 
     for (const Verb& verb : verbs.all()) {
       CAPTURE(std::string(verb.name));
       const size_t need = verb.bytes(workers);
-      for (size_t have : {size_t{0}, size_t{64}, need / 2, need - 64, need - 1}) {
+      for (size_t have : {size_t{0}, std::min(size_t{64}, need - 1), need / 2, need - 64, need - 1}) {
         Workspace workspace(have);
         const Status status = verb.call({workspace.array(), &executor});
         CHECK(status.code() == Code::invalid_argument);
@@ -202,22 +236,35 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
   const auto sizes = [&](int64_t users, int64_t longest, int workers) {
     const Context context = test::sizing(workers);
     std::vector<size_t> all;
-    for (const Method method : {Method::exact, Method::leaf}) {
-      RouteParams params;
-      params.method = method;
-      params.missing = Missing::token;
-      params.temperature = {&tau, {1}};
-      Histories in;
-      in.x = in.v = {&tau, DType::float32, users * longest, 4};
-      in.offsets = {&tau, &tau, DType::int64, users};
-      in.codes = {reinterpret_cast<const int32_t*>(&tau), {users * longest, 2}};
-      const RouteAgents agents{{&tau, {users, 9, 4}}, {}};
-      all.push_back(route_workspace(context, &book, params, in, agents, longest));
-      all.push_back(route_backward_workspace(context, &book, params, in, agents, {}, longest));
-      all.push_back(leaf_sums_workspace(context, book, in, longest));
-    }
-    for (const VoteParams& params : {by_budget, by_fanout})
-      all.push_back(vote_workspace(context, book, params, longest));
+    float to;
+    const float* const of = &tau;
+    RouteParams params;
+    params.temperature = {&tau, {1}};
+    Histories in;
+    in.x = {&tau, DType::float32, users * longest, 4};
+    in.offsets = {&tau, &tau, DType::int64, users};
+    in.codes = {reinterpret_cast<const int32_t*>(&tau), {users * longest, 2}};
+    const RouteAgents agents{{&tau, {users, 9, 4}}, {}};
+    for (const bool has_v : {true, false})
+      for (const bool has_mean_x : {true, false})
+        for (const Precision precision : {Precision::float32, Precision::bfloat16}) {
+          params.precision = precision;
+          in.v = has_v ? in.x : Rows{};
+          const Tokens out{{has_v ? &to : nullptr}, {&to, {users, 9}}, {has_mean_x ? &to : nullptr, {users, 9, 4}}};
+          all.push_back(route_workspace(context, &book, params, in, agents, out, longest));
+          RouteForward forward{{}, {of, {users, 9}}, {of, {users, 9, 4}}, {has_v ? of : nullptr}, {}, {}};
+          if (has_mean_x) forward.d_mean_x = forward.mean_x;
+          for (const bool wanted : {false, true}) {
+            RouteGradients gradients;
+            if (wanted) gradients = {{&to}, {&to}, {&to}, {&to}, {&to}, {&to}};
+            all.push_back(route_backward_workspace(context, &book, params, in, agents, forward, gradients, longest));
+          }
+        }
+    in.v = in.x;
+    all.push_back(leaf_sums_workspace(context, book, in, longest));
+    all.push_back(leaf_sums_backward_workspace(context, book, in, {}, longest));
+    all.push_back(missing_workspace(context, &book, in));
+    for (const VoteParams& rule : {by_budget, by_fanout}) all.push_back(vote_workspace(context, book, rule, longest));
     return all;
   };
   for (int i = 0; i < 4000; ++i) {
@@ -243,34 +290,39 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
   const int64_t nobody[] = {0, 0};
   test::Random random{1};
   const Codebook book = test::codebook(random, {3, 2}, 4);
-  for (const Method method : {Method::exact, Method::leaf})
-    for (int which = 0; which < 6; ++which) {
-      CAPTURE(which);
-      RouteParams params;
-      params.method = method;
-      params.temperature = {&tau, {1}};
-      Histories in;
-      int64_t longest = 10;
-      in.x = {&tau, DType::float32, 0, 4};
-      in.v = {&tau, DType::float32, 0, 4};
-      in.offsets = {nobody, nobody + 1, DType::int64, 1};
-      in.codes = {reinterpret_cast<const int32_t*>(&tau), {0, 2}};
-      RouteAgents agents{{&tau, {1, 0, 4}}, {}};
-      if (which == 0) in.x.width = agents.prototypes.shape[2] = kWide;
-      if (which == 1) in.v.width = kWide - 1008;
-      if (which == 2) agents.prototypes.shape[1] = kHuge;
-      if (which == 3) longest = kHuge;
-      if (which == 4) in.offsets.users = agents.prototypes.shape[0] = kHuge;
-      if (which == 5) in.x.rows = in.v.rows = in.codes.shape[0] = kHuge;
-      CHECK(route_workspace(none, &book, params, in, agents, longest) == kLimit);
-      CHECK(route_backward_workspace(none, &book, params, in, agents, {}, longest) == kLimit);
-      if (which != 2) CHECK(leaf_sums_workspace(none, book, in, longest) == kLimit);
-      if (which == 0 || which == 1) {
-        const Status status =
-            route(none, &book, params, in, agents, {{nullptr, DType::float32, 0, in.v.width}, {nullptr, {1, 0}}, {}});
-        CHECK(std::string(status.what()).find("route: expected D and V of 1 to 2^20, got ") == 0);
-      }
+  for (int which = 0; which < 6; ++which) {
+    CAPTURE(which);
+    RouteParams params;
+    params.temperature = {&tau, {1}};
+    Histories in;
+    int64_t longest = 10;
+    in.x = {&tau, DType::float32, 0, 4};
+    in.v = {&tau, DType::float32, 0, 4};
+    in.offsets = {nobody, nobody + 1, DType::int64, 1};
+    in.codes = {reinterpret_cast<const int32_t*>(&tau), {0, 2}};
+    RouteAgents agents{{&tau, {1, 0, 4}}, {}};
+    if (which == 0) in.x.width = agents.prototypes.shape[2] = kWide;
+    if (which == 1) in.v.width = kWide - 1008;
+    if (which == 2) agents.prototypes.shape[1] = kHuge;
+    if (which == 3) longest = kHuge;
+    if (which == 4) in.offsets.users = agents.prototypes.shape[0] = kHuge;
+    if (which == 5) in.x.rows = in.v.rows = in.codes.shape[0] = kHuge;
+    CHECK(route_workspace(none, &book, params, in, agents, {}, longest) == kLimit);
+    CHECK(route_backward_workspace(none, &book, params, in, agents, {}, {}, longest) == kLimit);
+    if (which != 2) CHECK(leaf_sums_workspace(none, book, in, longest) == kLimit);
+    if (which != 2) CHECK(leaf_sums_backward_workspace(none, book, in, {}, longest) == kLimit);
+    if (which != 2 && which != 3) CHECK(missing_workspace(none, &book, in) == kLimit);
+    if (which == 0 || which == 1) {
+      const auto refused = [&](const char* verb, const Status& status) {
+        CHECK(std::string(status.what()).find(verb + std::string(": expected D and V of 1 to 2^20, got ")) == 0);
+      };
+      refused("route", route(none, &book, params, in, agents, {{nullptr, DType::float32, 0, in.v.width}, {}}));
+      refused("route_backward", route_backward(none, &book, params, in, agents, {}, {}));
+      refused("leaf_sums", leaf_sums(none, book, in, {}));
+      refused("leaf_sums_backward", leaf_sums_backward(none, book, in, {}, {}));
+      refused("missing", missing(none, &book, in, {}));
     }
+  }
   for (int64_t AttendInputs::* size : {&AttendInputs::agents, &AttendInputs::heads}) {
     AttendInputs in;
     in.q = in.keys = in.values = {&tau, DType::float32, 0, 4};

@@ -14,7 +14,8 @@ from hisac.reference import bounds
 from hisac.types import Attended, Histories, Tokens
 
 NAN, INF = float("nan"), float("inf")
-METHODS = {"normalize": ("history", "agents"), "method": ("exact", "leaf"), "missing": ("drop", "token")}
+OPTIONS = {"normalize": ("history", "agents"), "precision": ("float32", "bfloat16")}
+SUMS = ("x", "v", "bias", "spread")  # of leaf sums, what is float
 
 
 def bounded(function: Any, *args: Any, fields: Any) -> list[tuple[Any, Any]]:
@@ -144,20 +145,26 @@ def route_args(records: dict[str, Any], options: dict[str, Any]) -> dict[str, An
 
 
 def options_record(options: dict[str, Any]) -> Stored:
-    index = [choices.index(options.get(name, choices[0])) for name, choices in METHODS.items()]
-    return number(*index, options.get("refine", 0), int(options.get("precision") == "bfloat16"))
+    return number(*(choices.index(options.get(name, choices[0])) for name, choices in OPTIONS.items()))
 
 
 def route_case(name: str, records: dict[str, Any], options: dict[str, Any], stride: int = 1) -> Case:
     args = route_args(records, options)
-    v = records["v"].array()
-    dtype = {"float16": "float16", "uint16": "bfloat16"}.get(str(v.dtype), "float32")
     found = reference.route(**args)
-    fields = Tokens._fields if options.get("refine") else Tokens._fields[:2]
-    limits = bounded(bounds.route_bound, args, dtype, fields=fields)
+    fields = [f for f in Tokens._fields if getattr(found, f) is not None]
+    limits = bounded(bounds.route_bound, args, type_of(records), fields=fields)
     expected = {f: Floats(getattr(found, f), *limit, stride=stride) for f, limit in zip(fields, limits, strict=True)}
-    refined = {"refined": expected.pop("prototypes")} if "prototypes" in expected else {}
-    return f"route/{name}", records | {"options": options_record(options), **expected, **refined}
+    return f"route/{name}", records | {"options": options_record(options), **expected}
+
+
+def type_of(records: dict[str, Any]) -> str:
+    """The type of v."""
+    kind = str(records["v"].array().dtype) if "v" in records else "float32"
+    return {"float16": "float16", "uint16": "bfloat16"}.get(kind, "float32")
+
+
+def without(records: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: r for name, r in records.items() if name not in names}
 
 
 def usual(rows: int, users: int, agents: int, width: int, wide: int, offsets: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def small(rows: int = 60) -> dict[str, Any]:
 
 def gathered() -> dict[str, Any]:
     """Items and values as tables, and int8."""
-    records = {name: r for name, r in small().items() if name not in ("x", "v")}
+    records = without(small(), "x", "v")
     records["codes"] = Codes(413, (25, 2), {23: -1}, (3, 4), ("even", "skewed"))
     records["x"] = Stored(Codes(420, (25, 6), {}, (256,) * 6, ("even",) * 6).array().astype(np.uint8).view(np.int8))
     records["v"] = Uniform(421, (20, 5))
@@ -191,19 +198,24 @@ def gathered() -> dict[str, Any]:
     return records | {"x_scale": Stored(np.abs(Uniform(424, (25,), scale=0.01).array()))}
 
 
+def halved(name: str) -> dict[str, Any]:
+    """x and v of a type of 16 bits."""
+    halves = {}
+    for of in ("x", "v"):
+        a = np.nan_to_num(small()[of].array())
+        upper = (to_bfloat16(a).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        halves[of] = Stored(a.astype(np.float16) if name == "float16" else upper)
+    return small() | halves
+
+
 def odd_inputs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Small problems, each with something else that an input may be."""
-    yield "a spread", small() | {"spread": Stored(np.abs(Uniform(425, (60,)).array()))}, {"missing": "token"}
-    yield "without x", {name: r for name, r in small().items() if name != "x"}, {"normalize": "agents"}
-    yield "gathered", gathered(), {"missing": "token"}
+    yield "a spread", small() | {"spread": Stored(np.abs(Uniform(425, (60,)).array()))}, {}
+    yield "without x", without(small(), "x"), {"normalize": "agents"}
+    yield "gathered", gathered(), {}
     yield "gathered, one scale", gathered() | {"x_scale": number(0.01, kind=np.float32)}, {"normalize": "agents"}
     for name in ("float16", "bfloat16"):
-        halves = {}
-        for of in ("x", "v"):
-            a = np.nan_to_num(small()[of].array())
-            upper = (to_bfloat16(a).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-            halves[of] = Stored(a.astype(np.float16) if name == "float16" else upper)
-        yield name, small() | halves, {"normalize": "agents", "missing": "token"}
+        yield name, halved(name), {"normalize": "agents"}
 
 
 def route_cases() -> Iterator[Case]:
@@ -211,21 +223,21 @@ def route_cases() -> Iterator[Case]:
         "count": number(8, 9, 5, kind=np.int32),
         "temperature": number(0.3, 0.5, 1, 2, 0.3, 0, 0.7, 0.2, 1, kind=np.float32),  # agent 5 is absent
     }
-    for normalize in METHODS["normalize"]:
-        for method in METHODS["method"]:
-            for missing in METHODS["missing"]:
-                for refine in (0, 2) if missing == "drop" else (1,):
-                    options = {"normalize": normalize, "method": method, "missing": missing, "refine": refine}
-                    yield route_case(" ".join(map(str, options.values())), long, options)
-        tails = usual(130, 2, 21, 35, 19, offsets_of(0, 113, 130)) | {"temperature": number(3, kind=np.float32)}
-        for precision in ("float32", "bfloat16"):
-            yield route_case(
-                f"tails {normalize} {precision}", tails, {"normalize": normalize, "precision": precision}, 9
-            )
+    means, tau = {"mean_x": True}, number(3, kind=np.float32)
+    for normalize in OPTIONS["normalize"]:
+        mode = {"normalize": normalize}
+        yield route_case(f"long {normalize}", long, mode)
+        yield route_case(f"long {normalize} mean_x", long, mode | means)
+        yield route_case(f"long {normalize} mean_x alone", without(long, "v"), mode | means)
+        tails = usual(130, 2, 21, 35, 19, offsets_of(0, 113, 130)) | {"temperature": tau}
+        for precision in OPTIONS["precision"]:
+            options = mode | {"precision": precision}
+            yield route_case(f"tails {normalize} {precision}", tails, options, 9)
+            yield route_case(f"tails {normalize} {precision} mean_x", tails, options | means, 9)
         # logits that rise within a tile, so that sums made before are scaled down
         rising = usual(300, 1, 5, 6, 5, offsets_of(0, 300)) | {"temperature": number(0.3, kind=np.float32)}
         rising["bias"] = Uniform(415, (300,), {i: -9.0 - 30.0 * (i < 100) for i in range(200)})
-        yield route_case(f"rising {normalize}", rising, {"normalize": normalize})
+        yield route_case(f"rising {normalize}", rising, mode | means)
         # of the AMX unit: without bounds of its own; bfloat16 has inputs that are bfloat16's
         for exact in (False, True):
             inputs = {
@@ -233,84 +245,129 @@ def route_cases() -> Iterator[Case]:
                 "v": Uniform(431, (2300, 9)),
                 "bias": Uniform(432, (2300,)),
                 "prototypes": Uniform(433, (3, 33, 70), bfloat16=not exact),
-                "temperature": number(3, kind=np.float32),
+                "temperature": tau,
                 **offsets_of(0, 2100, 2100, 2300),
             }
-            options = {"normalize": normalize, "precision": "float32" if exact else "bfloat16"}
-            _, records = route_case("", inputs, options, 5)
+            options = mode | {"precision": "float32" if exact else "bfloat16"}
+            _, records = route_case("", inputs, options | means, 5)
+            records["mean_x"].stride = 23
             yield f"amx/{normalize} {options['precision']}", records
     for name, records, options in odd_inputs():
-        for refine in (0, 1):
-            yield route_case(f"{name} {refine}", records, options | {"refine": refine})
-        yield route_case(f"{name} leaf", records, options | {"method": "leaf"})
+        yield route_case(name, records, options)
+        yield route_case(f"{name}, mean_x", records, options | means)
+    unread = {"tokens": False}  # v is given, and decides who is absent
+    yield route_case("no tokens", gathered(), unread | means)
+    yield route_case("lse alone", gathered(), unread)
+    yield route_case("lse alone, without v", without(small(), "v"), {})
+
+
+def missing_cases() -> Iterator[Case]:
+    odd = {0: NAN, 50 * 5 + 4: INF, 20 * 5: -INF, 1 * 5 + 2: NAN}  # of rows 0, 50 and 1, which are absent, and of 20
+    problems = [(name, records) for name, records, _ in odd_inputs()]
+    problems.append(("odd values", small() | {"v": Uniform(411, (60, 5), odd)}))
+    problems.append(("without codes", without(small(), "codes", "book")))
+    problems.append(("long", usual(4500, 3, 1, 6, 5, offsets_of(0, 4400, 4400, 4500))))
+    for name, records in problems:
+        given = without(records, "prototypes", "temperature")
+        found = reference.missing(histories_of(given), book=built(given) if "codes" in given else None)
+        yield f"missing/{name}", given | {"missing": Integers(np.isfinite(found).astype(np.int32))}
 
 
 # ------------------------------------------------------------------------------------------- leaf sums and gradients
 
 
-def leaf_sums_cases() -> Iterator[Case]:
+def leaf_problems() -> Iterator[tuple[str, dict[str, Any]]]:
     rows, width, wide = 9100, 7, 5
     records = usual(rows, 3, 1, width, wide, offsets_of(0, 9000, 9000, 9100))
     records["bias"] = Uniform(440, (rows,), {i: INF for i in range(1, rows, 370)}, 3.0)
     records["spread"] = Uniform(441, (rows,), {i: -1.0 for i in range(3, rows, 911)}, 1.0)
-    for name, given in (("long", records), ("gathered", gathered()), ("without x", small())):
-        given = {of: r for of, r in given.items() if of not in ("prototypes", "temperature") and (name, of) != (
-            "without x", "x")}  # fmt: skip
+    problems = (("long", records), ("gathered", gathered()), ("without x", without(small(), "x")))
+    for name, given in (*problems, ("float16", halved("float16")), ("without v", without(small(), "v"))):
+        yield name, without(given, "prototypes", "temperature")
+
+
+def leaf_sums_cases() -> Iterator[Case]:
+    for name, given in leaf_problems():
         args = {"book": built(given), "histories": histories_of(given)}
-        found = reference.leaf_sums(**args)
-        limit = bounds.leaf_sums_bound(args)
-        sums = {f: Floats(getattr(found, f), getattr(limit, f)) for f in ("x", "v", "bias", "spread")}
-        sums = {f"sum {f}": r for f, r in sums.items()}
+        found, limit = reference.leaf_sums(**args), bounds.leaf_sums_bound(args)
+        sums = {f"sum {f}": Floats(getattr(found, f), getattr(limit, f)) for f in SUMS if f != "v" or "v" in given}
         integers = {f"sum {f}": Integers(getattr(found, f)) for f in ("offsets", "codes")}
         yield f"leaf_sums/{name}", given | sums | integers
 
 
-def backward_case(name: str, records: dict[str, Any], options: dict[str, Any], stride: int = 1) -> Case:
+def leaf_backward_cases() -> Iterator[Case]:
+    every = {name: SUMS for name, _ in leaf_problems()}
+    for name, given in leaf_problems():
+        if "v" not in given:
+            continue
+        args = {"book": built(given), "histories": histories_of(given)}
+        found = reference.leaf_sums(**args)
+        sums = {f: np.float32(getattr(found, f)) for f in SUMS} | {"codes": found.codes, "offsets": found.offsets}
+        for some in (every[name],) if name == "long" else (every[name], ("v",), ("bias", "spread"), ("x",)):
+            wanted = {f: Uniform(460 + i, sums[f].shape) for i, f in enumerate(SUMS) if f in some}
+            gradients = Histories(**{f: r.array() for f, r in wanted.items()})
+            all_args = args | {"sums": Histories(**sums), "gradients": gradients}
+            exact, limit = reference.leaf_sums_backward(**all_args), bounds.leaf_sums_backward_bound(all_args)
+            stride = 97 if name == "long" else 7
+            expected = {f"grad {f}": Floats(getattr(exact, f), getattr(limit, f), stride=stride) for f in ("v", "bias")}
+            stored = {f"sum {f}": Stored(a) for f, a in sums.items()} | {f"d_{f}": r for f, r in wanted.items()}
+            yield f"leaf_sums_backward/{name}, of {' '.join(some)}", given | stored | expected
+
+
+RETURNED = {"tokens": 450, "lse": 451, "mean_x": 452}  # by route, and the seeds of their gradients
+
+
+def backward_case(
+    name: str, records: dict[str, Any], options: dict[str, Any], stride: int, of: tuple[str, ...] = ("tokens", "lse")
+) -> Case:
+    """of: what has a gradient."""
     args = route_args(records, options)
-    forward = reference.route(**args)
-    v = records["v"].array()
-    kind = str(v.dtype)
+    forward = reference.route(**args, mean_x="mean_x" in of)
+    kind = type_of(records)
 
     def in_type(a: Any) -> Any:
-        if kind == "uint16":
+        if kind == "bfloat16":
             return Stored((to_bfloat16(a).view(np.uint32) >> np.uint32(16)).astype(np.uint16))
-        return Stored(np.asarray(a, np.float16 if kind == "float16" else np.float32))
+        return Stored(np.asarray(a, kind))
 
-    given = {
-        "tokens": in_type(forward.tokens),
-        "lse": Stored(forward.lse.astype(np.float32)),
-        "d_tokens": in_type(Uniform(450, forward.tokens.shape).array()),
-        "d_lse": Uniform(451, forward.lse.shape),
-    }
-    need = ["v", "temperature", *(("bias", "x", "prototypes") if options.get("method") != "leaf" else ())]
-    need = [of for of in need if of != "x" or args["histories"].x is not None]
-    prototypes = args.pop("prototypes")
-    args.pop("refine", None)
-    args |= {of: as_numpy(given[of]) for of in ("d_tokens", "d_lse")}
-    args["forward"] = Tokens(as_numpy(given["tokens"]), given["lse"].array(), prototypes)
+    given = {f: Stored(a.astype(np.float32)) for f, a in forward._asdict().items() if a is not None}
+    given |= {f"d_{f}": Uniform(RETURNED[f], given[f].array().shape) for f in of}
+    for f in ("tokens", "d_tokens"):
+        if f in given:
+            given[f] = in_type(given[f].array() if f == "d_tokens" else forward.tokens)
+    lacks = {"x"} if "mean_x" in of or "x" not in records else set()
+    lacks |= set() if "v" in records else {"v"}
+    need = [f for f in ("v", "temperature", "bias", "spread", "x", "prototypes") if f not in lacks]
+    arrays = {f: as_numpy(record) for f, record in given.items()}
+    args["forward"] = Tokens(*(arrays.get(f) for f in Tokens._fields))
+    args["gradients"] = Tokens(*(arrays.get(f"d_{f}") for f in Tokens._fields))
     args["need"] = tuple(need)
     found = reference.route_backward(**args)
     limits = bounded(bounds.route_backward_bound, args, fields=need)
     expected = {
-        f"grad {f}": Floats(getattr(found, f), *limit, stride=stride if f in ("v", "x", "bias") else 1)
+        f"grad {f}": Floats(getattr(found, f), *limit, stride=stride if f in ("v", "x", "bias", "spread") else 1)
         for f, limit in zip(need, limits, strict=True)
     }
     return f"route_backward/{name}", records | {"options": options_record(options), **given, **expected}
 
 
 def backward_cases() -> Iterator[Case]:
-    for normalize in METHODS["normalize"]:
-        for method in METHODS["method"]:
-            options = {"normalize": normalize, "method": method, "missing": "token"}
-            each = small() | {"temperature": number(0.5, 0.6, 0.7, 0.8, kind=np.float32)}
-            yield backward_case(f"each tau {normalize} {method}", each, options, 7)
-            yield backward_case(f"one tau {normalize} {method}", small(), options, 7)
+    every = tuple(RETURNED)
+    for normalize in OPTIONS["normalize"]:
+        mode = {"normalize": normalize}
+        each = small() | {"temperature": number(0.5, 0.6, 0.7, 0.8, kind=np.float32)}
+        for some in (every[:2], every, ("mean_x",), ("tokens",), ("lse",)):
+            yield backward_case(f"each tau {normalize}, of {' '.join(some)}", each, mode, 7, some)
+        yield backward_case(f"one tau {normalize}", small(), mode, 7)
+        yield backward_case(f"without v {normalize}", without(small(), "v"), mode, 7, every[1:])
         long = usual(2400, 2, 5, 6, 5, offsets_of(0, 2300, 2400)) | {"temperature": number(0.9, kind=np.float32)}
-        yield backward_case(f"long {normalize}", long, {"normalize": normalize}, 97)
         tails = usual(50, 1, 17, 35, 19, offsets_of(0, 50)) | {"temperature": number(3, kind=np.float32)}
-        yield backward_case(f"tails {normalize}", tails, {"normalize": normalize}, 7)
+        for some in (every[:2], every):
+            yield backward_case(f"long {normalize}, of {' '.join(some)}", long, mode, 97, some)
+            yield backward_case(f"tails {normalize}, of {' '.join(some)}", tails, mode, 7, some)
     for name, records, options in odd_inputs():
         yield backward_case(name, records, options, 7)
+        yield backward_case(f"{name}, of mean_x too", records, options, 7, every)
 
 
 # --------------------------------------------------------------------------------------------------------------- attend
@@ -358,6 +415,8 @@ def cases() -> Iterator[Case]:
     yield from encode_cases()
     yield from vote_cases()
     yield from route_cases()
+    yield from missing_cases()
     yield from leaf_sums_cases()
+    yield from leaf_backward_cases()
     yield from backward_cases()
     yield from attend_cases()

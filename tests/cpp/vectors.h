@@ -261,9 +261,21 @@ inline int64_t longest(const Case& c) {
   return out;
 }
 
-inline hisac::Array<const float, 1> vector(const Case& c, const char* name) {
+inline hisac::Array<const float, 1> vector(const Case& c, const std::string& name) {
   if (!c.has(name)) return {};
   return {c[name].floats.data(), {c[name].count()}};
+}
+
+inline hisac::Array<const float, 2> matrix(const Case& c, const std::string& name) {
+  if (!c.has(name)) return {};
+  const Record& r = c[name];
+  return {r.floats.data(), {r.shape[0], r.shape[1]}};
+}
+
+inline hisac::Array<const float, 3> cube(const Case& c, const std::string& name) {
+  if (!c.has(name)) return {};
+  const Record& r = c[name];
+  return {r.floats.data(), {r.shape[0], r.shape[1], r.shape[2]}};
 }
 
 /// The histories of a case, with the fields that it names.
@@ -282,33 +294,26 @@ inline hisac::Histories histories(const Case& c) {
   return out;
 }
 
-/// The inputs of route, its gradients and leaf_sums.
+/// The inputs of route, missing, leaf_sums and their gradients.
 struct Routing {
   explicit Routing(const Case& c) : in(histories(c)) {
     if (c.has("options")) {
       const std::vector<int64_t>& o = c["options"].longs;
       params.normalize = static_cast<hisac::Normalize>(o[0]);
-      params.method = static_cast<hisac::Method>(o[1]);
-      params.missing = static_cast<hisac::Missing>(o[2]);
-      params.refine = static_cast<int>(o[3]);
-      params.precision = static_cast<hisac::Precision>(o[4]);
+      params.precision = static_cast<hisac::Precision>(o[1]);
     }
     params.temperature = vector(c, "temperature");
-    if (c.has("prototypes")) {
-      const Record& p = c["prototypes"];
-      agents.prototypes = {p.floats.data(), {p.shape[0], p.shape[1], p.shape[2]}};
-    }
+    agents.prototypes = cube(c, "prototypes");
     if (c.has("count")) agents.count = {c["count"].ints.data(), {c["count"].count()}};
     if (in.codes) codebook = std::make_unique<hisac::Codebook>(book(c));
     users = in.offsets.users;
     seats = agents.prototypes.shape[1];
-    tokens = seats + (params.missing == hisac::Missing::token);
   }
   std::unique_ptr<hisac::Codebook> codebook;  // null: none
   hisac::RouteParams params;
   hisac::Histories in;
   hisac::RouteAgents agents;
-  int64_t users = 0, seats = 0, tokens = 0;  // M and M' of a user
+  int64_t users = 0, seats = 0;  // seats: M of a user
 };
 
 /// The inputs of attend and its gradients.

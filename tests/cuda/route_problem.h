@@ -12,7 +12,7 @@ using namespace hisac;
 
 struct Problem {
   std::vector<int64_t> starts, ends;
-  int64_t rows = 0, agents = 0, width = 0, values = 0;
+  int64_t rows = 0, agents = 0, width = 0, values = 0;  // values 0: no v
   DType x_type = DType::float32, v_type = DType::float32;
   RouteParams params;
   std::vector<float> x, v, prototypes, bias, temperature;
@@ -22,7 +22,8 @@ struct Problem {
   std::shared_ptr<Codebook> book;
   bool narrow = false;  // int32 offsets and ids
   bool codes_only = false;
-  float reach = 0;  // an upper bound of (|x| + |p|)^2 / tau
+  bool with_tokens = true, with_mean_x = false;  // wanted; tokens only of a v
+  float reach = 0;                               // an upper bound of (|x| + |p|)^2 / tau
 
   bool gathered() const { return codes_only || !x_ids.empty() || !v_ids.empty() || x_type == DType::int8; }
 };
@@ -32,21 +33,34 @@ struct Problem {
 constexpr float kSkew = 2 * 128 * 0x1p-24f;
 
 struct Result {
-  std::vector<float> tokens, lse, refined;
+  std::vector<float> tokens, lse, mean_x;
   bool operator==(const Result& o) const {
     const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
       return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * 4) == 0);
     };
-    return same(tokens, o.tokens) && same(lse, o.lse) && same(refined, o.refined);
+    return same(tokens, o.tokens) && same(lse, o.lse) && same(mean_x, o.mean_x);
   }
 };
 
-inline int64_t table(const Problem& p, const std::vector<float>& x, int64_t width) {
-  return p.codes_only && x.empty() ? 0 : static_cast<int64_t>(x.size()) / width;
+/// Rows of a table.
+inline int64_t table(const std::vector<float>& x, int64_t width) {
+  return x.empty() ? 0 : static_cast<int64_t>(x.size()) / width;
 }
 /// Rows of x and codes.
 inline int64_t items(const Problem& p) { return p.x_ids.empty() ? p.rows : std::min(1 + p.rows / 2, p.rows); }
 inline int64_t users(const Problem& p) { return static_cast<int64_t>(p.starts.size()); }
+
+/// The largest modulus below a limit.
+inline float largest(const std::vector<float>& a, float limit) {
+  float y = 0;
+  for (float x : a)
+    if (std::fabs(x) < limit) y = std::max(y, std::fabs(x));
+  return y;
+}
+/// At least that of an element of present rows of x.
+inline float largest_x(const Problem& p) {
+  return p.codes_only ? 1.4f : largest(p.x, 1e6f) * (p.scale.empty() ? 1 : largest(p.scale, INFINITY));
+}
 
 inline Problem random_problem(uint64_t seed) {
   Random r(seed);
@@ -76,8 +90,9 @@ inline Problem random_problem(uint64_t seed) {
   p.v_type = r.below(2) ? p.x_type : types[r.below(3)];
   if (r.below(4) == 0) p.params.precision = Precision::bfloat16;
   p.params.normalize = r.below(2) ? Normalize::agents : Normalize::history;
-  p.params.missing = r.below(3) == 0 ? Missing::token : Missing::drop;
-  p.params.refine = r.below(4) == 0 ? 1 + static_cast<int>(r.below(2)) : 0;
+  p.with_mean_x = r.below(2);
+  if (r.below(6) == 0) p.values = 0;
+  p.with_tokens = p.values && Random(seed + 4000).below(8);
   p.narrow = r.below(2);
   p.x = rounded(uniform(r, p.rows * p.width), p.x_type);
   p.v = rounded(uniform(r, p.rows * p.values), p.v_type);
@@ -102,7 +117,7 @@ inline Problem random_problem(uint64_t seed) {
   }
   for (int64_t i = 0; i < p.rows && p.width; ++i)  // rows to be selected away
     if (r.below(11) == 0) {
-      if (r.below(3) == 0) p.v[size(i * p.values + r.below(p.values))] = r.below(2) ? NAN : -INFINITY;
+      if (p.values && r.below(3) == 0) p.v[size(i * p.values + r.below(p.values))] = r.below(2) ? NAN : -INFINITY;
       p.x[size(i * p.width + r.below(p.width))] = p.x_type == DType::float16 ? NAN : r.below(2) ? INFINITY : 2e15f;
     }
   return p;
@@ -143,7 +158,7 @@ inline void gather(uint64_t seed, Problem& p) {
     if (r.below(3) == 0) {
       p.x_type = DType::int8;
       for (float& y : p.x) y = std::isfinite(y) ? std::nearbyint(std::max(std::min(127 * y, 127.f), -128.f)) : -128.f;
-      if (const int64_t kind = r.below(3)) p.scale = uniform(r, kind == 1 ? 1 : table(p, p.x, p.width));
+      if (const int64_t kind = r.below(3)) p.scale = uniform(r, kind == 1 ? 1 : table(p.x, p.width));
       for (float& y : p.scale) y = p.scale.size() > 1 && r.below(12) == 0 ? NAN : (1 + 0.5f * y) / 127;
       if (p.scale.empty()) {  // far apart, and as warm
         for (float& y : p.prototypes) y *= 127;
@@ -153,7 +168,7 @@ inline void gather(uint64_t seed, Problem& p) {
       p.reach *= 3;
     }
   }
-  if (r.below(2)) p.v_ids = shuffle_rows(r, p, p.values, &p.v);
+  if (p.values && r.below(2)) p.v_ids = shuffle_rows(r, p, p.values, &p.v);
 }
 
 /// Codes for those problems that have none, of few leaves now and then: some of so many rows that a block sums them.
@@ -183,10 +198,10 @@ inline Problem copied(const Problem& p) {
   q.codes_only = false;
   if (p.x_type == DType::int8) q.x_type = DType::float32;
   q.bias.resize(size(p.rows));
-  const int64_t levels = p.book ? p.book->levels() : 0, v_rows = table(p, p.v, p.values);
+  const int64_t levels = p.book ? p.book->levels() : 0, v_rows = table(p.v, p.values);
   for (int64_t i = 0; i < p.rows; ++i) {
     const int64_t x = p.x_ids.empty() ? i : p.x_ids[size(i)], v = p.v_ids.empty() ? i : p.v_ids[size(i)];
-    const bool has_x = x >= 0 && x < items(p), has_v = v >= 0 && v < v_rows;
+    const bool has_x = x >= 0 && x < items(p), has_v = !p.values || (v >= 0 && v < v_rows);
     if (!has_x || !has_v) q.bias[size(i)] = NAN;
     for (int64_t d = 0; d < p.values; ++d) q.v.push_back(has_v ? p.v[size(v * p.values + d)] : NAN);
     std::vector<float> row(size(p.width));
@@ -197,6 +212,24 @@ inline Problem copied(const Problem& p) {
       q.x.push_back(p.codes_only ? row[size(d)] : has_x ? p.x[size(x * p.width + d)] * scale : 0);
   }
   return q;
+}
+
+inline double norm_of(const float* p, int64_t n) {
+  double sum = 0;
+  for (int64_t d = 0; d < n; ++d) sum += double(p[d]) * p[d];
+  return sum;
+}
+
+/// Whether a behaviour is present, of a problem whose rows are where their behaviours are.
+inline bool is_present(const Problem& p, int64_t i) {
+  const double spread = p.spread.empty() ? 0 : double(p.spread[size(i)]);
+  bool here = norm_of(&p.x[size(i * p.width)], p.width) < 0x1p100 && spread >= 0 && std::isfinite(spread) &&
+              (p.bias.empty() || std::isfinite(p.bias[size(i)]));
+  for (int l = 0, levels = p.codes.empty() ? 0 : p.book->levels(); l < levels; ++l) {
+    const int32_t code = p.codes[size(i * levels + l)];
+    here = here && code >= 0 && code < p.book->size(l);
+  }
+  return here;
 }
 
 /// A problem's arrays, of their exact sizes; histories that do not overlap as ragged offsets.
@@ -219,8 +252,8 @@ class Held {
     const auto array = [&](Guarded<int64_t>& wide, Guarded<int32_t>& narrow, int64_t offset) {
       return p.narrow ? static_cast<void*>(narrow.data() + offset) : static_cast<void*>(wide.data() + offset);
     };
-    in.x = {p.codes_only ? nullptr : x_.data(), p.x_type, table(p, p.x, p.width), p.width};
-    in.v = {v_.data(), p.v_type, table(p, p.v, p.values), p.values};
+    in.x = {p.codes_only ? nullptr : x_.data(), p.x_type, table(p.x, p.width), p.width};
+    if (p.values) in.v = {v_.data(), p.v_type, table(p.v, p.values), p.values};
     in.offsets = {array(starts, narrow_starts, 0),
                   ends_.empty() ? array(starts, narrow_starts, 1) : array(ends, narrow_ends, 0), type, users(p)};
     agents.prototypes = {p.prototypes.data(), {users(p), p.agents, p.width}};
@@ -263,19 +296,19 @@ class Held {
 /// verb(held, params, out); every result of its exact size.
 template <class Verb>
 Result run(const Problem& p, bool clamp, Verb verb) {
-  const int64_t m = p.agents + (p.params.missing == Missing::token), b = users(p);
+  const int64_t m = p.agents, b = users(p);
   Held held(p, clamp);
-  Guarded<std::byte> tokens(b * m * p.values * bytes_of(p.v_type));
-  Guarded<float> lse(b * m), refined(p.params.refine ? b * p.agents * p.width : 0), temperature(p.temperature);
+  Guarded<std::byte> tokens(p.with_tokens ? b * m * p.values * bytes_of(p.v_type) : 0);
+  Guarded<float> lse(b * m), mean_x(p.with_mean_x ? b * m * p.width : 0), temperature(p.temperature);
   RouteParams params = p.params;
   params.temperature = {temperature.data(), {temperature.count()}};
-  const Tokens out{{tokens.data(), p.v_type, b * m, p.values},
-                   {lse.data(), {b, m}},
-                   {p.params.refine ? refined.data() : nullptr, {b, p.agents, p.width}}};
+  Tokens out{{}, {lse.data(), {b, m}}};
+  if (p.with_tokens) out.tokens = {tokens.data(), p.v_type, b * m, p.values};
+  if (p.with_mean_x) out.mean_x = {mean_x.data(), {b, m, p.width}};
   const Status status = verb(held, params, out);
   if (!status.ok()) fail("%s", status.what());
-  if (!tokens.intact() || !lse.intact() || !refined.intact()) fail("a result's end was overwritten");
-  return {decoded(tokens.values(), p.v_type), lse.values(), refined.values()};
+  if (!tokens.intact() || !lse.intact() || !mean_x.intact()) fail("a result's end was overwritten");
+  return {decoded(tokens.values(), p.v_type), lse.values(), mean_x.values()};
 }
 
 /// The longest history, as it is clamped.
@@ -299,14 +332,14 @@ inline Context context_of(const Problem& p, Workspace& workspace, Workspace& ima
 
 inline Result on_cpu(const Problem& p) {
   return run(p, true, [](const Held& h, const RouteParams& params, const Tokens& out) {
-    Workspace workspace(route_workspace(test::sizing(1), h.book, params, h.in, h.agents, h.in.behaviours()));
+    Workspace workspace(route_workspace(test::sizing(1), h.book, params, h.in, h.agents, out, h.in.behaviours()));
     return hisac::route({workspace.array(), nullptr}, h.book, params, h.in, h.agents, out);
   });
 }
 
 inline Result on_cuda(const Problem& p) {
   return run(p, false, [&](const Held& h, const RouteParams& params, const Tokens& out) {
-    Workspace workspace(cuda::route_workspace({}, h.book, params, h.in, h.agents, longest(p)));
+    Workspace workspace(cuda::route_workspace({}, h.book, params, h.in, h.agents, out, longest(p)));
     Workspace image(image_size(p));
     const Context context = context_of(p, workspace, image);
     const Status status = cuda::route(context, h.book, params, h.in, h.agents, out);
@@ -329,28 +362,23 @@ void check_bits(const P& p, const R& sound, Run run_on_cuda) {
   simt::options = kept;
 }
 
-/// more: of a logit, on top of what `route` itself may be off.
-inline void compare(const Problem& p, const Result& cpu, const Result& cuda, float more = 0) {
+inline void compare(const Problem& p, const Result& cpu, const Result& cuda) {
   // of a logit: split products, the norms' rounding, exp2; and of a sum: split weights and values, float32 sums
   const float part = p.params.precision == Precision::bfloat16 ? 0x1p-8f : 0x1p-16f;
-  const float e =
-      p.reach * (2 * part + static_cast<float>(p.width) * 0x1p-22f) * static_cast<float>(1 + p.params.refine) +
-      3 * 0x1p-20f + more;
+  const float e = p.reach * (2 * part + static_cast<float>(p.width) * 0x1p-22f) + 3 * 0x1p-20f;
   const float type = p.v_type == DType::bfloat16 ? 0x1p-7f : p.v_type == DType::float16 ? 0x1p-10f : 0;
-  const float token = 2 * (std::exp(4 * e) - 1) + 4 * part + type + 1e-5f;
-  const float lse = 2 * e + 1e-5f;
-  const auto within = [](float a, float b, float bound) { return a == b || std::fabs(a - b) <= bound; };
-  // by an infinite v of a present row: what is left depends on the parts of both
-  const auto spoiled = [](float a, float b) { return !(std::fabs(a) < 1e20f) && !std::isfinite(b); };
-  for (size_t i = 0; i < cpu.lse.size(); ++i)
-    if (!within(cpu.lse[i], cuda.lse[i], lse + std::fabs(cpu.lse[i]) * 1e-5f))
-      fail("lse %zu: %g, expected %g within %g", i, double(cuda.lse[i]), double(cpu.lse[i]), double(lse));
-  for (size_t i = 0; i < cpu.tokens.size(); ++i)
-    if (!(within(cpu.tokens[i], cuda.tokens[i], token) || spoiled(cpu.tokens[i], cuda.tokens[i])))
-      fail("token %zu: %g, expected %g within %g", i, double(cuda.tokens[i]), double(cpu.tokens[i]), double(token));
-  for (size_t i = 0; i < cpu.refined.size(); ++i)
-    if (!within(cpu.refined[i], cuda.refined[i], token))
-      fail("refined %zu: %g, expected %g within %g", i, double(cuda.refined[i]), double(cpu.refined[i]), double(token));
+  const float mean = 2 * (std::exp(4 * e) - 1) + 4 * part + 1e-5f, lse = 2 * e + 1e-5f;
+  const auto within = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound,
+                         float share) {
+    for (size_t i = 0; i < a.size(); ++i)
+      // an infinite v of a present row: what is left depends on the parts of both
+      if (!(a[i] == b[i] || std::fabs(a[i] - b[i]) <= bound + std::fabs(a[i]) * share ||
+            (!(std::fabs(a[i]) < 1e20f) && !std::isfinite(b[i]) && std::strcmp(what, "token") == 0)))
+        fail("%s %zu: %g, expected %g within %g", what, i, double(b[i]), double(a[i]), double(bound));
+  };
+  within("lse", cpu.lse, cuda.lse, lse, 1e-5f);
+  within("token", cpu.tokens, cuda.tokens, mean + type, 0);
+  within("mean x", cpu.mean_x, cuda.mean_x, mean * largest_x(p), 0);
 }
 
 }  // namespace test

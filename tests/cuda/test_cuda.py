@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hisac
-from hisac import Histories, arrays
+from hisac import Histories, RouteGradients, Tokens, arrays
 
 torch = pytest.importorskip("torch")
 from cuda_places import on_gpu  # noqa: E402
@@ -91,18 +91,35 @@ def test_route_of_tables(problem, on_cuda):
     assert_near(mine, hisac.route(*inputs, normalize="agents"))
 
 
-def test_leaves_without_codes_are_refused(problem, on_cuda):
-    p = problem
-    with pytest.raises(ValueError, match="codes and their codebook expected"):
-        on_cuda(hisac.route, p["histories"], p["book"].prototypes(p["agents"]), method="leaf")
-
-
 def test_leaf_sums(problem, on_cuda):
     inputs = problem["book"], problem["histories"]
     mine, expected = on_cuda(hisac.leaf_sums, *inputs), hisac.leaf_sums(*inputs)
     np.testing.assert_array_equal(numbers(mine.codes), expected.codes)
     np.testing.assert_array_equal(numbers(mine.offsets), expected.offsets)
     assert_near(mine, expected)
+    given = Histories(np.cos(expected.x), np.sin(expected.v), bias=expected.bias, spread=expected.spread)
+    back = functools.partial(hisac.leaf_sums_backward, problem["book"])
+    arguments = problem["histories"], expected, given
+    assert_near(on_cuda(back, *arguments), back(*arguments), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["rows", "table"])
+def test_missing(problem, on_cuda, kind):
+    h = problem["histories"]
+    x = h.x.copy()
+    x[::7] = np.nan
+    ids = np.random.default_rng(1).integers(-2, T, T)
+    h = h._replace(x=x) if kind == "rows" else h._replace(x=x, codes=None, x_ids=ids, v_ids=ids[::-1].copy())
+    expected = hisac.missing(h)
+    np.testing.assert_array_equal(numbers(on_cuda(hisac.missing, h)), expected)
+    assert (expected == 0).any()
+
+
+@pytest.mark.parametrize("options", [{"method": "leaf"}, {"missing": "token"}, {"refine": 2}])
+def test_compress(problem, on_cuda, options):
+    run = functools.partial(hisac.compress, problem["book"], budget=M, normalize="agents", **options)
+    mine, expected = on_cuda(run, problem["histories"]), run(problem["histories"])
+    assert_near(mine[:3], expected[:3], 1e-3)
 
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])
@@ -137,7 +154,7 @@ def test_gradients_of_tables(problem, on_cuda, sparse):
     def gradients(x, v, offsets, prototypes, x_ids, v_ids):
         x, v = (a.detach().clone().requires_grad_() for a in (x, v))
         histories = Histories(x, v, offsets, x_ids=x_ids, v_ids=v_ids)
-        out = ht.route(histories, prototypes, missing="token", sparse=sparse)
+        out = ht.route(histories, prototypes, sparse_grad=sparse)
         (out.tokens.sin().sum() + out.lse.nan_to_num(neginf=0).sum()).backward()
         return [a.grad.to_dense() for a in (x, v)]
 
@@ -147,22 +164,26 @@ def test_gradients_of_tables(problem, on_cuda, sparse):
     assert_near(on_cuda(gradients, *inputs), cpu, 1e-3)
 
 
-@pytest.mark.parametrize("method", ["exact", "leaf"])
+@pytest.mark.parametrize("of_mean", [False, True])
 @pytest.mark.parametrize("kind", ["rows", "int8", "codes"])
-def test_route_backward(problem, on_cuda, kind, method):
+def test_route_backward(problem, on_cuda, kind, of_mean):
     """What torch's operators have no gradient of, but may be given."""
     book, agents = problem["book"], problem["agents"]
     rng = np.random.default_rng(2)
     x = {"rows": problem["histories"].x, "int8": rng.integers(-127, 128, (50, D)).astype(np.int8), "codes": None}[kind]
     histories = problem["histories"]._replace(x=x, spread=rng.uniform(size=T).astype(np.float32))
-    rest = {"count": agents.count, "book": book, "normalize": "agents", "missing": "token", "method": method}
+    rest = {"count": agents.count, "book": book, "normalize": "agents"}
     if kind == "int8":
         scale = rng.uniform(0, 0.002, 50).astype(np.float32)
-        histories = histories._replace(x_ids=rng.integers(-2, 52, T), x_scale=scale)
-    forward = hisac.route(histories, book.prototypes(agents), **rest)
-    need = ["v", "temperature"] + (["bias", "prototypes"] + ["x"] * (kind != "codes") if method == "exact" else [])
-    given = np.cos(forward.tokens), np.sin(np.nan_to_num(forward.lse, neginf=0)), forward, histories
+        codes = histories.codes[:50]
+        histories = histories._replace(codes=codes, x_ids=rng.integers(-2, 52, T), x_scale=scale)
+    prototypes = book.prototypes(agents)
+    forward = hisac.route(histories, prototypes, mean_x=True, **rest)
+    gradients = Tokens(np.cos(forward.tokens), np.sin(np.nan_to_num(forward.lse, neginf=0)))
+    gradients = gradients._replace(mean_x=np.sin(forward.mean_x)) if of_mean else gradients
+    need = RouteGradients._fields[of_mean or kind == "codes" :]
     back = functools.partial(hisac.route_backward, need=need)
+    given = histories, prototypes, forward, gradients
     assert_near(on_cuda(back, *given, **rest), back(*given, **rest), 1e-3)
 
 
@@ -173,7 +194,7 @@ def test_modules(problem, on_cuda, place):
     if place.name == "gpu":
         compress.cuda()
     mine = on_cuda(compress, Histories(*h[:3]))
-    np.testing.assert_array_equal(numbers(mine.codes), numbers(expected.codes))
+    np.testing.assert_array_equal(numbers(mine.agents.codes), numbers(expected.agents.codes))
     assert_near(mine[:3], expected[:3])
 
 

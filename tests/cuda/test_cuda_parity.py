@@ -44,7 +44,7 @@ def test_route(p, on_cuda):
 
 
 @PLACED
-@given(p=PROBLEMS.filter(lambda p: p.refine == 0))
+@given(p=PROBLEMS)
 def test_route_backward(p, on_cuda):
     args = p.backward_args(hisac.route(**testing.to_torch(p.route_args(), p.dtype)))
     mine = on_cuda(hisac.route_backward, **testing.to_torch(args, p.dtype))
@@ -59,6 +59,35 @@ def test_leaf_sums(p, on_cuda):
     mine = on_cuda(hisac.leaf_sums, **testing.to_torch(args, p.dtype))
     exact = p.by_reference(args)
     testing.assert_leaf_sums_close(mine, reference.leaf_sums(**exact), bounds.leaf_sums_bound(exact, cuda=True))
+
+
+@PLACED
+@given(p=PROBLEMS)
+def test_leaf_sums_backward(p, on_cuda):
+    args = p.leaf_backward_args(hisac.leaf_sums(**testing.to_torch(p.leaf_args(), p.dtype)))
+    mine = on_cuda(hisac.leaf_sums_backward, **testing.to_torch(args, p.dtype))
+    exact = p.by_reference(args)
+    testing.assert_gradients_close(mine, reference.leaf_sums_backward(**exact), exact)
+
+
+@PLACED
+@given(p=PROBLEMS)
+def test_missing(p, on_cuda):
+    options = {"book": p.book} if p.routed_codes or p.histories.x is None else {}
+    mine = on_cuda(hisac.missing, **testing.to_torch({"histories": p.histories}, p.dtype), **options)
+    expected = reference.missing(p.histories, **p.by_reference(options))
+    np.testing.assert_array_equal(bounds.as_numpy(mine), expected)
+
+
+@PLACED
+@given(p=PROBLEMS, without_v=st.booleans())
+def test_mean_x_alone(p, without_v, on_cuda):
+    args = p.route_args() | {"tokens": False, "mean_x": True}
+    if without_v:
+        args["histories"] = p.histories._replace(v=None, v_ids=None)
+    mine = on_cuda(hisac.route, **testing.to_torch(args, p.dtype))
+    exact = p.by_reference(args)
+    testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact, p.dtype, cuda=True))
 
 
 @PLACED
@@ -77,7 +106,8 @@ def test_subnormal_values_at_a_tiny_temperature(on_cuda):
     v, spread, bias = np.float32([[4e-44], [3e-44]]), np.float32([8.8e-44, 2e-44]), np.float32([-1.5, 0])
     histories = hisac.Histories(np.zeros((2, 1), np.float32), v, np.array([0, 2]), bias=bias, spread=spread)
     args = {"histories": histories, "temperature": 1e-30, "precision": "bfloat16"}
-    out = hisac.route(prototypes=np.full((1, 1, 1), -6e-45, np.float32), **args)
-    back = {"d_tokens": np.ones((1, 1, 1), np.float32), "d_lse": None, "forward": out, **args}
+    args["prototypes"] = np.full((1, 1, 1), -6e-45, np.float32)
+    given_ = hisac.Tokens(np.ones((1, 1, 1), np.float32), None)
+    back = {"forward": hisac.route(**args), "gradients": given_, **args}
     mine = on_cuda(hisac.route_backward, **back)
     testing.assert_gradients_close(mine, reference.route_backward(**back), back, cuda=True)

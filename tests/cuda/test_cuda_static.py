@@ -16,8 +16,9 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc",
 ROWS = {1: 64, 2: 32}  # of a step, by the parts that a row is kept in
 VALUES = 64  # columns of a block
 SOURCES = sorted(path.stem for path in (ROOT / "cpp/src/cuda").glob("*.cu"))
-# tiles of 16 agents a warp, parts of an agent, of a row, mode
-ROUTE = r"(route_tiles|back_to_rows|back_to_prototypes)ILi(\d)ELi(\d)ELi(\d)ELb(\d)E"
+# tiles of 16 agents a warp, parts of an agent, of a row; then the mode, and of the backward whether to prototypes
+ROUTE = r"route_tilesILi(\d)ELi(\d)ELi(\d)ELb\dE"
+BACK = r"back_tilesILi(\d)ELi(\d)ELi(\d)ELb\dELb(\d)E"
 ENCODE = r"(encode_rows)ILb[01]E"  # residuals on the chip or not
 ATTEND = r"(attend_tiles)ILN\w+?4PassE(\d)ELi(\d)E"  # what is summed, parts of an input
 
@@ -68,23 +69,22 @@ def products(source, kernel, count, tmp_path):
 def test_tensor_instructions_of_route(tmp_path):
     """A step of 16 columns of x multiplies 16 agents by every 8 rows once for each pair of parts that counts (high x
     high, low x high, high x low); the values' step likewise, for all rows of a step at once."""
-    for (_, *numbers), count in products("route", ROUTE, 6, tmp_path):
-        tiles, parts, stored, _ = map(int, numbers)
+    for numbers, count in products("route", ROUTE, 6, tmp_path):
+        tiles, parts, stored = map(int, numbers)
         pairs = 1 if parts == 1 else parts + stored - 1
         logits = tiles * pairs * ROWS[stored] // 8
         assert count == logits + tiles * pairs * ROWS[stored] // 16 * VALUES // 8
 
 
 def test_tensor_instructions_of_the_backward(tmp_path):
-    """Two such products, with x and with v; then for rows 16 by 32 outputs by 16 agents, for prototypes the values'
-    step, whose rows are fewer for want of registers."""
-    for (name, *numbers), count in products("route_backward", ROUTE, 12, tmp_path):
-        tiles, parts, stored, _ = map(int, numbers)
+    """Three such products, two with x and one with v; then for rows 16 by 32 outputs by 16 agents, for prototypes the
+    values' step, whose rows are fewer for want of registers."""
+    for numbers, count in products("route_backward", BACK, 12, tmp_path):
+        tiles, parts, stored, to_prototypes = map(int, numbers)
         pairs = 1 if parts == 1 else parts + stored - 1
-        to_rows = name == "back_to_rows"
-        rows = (64 if parts == 1 else 32) if to_rows else 32 // parts
-        outputs = 4 * (1 if parts == 1 else 3) if to_rows else tiles * pairs * rows // 16 * VALUES // 8
-        assert count == 2 * tiles * pairs * rows // 8 + outputs, name
+        rows = 32 // parts if to_prototypes else 64 if parts == 1 else 32
+        outputs = tiles * pairs * rows // 16 * VALUES // 8 if to_prototypes else 4 * (1 if parts == 1 else 3)
+        assert count == 3 * tiles * pairs * rows // 8 + outputs, numbers
 
 
 def test_one_product_screens_in_encode(tmp_path):

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// `leaf_sums` of cuda/leaf_sums.cu and `route` over them, run by the emulator, beside the CPU's: leaves exactly, sums
-// within a bound, everything bit-identical for any order of threads and any machine, and for rows copied.
+// `leaf_sums` and `leaf_sums_backward` of cuda/, run by the emulator, beside the CPU's: leaves exactly, sums within a
+// bound, gradients within one of those of the definition in float64, everything bit-identical for any order of threads
+// and any machine, for sums that lie together or in places of their own, and for rows copied.
 #include "route_problem.h"
 
 namespace {
@@ -8,113 +9,133 @@ namespace {
 using namespace hisac;
 using test::Guarded, test::kSkew, test::Problem, test::Random, test::Result;
 
+/// Rows of all histories; of those before user b.
+int64_t entries(const Problem& p, size_t b) {
+  int64_t rows = 0;
+  for (size_t i = 0; i < b; ++i) rows += std::max<int64_t>(0, std::min(p.ends[i], p.rows) - p.starts[i]);
+  return rows;
+}
+int64_t entries(const Problem& p) { return entries(p, p.starts.size()); }
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+/// The sums of one user after another.
 struct Sums {
   std::vector<float> x, v, bias, spread;
   std::vector<int32_t> codes;
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> sizes;
   bool operator==(const Sums& o) const {
-    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-      return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * 4) == 0);
-    };
-    return same(x, o.x) && same(v, o.v) && same(bias, o.bias) && same(spread, o.spread) && codes == o.codes &&
-           offsets == o.offsets;
+    return same_bits(x, o.x) && same_bits(v, o.v) && same_bits(bias, o.bias) && same_bits(spread, o.spread) &&
+           codes == o.codes && sizes == o.sizes;
   }
 };
 
-/// Rows of all histories.
-int64_t entries(const Problem& p) {
-  int64_t rows = 0;
-  for (size_t b = 0; b < p.starts.size(); ++b) rows += std::max<int64_t>(0, std::min(p.ends[b], p.rows) - p.starts[b]);
-  return rows;
-}
+/// Arrays of so many rows for the sums of a problem.
+class Kept {
+ public:
+  Kept(const Problem& p, int64_t rows, bool ragged)
+      : x_(rows * p.width),
+        v_(rows * p.values),
+        bias_(rows),
+        spread_(rows),
+        codes_(rows * p.book->levels()),
+        offsets_(ragged ? test::users(p) + 1 : 2 * test::users(p)) {
+    const int64_t users = test::users(p);
+    out = {{x_.data(), {rows, p.width}},
+           {p.values ? v_.data() : nullptr, {rows, p.values}},
+           {offsets_.data(), offsets_.data() + (ragged ? 1 : users), users},
+           {codes_.data(), {rows, p.book->levels()}},
+           {bias_.data(), {rows}},
+           {spread_.data(), {rows}}};
+  }
 
-/// verb(book, histories, out): the sums that there are, in arrays of so many rows.
-template <class Verb>
-Sums sums_of(const Problem& p, bool clamp, int64_t rows, Verb verb) {
-  test::Held held(p, clamp);
-  const int64_t levels = p.book->levels(), users = test::users(p);
-  Guarded<float> x(rows * p.width), v(rows * p.values), bias(rows), spread(rows);
-  Guarded<int32_t> codes(rows * levels);
-  Guarded<int64_t> offsets(users + 1);
-  const Status status = verb(*held.book, held.in,
-                             LeafSums{{x.data(), {rows, p.width}},
-                                      {v.data(), {rows, p.values}},
-                                      {offsets.data(), {users + 1}},
-                                      {codes.data(), {rows, levels}},
-                                      {bias.data(), {rows}},
-                                      {spread.data(), {rows}}});
+  /// The sums of all users; what lies between must not have been written, if `gaps`.
+  Sums take(bool gaps) {
+    for (bool intact : {x_.intact(), v_.intact(), bias_.intact(), spread_.intact(), codes_.intact(), offsets_.intact()})
+      if (!intact) test::fail("a result's end was overwritten");
+    Sums sums;
+    std::vector<bool> used(test::size(bias_.count()));
+    for (int64_t b = 0; b < out.offsets.users; ++b) {
+      const int64_t first = out.offsets.starts[b], last = out.offsets.ends[b];
+      sums.sizes.push_back(last - first);
+      if (first < 0 || last < first || last > bias_.count()) return test::fail("sums past the end"), sums;
+      const auto append = [&](auto* to, const auto* from, int64_t width) {
+        to->insert(to->end(), from + first * width, from + last * width);
+      };
+      append(&sums.x, x_.data(), out.x.shape[1]);
+      append(&sums.v, v_.data(), out.v.shape[1]);
+      append(&sums.bias, bias_.data(), 1);
+      append(&sums.spread, spread_.data(), 1);
+      append(&sums.codes, codes_.data(), out.codes.shape[1]);
+      for (int64_t row = first; row < last; ++row) used[test::size(row)] = true;
+    }
+    const uint32_t fresh = 0x5a5a5a5a;
+    for (size_t row = 0; gaps && row < used.size(); ++row)
+      if (!used[row] && std::memcmp(bias_.data() + row, &fresh, 4) != 0)
+        test::fail("row %zu is of no user, and written", row);
+    return sums;
+  }
+
+  LeafSums out;
+
+ private:
+  Guarded<float> x_, v_, bias_, spread_;
+  Guarded<int32_t> codes_;
+  Guarded<int64_t> offsets_;
+};
+
+void sum_on_cpu(const Problem& p, Kept& kept) {
+  const test::Held held(p, true);
+  test::Workspace workspace(leaf_sums_workspace(test::sizing(1), *held.book, held.in, held.in.behaviours()));
+  const Status status = leaf_sums({workspace.array(), nullptr}, *held.book, held.in, kept.out);
   if (!status.ok()) test::fail("%s", status.what());
-  for (bool intact : {x.intact(), v.intact(), bias.intact(), spread.intact(), codes.intact(), offsets.intact()})
-    if (!intact) test::fail("a result's end was overwritten");
-  Sums out{x.values(), v.values(), bias.values(), spread.values(), codes.values(), offsets.values()};
-  const int64_t n = std::min(std::max<int64_t>(out.offsets.back(), 0), rows);
-  out.x.resize(test::size(n * p.width));
-  out.v.resize(test::size(n * p.values));
-  out.bias.resize(test::size(n));
-  out.spread.resize(test::size(n));
-  out.codes.resize(test::size(n * levels));
-  return out;
 }
 
-Sums sums_on_cpu(const Problem& p) {
-  return sums_of(p, true, entries(p), [](const Codebook& book, const Histories& in, const LeafSums& out) {
-    test::Workspace workspace(leaf_sums_workspace(test::sizing(1), book, in, in.behaviours()));
-    return leaf_sums({workspace.array(), nullptr}, book, in, out);
-  });
+void sum_on_cuda(const Problem& p, Kept& kept, int64_t longest) {
+  const test::Held held(p, false);
+  test::Workspace workspace(cuda::leaf_sums_workspace({}, *held.book, held.in, longest));
+  test::Workspace image(test::image_size(p));
+  const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), *held.book, held.in, kept.out);
+  if (!status.ok()) test::fail("%s", status.what());
+  if (!workspace.intact()) test::fail("the workspace's end was overwritten");
 }
 
-Sums sums_on_cuda(const Problem& p, int64_t rows, int64_t longest) {
-  return sums_of(p, false, rows, [&](const Codebook& book, const Histories& in, const LeafSums& out) {
-    test::Workspace workspace(cuda::leaf_sums_workspace({}, book, in, longest));
-    test::Workspace image(test::image_size(p));
-    const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), book, in, out);
-    if (!workspace.intact()) test::fail("the workspace's end was overwritten");
-    return status;
-  });
+Sums sums_on_cuda(const Problem& p, int64_t rows, bool ragged, int64_t longest) {
+  Kept kept(p, rows, ragged);
+  sum_on_cuda(p, kept, longest);
+  return kept.take(true);
 }
 
-Sums sums_on_cuda(const Problem& p) { return sums_on_cuda(p, entries(p), test::longest(p)); }
-
-/// A workspace may be asked for before the codes are there.
-void check_sizes(const Problem& p) {
-  const test::Held h(p, false);
-  Histories later = h.in;
-  later.codes.data = nullptr;
-  const auto size = [&](const Histories& in) {
-    return cuda::route_workspace({}, h.book, p.params, in, h.agents, in.behaviours());
-  };
-  if (size(later) != size(h.in)) test::fail("the workspace depends on the codes' pointer");
+Sums sums_on_cuda(const Problem& p, bool ragged = true) {
+  return sums_on_cuda(p, entries(p), ragged, test::longest(p));
 }
 
 /// In arrays of fewer rows, or in a workspace for shorter histories: a user has all of its sums or none.
-void check_short(const Problem& p, const Sums& whole) {
+void check_short(const Problem& p, const Sums& whole, bool ragged) {
   const int64_t levels = p.book->levels();
-  for (const Sums& got :
-       {sums_on_cuda(p, entries(p) / 2, test::longest(p)), sums_on_cuda(p, entries(p), test::longest(p) / 2)})
-    for (size_t b = 0; b < p.starts.size(); ++b) {
-      const int64_t first = got.offsets[b], n = got.offsets[b + 1] - first, expected = whole.offsets[b];
+  for (const Sums& got : {sums_on_cuda(p, entries(p) / 2, ragged, test::longest(p)),
+                          sums_on_cuda(p, entries(p), ragged, test::longest(p) / 2)})
+    for (int64_t b = 0, first = 0, expected = 0; b < test::users(p); ++b) {
+      const int64_t n = got.sizes[test::size(b)], all = whole.sizes[test::size(b)];
       const auto same = [&](const auto& x, const auto& y, int64_t width) {
         const auto* const from = x.data() + first * width;
         return std::memcmp(from, y.data() + expected * width, test::size(n * width) * sizeof *from) == 0;
       };
-      if (n == 0) continue;
-      if (n != whole.offsets[b + 1] - expected || !same(got.x, whole.x, p.width) || !same(got.v, whole.v, p.values) ||
-          !same(got.bias, whole.bias, 1) || !same(got.codes, whole.codes, levels))
-        test::fail("user %zu: sums of some of its rows", b);
+      if (n != 0 && (n != all || !same(got.x, whole.x, p.width) || !same(got.v, whole.v, p.values) ||
+                     !same(got.bias, whole.bias, 1) || !same(got.codes, whole.codes, levels)))
+        test::fail("user %lld: sums of some of its rows", static_cast<long long>(b));
+      first += n;
+      expected += all;
     }
 }
 
-float largest(const std::vector<float>& a, float limit) {
-  float y = 0;
-  for (float x : a)
-    if (std::fabs(x) < limit) y = std::max(y, std::fabs(x));
-  return y;
-}
-
 void compare_sums(const Problem& p, const Sums& cpu, const Sums& cuda) {
-  if (cpu.offsets != cuda.offsets || cpu.codes != cuda.codes) return test::fail("other leaves");
-  const float x = p.codes_only ? 1.4f : largest(p.x, 1e6f) * (p.scale.empty() ? 1 : largest(p.scale, INFINITY));
-  const float reach = x * x * static_cast<float>(p.width) + largest(p.spread, INFINITY);
+  if (cpu.sizes != cuda.sizes || cpu.codes != cuda.codes) return test::fail("other leaves");
+  const float x = test::largest_x(p);
+  const float reach = x * x * static_cast<float>(p.width) + test::largest(p.spread, INFINITY);
   const auto within = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound) {
     for (size_t i = 0; i < a.size(); ++i)
       if (!(a[i] == b[i] || std::fabs(a[i] - b[i]) <= bound || !(std::fabs(a[i]) < INFINITY || std::isfinite(b[i]))))
@@ -126,45 +147,166 @@ void compare_sums(const Problem& p, const Sums& cpu, const Sums& cuda) {
   within("spread", cpu.spread, cuda.spread, 4 * kSkew * reach);
 }
 
-/// The tokens of `route` from kept sums, absent behaviours left out.
-Result from_sums(Problem p, Sums sums) {
-  p.params.method = Method::exact;
-  const int64_t rows = static_cast<int64_t>(sums.bias.size()), levels = p.book->levels();
-  const LeafSums kept{{sums.x.data(), {rows, p.width}},
-                      {sums.v.data(), {rows, p.values}},
-                      {sums.offsets.data(), {static_cast<int64_t>(sums.offsets.size())}},
-                      {sums.codes.data(), {rows, levels}},
-                      {sums.bias.data(), {rows}},
-                      {sums.spread.data(), {rows}}};
+/// What `route` makes of kept sums.
+Result route_sums(Problem p, const LeafSums& kept) {
+  p.v_type = DType::float32;
   return test::run(p, false, [&](const test::Held& h, const RouteParams& params, const Tokens& out) {
     const Histories in = kept.histories();
-    test::Workspace workspace(cuda::route_workspace({}, nullptr, params, in, h.agents, rows));
-    const Status status = cuda::route({workspace.array(), nullptr, Device::cuda}, nullptr, params, in, h.agents, out);
+    test::Workspace workspace(cuda::route_workspace({}, nullptr, params, in, h.agents, out, in.behaviours()));
+    return cuda::route({workspace.array(), nullptr, Device::cuda}, nullptr, params, in, h.agents, out);
+  });
+}
+
+// ---- gradients
+
+/// Gradients of the sums' rows: all, or some of them.
+struct Given {
+  std::vector<float> x, v, bias, spread;
+};
+struct Gradients {
+  std::vector<float> v, bias;
+  bool operator==(const Gradients& o) const { return same_bits(v, o.v) && same_bits(bias, o.bias); }
+};
+
+/// verb(held, forward, out): `leaf_sums_backward`, on the CPU or on CUDA.
+template <class Verb>
+Gradients gradients_of(const Problem& p, bool clamp, const LeafSums& kept, const Given& given, int wanted, Verb verb) {
+  const test::Held held(p, clamp);
+  Guarded<float> v(wanted & 1 ? p.rows * p.values : 0), bias(wanted & 2 ? p.rows : 0);
+  LeafSumsForward forward{kept.histories()};
+  const int64_t rows = kept.bias.shape[0];
+  if (!given.x.empty()) forward.d_x = {given.x.data(), {rows, p.width}};
+  if (!given.v.empty()) forward.d_v = {given.v.data(), {rows, p.values}};
+  if (!given.bias.empty()) forward.d_bias = {given.bias.data(), {rows}};
+  if (!given.spread.empty()) forward.d_spread = {given.spread.data(), {rows}};
+  LeafSumsGradients out;
+  if (wanted & 1) out.v = {v.data(), {p.rows, p.values}};
+  if (wanted & 2) out.bias = {bias.data(), {p.rows}};
+  const Status status = verb(held, forward, out);
+  if (!status.ok()) test::fail("%s", status.what());
+  if (!v.intact() || !bias.intact()) test::fail("a gradient's end was overwritten");
+  return {v.values(), bias.values()};
+}
+
+Gradients on_cuda(const Problem& p, const LeafSums& kept, const Given& given, int wanted) {
+  return gradients_of(p, false, kept, given, wanted, [&](const auto& h, const auto& forward, const auto& out) {
+    test::Workspace workspace(cuda::leaf_sums_backward_workspace({}, *h.book, h.in, out, test::longest(p)));
+    test::Workspace image(test::image_size(p));
+    const Context context = test::context_of(p, workspace, image);
+    const Status status = cuda::leaf_sums_backward(context, *h.book, h.in, forward, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
   });
 }
 
-void check(Problem p) {
+/// The definition in float64, and the moduli of its terms times what may be wrong of them.
+struct Expected {
+  std::vector<double> v, v_bound, bias, bias_bound;
+};
+
+/// Of a problem whose rows are where their behaviours are.
+Expected expected_of(const Problem& p, const LeafSums& kept, const Given& given) {
+  Expected e;
+  for (auto* a : {&e.v, &e.v_bound}) a->assign(test::size(p.rows * p.values), 0);
+  for (auto* a : {&e.bias, &e.bias_bound}) a->assign(test::size(p.rows), 0);
+  const auto at = [](const std::vector<float>& a, int64_t i) { return a.empty() ? 0.0 : double(a[test::size(i)]); };
+  for (size_t b = 0; b < p.starts.size(); ++b)
+    for (int64_t i = p.starts[b]; i < std::min(p.rows, p.ends[b]); ++i) {
+      const int64_t levels = p.book->levels();
+      int64_t s = kept.offsets.starts[b];
+      while (s < kept.offsets.ends[b] &&
+             !std::equal(p.codes.data() + i * levels, p.codes.data() + (i + 1) * levels, kept.codes.data + s * levels))
+        ++s;
+      if (!test::is_present(p, i) || s == kept.offsets.ends[b]) continue;
+      const double apart = at(p.bias, i) - double(kept.bias.data[s]), share = std::exp(apart);
+      double sum = at(given.bias, s), moduli = std::fabs(sum), squares = 0, largest = 0;
+      const auto add = [&](double d, float element, float mean) {
+        const double difference = double(element) - double(mean);
+        sum += d * difference;
+        moduli += std::fabs(d * difference);
+        return difference * difference;
+      };
+      const double wrong = (std::fabs(apart) + 4) * 0x1p-22;  // of a share, and of a sum of float32
+      for (int64_t c = 0; c < p.values; ++c) {
+        const double dv = at(given.v, s * p.values + c);
+        if (!given.v.empty()) add(dv, p.v[test::size(i * p.values + c)], kept.v.data[s * p.values + c]);
+        e.v[test::size(i * p.values + c)] += share * dv;
+        e.v_bound[test::size(i * p.values + c)] += share * std::fabs(dv) * wrong;
+      }
+      for (int64_t d = 0; d < p.width; ++d) {
+        largest = std::max(largest, std::fabs(double(p.x[test::size(i * p.width + d)])));
+        squares += add(at(given.x, s * p.width + d), p.x[test::size(i * p.width + d)], kept.x.data[s * p.width + d]);
+      }
+      const double spread = at(p.spread, i), mean = double(kept.spread.data[s]);
+      sum += at(given.spread, s) * (spread + squares - mean);
+      moduli += std::fabs(at(given.spread, s)) * (spread + squares + mean);
+      e.bias[test::size(i)] += share * sum;
+      e.bias_bound[test::size(i)] += share * moduli * wrong;
+    }
+  return e;
+}
+
+void check_gradients(const Problem& p, uint64_t seed) {
+  Random r(seed + 3000);
+  const int64_t rows = entries(p);
+  Kept own(p, rows, false), together(p, rows, true);
+  sum_on_cuda(p, own, test::longest(p));
+  sum_on_cuda(p, together, test::longest(p));
+  // the same gradients for the same sums, in either place
+  Given given, given_together;
+  const auto fill = [&](std::vector<float> Given::* field, int64_t width) {
+    if (r.below(4) == 0 || width == 0) return;
+    given.*field = test::uniform(r, rows * width);
+    given_together.*field = given.*field;
+    for (int64_t b = 0; b < test::users(p); ++b)
+      std::copy_n((given.*field).begin() + own.out.offsets.starts[b] * width,
+                  (own.out.offsets.ends[b] - own.out.offsets.starts[b]) * width,
+                  (given_together.*field).begin() + together.out.offsets.starts[b] * width);
+  };
+  fill(&Given::x, p.width);
+  fill(&Given::v, p.values);
+  fill(&Given::bias, 1);
+  fill(&Given::spread, 1);
+  int wanted = r.below(2) ? 3 : 1 + static_cast<int>(r.below(2));
+  if (!p.values) wanted = 2;
+  const Gradients got = on_cuda(p, own.out, given, wanted);
+  const Gradients cpu =
+      gradients_of(p, true, own.out, given, wanted, [](const auto& h, const auto& forward, const auto& out) {
+        test::Workspace workspace(leaf_sums_backward_workspace(test::sizing(1), *h.book, h.in, out, h.in.behaviours()));
+        return leaf_sums_backward({workspace.array(), nullptr}, *h.book, h.in, forward, out);
+      });
+  const Expected expected = expected_of(test::copied(p), own.out, given);
+  const auto within = [](const char* what, const std::vector<float>& a, const std::vector<double>& b,
+                         const std::vector<double>& bound) {
+    for (size_t i = 0; i < a.size(); ++i)
+      if (std::isfinite(bound[i]) && !(std::fabs(double(a[i]) - b[i]) <= bound[i]))
+        test::fail("%s %zu: %g, expected %g within %g", what, i, double(a[i]), b[i], bound[i]);
+  };
+  within("d_v", got.v, expected.v, expected.v_bound);
+  within("d_bias", got.bias, expected.bias, expected.bias_bound);
+  within("the CPU's d_v", cpu.v, expected.v, expected.v_bound);
+  within("the CPU's d_bias", cpu.bias, expected.bias, expected.bias_bound);
+  if (!(on_cuda(p, together.out, given_together, wanted) == got)) test::fail("other gradients for sums together");
+  test::check_bits(p, got, [&](const Problem& q) { return on_cuda(q, own.out, given, wanted); });
+}
+
+void check(const Problem& p, uint64_t seed) {
+  Kept cpu(p, entries(p), true), cpu_own(p, entries(p), false);
+  sum_on_cpu(p, cpu);
+  sum_on_cpu(p, cpu_own);
   const Sums first = sums_on_cuda(p);
-  compare_sums(p, sums_on_cpu(p), first);
-  check_short(p, first);
-  p.params.method = Method::leaf;
-  check_sizes(p);
-  const Result tokens = test::on_cuda(p);
-  const float e = p.reach * 8 * kSkew;
-  test::compare(p, test::on_cpu(p), tokens, e);
-  const simt::Options kept = simt::options;
-  simt::options.order = simt::Order::random;
-  simt::options.seed += 17;
-  simt::options.machine.processors = 5;
-  if (!(sums_on_cuda(p) == first)) test::fail("other sums for another order of threads and number of processors");
-  if (!(test::on_cuda(p) == tokens)) test::fail("other tokens for another order of threads and number of processors");
-  if (!(sums_on_cuda(test::copied(p)) == first)) test::fail("other bits for rows copied");
-  simt::options = kept;
-  p.params.missing = Missing::drop;
-  if (p.v_type == DType::float32 && !(from_sums(p, first) == test::on_cuda(p)))
-    test::fail("the leaf method is not `route` over leaf sums");
+  compare_sums(p, cpu.take(false), first);
+  compare_sums(p, cpu_own.take(false), first);
+  if (!(sums_on_cuda(p, false) == first)) test::fail("other sums in places of their own");
+  for (const bool ragged : {true, false}) check_short(p, first, ragged);
+  test::check_bits(p, first, [](const Problem& q) { return sums_on_cuda(q); });
+  Kept own(p, entries(p), false), together(p, entries(p), true);
+  sum_on_cuda(p, own, test::longest(p));
+  sum_on_cuda(p, together, test::longest(p));
+  for (size_t b = 0; b < p.starts.size(); ++b)
+    if (own.out.offsets.starts[b] != entries(p, b)) test::fail("user %zu has another place", b);
+  if (!(route_sums(p, own.out) == route_sums(p, together.out))) test::fail("other tokens of sums together");
+  check_gradients(p, seed);
 }
 
 /// Leaves that a block sums, of several column tiles, among more than the blocks take at once.
@@ -177,7 +319,6 @@ Problem long_leaves() {
   p.agents = 5;
   p.width = 136;
   p.values = 72;
-  p.params.missing = Missing::token;
   p.x = test::uniform(r, p.rows * p.width);
   p.v = test::uniform(r, p.rows * p.values);
   p.bias = test::uniform(r, p.rows, 3);
@@ -205,7 +346,7 @@ int main(int argc, char** argv) {
     Problem p = seed ? test::random_problem(seed) : long_leaves();
     if (seed) test::add_codes(seed, p);
     if (seed % 2) test::gather(seed, p);
-    check(std::move(p));
+    check(p, seed);
   }
   return test::done();
 }

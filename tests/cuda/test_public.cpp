@@ -95,11 +95,11 @@ void expect_limits() {
   expect(forward(&book, by_code, agents), Code::invalid_argument,
          "route: context.codebook_image expected [1408] on CUDA, got [0]");
 
-  test::name("limits of route_backward");
+  test::name("limits of route_backward and missing");
   const auto backward = [&](const Histories& h, const RouteAgents& to) {
     const int64_t users = h.offsets.users, m = to.prototypes.shape[1];
     const Rows rows{nullptr, DType::float32, users * m, h.v.width};
-    return route_backward(on_device, nullptr, params, h, to, {rows, {}, rows, {nullptr, {users, m}}}, {});
+    return route_backward(on_device, nullptr, params, h, to, {rows, {nullptr, {users, m}}, {}, rows, {}, {}}, {});
   };
   expect(backward(wide, wide_agents), Code::not_implemented, "route_backward: expected D up to 4096 on CUDA, got 4097");
   wide = in;
@@ -107,12 +107,17 @@ void expect_limits() {
   expect(backward(wide, agents), Code::not_implemented, "route_backward: expected V up to 4096 on CUDA, got 4097");
   expect(backward(long_one, agents), Code::not_implemented,
          "route_backward: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
+  expect(missing(on_device, nullptr, long_one, {number, {kLong}}), Code::not_implemented,
+         "missing: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
 
   test::name("limits of leaf_sums, vote, encode and prototypes");
   long_one.codes = {code, {kLong, 1}};
-  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {nullptr, {2}}, {nullptr, {0, 1}}, {}, {}};
+  int64_t spans[2];
+  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {spans, spans + 1, 1}, {nullptr, {0, 1}}, {}, {}};
   expect(leaf_sums(on_device, book, long_one, sums), Code::not_implemented,
          "leaf_sums: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
+  expect(leaf_sums_backward(on_device, book, long_one, {sums.histories(), {}, {}, {}, {}}, {}), Code::not_implemented,
+         "leaf_sums_backward: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
   VoteParams budget;
   budget.budget = 1;
   many.codes = codes;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // `route` of cuda/route.cu, run by the emulator, beside the CPU's: values within the bound of split products,
 // everything bit-identical for any order of threads, any machine and any batch around a user, and for rows of x and v
-// gathered, scaled or made of codes instead of copied.
+// gathered, scaled or made of codes instead of copied. And `missing` of cuda/missing.cu, exactly.
 #include "route_problem.h"
 
 namespace {
@@ -20,7 +20,7 @@ Problem several_tiles() {
   p.width = 24;
   p.values = 72;
   p.params.normalize = Normalize::agents;
-  p.params.missing = Missing::token;
+  p.with_mean_x = true;
   p.x = test::uniform(r, p.rows * p.width);
   p.v = test::uniform(r, p.rows * p.values);
   p.x[5] = NAN;
@@ -31,7 +31,32 @@ Problem several_tiles() {
   return p;
 }
 
+/// verb(context, held, out): `missing`, on the CPU or on CUDA.
+template <class Verb>
+std::vector<float> missing_of(const Problem& p, bool clamp, Verb verb) {
+  const test::Held h(p, clamp);
+  test::Guarded<float> out(p.rows);
+  if (const Status status = verb(h, {out.data(), {p.rows}}); !status.ok()) test::fail("%s", status.what());
+  if (!out.intact()) test::fail("a result's end was overwritten");
+  return out.values();
+}
+
+void check_missing(const Problem& p) {
+  const auto cpu = missing_of(p, true, [](const test::Held& h, const Array<float, 1>& out) {
+    test::Workspace workspace(missing_workspace(test::sizing(1), h.book, h.in));
+    return missing({workspace.array(), nullptr}, h.book, h.in, out);
+  });
+  const auto on_device = [](const Problem& q) {
+    return missing_of(q, false, [&](const test::Held& h, const Array<float, 1>& out) {
+      test::Workspace none(cuda::missing_workspace({}, h.book, h.in)), image(test::image_size(q));
+      return cuda::missing(test::context_of(q, none, image), h.book, h.in, out);
+    });
+  };
+  if (on_device(p) != cpu) test::fail("others are missing");
+}
+
 void check(const Problem& p) {
+  check_missing(p);
   const Result first = on_cuda(p);
   test::compare(p, on_cpu(p), first);
   test::check_bits(p, first, [](const Problem& q) { return on_cuda(q); });

@@ -1,53 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small shapes and hostile floats through every verb, in exact-size memory, under every instruction set that this
-// processor has and on the AMX emulation. No crash; encode and vote keep their laws (laws.h); one worker, two and
-// seven give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is NaN
-// and the sets agree (tolerance.h).
-#include <cfloat>
-#include <cmath>
+// processor has and on the AMX emulation. No crash; encode, vote and missing keep their laws (laws.h); one worker, two
+// and seven give the same bits; integers and codebooks are the same for all sets; and where inputs are tame, nothing is
+// NaN and the sets agree (tolerance.h).
+#include "fuzz_verbs.h"
 
 #include "amx_table.h"
 #include "cpu/simd/kernels.h"
-#include "fuzz.h"
-#include "fuzz_outputs.h"
 #include "laws.h"
 #include "tolerance.h"
 
 using namespace hisac;
 using fuzz::Bytes;
+using fuzz::Codes;
 using fuzz::each_crew;
+using fuzz::kTypes;
 using fuzz::ledger;
 using fuzz::Output;
+using fuzz::SomeIds;
 using fuzz::Typed;
+using fuzz::Users;
 using test::Guarded;
 
 namespace {
-
-constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
-
-double largest(const std::vector<float>& values) {
-  double out = 0;
-  for (float x : values) out = std::max(out, std::fabs(double(x)));
-  return out;
-}
-
-/// The longest row.
-double longest_of(const float* values, int64_t rows, int64_t width) {
-  double out = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    double square = 0;
-    for (int64_t d = 0; d < width; ++d) square += double(values[i * width + d]) * double(values[i * width + d]);
-    out = std::max(out, square);
-  }
-  return std::sqrt(out);
-}
-
-struct Codes {
-  Codebook book;
-  int64_t rows, levels;
-  std::vector<float> x;
-  std::vector<int32_t> codes;
-};
 
 Codes encode_some(Bytes& in, bool hostile) {
   Codes out;
@@ -80,11 +55,6 @@ Codes encode_some(Bytes& in, bool hostile) {
   return out;
 }
 
-struct Users {
-  std::vector<int64_t> starts, ends;
-  Spans spans() const { return {starts.data(), ends.data(), DType::int64, static_cast<int64_t>(starts.size())}; }
-};
-
 Users users(Bytes& in, int64_t rows, bool overlap) {
   Users out;
   int64_t at = 0;
@@ -96,27 +66,6 @@ Users users(Bytes& in, int64_t rows, bool overlap) {
   }
   return out;
 }
-
-/// Ids [T] into a table of so many rows, some of them outside, in exact-size memory.
-struct SomeIds {
-  Guarded<int32_t> narrow;
-  Guarded<int64_t> wide;
-  bool is_wide;
-
-  SomeIds(Bytes& in, int64_t count, int64_t size) : narrow(count), wide(count), is_wide(in.flag()) {
-    const int64_t step = in.between(1, 7), start = in.byte();
-    const int64_t odd[] = {-1, size, INT64_MIN, INT64_MAX, int64_t{1} << 32, -(int64_t{1} << 31)};
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t id = i % 16 == start % 16 ? odd[i % 6] : size ? (start + i * step) % size : 0;
-      wide.data()[i] = id;
-      narrow.data()[i] = static_cast<int32_t>(id);
-    }
-  }
-  Ids ids() {
-    if (is_wide) return {wide.data(), DType::int64, wide.count()};
-    return {narrow.data(), DType::int32, narrow.count()};
-  }
-};
 
 void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   VoteParams params;
@@ -145,8 +94,7 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
     for (int64_t l = 0, id = some.ids()[i]; l < c.levels; ++l)
       codes[test::size(i * c.levels + l)] = id >= 0 && id < items ? given.data()[id * c.levels + l] : -1;
   const int64_t n = static_cast<int64_t>(u.starts.size()), m = seats(params, static_cast<int>(c.levels));
-  int64_t longest = 0;
-  for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
+  const int64_t longest = u.longest();
   Output<int32_t> agents(n * m * c.levels), count(n);
   Output<int64_t> votes(n * m);
   Histories histories;
@@ -172,182 +120,6 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
     else
       tree.fullest(params.fanout);
   }
-}
-
-void leaf_some(const Histories& in, const Codes& c, const Users& u, int64_t longest) {
-  const int64_t n = in.offsets.users, width = c.book.width(), value_width = in.v.width;
-  int64_t rows = 0;
-  for (size_t b = 0; b < u.starts.size(); ++b) rows += u.ends[b] - u.starts[b];
-  Output<float> x(rows * width), v(rows * value_width), bias(rows), spread(rows);
-  Output<int64_t> offsets(n + 1);
-  Output<int32_t> codes(rows * c.levels);
-  each_crew([&](int workers) { return leaf_sums_workspace(test::sizing(workers), c.book, in, longest); },
-            [&](const Context& context, int crew) {
-              return leaf_sums(context, c.book, in,
-                               {{x[crew], {rows, width}},
-                                {v[crew], {rows, value_width}},
-                                {offsets[crew], {n + 1}},
-                                {codes[crew], {rows, c.levels}},
-                                {bias[crew], {rows}},
-                                {spread[crew], {rows}}});
-            });
-  for (Output<float>* a : {&x, &v, &bias, &spread}) a->settled();
-  offsets.equal();
-  codes.equal();
-  for (int64_t b = 0; b < n; ++b)
-    for (int64_t g = offsets[0][b]; g < offsets[0][b + 1]; ++g) {
-      CHECK(std::isfinite(bias[0][g]) && spread[0][g] >= 0 && spread[0][g] <= FLT_MAX);
-      for (int64_t d = 0; d < width; ++d) CHECK(std::isfinite(x[0][g * width + d]));
-      CHECK(g == offsets[0][b] || c.book.leaf(codes[0] + (g - 1) * c.levels) < c.book.leaf(codes[0] + g * c.levels));
-    }
-}
-
-void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
-  const int64_t width = c.book.width(), value_width = in.flag() ? in.between(1, 5) : in.between(1, 40);
-  const int64_t agents = in.flag() ? in.between(0, 5) : in.between(0, 70), n = static_cast<int64_t>(u.starts.size());
-  const DType type = kTypes[in.byte() % 3];
-  const auto vs = in.values(c.rows * value_width, hostile), ps = in.values(n * agents * width, hostile);
-  const uint8_t manner = in.byte();
-  const bool x_by_id = manner & 1, v_by_id = manner & 2, int8 = manner & 4;
-  const int64_t items = x_by_id ? in.between(0, c.rows) : c.rows, v_rows = v_by_id ? in.between(0, c.rows) : c.rows;
-  SomeIds x_ids(in, c.rows, items), v_ids(in, c.rows, v_rows);
-  const auto table = [](const auto& rows, int64_t size) {
-    return std::vector(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(size));
-  };
-  Typed x(table(c.x, items * width), int8 ? DType::int8 : type, width),
-      v(table(vs, v_rows * value_width), type, value_width);
-  const auto scales = in.values(manner & 8 ? 1 : x.rows().rows, hostile);
-  Guarded<float> scale(scales);
-  Guarded<float> p(ps), bias(in.values(c.rows, hostile));
-  std::vector<float> spreads = in.values(c.rows, hostile);
-  for (float& t : spreads)
-    if (!hostile) t = std::fabs(t);
-  Guarded<float> spread(spreads);
-  std::vector<float> taus = in.values(in.flag() ? 1 : agents, hostile);
-  for (float& t : taus)
-    if (!hostile) t = std::fabs(t) + 1;
-  if (taus.empty()) taus = {1};
-  Guarded<float> temperature(taus);
-  Guarded<int32_t> count(n), codes(table(c.codes, items * c.levels));
-  for (int64_t b = 0; b < n; ++b) count.data()[b] = static_cast<int32_t>(in.between(0, 80)) - 4;
-  RouteParams params;
-  params.normalize = static_cast<Normalize>(in.between(0, 1));
-  params.method = static_cast<Method>(in.between(0, 1));
-  params.missing = static_cast<Missing>(in.between(0, 1));
-  params.refine = static_cast<int>(in.between(0, 2));
-  params.precision = static_cast<Precision>(in.between(0, 1));
-  params.temperature = {temperature.data(), {temperature.count()}};
-  const Codebook* book = nullptr;
-  Histories inputs{x.rows(), v.rows(), u.spans()};
-  RouteAgents to{{p.data(), {n, agents, width}}, {}};
-  if (x_by_id) inputs.x_ids = x_ids.ids();
-  if (v_by_id) inputs.v_ids = v_ids.ids();
-  if (int8 && manner & 16) inputs.x_scale = {scale.data(), {scale.count()}};
-  if (in.flag()) to.count = {count.data(), {n}};
-  if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
-  if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
-  const bool without_x = in.byte() % 4 == 0;
-  if (params.method == Method::leaf || without_x || in.flag()) {
-    inputs.codes = {codes.data(), {items, c.levels}};
-    book = &c.book;
-  }
-  if (without_x) {
-    inputs.x = {};
-    inputs.x_scale = {};
-  }
-  int64_t longest = 0;
-  for (size_t b = 0; b < u.starts.size(); ++b) longest = std::max(longest, u.ends[b] - u.starts[b]);
-  if (inputs.codes) leaf_some(inputs, c, u, longest);
-
-  const int64_t m = agents + (params.missing == Missing::token), bytes = type == DType::float32 ? 4 : 2;
-  const auto d = in.values(n * m * value_width, hostile), dl = in.values(n * m, hostile);
-  tolerance::Route bound{double(longest),
-                         double(n),
-                         double(agents),
-                         double(width),
-                         double(value_width),
-                         longest_of(c.x.data(), c.rows, width),
-                         longest_of(ps.data(), n * agents, width),
-                         largest(vs),
-                         8,
-                         0,
-                         largest(d),
-                         largest(dl),
-                         double(*std::min_element(taus.begin(), taus.end())),
-                         params.normalize == Normalize::agents,
-                         params.method == Method::leaf,
-                         params.precision == Precision::bfloat16 ? tolerance::kRounded
-                         : simd::kernels().matmul_bf16x3         ? tolerance::kBf16x3
-                                                                 : 0,
-                         type};
-  double path = 0;  // of a code, no prototype is longer
-  for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
-  if (int8) bound.x = 127 * std::sqrt(double(width)) * (inputs.x_scale ? largest(scales) : 1);
-  if (without_x) bound.x = path;
-  if (inputs.spread) bound.spread = largest(spreads);
-  Output<std::byte> tokens(n * m * value_width * bytes, type);
-  Output<float> lse(n * m), refined(params.refine ? n * agents * width : 0);
-  each_crew([&](int workers) { return route_workspace(test::sizing(workers), book, params, inputs, to, longest); },
-            [&](const Context& context, int crew) {
-              return route(context, book, params, inputs, to,
-                           {{tokens[crew], type, n * m, value_width},
-                            {lse[crew], {n, m}},
-                            {params.refine ? refined[crew] : nullptr, {n, agents, width}}});
-            });
-  tokens.agree(!hostile, bound.tokens(params.refine));
-  lse.agree(!hostile, bound.lse(params.refine));
-  refined.agree(!hostile, bound.refined(params.refine));
-
-  // Every set goes back from the same place, but where that is too far from its own: coarse weights would overflow.
-  const bool own = bound.logit(0) > 60;
-  if (params.refine) to.prototypes.data = own ? refined[0] : refined.settled();
-  params.refine = 0;
-  const bool exact = params.method == Method::exact, want_x = exact && !without_x;
-  Typed d_tokens(d, type, value_width);
-  Guarded<float> d_lse(dl);
-  Output<float> dv(c.rows * value_width), dtau(temperature.count()), dbias(exact ? c.rows : 0),
-      dx(want_x ? c.rows * width : 0), dp(exact ? n * agents * width : 0);
-  const uint8_t wanted = in.byte();
-  const auto gradients = [&](int crew) {
-    RouteGradients g;
-    if (wanted & 1) g.v = {dv[crew], {c.rows, value_width}};
-    if (wanted & 2) g.temperature = {dtau[crew], {temperature.count()}};
-    if (wanted & 4 && exact) g.bias = {dbias[crew], {c.rows}};
-    if (wanted & 8 && want_x) g.x = {dx[crew], {c.rows, width}};
-    if (wanted & 16 && exact) g.prototypes = {dp[crew], {n, agents, width}};
-    return g;
-  };
-  each_crew(
-      [&](int workers) {
-        return route_backward_workspace(test::sizing(workers), book, params, inputs, to, gradients(0), longest);
-      },
-      [&](const Context& context, int crew) {
-        return route_backward(context, book, params, inputs, to,
-                              {{d_tokens.rows().data, type, n * m, value_width},
-                               {d_lse.data(), {n, m}},
-                               {own ? tokens[0] : tokens.settled(), type, n * m, value_width},
-                               {own ? lse[0] : lse.settled(), {n, m}}},
-                              gradients(crew));
-      });
-  dv.agree(!hostile, bound.d_v());
-  dtau.agree(!hostile, bound.d_temperature());
-  dbias.agree(!hostile, bound.d_bias());
-  dx.agree(!hostile, bound.d_x());
-  dp.agree(!hostile, bound.d_prototypes());
-
-  const int64_t groups = in.between(0, 9);
-  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
-  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
-  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
-  Guarded<float> rows(vs);
-  Output<float> sums(groups * value_width);
-  each_crew([](int) { return size_t{0}; },
-            [&](const Context& context, int crew) {
-              return sum_rows(context, {rows.data(), {c.rows, value_width}}, {order.data(), {order.count()}},
-                              {begin.data(), {groups + 1}}, {sums[crew], {groups, value_width}});
-            });
-  sums.equal();
-  sums.agree(!hostile, 0);
 }
 
 void attend_some(Bytes& in, bool hostile) {
@@ -457,7 +229,7 @@ void run(Bytes in) {
   if (what & 4)
     vote_some(in, codes, u, hostile);
   else
-    route_some(in, codes, u, hostile);
+    fuzz::route_some(in, codes, u, hostile);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What encode and vote promise of any input, in a form that is not how they compute it.
+// What encode, vote and missing promise of any input, in a form that is not how they compute it.
 #pragma once
 #include <algorithm>
 #include <map>
@@ -31,6 +31,32 @@ inline void nearest(const hisac::Codebook& book, const float* x, const int32_t* 
     for (int64_t c = 0; c < book.size(l); ++c) CHECK(c < codes[l] ? !(distance(c) <= least) : !(distance(c) < least));
     for (size_t d = 0; d < left.size(); ++d) left[d] -= book.centers(l)[test::size(codes[l] * book.width()) + d];
   }
+}
+
+/// Whether behaviour i is missing: absent in route, though it has a row of v without a NaN or an infinity. x, v: the
+/// rows of the tables, as floats.
+inline bool missing(const hisac::Histories& in, const hisac::Codebook* book, const std::vector<float>& x,
+                    const std::vector<float>& v, int64_t i) {
+  const auto inside = [](int64_t id, int64_t rows) { return id >= 0 && id < rows; };
+  const int64_t item = in.x_ids ? in.x_ids[i] : i, row = in.v_ids ? in.v_ids[i] : i;
+  if (!in.v.data || !inside(row, in.v.rows)) return false;
+  for (int64_t d = 0; d < in.v.width; ++d)
+    if (!std::isfinite(v[test::size(row * in.v.width + d)])) return false;
+  if (!inside(item, in.items()) || (in.bias && !std::isfinite(in.bias.data[i]))) return true;
+  if (in.spread && !(in.spread.data[i] >= 0 && std::isfinite(in.spread.data[i]))) return true;
+  const int32_t* const codes = in.codes.data + item * in.codes.shape[1];
+  if (book && !book->valid(codes)) return true;
+  std::vector<float> own;
+  if (in.x.data)
+    own.assign(x.begin() + item * in.x.width, x.begin() + (item + 1) * in.x.width);
+  else
+    own.resize(test::size(book->width())), book->prototype(codes, own.data());
+  double square = 0;
+  for (float f : own) {
+    if (in.x_scale) f *= in.x_scale.data[in.x_scale.shape[0] == 1 ? 0 : item];
+    square += double(f) * double(f);
+  }
+  return !(square < 0x1p100);
 }
 
 /// One user's votes in the code tree, and the leaves that got a seat.

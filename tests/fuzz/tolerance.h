@@ -24,56 +24,71 @@ inline double rounding(DType type, double size) {
   return (single ? kUlp : half ? 0x1p-11 : 0x1p-8) * size + (half ? 0x1p-24 : 0x1p-133);
 }
 
+struct Leaf {
+  double rows, users, width, value_width;           // sizes; rows: the longest history
+  double x;                                         // the longest row
+  double v, bias, spread;                           // the largest moduli
+  double d_sum_x = 0, d_sum_v = 0, d_sum_bias = 0;  // d_sum_bias: of spread too
+
+  /// Of a sum, relatively: roundings of e^(bias - the leaf's log weight) and of what is added up.
+  double skew() const { return (steps(rows) + 16 + 4 * bias + 2 * std::log(rows + 1)) * kUlp; }
+  /// Of a sum: its rows and their mean are at most 2 x apart.
+  double most_spread() const { return 4 * x * x + spread; }
+  double sum_x() const { return 2 * (4 * skew() * x + 0x1p-124); }
+  double sum_v() const { return 2 * (4 * skew() * v + 0x1p-124); }
+  double sum_bias() const { return 2 * (skew() + 4 * kUlp * (bias + std::log(rows + 1)) + 4 * kUlp); }
+  double sum_spread() const { return 2 * ((4 * skew() + 2 * kUlp) * most_spread() + 0x1p-124); }
+
+  /// Backward, from given sums: a share is at most 1, and a row has one for each user.
+  double share() const { return std::expm1((2 * (2 * bias + std::log(rows + 1)) + 16) * kUlp) + 2 * skew(); }
+  double d_v() const { return 2 * users * ((share() + (users + 1) * kUlp) * d_sum_v + 0x1p-124); }
+  double d_bias() const {
+    const double slope = 2 * value_width * v * d_sum_v + 2 * width * x * d_sum_x + d_sum_bias * (1 + 2 * most_spread());
+    return 2 * users * ((share() + (width + value_width + users + 32) * kUlp) * slope + 0x1p-124);
+  }
+};
+
 struct Route {
-  double rows, users, agents, width, value_width;  // sizes; rows: the longest history
-  double x, p;                                     // the longest row and prototype
-  double v, bias, spread, d_tokens, d_lse;         // the largest moduli
-  double tau;                                      // the smallest
-  bool softmax_over_agents, leaf;                  // Normalize::agents, Method::leaf
-  double coarse;                                   // kRounded, kSplit or 0: of x, prototypes, weights and v
+  double rows, users, agents, width, value_width;     // sizes; rows: the longest history
+  double x, p;                                        // the longest row and prototype
+  double v, bias, spread, d_tokens, d_lse, d_mean_x;  // the largest moduli
+  double tau;                                         // the smallest
+  bool softmax_over_agents;                           // Normalize::agents
+  double coarse;                                      // kRounded, kBf16x3 or 0: of x, prototypes, weights and v
   DType type;
 
   double far() const { return x + std::max(x, p); }
   double square() const { return far() * far() + spread; }
-  double skew() const { return leaf ? (steps(rows) + 16 + 4 * bias + 2 * std::log(rows + 1)) * kUlp : 0; }
-  /// Of a weight, as an error of its logit, with prototypes off by `drift`.
-  double logit(double drift) const {
-    if (coarse > 0) drift += coarse * far() + 2 * std::sqrt(width) * 0x1p-126;
+  /// Of a weight, as an error of its logit.
+  double logit() const {
+    const double drift = coarse > 0 ? coarse * far() + 2 * std::sqrt(width) * 0x1p-126 : 0;  // of prototypes
     const double r = square() / tau;
-    double e = ((width + 14) * kUlp + 4 * skew()) * r + (2 * far() * drift + drift * drift) / tau + skew();
+    double e = (width + 14) * kUlp * r + (2 * far() * drift + drift * drift) / tau;
     if (softmax_over_agents) e = 2 * e + (agents + 8 + 6 * r + 4 * std::log(agents + 1)) * kUlp;
     return e + (4 * r + 8 * bias + 2 * std::log(rows + 1) + 16) * kUlp + 2 * coarse;
   }
-  double sums() const { return (2 * steps(rows) + 8) * kUlp + 2 * skew() + coarse + rows * 0x1p-124; }
-  double moved(double drift) const { return mean(std::expm1(logit(drift)), x) + (sums() + kUlp) * x; }
-  double drift(int refine) const {
-    double d = 0;
-    for (; refine > 0; --refine) d = std::sqrt(width) * moved(d);
-    return d;
-  }
-  double refined(int refine) const { return refine > 0 ? 2 * moved(drift(refine - 1)) : 0; }
-  double tokens(int refine) const {
-    const double one = mean(std::expm1(logit(drift(refine))), v) + sums() * v;
-    return 2 * (one + rounding(type, v + one));
-  }
-  double lse(int refine) const {
-    const double e = logit(drift(refine)), size = square() / tau + bias + std::log(rows + 1);
+  double sums() const { return (2 * steps(rows) + 8) * kUlp + coarse + rows * 0x1p-124; }
+  double mean_of(double size) const { return mean(std::expm1(logit()), size) + sums() * size; }
+  double mean_x() const { return 2 * (mean_of(x) + rounding(DType::float32, x + mean_of(x))); }
+  double tokens() const { return 2 * (mean_of(v) + rounding(type, v + mean_of(v))); }
+  double lse() const {
+    const double e = logit(), size = square() / tau + bias + std::log(rows + 1);
     return 2 * (log_sum(std::expm1(e), e) + (steps(rows) + 8 + 2 * size) * kUlp);
   }
 
-  /// Backward, from given tokens, lse and prototypes. A column of weights sums to (1 + f)^2 at most, a row of them to
+  /// Backward, from given tokens, lse and means of x. A column of weights sums to (1 + f)^2 at most, a row of them to
   /// as much for each agent; `slope` bounds what multiplies a weight in dz.
   double f() const {
-    return std::expm1(logit(0)) + 8 * skew() + 2 * coarse +
-           (value_width + width + 2 * steps(rows) + agents + 64) * kUlp;
+    return std::expm1(logit()) + 2 * coarse + (value_width + 2 * width + 2 * steps(rows) + agents + 64) * kUlp;
   }
   double mass() const { return (1 + f()) * (1 + f()); }
   double dz() const {
-    const double slope = 2 * value_width * v * d_tokens + d_lse;
+    const double slope = 2 * value_width * v * d_tokens + 2 * width * x * d_mean_x + d_lse;
     return 2 * f() * mass() * slope * (softmax_over_agents ? 2 * (1 + agents) : 1) + 0x1p-100;
   }
   double d_v() const { return 4 * users * (agents + 1) * mass() * d_tokens * f() + 0x1p-100; }
   double d_bias() const { return users * agents * dz(); }
+  double d_spread() const { return 2 * users * agents * dz() / tau; }
   double d_temperature() const { return users * agents * dz() * square() / (tau * tau); }
   double d_x() const { return 4 * users * agents * dz() * far() / tau; }
   double d_prototypes() const { return 4 * dz() * far() / tau; }

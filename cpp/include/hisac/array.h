@@ -69,4 +69,13 @@ struct Spans {
   int64_t end(int64_t b) const noexcept { return integer_at(ends, dtype, b); }
 };
 
+/// Spans to write, of int64. Ragged: ends = starts + 1, of an array [B + 1].
+struct MutableSpans {
+  int64_t* starts = nullptr;
+  int64_t* ends = nullptr;
+  int64_t users = 0;
+
+  bool ragged() const noexcept { return starts && ends == starts + 1; }
+};
+
 }  // namespace hisac

@@ -7,23 +7,24 @@
 //
 // What a verb needs in the context:
 //
-//   verb                         workspace                                      codebook_image
-//   encode                       none                                           always
-//   code_prototypes, prototypes  none                                           always
-//   vote                         yes                                            never
-//   leaf_sums                    yes                                            where x is not given
-//   route, route_backward        yes; `longest` counts for Method::leaf alone   where x is not given
-//   attend, attend_backward      yes                                            never
-//   sum_rows                     none                                           never
-//   fit                          not on CUDA: Code::not_implemented
+//   verb                           workspace                                 codebook_image
+//   encode                         none                                      always
+//   code_prototypes, prototypes    none                                      always
+//   vote                           yes                                       never
+//   leaf_sums, leaf_sums_backward  yes                                       where x is not given
+//   route, route_backward          yes; `longest` does not count             where x is not given
+//   missing                        none                                      where x is not given
+//   attend, attend_backward        yes                                       never
+//   sum_rows                       none                                      never
+//   fit                            not on CUDA: Code::not_implemented
 //
 // What a verb takes at most. More is refused with Code::not_implemented and the message "expected .., got ..":
 //
-//   vote                              B 2^30
-//   leaf_sums, route, route_backward  B 2^30, T 2^31 - 1
-//   route                             D 4,096
-//   route_backward                    D 4,096, V 4,096
-//   attend, attend_backward           N, B, M, H, d, V 2^30 each; d and V further as shared memory allows:
+//   vote                                          B 2^30
+//   leaf_sums, route, their backwards, missing    B 2^30, T 2^31 - 1
+//   route                                         D 4,096
+//   route_backward                                D 4,096, V 4,096
+//   attend, attend_backward                       N, B, M, H, d, V 2^30 each; d and V further as shared memory allows:
 //
 //     shared memory of a block                 227 KiB (H100, H200)   163 KiB (A100)   99 KiB (RTX)
 //     attend: d                                3,072                  2,048            1,024
@@ -46,9 +47,8 @@
 //                            leaves, or if the counters of a vote by fan-out fit in shared memory. Otherwise a user
 //                            with more rows than the workspace is made for has no agents: its count is 0.
 //   workspace of leaf_sums   It holds T rows where ends = starts + 1 element (ragged offsets), else B * longest. The
-//   and of Method::leaf      first user whose rows do not fit, and all users after it, have no sums: for `route` their
-//                            histories are empty. Ragged offsets that never step back always fit. `route_backward` has
-//                            at most 2^31 - 1 such rows, whatever the workspace.
+//                            first user whose rows do not fit, and all users after it, have no sums: for `route` their
+//                            histories are empty. Ragged offsets that never step back always fit.
 //   rows of LeafSums         Fewer than all histories have: as with too small a workspace.
 //   codebook_image           Its size and alignment are checked, its bytes are not. Those of another codebook of the
 //                            same sizes give that codebook's codes and prototypes.

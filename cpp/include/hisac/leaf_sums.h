@@ -14,19 +14,19 @@ namespace hisac {
 /// would count as one behaviour. Sums add up: those of kept sums and new behaviours, as the rows of one user, are the
 /// sums of all.
 struct LeafSums {
-  Array<float, 2> x;          // [S, D], S at least the rows of all histories; the first offsets[B] are the sums
-  Array<float, 2> v;          // [S, V]
-  Array<int64_t, 1> offsets;  // [B + 1]
-  Array<int32_t, 2> codes;    // [S, L]
-  Array<float, 1> bias;       // [S]
-  Array<float, 1> spread;     // [S]
+  Array<float, 2> x;        // [S, D], S at least the rows of all histories
+  Array<float, 2> v;        // [S, V]
+  MutableSpans offsets;     // which of the S rows are a user's sums
+  Array<int32_t, 2> codes;  // [S, L]
+  Array<float, 1> bias;     // [S]
+  Array<float, 1> spread;   // [S]
 
   /// The sums as the histories of a later call of `route`.
   Histories histories() const noexcept {
     Histories h;
     h.x = {x.data, DType::float32, x.shape[0], x.shape[1]};
     h.v = {v.data, DType::float32, v.shape[0], v.shape[1]};
-    h.offsets = {offsets.data, offsets.data + 1, DType::int64, offsets.shape[0] - 1};
+    h.offsets = {offsets.starts, offsets.ends, DType::int64, offsets.users};
     h.codes = {codes.data, {codes.shape[0], codes.shape[1]}};
     h.bias = {bias.data, {bias.shape[0]}};
     h.spread = {spread.data, {spread.shape[0]}};
@@ -34,11 +34,37 @@ struct LeafSums {
   }
 };
 
-/// Takes the same fields of the histories as `route`, and needs codes. Every row of x and v is read once. longest: the
-/// longest history of the batch (T will do).
+/// Takes the same fields of the histories as `route`, and needs codes. Every row of x and v is read once. Where
+/// out.offsets are ragged (ends = starts + 1, of an array [B + 1]), the sums of all users lie together. Otherwise each
+/// user's sums begin behind the rows of the users before it, and what lies between is undefined.
+/// longest: the longest history of the batch (T will do).
 Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
                  const LeafSums& out) noexcept;
 size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
                            int64_t longest) noexcept;
+
+/// What `leaf_sums` made of the same histories, LeafSums::histories(), and the gradients of it. Null: 0.
+struct LeafSumsForward {
+  Histories sums;
+  Array<const float, 2> d_x{};       // [S, D]
+  Array<const float, 2> d_v{};       // [S, V]
+  Array<const float, 1> d_bias{};    // [S]
+  Array<const float, 1> d_spread{};  // [S]
+};
+
+/// Null arrays are not computed.
+struct LeafSumsGradients {
+  Array<float, 2> v;     // [T, V], of each behaviour's row, also with v_ids
+  Array<float, 1> bias;  // [T]
+};
+
+/// With the share s_i = exp(bias_i - bias) of a behaviour in the sum of its leaf,
+///   dv_i = s_i dv,   dbias_i = s_i (dv . (v_i - v) + dx . (x_i - x) + dbias + dspread (spread_i + |x_i - x|^2 -
+///   spread)).
+/// Histories may overlap. x is held constant.
+Status leaf_sums_backward(const Context& context, const Codebook& book, const Histories& histories,
+                          const LeafSumsForward& forward, const LeafSumsGradients& out) noexcept;
+size_t leaf_sums_backward_workspace(const Context& context, const Codebook& book, const Histories& histories,
+                                    const LeafSumsGradients& out, int64_t longest) noexcept;
 
 }  // namespace hisac

@@ -8,8 +8,6 @@
 namespace hisac {
 
 enum class Normalize : int32_t { history, agents };
-enum class Method : int32_t { exact, leaf };
-enum class Missing : int32_t { drop, token };
 /// float32: the products of `route` are of float32, or on AMX and CUDA three of bfloat16 each. bfloat16: x, prototypes,
 /// weights and v may be rounded to bfloat16 for the products, where the processor multiplies that faster. Sums are
 /// float32 always. Tokens of different instruction sets differ within the bounds that cpp/README.md states.
@@ -22,13 +20,9 @@ enum class Precision : int32_t { float32, bfloat16 };
 /// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is
 /// absent where its codes are out of range, |x|^2 is not below 2^100, its bias is NaN or infinite, its spread is not in
 /// [0, FLT_MAX], or an id of its x or v is outside the table. A NaN or an infinity in v does not make it absent: that
-/// column of the tokens of its user's present agents is then NaN or infinite. Missing::token does not count a behaviour
-/// without a row of v, or with a NaN or an infinity in v.
+/// column of the tokens of its user's present agents is then NaN or infinite.
 struct RouteParams {
   Normalize normalize = Normalize::history;
-  Method method = Method::exact;      // leaf: over the behaviours' leaf sums (leaf_sums.h)
-  Missing missing = Missing::drop;    // token: one more token, the mean v and log count of the absent behaviours
-  int refine = 0;                     // rounds of p_a <- sum u x / sum u before the tokens
   Array<const float, 1> temperature;  // [1] or [M]
   Precision precision = Precision::float32;
 };
@@ -41,50 +35,61 @@ struct RouteAgents {
 };
 
 struct Tokens {
-  MutableRows tokens;         // [B * M', V], v's type; M' = M, or M + 1 with Missing::token
-  Array<float, 2> lse;        // [B, M']
-  Array<float, 3> refined{};  // [B, M, D]: the prototypes after `refine` rounds; null when refine is 0
+  MutableRows tokens{};      // [B * M, V], v's type; data null: not wanted
+  Array<float, 2> lse{};     // [B, M]
+  Array<float, 3> mean_x{};  // [B, M, D]: x averaged as v is, zero for an empty sum; null: not wanted
 };
 
 /// Fused: no T x M matrix. Sums run over tiles of 2,048 rows of a user, merged in a fixed tree: the same bits for any
 /// number of workers and any batch around the user.
 ///
 /// Reads every field of the histories but weights; codes only where there is a book. Without a book, a behaviour with
-/// an invalid code is present. Codes and book are needed where x is not given and by Method::leaf.
+/// an invalid code is present. Codes and book are needed where x is not given. v may be missing where tokens.data is
+/// null: then there are lse and mean_x.
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept;
 /// Takes the same fields as the call. longest: the longest history of the batch (T will do).
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                       const Histories& histories, const RouteAgents& agents, int64_t longest) noexcept;
+                       const Histories& histories, const RouteAgents& agents, const Tokens& out,
+                       int64_t longest) noexcept;
 
-/// What `route` returned, and the gradients of it. d_tokens has the type of tokens; prototypes are those in use (after
-/// refine), held constant.
+/// What `route` returned, and the gradients of it. d_tokens has the type of tokens.
 struct RouteForward {
-  Rows d_tokens;                // [B * M', V]
-  Array<const float, 2> d_lse;  // [B, M'], null: 0
-  Rows tokens;                  // [B * M', V]
-  Array<const float, 2> lse;    // [B, M']
+  Rows tokens{};                     // [B * M, V]
+  Array<const float, 2> lse{};       // [B, M]
+  Array<const float, 3> mean_x{};    // [B, M, D]; needed with d_mean_x
+  Rows d_tokens{};                   // [B * M, V]; data null: 0
+  Array<const float, 2> d_lse{};     // [B, M]; null: 0
+  Array<const float, 3> d_mean_x{};  // [B, M, D]; null: 0
 };
 
-/// Null arrays are not computed. Method::leaf has v and temperature only. With x_ids or v_ids, the gradients of x and v
-/// are of each behaviour's row, [T, ..], not of the rows of the table; sum_rows adds them up by row. With x of int8,
-/// the gradient of x is that of scale * int8.
+/// Null arrays are not computed. With x_ids or v_ids, the gradients of x and v are of each behaviour's row, [T, ..],
+/// not of the rows of the table; sum_rows adds them up by row. With x of int8, the gradient of x is that of scale *
+/// int8. d_mean_x has gradients for bias, spread, prototypes and temperature, and none for x.
 struct RouteGradients {
-  Array<float, 2> v;            // [T, V]
-  Array<float, 1> temperature;  // [1] or [M], as the temperature
-  Array<float, 1> bias;         // [T]
   Array<float, 2> x;            // [T, D]
+  Array<float, 2> v;            // [T, V]
+  Array<float, 1> bias;         // [T]
+  Array<float, 1> spread;       // [T]
   Array<float, 3> prototypes;   // [B, M, D]
+  Array<float, 1> temperature;  // [1] or [M], as the temperature
 };
 
-/// w_ai = exp(z_ai - lse_a), dz_ai = w_ai (dtoken_a . (v_i - token_a) + dlse_a), recomputed tile by tile;
-/// deterministic.
+///   w_ai = exp(z_ai - lse_a),   dz_ai = w_ai (dtoken_a . (v_i - token_a) + dmean_x_a . (x_i - mean_x_a) + dlse_a)
+/// and dspread_i = -sum_a dz_ai / tau_a, recomputed tile by tile; deterministic.
 Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept;
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
-                                int64_t longest) noexcept;
+                                const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                                const RouteGradients& out, int64_t longest) noexcept;
+
+/// out [T]: 0 for a behaviour that is missing, -inf for any other. A behaviour is missing where `route` takes it for
+/// absent, though it has a row of v without a NaN or an infinity. As the x [T, 1] of another `route`, to one prototype
+/// of 0, this gives one more token: the mean v and the log count of a user's missing behaviours. Reads what `route`
+/// reads.
+Status missing(const Context& context, const Codebook* book, const Histories& histories, Array<float, 1> out) noexcept;
+size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept;
 
 /// sums[g] = sum of rows[order[i]] over i in [begin[g], begin[g + 1]), each in float64 and in this order, rounded once:
 /// with behaviours in the order of their ids, the gradient of each row of a table that has any. An order outside

@@ -9,13 +9,39 @@
 #include "hisac/context.h"
 #include "hisac/status.h"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define HISAC_ASAN 1
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define HISAC_ASAN 1
+#endif
+#ifdef HISAC_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace hisac {
+
+// Under AddressSanitizer a gap lies behind each array, so that a write beyond it is seen.
+#ifdef HISAC_ASAN
+constexpr size_t kGap = 64;
+inline void forbid(void* p, size_t bytes) noexcept { __asan_poison_memory_region(p, bytes); }
+inline void allow(void* p, size_t bytes) noexcept { __asan_unpoison_memory_region(p, bytes); }
+#else
+constexpr size_t kGap = 0;
+inline void forbid(void*, size_t) noexcept {}
+inline void allow(void*, size_t) noexcept {}
+#endif
 
 class Arena {
  public:
   Arena() noexcept = default;  // only counts bytes
   explicit Arena(Array<std::byte, 1> memory) noexcept
-      : base_(memory.data), capacity_(memory.data && aligned() ? static_cast<size_t>(memory.shape[0]) : 0) {}
+      : base_(memory.data), capacity_(memory.data && aligned() ? static_cast<size_t>(memory.shape[0]) : 0) {
+    allow(base_, capacity_);
+  }
+  Arena(const Arena&) = delete;
+  ~Arena() { allow(base_, capacity_); }
 
   /// More than any workspace has: what a verb names for sizes that no call may have.
   static constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
@@ -29,9 +55,11 @@ class Arena {
       used_ = kLimit;
       return nullptr;
     }
-    const size_t offset = used_;
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return base_ && used_ <= capacity_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
+    const size_t offset = used_, bytes = count * sizeof(T);
+    used_ += (bytes + 63) / 64 * 64 + kGap;
+    if (!base_ || used_ > capacity_) return nullptr;
+    forbid(base_ + offset + bytes, used_ - offset - bytes);
+    return reinterpret_cast<T*>(base_ + offset);
   }
 
   /// n elements of T, then what carve(one) takes for each of them. Null where `take` is; `carve` is called all the

@@ -44,13 +44,19 @@ class Units {
     }
   }
 
-  /// Calls work(unit, worker) for all units, then merge(user, states, shared, worker) for each user whom several units
-  /// share, with the states that they left in their slots.
-  template <class State, class Work, class Merge>
-  void run(const Context& context, State* slots, Work work, Merge merge) const {
+  /// Calls work(unit, worker) for all units.
+  template <class Work>
+  void run(const Context& context, Work work) const {
     parallel_for(context, unit_[n_], [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) work(unit(u), w);
     });
+  }
+
+  /// The same, then merge(user, states, shared, worker) for each user whom several units
+  /// share, with the states that they left in their slots.
+  template <class State, class Work, class Merge>
+  void run(const Context& context, State* slots, Work work, Merge merge) const {
+    run(context, work);
     if (slot_[n_] == 0) return;  // no user is shared: the workers are not woken again
     parallel_for(context, n_, [&](int64_t begin, int64_t end, int w) {
       for (int64_t i = begin; i < end; ++i)

@@ -12,9 +12,9 @@ inline Status check_book(const char* verb, const Codebook* book) noexcept {
   return Status::error(Code::invalid_argument, "%s: codebook expected, got an empty one", verb);
 }
 
-/// D of a batch: that of x, or of the codebook where x is not given.
-inline int64_t width_of(const Codebook& book, const Histories& histories) noexcept {
-  return histories.x.data ? histories.x.width : book.width();
+/// D of a batch: that of x, or of the codebook where x is not given; 0 where there is neither.
+inline int64_t width_of(const Codebook* book, const Histories& histories) noexcept {
+  return histories.x.width ? histories.x.width : book ? book->width() : 0;
 }
 
 /// codes is [rows, L] of this book.

@@ -22,19 +22,17 @@ Rows items_of(const Histories& in) noexcept { return {in.x.data, in.x.dtype, in.
 
 }  // namespace
 
-void Block::carve(Arena& arena, int64_t width, int64_t value_width, Operands operands, bool keep_x) noexcept {
+void Block::carve(Arena& arena, int64_t width, int64_t columns, Operands operands) noexcept {
   x_bf16.carve(arena, simd::kBlock * simd::pad(simd::pairs_of(width)), operands);
   if (operands == Operands::bf16x3) remainder = arena.take<float>(width);
   x = arena.take<float>(simd::kBlock * simd::pad(width));
-  if (keep_x) values_x = arena.take<float>(simd::kBlock * simd::pad(width));
-  v = arena.take<float>(simd::kBlock * simd::pad(value_width));
+  values = arena.take<float>(simd::kBlock * simd::pad(columns));
   arena.take_into(simd::kBlock, norm, bias, row);
 }
 
-void Block::clear_padding(int64_t width, int64_t value_width) noexcept {
-  for (float* rows : {x, values_x})
-    if (rows) std::fill(rows, rows + simd::kBlock * simd::pad(width), 0.f);
-  std::fill(v, v + simd::kBlock * simd::pad(value_width), 0.f);
+void Block::clear_padding(int64_t width, int64_t columns) noexcept {
+  std::fill(x, x + simd::kBlock * simd::pad(width), 0.f);
+  std::fill(values, values + simd::kBlock * simd::pad(columns), 0.f);
   for (uint32_t* part : {x_bf16.hi, x_bf16.lo})
     if (part) std::fill(part, part + simd::kBlock * simd::pad(simd::pairs_of(width)), 0u);
 }
@@ -46,18 +44,20 @@ Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept {
 }
 
 RowLoader::RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands,
-                     const float* origin) noexcept
+                     int64_t value_width, int64_t columns, const float* origin) noexcept
     : book_(histories.codes ? book : nullptr),
       in_(histories),
       k_(simd::kernels()),
       width_(width),
+      value_width_(value_width),
+      columns_(columns),
       x_(items_of(histories), histories.x_ids, histories.x_scale),
       v_(histories.v, histories.v_ids),
       operands_(operands),
       origin_(origin) {}
 
 bool RowLoader::may_be_present(int64_t row) const noexcept {
-  if (!v_.has(row) || !x_.has(row)) return false;
+  if (!x_.has(row) || (v_ && !v_.has(row))) return false;
   const float spread = spread_of(row);
   return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX &&  // false for NaN
          (!book_ || book_->valid(codes_of(row)));
@@ -73,42 +73,29 @@ bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexc
   return below_limit(*norm, x, width_);
 }
 
-bool RowLoader::has_value(int64_t row, float* v) const noexcept {
-  return v_.has(row) && finite(v, in_.v.width, v_.load(row, v));
-}
-
-void RowLoader::add_absent(int64_t row, float* v, Absent* absent) const noexcept {
-  if (!absent || !absent->sum || !has_value(row, v)) return;
-  k_.add_row(in_.v.width, v, 1.f, absent->sum);
-  ++absent->count;
-}
-
-void RowLoader::load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept {
-  const int64_t ldx = simd::pad(width_), ldv = simd::pad(in_.v.width);
+void RowLoader::load(int64_t begin, int64_t end, Block& block) const noexcept {
+  const int64_t ldx = simd::pad(width_), ldv = simd::pad(columns_);
   int n = 0;
   for (int64_t row = begin; row < end; ++row) {
-    float* const x = block.x + n * ldx;
-    if (load_x(row, x, block.norm + n)) {
-      if (block.values_x) std::copy_n(x, width_, block.values_x + n * ldx);
-      if (origin_) block.norm[n] = k_.subtract_row(width_, origin_, x);
-      const int64_t offset = n * simd::pad(simd::pairs_of(width_));
-      if (const auto* const given = operands_ == Operands::bf16 ? x_.as_bfloat16(row) : nullptr) {
-        std::memcpy(block.x_bf16.hi + offset, given, static_cast<size_t>(2 * width_));
-      } else if (operands_ == Operands::bf16) {
-        k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
-        block.norm[n] = k_.load_row(block.x_bf16.hi + offset, DType::bfloat16, width_, x);
-      } else if (operands_ == Operands::bf16x3) {
-        k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
-        k_.bf16_remainder(width_, x, block.remainder);
-        k_.round_bf16(width_, block.remainder, nullptr, block.x_bf16.lo + offset);
-      }
-      v_.load(row, block.v + n * ldv);
-      block.norm[n] += spread_of(row);
-      block.bias[n] = bias_of(row);
-      block.row[n++] = row;
-    } else {
-      add_absent(row, block.v + n * ldv, absent);
+    float *const x = block.x + n * ldx, *const values = block.values + n * ldv;
+    if (!load_x(row, x, block.norm + n)) continue;
+    if (value_width_) v_.load(row, values);
+    if (columns_ > value_width_) std::copy_n(x, width_, values + value_width_);
+    if (origin_) block.norm[n] = k_.subtract_row(width_, origin_, x);
+    const int64_t offset = n * simd::pad(simd::pairs_of(width_));
+    if (const auto* const given = operands_ == Operands::bf16 ? x_.as_bfloat16(row) : nullptr) {
+      std::memcpy(block.x_bf16.hi + offset, given, static_cast<size_t>(2 * width_));
+    } else if (operands_ == Operands::bf16) {
+      k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
+      block.norm[n] = k_.load_row(block.x_bf16.hi + offset, DType::bfloat16, width_, x);
+    } else if (operands_ == Operands::bf16x3) {
+      k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
+      k_.bf16_remainder(width_, x, block.remainder);
+      k_.round_bf16(width_, block.remainder, nullptr, block.x_bf16.lo + offset);
     }
+    block.norm[n] += spread_of(row);
+    block.bias[n] = bias_of(row);
+    block.row[n++] = row;
   }
   block.n = n;
   block.prefetcher.clear();

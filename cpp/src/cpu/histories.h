@@ -36,8 +36,7 @@ Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept;
 struct Block {
   int n = 0;
   float* x = nullptr;           // [kBlock, pad(D)] x less the origin; padding columns stay zero
-  float* values_x = nullptr;    // [kBlock, pad(D)] x itself, where it is summed; null: not kept
-  float* v = nullptr;           // [kBlock, pad(V)]
+  float* values = nullptr;      // [kBlock, pad(columns)] v, and behind it x itself, as far as they are averaged
   float* norm = nullptr;        // [kBlock] |x|^2 + spread
   float* bias = nullptr;        // [kBlock] natural logarithm
   Bf16Operand x_bf16;           // [kBlock, pad((D + 1) / 2)] x in bfloat16
@@ -46,25 +45,23 @@ struct Block {
   simd::Prefetcher prefetcher;  // the rows after this block
   bool last = false;            // the last block of its user
 
-  void carve(Arena& arena, int64_t width, int64_t value_width, Operands operands, bool keep_x) noexcept;
-  void clear_padding(int64_t width, int64_t value_width) noexcept;
-};
-
-/// Count and sum of v of the absent rows (Missing::token).
-struct Absent {
-  int64_t count = 0;
-  float* sum = nullptr;  // [pad(V)]; null: not computed
+  /// columns: of the values.
+  void carve(Arena& arena, int64_t width, int64_t columns, Operands operands) noexcept;
+  void clear_padding(int64_t width, int64_t columns) noexcept;
 };
 
 class RowLoader {
  public:
-  /// width: D. book null: codes are not read. origin [D] is subtracted from the x of blocks; null: zero.
-  RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands,
-            const float* origin = nullptr) noexcept;
+  /// width: D. book null: codes are not read. A block's values have `value_width` columns of v (V, or 0), the others of
+  /// `columns` are x. origin [D] is subtracted from the x of blocks; null: zero.
+  RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands, int64_t value_width,
+            int64_t columns, const float* origin = nullptr) noexcept;
+  /// For rows without blocks.
+  RowLoader(const Codebook* book, const Histories& histories, int64_t width) noexcept
+      : RowLoader(book, histories, width, Operands::float32, 0, 0) {}
 
-  /// Loads rows [begin, end) of x and v as a block without the absent ones, which it adds to `absent` where that has a
-  /// sum.
-  void load(int64_t begin, int64_t end, Block& block, Absent* absent) const noexcept;
+  /// Loads rows [begin, end) of x and v as a block without the absent ones.
+  void load(int64_t begin, int64_t end, Block& block) const noexcept;
   /// x [D] = a row, *norm = its sum of squares; false for an absent row.
   bool load_x(int64_t row, float* x, float* norm) const noexcept {
     return may_be_present(row) && load_x_unchecked(row, x, norm);
@@ -84,38 +81,35 @@ class RowLoader {
     if (!x_) __builtin_prefetch(codes_of(row));
     if (in_.bias) __builtin_prefetch(in_.bias.data + row);
   }
-  /// Loads v [V] of a row; whether the row exists and v is finite.
-  bool has_value(int64_t row, float* v) const noexcept;
+  /// Loads v [V] of a row that may be present.
+  void load_v(int64_t row, float* v) const noexcept { v_.load(row, v); }
   float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
   float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
   /// [L] of a row that may be present, where codes are read.
   const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + x_.number(row) * in_.codes.shape[1]; }
 
  private:
-  void add_absent(int64_t row, float* v, Absent* absent) const noexcept;
-
   const Codebook* book_;
   const Histories& in_;
   const simd::Kernels& k_;
-  int64_t width_;
+  int64_t width_, value_width_, columns_;
   RowSource x_, v_;  // x_ without data: the rows of codes
   Operands operands_;
   const float* origin_;
 };
 
 /// Loads a unit's rows tile by tile and block by block: stack[0] = the merge of all tiles' states. reset(state) empties
-/// a state, absent_of(state) returns its Absent or null, body(state) adds the block to it, and merge(into, from) adds a
-/// later state to an earlier one.
-template <class State, class Reset, class AbsentOf, class Body, class Merge>
+/// a state, body(state) adds the block to it, and merge(into, from) adds a later state to an earlier one.
+template <class State, class Reset, class Body, class Merge>
 void fold_rows(const RowLoader& loader, const Spans& h, const Unit& unit, Block& block, State* stack, Reset reset,
-               AbsentOf absent_of, Body body, Merge merge) {
+               Body body, Merge merge) {
   const int64_t start = h.start(unit.user), end = h.end(unit.user);
   reset(stack[0]);
   const auto tile = [&](int64_t t, State& state) {
     reset(state);
     const int64_t last = std::min(start + (t + 1) * kTile, end);
     for (int64_t i = start + t * kTile; i < last; i += simd::kBlock) {
-      loader.load(i, std::min(i + simd::kBlock, last), block, absent_of(state));
+      loader.load(i, std::min(i + simd::kBlock, last), block);
       block.last = i + simd::kBlock >= end;
       body(state);
     }

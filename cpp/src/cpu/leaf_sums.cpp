@@ -39,7 +39,7 @@ LeafRows rows_from(const LeafSums& out, int64_t row) noexcept {
 LeafSummer::LeafSummer(const Codebook* book, const Histories& in, int64_t width, int64_t longest, int workers) noexcept
     : book_(book),
       in_(in),
-      loader_(book, in, width, Operands::float32),
+      loader_(book, in, width),
       k_(simd::kernels()),
       width_(width),
       value_width_(in.v.width),
@@ -51,7 +51,7 @@ void LeafSummer::carve(Arena& arena) noexcept {
   start_ = arena.take<int64_t>(users + 1);
   leaves_ = arena.take<int64_t>(users);
   begin_ = arena.take<int64_t>(capacity_ + users);
-  arena.take_into(capacity_, leaf_, spare_leaf_, row_, spare_row_, max_bias_, total_weight_, weight_, absent_);
+  arena.take_into(capacity_, leaf_, spare_leaf_, row_, spare_row_, max_bias_, weight_);
   const int64_t piece_sums = capacity_ / kPiece + 1;
   piece_sum_ = arena.take<Sum>(piece_sums);
   float* const x = arena.take<float>(piece_sums, width_);
@@ -63,7 +63,7 @@ void LeafSummer::carve(Arena& arena) noexcept {
   }
   worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
     arena.take_into(width_, one.sum.x, one.origin, one.x, one.run_x);
-    arena.take_into(value_width_, one.sum.v, one.absent, one.v, one.run_v);
+    arena.take_into(value_width_, one.sum.v, one.v, one.run_v);
   });
 }
 
@@ -111,8 +111,7 @@ void LeafSummer::group_rows(int64_t i) noexcept {
   const int64_t first = in_.offsets.start(users_[i]), offset = start_[i], length = start_[i + 1] - offset;
   int64_t n = 0;
   for (int64_t row = first; row < first + length; ++row) {
-    absent_[offset + row - first] = !loader_.may_be_present(row);
-    if (absent_[offset + row - first]) continue;
+    if (!loader_.may_be_present(row)) continue;
     leaf_[offset + n] = book_->leaf(loader_.codes_of(row));
     row_[offset + n++] = row;
   }
@@ -185,7 +184,6 @@ void LeafSummer::sum_piece(int64_t i, int64_t g, int64_t p, Worker& w) noexcept 
       float norm = 0;
       if (e + kPrefetchRows < first[leaves_[i]]) loader_.prefetch(rows[e + kPrefetchRows]);
       if (e != origin && !loader_.load_x_unchecked(row, w.x, &norm)) {
-        absent_[start_[i] + row - in_.offsets.start(users_[i])] = true;
         weight_[start_[i] + e] = -1;
         continue;
       }
@@ -234,7 +232,6 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
     for (int64_t p = 0; p < pieces_of(i, g); ++p) sum_piece(i, g, p, w);
     return write_leaf(i, g, w);
   }
-  total_weight_[row] = sum.total_weight;
   float *const x = out_.x + row * width_, *const v = out_.v + row * value_width_;
   const double inverse = sum.present ? 1 / sum.total_weight : 0;
   const auto mean = [&](int64_t width, const float* sums, float* means) {
@@ -253,82 +250,27 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   out_.spread[row] =
       static_cast<float>(std::min(std::max(0.0, sum.squares * inverse - double(square)), double(FLT_MAX)));
   uint64_t leaf = leaf_[start_[i] + first[g]];
-  for (int l = 0, levels = book_->levels(); out_.codes && l < levels; ++l) {
+  for (int l = 0, levels = book_->levels(); l < levels; ++l) {
     const uint64_t stride = book_->body().stride[l];
     out_.codes[row * levels + l] = static_cast<int32_t>(leaf / stride);
     leaf %= stride;
   }
 }
 
-int64_t LeafSummer::absent(int64_t i, int worker, float* v) const noexcept {
-  double* const sum = worker_[worker].absent;
-  int64_t count = 0;
-  std::fill(sum, sum + value_width_, 0.0);
-  each_absent(i, [&](int64_t row) {
-    if (!loader_.has_value(row, v)) return;
-    for (int64_t d = 0; d < value_width_; ++d) sum[d] += double(v[d]);
-    ++count;
-  });
-  for (int64_t d = 0; d < value_width_ && count; ++d) v[d] = static_cast<float>(sum[d] / double(count));
-  return count;
-}
-
-void LeafInput::carve(Arena& arena, LeafSummer& leaves, int64_t n) noexcept {
-  const int64_t capacity = leaves.capacity();
-  leaves.carve(arena);
-  sums.x = arena.take<float>(capacity, leaves.width());
-  sums.v = arena.take<float>(capacity, leaves.value_width());
-  arena.take_into(capacity, sums.bias, sums.spread);
-  arena.take_into(n, users, starts, ends);
-  for (int64_t b = 0; users && ends && b < n; ++b) users[b] = b;
-}
-
-void LeafInput::load(const Context& context, LeafSummer& leaves, const int64_t* list, int64_t n,
-                     Histories* rows) noexcept {
-  const int64_t capacity = leaves.capacity();
-  leaves.sum(context, list, n, sums);
-  for (int64_t i = 0; i < n; ++i) {
-    starts[list[i]] = leaves.start(i);
-    ends[list[i]] = leaves.start(i) + leaves.leaves(i);
-  }
-  const int64_t users_of_batch = rows->offsets.users;
-  *rows = {};
-  rows->x = {sums.x, DType::float32, capacity, leaves.width()};
-  rows->v = {sums.v, DType::float32, capacity, leaves.value_width()};
-  rows->offsets = {starts, ends, DType::int64, users_of_batch};
-  rows->bias = {sums.bias, {capacity}};
-  rows->spread = {sums.spread, {capacity}};
-}
-
-void LeafSummer::add_row_gradients(const Context& context, const float* d_leaf, float* out) const noexcept {
-  parallel_for(context, (start_[n_] + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end, int) {
-    each_user_part(begin * kPiece, end * kPiece, [&](int64_t i, int64_t begin_entry, int64_t end_entry) {
-      const int64_t* const first = begin_of(i);
-      int64_t g = std::upper_bound(first, first + leaves_[i], begin_entry) - first - 1;
-      for (int64_t e = begin_entry; e < std::min(end_entry, first[leaves_[i]]); ++e) {
-        while (first[g + 1] <= e) ++g;
-        const int64_t row = row_[start_[i] + e], leaf = start_[i] + g;
-        const float weight = weight_[start_[i] + e];
-        if (weight < 0) continue;
-        const float share = static_cast<float>(double(weight) / total_weight_[leaf]);
-        k_.add_row(value_width_, d_leaf + leaf * value_width_, share, out + row * value_width_);
-      }
-    });
-  });
-}
-
 size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
                            int64_t longest) noexcept {
   Arena arena;
-  LeafSummer(&book, histories, width_of(book, histories), longest, workers_of(context)).carve(arena);
+  LeafSummer(&book, histories, width_of(&book, histories), longest, workers_of(context)).carve(arena);
   arena.take<int64_t>(histories.offsets.users);
   return arena.used();
 }
 
-/// Writes each user's leaves at the offset of its rows, then moves the present ones of all users together.
+/// Writes each user's leaves at the offset of its rows, and the present ones of them to the front; with ragged offsets
+/// those of all users together.
 Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
                  const LeafSums& out) noexcept {
   const int64_t users = histories.offsets.users;
+  const bool ragged = out.offsets.ragged();
   int64_t kept = 0, offset = 0;
   LeafSummer leaves(&book, histories, out.x.shape[1], longest_of(histories.offsets), workers_of(context));
   Arena arena(context.workspace);
@@ -336,11 +278,12 @@ Status leaf_sums(const Context& context, const Codebook& book, const Histories& 
   int64_t* const order = arena.take<int64_t>(users);
   HISAC_TRY(arena.check("leaf_sums"));
   for (int64_t b = 0; b < users; ++b) order[b] = b;
-  out.offsets.data[0] = 0;
+  if (ragged) out.offsets.starts[0] = 0;
   for (int64_t first = 0, n; first < users; first += n) {
     n = leaves.users_that_fit(order + first, users - first);
     leaves.sum(context, order + first, n, rows_from(out, offset));
     for (int64_t i = 0; i < n; ++i) {
+      if (!ragged) out.offsets.starts[first + i] = kept = offset + leaves.start(i);
       for (int64_t g = 0; g < leaves.leaves(i); ++g) {
         const LeafRows a = rows_from(out, offset + leaves.start(i) + g), b = rows_from(out, kept);
         if (!(*a.bias > -INFINITY)) continue;
@@ -352,7 +295,7 @@ Status leaf_sums(const Context& context, const Codebook& book, const Histories& 
         *b.bias = *a.bias;
         *b.spread = *a.spread;
       }
-      out.offsets.data[first + i + 1] = kept;
+      out.offsets.ends[first + i] = kept;
     }
     offset += leaves.start(n);
   }

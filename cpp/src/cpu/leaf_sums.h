@@ -14,7 +14,7 @@ struct LeafRows {
   float* v = nullptr;        // [capacity, V]
   float* bias = nullptr;     // [capacity]
   float* spread = nullptr;   // [capacity]
-  int32_t* codes = nullptr;  // [capacity, L]; null: not written
+  int32_t* codes = nullptr;  // [capacity, L]
 };
 
 /// Sums the leaves of a list of users, whose histories have at most `capacity` rows together.
@@ -23,9 +23,6 @@ class LeafSummer {
   /// book: of the codes. width: D.
   LeafSummer(const Codebook* book, const Histories& in, int64_t width, int64_t longest, int workers) noexcept;
   void carve(Arena& arena) noexcept;
-  int64_t capacity() const noexcept { return capacity_; }
-  int64_t width() const noexcept { return width_; }
-  int64_t value_width() const noexcept { return value_width_; }
 
   /// How many users from the start of the list fit into the capacity, at least 1.
   int64_t users_that_fit(const int64_t* users, int64_t n) const noexcept;
@@ -34,18 +31,6 @@ class LeafSummer {
   /// Of the i-th user of the list: the offset of its rows and leaves, and the number of its leaves.
   int64_t start(int64_t i) const noexcept { return start_[i]; }
   int64_t leaves(int64_t i) const noexcept { return leaves_[i]; }
-  /// v [V] = the mean v of the i-th user's absent behaviours that have one; returns how many these are.
-  int64_t absent(int64_t i, int worker, float* v) const noexcept;
-
-  /// out[row] += the row's share of its leaf's weight times d_leaf [capacity, V]; histories may not overlap.
-  void add_row_gradients(const Context& context, const float* d_leaf, float* out) const noexcept;
-  /// Calls visit(row) for the i-th user's absent rows.
-  template <class Visit>
-  void each_absent(int64_t i, Visit visit) const noexcept {
-    const int64_t first = in_.offsets.start(users_[i]);
-    for (int64_t entry = start_[i]; entry < start_[i + 1]; ++entry)
-      if (absent_[entry]) visit(first + entry - start_[i]);
-  }
 
  private:
   static constexpr int64_t kPiece = 1024;  // rows of a leaf summed at a time
@@ -56,8 +41,7 @@ class LeafSummer {
   };
   struct Worker {
     Sum sum;
-    double* absent = nullptr;  // [V]
-    float* origin = nullptr;   // [D] of the leaf that is summed
+    float* origin = nullptr;  // [D] of the leaf that is summed
     float *x = nullptr, *v = nullptr, *run_x = nullptr, *run_v = nullptr;
   };
 
@@ -94,21 +78,9 @@ class LeafSummer {
   int64_t *row_ = nullptr, *spare_row_ = nullptr;     // [capacity] row of an entry
   int64_t* begin_ = nullptr;                          // [capacity + B] first entry of a leaf, then the end of all
   float* max_bias_ = nullptr;                         // [capacity] a leaf's largest bias
-  double* total_weight_ = nullptr;                    // [capacity] sum of a leaf's weights
   float* weight_ = nullptr;                           // [capacity] of an entry: scale e^(bias - max_bias); -1: absent
-  bool* absent_ = nullptr;                            // [capacity] of a row
   Sum* piece_sum_ = nullptr;                          // [capacity / kPiece + 1] pieces of long leaves
   Worker* worker_ = nullptr;
-};
-
-/// Leaf sums as the rows of `route`, in the workspace.
-struct LeafInput {
-  LeafRows sums;
-  int64_t *users = nullptr, *starts = nullptr, *ends = nullptr;  // [B]; users: 0 .. B - 1
-
-  void carve(Arena& arena, LeafSummer& leaves, int64_t n) noexcept;
-  /// Puts the sums of these users in place of their behaviours.
-  void load(const Context& context, LeafSummer& leaves, const int64_t* list, int64_t n, Histories* rows) noexcept;
 };
 
 }  // namespace hisac::cpu

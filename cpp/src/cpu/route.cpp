@@ -14,12 +14,11 @@
 namespace hisac::cpu {
 namespace {
 
-/// The online softmax of a range of rows, by present agent (simd::RouteWeights), and the absent rows' sum.
+/// The online softmax of a range of rows, by present agent (simd::RouteWeights).
 struct State {
   float* max_logit = nullptr;    // [pad(M)] base 2
   float* denominator = nullptr;  // [pad(M)]
-  float* numerator = nullptr;    // [sum_width, pad(M)]: agents side by side
-  Absent absent;
+  float* numerator = nullptr;    // [pad(columns), pad(M)]: agents side by side
 };
 
 struct Worker {
@@ -30,107 +29,78 @@ struct Worker {
   float* e = nullptr;                      // [kBlock, 48]
   float *lse = nullptr, *shift = nullptr;  // [kBlock]
   float* factor = nullptr;                 // [48]
-  float* rows = nullptr;                   // [kLanes, sum_width] numerators of 16 agents
-  Bf16Operand values_bf16;                 // [kBlock / 2, sum_width] v or x, two rows an element
+  float* rows = nullptr;                   // [kLanes, pad(columns)] numerators of 16 agents
+  Bf16Operand values_bf16;                 // [kBlock / 2, pad(columns)] two rows an element
   Bf16Operand e_bf16;                      // [kBlock / 2, kPanel] in place of e
-  float* remainders = nullptr;             // [2, sum_width]
+  float* remainders = nullptr;             // [2, pad(columns)]
   State* stack = nullptr;
 };
 
 class Router : RouteCall {
  public:
   Router(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
-         const RouteAgents& to, const Tokens* out, int64_t longest) noexcept
-      : RouteCall(context, book, params, in, to, true, longest),
+         const RouteAgents& to, const Tokens& out, int64_t longest) noexcept
+      : RouteCall(context, book, params, in, to, out.tokens.data, static_cast<bool>(out.mean_x), true, longest),
         out_(out),
-        sum_width_(simd::pad(params.refine ? std::max(width_, value_width_) : value_width_)) {}
+        ldv_(simd::pad(columns_)) {}
 
   void carve(Arena& arena) noexcept {
     units_.carve(arena, in_.offsets.users);
-    if (leaf()) leaf_input_.carve(arena, leaves_, in_.offsets.users);
     slots_ = carve_states(arena, Units::most_slots(workers_));
     worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, operands_, operands_ == Operands::bf16);
-      one.block.carve(arena, width_, value_width_, operands_, params_.refine && operands_ != Operands::bf16);
+      one.block.carve(arena, width_, columns_, operands_);
       one.z = arena.take<float>(simd::kBlock * std::max(simd::pad(agents_), simd::kPanel));
       one.e = arena.take<float>(simd::kBlock * simd::kPanel);
       arena.take_into(simd::kBlock, one.lse, one.shift);
       one.factor = arena.take<float>(simd::kPanel);
-      one.rows = arena.take<float>(simd::kLanes * sum_width_);
-      one.values_bf16.carve(arena, simd::kBlock / 2 * sum_width_, operands_);
+      one.rows = arena.take<float>(simd::kLanes * ldv_);
+      one.values_bf16.carve(arena, simd::kBlock / 2 * ldv_, operands_);
       one.e_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
-      if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * sum_width_);
+      if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * ldv_);
       one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
     });
   }
 
+  /// Reads every history once.
   void run() noexcept {
-    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    prototypes_ = to_.prototypes.data;
-    if (params_.refine) {
-      std::copy_n(prototypes_, in_.offsets.users * agents_ * width_, out_->refined.data);
-      prototypes_ = out_->refined.data;
-    }
-    const int64_t users = in_.offsets.users;
-    if (!leaf()) return route_users(nullptr, users);
-    for (int64_t first = 0, n; first < users; first += n) {
-      const int64_t* const part = leaf_input_.users + first;
-      n = leaves_.users_that_fit(part, users - first);
-      leaf_input_.load(context_, leaves_, part, n, &routed_);
-      route_users(part, n);
-    }
+    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, columns_);
+    units_.plan(in_.offsets, nullptr, in_.offsets.users, workers_);
+    units_.run(
+        context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
+        [&](int64_t b, State* states, int64_t shared, int w) {
+          load_agents(b, worker_[w]);
+          fold_all(shared, states, [&](State& state, State& later) { merge(state, later, worker_[w].panel.m); });
+          write_tokens(b, states[0], worker_[w]);
+        });
   }
 
  private:
   State* carve_states(Arena& arena, int64_t n) noexcept {
     return arena.take_each<State>(n, [&](State& s) {
       arena.take_into(simd::pad(agents_), s.max_logit, s.denominator);
-      s.numerator = arena.take<float>(sum_width_ * simd::pad(agents_));
-      if (params_.missing == Missing::token) s.absent.sum = arena.take<float>(simd::pad(value_width_));
+      s.numerator = arena.take<float>(ldv_ * simd::pad(agents_));
     });
-  }
-
-  /// Writes the tokens of the listed users; null: of 0 .. n - 1.
-  void route_users(const int64_t* users, int64_t n) noexcept {
-    units_.plan(routed_.offsets, users, n, workers_);
-    for (int round = 0; round <= params_.refine; ++round) pass(round < params_.refine);
-    if (!leaf() || params_.missing == Missing::drop) return;
-    parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
-      float* const v = worker_[w].block.v;
-      for (int64_t i = begin; i < end; ++i) write_absent_token(users[i], leaves_.absent(i, w, v), v, 1.f);
-    });
-  }
-
-  /// Reads every history once. refining: the values are x, and the results are new prototypes.
-  void pass(bool refining) noexcept {
-    units_.run(
-        context_, slots_, [&](const Unit& u, int w) { unit(u, refining, worker_[w]); },
-        [&](int64_t b, State* states, int64_t shared, int w) {
-          load_agents(b, worker_[w]);
-          fold_all(shared, states, [&](State& state, State& later) { merge(state, later, worker_[w].panel.m); });
-          write_tokens(b, states[0], refining, worker_[w]);
-        });
   }
 
   void load_agents(int64_t b, Worker& w) const noexcept {
     w.user = b;
-    w.panel.load(params_, prototypes_ + b * agents_ * width_, agents_, width_, count_of(to_, b));
+    load_panel(b, w.panel);
   }
 
-  void unit(const Unit& unit, bool refining, Worker& w) noexcept {
+  void unit(const Unit& unit, Worker& w) noexcept {
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        loader(routed_, w.panel.origin), routed_.offsets, unit, w.block, w.stack, [&](State& s) { reset(s); },
-        [&](State& s) { return leaf() ? nullptr : &s.absent; }, [&](State& s) { block(refining, w, s); },
-        [&](State& state, State& later) { merge(state, later, w.panel.m); });
+        loader(w.panel.origin), in_.offsets, unit, w.block, w.stack, [&](State& s) { reset(s); },
+        [&](State& s) { block(w, s); }, [&](State& state, State& later) { merge(state, later, w.panel.m); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else
-      write_tokens(unit.user, w.stack[0], refining, w);
+      write_tokens(unit.user, w.stack[0], w);
   }
 
-  void block(bool refining, Worker& w, State& state) noexcept {
+  void block(Worker& w, State& state) noexcept {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ld = simd::pad(agents_);
     if (n == 0 || m == 0) return;
@@ -144,10 +114,7 @@ class Router : RouteCall {
     }
     for (int i = 0; i < n; ++i)
       w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
-    const int64_t value_width = refining ? width_ : value_width_, ldv = simd::pad(value_width);
-    const float* const x = w.block.values_x ? w.block.values_x : w.block.x;
-    const float* const values = refining ? x : w.block.v;
-    if (operands_ != Operands::float32) round_values(w, values, ldv);
+    if (operands_ != Operands::float32) round_values(w);
     simd::for_panels(m, [&](int64_t first, int64_t width) {
       if (!softmax_over_agents) products(w, first, width, width);
       const float* const z = softmax_over_agents ? w.z + first : w.z;
@@ -163,16 +130,16 @@ class Router : RouteCall {
       const bool changed = operands_ == Operands::float32
                                ? k_.route_weights(n, width, z, ldz, p, w.e, width)
                                : k_.route_weights_bf16(n, width, z, ldz, p, w.e_bf16.hi, w.e_bf16.lo, width);
-      if (changed) scale_rows(sum, value_width, width, w.factor);
+      if (changed) scale_rows(sum, width, w.factor);
       switch (operands_) {
         case Operands::float32:
-          k_.accumulate(n, value_width, width, values, ldv, w.e, width, sum, ld);
+          k_.accumulate(n, columns_, width, w.block.values, ldv_, w.e, width, sum, ld);
           break;
         case Operands::bf16:
-          k_.accumulate_bf16(simd::pairs_of(n), value_width, width, w.values_bf16.hi, ldv, w.e_bf16.hi, width, sum, ld);
+          k_.accumulate_bf16(simd::pairs_of(n), columns_, width, w.values_bf16.hi, ldv_, w.e_bf16.hi, width, sum, ld);
           break;
         case Operands::bf16x3:
-          k_.accumulate_bf16x3(simd::pairs_of(n), value_width, width, w.values_bf16.hi, w.values_bf16.lo, ldv,
+          k_.accumulate_bf16x3(simd::pairs_of(n), columns_, width, w.values_bf16.hi, w.values_bf16.lo, ldv_,
                                w.e_bf16.hi, w.e_bf16.lo, width, sum, ld);
       }
     });
@@ -181,22 +148,22 @@ class Router : RouteCall {
   /// After a user's last block: queues its tokens and the next user's prototypes, of present agents alone.
   void prefetch_next_user(Worker& w) const noexcept {
     const int64_t users = in_.offsets.users, next = w.user + 1, p = width_ * int64_t(sizeof(float));
-    const int64_t token = value_width_ * bytes_of(in_.v.dtype), first = w.user * (out_->tokens.rows / users) * token;
-    w.block.prefetcher.add(out_->tokens.data, first, first + count_of(to_, w.user) * token);
+    const int64_t token = value_width_ * bytes_of(in_.v.dtype), first = w.user * agents_ * token;
+    w.block.prefetcher.add(out_.tokens.data, first, first + count_of(to_, w.user) * token);
     if (next < users)
-      w.block.prefetcher.add(prototypes_, next * agents_ * p, (next * agents_ + count_of(to_, next)) * p);
+      w.block.prefetcher.add(to_.prototypes.data, next * agents_ * p, (next * agents_ + count_of(to_, next)) * p);
   }
 
   /// Rounds the block's values to bfloat16, two rows an element.
-  void round_values(Worker& w, const float* values, int64_t ldv) const noexcept {
+  void round_values(Worker& w) const noexcept {
     for (int i = 0; i < w.block.n; i += 2) {
       const bool unpaired = i + 1 == w.block.n;
-      const float *const even = values + i * ldv, *const odd = even + ldv;
-      k_.pair_rows_bf16(ldv, even, unpaired ? nullptr : odd, w.values_bf16.hi + i / 2 * ldv);
+      const float *const even = w.block.values + i * ldv_, *const odd = even + ldv_;
+      k_.pair_rows_bf16(ldv_, even, unpaired ? nullptr : odd, w.values_bf16.hi + i / 2 * ldv_);
       if (!w.remainders) continue;
-      k_.bf16_remainder(ldv, even, w.remainders);
-      if (!unpaired) k_.bf16_remainder(ldv, odd, w.remainders + ldv);
-      k_.pair_rows_bf16(ldv, w.remainders, unpaired ? nullptr : w.remainders + ldv, w.values_bf16.lo + i / 2 * ldv);
+      k_.bf16_remainder(ldv_, even, w.remainders);
+      if (!unpaired) k_.bf16_remainder(ldv_, odd, w.remainders + ldv_);
+      k_.pair_rows_bf16(ldv_, w.remainders, unpaired ? nullptr : w.remainders + ldv_, w.values_bf16.lo + i / 2 * ldv_);
     }
   }
 
@@ -218,17 +185,15 @@ class Router : RouteCall {
     }
   }
 
-  void scale_rows(float* sum, int64_t rows, int64_t columns, const float* factor) const noexcept {
-    for (int64_t d = 0; d < rows; ++d, sum += simd::pad(agents_))
-      for (int64_t a = 0; a < columns; ++a) sum[a] *= factor[a];
+  void scale_rows(float* sum, int64_t agents, const float* factor) const noexcept {
+    for (int64_t d = 0; d < columns_; ++d, sum += simd::pad(agents_))
+      for (int64_t a = 0; a < agents; ++a) sum[a] *= factor[a];
   }
 
   void reset(State& s) const noexcept {
     std::fill(s.max_logit, s.max_logit + simd::pad(agents_), -INFINITY);
     std::fill(s.denominator, s.denominator + simd::pad(agents_), 0.f);
-    std::fill(s.numerator, s.numerator + sum_width_ * simd::pad(agents_), 0.f);
-    s.absent.count = 0;
-    if (s.absent.sum) std::fill(s.absent.sum, s.absent.sum + simd::pad(value_width_), 0.f);
+    std::fill(s.numerator, s.numerator + ldv_ * simd::pad(agents_), 0.f);
   }
 
   /// Adds a later state, whose denominator and max_logit are overwritten by the factors of `into` and `from`.
@@ -243,53 +208,35 @@ class Router : RouteCall {
       later.denominator[a] = f;
       later.max_logit[a] = g;
     }
-    for (int64_t d = 0; d < sum_width_; ++d)
+    for (int64_t d = 0; d < columns_; ++d)
       for (int64_t a = 0; a < m; ++a)
         state.numerator[d * ld + a] =
             state.numerator[d * ld + a] * later.denominator[a] + later.numerator[d * ld + a] * later.max_logit[a];
-    state.absent.count += later.absent.count;
-    for (int64_t d = 0; state.absent.sum && d < value_width_; ++d) state.absent.sum[d] += later.absent.sum[d];
   }
 
-  void write_tokens(int64_t b, const State& s, bool refining, const Worker& w) const noexcept {
+  void write_tokens(int64_t b, const State& s, const Worker& w) const noexcept {
     const AgentPanel& panel = w.panel;
-    const int64_t absent_token = params_.missing == Missing::token, rows = agents_ + absent_token;
-    const int64_t bytes = value_width_ * bytes_of(in_.v.dtype);
-    std::byte* const tokens = static_cast<std::byte*>(out_->tokens.data) + b * rows * bytes;
-    float* const lse = out_->lse.data + b * rows;
-    if (!refining) {
-      std::fill_n(tokens, rows * bytes, std::byte{0});
-      std::fill(lse, lse + rows, -INFINITY);
-    }
+    const int64_t token = value_width_ * bytes_of(in_.v.dtype);
+    std::byte* const tokens = static_cast<std::byte*>(out_.tokens.data) + b * agents_ * token;
+    float* const mean_x = out_.mean_x ? out_.mean_x.data + b * agents_ * width_ : nullptr;
+    float* const lse = out_.lse.data + b * agents_;
+    if (token) std::fill_n(tokens, agents_ * token, std::byte{0});
+    if (mean_x) std::fill_n(mean_x, agents_ * width_, 0.f);
+    std::fill_n(lse, agents_, -INFINITY);
     for (int64_t j = 0; j < panel.m; ++j) {
       const int64_t a = panel.index[j];
-      const float* const row = w.rows + j % simd::kLanes * sum_width_;
-      if (j % simd::kLanes == 0) k_.transpose(sum_width_, s.numerator + j, simd::pad(agents_), w.rows, sum_width_);
+      const float* const row = w.rows + j % simd::kLanes * ldv_;
+      if (j % simd::kLanes == 0) k_.transpose(ldv_, s.numerator + j, simd::pad(agents_), w.rows, ldv_);
       if (s.max_logit[j] == -INFINITY) continue;
       const float inverse = 1.f / s.denominator[j];
-      if (refining) {
-        k_.store_row(out_->refined.data + (b * agents_ + a) * width_, DType::float32, width_, row, inverse);
-      } else {
-        k_.store_row(tokens + a * bytes, in_.v.dtype, value_width_, row, inverse);
-        lse[a] =
-            static_cast<float>((double(s.max_logit[j]) + std::log2(double(s.denominator[j]))) * 0.69314718055994531);
-      }
+      if (token) k_.store_row(tokens + a * token, in_.v.dtype, value_width_, row, inverse);
+      if (mean_x) k_.store_row(mean_x + a * width_, DType::float32, width_, row + value_width_, inverse);
+      lse[a] = static_cast<float>((double(s.max_logit[j]) + std::log2(double(s.denominator[j]))) * 0.69314718055994531);
     }
-    if (!refining && absent_token)
-      write_absent_token(b, s.absent.count, s.absent.sum, 1.f / static_cast<float>(s.absent.count));
   }
 
-  /// The token of the absent behaviours: scale times v.
-  void write_absent_token(int64_t b, int64_t count, const float* v, float scale) const noexcept {
-    if (count == 0) return;
-    const int64_t row = b * (agents_ + 1) + agents_, bytes = value_width_ * bytes_of(in_.v.dtype);
-    k_.store_row(static_cast<std::byte*>(out_->tokens.data) + row * bytes, in_.v.dtype, value_width_, v, scale);
-    out_->lse.data[row] = static_cast<float>(std::log(static_cast<double>(count)));
-  }
-
-  const Tokens* out_;
-  int64_t sum_width_;
-  const float* prototypes_ = nullptr;
+  const Tokens& out_;
+  int64_t ldv_;  // pad(columns)
   State* slots_ = nullptr;
   Worker* worker_ = nullptr;
 };
@@ -297,15 +244,16 @@ class Router : RouteCall {
 }  // namespace
 
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                       const Histories& histories, const RouteAgents& agents, int64_t longest) noexcept {
+                       const Histories& histories, const RouteAgents& agents, const Tokens& out,
+                       int64_t longest) noexcept {
   Arena arena;
-  Router(context, book, params, histories, agents, nullptr, longest).carve(arena);
+  Router(context, book, params, histories, agents, out, longest).carve(arena);
   return arena.used();
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
-  Router router(context, book, params, histories, agents, &out, longest_of(histories.offsets));
+  Router router(context, book, params, histories, agents, out, longest_of(histories.offsets));
   Arena arena(context.workspace);
   router.carve(arena);
   HISAC_TRY(arena.check("route"));

@@ -25,8 +25,8 @@ struct Worker {
   Block block;
   float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
   float *lse = nullptr, *offset = nullptr, *rate = nullptr;  // [pad(M)]
-  float *d_tokens = nullptr, *token = nullptr;               // [M, V], [V]
-  float* packed_d_tokens = nullptr;                          // [V, M]
+  float *d_tokens = nullptr, *token = nullptr;               // [M, columns], [columns] of the values
+  float* packed_d_tokens = nullptr;                          // [columns, M]
   float* packed_rows = nullptr;                              // [M, V], for dv
   float* packed_prototypes = nullptr;                        // [M, D], for dx
   float* out = nullptr;                                      // [kBlock, pad(max(V, D))]
@@ -36,8 +36,9 @@ struct Worker {
 class Backward : RouteCall {
  public:
   Backward(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
-           const RouteAgents& to, const RouteForward* forward, const RouteGradients& out, int64_t longest) noexcept
-      : RouteCall(context, book, params, in, to, false, longest),
+           const RouteAgents& to, const RouteForward& forward, const RouteGradients& out, int64_t longest) noexcept
+      : RouteCall(context, book, params, in, to, forward.d_tokens.data, static_cast<bool>(forward.d_mean_x), false,
+                  longest),
         forward_(forward),
         out_(out),
         agent_gradients_(out.temperature || out.prototypes) {}
@@ -45,21 +46,19 @@ class Backward : RouteCall {
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
     units_.carve(arena, in_.offsets.users);
-    if (leaf()) leaf_input_.carve(arena, leaves_, in_.offsets.users);
-    d_leaf_ = arena.take<float>(leaf() && out_.v ? leaves_.capacity() : 0, value_width_);
     user_temperature_ = arena.take<float>(out_.temperature ? in_.offsets.users : 0, agents_);
     slots_ = carve_sums(arena, Units::most_slots(workers_));
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
     worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
       one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
-      one.block.carve(arena, width_, value_width_, operands_, false);
+      one.block.carve(arena, width_, columns_, operands_);
       arena.take_into(block * columns, one.z, one.g);
       arena.take_into(block, one.row_lse, one.shift, one.d_bias, one.row_sum);
       arena.take_into(columns, one.lse, one.offset, one.rate);
-      one.d_tokens = arena.take<float>(agents_ * value_width_);
-      one.token = arena.take<float>(value_width_);
-      one.packed_d_tokens = arena.take<float>(simd::packed_size(value_width_, agents_));
-      one.packed_rows = arena.take<float>(out_.v ? simd::packed_size(agents_, value_width_) : 0);
+      one.d_tokens = arena.take<float>(agents_ * columns_);
+      one.token = arena.take<float>(columns_);
+      one.packed_d_tokens = arena.take<float>(simd::packed_size(columns_, agents_));
+      one.packed_rows = arena.take<float>(gives_v() ? simd::packed_size(agents_, value_width_) : 0);
       one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
       one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
       one.stack = carve_sums(arena, fold_depth(tiles_of(longest_)));
@@ -68,21 +67,15 @@ class Backward : RouteCall {
 
   void run() noexcept {
     const int64_t users = in_.offsets.users;
-    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, value_width_);
-    zero(out_.v.data, in_.behaviours() * value_width_);
+    for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, columns_);
+    zero(out_.v.data, in_.behaviours() * in_.v.width);
     zero(out_.x.data, in_.behaviours() * width_);
     zero(out_.bias.data, in_.behaviours());
+    zero(out_.spread.data, in_.behaviours());
     zero(out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.offsets);
-    for (int64_t wave = 0; wave < waves_.count(); ++wave) {
-      const int64_t *const wave_users = waves_.users(wave), n = waves_.size(wave);
-      if (!leaf()) pass(wave_users, n, out_.v.data);
-      for (int64_t first = 0, count; leaf() && first < n; first += count) {
-        count = leaves_.users_that_fit(wave_users + first, n - first);
-        pass_leaves(wave_users + first, count);
-      }
-    }
+    for (int64_t wave = 0; wave < waves_.count(); ++wave) pass(waves_.users(wave), waves_.size(wave));
     if (out_.temperature) reduce_temperature();
   }
 
@@ -95,75 +88,58 @@ class Backward : RouteCall {
     return arena.take_each<Sums>(n, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
   }
 
-  /// Routes leaves as rows, then adds each leaf's dv to its behaviours in proportion to their weights.
-  void pass_leaves(const int64_t* users, int64_t n) noexcept {
-    leaf_input_.load(context_, leaves_, users, n, &routed_);
-    zero(d_leaf_, out_.v ? leaves_.start(n) * value_width_ : 0);
-    pass(users, n, d_leaf_);
-    if (!out_.v) return;
-    leaves_.add_row_gradients(context_, d_leaf_, out_.v.data);
-    if (params_.missing == Missing::token)
-      parallel_for(context_, n, [&](int64_t begin, int64_t end, int w) {
-        for (int64_t i = begin; i < end; ++i)
-          leaves_.each_absent(i, [&](int64_t row) { add_absent_gradient(users[i], row, worker_[w]); });
-      });
-  }
+  bool gives_v() const noexcept { return out_.v && value_width_; }
 
-  /// dv: the gradient of routed_.v
-  void pass(const int64_t* users, int64_t n, float* dv) noexcept {
-    dv_ = dv;
-    units_.plan(routed_.offsets, users, n, workers_);
+  void pass(const int64_t* users, int64_t n) noexcept {
+    units_.plan(in_.offsets, users, n, workers_);
     units_.run(
         context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
         [&](int64_t b, Sums* states, int64_t shared, int w) {
           if (!agent_gradients_) return;
-          worker_[w].panel.load(params_, prototypes(b), agents_, width_, count_of(to_, b));
+          load_panel(b, worker_[w].panel);
           fold_all(shared, states, [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
           write_agent_gradients(b, states[0], worker_[w].panel);
         });
   }
 
-  const float* prototypes(int64_t b) const noexcept { return to_.prototypes.data + b * agents_ * width_; }
-  int64_t token_rows() const noexcept { return agents_ + (params_.missing == Missing::token); }
+  /// to [columns] = row `row` of v's part and of x's, as far as they have gradients.
+  void load_values(const Rows& v, const Array<const float, 3>& x, int64_t row, float* to) const noexcept {
+    if (value_width_) load_row(v, row, to);
+    if (columns_ > value_width_) std::copy_n(x.data + row * width_, width_, to + value_width_);
+  }
 
   /// Loads and packs what the user's rows need of its agents.
   void load_agents(int64_t b, Worker& w) const noexcept {
     AgentPanel& p = w.panel;
-    p.load(params_, prototypes(b), agents_, width_, count_of(to_, b));
+    load_panel(b, p);
     for (int64_t j = 0; j < simd::pad(agents_); ++j) {
       w.lse[j] = INFINITY;
       w.offset[j] = w.rate[j] = 0;
     }
     for (int64_t j = 0; j < p.m; ++j) {
-      const int64_t a = p.index[j], row = b * token_rows() + a;
-      float* const d = w.d_tokens + j * value_width_;
-      const float lse = forward_->lse.data[row];
-      load_row(forward_->d_tokens, row, d);
-      load_row(forward_->tokens, row, w.token);
+      const int64_t a = p.index[j], row = b * agents_ + a;
+      float* const d = w.d_tokens + j * columns_;
+      const float lse = forward_.lse.data[row];
+      load_values(forward_.d_tokens, forward_.d_mean_x, row, d);
+      load_values(forward_.tokens, forward_.mean_x, row, w.token);
       if (!(std::fabs(lse) < INFINITY)) continue;
       double dot = 0;
-      for (int64_t c = 0; c < value_width_; ++c) dot += double(d[c]) * w.token[c];
+      for (int64_t c = 0; c < columns_; ++c) dot += double(d[c]) * w.token[c];
       w.lse[j] = simd::base2(lse);
-      w.offset[j] = static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
+      w.offset[j] = static_cast<float>((forward_.d_lse ? double(forward_.d_lse.data[row]) : 0.0) - dot);
       w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
     }
-    k_.pack_columns(value_width_, p.m, w.d_tokens, value_width_, w.packed_d_tokens);
-    if (out_.v) k_.pack_rows(p.m, value_width_, w.d_tokens, value_width_, w.packed_rows);
+    k_.pack_columns(columns_, p.m, w.d_tokens, columns_, w.packed_d_tokens);
+    if (gives_v()) k_.pack_rows(p.m, value_width_, w.d_tokens, columns_, w.packed_rows);
     if (out_.x) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
   }
 
   void unit(const Unit& unit, Worker& w) noexcept {
-    const int64_t start = in_.offsets.start(unit.user), end = in_.offsets.end(unit.user);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
-    const RowLoader rows = loader(routed_, w.panel.origin);
     fold_rows(
-        rows, routed_.offsets, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
-        [](Sums) -> Absent* { return nullptr; }, [&](Sums sums) { block(w, sums); },
-        [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
-    if (out_.v && params_.missing == Missing::token && !leaf())
-      for (int64_t i = start + unit.first * kTile; i < std::min(end, start + unit.last * kTile); ++i)
-        if (float norm; !rows.load_x(i, w.block.x, &norm)) add_absent_gradient(unit.user, i, w);
+        loader(w.panel.origin), in_.offsets, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
+        [&](Sums sums) { block(w, sums); }, [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else if (agent_gradients_)
@@ -172,10 +148,11 @@ class Backward : RouteCall {
 
   void block(Worker& w, Sums sums) noexcept {
     const int n = w.block.n;
-    const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(value_width_);
+    const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(columns_);
     if (n == 0 || m == 0) return;
     simd::Prefetcher& prefetcher = w.block.prefetcher;
-    if (out_.v) prefetcher.add(dv_, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    if (gives_v())
+      prefetcher.add(out_.v.data, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
     prefetcher.distribute(n, 2 * m);
     k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &prefetcher);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
@@ -185,16 +162,20 @@ class Backward : RouteCall {
       if (softmax_over_agents && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, value_width_, m, w.block.v, ldv, w.packed_d_tokens, w.g, ldz, &prefetcher);
+    k_.matmul(n, columns_, m, w.block.values, ldv, w.packed_d_tokens, w.g, ldz, &prefetcher);
     k_.route_gradient(n, m, w.z, w.g, ldz,
                       {w.shift, softmax_over_agents ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum,
                        sums, d_distance_of(sums)});
-    if (out_.v) {
-      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldv, nullptr);
-      for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldv, 1.f, dv_ + w.block.row[i] * value_width_);
+    if (gives_v()) {
+      const int64_t ldo = simd::pad(value_width_);
+      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldo, nullptr);
+      for (int i = 0; i < n; ++i)
+        k_.add_row(value_width_, w.out + i * ldo, 1.f, out_.v.data + w.block.row[i] * value_width_);
     }
     if (out_.bias)
       for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
+    if (out_.spread)
+      for (int i = 0; i < n; ++i) out_.spread.data[w.block.row[i]] -= w.row_sum[i] / 2;
     if (out_.x) {
       k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
@@ -204,15 +185,6 @@ class Backward : RouteCall {
       }
     }
     if (out_.prototypes) k_.accumulate(n, m, width_, w.g, ldz, w.block.x, ldx, d_distance_x_of(sums), ldx);
-  }
-
-  /// Adds 1 / count of the gradient of a user's token of absent rows to the dv of one absent row.
-  void add_absent_gradient(int64_t b, int64_t i, Worker& w) noexcept {
-    const int64_t row = b * token_rows() + agents_;
-    const double count = std::exp(double(forward_->lse.data[row]));
-    if (!(count > 0) || !(count < 1e18) || !loader(in_).has_value(i, w.out)) return;
-    load_row(forward_->d_tokens, row, w.token);
-    k_.add_row(value_width_, w.token, static_cast<float>(1 / count), out_.v.data + i * value_width_);
   }
 
   float* d_distance_of(Sums sums) const noexcept { return sums + simd::pad(agents_); }
@@ -241,9 +213,8 @@ class Backward : RouteCall {
     }
   }
 
-  const RouteForward* forward_;
+  const RouteForward& forward_;
   const RouteGradients& out_;
-  float *d_leaf_ = nullptr, *dv_ = nullptr;  // [capacity, V] of leaves; of routed_.v
   bool agent_gradients_;
   Waves waves_;
   float* user_temperature_ = nullptr;
@@ -254,17 +225,17 @@ class Backward : RouteCall {
 }  // namespace
 
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
-                                int64_t longest) noexcept {
+                                const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                                const RouteGradients& out, int64_t longest) noexcept {
   Arena arena;
-  Backward(context, book, params, histories, agents, nullptr, out, longest).carve(arena);
+  Backward(context, book, params, histories, agents, forward, out, longest).carve(arena);
   return arena.used();
 }
 
 Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
-  Backward backward(context, book, params, histories, agents, &forward, out, longest_of(histories.offsets));
+  Backward backward(context, book, params, histories, agents, forward, out, longest_of(histories.offsets));
   Arena arena(context.workspace);
   backward.carve(arena);
   HISAC_TRY(arena.check("route_backward"));

@@ -2,31 +2,33 @@
 // A call of `route` or of its backward.
 #pragma once
 #include "base/parallel.h"
-#include "cpu/leaf_sums.h"
+#include "cpu/histories.h"
 
 namespace hisac::cpu {
 
-/// What `route` and its backward share: the inputs, their sizes, and the rows that are routed.
+/// What `route` and its backward share: the inputs and their sizes.
 struct RouteCall {
+  /// with_v, with_x: which of them are averaged.
   RouteCall(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
-            const RouteAgents& to, bool allow_bf16x3, int64_t longest) noexcept
+            const RouteAgents& to, bool with_v, bool with_x, bool allow_bf16x3, int64_t longest) noexcept
       : context_(context),
         book_(book),
         params_(params),
         in_(in),
         to_(to),
-        routed_(in),
-        leaves_(book, in, to.prototypes.shape[2], longest, workers_of(context)),
         operands_(operands_of(params, allow_bf16x3)),
         agents_(to.prototypes.shape[1]),
         width_(to.prototypes.shape[2]),
-        value_width_(in.v.width),
+        value_width_(with_v ? in.v.width : 0),
+        columns_(value_width_ + (with_x ? width_ : 0)),
         longest_(longest),
         workers_(workers_of(context)) {}
 
-  bool leaf() const noexcept { return params_.method == Method::leaf; }
-  RowLoader loader(const Histories& rows, const float* origin = nullptr) const noexcept {
-    return RowLoader(book_, rows, width_, operands_, origin);
+  RowLoader loader(const float* origin) const noexcept {
+    return RowLoader(book_, in_, width_, operands_, value_width_, columns_, origin);
+  }
+  void load_panel(int64_t b, AgentPanel& panel) const noexcept {
+    panel.load(params_, to_.prototypes.data + b * agents_ * width_, agents_, width_, count_of(to_, b));
   }
 
   const Context& context_;
@@ -34,12 +36,11 @@ struct RouteCall {
   const RouteParams& params_;
   const Histories& in_;
   const RouteAgents& to_;
-  Histories routed_;  // in_, or its leaf sums
-  LeafSummer leaves_;
-  LeafInput leaf_input_;
   Operands operands_;
   const simd::Kernels& k_ = simd::kernels();
-  int64_t agents_, width_, value_width_, longest_;
+  int64_t agents_, width_, value_width_;  // value_width: V, or 0
+  int64_t columns_;                       // of the values: of v, and then of x
+  int64_t longest_;
   int workers_;
   Units units_;
 };

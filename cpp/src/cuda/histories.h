@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A batch's behaviours as the kernels of `route` and `leaf_sums` meet them: which rows a user has, where the row of x
-// and of v of each lies, what makes one absent.
+// A batch's behaviours as the kernels of `route`, `leaf_sums` and `missing` meet them: which rows a user has, where the
+// row of x and of v of each lies, what makes one absent.
 #pragma once
 #include <algorithm>
 
@@ -73,6 +73,21 @@ struct Behaviours : ClampedSpans {
   /// Whether a bias and a spread leave a behaviour present.
   SIMT_DEVICE static bool valid_terms(float bias, float spread) {
     return finite(bias) && spread >= 0 && spread <= kLargest;
+  }
+  /// By a warp: |x|^2 + spread of a behaviour that is present; -1 where it is absent.
+  SIMT_DEVICE float norm_of(int64_t b) const {
+    const int64_t row = x_row(b);
+    const float own_spread = spread ? spread[b] : 0.f;
+    const bool may =
+        row >= 0 && v_row(b) >= 0 && valid_terms(bias ? bias[b] : 0.f, own_spread) && valid(codes + row * levels);
+    float squares = 0;
+    for (int64_t d = simt::lane(); may && d < x.width; d += 32) {
+      const float y = x_element(row, d);
+      squares = simt::fused(y, y, squares);
+    }
+    for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
+    const bool here = may && below_limit(squares, x.width, [&](int64_t d) { return x_element(row, d); });
+    return here ? squares + own_spread : -1.f;
   }
 
  private:

@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/leaf_sums.h"
+// `leaf_sums`: first every behaviour is marked (present, its norm, its leaf), then each user's rows are sorted by leaf,
+// then leaves are summed, in float64 over runs of rows that are summed in float32. Histories that overlap have entries
+// each.
+#include "hisac/leaf_sums.h"
 
 #include <algorithm>
 
+#include "base/arena.h"
 #include "base/radix_sort.h"
 #include "codebook/checks.h"
 #include "cuda/device/block.h"
+#include "cuda/device/launcher.h"
+#include "cuda/histories.h"
 #include "cuda/verbs.h"
 
 namespace hisac::cuda {
@@ -17,33 +23,36 @@ constexpr int kRun = 64;                // rows whose weighted sum is float32
 constexpr int kColumns = 128;
 constexpr int kShort = 4 * kRun;  // rows of a leaf that one warp sums
 
+struct LeafTask : Behaviours {
+  int64_t capacity = 0;  // entries, the rows of all histories; users whose rows do not fit have none
+  int64_t sums = 0;      // rows of results
+  int bits = 0;          // of a leaf's number
+  // workspace
+  int* next = nullptr;                         // the next user to take
+  float* norm = nullptr;                       // [T] |x|^2 + spread; -1 where absent
+  uint64_t* leaf = nullptr;                    // [T]
+  int64_t* first = nullptr;                    // [B + 1] a user's entries
+  int64_t* leaves = nullptr;                   // [B + 1] how many a user has, then how many all users before it have
+  int32_t *entry = nullptr, *spare = nullptr;  // [capacity] rows by leaf
+  int32_t* begin = nullptr;                    // [capacity + B] where a leaf's entries begin, then where all end
+  float* weight = nullptr;                     // [capacity] of an entry
+  // results
+  LeafSums out;
+};
+
 SIMT_DEVICE int warps() { return simt::blocks() * kWarps; }
 
 /// A warp has a behaviour.
 SIMT_KERNEL(kThreads) mark_rows(SIMT_CONSTANT LeafTask t) {
-  const int lane = simt::lane();
   if (simt::block() == 0 && simt::thread() == 0) *t.next = 0;
   for (int64_t b = int64_t{simt::block()} * kWarps + simt::warp(); b < t.rows; b += warps()) {
-    const int64_t x_row = t.x_row(b), v_row = t.v_row(b);
-    const float spread = t.spread ? t.spread[b] : 0.f;
-    const int32_t* const codes = t.codes + (x_row < 0 ? 0 : x_row) * t.levels;
-    bool here = x_row >= 0 && v_row >= 0 && t.valid_terms(t.bias ? t.bias[b] : 0.f, spread) && t.valid(codes);
-    float squares = 0;
-    for (int64_t d = lane; here && d < t.x.width; d += 32) {
-      const float y = t.x_element(x_row, d);
-      squares = simt::fused(y, y, squares);
-    }
-    for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
-    here = here && below_limit(squares, t.x.width, [&](int64_t d) { return t.x_element(x_row, d); });
-    bool whole = v_row >= 0;
-    for (int64_t c = lane; t.missing && !here && v_row >= 0 && c < t.v.width; c += 32)
-      whole = whole && finite(t.v_element(v_row, c));
-    whole = simt::ballot(!whole) == 0;
+    const float norm = t.norm_of(b);
+    const int32_t* const codes = t.codes + t.x_row(b) * t.levels;
     uint64_t leaf = 0;
-    for (int l = 0; here && l < t.levels; ++l)
+    for (int l = 0; norm >= 0 && l < t.levels; ++l)
       leaf = leaf * static_cast<uint64_t>(t.sizes[l]) + static_cast<uint64_t>(codes[l]);
-    if (lane != 0) continue;
-    t.norm[b] = here ? squares + spread : whole ? t.kAbsent : t.kNothing;
+    if (simt::lane() != 0) continue;
+    t.norm[b] = norm;
     t.leaf[b] = leaf;
   }
 }
@@ -57,12 +66,21 @@ SIMT_KERNEL(kThreads) plan_entries(SIMT_CONSTANT LeafTask t) {
   if (simt::thread() == 0) t.first[t.users] = capped(all);
 }
 
-/// One block: where each user's sums go. All of them fit: there are at most as many as entries, and as leaves.
+/// One block: where each user's sums go. All of them fit: a user has at most as many as entries.
 SIMT_KERNEL(kThreads) plan_sums(SIMT_CONSTANT LeafTask t) {
+  const MutableSpans& out = t.out.offsets;
+  const bool ragged = out.ends == out.starts + 1;
   const int64_t all = scan<int64_t>(
       t.users, [&](int64_t b) { return t.leaves[b]; },
-      [&](int64_t b, int64_t place, int64_t) { t.out.offsets.data[b] = place; });
-  if (simt::thread() == 0) t.out.offsets.data[t.users] = all;
+      [&](int64_t b, int64_t before, int64_t leaves) {
+        const int64_t start = ragged ? before : t.first[b];
+        out.starts[b] = start;
+        if (!ragged) out.ends[b] = start + leaves;
+        t.leaves[b] = before;
+      });
+  if (simt::thread() != 0) return;
+  t.leaves[t.users] = all;
+  if (ragged) out.starts[t.users] = all;
 }
 
 /// By a block: a user's present rows by leaf, stably, least significant digit first; then where each leaf's begin.
@@ -109,17 +127,12 @@ class Leaf {
   static constexpr int kParts = kBlock ? kWarps : 1;
 
  public:
-  /// The leaf whose sums are row `place`.
-  SIMT_DEVICE Leaf(const LeafTask& task, int64_t place) : t(task), out(place) {
-    int64_t b = 0;  // the last user whose sums begin there or before, one of 32 parts at a time
-    for (int64_t left = t.users; left > 1;) {
-      const int64_t step = (left + 31) / 32, probe = simt::lane() * step;
-      const bool before = probe < left && t.out.offsets.data[b + probe] <= place;
-      const int64_t skip = (simt::count_bits(simt::ballot(before)) - 1) * step;
-      b += skip;
-      left = left - skip < step ? left - skip : step;
-    }
-    const int32_t* const begin = t.begin + t.first[b] + b + (place - t.out.offsets.data[b]);
+  /// Leaf `place` of all users' leaves.
+  SIMT_DEVICE Leaf(const LeafTask& task, int64_t place) : t(task) {
+    const int64_t b = last_of(t.users, [&](int64_t user) { return t.leaves[user] <= place; });
+    const int64_t g = place - t.leaves[b];
+    const int32_t* const begin = t.begin + t.first[b] + b + g;
+    out = t.out.offsets.starts[b] + g;
     rows = t.entry + t.first[b] + begin[0];
     weights = t.weight + t.first[b] + begin[0];
     n = begin[1] - begin[0];
@@ -172,8 +185,7 @@ class Leaf {
     t.out.bias.data[out] = static_cast<float>(static_cast<double>(max_bias) +
                                               kLn2 * static_cast<double>(simt::log2(static_cast<float>(mass / scale))));
     const int64_t first = t.x_row(rows[0]);
-    for (int l = 0; t.out.codes.data && l < t.levels; ++l)
-      t.out.codes.data[out * t.levels + l] = t.codes[first * t.levels + l];
+    for (int l = 0; l < t.levels; ++l) t.out.codes.data[out * t.levels + l] = t.codes[first * t.levels + l];
   }
 
  private:
@@ -240,7 +252,7 @@ class Leaf {
   }
 
   const LeafTask& t;
-  int64_t out;
+  int64_t out = 0;  // the row of the sums
   const int32_t* rows = nullptr;
   float* weights = nullptr;
   int n = 0;
@@ -248,7 +260,7 @@ class Leaf {
 
 /// Eight leaves at a time: the short ones by a warp each, then the long ones by all.
 SIMT_KERNEL(kThreads, 3) add_leaves(SIMT_CONSTANT LeafTask t) {
-  const int64_t all = t.out.offsets.data[t.users];
+  const int64_t all = t.leaves[t.users];
   int* const sizes = shared<int>(kWarps * kColumns * 8);  // [kWarps]
   for (int64_t first = int64_t{simt::block()} * kWarps; first < all; first += warps()) {
     const bool has_leaf = first + simt::warp() < all;
@@ -266,54 +278,11 @@ SIMT_KERNEL(kThreads, 3) add_leaves(SIMT_CONSTANT LeafTask t) {
   }
 }
 
-struct AbsentTask {
-  LeafTask leaves;
-  void* tokens;  // [B, rows, V]
-  float* lse;
-  int64_t rows;
-};
-
-/// A block has a user and 64 columns.
-SIMT_KERNEL(kThreads, 4) mean_absent(SIMT_CONSTANT AbsentTask a) {
-  const LeafTask& t = a.leaves;
-  const int lane = simt::lane(), warp = simt::warp();
-  double* const sums = shared<double>(0);                    // [kWarps, 64]
-  int64_t* const counts = shared<int64_t>(kWarps * 64 * 8);  // [kWarps]
-  const int64_t tiles = (t.v.width + 63) / 64;
-  for (int64_t i = simt::block(); i < t.users * tiles; i += simt::blocks()) {
-    const int64_t b = i / tiles, column = i % tiles * 64 + lane, start = t.start(b), end = t.end(b);
-    double sum[2] = {};
-    int64_t count = 0;
-    for (int64_t first = start + warp * 32; first < end; first += kThreads) {
-      uint32_t absent = simt::ballot(first + lane < end && t.norm[first + lane] == t.kAbsent);
-      count += simt::count_bits(absent);
-      for (; absent; absent &= absent - 1) {
-        const int64_t row = t.v_row(first + lowest(absent));
-        SIMT_EACH (j, 2)
-          if (column + 32 * j < t.v.width) sum[j] += static_cast<double>(t.v_element(row, column + 32 * j));
-      }
-    }
-    SIMT_EACH (j, 2) sums[warp * 64 + 32 * j + lane] = sum[j];
-    if (lane == 0) counts[warp] = count;
-    SIMT_UNLESS_PLANTED(15, simt::sync());
-    count = 0;
-    for (int w = 0; w < kWarps; ++w) count += counts[w];
-    const int64_t row = b * a.rows + a.rows - 1, d = i % tiles * 64 + simt::thread();
-    if (count > 0 && simt::thread() < 64 && d < t.v.width) {
-      double all = 0;
-      for (int w = 0; w < kWarps; ++w) all += sums[w * 64 + simt::thread()];
-      store(a.tokens, t.v.dtype, row * t.v.width + d, static_cast<float>(all / static_cast<double>(count)));
-      if (d == 0) a.lse[row] = static_cast<float>(static_cast<double>(simt::log2(static_cast<float>(count))) * kLn2);
-    }
-    simt::sync();
-  }
-}
-
 // ---- host
 
-LeafTask leaf_task(const Codebook* book, const Histories& in, int64_t width) {
+LeafTask leaf_task(const Codebook& book, const Histories& in) {
   LeafTask t;
-  static_cast<Behaviours&>(t) = behaviours_of(book, in, width);
+  static_cast<Behaviours&>(t) = behaviours_of(&book, in, width_of(&book, in));
   uint64_t last = 0;
   for (int l = 0; l < t.levels; ++l)
     last = last * static_cast<uint64_t>(t.sizes[l]) + static_cast<uint64_t>(t.sizes[l] - 1);
@@ -321,63 +290,63 @@ LeafTask leaf_task(const Codebook* book, const Histories& in, int64_t width) {
   return t;
 }
 
-int64_t most_sums(const Codebook* book, int64_t users, int64_t entries) {
-  int64_t most = std::min<int64_t>(1, entries);
-  const auto times = [&](int64_t n) { most = most && n > entries / most ? entries : most * n; };
-  for (int l = 0; book && l < book->levels(); ++l) times(book->size(l));
-  times(users);
-  return most;
-}
-
-void carve(LeafTask& t, Arena& arena) {
+void carve(LeafTask& t, int64_t capacity, Arena& arena) {
+  t.capacity = capacity;
   t.next = arena.take<int>(1);
   t.norm = arena.take<float>(t.rows);
   t.leaf = arena.take<uint64_t>(t.rows);
   t.first = arena.take<int64_t>(t.users + 1);
-  t.leaves = arena.take<int64_t>(t.users);
-  t.entry = arena.take<int32_t>(t.capacity);
-  t.spare = arena.take<int32_t>(t.capacity);
-  t.begin = arena.take<int32_t>(t.capacity + t.users);
-  t.weight = arena.take<float>(t.capacity);
+  t.leaves = arena.take<int64_t>(t.users + 1);
+  t.entry = arena.take<int32_t>(capacity);
+  t.spare = arena.take<int32_t>(capacity);
+  t.begin = arena.take<int32_t>(capacity + t.users);
+  t.weight = arena.take<float>(capacity);
+}
+
+bool ragged(const Spans& h) { return h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype); }
+
+/// Rows of all histories, as far as the host can tell: ragged ones do not overlap.
+int64_t most_entries(const Histories& in, int64_t longest) {
+  const int64_t rows = in.behaviours();
+  return ragged(in.offsets) ? rows : std::min(longest, rows) * in.offsets.users;
+}
+
+/// How many of the most entries the context has a workspace for. A call does not know the longest history, as its
+/// workspace function does.
+int64_t entries_that_fit(const Context& context, const Histories& in, LeafTask t, int64_t most) {
+  if (ragged(in.offsets)) return most;
+  int64_t fit = 0;
+  for (int64_t step = int64_t{1} << 40; step; step /= 2) {
+    Arena arena;
+    if (fit + step > most) continue;
+    carve(t, fit + step, arena);
+    if (arena.used() <= static_cast<size_t>(context.workspace.shape[0])) fit += step;
+  }
+  return fit;
 }
 
 }  // namespace
 
-int64_t most_entries(const Histories& in, int64_t longest) {
-  const Spans& h = in.offsets;
-  const int64_t rows = in.behaviours();
-  if (h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype)) return rows;
-  return std::min<int64_t>(longest, rows) * h.users;
+size_t leaf_sums_workspace(const Context&, const Codebook& book, const Histories& histories, int64_t longest) noexcept {
+  LeafTask t = leaf_task(book, histories);
+  Arena arena;
+  carve(t, most_entries(histories, longest), arena);
+  return arena.used();
 }
 
-Histories carve_rows(const RouteCall& call, int64_t entries, Arena& arena, LeafTask* out) {
-  LeafTask& t = *out;
-  t = leaf_task(call.book, call.in, call.width());
-  const int64_t users = t.users, width = t.x.width, sums = most_sums(call.book, users, entries);
-  t.missing = call.params.missing == Missing::token;
-  t.capacity = entries;
-  t.sums = sums;
-  carve(t, arena);
-  static float placeholder;  // where bytes are counted
-  const auto take = [&](int64_t n) {
-    float* const p = arena.take<float>(n);
-    return p ? p : &placeholder;
-  };
-  t.out.x = {take(sums * width), {sums, width}};
-  t.out.v = {take(sums * t.v.width), {sums, t.v.width}};
-  t.out.bias = {take(sums), {sums}};
-  t.out.spread = {take(sums), {sums}};
-  t.out.offsets = {arena.take<int64_t>(users + 1), {users + 1}};
-  Histories kept;
-  kept.x = {t.out.x.data, DType::float32, sums, width};
-  kept.v = {t.out.v.data, DType::float32, sums, t.v.width};
-  kept.offsets = {t.out.offsets.data, t.out.offsets.data + 1, DType::int64, users};
-  kept.bias = {t.out.bias.data, {sums}};
-  kept.spread = {t.out.spread.data, {sums}};
-  return kept;
-}
-
-void sum_leaves(const LeafTask& t, Launcher& launch) {
+Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
+                 const LeafSums& out) noexcept {
+  HISAC_TRY(check_counts("leaf_sums", histories));
+  LeafTask t = leaf_task(book, histories);
+  HISAC_TRY(place_centers("leaf_sums", context, &book, t));
+  t.out = out;
+  t.sums = std::min({out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.codes.shape[0]});
+  const int64_t entries = entries_that_fit(context, histories, t, most_entries(histories, std::min(t.rows, t.sums)));
+  Arena arena(context.workspace);
+  carve(t, std::min(entries, t.sums), arena);  // the sums of more might not fit
+  HISAC_TRY(arena.check("leaf_sums"));
+  Launcher launch("leaf_sums", context);
+  HISAC_TRY(launch.status());
   const int blocks = launch.machine.processors * 8;
   constexpr size_t kSort = kPlacesAt + kWarps * (4 << kDigit), kAdd = kWarps * (kColumns * 8 + 4);
   launch(mark_rows, least((t.rows + kWarps) / kWarps, blocks), kThreads, 0, t);
@@ -385,42 +354,6 @@ void sum_leaves(const LeafTask& t, Launcher& launch) {
   launch(sort_rows, least(t.users, blocks), kThreads, kSort, t);
   launch(plan_sums, 1, kThreads, kFront, t);
   launch(add_leaves, least((t.sums + kWarps - 1) / kWarps, blocks), kThreads, kAdd, t);
-}
-
-void absent_tokens(const LeafTask& t, Launcher& launch, const Tokens& out, int64_t rows) {
-  const AbsentTask a{t, out.tokens.data, out.lse.data, rows};
-  launch(mean_absent, least(t.users * ((t.v.width + 63) / 64), launch.machine.processors * 8), kThreads,
-         kWarps * 65 * 8, a);
-}
-
-size_t leaf_sums_workspace(const Context&, const Codebook& book, const Histories& histories, int64_t longest) noexcept {
-  LeafTask t = leaf_task(&book, histories, width_of(book, histories));
-  t.capacity = most_entries(histories, longest);
-  Arena arena;
-  carve(t, arena);
-  return arena.used();
-}
-
-Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
-                 const LeafSums& out) noexcept {
-  HISAC_TRY(check_counts("leaf_sums", histories));
-  LeafTask t = leaf_task(&book, histories, out.x.shape[1]);
-  HISAC_TRY(place_centers("leaf_sums", context, &book, t));
-  t.out = out;
-  t.sums = std::min({out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.codes.shape[0]});
-  const int64_t most = most_entries(histories, std::min(t.rows, t.sums));
-  t.capacity = entries_that_fit(context, histories, most, [&](int64_t entries, Arena& arena) {
-    LeafTask other = t;
-    other.capacity = entries;
-    carve(other, arena);
-  });
-  t.capacity = std::min(t.capacity, t.sums);  // sums of more entries might not fit
-  Arena arena(context.workspace);
-  carve(t, arena);
-  HISAC_TRY(arena.check("leaf_sums"));
-  Launcher launch("leaf_sums", context);
-  HISAC_TRY(launch.status());
-  sum_leaves(t, launch);
   return launch.status();
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// `route` in four launches a pass: agents packed, work planned, tiles, users with several units merged.
+// `route` in four launches: agents packed, work planned, tiles, users with several units merged.
 #include <algorithm>
 
 #include "cuda/device/block.h"
-#include "cuda/leaf_sums.h"
 #include "cuda/route_back_task.h"
+#include "cuda/route_merge.h"
 #include "cuda/route_tile.h"
 #include "cuda/verbs.h"
 
@@ -21,8 +21,7 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
     const int64_t user = i / padded, agent = i % padded;
     const bool wanted = agent < t.agents && (!t.count || agent < t.count[user]);
     const int64_t row = user * t.agents + agent, width = t.x.width;
-    float* const refined = t.out.refined.data;
-    const float* const p = (t.first_pass ? t.prototypes : refined) + row * width;
+    const float* const p = t.prototypes + row * width;
     float squares = 0, tau = 0;
     if (wanted) {
       for (int64_t d = lane; d < width; d += 32) {
@@ -37,9 +36,7 @@ SIMT_KERNEL(kThreads) pack_agents(SIMT_CONSTANT Task t) {
       t.half[i] = here ? -0.5f * squares : -kInfinity;
       t.rate[i] = here ? larger(smaller(2 * kLog2e / tau, kLargest), 0x1p-126f) : 1.f;
     }
-    if (t.first_pass && refined && agent < t.agents)
-      for (int64_t d = lane; d < width; d += 32) refined[row * width + d] = p[d];
-    t.pack_row(user, agent, [&](int64_t d) { return here && d < width ? p[d] : 0.f; });
+    t.pack_row(user, agent, 0, [&](int64_t d) { return here && d < width ? p[d] : 0.f; });
   }
 }
 
@@ -82,52 +79,19 @@ auto tiles_kernel(const Geometry& g) {
                          : route_tiles<1, 2, 2, kOverAgents>;
 }
 
-/// A thread has two neighbours of a state: the tree of base/reduction_tree.h over a user's slots, as a binary counter
-/// makes it.
 SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
-  const int threads = t.g.threads(), absent = t.g.state() - 2;  // the register of the absent rows' sum
-  const int64_t sums = int64_t{t.g.mt} * (kValues / 4) * threads;
-  const int64_t elements = sums + kValues, pieces = (elements + kThreads - 1) / kThreads, items = t.items();
-  for (int64_t i = simt::block(); i < t.plan->shared * items * pieces; i += simt::blocks()) {
-    const SharedUser s = t.shared[i / pieces / items];
-    const int item = static_cast<int>(i / pieces % items), agent_tile = item % t.g.agent_tiles,
-              values = item / t.g.agent_tiles;
-    const int64_t e = i % pieces * kThreads + simt::thread();
-    const bool missing = e >= sums;
-    const int thread = static_cast<int>(missing ? e - sums : e % threads), lane = thread & 31;
-    if (e >= elements || (missing && (thread >= threads || agent_tile != 0))) continue;
-    const int pair = missing ? 0 : static_cast<int>(e / threads);  // [mt][kValues / 8][2]
-    const int h = pair / (kValues / 4), c = pair % (kValues / 4) / 2, r = pair % 2;
-    float max_logit[kMostStates] = {}, mass[kMostStates] = {}, left[kMostStates] = {}, right[kMostStates] = {};
-    const auto merge = [&](int a, int b) {
-      const Merge m(max_logit[a], max_logit[b]);
-      max_logit[a] = m.max_logit;
-      mass[a] = m.sum(mass[a], mass[b]);
-      left[a] = missing ? left[b] + left[a] : m.sum(left[a], left[b]);
-      right[a] = missing ? right[b] + right[a] : m.sum(right[a], right[b]);
-    };
-    int level = 0;
-    for (int k = 0; k < s.count; ++k) {
-      const float* const from = t.slots + ((int64_t{s.slot} + k) * items + item) * t.g.state_floats() + thread;
-      const int state = (h * 2 + r) * 2, first = missing ? absent : t.g.mt * 4 + (h * (kValues / 8) + c) * 4 + 2 * r;
-      max_logit[level] = from[int64_t{state} * threads];
-      mass[level] = from[int64_t{state + 1} * threads];
-      left[level] = from[int64_t{first} * threads];
-      right[level++] = from[int64_t{first + 1} * threads];
-      for (int n = k + 1; n % 2 == 0; n /= 2, --level) merge(level - 2, level - 1);
-    }
-    for (; level > 1; --level) merge(level - 2, level - 1);
-    if (missing) {
-      finish_missing(t, s.user, int64_t{values} * kValues + thread, right[0], left[0]);
-      continue;
-    }
-    const int64_t column = int64_t{values} * kValues + c * 8 + (lane & 3) * 2;
-    const Row out(t, s.user,
-                  int64_t{agent_tile} * t.g.tile_agents + (thread >> 5) * 16 * t.g.mt + h * 16 + (lane >> 2) + r * 8,
-                  max_logit[0], mass[0]);
-    if (column == 0) out.finish();
-    out.put(column, left[0], right[0]);
-  }
+  const auto merge = [](float (&state)[4], const float (&later)[4]) {  // max_logit, mass and two sums
+    const Merge m(state[0], later[0]);
+    state[0] = m.max_logit;
+    for (int n = 1; n < 4; ++n) state[n] = m.sum(state[n], later[n]);
+  };
+  merge_slots<2>(t, t.g.state_floats(), merge,
+                 [&](const float (&state)[4], int64_t user, int64_t agent, int value_tile, int column) {
+                   const ValueColumns values = t.value_columns(value_tile);
+                   const Row out(t, values.of_x, user, agent, state[0], state[1]);
+                   if (value_tile == 0 && column == 0) out.finish();
+                   out.put(values.first + column, state[2], state[3]);
+                 });
 }
 
 // ---- host
@@ -136,9 +100,8 @@ SIMT_KERNEL(kThreads) merge_units(SIMT_CONSTANT Task t) {
 void lay_out(Task& t, int warps) {
   Geometry& g = t.g;
   SharedLayout shared;
-  lay_out_stream(t, warps, true, shared);
+  lay_out_stream(t, warps, shared);
   g.offset.agents = shared.take(2 * g.tile_agents * 4);
-  g.offset.absent = shared.take(t.missing ? 2 * g.threads() * 4 : 0);
   g.offset.work = shared.take(kWorkBytes);
   g.shared_bytes = static_cast<size_t>(shared.bytes());
 }
@@ -163,9 +126,7 @@ Status plan_geometry(Task& t, const simt::Machine& machine) {
                          "route: expected a device with %zu bytes of shared memory a block, got %zu", g.shared_bytes,
                          machine.shared);
   g.blocks = resident_blocks(g, most_threads, machine);
-  g.value_tiles = static_cast<int>((std::max(t.v.width, t.refine ? t.x.width : 0) + kValues - 1) / kValues);
-  const int shared_by = g.agent_tiles * static_cast<int>((t.v.width + kValues - 1) / kValues);
-  g.workers = std::max(1, (g.blocks + shared_by - 1) / shared_by);
+  g.workers = std::max(1, (g.blocks + t.items() - 1) / t.items());
   return {};
 }
 
@@ -177,37 +138,16 @@ void carve(Task& t, Arena& arena) {
   carve_units(t, t.g.state_floats(), arena);
 }
 
-struct Prepared {
-  LeafTask leaves;  // whose sums are the rows, of the leaf method
-  Task task;
-};
-
-/// All of a call: with leaves, of so many entries.
-Status prepare(const RouteCall& call, int64_t entries, const simt::Machine& machine, Arena& arena, Prepared* prepared) {
-  if (call.params.method == Method::exact) {
-    prepared->task = describe_route(call);
-  } else {
-    const Histories sums = carve_rows(call, entries, arena, &prepared->leaves);
-    prepared->task = describe_route({nullptr, call.params, sums, call.agents});
-  }
-  HISAC_TRY(plan_geometry(prepared->task, machine));
-  carve(prepared->task, arena);
+/// All of a call.
+Status prepare(const RouteCall& call, const Tokens& out, const simt::Machine& machine, Arena& arena, Task* t) {
+  *t = describe_route(call);
+  t->out = out;
+  t->g.v_tiles = out.tokens.data ? value_tiles_of(t->v.width) : 0;
+  t->g.value_tiles = t->g.v_tiles + (out.mean_x.data ? value_tiles_of(t->x.width) : 0);
+  t->g.value_tiles = std::max(1, t->g.value_tiles);  // lse has to come from one
+  HISAC_TRY(plan_geometry(*t, machine));
+  carve(*t, arena);
   return {};
-}
-
-void launch_all(Task& t, Launcher& launch, const Tokens& out) {
-  t.out = out;
-  if (t.users == 0) return;
-  const auto tiles = t.softmax_over_agents ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g);
-  for (int round = 0; round <= t.refine; ++round) {
-    t.refining = round < t.refine;
-    t.first_pass = round == 0;
-    t.g.value_tiles = static_cast<int>((t.value_width() + kValues - 1) / kValues);
-    launch_pack_agents(t, launch);
-    launch_plan_units(t, launch);
-    launch(tiles, t.g.blocks, t.g.threads(), t.g.shared_bytes, t);
-    launch(merge_units, launch.machine.processors * 4, kThreads, 0, t);
-  }
 }
 
 }  // namespace
@@ -224,10 +164,8 @@ Task describe_route(const RouteCall& call) {
   t.temperature = params.temperature.data;
   t.per_agent = params.temperature.shape[0] != 1;
   t.softmax_over_agents = params.normalize == Normalize::agents;
-  t.missing = params.missing == Missing::token;
-  t.refine = params.refine;
   Geometry& g = t.g;
-  const bool exact = t.x.dtype == DType::bfloat16 && t.v.dtype == DType::bfloat16;
+  const bool exact = t.x.dtype == DType::bfloat16 && (t.v.dtype == DType::bfloat16 || !t.v.data);
   g.parts = params.precision == Precision::bfloat16 ? 1 : 2;
   g.stored = g.parts == 1 || exact ? 1 : 2;
   g.mt = 3 - g.parts;
@@ -237,18 +175,19 @@ Task describe_route(const RouteCall& call) {
   return t;
 }
 
-void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared) {
+void lay_out_stream(Task& t, int warps, SharedLayout& shared) {
   Geometry& g = t.g;
   g.warps = warps;
   g.tile_agents = warps * 16 * g.mt;
   g.agent_tiles = static_cast<int>(std::max<int64_t>(1, (t.agents + g.tile_agents - 1) / g.tile_agents));
+  const bool values = g.value_tiles > 0;
   const int64_t n = g.rows, pitch = g.pitch(), x = t.x.data ? bytes_of(t.x.dtype) : 0,
-                v = t.refining ? x : std::max(bytes_of(t.v.dtype), t.refine ? x : 0);
-  g.offset.prototypes = shared.take((g.chunks > 1 ? 2 : 1) * g.parts * g.tile_agents * pitch * 2);
+                v = std::max(g.v_tiles > 0 ? bytes_of(t.v.dtype) : 0, g.value_tiles > g.v_tiles ? x : 0);
+  g.offset.prototypes = shared.take((g.chunks > 1 ? 2 : 1) * g.sides * g.parts * g.tile_agents * pitch * 2);
   g.offset.x = shared.take(g.buffers * g.stored * n * pitch * 2);
   g.offset.raw_x = shared.take(g.buffers * n * g.chunk * x);
   g.offset.v = shared.take(values ? 2 * g.stored * n * kValuePitch * 2 : 0);
-  g.offset.raw_v = shared.take(values ? 2 * n * kValues * v : 0);
+  g.offset.raw_v = shared.take(2 * n * kValues * v);
   g.offset.ids = shared.take(t.gathers() ? 4 * n * 16 : 0);
   g.offset.scale = shared.take(t.scale ? 2 * n * 4 : 0);
   g.offset.bias = shared.take(t.bias ? 2 * n * 4 : 0);
@@ -256,7 +195,6 @@ void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared) {
   g.offset.codes = shared.take(2 * n * 4 * t.levels);
   g.offset.half = shared.take(2 * n * 4);
   g.offset.shift = shared.take(2 * n * 4);
-  g.offset.gone = shared.take(2 * n * 4);
   g.offset.norm = shared.take(n * 4);
   g.offset.cross = shared.take(t.softmax_over_agents ? 2 * warps * n * 4 : 0);
   g.offset.row_lse = shared.take(!t.softmax_over_agents ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
@@ -278,14 +216,12 @@ void launch_pack_agents(const Task& t, Launcher& launch) {
 void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, kFront, t); }
 
 size_t route_workspace(const Context&, const Codebook* book, const RouteParams& params, const Histories& histories,
-                       const RouteAgents& agents, int64_t longest) noexcept {
+                       const RouteAgents& agents, const Tokens& out, int64_t) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
-  Prepared prepared;
+  Task task;
   Arena arena;
-  const int64_t entries = params.method == Method::leaf ? most_entries(histories, longest) : 0;
-  const RouteCall call{book, params, histories, agents};
-  return prepare(call, entries, machine, arena, &prepared).ok() ? arena.used() : 0;
+  return prepare({book, params, histories, agents}, out, machine, arena, &task).ok() ? arena.used() : 0;
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
@@ -295,19 +231,17 @@ Status route(const Context& context, const Codebook* book, const RouteParams& pa
   HISAC_TRY(check_columns("route", "D", call.width()));
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
-  const bool leaf = params.method == Method::leaf;
-  Prepared p;
-  const int64_t entries =
-      entries_that_fit(context, histories, leaf ? most_entries(histories, histories.behaviours()) : 0,
-                       [&](int64_t n, Arena& counter) { (void)prepare(call, n, launch.machine, counter, &p); });
+  Task t;
   Arena arena(context.workspace);
-  HISAC_TRY(prepare(call, entries, launch.machine, arena, &p));
-  HISAC_TRY(place_centers("route", context, book, p.task));
-  HISAC_TRY(place_centers("route", context, book, p.leaves));
+  HISAC_TRY(prepare(call, out, launch.machine, arena, &t));
+  HISAC_TRY(place_centers("route", context, book, t));
   HISAC_TRY(arena.check("route"));
-  if (leaf) sum_leaves(p.leaves, launch);
-  launch_all(p.task, launch, out);
-  if (leaf && p.leaves.missing) absent_tokens(p.leaves, launch, out, p.task.agents + 1);
+  if (t.users == 0) return {};
+  launch_pack_agents(t, launch);
+  launch_plan_units(t, launch);
+  launch(t.softmax_over_agents ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g), t.g.blocks, t.g.threads(),
+         t.g.shared_bytes, t);
+  launch(merge_units, launch.machine.processors * 4, kThreads, 0, t);
   return launch.status();
 }
 

@@ -3,7 +3,8 @@
 // prototypes. Both go through blocks of R rows by phases, each with one tile of agents:
 //
 //   phases         rows' kernel                             prototypes' kernel
-//   chunks of D    z += prototypes . x, in the end logits   the same
+//   chunks of D    z += prototypes . x, in the end logits;  the same
+//                  y += d_mean_x . x, where that is given
 //   chunks of V    y += d_tokens . v; in the end weights w  the same; in the end moment += q x and total += q
 //                  and distance gradients q, which go to
 //                  shared memory as operands
@@ -121,6 +122,7 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
     zero(b.out.v.data, b.v.x.width);
     zero(b.out.x.data, t.x.width);
     zero(b.out.bias.data, 1);
+    zero(b.out.spread.data, 1);
   }
 
   // ---- rows by agents
@@ -203,9 +205,11 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
         // the first rows are on their way
       } else if (c < 0) {
         this->multiply(z, s);
+        if (s.chunk == 0) clear(y);
+        if (g.sides > 1 && what != kRowLse) this->multiply_step(y, s, 1);
         if (c == -1) logits(s.block);
       } else if (o < 0) {
-        multiply_values(s.block, c);
+        values.multiply_step(y, {s.block, c});
         if (o == -1) gradients(s.block);
       } else {
         output(s.block, o);
@@ -216,12 +220,10 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
     SIMT_UNLESS_PLANTED(42, simt::sync());
   }
 
-  SIMT_DEVICE void multiply_values(int block, int chunk) {
-    if (chunk == 0)
-      SIMT_EACH (h, MT)
-        SIMT_EACH (n, R / 8)
-          SIMT_EACH (i, 4) y[h][n][i] = 0;
-    values.multiply_step(y, {block, chunk});
+  static SIMT_DEVICE void clear(Products& products) {
+    SIMT_EACH (h, MT)
+      SIMT_EACH (n, R / 8)
+        SIMT_EACH (i, 4) products[h][n][i] = 0;
   }
 
   /// z: logits in base 2, 0 or less.
@@ -260,8 +262,8 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
       }
   }
 
-  /// z, y <- w, q, from logits and dtoken . v. Absent rows, and agents that are absent or have no mass (lse is inf for
-  /// all of them), get 0 whatever it is multiplied with.
+  /// z, y <- w, q, from logits and dtoken . v + dmean_x . x. Absent rows, and agents that are absent or have no mass
+  /// (lse is inf for all of them), get 0 whatever it is multiplied with.
   SIMT_DEVICE void gradients(int block);
 
   // ---- the rows' gradients
@@ -296,11 +298,14 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
     bool of_x;
   };
 
-  /// Columns of dv, then of dx; the first phase has the bias too.
+  /// Columns of dv, then of dx; the first phase has bias and spread too.
   SIMT_DEVICE void output(int block, int phase) {
     const int rows = least(end - begin - block * R, R);
-    for (int r = simt::thread(); phase == 0 && b.out.bias.data && r < rows; r += simt::threads())
-      put(b.out.bias.data, static_cast<int>(work().start) + begin + block * R + r, 1, 0, sum_of(0, r));
+    for (int r = simt::thread(); phase == 0 && r < rows; r += simt::threads()) {
+      const int behaviour = static_cast<int>(work().start) + begin + block * R + r;
+      if (b.out.bias.data) put(b.out.bias.data, behaviour, 1, 0, sum_of(0, r));
+      if (b.out.spread.data) put(b.out.spread.data, behaviour, 1, 0, -0.5f * sum_of(1, r));
+    }
     const int x = phase - outputs_v();
     if (x >= outputs_x()) return;
     const auto columns_of = [&](const auto& stream, int left, float* to, Step s) -> Output {
@@ -319,16 +324,6 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   /// 16 rows by 32 columns, summed over the agents.
   SIMT_DEVICE void multiply_weights(const Output& out, int block, int rows, int row, int column) const;
-
-  /// What an absent row that has a v gets of the gradient of its user's token of absent rows.
-  SIMT_DEVICE float absent(int block, int row, int64_t column) const {
-    if (!t.missing || tile > 0 || term_of(g.offset.gone, block & 1, row) == 0.f) return 0;
-    const int64_t user = work().unit.user, token = user * b.token_rows() + t.agents;
-    const float weight = b.absent[user];
-    return weight == 0.f
-               ? 0.f
-               : weight * element(b.forward.d_tokens.data, b.forward.d_tokens.dtype, token * b.v.x.width + column);
-  }
 
   SIMT_DEVICE void end_sweep() {
     if (b.raw)

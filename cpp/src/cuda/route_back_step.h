@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two longest steps of route_back.h: from logits and products with the gradients of tokens to weights and slopes,
-// and from those to columns of the rows' gradients.
+// The two longest steps of route_back.h: from logits and products with the gradients of tokens and of mean x to weights
+// and slopes, and from those to columns of the rows' gradients.
 #pragma once
 #include "cuda/route_back.h"
 
@@ -57,12 +57,10 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::gradients(int block)
       simt::sync_warp();
     }
   }
-  if constexpr (kAgents)
-    return this->accumulate(moment, y, this->operand_v(this->buffer_of({block, g.chunks - 1})), t.x.width);
+  if constexpr (kAgents) return this->accumulate(moment, y, {block, g.chunks - 1});
   if (b.out.v.data) put_operand(halves(b.offset.weights), z);
-  if (!b.out.x.data) return;
-  put_operand(halves(b.offset.slopes), y);
-  sum_agents(1);
+  if (b.out.x.data) put_operand(halves(b.offset.slopes), y);
+  if (b.out.x.data || b.out.spread.data) sum_agents(1);
 }
 
 template <int MT, int Q, int S, bool kOverAgents, bool kAgents>
@@ -99,7 +97,7 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::multiply_weights(con
         const int local = column + n * 8 + 2 * (lane & 3) + i;
         const int64_t d = out.column + local;
         if (local >= out.columns || d >= out.width) continue;
-        float value = here ? sum[n][2 * r + i] : out.of_x ? 0.f : absent(block, step_row, d);
+        float value = here ? sum[n][2 * r + i] : 0.f;
         if (here && out.of_x) value -= element(t.x.data, t.x.dtype, x_row * t.x.width + d) * scale * weight;
         put(out.to, behaviour, out.width, d, value);
       }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the kernels of `route_backward` are told.
 //
-// Two streams of rows meet the same agents: x the prototypes, and v, in the place of x, the gradients of tokens. Rows'
-// gradients (v, x, bias) are made by chunks of all behaviours: a block takes a chunk and, in their order, the users
-// whose histories reach into it, so that histories may overlap and nothing is added by two blocks. The temperature's
-// are sums of a chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the
-// tree of base/reduction_tree.h. With leaves the rows are their sums, and behaviours get theirs from leaf_back.h.
+// Two streams of rows meet the same agents: x the prototypes and, where mean x has a gradient, that; and v, in the
+// place of x, the gradients of tokens. Rows' gradients (v, x, bias, spread) are made by chunks of all behaviours: a
+// block takes a chunk and, in their order, the users whose histories reach into it. The temperature's are sums of a
+// chunk first. A user's prototypes get theirs by the units of route_task.h, whose states add up in the tree of
+// base/reduction_tree.h.
 #pragma once
-#include "base/arena.h"
+#include "cuda/chunks.h"
 #include "cuda/device/launcher.h"
 #include "cuda/route_task.h"
 
@@ -18,14 +18,8 @@ SIMT_BOTH constexpr int rows_of_step(int parts, bool prototypes) {
   return parts == 1 && !prototypes ? 64 : parts == 2 && prototypes ? 16 : 32;
 }
 
-/// Behaviours by so many, and the users whose histories reach into each.
-struct Chunks {
-  int size = 0, count = 0;
-  int32_t *first = nullptr, *last = nullptr;  // [count] B - the first user, the last + 1
-};
-
 struct BackTask {
-  Task x, v;  // v: its x is v, its prototypes are d_tokens
+  Task x, v;  // v: its x is v, of no columns where there is no d_tokens; its prototypes are d_tokens
   RouteForward forward;
   RouteGradients out;
   struct Offsets {  // in shared memory, beside those of the streams
@@ -33,15 +27,13 @@ struct BackTask {
   } offset = {};
   // workspace
   float *agent_lse = nullptr, *dz_constant = nullptr,
-        *slope = nullptr;   // [B, padded M] lse in base 2, dlse - dtoken . token, 2 / tau
-  float* absent = nullptr;  // [B] 1 / count, of the token of absent behaviours
-  Chunks chunks, windows;   // windows: with leaves, of 32 of the behaviours themselves
+        *slope = nullptr;  // [B, padded M] lse in base 2, the part of dz that is the same for all rows, 2 / tau
+  Chunks chunks;
   int32_t* next = nullptr;  // the next chunk to take
   float* raw = nullptr;     // [padded M, chunks] dlogit times logit
   double* total = nullptr;  // [padded M] d_temperature of each agent
 
   SIMT_BOTH int64_t padded() const { return int64_t{x.g.agent_tiles} * x.g.tile_agents; }
-  SIMT_BOTH int token_rows() const { return static_cast<int>(x.agents) + x.missing; }
   /// Floats of a thread's state, of a unit.
   SIMT_BOTH int state() const { return x.g.mt * (2 + kValues / 2); }
   SIMT_BOTH int64_t state_floats() const { return int64_t{state()} * x.g.threads(); }
@@ -56,8 +48,8 @@ struct BackTask {
 
 /// What route.cu does for route_backward too.
 Task describe_route(const RouteCall& call);
-/// What a stream of rows and its agents take of shared memory. values: a tile of values goes with the rows.
-void lay_out_stream(Task& t, int warps, bool values, SharedLayout& shared);
+/// What a stream of rows, its agents and the values that go with the rows take of shared memory.
+void lay_out_stream(Task& t, int warps, SharedLayout& shared);
 /// The blocks that the device holds at a time, at most eight a processor.
 inline int resident_blocks(const Geometry& g, int most_threads, const simt::Machine& machine) {
   const size_t fit =

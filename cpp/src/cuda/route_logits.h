@@ -17,11 +17,10 @@ class RouteLogits : protected RouteStream<MT, Q, S, R, kBack> {
 
   SIMT_DEVICE explicit RouteLogits(const Task& task) : Base(task) {}
 
-  /// sum [agents, kValues] += w [agents, rows] times the step's values. `width`: columns of all values.
-  SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, uint16_t* values,
-                              int64_t width) const {
-    const Operand<S> v{values, kValuePitch, R * kValuePitch};
-    const int columns = least(width - this->work().value_tile * kValues, kValues);
+  /// sum [agents, kValues] += w [agents, rows] times the step's values.
+  SIMT_DEVICE void accumulate(float (&sum)[MT][kValues / 8][4], const Products& w, Step s) const {
+    const Operand<S> v{this->operand_v(this->buffer_of(s)), kValuePitch, R * kValuePitch};
+    const int columns = least(this->values().width - this->work().values.first, kValues);
     multiply_weights<MT, Q, kValues / 8>(sum, w, v, R, columns);
   }
 

@@ -18,17 +18,19 @@ struct RouteStream {
 
   /// Rows kept in one part for agents in two are bfloat16 already.
   SIMT_DEVICE DType x_type() const { return Q > S ? DType::bfloat16 : t.x.dtype; }
-  SIMT_DEVICE DType v_type() const { return Q > S ? DType::bfloat16 : t.values().dtype; }
+  SIMT_DEVICE DType value_type() const { return Q > S ? DType::bfloat16 : values().dtype; }
   SIMT_DEVICE bool has_x() const { return Q > S || t.x.data; }
   SIMT_DEVICE const float* scale() const { return Q > S ? nullptr : t.scale; }
 
-  SIMT_DEVICE bool has_values() const { return !kBack || t.refining; }
+  SIMT_DEVICE bool has_values() const { return !kBack || g.value_tiles > 0; }
+  SIMT_DEVICE const Rows& values() const { return work().values.of_x ? t.x : t.v; }
 
   /// What the block has taken.
   struct Work {
     int64_t start;  // the user's first row; others count from it
     Unit unit;
     int32_t found, rows, agent_tile, value_tile;  // found: there was one; value_tile: the chunk, of rows' gradients
+    ValueColumns values;
   };
   static_assert(sizeof(Work) <= kWorkBytes, "Work has its place");
   SIMT_DEVICE Work& work() const { return *reinterpret_cast<Work*>(simt::shared() + g.offset.work); }
@@ -45,6 +47,7 @@ struct RouteStream {
     w.rows = static_cast<int32_t>(t.end(w.unit.user) - w.start);
     w.agent_tile = item % t.items() % g.agent_tiles;
     w.value_tile = item % t.items() / g.agent_tiles;
+    w.values = t.value_columns(w.value_tile);
   }
 
   // in shared memory: from offsets that lie in constant memory, so that no register holds a pointer
@@ -56,13 +59,13 @@ struct RouteStream {
     return simt::shared() + g.offset.raw_x + (buffer * kRows + row) * g.chunk * size_of(x_type());
   }
   SIMT_DEVICE std::byte* raw_v(int buffer, int row) const {
-    return simt::shared() + g.offset.raw_v + (buffer * kRows + row) * kValues * size_of(v_type());
+    return simt::shared() + g.offset.raw_v + (buffer * kRows + row) * kValues * size_of(value_type());
   }
   /// What is known of this thread's agent: 0: half its norm, 1: its rate.
   SIMT_DEVICE float agent(int what, int h, int r) const {
     return floats(g.offset.agents)[what * g.tile_agents + simt::warp() * 16 * MT + h * 16 + r * 8 + simt::lane() / 4];
   }
-  /// A float of a row, in one of two buffers. offset: that of scale, bias, spread, half, shift or gone.
+  /// A float of a row, in one of two buffers. offset: that of scale, bias, spread, half or shift.
   SIMT_DEVICE float& term_of(int offset, int buffer, int row) const { return floats(offset)[buffer * kRows + row]; }
   SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
     return reinterpret_cast<int32_t*>(simt::shared() + g.offset.codes) + (buffer * kRows + row) * t.levels;
@@ -99,24 +102,25 @@ struct RouteStream {
   SIMT_DEVICE int buffer_of(Step s) const { return (s.block * g.chunks + s.chunk) & ((kBack ? g.buffers : 2) - 1); }
   SIMT_DEVICE int columns(int chunk) const { return least(g.depth - chunk * g.chunk, g.chunk); }
 
-  /// The agents' columns of a step's chunk: where D is one chunk, they stay.
-  SIMT_DEVICE Operand<Q> prototypes(Step s) const {
+  /// The agents' columns of a step's chunk: where D is one chunk, they stay. side: 0 for prototypes.
+  SIMT_DEVICE Operand<Q> prototypes(Step s, int side = 0) const {
     const int pitch = g.pitch(), size = g.tile_agents * pitch;
-    return {halves(g.offset.prototypes) + (g.chunks > 1 ? buffer_of(s) : 0) * (Q * size), pitch, size};
+    const int place = (g.chunks > 1 ? buffer_of(s) : 0) * sides() + side;
+    return {halves(g.offset.prototypes) + place * (Q * size), pitch, size};
   }
+  SIMT_DEVICE int sides() const { return kBack ? g.sides : 1; }
 
   /// y += the warp's agents times the rows of a step, by the columns of its chunk.
-  SIMT_DEVICE void multiply_step(float (&y)[MT][kRows / 8][4], Step s) const {
+  SIMT_DEVICE void multiply_step(float (&y)[MT][kRows / 8][4], Step s, int side = 0) const {
     const Operand<S> rows{operand_x(buffer_of(s)), g.pitch(), kRows * g.pitch()};
-    multiply_rows<MT>(y, prototypes(s).from(simt::warp() * 16 * MT, 0), rows, columns(s.chunk), kRows);
+    multiply_rows<MT>(y, prototypes(s, side).from(simt::warp() * 16 * MT, 0), rows, columns(s.chunk), kRows);
   }
 
   SIMT_DEVICE void fetch_agents(Step s, int agent_tile) {
-    const int pieces = columns(s.chunk) / 8, lane = simt::lane() & 15;
+    const int pieces = columns(s.chunk) / 8, lane = simt::lane() & 15, rows = sides() * Q * g.tile_agents;
     const uint16_t* const from =
-        t.packed + (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * Q * g.tile_agents * g.depth +
-        s.chunk * g.chunk;
-    SIMT_ROLLED for (int r = simt::thread() / 16; r < Q * g.tile_agents; r += simt::threads() / 16) {
+        t.packed + (int64_t{work().unit.user} * g.agent_tiles + agent_tile) * rows * g.depth + s.chunk * g.chunk;
+    SIMT_ROLLED for (int r = simt::thread() / 16; r < rows; r += simt::threads() / 16) {
       if (lane >= pieces) continue;
       simt::copy16(prototypes(s).data + r * g.pitch() + lane * 8, from + int64_t{r} * g.depth + lane * 8, true);
     }
@@ -169,11 +173,10 @@ struct RouteStream {
   }
 
   SIMT_DEVICE void fetch(Step s) {
-    const int buffer = buffer_of(s), thread = simt::fresh_thread(), lane = thread & 15, x_bytes = size_of(x_type()),
-              v_bytes = size_of(v_type());
-    const bool last = s.chunk + 1 == g.chunks;
+    const int buffer = buffer_of(s), thread = simt::fresh_thread(), lane = thread & 15, x_bytes = size_of(x_type());
+    const bool last = s.chunk + 1 == g.chunks, of_x = has_values() && work().values.of_x;
     const int x_pieces = has_x() ? columns(s.chunk) * x_bytes / 16 : 0,
-              v_pieces = last && has_values() && (has_x() || !t.refining) ? kValues * v_bytes / 16 : 0;
+              value_pieces = last && has_values() && (has_x() || !of_x) ? kValues * size_of(value_type()) / 16 : 0;
     SIMT_ROLLED for (int r = thread; r < kRows; r += simt::threads()) {
       if (t.gathers() && s.chunk == 0) fetch_ids(s.block + 2, r);
       const int place = place_of(s.block, r);
@@ -192,15 +195,14 @@ struct RouteStream {
                   t.scale + (t.scale_per_row && has_row ? row_of(false, s.block, r) : 0), has_row);
     }
     SIMT_ROLLED for (int r = thread / 16; r < kRows; r += simt::threads() / 16) {
-      const bool here = has(false, s.block, r), has_value = t.refining ? here : has(true, s.block, r);
-      const int64_t row = here ? row_of(false, s.block, r) : 0;
-      const int64_t value_row = t.refining ? row : has_value ? row_of(true, s.block, r) : 0;
-      SIMT_ROLLED for (int c = lane; c < x_pieces + v_pieces; c += 16) {
+      const bool here = has(false, s.block, r), has_value = has(!of_x, s.block, r);
+      const int64_t row = here ? row_of(false, s.block, r) : 0, value_row = has_value ? row_of(!of_x, s.block, r) : 0;
+      SIMT_ROLLED for (int c = lane; c < x_pieces + value_pieces; c += 16) {
         if (c < x_pieces)
           fetch_row(raw_x(buffer, r), t.x, t.x_aligned, row, s.chunk * g.chunk, columns(s.chunk), here, c);
         else
-          fetch_row(raw_v(buffer, r), t.values(), t.values_aligned(), value_row, work().value_tile * kValues, kValues,
-                    has_value, c - x_pieces);
+          fetch_row(raw_v(buffer, r), values(), of_x ? t.x_aligned : t.v_aligned, value_row, work().values.first,
+                    kValues, has_value, c - x_pieces);
       }
     }
   }
@@ -235,7 +237,6 @@ struct RouteStream {
         if (lane == 0) norm = squares;
         continue;
       }
-      const bool has_value = has(true, s.block, r);
       const float bias = t.bias ? term_of(g.offset.bias, buffer, r) : 0.f,
                   spread = t.spread ? term_of(g.offset.spread, buffer, r) : 0.f;
       const auto x_element = [&](int64_t d) {
@@ -243,30 +244,21 @@ struct RouteStream {
         return element(t.x.data, t.x.dtype, row_of(false, s.block, r) * t.x.width + d) *
                (scale() ? term_of(g.offset.scale, buffer, r) : 1.f);
       };
-      const bool here = has_value && has(false, s.block, r) && t.valid_terms(bias, spread) &&
+      const bool here = has(true, s.block, r) && has(false, s.block, r) && t.valid_terms(bias, spread) &&
                         t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_element);
-      bool whole = true;
-      if (t.missing && (g.value_tiles > 1 || !has_values()) && has_value && !here)  // v counts whole or not at all
-        SIMT_ROLLED for (int64_t c = lane; c < t.v.width; c += 16) whole =
-            whole && finite(element(t.v.data, t.v.dtype, row_of(true, s.block, r) * t.v.width + c));
-      const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(v_type());
       if (has_values() && lane < kValues / 8) {
-        if (t.refining)
-          load_x(raw, buffer, r, work().value_tile * kValues + lane * 8, f);
+        const std::byte* const raw = raw_v(buffer, r) + lane * 8 * size_of(value_type());
+        if (work().values.of_x)
+          load_x(raw, buffer, r, work().values.first + lane * 8, f);
         else
-          load8(raw, v_type(), f);
-        SIMT_EACH (i, 8) whole = whole && finite(f[i]);
-      }
-      const uint32_t broken = simt::ballot(!whole) >> (thread & 16) & 0xffffu;
-      if (has_values() && lane < kValues / 8) {
+          load8(raw, value_type(), f);
         bool keep = true;  // a weight of 0 does not take NaN away
-        SIMT_UNLESS_PLANTED(5, keep = here || !broken);
+        SIMT_UNLESS_PLANTED(5, keep = here);
         put<true>(f, raw, keep, operand_v(buffer) + r * kValuePitch + lane * 8, kRows * kValuePitch);
       }
       if (lane == 0) {
         term_of(g.offset.half, kind, r) = here ? -0.5f * (squares + spread) : 0.f;
         term_of(g.offset.shift, kind, r) = here ? base2(bias) : -kInfinity;
-        term_of(g.offset.gone, kind, r) = has_value && !here && !broken ? 1.f : 0.f;
       }
     }
   }

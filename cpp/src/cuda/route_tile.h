@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner kernel of `route`. A block takes a unit of a user's rows, a tile of agents and 64 value columns:
+// The inner kernel of `route`. A block takes a unit of a user's rows, a tile of agents and 64 columns of v or of x as
+// the values:
 //
 //   warp w         agents 16 MT w .. 16 MT (w + 1) of the tile. In registers: z, logits and then weights of a step's
 //                  rows; sum [16 MT, 64], max_logit and mass of each agent.
-//   shared memory  the prototypes of the tile, as operands; x and v of a step's rows, in two buffers each: raw, as they
-//                  lie in memory, and as operands, that is in bfloat16 parts.
+//   shared memory  the prototypes of the tile, as operands; x and values of a step's rows, in two buffers each: raw, as
+//                  they lie in memory, and as operands, that is in bfloat16 parts.
 //
 // A step is kRows behaviours by one chunk of up to 128 columns of D. Between the barriers of steps s and s + 1:
 //
@@ -12,7 +13,7 @@
 //   raw buffer (s + 1) % 2      the rows of step s + 1 become operands, with their norms and whether they are absent,
 //   operand buffer (s + 1) % 2  here
 //   operand buffer s % 2        the rows of step s are multiplied by the prototypes; after D's last chunk their logits
-//                               become weights, and multiply v
+//                               become weights, and multiply the values
 //   prototypes                  stay, if D is one chunk; else those of step s + 1 begin to arrive in one of two buffers
 //
 // Products start at -(|x|^2 + |p|^2) / 2, so what leaves the tensor cores is -d / 2. An absent behaviour has a logit of
@@ -28,7 +29,7 @@ namespace hisac::cuda {
 template <int MT, int Q, int S, bool kOverAgents>
 class RouteTile : RouteLogits<MT, Q, S> {
   using Base = RouteLogits<MT, Q, S>;
-  using Base::buffer_of, Base::operand_v, Base::agent, Base::row_lse;
+  using Base::agent, Base::row_lse;
   using Base::fetch_agents, Base::fetch, Base::fetch_first_ids, Base::prepare, Base::multiply;
   using Base::t, Base::g, Base::begin, Base::end, Base::kRows, Base::floats, Base::work, Base::after, Base::unit_end;
   using typename Base::Step;
@@ -91,8 +92,7 @@ class RouteTile : RouteLogits<MT, Q, S> {
         if (kOverAgents) subtract_row_lse(s.block, a == g.agent_tiles);
         if (!kOverAgents || a == g.agent_tiles) {
           weights();
-          this->accumulate(sum, z, operand_v(buffer_of(s)), t.value_width());
-          absent(s.block & 1, buffer_of(s));
+          this->accumulate(sum, z, s);
           const int so_far = begin + (s.block + 1) * kRows;
           if (so_far % kTile == 0 || so_far >= end) end_tile(so_far);
         }
@@ -160,19 +160,6 @@ class RouteTile : RouteLogits<MT, Q, S> {
       }
   }
 
-  /// Absent rows that have a v, one column a thread.
-  SIMT_DEVICE void absent(int kind, int buffer) {
-    if (!t.missing || t.refining || work().agent_tile != 0 || simt::thread() >= kValues) return;
-    const uint16_t* const v = operand_v(buffer) + simt::thread();
-    for (int r = 0; r < kRows; ++r) {
-      if (this->term_of(g.offset.gone, kind, r) == 0.f) continue;
-      float y = of_bfloat16(v[r * kValuePitch]);
-      if (S > 1) y += of_bfloat16(v[(kRows + r) * kValuePitch]);
-      floats(g.offset.absent)[simt::thread()] += y;
-      floats(g.offset.absent)[simt::threads() + simt::thread()] += 1;
-    }
-  }
-
   // ---- states
 
   /// f(register) for every float of a state, in the order of memory.
@@ -186,7 +173,6 @@ class RouteTile : RouteLogits<MT, Q, S> {
     SIMT_EACH (h, MT)
       SIMT_EACH (c, kValues / 8)
         SIMT_EACH (i, 4) f(sum[h][c][i]);
-    for (int i = 0; t.missing && i < 2; ++i) f(floats(g.offset.absent)[i * simt::threads() + simt::thread()]);
   }
 
   SIMT_DEVICE void reset() {
@@ -225,7 +211,6 @@ class RouteTile : RouteLogits<MT, Q, S> {
         SIMT_EACH (i, 4) sum[h][c][i] = m[h][i / 2].sum(next(), sum[h][c][i]);
         simt::sync_warp();  // few loads are under way together: more would need more registers
       }
-    for (int i = 0; t.missing && i < 2; ++i) floats(g.offset.absent)[i * simt::threads() + simt::thread()] += next();
   }
 
   /// Down the tree; the unit's last state stays in registers.
@@ -253,17 +238,13 @@ class RouteTile : RouteLogits<MT, Q, S> {
       return;
     }
     const int64_t first = int64_t{w.agent_tile} * g.tile_agents + simt::warp() * 16 * MT + simt::lane() / 4;
-    const int64_t column = int64_t{w.value_tile} * kValues + (simt::lane() & 3) * 2;
+    const int64_t column = w.values.first + (simt::lane() & 3) * 2;
     SIMT_EACH (h, MT)
       SIMT_EACH (r, 2) {
-        const Row out(t, w.unit.user, first + h * 16 + r * 8, max_logit[h][r], mass[h][r]);
-        if (column == 0) out.finish();
+        const Row out(t, w.values.of_x, w.unit.user, first + h * 16 + r * 8, max_logit[h][r], mass[h][r]);
+        if (w.value_tile == 0 && column == 0) out.finish();
         SIMT_EACH (c, kValues / 8) out.put(column + c * 8, sum[h][c][2 * r], sum[h][c][2 * r + 1]);
       }
-    if (t.missing && w.agent_tile == 0 && simt::thread() < kValues)
-      finish_missing(t, w.unit.user, int64_t{w.value_tile} * kValues + simt::thread(),
-                     floats(g.offset.absent)[simt::threads() + simt::thread()],
-                     floats(g.offset.absent)[simt::thread()]);
   }
 
   float z[MT][kRows / 8][4], sum[MT][kValues / 8][4], max_logit[MT][2], mass[MT][2];

@@ -10,7 +10,7 @@ namespace {
 Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) noexcept {
   HISAC_TRY(check_float("fit", "x", x.dtype));
   if (params.levels < 1 || params.levels > kMaxLevels)
-    return Status::error(Code::invalid_argument, "fit: codes expected 1 to %d levels, got %d", kMaxLevels,
+    return Status::error(Code::invalid_argument, "fit: sizes expected 1 to %d levels, got %d", kMaxLevels,
                          params.levels);
   if (params.iterations < 0)
     return Status::error(Code::invalid_argument, "fit: iterations expected 0 or more, got %d", params.iterations);
@@ -19,7 +19,7 @@ Status check(const FitParams& params, Rows x, const Array<float, 2>* centers) no
                          x.width);
   for (int l = 0; l < params.levels; ++l) {
     if (params.sizes[l] < 1 || params.sizes[l] > (1 << 20))
-      return Status::error(Code::invalid_argument, "fit: codes expected 1 to 2^20 at level %d, got %" PRId64, l,
+      return Status::error(Code::invalid_argument, "fit: sizes expected 1 to 2^20 at level %d, got %" PRId64, l,
                            params.sizes[l]);
     if (!has_shape(centers[l], {params.sizes[l], x.width}))
       return Status::error(Code::invalid_argument, "fit: centers of level %d expected %s, got %s", l,

@@ -11,17 +11,21 @@ ShapeText extent(const Rows& rows, const Ids& ids) noexcept {
   return ids ? ShapeText({ids.size}) : ShapeText({rows.rows, rows.width});
 }
 
-/// The types of x, v and the scale.
-Status check_rows(const char* verb, const Histories& in) noexcept {
+/// The types and widths of x and v, and the scale.
+Status check_rows(const char* verb, const Histories& in, int64_t width) noexcept {
   const bool int8 = in.x.data && in.x.dtype == DType::int8;
   if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
-  if (!in.v.data && in.behaviours() > 0) return Status::error(Code::invalid_argument, "%s: v expected, got none", verb);
-  HISAC_TRY(check_float(verb, "v", in.v.dtype));
+  if (in.v.data || in.v.width) HISAC_TRY(check_float(verb, "v", in.v.dtype));
+  if (!in.v.data && in.v.width && in.behaviours() > 0)
+    return Status::error(Code::invalid_argument, "%s: v expected, got none", verb);
   if (in.x_scale && !int8)
     return Status::error(Code::invalid_argument, "%s: x_scale expected with x of int8, got another", verb);
   if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
     return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
                          in.x.rows, in.x_scale.shape[0]);
+  if (!within({width}, 1, kMostWidth) || !within({in.v.width}, in.v.data ? 1 : 0, kMostWidth))
+    return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
+                         verb, width, in.v.width);
   return {};
 }
 
@@ -47,33 +51,26 @@ Status check_sizes(const char* verb, const Histories& in) noexcept {
 }
 
 bool sizes_fit(const Histories& in, int64_t width, int64_t agents, int64_t longest) noexcept {
-  return within({width, in.v.width}, 1, kMostWidth) && within({agents}, 0, kMostAgents) &&
+  return within({width}, 1, kMostWidth) && within({in.v.width}, 0, kMostWidth) && within({agents}, 0, kMostAgents) &&
          within({in.offsets.users, in.behaviours(), longest}, 0, kMostRows);
 }
 
-Status check_histories(const char* verb, const Codebook* book, const Histories& in, int64_t width, bool needs_codes,
+Status check_histories(const char* verb, const Codebook* book, const Histories& in, int64_t width,
                        Device device) noexcept {
   const int64_t rows = in.behaviours();
-  HISAC_TRY(check_rows(verb, in));
   HISAC_TRY(check_sizes(verb, in));
-  if (!within({width, in.v.width}, 1, kMostWidth))
-    return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
-                         verb, width, in.v.width);
+  if (!in.x.data && !book && rows > 0)
+    return Status::error(Code::invalid_argument,
+                         "%s: codes and their codebook expected where x is not given, got no codebook", verb);
+  HISAC_TRY(check_rows(verb, in, width));
   if (!within({in.offsets.users, rows}, 0, kMostRows))
     return Status::error(Code::invalid_argument,
                          "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
                          in.offsets.users, rows);
   HISAC_TRY(check_spans(verb, "offsets", in.offsets, rows, device));
-  if (book) {
-    HISAC_TRY(check_book(verb, book));
-    return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, in.x_ids ? in.items() : rows) : Status();
-  }
-  if (needs_codes || (!in.x.data && rows > 0))
-    return Status::error(Code::invalid_argument,
-                         "%s: codes and their codebook expected where x is not given and with the leaf method, got no "
-                         "codebook",
-                         verb);
-  return {};
+  if (!book) return {};
+  HISAC_TRY(check_book(verb, book));
+  return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, in.x_ids ? in.items() : rows) : Status();
 }
 
 Status check_route(const char* verb, const Codebook* book, const RouteParams& params, const Histories& in,
@@ -82,7 +79,7 @@ Status check_route(const char* verb, const Codebook* book, const RouteParams& pa
   if (in.x.data && in.x.width != p[2])
     return Status::error(Code::invalid_argument, "%s: prototypes is %s, x is %s: D differs (%" PRId64 ", %" PRId64 ")",
                          verb, ShapeText(p).text, ShapeText({in.x.rows, in.x.width}).text, p[2], in.x.width);
-  HISAC_TRY(check_histories(verb, book, in, p[2], params.method == Method::leaf, device));
+  HISAC_TRY(check_histories(verb, book, in, p[2], device));
   if (!in.x.data && book && in.codes && book->width() != p[2])
     return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
                          verb, ShapeText(p).text, book->width());
@@ -97,8 +94,6 @@ Status check_route(const char* verb, const Codebook* book, const RouteParams& pa
   if (!params.temperature || (temperatures != 1 && temperatures != p[1]))
     return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
                          verb, p[1], params.temperature ? temperatures : 0);
-  if (params.refine < 0)
-    return Status::error(Code::invalid_argument, "%s: refine expected 0 or more, got %d", verb, params.refine);
   return {};
 }
 

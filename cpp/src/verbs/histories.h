@@ -13,7 +13,7 @@ bool sizes_fit(const Histories& histories, int64_t width, int64_t agents, int64_
 
 /// Checks shapes, types and ranges of what route reads of a batch of D = width. book null: codes are not read.
 Status check_histories(const char* verb, const Codebook* book, const Histories& histories, int64_t width,
-                       bool needs_codes, Device device) noexcept;
+                       Device device) noexcept;
 
 /// The same for a call of route or its backward, agents and parameters too.
 Status check_route(const char* verb, const Codebook* book, const RouteParams& params, const Histories& histories,

@@ -3,36 +3,49 @@
 
 #include "backend.h"
 #include "base/arena.h"
+#include "codebook/checks.h"
 #include "verbs/histories.h"
 
 namespace hisac {
 namespace {
 
-Status check_tokens(const RouteParams& params, const Histories& in, const RouteAgents& agents,
-                    const Tokens& out) noexcept {
+Status check_tokens(const Histories& in, const RouteAgents& agents, const Tokens& out) noexcept {
   const auto& p = agents.prototypes.shape;
-  const int64_t users = in.offsets.users, m = p[1] + (params.missing == Missing::token);
-  if (out.tokens.rows != users * m || out.tokens.width != in.v.width || out.tokens.dtype != in.v.dtype ||
-      !has_shape(out.lse, {users, m}))
+  const int64_t users = in.offsets.users, m = p[1];
+  const bool fits = out.tokens.rows == users * m && out.tokens.width == in.v.width && out.tokens.dtype == in.v.dtype;
+  if ((out.tokens.data && !fits) || !has_shape(out.lse, {users, m}))
     return Status::error(Code::invalid_argument, "route: out expected tokens %s of v's type and lse %s",
                          ShapeText({users, m, in.v.width}).text, ShapeText({users, m}).text);
-  return params.refine ? check_shape("route", "refined", {users, p[1], p[2]}, out.refined) : Status();
+  return out.mean_x ? check_shape("route", "mean_x", {users, m, p[2]}, out.mean_x) : Status();
 }
 
 }  // namespace
 
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                       const Histories& histories, const RouteAgents& agents, int64_t longest) noexcept {
+                       const Histories& histories, const RouteAgents& agents, const Tokens& out,
+                       int64_t longest) noexcept {
   const auto& p = agents.prototypes.shape;
   if (!sizes_fit(histories, p[2], p[1], longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::route_workspace, context, book, params, histories, agents, longest);
+  return backend_workspace(&Backend::route_workspace, context, book, params, histories, agents, out, longest);
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
   HISAC_TRY(check_route("route", book, params, histories, agents, context.device));
-  HISAC_TRY(check_tokens(params, histories, agents, out));
+  HISAC_TRY(check_tokens(histories, agents, out));
   return call_backend("route", &Backend::route, context, book, params, histories, agents, out);
+}
+
+size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept {
+  const int64_t width = width_of(book, histories);
+  if (!sizes_fit(histories, width, 0, 0)) return Arena::kLimit;
+  return backend_workspace(&Backend::missing_workspace, context, book, histories);
+}
+
+Status missing(const Context& context, const Codebook* book, const Histories& histories, Array<float, 1> out) noexcept {
+  HISAC_TRY(check_histories("missing", book, histories, width_of(book, histories), context.device));
+  HISAC_TRY(check_shape("missing", "out", {histories.behaviours()}, out));
+  return call_backend("missing", &Backend::missing, context, book, histories, out);
 }
 
 }  // namespace hisac

@@ -6,49 +6,59 @@
 namespace hisac {
 namespace {
 
+constexpr const char* kVerb = "route_backward";
+
+/// What the forward returned and its gradients.
+Status check_forward(const Histories& in, const RouteAgents& agents, const RouteForward& f) noexcept {
+  const int64_t users = in.offsets.users, m = agents.prototypes.shape[1], width = agents.prototypes.shape[2];
+  const auto fits = [&](const Rows& rows) { return rows.rows == users * m && rows.width == in.v.width; };
+  const bool has_tokens = f.d_tokens.data && in.v.width;
+  if ((has_tokens && (!fits(f.d_tokens) || !fits(f.tokens))) || !has_shape(f.lse, {users, m}) ||
+      (f.d_lse && !has_shape(f.d_lse, {users, m})))
+    return Status::error(Code::invalid_argument, "%s: expected tokens and d_tokens %s, lse and d_lse %s", kVerb,
+                         ShapeText({users, m, in.v.width}).text, ShapeText({users, m}).text);
+  if (f.d_mean_x) HISAC_TRY(check_shape(kVerb, "d_mean_x", {users, m, width}, f.d_mean_x));
+  if (f.d_mean_x) HISAC_TRY(check_shape(kVerb, "mean_x", {users, m, width}, f.mean_x));
+  if (!has_tokens) return {};
+  HISAC_TRY(check_float(kVerb, "d_tokens", f.d_tokens.dtype));
+  return check_float(kVerb, "tokens", f.tokens.dtype);
+}
+
 Status check_gradients(const RouteParams& params, const Histories& in, const RouteAgents& agents, const RouteForward& f,
                        const RouteGradients& out) noexcept {
-  const int64_t users = in.offsets.users, m = agents.prototypes.shape[1], width = agents.prototypes.shape[2];
-  const int64_t rows = m + (params.missing == Missing::token), t = in.behaviours(), v = in.v.width;
-  if (params.refine != 0)
-    return Status::error(Code::invalid_argument,
-                         "route_backward: refine expected 0 with the refined prototypes, got %d", params.refine);
-  if (f.d_tokens.rows != users * rows || f.d_tokens.width != v || f.tokens.rows != users * rows ||
-      f.tokens.width != v || !has_shape(f.lse, {users, rows}) || (f.d_lse && !has_shape(f.d_lse, {users, rows})))
-    return Status::error(Code::invalid_argument, "route_backward: expected tokens and d_tokens %s, lse and d_lse %s",
-                         ShapeText({users, rows, v}).text, ShapeText({users, rows}).text);
-  HISAC_TRY(check_float("route_backward", "d_tokens", f.d_tokens.dtype));
-  HISAC_TRY(check_float("route_backward", "tokens", f.tokens.dtype));
-  if ((out.v && !has_shape(out.v, {t, v})) || (out.x && !has_shape(out.x, {t, width})) ||
-      (out.bias && !has_shape(out.bias, {t})) ||
+  const int64_t users = in.offsets.users, m = agents.prototypes.shape[1], width = agents.prototypes.shape[2],
+                t = in.behaviours();
+  if ((out.v && !has_shape(out.v, {t, in.v.width})) || (out.x && !has_shape(out.x, {t, width})) ||
+      (out.bias && !has_shape(out.bias, {t})) || (out.spread && !has_shape(out.spread, {t})) ||
       (out.temperature && !has_shape(out.temperature, {params.temperature.shape[0]})) ||
       (out.prototypes && !has_shape(out.prototypes, {users, m, width})))
-    return Status::error(Code::invalid_argument, "route_backward: gradients expected the shapes of their arguments");
+    return Status::error(Code::invalid_argument, "%s: gradients expected the shapes of their arguments", kVerb);
   if (out.x && !in.x.data)
-    return Status::error(Code::invalid_argument, "route_backward: a gradient of x expected x, got none");
-  if (params.method == Method::leaf && (out.bias || out.x || out.prototypes))
-    return Status::error(Code::not_implemented,
-                         "route_backward: method='leaf' has gradients for v and temperature only");
+    return Status::error(Code::invalid_argument, "%s: a gradient of x expected x, got none", kVerb);
+  if (out.v && !in.v.width)
+    return Status::error(Code::invalid_argument, "%s: a gradient of v expected v, got none", kVerb);
+  if (out.x && f.d_mean_x) return Status::error(Code::not_implemented, "%s: mean_x has no gradient for x", kVerb);
   return {};
 }
 
 }  // namespace
 
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                                const Histories& histories, const RouteAgents& agents, const RouteGradients& out,
-                                int64_t longest) noexcept {
+                                const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
+                                const RouteGradients& out, int64_t longest) noexcept {
   const auto& p = agents.prototypes.shape;
   if (!sizes_fit(histories, p[2], p[1], longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::route_backward_workspace, context, book, params, histories, agents, out, longest);
+  return backend_workspace(&Backend::route_backward_workspace, context, book, params, histories, agents, forward, out,
+                           longest);
 }
 
 Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
-  HISAC_TRY(check_route("route_backward", book, params, histories, agents, context.device));
+  HISAC_TRY(check_route(kVerb, book, params, histories, agents, context.device));
+  HISAC_TRY(check_forward(histories, agents, forward));
   HISAC_TRY(check_gradients(params, histories, agents, forward, out));
-  return call_backend("route_backward", &Backend::route_backward, context, book, params, histories, agents, forward,
-                      out);
+  return call_backend(kVerb, &Backend::route_backward, context, book, params, histories, agents, forward, out);
 }
 
 }  // namespace hisac

@@ -77,7 +77,9 @@ def make_parser() -> Parser:
     p = verb("fit", commands.fit, "learn a codebook from item embeddings")
     p.add_argument("spec", metavar="X", help="embeddings [items, width]")
     p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
-    p.add_argument("--codes", type=numbers, default=(512, 512), metavar="C,C", help="of each level (default: 512,512)")
+    p.add_argument(
+        "--sizes", type=numbers, default=(512, 512), metavar="C,C", help="codes of each level (default: 512,512)"
+    )
     p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
     p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
 

@@ -87,11 +87,11 @@ def steps(offsets: Array) -> Iterator[tuple[int, int]]:
 # -------------------------------------------------------------------------------------------------------------- verbs
 
 
-def fit(spec: str, out: str, *, codes: tuple[int, ...], iterations: int, seed: int) -> None:
+def fit(spec: str, out: str, *, sizes: tuple[int, ...], iterations: int, seed: int) -> None:
     files.check_out(out, (".safetensors",))
     x = matrix(spec, "x")
-    with fit_progress(len(codes), iterations) as tell:
-        book = hisac.fit(x, codes, iterations=iterations, seed=seed, progress=tell)
+    with fit_progress(len(sizes), iterations) as tell:
+        book = hisac.fit(x, sizes, iterations=iterations, seed=seed, progress=tell)
     with files.aside(out) as f:
         f.write(book.to_bytes())
     report = book.report
@@ -100,7 +100,7 @@ def fit(spec: str, out: str, *, codes: tuple[int, ...], iterations: int, seed: i
     print(f"{out}: {' x '.join(map(str, book.sizes))} codes of width {book.width} from {report.rows:,} rows{left_out}")
     print(f"mean squared error after each level: {', '.join(f'{e:.4g}' for e in report.error)}")
     if any(report.unused):
-        print(f"codes that no row has: {', '.join(map(str, report.unused))}; fewer --codes would do")
+        print(f"codes that no row has: {', '.join(map(str, report.unused))}; smaller --sizes would do")
 
 
 def encode_rows(book: Any, x: Array) -> Array:
@@ -136,11 +136,8 @@ def compress(
 
     def results(batch: hisac.Histories) -> dict[str, Array]:
         """What is written of some histories."""
-        agents = hisac.vote(book, batch, budget=budget, fanout=fanout)
-        made = hisac.route(
-            batch, book.prototypes(agents), count=agents.count, temperature=temperature, normalize=normalize, book=book
-        )
-        votes = {"codes": agents.codes, "votes": agents.votes, "count": agents.count}
+        made = hisac.compress(book, batch, budget=budget, fanout=fanout, temperature=temperature, normalize=normalize)
+        votes = {"codes": made.agents.codes, "votes": made.agents.votes, "count": made.agents.count}
         return {"tokens": made.tokens, "lse": made.lse, **votes}
 
     none = np.empty((0, book.levels), np.int32)

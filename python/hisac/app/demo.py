@@ -47,7 +47,7 @@ kept tokens cost less than scoring the full history's kept rows. *: timing only,
 
 OWN = """\
 Your own files (.npy, .npz, .parquet, .safetensors):
-  python -m hisac fit items.npy --codes 128,128 -o book.safetensors
+  python -m hisac fit items.npy --sizes 128,128 -o book.safetensors
   python -m hisac compress book.safetensors --x events.npy --user users.npy \\
       --budget 100 --normalize agents -o tokens.npz"""
 

@@ -8,17 +8,18 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   zero with precision="bfloat16" and on CUDA). The three sums have D terms and the differences 4 roundings, so
       e = |dz| <= (D + 12) u (|x - c| + |p - c|)^2 / tau + 6 u d / tau + 4 u |bias|.
   Agents mode subtracts a log-sum-exp over agents, whose error is at most log(1 + sum_a s_a (exp(e_a) - 1)) and its own
-  rounding. A prototype moved by |dp| in `refine` adds (2 |x - p| |dp| + |dp|^2) / tau.
+  rounding.
 - A weight w_i then becomes w_i exp(+-e_i) / S with |S - 1| <= f = sum_i w_i (exp(e_i) - 1), so a token moves by at most
       sum_i w_i (exp(e_i) - 1 + f) / (1 - f) |v_i - token|.
-  Where f is near 1 or beyond, one law is left: a token lies between the least and the largest v of its rows.
+  Where f is near 1 or beyond, one law is left: a token lies between the least and the largest v of its rows. A mean x
+  is a token whose v is x.
 - Accumulation adds (2 c(T) + 8) u times the mean of |v|, and the result is rounded to v's type.
 - lse moves by -log(1 - f), and never by more than the largest e; its own sum and rounding add (c(T) + 8 + 2 |lse|) u.
 - precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
   drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX and CUDA, float32 multiplies
   two halves of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
-- `leaf`: a leaf's sums have a relative error k (its weights' and its accumulation's), so d = E|x - p|^2 moves by
-  4 k (R + |p|)^2, R its longest row; its mean v by 2 k max|v|; its log mass by k. Leaf sums themselves alike.
+- A leaf's sums have a relative error k, its weights' and its accumulation's: its mean v moves by 2 k max|v|, its log
+  mass by k, its spread by 4 k R^2, R its longest row.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli:
   of x - c and p - c in those of x and of prototypes, since the kernels add up g (p - c) - g (x - c).
   On CUDA (`cuda=True`) these products, and those of `attend`, are of halves too, or rounded with precision="bfloat16".
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..types import Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
+from ..types import Array, Attended, AttendGradients, Histories, LeafGradients, RouteGradients, Tokens
 from . import verbs
 
 U = 2.0**-24
@@ -43,7 +44,7 @@ HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 LEAST = 2.0**-149  # what one rounding of a subnormal float32 may cost
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
-OPTIONS = ("prototypes", "count", "temperature", "book", "method")  # of verbs.each_history
+OPTIONS = ("prototypes", "count", "temperature", "book")  # of verbs.each_history
 
 
 def as_numpy(a: Array) -> Array:
@@ -143,29 +144,6 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
     return mean, np.where(mass[:, None] & bad, np.nan, bound), lse
 
 
-def _largest(h: Any, rows: Array) -> Array:
-    """The largest of each leaf's rows [n] or [n, V], moduli."""
-    most = np.zeros((len(h.x), *rows.shape[1:]))
-    np.maximum.at(most, h.leaf, rows)
-    return most
-
-
-def first_of(leaf: Array) -> Array:
-    """leaf [n] of each row -> the first row of the same leaf."""
-    _, first, number = np.unique(leaf, return_index=True, return_inverse=True)
-    return np.asarray(first[number])
-
-
-def _leaf_errors(h: Any, raw: Any) -> tuple[Array, Array]:
-    """The relative error of each leaf's sums, and how far its rows reach; of single rows: none, and |x|."""
-    skew, reach = np.zeros(len(h.x)), np.sqrt(np.square(raw.x).sum(1) + raw.spread)
-    if h is raw:
-        return skew, reach
-    rounding = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + 4 * U
-    np.add.at(skew, h.leaf, h.share * np.expm1(np.minimum(rounding, 1.0)))
-    return skew + (_steps(len(raw.x)) + 8) * U, _largest(h, reach)
-
-
 def _origin(h: Any) -> Any:
     """The origin c [D] that the CPU takes: in each dimension the median of the first five present prototypes, or the
     first where there are fewer."""
@@ -173,31 +151,24 @@ def _origin(h: Any) -> Any:
 
 
 class _Logits:
-    """One user's logits z [n, m], their errors e, what they are made of; `drift` [m] is how far p may be off."""
+    """One user's logits z [n, m], their errors e, and what they are made of."""
 
-    def __init__(self, h: Any, raw: Any, normalize: str, drift: Array, rounding: float, cuda: bool) -> None:
-        self.skew, reach = _leaf_errors(h, raw)
-        width = h.x.shape[1]
+    def __init__(self, h: Any, normalize: str, rounding: float, cuda: bool) -> None:
+        width, drift = h.x.shape[1], 0.0
         self.d = verbs.square_distances(h.x, h.p) + h.spread[:, None]
-        far = reach[:, None] + np.sqrt(np.square(h.p).sum(1))
+        far = np.sqrt(np.square(h.x).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p).sum(1))
         self.origin, near = 0.0, far
         if not cuda and rounding != U16:
             self.origin = c = _origin(h)
             near = np.sqrt(np.square(h.x - c).sum(1) + h.spread)[:, None] + np.sqrt(np.square(h.p - c).sum(1))
         if rounding == U16:
-            drift = drift + U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
+            drift = U16 * far + 2 * np.sqrt(width) * TINY  # subnormals count as 0
         far, near = np.square(far + drift), np.square(near + drift)
-        e = (
-            (width + 12) * U * near
-            + (4 if cuda else 16) * self.skew[:, None] * far  # the CPU sums x less the first row of a leaf
-            + 6 * U * self.d
-            + (2 * np.sqrt(self.d) + drift) * drift
-        )
-        e = e + (2 * width + len(raw.x) + 8) * LEAST
+        e = (width + 12) * U * near + 6 * U * self.d + (2 * np.sqrt(self.d) + drift) * drift
+        e = e + (2 * width + len(h.x) + 8) * LEAST
         if rounding == HALVES:
             e = e + HALVES * near + 2 * np.sqrt(width) * TINY * np.sqrt(near)  # 2 sum |x p| <= near / 2
         self.wrong = e  # of d
-        self.reach = reach
         t, e = -self.d / h.tau, e / h.tau
         e = np.where((far / h.tau > HUGE) | (h.tau < 2.0**-126) | np.isnan(e), np.inf, e)  # inf / inf: p lost, tau inf
         self.z, self.share = h.logits(normalize)
@@ -207,9 +178,9 @@ class _Logits:
             off = np.minimum(_log_error(up.sum(1)), e.max(1, initial=0.0))
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
             e = e + off[:, None] + 2 * U * np.abs(t)
-        self.e = e + self.skew[:, None] + _bias_error(h.bias)[:, None]
+        self.e = e + _bias_error(h.bias)[:, None]
         self.rounding = rounding  # of a weight, and of v
-        self.flushed = TINY if rounding else 2 * len(raw.x) * LEAST  # a subnormal v counts as 0; is rounded in its leaf
+        self.flushed = TINY if rounding else 2 * len(h.x) * LEAST  # a subnormal v counts as 0; or is rounded
 
 
 def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
@@ -220,47 +191,54 @@ def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
 
 
 def _users(args: Mapping[str, Any]) -> Any:
-    """The users of a batch as (b, rows, History, History of its single rows)."""
-    full: dict[str, Any] = dict.fromkeys(OPTIONS) | {"temperature": 0.1, "method": "exact"} | dict(args)
-    options = {name: full[name] for name in OPTIONS}
-    single = options | {"method": "exact"}
-    for b, rows, h in verbs.each_history(full["histories"], **options):
-        yield b, rows, h, h if full["method"] == "exact" else verbs.History(b, rows, full["histories"], **single)
+    """The users of a batch as (b, rows, History)."""
+    full: dict[str, Any] = dict.fromkeys(OPTIONS) | {"temperature": 0.1} | dict(args)
+    return verbs.each_history(full["histories"], **{name: full[name] for name in OPTIONS})
 
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Tokens:
     """args: the arguments of `route`; dtype: v's type; cuda: on a GPU -> the largest |difference| of tokens, lse and
-    prototypes."""
+    mean_x, where these are wanted."""
     args = _dense(args)
-    p, v, missing = args["prototypes"], args["histories"].v, args.get("missing") == "token"
-    m, refine, normalize = p.shape[1], args.get("refine", 0), args.get("normalize", "history")
-    rounding = _rounding(args, cuda)
-    tokens, lse = np.zeros((len(p), m + missing, v.shape[1])), np.zeros((len(p), m + missing))
-    moved = np.where(np.isnan(p), np.nan, 0.0)
+    p, v, normalize = args["prototypes"], args["histories"].v, args.get("normalize", "history")
+    value_width = 0 if v is None else v.shape[1]
+    tokens, lse, mean_x = np.zeros((*p.shape[:2], value_width)), np.zeros(p.shape[:2]), np.zeros(p.shape)
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, _, h, raw in _users(args):
-            drift = np.zeros(len(h.agents))
-            for step in range(refine + 1):
-                logits = _Logits(h, raw, normalize, drift, rounding, cuda)
-                e = logits.e + 2 * logits.rounding
-                extra = 2 * float(logits.skew.max(initial=0.0)) + logits.rounding
-                if step == refine:
-                    break
-                mass = np.isfinite(verbs.logsumexp(logits.z, 0))
-                mean, bound, _ = _sums(logits.z, e, h.x, np.abs(raw.x).max(0, initial=0.0), extra)
-                bound = _in_type(mean, bound + logits.flushed, "float32")
-                h.p = np.where(mass[:, None], mean, h.p)
-                drift = np.where(mass, np.sqrt(np.square(bound).sum(1)), drift)
-                moved[b, h.agents] = np.where(mass[:, None], bound, moved[b, h.agents])
-            mean, bound, off = _sums(logits.z, e, h.v, np.abs(raw.v).max(0, initial=0.0), extra)
-            some, bound = np.isfinite(verbs.logsumexp(logits.z, 0))[:, None], bound + logits.flushed
-            tokens[b, h.agents], lse[b, h.agents] = np.where(some, _in_type(mean, bound, dtype), 0.0), off
-            if missing and len(h.absent):
-                n, size = len(h.absent), np.abs(h.absent_v).max(0)
-                rounded = (_steps(n) + 2) * U * size + cuda * (rounding * size + TINY)
-                bound = _in_type(h.absent_v.mean(0), rounded, dtype)
-                tokens[b, m], lse[b, m] = np.where(n * size > HUGE, np.inf, bound), 4 * U * np.log(n)
-    return Tokens(tokens, lse, moved)
+        for b, _, h in _users(args):
+            logits = _Logits(h, normalize, _rounding(args, cuda), cuda)
+            some, e = np.isfinite(verbs.logsumexp(logits.z, 0))[:, None], logits.e + 2 * logits.rounding
+            for values, kind, to in ((h.v, dtype, tokens), (h.x, "float32", mean_x)):
+                size = np.abs(values).max(0, initial=0.0)
+                mean, bound, off = _sums(logits.z, e, values, size, logits.rounding)
+                to[b, h.agents] = np.where(some, _in_type(mean, bound + logits.flushed, kind), 0.0)
+            lse[b, h.agents] = off
+    wanted = args.get("tokens", True) and v is not None
+    return Tokens(tokens if wanted else None, lse, mean_x if args.get("mean_x") else None)
+
+
+def _by_leaf(book: Any, codes: Array, h: Any) -> tuple[Array, Array, Array, Array]:
+    """One user's leaves: that of each row; their log masses; each row's share; the relative error of each leaf's
+    sums."""
+    _, leaf = np.unique(book.leaves(codes), return_inverse=True)
+    count = leaf.max(initial=-1) + 1
+    alone = np.where(np.arange(count)[:, None] == leaf, h.bias, -np.inf)
+    mass, share = verbs.logsumexp(alone, 1), np.exp(verbs.log_softmax(alone, 1)).sum(0)
+    skew, rounding = np.zeros(count), 2 * U * np.abs(h.bias - mass[leaf]) + 4 * U
+    np.add.at(skew, leaf, share * np.expm1(np.minimum(rounding, 1.0)))
+    return leaf, mass, share, skew + (_steps(len(h.x)) + 8) * U
+
+
+def _largest(leaf: Array, count: int, rows: Array) -> Array:
+    """The largest of each leaf's rows [n] or [n, V], moduli."""
+    most = np.zeros((count, *rows.shape[1:]))
+    np.maximum.at(most, leaf, rows)
+    return most
+
+
+def first_of(leaf: Array) -> Array:
+    """leaf [n] of each row -> the first row of the same leaf."""
+    _, first, number = np.unique(leaf, return_index=True, return_inverse=True)
+    return np.asarray(first[number])
 
 
 def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories:
@@ -268,72 +246,114 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories
     are exact."""
     args = _dense(args)
     batch, book = args["histories"], args["book"]
-    users, width = len(verbs.ranges(batch.offsets)), book.centers[0].shape[1] if batch.x is None else batch.x.shape[1]
-    empty = np.zeros((0, width)), np.zeros((0, batch.v.shape[1])), np.zeros(0), np.zeros(0)
+    sums: Any = verbs.leaf_sums(**args)
     parts = []
     with np.errstate(over="ignore", invalid="ignore"):
-        for *_, h, raw in _users(args | {"prototypes": np.zeros((users, 0, width)), "method": "leaf"}):
-            skew, reach = _leaf_errors(h, raw)
-            float64_mean = np.square(2.0**-50 * reach)  # of the definition itself
+        for (rows, h), own in zip(verbs.each_row(book, batch), verbs.ranges(sums.offsets), strict=True):
+            leaf, mass, _, skew = _by_leaf(book, batch.codes[rows][h.rows], h)
+            reach = np.sqrt(np.square(h.x).sum(1) + h.spread)
+            float64_mean = np.square(2.0**-50 * _largest(leaf, len(mass), reach))  # of the definition itself
             if not cuda:  # sums are those of x less the leaf's first row
-                reach = _largest(h, np.sqrt(np.square(raw.x - raw.x[first_of(h.leaf)]).sum(1) + raw.spread))
-            x, v = (4 * skew[:, None] * _largest(h, np.abs(a)) + 2 * TINY for a in (raw.x, raw.v))
-            bias = skew + 4 * U * np.abs(h.bias) + 4 * U
-            spread = 4 * skew * np.square(reach) + U * h.spread + float64_mean + TINY
-            parts.append((_in_float32(h.x, x), _in_float32(h.v, v), bias, spread))
+                reach = np.sqrt(np.square(h.x - h.x[first_of(leaf)]).sum(1) + h.spread)
+            reach = _largest(leaf, len(mass), reach)
+            x, v = (4 * skew[:, None] * _largest(leaf, len(mass), np.abs(a)) + 2 * TINY for a in (h.x, h.v))
+            spread = 4 * skew * np.square(reach) + U * sums.spread[own] + float64_mean + TINY
+            bias = skew + 4 * U * np.abs(mass) + 4 * U
+            parts.append((_in_float32(sums.x[own], x), _in_float32(sums.v[own], v), bias, spread))
+    empty = np.zeros((0, sums.x.shape[1])), np.zeros((0, sums.v.shape[1])), np.zeros(0), np.zeros(0)
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
-    codes = np.zeros((len(bias), len(book.centers)))
-    return Histories(x, v, np.zeros(users + 1), codes, bias=bias, spread=spread)
+    return Histories(x, v, np.zeros(sums.offsets.shape), np.zeros(sums.codes.shape), bias=bias, spread=spread)
 
 
-def unit_bound(expected: Tokens) -> Tokens:
-    """The bound of `route` for |x|, |p| and |v| at most 1, temperature at least 0.1 and at most 2^24 rows."""
-    _, m, width = expected.prototypes.shape
+def leaf_sums_backward_bound(args: Mapping[str, Any]) -> LeafGradients:
+    """args: the arguments of `leaf_sums_backward` -> the largest |difference| of each wanted gradient."""
+    args = _dense(args)
+    book, sums, gradients = args["book"], args["sums"], args["gradients"]
+    batch = args["histories"]
+    dv, dbias = np.zeros((len(batch.v), sums.v.shape[1])), np.zeros(len(batch.v))
+    of_sums = ("x", "v", "bias", "spread")
+    x, v, mass, spread = (verbs.float64(getattr(sums, name)) for name in of_sums)
+    dx, dsum_v, dmass, dspread = (
+        np.zeros(getattr(sums, name).shape) if (d := getattr(gradients, name)) is None else np.abs(verbs.float64(d))
+        for name in of_sums
+    )
+    long = (x.shape[1] + v.shape[1] + 24) * U
+    with np.errstate(over="ignore", invalid="ignore"):
+        for own, (rows, h) in zip(verbs.ranges(sums.offsets), verbs.each_row(book, batch), strict=True):
+            number = np.searchsorted(book.leaves(sums.codes[own]), book.leaves(batch.codes[rows][h.rows]))
+            s, at = own.start + number, rows.start + h.rows
+            gap = h.bias - mass[s]
+            share = np.exp(np.minimum(gap, 80.0))
+            wrong = share * np.expm1(np.minimum(2 * U * np.abs(gap) + 12 * U, 1.0)) + TINY
+            far = np.square(np.sqrt(np.square(h.x).sum(1)) + np.sqrt(np.square(x[s]).sum(1)))
+            moduli = (dsum_v[s] * (np.abs(h.v) + np.abs(v[s]))).sum(1) + (dx[s] * (np.abs(h.x) + np.abs(x[s]))).sum(1)
+            moduli = moduli + dmass[s] + dspread[s] * (h.spread + far + spread[s])
+            moduli = np.where((moduli > HUGE) | (far > HUGE), np.inf, moduli)
+            np.add.at(dv, at, wrong[:, None] * dsum_v[s] + TINY)
+            np.add.at(dbias, at, (wrong + share * long) * moduli + TINY)
+    overlap = (len(verbs.ranges(batch.offsets)) + 1) * U
+    exact: Any = verbs.leaf_sums_backward(**args)
+    return LeafGradients(*_of_gradients(exact, (dv, dbias), overlap))
+
+
+def unit_bound(expected: Tokens, width: int = 4096) -> Tokens:
+    """The bound of `route` for |x|, |p| and |v| at most 1, D at most `width`, temperature at least 0.1 and at most 2^24
+    rows."""
+    m = expected.lse.shape[1]
     e = ((width + 12) * 16 + 6 * 4) * U / 0.1 + (m + 2 * 40 + 16) * U  # |x - c| + |p - c| <= 4
     f = np.expm1(e)
-    tokens = 2 * f / (1 - f) + (2 * _steps(2**24) + 8) * U
-    tokens = _in_type(expected.tokens, np.full(expected.tokens.shape, tokens), "float32")
+    of_means = 2 * f / (1 - f) + (2 * _steps(2**24) + 8) * U
+    tokens, mean_x = (
+        None if a is None else _in_type(a, np.full(a.shape, of_means), "float32")
+        for a in (expected.tokens, expected.mean_x)
+    )
     lse = f / (1 - f) + (_steps(2**24) + 8 + 2 * np.abs(np.nan_to_num(expected.lse, neginf=0.0))) * U
-    return Tokens(tokens, lse, np.zeros(expected.prototypes.shape))
+    return Tokens(tokens, lse, mean_x)
 
 
 def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:
     """args: the arguments of `route_backward`; cuda: on a GPU -> the largest |difference| of each wanted gradient."""
     args = _dense(args)
-    forward, v = args["forward"], args["histories"].v
-    p, normalize = forward.prototypes, args.get("normalize", "history")
-    rounding, (m, width) = _rounding(args, cuda), p.shape[1:]
+    forward, gradients, p = args["forward"], args["gradients"], args["prototypes"]
+    without_x = gradients.mean_x is not None or args["histories"].x is None
+    exact: Any = verbs.route_backward(**args | {"need": RouteGradients._fields[without_x:]})
+    normalize, rounding, (m, width) = args.get("normalize", "history"), _rounding(args, cuda), p.shape[1:]
     # of a product with a gradient: what both factors are rounded by, and what is lost of one that is subnormal
     split, least = (2 * rounding, TINY) if cuda else (0.0, 0.0)
-    dv, dbias, dx, dtau, dp = (np.zeros(s) for s in (v.shape, len(v), (len(v), width), m, p.shape))
-    d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
-    returned = forward.tokens, forward.lse, args["d_tokens"], d_lse
+    size = len(exact.bias)
+    dv, dbias, dspread, dx, dtau, dp = (
+        np.zeros(shape) for shape in (exact.v.shape, size, size, (size, width), m, p.shape)
+    )
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, rows, h, raw in _users({**args, "prototypes": p}):
-            logits = _Logits(h, raw, normalize, np.zeros(len(h.agents)), rounding, cuda)
-            token, total, dt, dl = (verbs.float64(a[b, h.agents]) for a in returned)
-            mass, n = np.isfinite(total), len(h.x)
-            w, wrong = _weights(logits.z, total, logits.e + logits.skew[:, None])
+        for b, rows, h in _users(args):
+            logits = _Logits(h, normalize, rounding, cuda)
+            total, at, n = verbs.float64(forward.lse[b, h.agents]), rows.start + h.rows, len(h.x)
+            mass = np.isfinite(total)
+            w, wrong = _weights(logits.z, total, logits.e)
             wrong = wrong + TINY * mass
-            size = np.abs(raw.v).max(0, initial=0.0) if h is not raw else np.abs(h.v)
-            term = size @ np.abs(dt).T + np.abs(dl) + np.abs(token * dt).sum(1) * np.ones((n, 1))
-            term = np.where(term > HUGE / 8, np.inf, term)
-            long = (v.shape[1] + _steps(n) + 16) * U + split  # a dot product over V, then the sums of the forward
-            slope = np.where(mass, h.v @ dt.T + dl - (token * dt).sum(1), 0.0)
+            slope, term, lost, columns = np.zeros(w.shape), np.zeros(w.shape), 0.0, 0
+            if gradients.lse is not None:
+                dl = verbs.float64(gradients.lse[b, h.agents])
+                slope, term = slope + dl, term + np.abs(dl)
+            for values, mean, d in ((h.v, forward.tokens, gradients.tokens), (h.x, forward.mean_x, gradients.mean_x)):
+                if d is None:
+                    continue
+                d, mean = (verbs.float64(a[b, h.agents]) for a in (d, mean))
+                slope = slope + values @ d.T - (mean * d).sum(1)
+                term = term + np.abs(values) @ np.abs(d).T + np.abs(mean * d).sum(1)
+                lost = lost + least * (np.abs(d).sum(1) + np.abs(values).sum(1, keepdims=True))
+                columns += values.shape[1]
+            slope, term = np.where(mass, slope, 0.0), np.where(term > HUGE / 8, np.inf, term)
+            long = (columns + _steps(n) + 16) * U + split  # a dot product over columns, then the sums of the forward
             dz = w * slope
-            lost = least * (np.abs(dt).sum(1) + size.sum(-1, keepdims=True)) if cuda else 0.0
-            dz_wrong = wrong * np.abs(slope) + (w + wrong) * ((long + 2 * logits.skew[:, None]) * term + lost)
+            dz_wrong = wrong * np.abs(slope) + (w + wrong) * (long * term + lost)
             many = (len(h.agents) + 8) * U
-            dv_wrong, at = wrong @ np.abs(dt) + (many + split) * (w @ np.abs(dt)), rows.start + raw.rows
-            dv_wrong = dv_wrong + least * (np.abs(dt).sum(0) + w.sum(1, keepdims=True))
-            if h is not raw:
-                dv_wrong = dv_wrong + 4 * logits.skew[:, None] * (w @ np.abs(dt))
-                share_wrong = 2 * U * np.abs(raw.bias - h.bias[h.leaf]) + logits.skew[h.leaf]
-                dv_wrong = dv_wrong[h.leaf] * (h.share * (1 + share_wrong))[:, None]
-                dv_wrong += (h.share * share_wrong)[:, None] * (w @ np.abs(dt))[h.leaf]
-            else:
-                np.add.at(dbias, at, dz_wrong.sum(1) + many * np.abs(dz).sum(1) + TINY)
-            np.add.at(dv, at, dv_wrong * (1 + U) + U * 4 * np.abs(dv_wrong) + TINY)
+            if gradients.tokens is not None:
+                dt = np.abs(verbs.float64(gradients.tokens[b, h.agents]))
+                dv_wrong = wrong @ dt + (many + split) * (w @ dt)
+                dv_wrong = dv_wrong + least * (dt.sum(0) + w.sum(1, keepdims=True))
+                np.add.at(dv, at, dv_wrong * (1 + U) + U * 4 * np.abs(dv_wrong) + TINY)
+            np.add.at(dbias, at, dz_wrong.sum(1) + many * np.abs(dz).sum(1) + TINY)
             s = logits.share
             every, every_wrong = dz.sum(1, keepdims=True), (dz_wrong + many * np.abs(dz)).sum(1, keepdims=True)
             s_wrong = s * np.expm1(np.minimum(logits.e, 70.0)) + TINY * (normalize == "agents")
@@ -343,22 +363,20 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             d, d_wrong = logits.d, logits.wrong
             off = dz_wrong * (d + d_wrong) + dz * d_wrong + accumulate * dz * d
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
-            if h is raw:
-                off = dz_wrong + (many + accumulate + max(split, logits.rounding)) * dz
-                g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau + least
-                x, a = (np.abs(rows - logits.origin) + logits.flushed / U16 for rows in (h.x, h.p))
-                beyond = np.where(g + g_wrong > HUGE, np.inf, TINY)  # however small what they multiply
-                np.add.at(dx, at, (g_wrong + 6 * U * g) @ a + (g_wrong + 6 * U * g).sum(1, keepdims=True) * x)
-                np.add.at(dx, at, beyond.max(1, initial=TINY, keepdims=True))
-                dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + beyond.max(0, initial=TINY)[:, None]
-            if args.get("missing") == "token" and len(h.absent):
-                share = np.abs(verbs.float64(args["d_tokens"][b, m])) / len(h.absent)
-                np.add.at(dv, rows.start + h.absent, 4 * U * share + TINY)
+            off = dz_wrong + (many + accumulate + max(split, logits.rounding)) * dz
+            g, g_wrong = 2 * dz / h.tau, 2 * off / h.tau + least
+            x, a = (np.abs(rows - logits.origin) + logits.flushed / U16 for rows in (h.x, h.p))
+            beyond = np.where(g + g_wrong > HUGE, np.inf, TINY)  # however small what they multiply
+            np.add.at(dspread, at, (g_wrong + 6 * U * g).sum(1) + beyond.max(1, initial=TINY))
+            np.add.at(dx, at, (g_wrong + 6 * U * g) @ a + (g_wrong + 6 * U * g).sum(1, keepdims=True) * x)
+            np.add.at(dx, at, beyond.max(1, initial=TINY, keepdims=True))
+            dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + beyond.max(0, initial=TINY)[:, None]
     overlap = (len(p) + 1) * U  # rows of several users are added up
-    exact: Any = verbs.route_backward(**args)
     if np.size(args.get("temperature", 0.1)) == 1:
         dtau = dtau.sum(keepdims=True)
-    return RouteGradients(*_of_gradients(exact, (dv, dtau, dbias, dx, dp), overlap))
+    need = args.get("need", ("v", "bias", "temperature"))
+    wanted = (g if name in need else None for name, g in zip(RouteGradients._fields, exact, strict=True))
+    return RouteGradients(*_of_gradients(wanted, (dx, dv, dbias, dspread, dp, dtau), overlap))
 
 
 def _attend_errors(

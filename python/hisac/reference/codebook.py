@@ -134,8 +134,9 @@ def fit_rows(x: Array) -> Array:
     return rows
 
 
-def fit(x: Array, codes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
+def fit(x: Array, sizes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
     """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
+    sizes: the codes of each level, a number alone for one level.
 
     Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
     centers = sum of rint(r 2^k) in int64 / count. A code without rows takes the worst-quantised row not yet taken
@@ -150,7 +151,7 @@ def fit(x: Array, codes: Any = (512, 512), *, iterations: int = 20, seed: int = 
     unused: list[int] = []
     if len(rows) == 0:
         raise ValueError(f"fit: x is {list(x.shape)} without a usable row, expected at least one")
-    for level, size in enumerate(codes):
+    for level, size in enumerate(np.atleast_1d(sizes).tolist()):
         order = np.lexsort((rows, priorities(seed, level, rows)))
         start = r[first_distinct(r, order, size)]
         c = np.concatenate([start, np.repeat(start[:1], size - len(start), 0)])

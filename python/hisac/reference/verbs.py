@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of `vote`, `leaf_sums`, `route`, `attend` and their gradients."""
+"""The definition of `vote`, `leaf_sums`, `missing`, `route`, `attend` and their gradients."""
 
 import math
 from collections.abc import Iterator
@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ..types import Agents, Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
-from .codebook import valid_codes
+from .. import compose
+from ..types import (
+    Agents,
+    Array,
+    Attended,
+    AttendGradients,
+    Compressed,
+    Histories,
+    LeafGradients,
+    RouteGradients,
+    Tokens,
+)
+from .codebook import encode, valid_codes
 
 MAX_SEATS = 4096  # most agents a user
 MAX_VOTERS = 2**24 - 1  # a user's later rows do not vote
@@ -153,46 +164,29 @@ def gather(histories: Histories) -> Histories:
 
 
 class History:
-    """One user's rows as `route` sees them: present rows x, v, bias and spread, or their leaves'; the agents p and
-    temperatures tau that are present, as indices `agents`; the values of absent rows."""
+    """One user's rows as `route` sees them: present rows x, v, bias and spread, as indices `rows`; the agents p and
+    temperatures tau that are present, as indices `agents`."""
 
     def __init__(
-        self, b: int, rows: slice, batch: Histories, prototypes: Array, count: Array, temperature: Any, book: Any,
-        method: str,
-    ) -> None:  # fmt: skip
-        m, codes = prototypes.shape[1], batch.codes
-        self.x = float64(book.prototypes(codes[rows]) if batch.x is None else batch.x[rows])
-        self.v = float64(batch.v[rows])
-        bias, spread = batch.bias, batch.spread
-        self.bias, self.spread = (np.zeros(len(self.x)) if a is None else float64(a[rows]) for a in (bias, spread))
+        self, b: int, rows: slice, batch: Histories, prototypes: Array, count: Array, temperature: Any, book: Any
+    ) -> None:
+        m = prototypes.shape[1]
+        x = float64(book.prototypes(batch.codes[rows]) if batch.x is None else batch.x[rows])
+        v = np.zeros((len(x), 0)) if batch.v is None else float64(batch.v[rows])
+        given = batch.bias, batch.spread
+        bias, spread = (np.zeros(len(x)) if a is None else float64(a[rows]) for a in given)
         tau = np.broadcast_to(float64(temperature), (m,))
         p = float64(prototypes[b])
         present = m if count is None else min(max(int(count[b]), 0), m)
         with np.errstate(over="ignore", invalid="ignore"):
-            ok = (np.square(self.x).sum(1) < ABSENT_NORM) & np.isfinite(self.bias)
+            ok = (np.square(x).sum(1) < ABSENT_NORM) & np.isfinite(bias)
             self.agents = np.flatnonzero((np.arange(m) < present) & (np.square(p).sum(1) < ABSENT_NORM) & (tau > 0))
-        ok &= (self.spread >= 0) & (self.spread < np.inf)
+        ok &= (spread >= 0) & (spread < np.inf)
         if book is not None:
-            ok &= valid_codes(book, codes[rows])
+            ok &= valid_codes(book, batch.codes[rows])
         self.rows = np.flatnonzero(ok)
-        self.absent = np.flatnonzero(~ok & np.isfinite(self.v).all(1))
-        self.absent_v = self.v[self.absent]
         self.p, self.tau = p[self.agents], tau[self.agents]
-        self.x, self.v, self.bias, self.spread = self.x[ok], self.v[ok], self.bias[ok], self.spread[ok]
-        if method == "leaf":
-            self.merge_leaves(book.leaves(codes[rows])[ok])
-
-    def merge_leaves(self, leaf: Array) -> None:
-        """Rows of one leaf become one row: with w = e^bias / W, W their sum, x and v are the means weighted by w,
-        spread = sum w (spread + |x - mean|^2), bias = log W."""
-        _, self.leaf = np.unique(leaf, return_inverse=True)
-        number = np.arange(self.leaf.max(initial=-1) + 1)
-        alone = np.where(number[:, None] == self.leaf, self.bias, -np.inf)
-        total, weight = logsumexp(alone, 1), np.exp(log_softmax(alone, 1))
-        self.share = weight.sum(0)  # a row's part of its leaf's mass
-        mean = weight @ self.x
-        far = [w @ (self.spread + np.square(self.x - mu).sum(1)) for w, mu in zip(weight, mean, strict=True)]
-        self.x, self.v, self.bias, self.spread = mean, weight @ self.v, total, np.array(far)
+        self.x, self.v, self.bias, self.spread = x[ok], v[ok], bias[ok], spread[ok]
 
     def logits(self, normalize: str) -> tuple[Array, Array]:
         """The logits z [n, m] whose softmax over the n rows gives each agent its weights; and, for the backward, the
@@ -206,14 +200,22 @@ class History:
 
 
 def each_history(
-    histories: Histories, prototypes: Array, count: Array, temperature: Any, book: Any, method: str
+    histories: Histories, prototypes: Array, count: Array, temperature: Any, book: Any
 ) -> Iterator[tuple[int, slice, History]]:
     """The users of a batch as (b, rows, History)."""
-    if (method == "leaf" or histories.x is None) and (histories.codes is None or book is None):
-        raise ValueError("codes and book expected where x is not given and for leaf sums, got none")
+    if histories.x is None and (histories.codes is None or book is None):
+        raise ValueError("codes and book expected where x is not given, got none")
     batch = gather(histories)
     for b, rows in enumerate(ranges(batch.offsets)):
-        yield b, rows, History(b, rows, batch, prototypes, count, temperature, book, method)
+        yield b, rows, History(b, rows, batch, prototypes, count, temperature, book)
+
+
+def each_row(book: Any, histories: Histories) -> Iterator[tuple[slice, History]]:
+    """The users of a batch, without agents, as (rows, History)."""
+    width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
+    users = len(ranges(histories.offsets))
+    for _, rows, h in each_history(histories, np.zeros((users, 0, width)), None, 1, book):
+        yield rows, h
 
 
 def leaf_sums(book: Any, histories: Histories) -> Histories:
@@ -222,114 +224,179 @@ def leaf_sums(book: Any, histories: Histories) -> Histories:
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
-    Reads what `route` reads, and codes -> Histories with x, v, offsets, codes, bias and spread. `route` over them is
-    `route` with method="leaf" over the behaviours; for `vote` a row of sums would count once. Sums add up: those of
-    kept sums and new behaviours, as rows of one user, are the sums of all.
+    Reads what `route` reads, and codes -> Histories with x, v, offsets, codes, bias and spread. In `route` they stand
+    for the behaviours; for `vote` a row of sums would count once. Sums add up: those of kept sums and new behaviours,
+    as rows of one user, are the sums of all.
     """
+    codes, offsets, parts = gather(histories).codes, [0], []
+    for rows, h in each_row(book, histories):
+        of_rows = codes[rows][h.rows].astype(np.int32)
+        _, first, leaf = np.unique(book.leaves(of_rows), return_index=True, return_inverse=True)
+        alone = np.where(np.arange(len(first))[:, None] == leaf, h.bias, -np.inf)
+        total, weight = logsumexp(alone, 1), np.exp(log_softmax(alone, 1))
+        mean = weight @ h.x
+        far = [w @ (h.spread + np.square(h.x - mu).sum(1)) for w, mu in zip(weight, mean, strict=True)]
+        parts.append((mean, weight @ h.v, of_rows[first], total, np.array(far)))
+        offsets.append(offsets[-1] + len(first))
     width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
-    users, levels, codes = len(ranges(histories.offsets)), len(book.centers), gather(histories).codes
-    offsets = np.zeros(users + 1, np.int64)
-    x, v, bias = np.zeros((0, width)), np.zeros((0, histories.v.shape[1])), np.zeros(0)
-    sums = [x, v, np.zeros((0, levels), np.int32), bias, bias]
-    for b, rows, h in each_history(histories, np.zeros((users, 0, width)), None, 1, book, "leaf"):
-        offsets[b + 1] = offsets[b] + len(h.x)
-        first = h.rows[np.unique(h.leaf, return_index=True)[1]]
-        of_user = h.x, h.v, codes[rows][first].astype(np.int32), h.bias, h.spread
-        sums = [np.concatenate(pair) for pair in zip(sums, of_user, strict=True)]
-    x, v, codes, bias, spread = sums
-    return Histories(x, v, offsets, codes, bias=bias, spread=spread)
+    value_width = 0 if histories.v is None else histories.v.shape[1]
+    none = (
+        np.zeros((0, width)),
+        np.zeros((0, value_width)),
+        np.zeros((0, len(book.centers)), np.int32),
+        *[np.zeros(0)] * 2,
+    )
+    x, v, codes, bias, spread = (np.concatenate(every) for every in zip(none, *parts, strict=True))
+    return Histories(x, v, np.array(offsets), codes, bias=bias, spread=spread)
+
+
+def leaf_sums_backward(
+    book: Any, histories: Histories, sums: Histories, gradients: Histories, *, need: Any = ("v", "bias")
+) -> LeafGradients:
+    """Gradients of `leaf_sums`, given the sums that it returned and the gradients of their x, v, bias and spread (each
+    may be None). s_i is the share of a behaviour in the sum of its leaf:
+
+        s_i = exp(bias_i - bias)        dv_i = s_i dv
+        dbias_i = s_i (dv . (v_i - v) + dx . (x_i - x) + dbias + dspread (spread_i + |x_i - x|^2 - spread))
+
+    `need` names the gradients wanted -> LeafGradients. x is held constant.
+    """
+    batch = gather(histories)
+    value_width = sums.v.shape[1]
+    dv, dbias = np.zeros((len(batch.codes), value_width)), np.zeros(len(batch.codes))
+    of_sums = ("x", "v", "bias", "spread")
+    dx, dsum_v, dmass, dspread = (
+        np.zeros(getattr(sums, name).shape) if getattr(gradients, name) is None else float64(getattr(gradients, name))
+        for name in of_sums
+    )
+    x, v, mass, spread = (float64(getattr(sums, name)) for name in of_sums)
+    for span, (rows, h) in zip(ranges(sums.offsets), each_row(book, histories), strict=True):
+        number = {leaf: span.start + k for k, leaf in enumerate(book.leaves(sums.codes[span]).tolist())}
+        for i, leaf in enumerate(book.leaves(batch.codes[rows][h.rows]).tolist()):
+            s, at = number[leaf], rows.start + h.rows[i]
+            share, far = np.exp(h.bias[i] - mass[s]), np.square(h.x[i] - x[s]).sum()
+            dv[at] += share * dsum_v[s]
+            dbias[at] += share * (
+                dsum_v[s] @ (h.v[i] - v[s]) + dx[s] @ (h.x[i] - x[s]) + dmass[s]
+                + dspread[s] * (h.spread[i] + far - spread[s])
+            )  # fmt: skip
+    return LeafGradients(dv if "v" in need else None, dbias if "bias" in need else None)
+
+
+def missing(histories: Histories, *, book: Any = None) -> Array:
+    """[T]: 0 for a behaviour that is missing, -inf for any other. One is missing where `route` takes it for absent,
+    though it has a row of v without a NaN or an infinity."""
+    batch = gather(histories)
+    rows = slice(0, len(batch.v))
+    width = book.centers[0].shape[1] if batch.x is None else batch.x.shape[1]
+    h = History(0, rows, batch, np.zeros((1, 0, width)), None, 1, book)
+    here = np.isfinite(float64(batch.v)).all(1)
+    here[h.rows] = False
+    return np.where(here, 0.0, -np.inf)
 
 
 def route(
     histories: Histories, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
-    normalize: str = "history", book: Any = None, method: str = "exact", refine: int = 0, missing: str = "drop",
-    precision: str = "float32",
+    normalize: str = "history", book: Any = None, precision: str = "float32", tokens: bool = True, mean_x: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
         d_ai = |x_i - p_a|^2 + spread_i
         history: u_ai = exp(bias_i - d_ai / tau)
         agents:  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
-        token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
+        token_a = sum_i u_ai v_i / sum_i u_ai     mean_x_a = sum_i u_ai x_i / sum_i u_ai     lse_a = log sum_i u_ai
 
     Of the histories it reads every field but weights: x [T, D] (None: the prototype of `codes`), v [T, V], offsets,
     bias and spread [T], codes [T, L] where `book` is given. With x_ids [T], x and codes are tables, with v_ids [T] v is
     one: behaviour i has row ids_i, and is absent where there is no such row. prototypes [B, M, D], count [B],
-    temperature a number or [1] or [M] -> Tokens.
-    method="leaf": over `leaf_sums`: the rows of one leaf act as one row at their mean, farther by their variance.
-    refine=n: n times p_a <- sum u x / sum u. missing="token": one more token, the mean v and log count of absent rows.
-    precision changes no result here: it is how exact an implementation has to be (`hisac.reference.bounds`).
+    temperature a number or [1] or [M] -> Tokens, with mean_x where it is wanted, without tokens where these are not
+    wanted or v is None. precision changes no result here: it is how exact an implementation has to be
+    (`hisac.reference.bounds`).
     """
-    users, m = len(ranges(histories.offsets)), prototypes.shape[1]
-    tokens = np.zeros((users, m + (missing == "token"), histories.v.shape[1]))
-    lse = np.full(tokens.shape[:2], -np.inf)
-    refined = np.array(prototypes, np.float64)
-    for b, _, h in each_history(histories, prototypes, count, temperature, book, method):
-        for step in range(refine + 1):
-            z, _ = h.logits(normalize)
-            total = logsumexp(z, 0)
-            w = np.exp(log_softmax(z, 0))
-            if step < refine:
-                h.p = np.where(np.isfinite(total)[:, None], w.T @ h.x, h.p)
-        refined[b, h.agents] = h.p
-        tokens[b, h.agents], lse[b, h.agents] = w.T @ h.v, total
-        if missing == "token" and len(h.absent):
-            tokens[b, m], lse[b, m] = h.absent_v.mean(0), np.log(len(h.absent))
-    return Tokens(tokens, lse, refined)
+    users, (m, width) = len(ranges(histories.offsets)), prototypes.shape[1:]
+    value_width = 0 if histories.v is None else histories.v.shape[1]
+    token, lse, mean = np.zeros((users, m, value_width)), np.full((users, m), -np.inf), np.zeros((users, m, width))
+    for b, _, h in each_history(histories, prototypes, count, temperature, book):
+        z, _ = h.logits(normalize)
+        w = np.exp(log_softmax(z, 0))
+        token[b, h.agents], lse[b, h.agents], mean[b, h.agents] = w.T @ h.v, logsumexp(z, 0), w.T @ h.x
+    return Tokens(token if tokens and histories.v is not None else None, lse, mean if mean_x else None)
 
 
 def route_backward(
-    d_tokens: Array, d_lse: Array, forward: Tokens, histories: Histories, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "history", book: Any = None, method: str = "exact", missing: str = "drop",
-    precision: str = "float32", need: Any = ("v", "temperature", "bias"),
+    histories: Histories, prototypes: Array, forward: Tokens, gradients: Tokens, *, count: Array = None,
+    temperature: Any = 0.1, normalize: str = "history", book: Any = None, precision: str = "float32",
+    need: Any = ("v", "bias", "temperature"),
 ) -> RouteGradients:  # fmt: skip
-    """Gradients of `route`, given what it returned (its prototypes count as constant during `refine`).
+    """Gradients of `route`, given what it returned and the gradients of that (each may be None).
 
         w_ai = exp(z_ai - lse_a)                       dv_i = sum_a w_ai dtoken_a
-        dz_ai = w_ai (dtoken_a . (v_i - token_a) + dlse_a)
+        dz_ai = w_ai (dtoken_a . (v_i - token_a) + dmean_x_a . (x_i - mean_x_a) + dlse_a)
         dbias_i = sum_a dz_ai                          agents: dz_ai -= s_ai sum_a' dz_a'i
         dtau_a = sum_i dz_ai d_ai / tau_a^2            dx_i = sum_a -2 dz_ai (x_i - p_a) / tau_a = -dp_a's terms
+        dspread_i = -sum_a dz_ai / tau_a
 
-    d_tokens [B, M (+ 1), V], d_lse [B, M (+ 1)] or None; `need` names the gradients wanted -> RouteGradients.
-    method="leaf" has those of v and temperature only. Those of gathered x and v are of each behaviour's row [T, ..].
+    `need` names the gradients wanted -> RouteGradients. Those of gathered x and v are of each behaviour's row [T, ..].
+    That of mean_x reaches bias, spread, prototypes and temperature: with one of x, NotImplementedError.
     """
-    if method == "leaf" and not set(need) <= {"v", "temperature"}:
-        raise NotImplementedError("route_backward: method='leaf' has gradients for v and temperature only")
-    if histories.x is None and "x" in need:
+    batch = gather(histories)
+    rows_of = batch.codes if batch.v is None and batch.x is None else batch.x if batch.v is None else batch.v
+    size, (m, width), value_width = len(rows_of), prototypes.shape[1:], 0 if batch.v is None else batch.v.shape[1]
+    if batch.x is None and "x" in need:
         raise ValueError("route_backward: a gradient of x expected x, got none")
-    v, prototypes = gather(histories).v, forward.prototypes
-    m, width = prototypes.shape[1:]
-    d_lse = np.zeros(forward.lse.shape) if d_lse is None else d_lse
-    dv, dbias, dx = np.zeros(v.shape), np.zeros(len(v)), np.zeros((len(v), width))
+    if gradients.mean_x is not None and "x" in need:
+        raise NotImplementedError("route_backward: mean_x has no gradient for x")
+    dv, dbias, dspread, dx = np.zeros((size, value_width)), np.zeros(size), np.zeros(size), np.zeros((size, width))
     dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
-    for b, rows, h in each_history(histories, prototypes, count, temperature, book, method):
+    for b, rows, h in each_history(histories, prototypes, count, temperature, book):
         z, s = h.logits(normalize)
-        given = forward.tokens, forward.lse, d_tokens, d_lse
-        token, total, dt, dl = (float64(a[b, h.agents]) for a in given)
+        total = float64(forward.lse[b, h.agents])
         mass = np.isfinite(total)
         w = np.where(mass, np.exp(z - np.where(mass, total, 0.0)), 0.0)
-        dz = w * (h.v @ dt.T + np.where(mass, dl - (token * dt).sum(1), 0.0))
-        dv_rows, at = w @ dt, rows.start + h.rows
-        if method == "leaf":
-            dv_rows = dv_rows[h.leaf] * h.share[:, None]
-        else:
-            np.add.at(dbias, at, dz.sum(1))
-        np.add.at(dv, at, dv_rows)
+        slope = np.zeros(z.shape)  # of z, by what each w multiplies
+        if gradients.lse is not None:
+            slope = slope + float64(gradients.lse[b, h.agents])
+        for values, mean, d in ((h.v, forward.tokens, gradients.tokens), (h.x, forward.mean_x, gradients.mean_x)):
+            if d is not None:
+                d, mean = float64(d[b, h.agents]), float64(mean[b, h.agents])
+                slope = slope + values @ d.T - (mean * d).sum(1)
+        dz, at = w * np.where(mass, slope, 0.0), rows.start + h.rows
+        if gradients.tokens is not None:
+            np.add.at(dv, at, w @ float64(gradients.tokens[b, h.agents]))
+        np.add.at(dbias, at, dz.sum(1))
         dz = dz - s * dz.sum(1, keepdims=True)
-        d = square_distances(h.x, h.p) + h.spread[:, None]
-        np.add.at(dtau, h.agents, (dz * d).sum(0) / h.tau**2)
-        if method == "exact":
-            g = 2 * dz / h.tau
-            for j, agent in enumerate(h.agents):
-                terms = g[:, j, None] * (h.p[j] - h.x)
-                np.add.at(dx, at, terms)
-                dp[b, agent] = -terms.sum(0)
-        if missing == "token" and len(h.absent):
-            np.add.at(dv, rows.start + h.absent, float64(d_tokens[b, m]) / len(h.absent))
+        np.add.at(dspread, at, -(dz / h.tau).sum(1))
+        np.add.at(dtau, h.agents, (dz * (square_distances(h.x, h.p) + h.spread[:, None])).sum(0) / h.tau**2)
+        g = 2 * dz / h.tau
+        for j, agent in enumerate(h.agents):
+            terms = g[:, j, None] * (h.p[j] - h.x)
+            np.add.at(dx, at, terms)
+            dp[b, agent] = -terms.sum(0)
     if np.size(temperature) == 1:
         dtau = dtau.sum(keepdims=True)
-    every = {"v": dv, "temperature": dtau, "bias": dbias, "x": dx, "prototypes": dp}
+    every = {"x": dx, "v": dv, "bias": dbias, "spread": dspread, "prototypes": dp, "temperature": dtau}
     return RouteGradients(*(every[name] if name in need else None for name in RouteGradients._fields))
+
+
+_VERBS = compose.Verbs(
+    encode, vote, lambda book, agents: book.prototypes(agents), leaf_sums, missing, route, np, lambda a, like: a
+)
+
+
+def compress(
+    book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, agents: Agents | None = None,
+    temperature: Any = 0.1, normalize: str = "history", method: str = "exact", refine: int = 0, missing: str = "drop",
+    precision: str = "float32",
+) -> Compressed:  # fmt: skip
+    """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.
+
+    method="leaf": over the behaviours' `leaf_sums`. refine=n: n times p_a <- mean_x_a first, where agent a received
+    mass. missing="token": one more token, the mean v and log count of the behaviours that are `missing`.
+    """
+    return compose.compress(
+        _VERBS, book, histories, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
+        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+    )  # fmt: skip
 
 
 def present_tokens(keys: Array, bias: Array, b: int) -> Array:

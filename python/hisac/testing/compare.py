@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..reference import bounds
-from ..types import Agents, Array, Attended, AttendGradients, Histories, RouteGradients, Tokens
+from ..types import Agents, Array, Attended, AttendGradients, Histories, LeafGradients, RouteGradients, Tokens
 from .problems import Attention, Problem
 
 
@@ -54,8 +54,9 @@ def _assert_fields(mine: Any, expected: Any, bound: Any) -> None:
 
 
 def assert_tokens_close(mine: Tokens, expected: Tokens, within: Problem | Tokens | None = None) -> None:
-    """Tokens, lse and prototypes within the bound of a Problem (or one from `bounds.route_bound`). Without either, the
-    bound is that of rows and prototypes no longer than 1, |v| at most 1, at a temperature of 0.1 or more."""
+    """Tokens, lse and mean_x within the bound of a Problem (or one from `bounds.route_bound`). Without either, the
+    bound is that of rows and prototypes of up to 4,096 columns, no longer than 1, |v| at most 1, at a temperature of
+    0.1 or more."""
     if within is None:
         within = bounds.unit_bound(expected)
     _assert_fields(mine, expected, within.bound() if isinstance(within, Problem) else within)
@@ -74,15 +75,17 @@ def assert_attended_close(mine: Attended, expected: Attended, within: Attention 
 
 
 def assert_gradients_close(
-    mine: RouteGradients | AttendGradients,
-    expected: RouteGradients | AttendGradients,
+    mine: RouteGradients | LeafGradients | AttendGradients,
+    expected: RouteGradients | LeafGradients | AttendGradients,
     args: Mapping[str, Any],
     *,
     cuda: bool = False,
 ) -> None:
-    """Gradients within the bound that follows from the arguments `args` of `route_backward` or `attend_backward`;
-    cuda: for those of a GPU."""
-    limit: Callable[..., Any] = (
-        bounds.route_backward_bound if isinstance(expected, RouteGradients) else bounds.attend_backward_bound
-    )
-    _assert_fields(mine, expected, limit(args, cuda=cuda))
+    """Gradients within the bound that follows from the arguments `args` of `route_backward`, `leaf_sums_backward` or
+    `attend_backward`; cuda: for those of a GPU."""
+    limits: dict[type, Callable[..., Any]] = {
+        RouteGradients: lambda: bounds.route_backward_bound(args, cuda=cuda),
+        LeafGradients: lambda: bounds.leaf_sums_backward_bound(args),
+        AttendGradients: lambda: bounds.attend_backward_bound(args, cuda=cuda),
+    }
+    _assert_fields(mine, expected, limits[type(expected)]())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from .. import Codebook
 from .. import reference as _reference
 from ..reference import bounds
-from ..types import Array, Attended, Histories, Tokens
+from ..types import Array, Attended, Histories, RouteGradients, Tokens
 
 reference: Any = _reference
 
@@ -22,7 +22,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, -1e-38, 2.0**49, -(2.0**50), 1e10, 3.4e38, -3.4e38], "f4")
 SCALES = st.sampled_from([1.0, 0.1, 30.0])
 HOSTILE_SCALES = st.sampled_from([1.0, 0.1, 30.0, 1.0, 1e-43, 1e-39])  # two of subnormal arrays
-TORCH_ROWS = ("x", "v", "q", "keys", "values", "d_tokens", "d_out", "tokens", "out")  # arguments in the rows' type
+TORCH_ROWS = ("x", "v", "q", "keys", "values", "d_out", "tokens", "out")  # arguments in the rows' type
 
 
 def rounded(a: Array, dtype: str) -> Array:
@@ -55,12 +55,14 @@ def shuffled(rng: np.random.Generator, *arrays: Array) -> tuple[Array, ...]:
 
 
 def to_torch(args: Any, dtype: str = "float32") -> Any:
-    """Arguments, results or arrays as torch tensors; rows (x, v, q, keys, values and their like) get `dtype`."""
+    """Arguments, results or arrays as torch tensors; rows (x, v, q, keys, values and their like) get `dtype`, but those
+    of leaf sums, and of their gradients."""
     torch = importlib.import_module("hisac.torch.library").torch  # only that package imports torch
 
-    def convert(name: str, a: Any) -> Any:
+    def convert(name: Any, a: Any) -> Any:
         if isinstance(a, tuple) and hasattr(a, "_fields"):
-            return type(a)(*(convert(field, value) for field, value in zip(a._fields, a, strict=True)))
+            of_sums = name in ("sums", "gradients") and isinstance(a, Histories)
+            return type(a)(*(convert(of_sums or field, value) for field, value in zip(a._fields, a, strict=True)))
         if isinstance(a, tuple):
             return tuple(convert(name, value) for value in a)
         if isinstance(a, np.ndarray):
@@ -135,6 +137,11 @@ def codes(draw: st.DrawFn, book: Codebook, rows: int | None = None, *, invalid: 
     return found.astype(np.int32)
 
 
+def _some(rng: np.random.Generator, given: dict[str, Any]) -> dict[str, Any]:
+    """Most of the arrays."""
+    return {name: a if rng.random() < 0.8 else None for name, a in given.items()}
+
+
 class _Shown:
     """Arguments that print small arrays only."""
 
@@ -157,7 +164,8 @@ class _Shown:
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem(_Shown):
     """Histories and the options of every verb on them; arrays are named as in `hisac`. `dtype` is the type of x and v,
-    whose values NumPy holds as float32 when it is bfloat16; x may be int8. `routed_codes`: `route` reads the codes."""
+    whose values NumPy holds as float32 when it is bfloat16; x may be int8. `routed_codes`: `route` reads the codes.
+    method, refine and missing are options of `compress`."""
 
     book: Codebook
     histories: Histories
@@ -166,10 +174,11 @@ class Problem(_Shown):
     count: Array | None
     temperature: Any
     normalize: str
+    precision: str
+    mean_x: bool
     method: str
     refine: int
     missing: str
-    precision: str
     budget: int | None
     fanout: tuple[int, ...] | None
     dtype: str
@@ -191,33 +200,39 @@ class Problem(_Shown):
 
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
-        names = (
-            "histories",
-            "prototypes",
-            "count",
-            "temperature",
-            "normalize",
-            "method",
-            "refine",
-            "missing",
-            "precision",
-        )
+        names = ("histories", "prototypes", "count", "temperature", "normalize", "precision", "mean_x")
         return {name: getattr(self, name) for name in names} | ({"book": self.book} if self.routed_codes else {})
+
+    def compress_args(self) -> dict[str, Any]:
+        """The arguments of `compress`, in NumPy."""
+        names = ("book", "histories", "budget", "fanout", "normalize", "method", "refine", "missing", "precision")
+        tau = self.temperature if np.size(self.temperature) == 1 else self.temperature[:1]  # M is that of `vote`
+        return {name: getattr(self, name) for name in names} | {"temperature": tau}
 
     def leaf_args(self) -> dict[str, Any]:
         """The arguments of `leaf_sums`, in NumPy."""
         return {"book": self.book, "histories": self.histories}
 
-    def backward_args(self, forward: Tokens) -> dict[str, Any]:
-        """The arguments of `route_backward`: random gradients of what `route` returned; every one the method has."""
+    def leaf_backward_args(self, sums: Histories) -> dict[str, Any]:
+        """The arguments of `leaf_sums_backward`: random gradients of what `leaf_sums` returned, some of them None."""
         rng = np.random.default_rng(self.seed)
-        args = {name: a for name, a in self.route_args().items() if name not in ("refine", "prototypes")}
-        need = ("v", "temperature", "bias", "x", "prototypes")[: 2 if self.method == "leaf" else 5]
-        need = tuple(name for name in need if name != "x" or self.histories.x is not None)
-        forward = Tokens(*map(bounds.as_numpy, forward))
-        d_lse = rng.normal(size=forward.lse.shape).astype(np.float32) if rng.random() < 0.7 else None
-        d_tokens = rounded(rng.normal(size=forward.tokens.shape), self.dtype)
-        return {"d_tokens": d_tokens, "d_lse": d_lse, "forward": forward, **args, "need": need}
+        sums = Histories(*(None if a is None else bounds.as_numpy(a) for a in sums))
+        given = {name: rng.normal(size=getattr(sums, name).shape).astype("f4") for name in ("x", "v", "bias", "spread")}
+        return {**self.leaf_args(), "sums": sums, "gradients": Histories(**_some(rng, given)), "need": ("v", "bias")}
+
+    def backward_args(self, forward: Tokens) -> dict[str, Any]:
+        """The arguments of `route_backward`: random gradients of what `route` returned, some of them None; every one
+        that there is."""
+        rng = np.random.default_rng(self.seed)
+        args = {name: a for name, a in self.route_args().items() if name != "mean_x"}
+        forward = Tokens(*(None if a is None else bounds.as_numpy(a) for a in forward))
+        kinds: dict[str, str] = {"tokens": self.dtype, "lse": "float32", "mean_x": "float32"}
+        returned = {name: a for name, a in forward._asdict().items() if a is not None}
+        every = {name: rounded(rng.normal(size=a.shape), kinds[name]) for name, a in returned.items()}
+        gradients = Tokens(**dict.fromkeys(kinds) | _some(rng, every))
+        without = () if self.histories.x is not None and gradients.mean_x is None else ("x",)
+        need = tuple(name for name in RouteGradients._fields if name not in without)
+        return {**args, "forward": forward, "gradients": gradients, "need": need}
 
     def by_reference(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """The same arguments with the reference's own codebook, so that nothing compiled takes part."""
@@ -243,8 +258,6 @@ def problems(
     max_width: int = 12,
     max_agents: int = 9,
     dtypes: Sequence[str] = DTYPES,
-    methods: Sequence[str] = ("exact", "leaf"),
-    max_refine: int = 2,
     hostile: bool = False,
     gathered: bool = False,
 ) -> Problem:
@@ -255,8 +268,7 @@ def problems(
     rows, ragged = draw(spans(max_users=max_users, max_history=max_history))
     users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
     agents, wide = draw(st.integers(1, max_agents)), draw(st.integers(1, max_width))
-    method, dtype = draw(st.sampled_from(methods)), draw(st.sampled_from(dtypes))
-    routed_codes = method == "leaf" or draw(st.booleans())
+    dtype, routed_codes = draw(st.sampled_from(dtypes)), draw(st.booleans())
     leaf = draw(codes(book, rows))
     seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
     rng = np.random.default_rng(seed)
@@ -307,10 +319,11 @@ def problems(
         count=count,
         temperature=tau,
         normalize=draw(st.sampled_from(["history", "agents"])),
-        method=method,
-        refine=draw(st.integers(0, max_refine)),
-        missing=draw(st.sampled_from(["drop", "token"])),
         precision=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
+        mean_x=draw(st.booleans()),
+        method=draw(st.sampled_from(["exact", "leaf"])),
+        refine=draw(st.integers(0, 2)),
+        missing=draw(st.sampled_from(["drop", "token"])),
         budget=draw(st.integers(1, max_agents)) if fanout is None else None,
         fanout=fanout,
         dtype=dtype,

@@ -7,9 +7,10 @@ DDP see ordinary operators. They know a codebook by its fingerprint, a constant 
 backward and forward mode raise. All results are deterministic. Letters are the dimensions of `hisac.reference`.
 """
 
-from .functions import attend, encode, log_share, prototypes, route, vote
+from ..types import Compressed
+from .functions import attend, compress, encode, leaf_sums, log_share, missing, prototypes, route, vote
 from .library import UnknownCodebookError, register
-from .modules import Compressed, Compressor, KeysValues, TargetAttention
+from .modules import Compressor, KeysValues, TargetAttention
 
 __all__ = [
     "Compressed",
@@ -18,8 +19,11 @@ __all__ = [
     "TargetAttention",
     "UnknownCodebookError",
     "attend",
+    "compress",
     "encode",
+    "leaf_sums",
     "log_share",
+    "missing",
     "prototypes",
     "register",
     "route",

@@ -3,16 +3,17 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import Codebook
-from ..arrays import NUMBERS, dtype_name, pair_of
+from .. import Codebook, compose
+from ..arrays import NUMBERS, behaviours_of, dtype_name, pair_of, whole
 from ..reference import MAX_SEATS
-from ..types import Agents, Attended, Histories, Tokens
+from ..types import Agents, Attended, Compressed, Histories, Tokens
 from . import operators as operators  # defines torch.ops.hisac
 from .library import register
 
@@ -31,7 +32,8 @@ def rows_of(name: str, t: Tensor | None) -> Any:
 
 def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histories:
     """Histories of dense tensors, offsets as (starts, ends): the rows of jagged nested tensors, whose offsets are taken
-    where none are given; float32 but for x and v. Of the fields in `unread` only the sizes matter."""
+    where none are given, and else have to be the same; float32 but for x and v. Of the fields in `unread` only the
+    sizes matter."""
     if not isinstance(histories, Histories):
         raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
     tensors = [t for t in histories if isinstance(t, Tensor)]
@@ -46,9 +48,24 @@ def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histori
             field = torch.full((1,), float(field), dtype=torch.float32, device=tensors[0].device)
         if not isinstance(field, Tensor):
             raise TypeError(f"{verb}: {name} expected a tensor, got {type(field).__name__}")
+        if field.is_nested and not torch.compiler.is_compiling():
+            _check_jagged(verb, name, field, read["offsets"])
         rows = rows_of(verb, field)
         read[name] = rows.float() if name in ("x_scale", "bias", "spread", "weights") else rows
     return Histories(**read)
+
+
+def _jagged_spans(verb: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    offsets, lengths = _jagged(verb, t).offsets(), _jagged(verb, t).lengths()
+    return offsets[:-1], offsets[1:] if lengths is None else offsets[:-1] + lengths
+
+
+def _check_jagged(verb: str, name: str, t: Tensor, spans: tuple[Tensor, Tensor]) -> None:
+    own = _jagged_spans(verb, t)
+    for a, b in zip(own, spans, strict=True):
+        if a.data_ptr() != b.data_ptr() and not torch.equal(a.long(), b.long().to(a.device)):
+            got, expected = ((e - s).tolist()[:8] for s, e in (own, spans))
+            raise ValueError(f"{verb}: {name} expected the rows of the other fields, {expected} a user, got {got}")
 
 
 def _spans(verb: str, offsets: Any, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -57,9 +74,7 @@ def _spans(verb: str, offsets: Any, tensors: list[Tensor]) -> tuple[Tensor, Tens
         ragged = next((t for t in tensors if t.is_nested), None)
         if ragged is None:
             raise TypeError(f"{verb}: got no offsets, expected them, or a jagged nested tensor")
-        t = _jagged(verb, ragged)
-        starts, lengths = t.offsets()[:-1], t.lengths()
-        return starts, t.offsets()[1:] if lengths is None else starts + lengths
+        return _jagged_spans(verb, ragged)
     device = tensors[0].device if tensors else None
 
     def tensor(name: str, a: Any, size: str) -> Tensor:
@@ -91,7 +106,9 @@ def _reverse_mode_only(name: str, *inputs: Tensor | None) -> None:
 
 def tau_tensor(temperature: float | Tensor, device: torch.device | None = None) -> Tensor:
     if isinstance(temperature, Tensor):
-        return temperature.float()
+        return temperature.float().reshape(-1) if temperature.ndim == 0 else temperature.float()
+    if not isinstance(temperature, NUMBERS):
+        raise TypeError(f"route: temperature expected a number or a tensor, got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"route: temperature expected finite and > 0, got {temperature}")
     return torch.full((1,), temperature, dtype=torch.float32, device=device)
@@ -122,9 +139,9 @@ def vote(
     if h.codes is None:
         raise TypeError("vote: codes expected in the histories, got None")
     name = register(book)
-    if budget is not None and budget < 1:  # for the core 0 is none
-        raise ValueError(f"vote: budget expected 1 to {MAX_SEATS}, got {budget}")
-    found = torch.ops.hisac.vote(name, *_fields(h), int(budget or 0), list(fanout or ()))
+    seats = 0 if budget is None else whole("vote", "budget", budget, 1, MAX_SEATS)
+    children = [whole("vote", "fanout", k) for k in fanout or ()]
+    found = torch.ops.hisac.vote(name, *_fields(h), seats, children)
     return Agents(found[0], found[1], found[2], name % 2**64)
 
 
@@ -144,22 +161,21 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
 
 def route(
     histories: Histories, prototypes: Tensor, *, count: Tensor | None = None, temperature: float | Tensor = 0.1,
-    normalize: str = "history", book: Codebook | None = None, method: str = "exact", refine: int = 0,
-    missing: str = "drop", precision: str = "float32", sparse: bool = False,
+    normalize: str = "history", book: Codebook | None = None, precision: str = "float32", tokens: bool = True,
+    mean_x: bool = False, sparse_grad: bool = False,
 ) -> Tokens:  # fmt: skip
-    """Soft-routing attention as `hisac.route`; tokens and lse have gradients for v, temperature, bias, x, prototypes.
+    """Soft-routing attention as `hisac.route`; what it returns has gradients for v, bias, spread, x, prototypes and
+    temperature.
 
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     Of the histories it reads every field but weights; codes only where `book` is given; offsets may be None beside a
-    jagged tensor. prototypes [B, M, D], count [B], temperature a number, [1] or [M] -> Tokens. spread and refined
-    prototypes are constants; method="leaf" has gradients for v and temperature only (else NotImplementedError).
-    precision="bfloat16" lets products round to bfloat16 where that is faster.
+    jagged tensor. prototypes [B, M, D], count [B], temperature a number, [1] or [M] -> Tokens. mean_x has no gradient
+    for x (else NotImplementedError). precision="bfloat16" lets products round to bfloat16 where that is faster.
 
     With x_ids, x and codes are tables, and with v_ids v is one, as the weight of an `nn.Embedding`: an id outside is an
-    absent behaviour.
-    A table's gradient is the sum over the behaviours of each row, in their order and in float64: dense, or `sparse` COO
-    (not in torch.compile).
+    absent behaviour. A table's gradient is the sum over the behaviours of each row, in their order and in float64:
+    dense, or `sparse_grad` COO (not in torch.compile).
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> out = route(Histories(torch.eye(2), v, torch.tensor([0, 2])), torch.eye(2)[None], temperature=0.01)
@@ -168,17 +184,95 @@ def route(
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
     h = flat("route", histories, ("weights", "codes") if book is None else ("weights",))
-    if h.v is None:
+    if tokens and h.v is None:
         raise TypeError("route: v expected in the histories, got None")
-    tau = tau_tensor(temperature, h.v.device)
-    if sparse and torch.compiler.is_compiling():
-        raise NotImplementedError("route: sparse gradients are not for torch.compile, expected sparse=False")
+    tau = tau_tensor(temperature, prototypes.device)
+    _not_sparse_compiled("route", sparse_grad)
     _reverse_mode_only("route", h.x, h.v, prototypes, tau, h.bias, h.spread)
-    tokens, lse, refined = torch.ops.hisac.route(
-        None if book is None else register(book), *_fields(h), prototypes, count, tau, normalize, method, missing,
-        precision, refine, sparse,
+    name = None if book is None else register(book)
+    found = torch.ops.hisac.route(
+        name, *_fields(h), prototypes, count, tau, normalize, precision, tokens, mean_x, sparse_grad
+    )
+    return Tokens(found[0] if tokens else None, found[1], found[2] if mean_x else None)
+
+
+def _not_sparse_compiled(verb: str, sparse_grad: bool) -> None:
+    if sparse_grad and torch.compiler.is_compiling():
+        raise NotImplementedError(f"{verb}: sparse gradients are not for torch.compile, expected sparse_grad=False")
+
+
+def leaf_sums(book: Codebook, histories: Histories, *, rows: int | None = None, sparse_grad: bool = False) -> Histories:
+    """A row for each leaf of each user as `hisac.leaf_sums`; x, v, bias and spread have gradients for v and bias.
+
+    Reads what `route` reads, and codes -> Histories of the same users. Their offsets are (starts, ends): the sums of a
+    user lie where its rows do, and what lies between is not defined, so no value decides a shape. rows: at least the
+    rows of all histories together; None: T, or where offsets are (starts, ends), which may overlap, their sum.
+    sparse_grad: as in `route`, for a table v.
+
+    >>> h = Histories(torch.eye(2), torch.ones(2, 1), torch.tensor([0, 2]), torch.zeros(2, 1, dtype=torch.int32))
+    >>> leaf_sums(Codebook([torch.eye(2)]), h).x[:1]
+    tensor([[0.5000, 0.5000]])
+    """
+    h = flat("leaf_sums", histories, ("weights",))
+    for name in ("v", "codes"):
+        if getattr(h, name) is None:
+            raise TypeError(f"leaf_sums: {name} expected in the histories, got None")
+    _not_sparse_compiled("leaf_sums", sparse_grad)
+    _reverse_mode_only("leaf_sums", h.x, h.v, h.bias, h.spread)
+    starts, ends = h.offsets
+    if rows is None:
+        rows = int((ends - starts).sum()) if isinstance(histories.offsets, tuple) else behaviours_of(h)
+    x, v, starts, ends, codes, bias, spread = torch.ops.hisac.leaf_sums(register(book), *_fields(h), rows, sparse_grad)
+    return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread)
+
+
+def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
+    """0 for each missing behaviour and -inf for any other, [T], as `hisac.missing`, without gradient.
+
+    >>> h = Histories(torch.tensor([[1.0], [torch.nan]]), torch.ones(2, 1), torch.tensor([0, 2]))
+    >>> missing(h)
+    tensor([-inf, 0.])
+    """
+    h = flat("missing", histories, ("weights", "codes") if book is None else ("weights",))
+    if h.v is None:
+        raise TypeError("missing: v expected in the histories, got None")
+    return cast(Tensor, torch.ops.hisac.missing(None if book is None else register(book), *_fields(h)))
+
+
+def compress(
+    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
+    agents: Agents | None = None, temperature: float | Tensor = 0.1, normalize: str = "history", method: str = "exact",
+    refine: int = 0, missing: str = "drop", precision: str = "float32", sparse_grad: bool = False,
+) -> Compressed:  # fmt: skip
+    """Histories -> tokens in one call as `hisac.compress`, with the gradients of its verbs: `vote` without, `route`
+    with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature.
+
+    >>> h = Histories(torch.eye(2), torch.ones(2, 1), torch.tensor([0, 2]))
+    >>> compress(Codebook([torch.eye(2)]), h, budget=2).tokens
+    tensor([[[1.],
+             [1.]]])
+    """
+    h, refine = flat("compress", histories), whole("compress", "refine", refine, 0, 10**6)
+    rows = None if isinstance(histories.offsets, tuple) else behaviours_of(h)
+    verbs = _VERBS._replace(
+        route=partial(route, sparse_grad=sparse_grad),
+        leaf_sums=partial(leaf_sums, rows=rows, sparse_grad=sparse_grad),
+    )
+    return compose.compress(
+        verbs, book, h, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
+        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
     )  # fmt: skip
-    return Tokens(tokens, lse, refined if refine else prototypes)
+
+
+def _constant(a: Any) -> Any:
+    if isinstance(a, tuple):
+        return Histories(*map(_constant, a)) if isinstance(a, Histories) else tuple(map(_constant, a))
+    return a.detach() if isinstance(a, Tensor) else a
+
+
+_VERBS = compose.Verbs(
+    encode, vote, prototypes, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype), _constant
+)
 
 
 def attend(

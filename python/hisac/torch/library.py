@@ -92,12 +92,12 @@ def _sum_rows(rows: Tensor, order: Tensor, begin: Tensor) -> Iterator[Tensor]:
 torch.library.register_autograd("hisac::sum_rows", no_double_backward, lib=library)
 
 
-def table_gradient(d_rows: Tensor, ids: Tensor, size: int, sparse: bool) -> Tensor:
+def table_gradient(d_rows: Tensor, ids: Tensor, size: int, sparse_grad: bool) -> Tensor:
     """The gradient [size, V] of a table from those of its rows as behaviours had them, [T, V]: the sum over those of
     one id, in the order of the behaviours and in float64; ids outside the table add nothing. Sparse: coalesced COO."""
     ids = torch.where((ids >= 0) & (ids < size), ids, size).long()
     ids, order = ids.sort(stable=True)
-    if sparse:
+    if sparse_grad:
         ids, count = cast(Any, ids).unique_consecutive(return_counts=True)
         ids = ids[ids < size]
         count = count[: len(ids)]
@@ -105,6 +105,6 @@ def table_gradient(d_rows: Tensor, ids: Tensor, size: int, sparse: bool) -> Tens
         count = ids.new_zeros(size + 1).scatter_add(0, ids, torch.ones_like(ids))[:size]
     begin = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     sums: Tensor = torch.ops.hisac.sum_rows(d_rows, order, begin)
-    if not sparse:
+    if not sparse_grad:
         return sums
     return torch.sparse_coo_tensor(ids[None], sums, (size, *sums.shape[1:]), is_coalesced=True, check_invariants=False)

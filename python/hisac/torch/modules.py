@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import Codebook
-from ..types import Agents, Attended, Histories, Tokens
-from .functions import attend, encode, flat, prototypes, route, tau_tensor, vote
+from ..types import Agents, Attended, Compressed, Histories, Tokens
+from .functions import attend, compress, tau_tensor
 from .library import register
 
 
@@ -20,23 +20,13 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
-class Compressed(NamedTuple):
-    """The fields of `Tokens`; the agents, of which `log_share` makes the paper's bias; codes [T, L] to use again."""
-
-    tokens: Tensor
-    lse: Tensor
-    prototypes: Tensor
-    agents: Agents
-    codes: Tensor
-
-
 for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed):  # of a saved torch.export program
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
 cast(Any, torch.serialization).add_safe_globals([Histories])  # its example inputs are loaded by weights_only
 
 
 class Compressor(nn.Module):
-    """Histories to tokens: encode and vote without gradient, route with, under a learned temperature (log tau, [1]).
+    """`compress` as a module, under a learned temperature (log tau, [1]).
 
     The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
@@ -50,33 +40,23 @@ class Compressor(nn.Module):
     def __init__(
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
         temperature: float = 0.1, learn_temperature: bool = True, normalize: str = "history", method: str = "exact",
-        refine: int = 0, missing: str = "drop", precision: str = "float32", sparse: bool = False,
+        refine: int = 0, missing: str = "drop", precision: str = "float32", sparse_grad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.book, self.budget, self.fanout = book, budget, fanout
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
-        self.precision, self.sparse = precision, sparse
+        self.precision, self.sparse_grad = precision, sparse_grad
         self.log_tau = nn.Parameter(tau_tensor(temperature).log(), learn_temperature)
         rows = torch.empty(0, book.width, dtype=torch.float32)
         self(Histories(rows, rows, torch.zeros(1, dtype=torch.int64)))  # checks every option
 
     def forward(self, histories: Histories) -> Compressed:
-        """Histories -> Compressed. Without codes, those of x are computed; with x_ids codes are needed, of a table that
-        is encoded once. weights count in the votes, bias in the routing."""
-        h = flat("Compressor", histories)
-        if h.codes is None:
-            if h.x is None:
-                raise ValueError("Compressor: neither x nor codes given, expected one of them")
-            if h.x_ids is not None:
-                raise ValueError("Compressor: codes expected with x_ids, got none: encode the table once and keep them")
-            h = h._replace(codes=encode(self.book, h.x))
-        agents = vote(self.book, h, budget=self.budget, fanout=self.fanout)
-        out = route(
-            h, prototypes(self.book, agents), count=agents.count, temperature=self.log_tau.float().exp(),
-            normalize=self.normalize, book=self.book, method=self.method, refine=self.refine, missing=self.missing,
-            precision=self.precision, sparse=self.sparse,
+        """Histories -> Compressed, as `compress`."""
+        return compress(
+            self.book, histories, budget=self.budget, fanout=self.fanout, temperature=self.log_tau.float().exp(),
+            normalize=self.normalize, method=self.method, refine=self.refine, missing=self.missing,
+            precision=self.precision, sparse_grad=self.sparse_grad,
         )  # fmt: skip
-        return Compressed(*out, agents, h.codes)
 
     def get_extra_state(self) -> Tensor:
         """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..reference import MAX_SEATS
-from ..types import Histories, RouteGradients
+from ..types import Histories, LeafGradients, RouteGradients
 from .library import book_of, core, dense, library, no_double_backward, operator, table_gradient
 
 # A batch of histories is these arguments of an operator: the fields of Histories, starts and ends in place of offsets.
@@ -56,21 +56,11 @@ def _prototypes(fingerprint: int, codes: Tensor) -> Iterator[Tensor]:
     core.prototypes(book._core, codes.contiguous().view(-1, codes.shape[-1]), found.view(-1, book.width))
 
 
-_ROUTE_SCHEMA = (
-    f"int? fingerprint, {_BATCH_SCHEMA}, Tensor prototypes, Tensor? count, Tensor temperature, str normalize, "
-    "str method, str missing, str precision, int refine"
-)
-_ROUTE = [argument.split()[1] for argument in _ROUTE_SCHEMA.split(", ")]
-_ROUTE_WANTED = [_ROUTE.index(name) for name in RouteGradients._fields]
-_ROUTE_TABLES = [(RouteGradients._fields.index(name), _ROUTE.index(name + "_ids")) for name in ("x", "v")]
-_TENSORS = _ROUTE.index("normalize")  # of route: the fingerprint, so many tensors, and its options
+# ------------------------------------------------------------------------------------------------------ route
 
 
-def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
-    """The arguments of the core up to the precision."""
-    fingerprint, n = inputs[0], 1 + len(_BATCH)
-    book = None if fingerprint is None else book_of(fingerprint)._core
-    return [book, _histories(inputs[1:n]), *dense(*inputs[n:_TENSORS]), *inputs[_TENSORS : _ROUTE.index("refine")]]
+def _core_book(fingerprint: int | None) -> Any:
+    return None if fingerprint is None else book_of(fingerprint)._core
 
 
 def _float32(like: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -78,35 +68,118 @@ def _float32(like: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(like.new_empty((0,) if shape is None else shape, dtype=torch.float32) for shape in shapes)
 
 
-@operator(f"route({_ROUTE_SCHEMA}, bool sparse) -> (Tensor tokens, Tensor lse, Tensor refined)")
-def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    v, starts, prototypes, missing, refine = (
-        inputs[_ROUTE.index(name)] for name in ("v", "starts", "prototypes", "missing", "refine")
-    )
-    size = (starts.shape[0], math.prod(prototypes.shape[-2:-1]) + (missing == "token"))
-    tokens, lse = v.new_empty((*size, *v.shape[-1:])), v.new_empty(size, dtype=torch.float32)
-    refined = prototypes.new_empty(prototypes.shape if refine else (0,))  # empty: an operator cannot return its input
-    yield tokens, lse, refined
-    core.route(*_route_arguments(inputs), refine, tokens, lse, refined if refine else None)
+def _some(wanted: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
+    return [a if w else None for w, a in zip(wanted, arrays, strict=True)]
+
+
+_ROUTE_SCHEMA = (
+    f"int? fingerprint, {_BATCH_SCHEMA}, Tensor prototypes, Tensor? count, Tensor temperature, str normalize, "
+    "str precision"
+)
+_ROUTE = [argument.split()[1] for argument in _ROUTE_SCHEMA.split(", ")]
+_ROUTE_WANTED = [_ROUTE.index(name) for name in RouteGradients._fields]
+_ROUTE_TABLES = [(RouteGradients._fields.index(name), _ROUTE.index(name + "_ids")) for name in ("x", "v")]
+_TENSORS = _ROUTE.index("normalize")  # of route: the fingerprint, so many tensors, and its options
+
+
+def _behaviours(batch: Sequence[Any]) -> Any:
+    """T"""
+    of = dict(zip(_BATCH, batch, strict=True))
+    return next(of[name] for name in ("x_ids", "v_ids", "v", "x", "codes") if of[name] is not None).shape[0]
+
+
+def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
+    n = 1 + len(_BATCH)
+    return [
+        _core_book(inputs[0]),
+        _histories(inputs[1:n]),
+        *dense(*inputs[n:_TENSORS]),
+        *inputs[_TENSORS : len(_ROUTE)],
+    ]
 
 
 @operator(
-    "route_backward(Tensor d_tokens, Tensor? d_lse, Tensor tokens, Tensor lse, bool[] need, "
-    f"{_ROUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"route({_ROUTE_SCHEMA}, bool tokens, bool mean_x, bool sparse_grad) -> (Tensor tokens, Tensor lse, Tensor mean_x)"
 )
-def _route_backward(
-    d_tokens: Tensor, d_lse: Tensor | None, tokens: Tensor, lse: Tensor, need: Sequence[bool], *inputs: Any
-) -> Iterator[tuple[Tensor, ...]]:
-    wanted = zip((inputs[i] for i in _ROUTE_WANTED), need, strict=True)
-    shapes: list[Any] = [t.shape if needed and t is not None else None for t, needed in wanted]
-    for at, ids in _ROUTE_TABLES:  # a row for each id
-        if shapes[at] is not None and inputs[ids] is not None:
-            shapes[at] = (*inputs[ids].shape[:1], *shapes[at][1:])
-    results = _float32(d_tokens, shapes)
+def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    v, starts, prototypes = (inputs[_ROUTE.index(name)] for name in ("v", "starts", "prototypes"))
+    wanted = inputs[-3], True, inputs[-2]
+    size = starts.shape[0], math.prod(prototypes.shape[-2:-1])
+    like, width = (v, v.shape[-1]) if inputs[-3] else (prototypes, 0)
+    lse, mean_x = _float32(prototypes, [size, prototypes.shape if inputs[-2] else None])
+    results = like.new_empty((*size, width)), lse, mean_x
     yield results
-    filled = (r if needed else None for r, needed in zip(results, need, strict=True))
-    core.route_backward(*dense(d_tokens, d_lse, tokens, lse), *_route_arguments(inputs), *filled)
+    core.route(*_route_arguments(inputs), *_some(wanted, results))
 
+
+@operator(
+    f"route_backward({_ROUTE_SCHEMA}, Tensor tokens, Tensor lse, Tensor mean_x, Tensor? d_tokens, Tensor? d_lse, "
+    "Tensor? d_mean_x, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _route_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
+    *returned, d_tokens, d_lse, d_mean_x, need = inputs[len(_ROUTE) :]
+    n = _behaviours(inputs[1 : 1 + len(_BATCH)])
+    given = [inputs[i] for i in _ROUTE_WANTED]
+    shapes: list[Any] = [(n, *t.shape[1:]) if i < 4 and t is not None else t.shape if t is not None else None
+                         for i, t in enumerate(given)]  # fmt: skip
+    results = _float32(returned[1], _some(need, shapes))
+    yield results
+    tokens, lse, mean_x = dense(*returned)
+    forward = tokens if d_tokens is not None else None, lse, mean_x if d_mean_x is not None else None
+    core.route_backward(*_route_arguments(inputs), *forward, *dense(d_tokens, d_lse, d_mean_x), *_some(need, results))
+
+
+@operator(f"missing(int? fingerprint, {_BATCH_SCHEMA}) -> Tensor")
+def _missing(fingerprint: int | None, *batch: Any) -> Iterator[Tensor]:
+    (found,) = _float32(batch[_BATCH.index("starts")], [(_behaviours(batch),)])
+    yield found
+    core.missing(_core_book(fingerprint), _histories(batch), found)
+
+
+# ------------------------------------------------------------------------------------------------------ leaf sums
+
+_LEAF_SCHEMA = f"int fingerprint, {_BATCH_SCHEMA}"
+_LEAF = [argument.split()[1] for argument in _LEAF_SCHEMA.split(", ")]
+_LEAF_WANTED = [_LEAF.index(name) for name in LeafGradients._fields]
+_SUMS = "x v starts ends codes bias spread".split()
+_SUMS_WITH_GRADIENT = [_SUMS.index(name) for name in ("x", "v", "bias", "spread")]
+
+
+def _as_histories(x: Any, v: Any, starts: Any, ends: Any, codes: Any, bias: Any, spread: Any) -> Histories:
+    return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread)
+
+
+@operator(f"leaf_sums({_LEAF_SCHEMA}, SymInt rows, bool sparse_grad) -> ({', '.join('Tensor' for _ in _SUMS)})")
+def _leaf_sums(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
+    *batch, rows, _ = inputs
+    x, v, starts = (batch[_BATCH.index(name)] for name in ("x", "v", "starts"))
+    book = book_of(fingerprint)
+    sum_x, sum_v, bias, spread = _float32(
+        v, [(rows, book.width if x is None else x.shape[-1]), (rows, v.shape[-1]), (rows,), (rows,)]
+    )
+    first, last = (starts.new_empty(starts.shape, dtype=torch.int64) for _ in range(2))
+    results = sum_x, sum_v, first, last, v.new_empty((rows, book.levels), dtype=torch.int32), bias, spread
+    yield results
+    core.leaf_sums(book._core, _histories(batch), *results)
+
+
+@operator(
+    f"leaf_sums_backward({_LEAF_SCHEMA}, {', '.join(f'Tensor sum_{n}' for n in _SUMS)}, Tensor? d_x, Tensor? d_v, "
+    "Tensor? d_bias, Tensor? d_spread, bool[] need) -> (Tensor, Tensor)"
+)
+def _leaf_sums_backward(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
+    n = len(_BATCH)
+    batch, sums, (d_x, d_v, d_bias, d_spread, need) = inputs[:n], inputs[n : n + len(_SUMS)], inputs[n + len(_SUMS) :]
+    size = _behaviours(batch)
+    results = _float32(sums[0], _some(need, [(size, sums[1].shape[-1]), (size,)]))
+    yield results
+    gradients = Histories(d_x, d_v, None, None, bias=d_bias, spread=d_spread)
+    gradients = Histories(*(None if g is None else g.contiguous() for g in gradients))
+    book = book_of(fingerprint)
+    core.leaf_sums_backward(book._core, _histories(batch), _as_histories(*sums), gradients, *_some(need, results))
+
+
+# ------------------------------------------------------------------------------------------------------ attend
 
 _ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, float scale"
 
@@ -130,42 +203,69 @@ def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     core.attend_backward(*dense(*tensors), scale, *results[:3], None if bias is None else results[3])
 
 
+# ------------------------------------------------------------------------------------------------------ autograd
+
+
 def _gradients_by_input(ctx: Any, at: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs `at`, None for every other input; torch casts them to the inputs' types."""
     found = {i: g for i, g in zip(at, grads, strict=True) if ctx.needs_input_grad[i]}
     return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
-def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tokens, lse, refined = output
-    needs = dict(zip(_ROUTE, ctx.needs_input_grad, strict=False))
-    given = dict(zip(_ROUTE, inputs, strict=False))
-    if given["method"] == "leaf" and (needs["x"] or needs["prototypes"] or needs["bias"]):
-        raise NotImplementedError("route: method='leaf' has gradients for v and temperature only")
-    if given["refine"] and needs["prototypes"]:
-        raise NotImplementedError("route: refine > 0 has no gradient for prototypes, expected prototypes.detach()")
-    for name in ("x_scale", "spread"):
+def _refuse(verb: str, needs: dict[str, bool], *names: str) -> None:
+    for name in names:
         if needs[name]:
-            raise NotImplementedError(f"route: {name} has no gradient, expected {name}.detach()")
-    ctx.mark_non_differentiable(refined)
+            raise NotImplementedError(f"{verb}: {name} has no gradient, expected {name}.detach()")
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    needs = dict(zip(_ROUTE, ctx.needs_input_grad, strict=False))
+    _refuse("route", needs, "x_scale")
+    with_tokens, with_mean_x, ctx.sparse_grad = inputs[-3:]
+    if with_mean_x and needs["x"]:
+        raise NotImplementedError("route: mean_x has no gradient for x, expected x.detach()")
+    ctx.mark_non_differentiable(*_unwanted(output, (with_tokens, True, with_mean_x)))
     ctx.set_materialize_grads(False)
-    used = given | {"prototypes": refined if given["refine"] else given["prototypes"]}
-    ctx.save_for_backward(tokens, lse, *(used[name] for name in _ROUTE[1:_TENSORS]))
-    ctx.options, ctx.sparse = inputs[_TENSORS : len(_ROUTE)], inputs[-1]
-    ctx.fingerprint = given["fingerprint"]
+    ctx.save_for_backward(*output, *inputs[1:_TENSORS])
+    ctx.options, ctx.fingerprint = inputs[_TENSORS : len(_ROUTE)], inputs[0]
     ctx.book = None if ctx.fingerprint is None else book_of(ctx.fingerprint)  # alive until the backward
 
 
-def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    tokens, lse, *tensors = ctx.saved_tensors
+def _unwanted(output: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    return [a for a, w in zip(output, wanted, strict=True) if not w]
+
+
+def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, d_mean_x: Tensor | None) -> Any:
+    tokens, lse, mean_x, *tensors = ctx.saved_tensors
     inputs = [ctx.fingerprint, *tensors, *ctx.options]
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
-    d_tokens = torch.zeros_like(tokens) if d_tokens is None else d_tokens
-    grads = list(torch.ops.hisac.route_backward(d_tokens, d_lse, tokens, lse, need, *inputs))
+    grads = list(torch.ops.hisac.route_backward(*inputs, tokens, lse, mean_x, d_tokens, d_lse, d_mean_x, need))
     for at, ids in _ROUTE_TABLES:
         if need[at] and inputs[ids] is not None:
-            grads[at] = table_gradient(grads[at], inputs[ids], inputs[_ROUTE_WANTED[at]].shape[0], ctx.sparse)
+            grads[at] = table_gradient(grads[at], inputs[ids], inputs[_ROUTE_WANTED[at]].shape[0], ctx.sparse_grad)
     return _gradients_by_input(ctx, _ROUTE_WANTED, grads)
+
+
+def _leaf_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    needs = dict(zip(_LEAF, ctx.needs_input_grad, strict=False))
+    _refuse("leaf_sums", needs, "x", "x_scale", "spread")
+    moves = [name == "v" or (needs["bias"] and name in ("x", "bias", "spread")) for name in _SUMS]
+    ctx.mark_non_differentiable(*_unwanted(output, moves))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *inputs[1 : len(_LEAF)])
+    ctx.fingerprint, ctx.sparse_grad = inputs[0], inputs[-1]
+    ctx.book = book_of(ctx.fingerprint)  # alive until the backward
+
+
+def _leaf_back(ctx: Any, *d_sums: Tensor | None) -> Any:
+    sums, batch = ctx.saved_tensors[: len(_SUMS)], ctx.saved_tensors[len(_SUMS) :]
+    need = [ctx.needs_input_grad[i] for i in _LEAF_WANTED]
+    given = [d_sums[i] for i in _SUMS_WITH_GRADIENT]
+    grads = list(torch.ops.hisac.leaf_sums_backward(ctx.fingerprint, *batch, *sums, *given, need))
+    v, v_ids = (batch[_BATCH.index(name)] for name in ("v", "v_ids"))
+    if need[0] and v_ids is not None:
+        grads[0] = table_gradient(grads[0], v_ids, v.shape[0], ctx.sparse_grad)
+    return _gradients_by_input(ctx, _LEAF_WANTED, grads)
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -181,6 +281,10 @@ def _attend_back(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[
     return _gradients_by_input(ctx, (0, 1, 2, 4), grads)
 
 
-for _name, _back, _setup in (("route", _route_back, _route_setup), ("attend", _attend_back, _attend_setup)):
+for _name, _back, _setup in (
+    ("route", _route_back, _route_setup),
+    ("leaf_sums", _leaf_back, _leaf_setup),
+    ("attend", _attend_back, _attend_setup),
+):
     torch.library.register_autograd(f"hisac::{_name}", _back, setup_context=_setup, lib=library)
     torch.library.register_autograd(f"hisac::{_name}_backward", no_double_backward, lib=library)

@@ -87,6 +87,36 @@ Results results() {
       code_prototypes({}, book, {kept.data(), {kUsers * kBudget, 2}}, {prototypes.data(), {kUsers * kBudget, kWidth}}),
       prototypes);
 
+  std::vector<float> absent(kRows);
+  out.add("missing",
+          call(missing_workspace({}, &book, in),
+               [&](const Context& c) { return missing(c, &book, in, {absent.data(), {kRows}}); }),
+          absent);
+  std::vector<float> sum_x(kRows * kWidth), sum_v(kRows * kValues), sum_bias(kRows), sum_spread(kRows),
+      dv(kRows * kValues), dbias(kRows);
+  std::vector<int64_t> sum_offsets(kUsers + 1);
+  std::vector<int32_t> sum_codes(kRows * 2);
+  const LeafSums sums{{sum_x.data(), {kRows, kWidth}},
+                      {sum_v.data(), {kRows, kValues}},
+                      {sum_offsets.data(), sum_offsets.data() + 1, kUsers},
+                      {sum_codes.data(), {kRows, 2}},
+                      {sum_bias.data(), {kRows}},
+                      {sum_spread.data(), {kRows}}};
+  const Status summed =
+      call(leaf_sums_workspace({}, book, in, kRows), [&](const Context& c) { return leaf_sums(c, book, in, sums); });
+  out.add("leaf_sums", summed, sum_x);
+  out.add("their spread", {}, sum_spread);
+  const LeafSumsForward forward{sums.histories(),
+                                {sum_x.data(), {kRows, kWidth}},
+                                {sum_v.data(), {kRows, kValues}},
+                                {sum_bias.data(), {kRows}},
+                                {sum_bias.data(), {kRows}}};
+  const LeafSumsGradients back{{dv.data(), {kRows, kValues}}, {dbias.data(), {kRows}}};
+  out.add("leaf_sums_backward",
+          call(leaf_sums_backward_workspace({}, book, in, back, kRows),
+               [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, back); }),
+          dbias);
+
   for (size_t i = 0; i < 3; ++i) set(x, (i * 400 + 7) * size_t{kWidth} + i, special[3]);  // route's x is finite
   for (Normalize normalize : {Normalize::history, Normalize::agents}) {
     const float temperature = 0.3f;
@@ -94,18 +124,17 @@ Results results() {
     routing.normalize = normalize;
     routing.temperature = {&temperature, {1}};
     const RouteAgents agents{{prototypes.data(), {kUsers, kBudget, kWidth}}, {count.data(), {kUsers}}};
-    std::vector<float> tokens(kUsers * kBudget * kValues), lse(kUsers * kBudget), scored(kUsers * kValues),
-        total(kUsers);
-    out.add(
-        "route",
-        call(route_workspace({}, nullptr, routing, in, agents, kRows),
-             [&](const Context& c) {
-               return route(
-                   c, nullptr, routing, in, agents,
-                   {{tokens.data(), DType::float32, kUsers * kBudget, kValues}, {lse.data(), {kUsers, kBudget}}, {}});
-             }),
-        tokens);
+    std::vector<float> tokens(kUsers * kBudget * kValues), lse(kUsers * kBudget), mean_x(kUsers * kBudget * kWidth),
+        scored(kUsers * kValues), total(kUsers);
+    const Tokens returned{{tokens.data(), DType::float32, kUsers * kBudget, kValues},
+                          {lse.data(), {kUsers, kBudget}},
+                          {mean_x.data(), {kUsers, kBudget, kWidth}}};
+    out.add("route",
+            call(route_workspace({}, nullptr, routing, in, agents, returned, kRows),
+                 [&](const Context& c) { return route(c, nullptr, routing, in, agents, returned); }),
+            tokens);
     out.add("lse", {}, lse);
+    out.add("mean_x", {}, mean_x);
     const std::vector<int64_t> each{0, 1, 2, 3};
     const auto q = test::uniform(random, kUsers * kValues);
     AttendInputs to{test::rows(q, kValues),

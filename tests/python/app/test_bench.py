@@ -24,7 +24,7 @@ import table
 import truth
 import works
 from bench_support import BENCH, kernel, needs_threadpoolctl
-from hisac import Histories, reference
+from hisac import Histories, Tokens, reference
 
 ONCE = harness.Effort(share=0.0, least=1, most=1, pause=0.0, sample=0.0)
 NAMES = [
@@ -195,7 +195,7 @@ def test_float64_truths_agree_with_the_reference(seed: int):
         np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-11, atol=1e-12)
 
     one = np.array([0, 60])
-    expected = reference.route(Histories(x, v, one, codes), p[:1], temperature=0.2, book=book, method="leaf")
+    expected = reference.route(reference.leaf_sums(book, Histories(x, v, one, codes)), p[:1], temperature=0.2)
     found = truth.leaf64(x, v, peers_codes.numpy_leaves(codes, (7, 5)), p[0], 0.2)
     np.testing.assert_allclose(found.tokens, expected.tokens, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-10, atol=1e-12)
@@ -204,7 +204,8 @@ def test_float64_truths_agree_with_the_reference(seed: int):
     for mode in ("history", "agents"):
         options = {"temperature": 0.2, "normalize": mode}
         forward = reference.route(Histories(x, v, one), p[:1], **options)
-        expected = reference.route_backward(d_tokens, None, forward, Histories(x, v, one), **options)
+        given = Tokens(d_tokens, None)
+        expected = reference.route_backward(Histories(x, v, one), p[:1], forward, given, **options)
         found, terms = truth.backward64(d_tokens, forward, x, v, p[:1], 0.2, mode)
         np.testing.assert_allclose(found.v, expected.v, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(found.temperature, expected.temperature, atol=1e-11 * terms)

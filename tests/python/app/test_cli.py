@@ -56,7 +56,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def book(here, capsys):
-    done(capsys, "fit", "items.npy", "--codes", "5,4", "-o", "book.safetensors", "--iterations", "5")
+    done(capsys, "fit", "items.npy", "--sizes", "5,4", "-o", "book.safetensors", "--iterations", "5")
     return hisac.Codebook.load("book.safetensors")
 
 
@@ -65,7 +65,7 @@ def book(here, capsys):
 
 def test_fit_is_the_verb(here, capsys):
     out = done(
-        capsys, "fit", "items.npy", "--codes", "5,4", "-o", "book.safetensors", "--iterations", "5", "--seed", "3"
+        capsys, "fit", "items.npy", "--sizes", "5,4", "-o", "book.safetensors", "--iterations", "5", "--seed", "3"
     )
     wanted = hisac.fit(np.load("items.npy"), (5, 4), iterations=5, seed=3)
     found = hisac.Codebook.load("book.safetensors")
@@ -80,9 +80,9 @@ def test_fit_tells_of_rows_left_out_and_of_unused_codes(here, capsys):
     x = np.repeat(np.eye(WIDTH, dtype=np.float32), 5, 0)
     x[0] = np.nan
     np.save("few.npy", x)
-    out = done(capsys, "fit", "few.npy", "--codes", "6", "-o", "book.safetensors")
+    out = done(capsys, "fit", "few.npy", "--sizes", "6", "-o", "book.safetensors")
     assert "from 19 rows (1 left out: NaN or too large)" in out
-    assert "codes that no row has: 2; fewer --codes would do" in out
+    assert "codes that no row has: 2; smaller --sizes would do" in out
 
 
 def test_encode_is_the_verb(book, capsys):
@@ -196,7 +196,7 @@ def test_version_and_threads(here, capsys):
     assert done(capsys, "--version") == f"hisac {hisac.__version__}\n"
     before = hisac.get_num_threads()
     try:
-        done(capsys, "fit", "items.npy", "--codes", "2", "-o", "b.safetensors", "--threads", "1")
+        done(capsys, "fit", "items.npy", "--sizes", "2", "-o", "b.safetensors", "--threads", "1")
         assert hisac.get_num_threads() == 1
     finally:
         hisac.set_num_threads(before)
@@ -210,7 +210,7 @@ def test_the_module_runs(here):
 
 # ------------------------------------------------------------------------------------------------------------- errors
 
-FIT = ("fit", "{x}", "--codes", "2", "-o", "b.safetensors")
+FIT = ("fit", "{x}", "--sizes", "2", "-o", "b.safetensors")
 ENCODE = ("encode", "book.safetensors", "items.npy", "-o", "codes.npy")
 COMPRESS = ("compress", "book.safetensors", "--x", "events.npy", "--user", "users.npy", "--budget", "4", "-o", "t.npz")
 
@@ -255,7 +255,7 @@ def replaced(command, old, new):
         ),
         (
             replaced(replaced(FIT, "{x}", "items.npy"), "2", "2,x"),
-            "python -m hisac fit: argument --codes: expected numbers with commas, such as 512,512, got '2,x' "
+            "python -m hisac fit: argument --sizes: expected numbers with commas, such as 512,512, got '2,x' "
             "(see python -m hisac fit --help)",
         ),
         (
@@ -358,15 +358,15 @@ def test_a_bad_option_is_refused_before_any_work(book, capsys, monkeypatch, opti
 
 
 @pytest.mark.parametrize(
-    ("codes", "text"),
+    ("sizes", "text"),
     [
-        ("0", "codes expected 1 to 2^20 at level 0, got 0"),
-        ("2,9999999", "codes expected 1 to 2^20 at level 1, got 9999999"),
-        ("2,2,2,2,2,2,2,2,2", "codes expected 1 to 8 levels, got 9"),
+        ("0", "sizes expected 1 to 2^20 at level 0, got 0"),
+        ("2,9999999", "sizes expected 1 to 2^20 at level 1, got 9999999"),
+        ("2,2,2,2,2,2,2,2,2", "sizes expected 1 to 8 levels, got 9"),
     ],
 )
-def test_wrong_codes_are_refused(here, capsys, codes, text):
-    assert refused(capsys, "fit", "items.npy", "--codes", codes, "-o", "b.safetensors") == f"hisac fit: {text}"
+def test_wrong_sizes_are_refused(here, capsys, sizes, text):
+    assert refused(capsys, "fit", "items.npy", "--sizes", sizes, "-o", "b.safetensors") == f"hisac fit: {text}"
     assert not os.path.exists("b.safetensors")
 
 

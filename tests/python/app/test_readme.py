@@ -61,7 +61,7 @@ def test_python_blocks_run_in_order(planted, tmp_path, monkeypatch):
                 code, alone if "given" in block else found
             )  # the torch block goes on from the first, the property does not
             shapes.append((found["features"].shape, found["match"].shape))
-    assert found["tokens"].shape == (2, 100, 16) and found["lse"].shape == (2, 100)
+    assert found["made"].tokens.shape == (2, 100, 16) and found["made"].lse.shape == (2, 100)
     assert shapes == [((7, 1, 16), (7, 1)), ((9, 16), (9, 2)), ((9, 16), (9, 2))]
     assert (found["items"][7] == 0).all() == bool(planted)
     assert hisac.Codebook.load("book.safetensors") == found["book"]

@@ -93,7 +93,7 @@ def test_paths_that_are_not_utf8(here, locale):
     compress = ("compress", book, "--x", f"{ODD}.npy", "--codes", codes, "--offsets", "two.npy", "--budget", "3")
     np.save("two.npy", np.array([0, 20, 60]))
     for *command, wanted in (
-        ("fit", f"{ODD}.npy", "--codes", "5,4", "-o", book, shown + b".safetensors: 5 x 4 codes of width 4 from 60"),
+        ("fit", f"{ODD}.npy", "--sizes", "5,4", "-o", book, shown + b".safetensors: 5 x 4 codes of width 4 from 60"),
         ("encode", book, f"{ODD}.npy", "-o", codes, shown + b".codes.npy: codes [60, 2] int32"),
         (*compress, "-o", tokens, shown + b".npz: tokens [2, 3, 4]"),
         ("inspect", book, "--x", f"{ODD}.npy", shown + b".safetensors: 2 levels"),
@@ -142,8 +142,8 @@ def test_errors_are_one_line_that_any_terminal_prints(here, capsys, argv, text):
 @pytest.mark.parametrize(
     "argv",
     [
-        ("fit", "x.npy", "-o", "b.safetensors", "--codes", "1," * 30_000 + "1"),
-        ("fit", "x.npy", "-o", "b.safetensors", "--codes", "1," * 30_000 + "x"),
+        ("fit", "x.npy", "-o", "b.safetensors", "--sizes", "1," * 30_000 + "1"),
+        ("fit", "x.npy", "-o", "b.safetensors", "--sizes", "1," * 30_000 + "x"),
         ("fit", "x.npy", "-o", "b.safetensors", "--iterations", "1" * 60_000),
         ("inspect", "x" * 60_000),
         ("inspect", "book.safetensors", "x" * 60_000),

@@ -36,7 +36,7 @@ TAU = np.array([0.5, 1, 2, 4], np.float32)
 ROUTE = {"x": X, "v": VALUE, "offsets": OFFSETS, "prototypes": PROTOTYPES}
 MORE = {"count": AGENTS.count, "temperature": TAU, "bias": BIAS, "codes": CODES}
 route = by_field(hisac.route)
-TOKENS = route(**ROUTE, **MORE, book=BOOK)
+TOKENS = route(**ROUTE, **MORE, book=BOOK, mean_x=True)
 ATTEND = {
     "q": normal(N, H, D),
     "keys": normal(B, M, H, D),
@@ -47,16 +47,32 @@ LIKES = {"bias": normal(B, M)}
 ATTENDED = hisac.attend(**ATTEND, **LIKES)
 
 
-def route_backward(d_tokens, d_lse, tokens, lse, prototypes, **rest):
-    need = hisac.RouteGradients._fields if rest.get("x") is not None else ("v",)
-    return by_field(hisac.route_backward)(d_tokens, d_lse, Tokens(tokens, lse, prototypes), **{"need": need, **rest})
+def route_backward(d_tokens, d_lse, d_mean_x, tokens, lse, mean_x, **rest):
+    need = [name for name in hisac.RouteGradients._fields if name != "x"]
+    returned, gradients = Tokens(tokens, lse, mean_x), Tokens(d_tokens, d_lse, d_mean_x)
+    return by_field(hisac.route_backward)(forward=returned, gradients=gradients, **{"need": need, **rest})
+
+
+def leaf_sums_backward(**given):
+    of = {prefix: {n[len(prefix) :]: a for n, a in given.items() if n.startswith(prefix)} for prefix in LEAF_FIELDS}
+    rest = {name: a for name, a in given.items() if "." not in name}
+    sums, gradients = SUMS._replace(**of["sums."]), Histories(**of["gradients."])
+    return by_field(hisac.leaf_sums_backward)(sums=sums, gradients=gradients, **rest)
+
+
+LEAF_FIELDS = ("sums.", "gradients.")
 
 
 def attend_backward(d_out, d_lse, out, lse, **rest):
     return hisac.attend_backward(d_out, d_lse, Attended(out, lse), **rest)
 
 
-BACK = {"d_tokens": normal(B, M, V), "d_lse": normal(B, M), "tokens": TOKENS.tokens, "lse": TOKENS.lse}
+BACK = {"d_tokens": normal(B, M, V), "d_lse": normal(B, M), "d_mean_x": normal(B, M, D)}
+BACK |= TOKENS._asdict()
+ROWS = {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "bias": BIAS, "spread": WEIGHTS}
+SUMS = hisac.leaf_sums(BOOK, Histories(**ROWS))
+LEAF_BACK = {"sums.x": SUMS.x, "sums.v": SUMS.v, "sums.bias": SUMS.bias}
+LEAF_BACK |= {f"gradients.{name}": normal(*getattr(SUMS, name).shape) for name in ("x", "v", "bias")}
 RETURN = {"d_out": normal(N, H, V), "d_lse": normal(N, H), "out": ATTENDED.out, "lse": ATTENDED.lse}
 CALLS = {  # verb: the function and all its array arguments
     "Codebook": (lambda centers: Codebook([centers]).centers, {"centers": X}),
@@ -67,10 +83,10 @@ CALLS = {  # verb: the function and all its array arguments
     "vote": (partial(by_field(hisac.vote), BOOK, budget=M), {"codes": CODES, "offsets": OFFSETS, "weights": WEIGHTS}),
     "route": (partial(route, book=BOOK), {**ROUTE, **MORE}),
     "route_backward": (partial(route_backward, book=BOOK), {**BACK, **ROUTE, **MORE}),
-    "leaf_sums": (
-        partial(by_field(hisac.leaf_sums), book=BOOK),
-        {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "bias": BIAS, "spread": WEIGHTS},
-    ),
+    "missing": (partial(by_field(hisac.missing), book=BOOK), ROWS),
+    "leaf_sums": (partial(by_field(hisac.leaf_sums), book=BOOK), ROWS),
+    "leaf_sums_backward": (partial(leaf_sums_backward, book=BOOK), {**LEAF_BACK, **ROWS}),
+    "compress": (partial(by_field(hisac.compress), BOOK, budget=M, missing="token"), ROWS),
     "attend": (hisac.attend, {**ATTEND, **LIKES}),
     "attend_backward": (attend_backward, {**RETURN, **ATTEND, **LIKES}),
 }
@@ -142,8 +158,8 @@ def test_half_precision(dtype):
     assert torch.equal(hisac.encode(BOOK, x), hisac.encode(BOOK, x.float()))
     attended = hisac.attend(q, k, w, ATTEND["candidate_offsets"])
     assert attended.out.dtype == half and attended.lse.dtype == torch.float32
-    gradients = hisac.route_backward(tokens.tokens, None, tokens, Histories(x, v, OFFSETS))
-    assert all(g.dtype == torch.float32 for g in gradients[:3])
+    gradients = hisac.route_backward(Histories(x, v, OFFSETS), PROTOTYPES, tokens, Tokens(tokens.tokens, None))
+    assert all(g is None or g.dtype == torch.float32 for g in gradients)
     if dtype == "float16":
         assert hisac.route(Histories(x.numpy(), v.numpy(), OFFSETS), PROTOTYPES).tokens.dtype == np.float16
 
@@ -165,15 +181,13 @@ def test_inputs_are_borrowed_and_outputs_written_in_place():
     np.testing.assert_array_equal(address, CODES)
 
 
-@pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("convert", [np.copy, lambda a: torch.from_numpy(a.copy())])
-def test_out_of_route_and_attend(refine, convert):
-    fresh = route(**ROUTE, refine=refine)
+def test_out_of_route_and_attend(convert):
+    fresh = route(**ROUTE, mean_x=True)
     out = Tokens(*(convert(np.full_like(a, 9)) for a in fresh))
-    again = route(**ROUTE, refine=refine, out=out)
-    assert again.tokens is out.tokens and again.lse is out.lse and bits(again) == bits(fresh)
-    assert (again.prototypes is out.prototypes) == (refine > 0)
-    partly = route(**ROUTE, refine=refine, out=Tokens(None, out.lse, None))
+    again = route(**ROUTE, mean_x=True, out=out)
+    assert all(a is b for a, b in zip(again, out, strict=True)) and bits(again) == bits(fresh)
+    partly = route(**ROUTE, mean_x=True, out=Tokens(None, out.lse, None))
     assert partly.lse is out.lse and bits(partly) == bits(fresh)
     out = Attended(*(convert(np.full_like(a, 9)) for a in ATTENDED))
     assert hisac.attend(**ATTEND, **LIKES, out=out)[0] is out.out and bits(out) == bits(ATTENDED)
@@ -339,7 +353,8 @@ def test_wrong_dtypes(verb, name, dtype):
     for wrong in (cast, torch.from_numpy(cast)):
         with pytest.raises(TypeError) as error:
             call(verb, **{name: wrong})
-        assert re.match(rf"{verb}: {name} expected .+, got ", str(error.value))
+        inner = "(vote|route)" if verb == "compress" else verb  # the verb that it calls
+        assert re.match(rf"{inner}: {name} expected .+, got ", str(error.value))
         assert str(error.value).endswith(f", got {dtype} {list(right.shape)}")
 
 
@@ -419,13 +434,12 @@ def test_out_tensors_whose_meaning_would_be_lost():
         {"count": np.ones(3, np.int32)},
         {"bias": np.ones(9, np.float32)},
         {"normalize": "?"},
-        {"method": "leaf"},
-        {"refine": -1},
+        {"x": None},
         {"prototypes": PROTOTYPES[:, :, :5]},
     ],
 )
 def test_nothing_is_written_on_error(wrong):
     out = Tokens(np.full((B, M, V), 9, np.float32), np.full((B, M), 9, np.float32), np.full((B, M, D), 9, np.float32))
     with pytest.raises(ValueError, match=r"^route: "):
-        route(**{**ROUTE, **wrong}, out=out)
+        route(**{**ROUTE, **wrong}, mean_x=True, out=out)
     assert all((a == 9).all() for a in out)

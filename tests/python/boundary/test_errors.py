@@ -61,13 +61,13 @@ def test_codebook(centers, kind, text):
 @pytest.mark.parametrize(
     ("change", "kind", "text"),
     [
-        ({"codes": ()}, ValueError, "codes expected 1 to 8 levels, got 0"),
-        ({"codes": [1] * 9}, ValueError, "codes expected 1 to 8 levels, got 9"),
-        ({"codes": (4, 0)}, ValueError, "codes expected 1 to 2^20 at level 1, got 0"),
-        ({"codes": (2.5,)}, TypeError, "codes expected a whole number, got 2.5"),
+        ({"sizes": ()}, ValueError, "sizes expected 1 to 8 levels, got 0"),
+        ({"sizes": [1] * 9}, ValueError, "sizes expected 1 to 8 levels, got 9"),
+        ({"sizes": (4, 0)}, ValueError, "sizes expected 1 to 2^20 at level 1, got 0"),
+        ({"sizes": (2.5,)}, TypeError, "sizes expected a whole number, got 2.5"),
         ({"iterations": 1.5}, TypeError, "iterations expected a whole number, got 1.5"),
         ({"seed": "a"}, TypeError, "seed expected a whole number, got 'a'"),
-        ({"codes": (2**21,)}, ValueError, "codes expected 1 to 2^20 at level 0, got 2097152"),
+        ({"sizes": (2**21,)}, ValueError, "sizes expected 1 to 2^20 at level 0, got 2097152"),
         ({"iterations": "x"}, TypeError, "iterations expected a whole number, got 'x'"),
         ({"iterations": -1}, ValueError, "iterations expected 0 to 1000000, got -1"),
         ({"iterations": 2**20}, ValueError, "iterations expected 0 to 1000000, got 1048576"),
@@ -79,7 +79,7 @@ def test_codebook(centers, kind, text):
     ],
 )
 def test_fit(change, kind, text):
-    said(lambda: hisac.fit(**{"x": X, "codes": (3, 2), **change}), kind, f"fit: {text}")
+    said(lambda: hisac.fit(**{"x": X, "sizes": (3, 2), **change}), kind, f"fit: {text}")
 
 
 def test_what_a_progress_callback_raises_comes_through():
@@ -208,12 +208,12 @@ def test_vote(change, kind, text):
 
 # ---------------------------------------------------------------------------------------------------------------- route
 
+TOKENS = hisac.route(Histories(X, VALUE, OFFSETS), PROTOTYPES, mean_x=True)
 TAU = "temperature expected a number, or float32 [1] or [M]"
-NEEDED = "codes and their codebook expected where x is not given and with the leaf method, got no codebook"
+NEEDED = "codes and their codebook expected where x is not given, got no codebook"
 ROUTE = [
     ({"x": X[0]}, ValueError, "x expected [T, D], got float32 [6]"),
     ({"v": VALUE[0]}, ValueError, "v expected [T, V], got float32 [3]"),
-    ({"v": None}, TypeError, "v expected in the histories, got None"),
     ({"x": X[:9]}, ValueError, "x is [9, 6], v is [10, 3]: T differs (9, 10)"),
     ({"x": X[:, :5]}, ValueError, "prototypes is [2, 4, 6], x is [10, 5]: D differs (6, 5)"),
     ({"v": VALUE[:, :0]}, ValueError, "expected D and V of 1 to 2^20, got 6 and 0"),
@@ -234,12 +234,6 @@ ROUTE = [
     ),
     ({"x": None}, ValueError, NEEDED),
     ({"x": None, "codes": CODES}, ValueError, NEEDED),
-    ({"method": "leaf"}, ValueError, NEEDED),
-    (
-        {"method": "leaf", "x": X[:0], "v": VALUE[:0], "offsets": np.zeros(3, int)},
-        ValueError,
-        NEEDED,
-    ),
     ({"temperature": 0}, ValueError, "temperature expected finite and > 0, got 0.0"),
     ({"temperature": -1.0}, ValueError, "temperature expected finite and > 0, got -1.0"),
     ({"temperature": NAN}, ValueError, "temperature expected finite and > 0, got nan"),
@@ -254,8 +248,9 @@ ROUTE = [
     ({"normalize": "users"}, ValueError, "normalize expected 'history' or 'agents', got 'users'"),
     ({"normalize": None}, ValueError, "normalize expected 'history' or 'agents', got 'None'"),
     ({"normalize": b"agents"}, ValueError, """normalize expected 'history' or 'agents', got 'b'agents''"""),
-    ({"method": "exactly"}, ValueError, "method expected 'exact' or 'leaf', got 'exactly'"),
-    ({"missing": "keep"}, ValueError, "missing expected 'drop' or 'token', got 'keep'"),
+    ({"precision": "float16"}, ValueError, "precision expected 'float32' or 'bfloat16', got 'float16'"),
+    ({"prototypes": PROTOTYPES[0]}, ValueError, "prototypes expected [B, M, D], got float32 [4, 6]"),
+    ({"prototypes": AGENTS}, TypeError, f"prototypes {KIND} Agents"),
 ]
 
 
@@ -263,11 +258,7 @@ ROUTE = [
     ("change", "kind", "text"),
     [
         *ROUTE,
-        ({"prototypes": PROTOTYPES[0]}, ValueError, "prototypes expected [B, M, D], got float32 [4, 6]"),
-        ({"prototypes": AGENTS}, TypeError, f"prototypes {KIND} Agents"),
-        ({"refine": -1}, ValueError, "refine expected 0 to 1000000, got -1"),
-        ({"refine": 1.5}, TypeError, "refine expected a whole number, got 1.5"),
-        ({"refine": 10**30}, ValueError, f"refine expected 0 to 1000000, got {10**30}"),
+        ({"v": None}, TypeError, "v expected in the histories, got None"),
         ({"out": PROTOTYPES}, TypeError, "out expected hisac.Tokens, got ndarray"),
         (
             {"out": Tokens(PROTOTYPES, None, None)},
@@ -275,9 +266,14 @@ ROUTE = [
             "out tokens expected float32 [2, 4, 3], got float32 [2, 4, 6]",
         ),
         (
-            {"out": Tokens(None, PROTOTYPES, None), "missing": "token"},
+            {"out": Tokens(None, PROTOTYPES, None)},
             ValueError,
-            "out lse expected float32 [2, 5], got float32 [2, 4, 6]",
+            "out lse expected float32 [2, 4], got float32 [2, 4, 6]",
+        ),
+        (
+            {"out": Tokens(None, None, TOKENS.lse), "mean_x": True},
+            ValueError,
+            "out mean_x expected float32 [2, 4, 6], got float32 [2, 4]",
         ),
     ],
 )
@@ -299,34 +295,106 @@ def test_leaf_sums(change, kind, text):
     said(lambda: by_field(hisac.leaf_sums)(**{**right, **change}), kind, f"leaf_sums: {text}")
 
 
-TOKENS = hisac.route(Histories(X, VALUE, OFFSETS), PROTOTYPES)
-LEAF = {"codes": CODES, "book": BOOK, "method": "leaf"}
-FIELDS = "('v', 'temperature', 'bias', 'x', 'prototypes')"
-RETURNED = "expected tokens and d_tokens [2, 4, 3], lse and d_lse [2, 4]"
+SUMS = hisac.leaf_sums(BOOK, Histories(X, VALUE, OFFSETS, CODES))
+ROWS, LENGTH = {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "book": BOOK}, len(SUMS.bias)
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "text"),
     [
-        *ROUTE[:-1],
-        ({"missing": "token"}, ValueError, "expected tokens and d_tokens [2, 5, 3], lse and d_lse [2, 5]"),
-        ({"d_tokens": TOKENS.tokens[:1]}, ValueError, RETURNED),
-        ({"d_lse": TOKENS.lse[:1]}, ValueError, RETURNED),
+        ({"v": VALUE[:9]}, ValueError, "x is [10, 6], v is [9, 3]: T differs (10, 9)"),
+        ({"book": None}, TypeError, "book expected hisac.Codebook, got NoneType"),
+        ({"sums": tuple(SUMS)}, TypeError, "histories expected hisac.Histories, got tuple"),
+        ({"sums": SUMS._replace(bias=None)}, TypeError, "sums.bias expected in the histories, got None"),
+        ({"sums": SUMS._replace(x=SUMS.x.astype("f2"))}, TypeError,
+         f"sums.x expected float32 [S, D], got float16 [{LENGTH}, 6]"),
+        ({"sums": SUMS._replace(offsets=np.array([0, LENGTH]))}, ValueError,
+         f"sums expected of 2 users, x [{LENGTH}, 6], v [{LENGTH}, 3], bias and spread [{LENGTH}]"),
+        ({"sums": SUMS._replace(offsets=np.array([0, 1, 99]))}, ValueError,
+         f"offsets of sums expected 0 <= start <= end <= {LENGTH} for every user, got [1, 99) for user 1"),
+        ({"gradients": Histories(X[:1])}, ValueError, f"d_x expected [{LENGTH}, 6], got [1, 6]"),
+        ({"gradients": Histories(v=X)}, ValueError, f"d_v expected [{LENGTH}, 3], got [10, 6]"),
+        ({"gradients": Histories(bias=X[0])}, ValueError, f"d_bias expected [{LENGTH}], got [6]"),
+        ({"gradients": Histories(spread=X[0])}, ValueError, f"d_spread expected [{LENGTH}], got [6]"),
+        ({"need": ("x",)}, ValueError, "need expected names of ('v', 'bias'), got ('x',)"),
+    ],
+)  # fmt: skip
+def test_leaf_sums_backward(change, kind, text):
+    right = {**ROWS, "sums": SUMS, "gradients": Histories(v=SUMS.v)}
+    said(lambda: by_field(hisac.leaf_sums_backward)(**{**right, **change}), kind, f"leaf_sums_backward: {text}")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ({"v": None}, TypeError, "v expected in the histories, got None"),
+        ({"x": None, "book": None}, ValueError, NEEDED),
+        ({"bias": ONE[:9, 0]}, ValueError, "bias expected [10], got [9]"),
+    ],
+)
+def test_missing(change, kind, text):
+    said(lambda: by_field(hisac.missing)(**{**ROWS, **change}), kind, f"missing: {text}")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ({"method": "exactly"}, ValueError, "compress: method expected 'exact' or 'leaf', got 'exactly'"),
+        ({"missing": "keep"}, ValueError, "compress: missing expected 'drop' or 'token', got 'keep'"),
+        ({"refine": -1}, ValueError, "compress: refine expected 0 to 1000000, got -1"),
+        ({"refine": 1.5}, TypeError, "compress: refine expected a whole number, got 1.5"),
+        ({"refine": 10**30}, ValueError, f"compress: refine expected 0 to 1000000, got {10**30}"),
+        ({"book": "b"}, TypeError, "compress: book expected hisac.Codebook, got str"),
+        ({"x": None, "codes": None}, ValueError,
+         "compress: codes expected, or x to encode, got neither x nor codes"),
+        ({"x_ids": np.arange(10), "codes": None}, ValueError,
+         "compress: codes expected, or x to encode, got no codes beside x_ids: encode the table once and keep them"),
+        ({"budget": None}, ValueError, "vote: expected either budget or fanout, got neither"),
+        ({"normalize": "users"}, ValueError, "route: normalize expected 'history' or 'agents', got 'users'"),
+    ],
+)  # fmt: skip
+def test_compress(change, kind, text):
+    said(lambda: by_field(hisac.compress)(**{**ROWS, "budget": 3, **change}), kind, text)
+
+
+FIELDS = "('x', 'v', 'bias', 'spread', 'prototypes', 'temperature')"
+RETURNED = "expected tokens and d_tokens [2, 4, 3], lse and d_lse [2, 4]"
+OF_TOKENS = Tokens(TOKENS.tokens, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        *ROUTE,
+        ({"gradients": Tokens(TOKENS.tokens[:1], None)}, ValueError, RETURNED),
+        ({"gradients": Tokens(None, TOKENS.lse[:1])}, ValueError, RETURNED),
+        ({"gradients": Tokens(None, None, PROTOTYPES[:1])}, ValueError, "d_mean_x expected [2, 4, 6], got [1, 4, 6]"),
+        ({"gradients": (None, None)}, TypeError, "gradients expected hisac.Tokens, got tuple"),
         ({"forward": TOKENS._replace(lse=TOKENS.lse[:, :3])}, ValueError, RETURNED),
         ({"forward": TOKENS._replace(tokens=TOKENS.tokens[:, :, :2])}, ValueError, RETURNED),
+        ({"forward": TOKENS._replace(tokens=None)}, TypeError,
+         "tokens expected float32, bfloat16 or float16 [B, M, V], got None"),
+        ({"forward": TOKENS._replace(mean_x=None), "gradients": Tokens(None, None, PROTOTYPES)}, ValueError,
+         "mean_x expected [2, 4, 6], got [0, 0, 0]"),
         ({"forward": tuple(TOKENS)}, TypeError, "forward expected hisac.Tokens, got tuple"),
-        ({"d_tokens": None}, TypeError, f"d_tokens {KIND} NoneType"),
         ({"need": ("q",)}, ValueError, f"need expected names of {FIELDS}, got ('q',)"),
         ({"need": iter(["v", "q"])}, ValueError, f"need expected names of {FIELDS}, got ('v', 'q')"),
         ({"need": ("x",), "x": None, "codes": CODES, "book": BOOK}, ValueError, "a gradient of x expected x, got none"),
-        *(
-            ({**LEAF, "need": need}, NotImplementedError, "method='leaf' has gradients for v and temperature only")
-            for need in ("bias", ("v", "x"), ("prototypes",), ("v", "temperature", "bias"))
-        ),
+        ({"need": ("v",), "v": None, "gradients": Tokens(None, TOKENS.lse)}, ValueError,
+         "a gradient of v expected v, got none"),
+        ({"need": ("x",), "gradients": Tokens(None, None, PROTOTYPES)}, NotImplementedError,
+         "mean_x has no gradient for x"),
     ],
-)
+)  # fmt: skip
 def test_route_backward(change, kind, text):
-    right = {"d_tokens": TOKENS.tokens, "d_lse": None, "forward": TOKENS, "x": X, "v": VALUE, "offsets": OFFSETS}
+    right = {
+        "forward": TOKENS,
+        "gradients": OF_TOKENS,
+        "x": X,
+        "v": VALUE,
+        "offsets": OFFSETS,
+        "prototypes": PROTOTYPES,
+    }
     said(lambda: by_field(hisac.route_backward)(**{**right, **change}), kind, f"route_backward: {text}")
 
 
@@ -423,8 +491,8 @@ def test_set_num_threads(n, kind, text):
 
 @pytest.mark.parametrize("end", [2**40, 2**62])
 def test_huge_offsets_ask_for_no_memory(end):
-    """The leaf method's workspace grows with the longest history: wrong offsets are still named as such."""
+    """The workspace of leaf sums grows with the longest history: wrong offsets are still named as such."""
     book, x = hisac.Codebook([np.eye(2, dtype=np.float32)]), np.zeros((3, 2), np.float32)
     histories = Histories(x, x, np.array([0, end]), np.zeros((3, 1), np.int32))
-    with pytest.raises(ValueError, match=r"^route: offsets expected 0 <= start <= end <= 3 for every user"):
-        hisac.route(histories, x[None, :2], book=book, method="leaf")
+    with pytest.raises(ValueError, match=r"^leaf_sums: offsets expected 0 <= start <= end <= 3 for every user"):
+        hisac.leaf_sums(book, histories)

@@ -96,9 +96,9 @@ def test_types_of_others_are_no_builtin_ones():
 OUT_FIELDS = {
     "route: out tokens": (TOKENS.tokens, lambda a: route(**ROUTE, out=Tokens(a, None, None)).tokens),
     "route: out lse": (TOKENS.lse, lambda a: route(**ROUTE, out=Tokens(None, a, None)).lse),
-    "route: out prototypes": (
-        PROTOTYPES,
-        lambda a: route(**ROUTE, refine=1, out=Tokens(None, None, a)).prototypes,
+    "route: out mean_x": (
+        TOKENS.mean_x,
+        lambda a: route(**ROUTE, mean_x=True, out=Tokens(None, None, a)).mean_x,
     ),
     "attend: out": (ATTENDED.out, lambda a: hisac.attend(**ATTEND, out=Attended(a, None)).out),
     "attend: out lse": (ATTENDED.lse, lambda a: hisac.attend(**ATTEND, out=Attended(None, a)).lse),
@@ -157,9 +157,9 @@ OUTS = {  # the output: what it holds, the call with it, the inputs
         ROUTE,
     ),
     "route: out lse": (TOKENS.lse, lambda a, **new: route(**{**ROUTE, **new}, out=Tokens(None, a, None)), ROUTE),
-    "route: out prototypes": (
-        PROTOTYPES,
-        lambda a, **new: route(**{**ROUTE, **new}, refine=1, out=Tokens(None, None, a)),
+    "route: out mean_x": (
+        TOKENS.mean_x,
+        lambda a, **new: route(**{**ROUTE, **new}, mean_x=True, out=Tokens(None, None, a)),
         ROUTE,
     ),
     "attend: out": (ATTENDED.out, lambda a, **new: hisac.attend(**{**ATTEND, **new}, out=Attended(a, None)), ATTEND),
@@ -194,21 +194,18 @@ def test_an_output_shares_no_memory_with_an_input(name, other, convert):
 
 def test_outputs_share_no_memory():
     memory = np.zeros(1 << 12, np.uint8)
-    tokens, lse, refined = (at(0, a, memory) for a in (TOKENS.tokens, TOKENS.lse, PROTOTYPES))
+    tokens, lse, mean_x = (at(0, a, memory) for a in TOKENS)
     apart = at(1024, TOKENS.tokens, memory)
     for given, name, other in (
         (Tokens(tokens, lse, None), "lse", "tokens"),
-        (Tokens(tokens, None, refined), "prototypes", "tokens"),
-        (Tokens(apart, lse, refined), "prototypes", "lse"),
+        (Tokens(tokens, None, mean_x), "mean_x", "tokens"),
+        (Tokens(apart, lse, mean_x), "mean_x", "lse"),
     ):
         with pytest.raises(ValueError) as error:
-            route(**ROUTE, refine=1, out=given)
+            route(**ROUTE, mean_x=True, out=given)
         assert str(error.value) == f"route: out {name} expected memory of its own, got that of out {other}"
     with pytest.raises(ValueError, match=r"^attend: out lse expected memory of its own, got that of out$"):
         hisac.attend(**ATTEND, out=Attended(at(0, ATTENDED.out, memory), at(0, ATTENDED.lse, memory)))
-    first = route(**ROUTE)  # returns the prototypes that came in
-    with pytest.raises(ValueError, match=r"^route: out prototypes expected memory of its own, got that of prototypes$"):
-        route(**ROUTE, refine=1, out=first)
 
 
 def test_arrays_without_elements_share_nothing():
@@ -227,7 +224,7 @@ def test_the_core_s_own_outputs():
     codes, wide = at(0, CODES, memory), np.empty((T, 2), np.int64)
     rows, groups = at(0, X, memory), np.array([0, T])
     batch = Histories(rows, VALUE, groups, CODES)
-    sums = np.empty((T, D), "f4"), np.empty((T, 3), "f4"), np.empty(2, int), CODES.copy(), np.empty(T, "f4")
+    sums = np.empty((T, D), "f4"), np.empty((T, 3), "f4"), np.empty(2, int), None, CODES.copy(), np.empty(T, "f4")
     for call_core, text in (
         (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
         (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
@@ -282,7 +279,8 @@ def test_bfloat16_of_others_is_torch_s(kind):
     offsets, v = ROUTE["offsets"], ROUTE["v"]
     both(lambda x: hisac.encode(BOOK, x), np.int32, x=X)
     both(lambda x, v: hisac.route(Histories(x, v, offsets), PROTOTYPES)[:2], x=X, v=v)
-    both(lambda v: hisac.route(Histories(X, v, offsets), PROTOTYPES, missing="token")[:2], v=v) if kind < 3 else None
+    batch = Histories(X, None, offsets, CODES)
+    both(lambda v: hisac.compress(BOOK, batch._replace(v=v), budget=4, missing="token")[:2], v=v)
     both(lambda x, v: hisac.leaf_sums(BOOK, Histories(x, v, offsets, CODES)), np.float32, x=X, v=v)
     qkv = {name: ATTEND[name] for name in ("q", "keys", "values")}
     both(lambda **a: hisac.attend(**a, candidate_offsets=ATTEND["candidate_offsets"]), **qkv)
@@ -342,7 +340,9 @@ def test_empty_arrays_of_absurd_widths(width, convert):
         (lambda: route(**{**right, "v": x}), "route: v"),
         (lambda: route(**{**right, "prototypes": prototypes}), "route: prototypes"),
         (
-            lambda: hisac.route_backward(none, None, Tokens(none, lse, prototypes), Histories(x, v, offsets)),
+            lambda: hisac.route_backward(
+                Histories(x, v, offsets), prototypes, Tokens(none, lse), Tokens(none, None), need=("v",)
+            ),
             "route_backward: x",
         ),
         (lambda: hisac.leaf_sums(BOOK, Histories(x, v, offsets, codes)), "leaf_sums: x"),
@@ -356,7 +356,7 @@ def test_the_core_checks_widths_itself():
     """As torch's operators call it."""
     wide, v, offsets = np.empty((0, 2**57 + 1024), "f4"), np.empty((0, 3), "f4"), np.zeros(3, int)
     out = np.empty((2, 0, 3), "f4"), np.empty((2, 0), "f4")
-    options = [None, 1.0, "history", "exact", "drop", "float32", 0]
+    options = [None, 1.0, "history", "float32"]
     with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
         _core.route(None, Histories(wide, v, offsets), np.empty((2, 0, 1), "f4"), *options, *out, None)
     with pytest.raises(ValueError, match=r"^route: prototypes expected .* D at most 2\^20, got float32 \[2, 0, 144"):

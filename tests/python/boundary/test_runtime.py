@@ -40,16 +40,14 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
     attend = {"q": normal(users, 2, 4), "keys": normal(users, agents, 2, 4), "values": normal(users, agents, 2, 3)}
     attend["candidate_offsets"] = np.arange(users + 1)
     tokens, attended = by_field(hisac.route)(**route), hisac.attend(**attend)
-    back = {"d_tokens": tokens.tokens, "d_lse": tokens.lse}
-    back.update((name, array) for name, array in route.items() if name != "prototypes")
     return book, {
         "Codebook": (lambda centers: Codebook([centers]), {"centers": x[:8].copy()}),
-        "fit": (partial(hisac.fit, codes=sizes[:1], iterations=2), {"x": x}),
+        "fit": (partial(hisac.fit, sizes=sizes[:1], iterations=2), {"x": x}),
         "encode": (partial(hisac.encode, book), {"x": x}),
         "prototypes": (book.prototypes, {"codes": codes}),
         "vote": (partial(by_field(hisac.vote), book, budget=agents), {"codes": codes, "offsets": offsets}),
         "route": (by_field(hisac.route), route),
-        "route_backward": (partial(by_field(hisac.route_backward), forward=tokens), back),
+        "route_backward": (partial(by_field(hisac.route_backward), forward=tokens, gradients=tokens), route),
         "attend": (hisac.attend, attend),
         "attend_backward": (
             partial(hisac.attend_backward, forward=attended),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hisac import Histories, reference, testing
+from hisac import Histories, Tokens, reference, testing
 from support import by_field, grouped
 
 problem = testing.problems(max_history=24)
@@ -29,7 +29,8 @@ def changed(args, changes):
 
 def same(a, b, rtol=1e-9):
     for x, y in zip(a, b, strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-9)
+        if x is not None:
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-9)
 
 
 def users_of(offsets):
@@ -42,14 +43,14 @@ def users_of(offsets):
 @given(testing.problems(max_history=24, hostile=True))
 def test_weights_sum_to_one_or_zero(p):
     """For any finite values, however large the logits: tokens of v = 1 are 1, or 0 where lse is -inf."""
-    out = reference.route(**args_of(p, v=np.ones((len(p.histories.v), 1)), missing="drop"))
+    out = reference.route(**args_of(p, v=np.ones((len(p.histories.v), 1))))
     np.testing.assert_allclose(out.tokens[..., 0], np.where(np.isneginf(out.lse), 0.0, 1.0), rtol=1e-9)
     assert not np.isnan(out.lse).any()
 
 
 @given(testing.problems(max_history=24, hostile=True))
 def test_tokens_lie_in_the_hull_of_the_present_rows(p):
-    args = args_of(p, missing="drop", v=np.random.default_rng(p.seed).normal(size=p.histories.v.shape))
+    args = args_of(p, v=np.random.default_rng(p.seed).normal(size=p.histories.v.shape))
     out = reference.route(**args)
     for b, _, h in reference.each_history(*history_args(args)):
         for a in h.agents if len(h.v) else ():
@@ -60,7 +61,7 @@ def test_tokens_lie_in_the_hull_of_the_present_rows(p):
 
 def history_args(args):
     """The arguments of `reference.each_history` from those of `route`."""
-    full = dict.fromkeys(inspect.signature(reference.each_history).parameters) | {"method": "exact"}
+    full = dict.fromkeys(inspect.signature(reference.each_history).parameters)
     return [args.get(name, default) for name, default in full.items()]
 
 
@@ -72,7 +73,7 @@ def test_absent_rows_change_nothing(p, how, seed):
     at = np.sort(rng.integers(h.offsets[0], h.offsets[-1] + 1, 5))
     zero = np.zeros(len(h.v), np.float32)
     h = h._replace(**{name: zero for name in ("bias", "spread") if getattr(h, name) is None})
-    args = args_of(p, missing="drop") | {"histories": h}
+    args = args_of(p) | {"histories": h}
     junk = {
         "x": np.full((5, h.x.shape[1]), np.nan if how == "x" else 0.0),
         "v": np.full((5, h.v.shape[1]), np.nan),
@@ -94,9 +95,9 @@ def test_absent_agents_take_no_share(p):
     junk = np.concatenate([p.prototypes, np.full((b, 2, p.prototypes.shape[2]), np.nan)], 1)
     tau = np.broadcast_to(p.temperature, m)
     wide = reference.route(**args | {"prototypes": junk, "count": count, "temperature": np.append(tau, [1.0, 1.0])})
-    for a, c in zip(reference.route(**args), wide, strict=True):
-        np.testing.assert_array_equal(a[:, :m], c[:, :m])
-        assert p.missing == "token" or not np.isfinite(c[:, m:]).any() or not c[:, m:].any()
+    for a, c in zip(reference.route(**args)[:2], wide[:2], strict=True):
+        np.testing.assert_array_equal(a, c[:, :m])
+        assert not np.isfinite(c[:, m:]).any() or not c[:, m:].any()
     agents_of_bad_tau = reference.route(**args | {"temperature": np.where(np.arange(m) == 0, np.nan, tau)})
     assert np.isneginf(agents_of_bad_tau.lse[:, 0]).all() and not agents_of_bad_tau.tokens[:, 0].any()
 
@@ -104,7 +105,7 @@ def test_absent_agents_take_no_share(p):
 @given(problem, st.integers(0, 24))
 def test_parts_of_a_history_merge(p, cut):
     """token = sum over parts of exp(lse_part - lse) token_part; so tiles, machines and updates may be merged."""
-    args = args_of(p, missing="drop", refine=0, method="exact")
+    args = args_of(p)
     whole = reference.route(**args)
     starts, ends = (
         np.array([[r.start, max(r.start, r.stop)] for r in reference.ranges(p.histories.offsets)]).reshape(-1, 2).T
@@ -129,7 +130,7 @@ def test_users_do_not_meet(p):
         one |= {"prototypes": p.prototypes[b : b + 1], "count": None if p.count is None else p.count[b : b + 1]}
         alone = reference.route(**changed(args, one | {"offsets": np.array([0, len(rows)])}))
         for a, c in zip(out, alone, strict=True):
-            np.testing.assert_array_equal(a[b], c[0])
+            assert a is None or np.array_equal(a[b], c[0], equal_nan=True)
 
 
 @given(problem, st.data())
@@ -140,24 +141,24 @@ def test_one_users_nan_spoils_nobody_else(p, data):
     spoilt = [b for b, rows in enumerate(users) if row in rows]
     v[row] = np.nan
     clean, spoiled = reference.route(**args_of(p)), reference.route(**args_of(p, v=v))
-    for a, c in zip(clean, spoiled, strict=True):
+    for a, c in zip(clean[:2], spoiled[:2], strict=True):
         np.testing.assert_array_equal(np.delete(a, spoilt, 0), np.delete(c, spoilt, 0))
 
 
 @given(problem)
 def test_agents_mode_conserves_mass(p):
     """Each present row gives exp(bias) to the agents together: sum_a exp(lse_a) = sum_i exp(bias_i)."""
-    args = args_of(p, normalize="agents", missing="drop", refine=0)
+    args = args_of(p, normalize="agents")
     out = reference.route(**args)
-    for b, _, h in reference.each_history(*history_args(args | {"method": "exact"})):
+    for b, _, h in reference.each_history(*history_args(args)):
         if len(h.agents) and len(h.x):
             np.testing.assert_allclose(reference.logsumexp(out.lse[b], 0), reference.logsumexp(h.bias, 0), atol=1e-9)
 
 
-@given(testing.problems(max_history=24, methods=("exact",), max_refine=0))
+@given(problem)
 def test_limits_of_temperature(p):
     """tau -> 0: the nearest row; tau -> infinity: the mean weighted by exp(bias), in both modes."""
-    args = args_of(p, missing="drop", normalize="history")
+    args = args_of(p, normalize="history")
     cold, hot = (reference.route(**args | {"temperature": tau}) for tau in (1e-9, 1e12))
     fair = reference.route(**args | {"temperature": 1e12, "normalize": "agents"})
     for b, _, h in reference.each_history(*history_args(args)):
@@ -186,55 +187,50 @@ def test_a_changed_bias_changes_tokens(normalize):
     np.testing.assert_allclose(shifted.lse, plain.lse + 0.7)
 
 
-@given(problem, st.integers(0, 3), st.integers(0, 3))
-def test_refinement_continues_where_it_stopped(p, n, more):
-    first = reference.route(**args_of(p, refine=n))
-    again = reference.route(**args_of(p, refine=more, prototypes=first.prototypes))
-    same(again, reference.route(**args_of(p, refine=n + more)))
+@given(problem)
+def test_mean_x_is_the_token_of_x(p):
+    assume(p.histories.x is not None)
+    out = reference.route(**args_of(p, mean_x=True, v=p.histories.x))
+    np.testing.assert_array_equal(out.tokens, out.mean_x)
+    alone = reference.route(**args_of(p, mean_x=True, tokens=False, v=None))
+    assert alone.tokens is None
+    same(alone[1:], out[1:])
 
 
-def test_refinement_has_fixed_points():
-    x = np.float32([[0, 0], [0.2, 0], [5, 5], [5, 5.2]])
-    options = {"x": x, "v": x, "offsets": np.array([0, 4]), "temperature": 0.5}
-    out = route(prototypes=np.float32([[[1, 0], [4, 5], [0, 0]]]), refine=60, count=np.array([2]), **options)
-    np.testing.assert_allclose(out.prototypes[0], [[0.1, 0], [5, 5.1], [0, 0]], atol=1e-6)
-    np.testing.assert_allclose(out.tokens[0, :2], out.prototypes[0, :2], atol=1e-6)
-    empty = route(prototypes=np.float32([[[1, 0]]]), refine=3, **options | {"offsets": np.array([0, 0])})
-    assert empty.prototypes.tolist() == [[[1, 0]]] and np.isneginf(empty.lse).all()
+# ------------------------------------------------------------------------------------------------------- leaf sums
 
 
 @given(problem)
-def test_leaf_is_exact_when_a_leafs_rows_coincide(p):
-    args = args_of(p, x=None, spread=None, book=p.by_reference(p.vote_args())["book"])
-    exact, leaf = (reference.route(**args | {"method": method}) for method in ("exact", "leaf"))
-    same(exact, leaf, 1e-7)
+def test_leaf_sums_are_exact_when_a_leafs_rows_coincide(p):
+    book = p.by_reference(p.vote_args())["book"]
+    args = args_of(p, x=None, spread=None, book=book)
+    sums = reference.leaf_sums(book, args["histories"])
+    same(reference.route(**args), reference.route(**args | {"histories": sums}), 1e-7)
 
 
-def test_leaf_rows_act_at_their_mean():
+def test_leaf_sums_act_at_their_mean():
     book = reference.Codebook([[[0.0], [9.0]]])
     x, p = np.array([[0.0], [2.0], [9.0]]), np.array([[[1.0]]])
-    out = reference.route(
-        Histories(x, x, np.array([0, 3]), np.array([[0], [0], [1]])), p, temperature=1.0, book=book, method="leaf"
-    )
+    sums = reference.leaf_sums(book, Histories(x, x, np.array([0, 3]), np.array([[0], [0], [1]])))
+    assert sums.x.tolist() == [[1], [9]] and sums.spread.tolist() == [1, 0] and sums.codes.tolist() == [[0], [1]]
+    np.testing.assert_allclose(sums.bias, [math.log(2), 0])
+    out = reference.route(sums, p, temperature=1.0)
     z = np.array([math.log(2) - (0 + 1), -64.0])  # mean 1, variance 1; one row at 9
     assert math.isclose(out.lse[0, 0], np.logaddexp(*z))
     assert math.isclose(out.tokens[0, 0, 0], np.exp(z - np.logaddexp(*z)) @ [1, 9])
-    with pytest.raises(ValueError, match="codes and book expected"):
-        reference.route(Histories(x, x, np.array([0, 3])), p, method="leaf")
 
 
-def test_missing_token_is_the_mean_of_absent_rows():
+def test_missing_rows():
+    """Absent, with a v that is finite. As x of a route, to one prototype of 0, they give their mean and log count."""
     x = np.float32([[0], [np.nan], [np.inf], [1], [2.0**50]])
     v = np.float32([[1], [2], [4], [8], [np.nan]])
-    out = reference.route(
-        Histories(x, v, np.array([0, 4, 5]), bias=np.float32([0, 0, 0, np.nan, 0])),
-        np.zeros((2, 1, 1)),
-        missing="token",
-    )
-    np.testing.assert_allclose(out.tokens[0, 1], (2 + 4 + 8) / 3)
-    assert math.isclose(out.lse[0, 1], math.log(3)) and math.isclose(out.tokens[0, 0, 0], 1)
-    assert out.tokens[1].tolist() == [[0], [0]] and np.isneginf(out.lse[1]).all()
-    assert reference.route(Histories(x, v, np.array([0, 4, 5])), np.zeros((2, 1, 1))).tokens.shape == (2, 1, 1)
+    h = Histories(x, v, np.array([0, 4, 5]), bias=np.float32([0, 0, 0, np.nan, 0]))
+    found = reference.missing(h)
+    assert found.tolist() == [-np.inf, 0, 0, 0, -np.inf]
+    token = reference.route(Histories(found[:, None], v, h.offsets), np.zeros((2, 1, 1)), temperature=1.0)
+    np.testing.assert_allclose(token.tokens[0, 0], (2 + 4 + 8) / 3)
+    assert math.isclose(token.lse[0, 0], math.log(3))
+    assert token.tokens[1].tolist() == [[0]] and np.isneginf(token.lse[1]).all()
 
 
 # --------------------------------------------------------------------------------------------------------- gradients
@@ -251,20 +247,21 @@ def slopes(loss, values, step=1e-6):
     return out
 
 
-def pairing(tokens, d_tokens, d_lse):
-    return (tokens[0] * d_tokens).sum() + (
-        0 if d_lse is None else (np.where(np.isfinite(tokens[1]), tokens[1], 0) * d_lse).sum()
-    )
+def pairing(returned, gradients):
+    """The sum of what was returned times the gradients of it."""
+    pairs = zip(returned, gradients, strict=True)
+    return sum((np.where(np.isfinite(a), a, 0) * d).sum() for a, d in pairs if d is not None)
 
 
-@given(testing.problems(max_users=2, max_history=5, max_width=3, max_agents=3, max_refine=0, dtypes=("float32",)))
+@given(testing.problems(max_users=2, max_history=5, max_width=3, max_agents=3, dtypes=("float32",)))
 def test_route_backward_equals_finite_differences(p):
     args = args_of(p)
     tau = np.full(1, p.temperature) if isinstance(p.temperature, float) else p.temperature.astype(np.float64)
     args["temperature"] = tau = np.maximum(tau, 0.5)
     h = p.histories
-    bias = np.zeros(len(h.v)) if h.bias is None else h.bias
-    free = {"v": h.v, "temperature": tau, "bias": bias, "prototypes": p.prototypes}
+    zero = np.zeros(len(h.v))
+    free = {"v": h.v, "temperature": tau, "bias": zero if h.bias is None else h.bias, "prototypes": p.prototypes}
+    free["spread"] = zero + 1 if h.spread is None else h.spread
     free |= {} if h.x is None else {"x": h.x}
     free = {
         name: a.astype(np.float64) / (10 if name == "x" and np.abs(a).max(initial=0) > 10 else 1)
@@ -273,15 +270,13 @@ def test_route_backward_equals_finite_differences(p):
     args = changed(args, free)
     forward = reference.route(**args)
     back = p.backward_args(forward)
-    back = {name: a for name, a in args.items() if name not in ("refine", "prototypes")} | {
-        name: back[name] for name in ("d_tokens", "d_lse", "need")
-    }
-    mine = reference.route_backward(forward=forward, **back)
+    given = {name: a for name, a in args.items() if name != "mean_x"} | {n: back[n] for n in ("gradients", "need")}
+    mine = reference.route_backward(forward=forward, **given)
     for name in set(back["need"]) & set(free):
         values = free[name]
-        inside = np.isfinite(values)
+        inside = np.isfinite(values) & ((name != "spread") | (values > 1e-5))  # on either side present
         with np.errstate(invalid="ignore"):
-            expected = slopes(lambda _: pairing(reference.route(**args), back["d_tokens"], back["d_lse"]), values)
+            expected = slopes(lambda _: pairing(reference.route(**args), back["gradients"]), values)
         got = getattr(mine, name)
         np.testing.assert_allclose(got[inside], expected[inside], rtol=1e-4, atol=1e-4, err_msg=name)
     assert all(getattr(mine, name) is None for name in set(mine._fields) - set(back["need"]))
@@ -289,27 +284,49 @@ def test_route_backward_equals_finite_differences(p):
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])
 @pytest.mark.parametrize("tau", [np.array([0.7]), np.array([0.7, 0.4, 2.0])])
-def test_every_gradient_of_route_matters(normalize, tau):
+@pytest.mark.parametrize("of_mean", [False, True])
+def test_every_gradient_of_route_matters(normalize, tau, of_mean):
     """Three rows and agents close enough together that no gradient is near zero."""
     rng = np.random.default_rng(0)
-    x, v, p, bias, d_tokens, d_lse = (rng.normal(size=s) for s in ((3, 2), (3, 2), (1, 3, 2), 3, (1, 3, 2), (1, 3)))
+    x, v, p, bias = (rng.normal(size=s) for s in ((3, 2), (3, 2), (1, 3, 2), 3))
+    gradients = Tokens(*(rng.normal(size=s) for s in ((1, 3, 2), (1, 3), (1, 3, 2))))
+    gradients = gradients if of_mean else gradients._replace(mean_x=None)
     args = {"x": x / 2, "v": v, "prototypes": p / 2, "bias": bias, "temperature": tau.copy()}
+    args["spread"] = rng.uniform(size=3)
     options = {"offsets": np.array([0, 3]), "normalize": normalize}
-    given = grouped({name: a for name, a in (args | options).items() if name != "prototypes"})
-    forward = route(**args, **options)
-    mine = reference.route_backward(d_tokens, d_lse, forward, **given, need=tuple(args))
-    for name, values in args.items():
-        expected = slopes(lambda _: pairing(route(**args, **options), d_tokens, d_lse), values)
-        assert np.abs(expected).max() > 0.1
+    need = [name for name in args if name != "x" or not of_mean]
+    forward = route(**args, **options, mean_x=True)
+    mine = reference.route_backward(**grouped(args | options), forward=forward, gradients=gradients, need=need)
+    for name in need:
+        expected = slopes(lambda _: pairing(route(**args, **options, mean_x=True), gradients), args[name])
+        assert np.abs(expected).max() > (0.1 if name != "spread" else 0) or len(tau) == 1
         np.testing.assert_allclose(getattr(mine, name), expected, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
-def test_leaf_has_no_gradient_of_x():
-    x, book = np.zeros((1, 1)), reference.Codebook([[[0.0]]])
-    histories, options = Histories(x, x, [0, 1], np.zeros((1, 1), int)), {"book": book, "method": "leaf"}
-    forward = reference.route(histories, np.zeros((1, 1, 1)), **options)
-    with pytest.raises(NotImplementedError, match="v and temperature only"):
-        reference.route_backward(forward.tokens, None, forward, histories, need=("x",), **options)
+def test_mean_x_has_no_gradient_of_x():
+    h, p = Histories(np.zeros((1, 1)), np.zeros((1, 1)), np.array([0, 1])), np.zeros((1, 1, 1))
+    forward = reference.route(h, p, mean_x=True)
+    with pytest.raises(NotImplementedError, match="mean_x has no gradient for x"):
+        reference.route_backward(h, p, forward, Tokens(None, None, p), need=("x",))
+
+
+@given(testing.problems(max_users=2, max_history=6, max_width=3, dtypes=("float32",)))
+def test_leaf_sums_backward_equals_finite_differences(p):
+    args, h = p.by_reference(p.leaf_args()), p.histories
+    bias = np.zeros(len(h.v)) if h.bias is None else h.bias.astype(np.float64)
+    free = {"v": h.v.astype(np.float64), "bias": np.where(np.abs(bias) < 20, bias, np.nan)}
+    args["histories"] = h._replace(**free)
+    back = p.leaf_backward_args(reference.leaf_sums(**args))
+    gradients = [getattr(back["gradients"], name) for name in ("x", "v", "bias", "spread")]
+
+    def loss(_):
+        sums = reference.leaf_sums(**args)
+        return pairing([getattr(sums, name) for name in ("x", "v", "bias", "spread")], gradients)
+
+    mine = reference.leaf_sums_backward(**args, sums=back["sums"], gradients=back["gradients"])
+    for name, values in free.items():
+        expected, inside = slopes(loss, values), np.isfinite(values)
+        np.testing.assert_allclose(getattr(mine, name)[inside], expected[inside], rtol=1e-4, atol=1e-3, err_msg=name)
 
 
 @given(testing.attentions(max_users=2, max_candidates=3, dtypes=("float32",)))
@@ -323,7 +340,7 @@ def test_attend_backward_equals_finite_differences(p):
     mine = reference.attend_backward(**args, **{name: back[name] for name in ("d_out", "d_lse")}, forward=forward)
     for name, values in free.items():
         inside = np.isfinite(values)
-        expected = slopes(lambda _: pairing(reference.attend(**args), back["d_out"], back["d_lse"]), values)
+        expected = slopes(lambda _: pairing(reference.attend(**args), (back["d_out"], back["d_lse"])), values)
         np.testing.assert_allclose(getattr(mine, name)[inside], expected[inside], rtol=1e-4, atol=1e-4, err_msg=name)
     assert (mine.bias is None) == (args["bias"] is None)
 

@@ -87,11 +87,15 @@ def test_problems_run_by_the_reference(p):
     out = p.reference()
     assert finite(p.histories.x, p.histories.v, p.prototypes, out.tokens) and not np.isnan(out.lse).any()
     users = len(reference.ranges(p.histories.offsets))
-    assert out.tokens.shape[:2] == (users, p.prototypes.shape[1] + (p.missing == "token"))
+    assert out.tokens.shape[:2] == (users, p.prototypes.shape[1]) and (out.mean_x is not None) == p.mean_x
     reference.vote(**p.by_reference(p.vote_args()))
     reference.encode(**p.by_reference(p.encode_args()))
     gradients = reference.route_backward(**p.by_reference(p.backward_args(out)))
     assert isinstance(gradients, RouteGradients) and len(repr(p)) < 5000
+    sums = reference.leaf_sums(**p.by_reference(p.leaf_args()))
+    reference.leaf_sums_backward(**p.by_reference(p.leaf_backward_args(sums)))
+    made = reference.compress(**p.by_reference(p.compress_args()))
+    assert finite(made.tokens) and made.tokens.shape[0] == users
 
 
 @given(testing.problems(max_history=16))
@@ -101,6 +105,8 @@ def test_problems_run_compiled(p):
     testing.assert_tokens_close(hisac.route(**p.route_args()), p.reference(), p)
     for mine, theirs in zip(reference.route(**p.route_args()), p.reference(), strict=True):
         np.testing.assert_array_equal(mine, theirs)  # with the compiled Codebook too
+    made, expected = hisac.compress(**p.compress_args()), reference.compress(**p.by_reference(p.compress_args()))
+    assert made.tokens.shape == expected.tokens.shape and made.lse.shape == expected.lse.shape
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,8 @@ def test_problems_run_compiled(p):
     [
         lambda p: p.method == "leaf" and p.normalize == "agents" and p.missing == "token" and p.refine == 2,
         lambda p: p.histories.x is None,
-        lambda p: p.histories.x is not None and p.routed_codes and p.method == "exact",
+        lambda p: p.histories.x is not None and p.routed_codes and p.mean_x,
+        lambda p: p.backward_args(p.reference())["gradients"].mean_x is not None and p.histories.x is not None,
         lambda p: p.histories.bias is not None and np.isneginf(p.histories.bias).any(),
         lambda p: p.histories.weights is not None and p.fanout is not None,
         lambda p: p.count is not None and 0 in p.count,
@@ -184,7 +191,7 @@ def plain_route(histories, prototypes, *, temperature, normalize, wrong=None):
             top = z.max(0)
             u = np.exp(z - top)
             tokens[b], lse[b] = (u.T @ values) / u.sum(0)[:, None], top + np.log(u.sum(0))
-    return Tokens(tokens.astype(v.dtype), lse, prototypes)
+    return Tokens(tokens.astype(v.dtype), lse)
 
 
 def tame(seed, normalize, rows=200, dtype=np.float32):
@@ -227,7 +234,7 @@ def test_bound_follows_the_type_of_v():
 
 def test_bound_where_float32_has_no_digits_left():
     """Logits of 1e10 mean nothing in float32; what is left is that tokens are means of the rows."""
-    args = tame(3, "history") | {"temperature": 1e-10, "missing": "drop"}
+    args = tame(3, "history") | {"temperature": 1e-10}
     limit, expected = bounds.route_bound(args).tokens, reference.route(**args).tokens
     h = args["histories"]
     for b, rows in enumerate(reference.ranges(h.offsets)):
@@ -249,10 +256,9 @@ def test_gradient_bound_holds_where_inputs_lose_digits(seed, normalize):
     """A gradient with its forward in float32 is within the bound of the one with its forward in float64."""
     args = tame(seed, normalize, 40)
     forward, rng = reference.route(**args), np.random.default_rng(seed)
-    args.pop("prototypes")
-    back = {"d_tokens": rng.normal(size=forward.tokens.shape), "d_lse": rng.normal(size=forward.lse.shape), **args}
-    back |= {"need": RouteGradients._fields}
-    rough = Tokens(*(a.astype(np.float32) for a in forward))
+    given = Tokens(rng.normal(size=forward.tokens.shape), rng.normal(size=forward.lse.shape))
+    back = {**args, "gradients": given, "need": RouteGradients._fields}
+    rough = Tokens(*(None if a is None else a.astype(np.float32) for a in forward))
     exact = reference.route_backward(forward=forward, **back)
     close = reference.route_backward(forward=rough, **back)
     testing.assert_gradients_close(close, exact, back | {"forward": forward})
@@ -317,15 +323,12 @@ def test_close_knows_what_is_not_a_number():
         with pytest.raises(AssertionError, match=r"a: 1 of 1 differ; first at \[0\]"):
             testing.assert_close(mine, expected, bound, "a")
     with pytest.raises(AssertionError, match="expected nothing"):
-        testing.assert_gradients_close(RouteGradients(one, *[None] * 4), RouteGradients(*[None] * 5), BACK)
+        testing.assert_gradients_close(RouteGradients(one, *[None] * 5), RouteGradients(*[None] * 6), BACK)
 
 
-BACK = {
-    "d_tokens": np.zeros((0, 1, 1)),
-    "d_lse": None,
-    "forward": Tokens(np.zeros((0, 1, 1)), np.zeros((0, 1)), np.zeros((0, 1, 1))),
-}
+BACK = {"forward": Tokens(np.zeros((0, 1, 1)), np.zeros((0, 1))), "gradients": Tokens(np.zeros((0, 1, 1)), None)}
 BACK |= {"histories": hisac.Histories(np.zeros((0, 1)), np.zeros((0, 1)), np.array([0])), "need": ()}
+BACK |= {"prototypes": np.zeros((0, 1, 1))}
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -10,11 +10,11 @@ import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
 from hisac.testing.problems import sprinkle
-from hisac.types import RouteGradients
+from hisac.types import RouteGradients, Tokens
 from support import by_field, grouped, kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
-route, leaf_sums = by_field(hisac.route), by_field(hisac.leaf_sums)
+route, leaf_sums, missing = map(by_field, (hisac.route, hisac.leaf_sums, hisac.missing))
 PROBLEMS = st.booleans().flatmap(lambda hostile: testing.problems(gathered=True, hostile=hostile))
 MANY = 3 * settings().max_examples  # of the profile: so many options meet
 SEARCH = settings(max_examples=3000, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
@@ -57,17 +57,29 @@ def test_route(p):
 
 
 @settings(max_examples=MANY)
-@given(PROBLEMS.filter(lambda p: p.refine == 0))
+@given(PROBLEMS)
 def test_route_backward(p):
     for convert, _ in kinds(p):
         args = p.backward_args(hisac.route(**convert(p.route_args())))
         mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
         exact = p.by_reference(args)
         testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
-        for name, g, size in zip(("v", "bias", "x"), (mine.v, mine.bias, mine.x), (2, 1, 2), strict=True):
+        for name, size in (("v", 2), ("bias", 1), ("spread", 1), ("x", 2)):
+            g = getattr(mine, name)
             assert g is None or (g.shape[0] == behaviours(p) and len(g.shape) == size), name
     if p.dtype == "float32":
         assert bits(mine) == bits(hisac.route_backward(**copied(args)))
+
+
+@settings(max_examples=MANY)
+@given(PROBLEMS)
+def test_missing(p):
+    options = {"book": p.book} if p.routed_codes or p.histories.x is None else {}
+    expected = reference.missing(p.histories, **p.by_reference(options))
+    for convert, _ in kinds(p):
+        found = with_threads(lambda: hisac.missing(**convert({"histories": p.histories}), **options))  # noqa: B023
+        np.testing.assert_array_equal(bounds.as_numpy(found), expected)
+    np.testing.assert_array_equal(hisac.missing(copied({"histories": p.histories})["histories"], **options), expected)
 
 
 @settings(max_examples=MANY)
@@ -119,7 +131,7 @@ def behaviours(p):
 )
 def test_problems_reach(wanted):
     problems = testing.problems(gathered=True, hostile=True, max_history=12)
-    find(problems, lambda p: wanted(p.histories) and p.missing == "token", settings=SEARCH)
+    find(problems, lambda p: wanted(p.histories), settings=SEARCH)
 
 
 # ------------------------------------------------------------------------------------------------------ small and exact
@@ -133,10 +145,12 @@ def test_an_id_outside_its_table_is_an_absent_behaviour():
     for bad in (-1, 3, -(2**31), 2**31 - 1):
         for dtype in (np.int32, np.int64):
             ids = np.array([0, bad, 2, 1], dtype)
-            out = route(x=X, v=v, x_ids=ids, missing="token", **ONE)
-            assert out.tokens[0].ravel().tolist() == [1, 8, 4, 2]  # it has a value: counted as missing
-            out = route(x=X[np.array([0, 1, 2, 1])], v=v[:3], v_ids=ids, missing="token", **ONE)
-            assert out.tokens[0].ravel().tolist() == [1, 2, 4, 0] and out.lse[0, 3] == -np.inf  # it has none
+            assert route(x=X, v=v, x_ids=ids, **ONE).tokens[0].ravel().tolist() == [1, 8, 4]
+            rows = {"x": X, "v": v, "x_ids": ids, "offsets": ONE["offsets"]}
+            assert missing(**rows).tolist() == [-np.inf, 0, -np.inf, -np.inf]  # it has a value
+            rows = {"x": X[np.array([0, 1, 2, 1])], "v": v[:3], "v_ids": ids, "offsets": ONE["offsets"]}
+            assert route(**ONE | rows).tokens[0].ravel().tolist() == [1, 2, 4]
+            assert missing(**rows).tolist() == [-np.inf] * 4  # it has none
     for bad in (2**62, 2**63 - 1, -(2**63)):
         out = route(x=X, v=v, x_ids=np.array([0, bad, 2, 1]), **ONE)
         assert out.tokens[0].ravel().tolist() == [1, 8, 4]
@@ -144,8 +158,9 @@ def test_an_id_outside_its_table_is_an_absent_behaviour():
 
 def test_an_empty_table_makes_everyone_absent():
     ids, v = np.zeros(4, np.int64), np.float32([[1], [2], [3], [4]])
-    assert route(x=X[:0], v=v, x_ids=ids, missing="token", **ONE).tokens.ravel().tolist() == [0, 0, 0, 2.5]
-    assert not route(x=X[[0, 1, 2, 0]], v=v[:0], v_ids=ids, missing="token", **ONE).tokens.any()
+    assert not route(x=X[:0], v=v, x_ids=ids, **ONE).tokens.any()
+    assert missing(x=X[:0], v=v, x_ids=ids, offsets=ONE["offsets"]).tolist() == [0] * 4
+    assert not route(x=X[[0, 1, 2, 0]], v=v[:0], v_ids=ids, **ONE).tokens.any()
 
 
 def test_no_behaviours():
@@ -167,9 +182,8 @@ def test_int8_is_scaled_and_rounded(scale):
     testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact))
 
 
-@pytest.mark.parametrize("method", ["exact", "leaf"])
 @pytest.mark.parametrize("scale", [0, np.float32([0]), np.float32([0, 0.5, 0])])
-def test_a_scale_of_zero_gives_zeros(scale, method):
+def test_a_scale_of_zero_gives_zeros(scale):
     """Exactly, in sums too: an all-zero row of a table has the largest value, and so the scale, of zero."""
     rng = np.random.default_rng(0)
     x, v = rng.integers(-128, 128, (3, 4)).astype(np.int8), rng.normal(size=(6, 2)).astype(np.float32)
@@ -177,7 +191,7 @@ def test_a_scale_of_zero_gives_zeros(scale, method):
     rows = np.where(np.reshape(scale, (-1, 1)) == 0, 0, x * np.float32(0.5)).astype(np.float32)[ids]
     codes = np.int32([[0], [1], [0]])
     more = {"book": book, "offsets": np.array([0, 6])}
-    options = {"prototypes": book.centers[0][None], "method": method, "refine": int(method == "exact"), **more}
+    options = {"prototypes": book.centers[0][None], "mean_x": True, **more}
     with np.errstate(all="raise"):
         mine = route(x=x, v=v, codes=codes, x_ids=ids, x_scale=scale, **options)
     assert np.isfinite(mine.tokens).all()
@@ -198,17 +212,17 @@ def test_a_scale_that_is_not_finite_or_absurd_makes_absent(scale):
 
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])
-@pytest.mark.parametrize("method", ["exact", "leaf"])
-def test_subnormal_rows_and_values(method, normalize):
+def test_subnormal_rows_and_values(normalize):
     rng, n = np.random.default_rng(0), 150
     book = hisac.Codebook(tuple(rng.normal(size=(2, 3)).astype(np.float32) for _ in range(3)))
-    args = {"x": rng.integers(-128, 128, (n, 3)).astype(np.int8), "x_scale": np.float32([1e-45]), "refine": 1}
-    args |= {"v": rng.normal(size=(n, 4)).astype(np.float32) * np.float32(1e-43), "offsets": np.array([0, n])}
-    args |= {"prototypes": rng.normal(size=(1, 4, 3)).astype(np.float32), "method": method, "normalize": normalize}
-    if method == "leaf":
-        args |= {"codes": rng.integers(0, 2, (n, 3)).astype(np.int32), "book": book}
-    args = grouped(args)
+    rows = {"x": rng.integers(-128, 128, (n, 3)).astype(np.int8), "x_scale": np.float32([1e-45])}
+    rows |= {"v": rng.normal(size=(n, 4)).astype(np.float32) * np.float32(1e-43), "offsets": np.array([0, n])}
+    histories = hisac.Histories(**rows, codes=rng.integers(0, 2, (n, 3)).astype(np.int32))
+    args = {"histories": histories, "prototypes": rng.normal(size=(1, 4, 3)).astype(np.float32)}
+    args |= {"normalize": normalize, "mean_x": True}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
+    mine, exact = hisac.leaf_sums(book, histories), {"book": reference.Codebook(book.centers), "histories": histories}
+    testing.assert_leaf_sums_close(mine, reference.leaf_sums(**exact), bounds.leaf_sums_bound(exact))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -230,12 +244,12 @@ def test_many_tiles_and_overlapping_histories():
     v_ids = rng.integers(-5, 705, n).astype(np.int32)
     args = {"x": items, "v": values, "offsets": (np.array([0, 10, 2000]), np.array([9000, 5000, 2000]))}
     args |= {"prototypes": items[:24].reshape(3, 8, 12), "x_ids": ids, "v_ids": v_ids, "bias": None}
-    args = grouped(args | {"missing": "token"})
+    args = grouped(args | {"mean_x": True})
     out = with_threads(lambda: hisac.route(**args))
     assert bits(out) == bits(hisac.route(**copied(args)))
     testing.assert_tokens_close(out, reference.route(**args), bounds.route_bound(args))
-    back = {name: a for name, a in args.items() if name != "prototypes"} | {"forward": out}
-    back |= {"d_tokens": np.cos(50 * out.tokens), "d_lse": None, "need": RouteGradients._fields}
+    back = {name: a for name, a in args.items() if name != "mean_x"} | {"forward": out}
+    back |= {"gradients": Tokens(np.cos(50 * out.tokens), None), "need": RouteGradients._fields}
     mine = with_threads(lambda: hisac.route_backward(**back))
     testing.assert_gradients_close(mine, reference.route_backward(**back), back)
     assert bits(mine) == bits(hisac.route_backward(**copied(back)))
@@ -245,6 +259,7 @@ def test_many_tiles_and_overlapping_histories():
 
 IDS, V = np.array([0, 1, 2, 0]), np.zeros((4, 1), np.float32)
 RIGHT = {"x": X, "v": V, "x_ids": IDS, **ONE}
+BOOK = hisac.Codebook([X])
 
 
 @pytest.mark.parametrize(
@@ -270,7 +285,11 @@ RIGHT = {"x": X, "v": V, "x_ids": IDS, **ONE}
         ),
         ({"weights": np.zeros(3, "f4")}, ValueError, "weights expected [4], got [3]"),
         ({"x_scale": 0.5}, ValueError, "x_scale expected with x of int8, got another"),
-        ({"x": None, "x_ids": None, "x_scale": 0.5}, ValueError, "x_scale expected with x of int8, got another"),
+        (
+            {"x": None, "x_ids": None, "x_scale": 0.5, "codes": np.zeros((4, 1), "i4"), "book": BOOK},
+            ValueError,
+            "x_scale expected with x of int8, got another",
+        ),
         ({"x": X.astype(np.int8), "x_scale": np.ones(2, "f4")}, ValueError, "x_scale expected [1] or [3], got [2]"),
         (
             {"x": X.astype(np.int8), "x_scale": np.ones(3)},
@@ -294,8 +313,7 @@ RIGHT = {"x": X, "v": V, "x_ids": IDS, **ONE}
 def test_refusals(change, kind, text):
     forward = route(**RIGHT)
     args = {**RIGHT, **change}
-    back = {name: a for name, a in args.items() if name != "prototypes"}
-    back |= {"d_tokens": forward.tokens, "d_lse": None, "forward": forward}
+    back = args | {"gradients": Tokens(forward.tokens, None), "forward": forward}
     for verb, given_ in (("route", args), ("route_backward", back)):
         with pytest.raises(kind) as error:
             getattr(hisac, verb)(**grouped(given_))

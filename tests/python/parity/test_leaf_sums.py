@@ -34,11 +34,37 @@ def check_leaf_sums(p):
         testing.assert_leaf_sums_close(mine, expected, bound)
 
 
-@given(testing.problems(methods=("leaf",), dtypes=("float32",), gathered=True))
-def test_route_from_leaf_sums_is_the_leaf_method(p):
-    sums, args = hisac.leaf_sums(**p.leaf_args()), p.route_args() | {"missing": "drop"}
-    options = {name: a for name, a in args.items() if name not in ("book", "method")}
-    assert flat(hisac.route(**options | {"histories": sums})) == flat(hisac.route(**args))
+@given(testing.problems(gathered=True))
+def test_leaf_sums_backward(p):
+    check_backward(p)
+
+
+@given(testing.problems(gathered=True, hostile=True))
+def test_leaf_sums_backward_hostile(p):
+    check_backward(p)
+
+
+def check_backward(p):
+    for convert, _ in kinds(p):
+        args = p.leaf_backward_args(hisac.leaf_sums(**convert(p.leaf_args())))
+        mine = with_threads(lambda: hisac.leaf_sums_backward(**convert(args)))  # noqa: B023
+        exact = p.by_reference(args)
+        testing.assert_gradients_close(mine, reference.leaf_sums_backward(**exact), exact)
+        for name in ("v", "bias"):
+            alone = hisac.leaf_sums_backward(**convert(args | {"need": name}))
+            assert flat(getattr(alone, name)) == flat(getattr(mine, name)) and sum(g is None for g in alone) == 1
+
+
+@given(testing.problems(dtypes=("float32",)))
+def test_sums_where_their_users_rows_are(p):
+    """As `compress` takes them: the same sums, bit for bit, and in `route` the same tokens."""
+    together, apart = hisac.leaf_sums(**p.leaf_args()), hisac.verbs._sum_leaves(p.book, p.histories)
+    at = [slice(*pair) for pair in zip(*apart.offsets, strict=True)]
+    for name in ("x", "v", "codes", "bias", "spread"):
+        rows = [getattr(apart, name)[own] for own in at]
+        assert flat(np.concatenate([getattr(together, name)[:0], *rows])) == flat(getattr(together, name))
+    args = {name: a for name, a in p.route_args().items() if name != "book"}
+    assert flat(hisac.route(**args | {"histories": apart})) == flat(hisac.route(**args | {"histories": together}))
 
 
 @pytest.mark.parametrize("biased", [False, True])

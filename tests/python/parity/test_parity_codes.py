@@ -163,6 +163,12 @@ def test_fit_types(dtype):
         assert hisac.fit(rows, (24, 6), iterations=5).fingerprint == expected.fingerprint
 
 
+def test_a_size_alone_is_one_level():
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    books = [module.fit(x, sizes, iterations=2) for module in (hisac, reference) for sizes in (5, (5,))]
+    assert {book.fingerprint for book in books} == {books[0].fingerprint} and hisac.fit(x, np.int64(5)).sizes == (5,)
+
+
 def test_fit_progress_sees_the_same_rounds():
     x = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
     seen = []

@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hisac.torch, functions and operators: gradients, opcheck, codebooks by fingerprint, torch's transforms."""
+"""The functions of hisac.torch: their gradients, and what they refuse."""
 
-import gc
 import importlib
 import math
-import re
 
 import pytest
 from hypothesis import given
 
-import hisac
 from hisac import Histories, reference, testing
 from hisac.reference import bounds
-from hisac.types import RouteGradients
 from support import by_field
 
 torch = pytest.importorskip("torch")
 small = importlib.import_module("small_ranking")  # needs torch
 hisac_torch = importlib.import_module("hisac.torch")
-ops = torch.ops.hisac
 OFFSETS, CANDIDATES = small.OFFSETS, small.CANDIDATES
 make_book, rows, wanted = small.make_book, small.rows, small.wanted
 
@@ -28,6 +23,15 @@ def book():
     return make_book()
 
 
+def together(sums):
+    """Leaf sums that lie where their users' rows do, as offsets and rows."""
+    starts, ends = sums.offsets
+    rows = torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)] + [torch.zeros(0).long()])
+    offsets = torch.cat([torch.zeros(1).long(), (ends - starts).cumsum(0)])
+    fields = ((name, getattr(sums, name)[rows]) for name in ("x", "v", "codes", "bias", "spread"))
+    return Histories(**dict(fields), offsets=offsets)
+
+
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -35,6 +39,12 @@ def book():
 def test_functions_meet_the_reference(p):
     args = testing.to_torch(p.route_args(), p.dtype)
     testing.assert_tokens_close(hisac_torch.route(**args), p.reference(), p)
+    exact = p.by_reference(p.leaf_args())
+    sums = hisac_torch.leaf_sums(**testing.to_torch(p.leaf_args(), p.dtype))
+    testing.assert_leaf_sums_close(together(sums), reference.leaf_sums(**exact), bounds.leaf_sums_bound(exact))
+    options = {"book": p.book} if p.routed_codes or p.histories.x is None else {}
+    found = hisac_torch.missing(args["histories"], **options)
+    testing.assert_close(found, reference.missing(p.histories, **p.by_reference(options)), torch.zeros(1), "missing")
     votes = testing.to_torch(p.vote_args())
     testing.assert_agents_equal(hisac_torch.vote(**votes), reference.vote(**p.by_reference(p.vote_args())))
     x = testing.to_torch(p.encode_args(), "float32" if p.histories.x is None else p.dtype)["x"]
@@ -43,23 +53,44 @@ def test_functions_meet_the_reference(p):
 
 @given(testing.problems(dtypes=("float32",)))
 def test_route_gradients_meet_the_reference(p):
-    args = testing.to_torch(p.route_args())
-    given = args | args["histories"]._asdict()
-    names = ["v", "temperature"] if p.method == "leaf" else ["v", "temperature", "bias", "x", "prototypes"]
-    names = [name for name in names if isinstance(given[name], torch.Tensor)]
-    if p.refine and "prototypes" in names:
-        names.remove("prototypes")
+    back = p.by_reference(p.backward_args(p.reference()))
+    args = testing.to_torch(p.route_args() | {"mean_x": back["gradients"].mean_x is not None})
+    fields = args["histories"]._asdict()
+    given = args | fields
+    names = [name for name in back["need"] if isinstance(given[name], torch.Tensor)]
     for name in names:
         given[name].requires_grad_()
     out = hisac_torch.route(**args)
-    back = p.by_reference(p.backward_args(type(out)(*(t.detach() for t in out)))) | {"need": names}
-    outputs = [t for t, d in zip(out, (back["d_tokens"], back["d_lse"]), strict=False) if d is not None]
-    given_ = [torch.from_numpy(d) for d in (back["d_tokens"], back["d_lse"]) if d is not None]
-    mine = dict(zip(names, torch.autograd.grad(outputs, [given[name] for name in names], given_), strict=True))
+    back["forward"] = type(out)(*(None if t is None else t.detach().numpy() for t in out))
+    pairs = [(t, torch.from_numpy(d)) for t, d in zip(out, back["gradients"], strict=True) if d is not None]
+    if not pairs:
+        return
+    grads = torch.autograd.grad([t for t, _ in pairs], [given[name] for name in names], [d for _, d in pairs])
+    mine, back["need"] = dict(zip(names, grads, strict=True)), names
     expected, bound = reference.route_backward(**back), bounds.route_backward_bound(back)
-    for name in RouteGradients._fields:
-        if name in names:
-            testing.assert_close(mine[name], getattr(expected, name), getattr(bound, name), name)
+    for name in names:
+        testing.assert_close(mine[name], getattr(expected, name), getattr(bound, name), name)
+
+
+@given(testing.problems(dtypes=("float32",)))
+def test_leaf_gradients_meet_the_reference(p):
+    args = testing.to_torch(p.leaf_args())
+    h = args["histories"]
+    h = h._replace(v=wanted(h.v), bias=wanted(torch.zeros(len(h.v)) if h.bias is None else h.bias))
+    sums = hisac_torch.leaf_sums(p.book, h)
+    whole = together(Histories(*(t.detach() if torch.is_tensor(t) else t for t in sums)))
+    back = p.by_reference(p.leaf_backward_args(whole)) | {
+        "histories": p.histories._replace(bias=h.bias.detach().numpy())
+    }
+    gradients = [torch.from_numpy(d) for d in back["gradients"] if d is not None]
+    if not gradients:
+        return
+    outputs = [t for t, d in zip(together(sums), back["gradients"], strict=True) if d is not None]
+    mine = torch.autograd.grad(outputs, [h.v, h.bias], gradients, allow_unused=True)
+    expected, bound = reference.leaf_sums_backward(**back), bounds.leaf_sums_backward_bound(back)
+    for name, grad in zip(("v", "bias"), mine, strict=True):
+        zero = torch.zeros(getattr(expected, name).shape)
+        testing.assert_close(zero if grad is None else grad, getattr(expected, name), getattr(bound, name), name)
 
 
 @given(testing.attentions(dtypes=("float32",)))
@@ -118,37 +149,49 @@ FINITE = {"eps": 1e-3, "atol": 5e-3, "rtol": 5e-3, "nondet_tol": 0.0}
 
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])
-@pytest.mark.parametrize("missing", ["drop", "token"])
 @pytest.mark.parametrize("taus", [1, 3])
-def test_route_gradcheck(normalize, missing, taus):
+def test_route_gradcheck(normalize, taus):
     g = torch.Generator().manual_seed(3)
     sizes = [(7, 2), (7, 3), (2, 3, 2), (taus,), (7,)]
     x, v, p, tau, bias = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
     x[[2, 5]] = 2.0**51  # absent
     offsets = torch.tensor([0, 4, 7])
 
-    def run(v, p, tau, bias, present):
+    def run(v, p, tau, bias, spread, present):
         x_ = x.float().index_put((torch.tensor([0, 1, 3, 4, 6]),), present)
-        options = {"temperature": tau, "normalize": normalize, "missing": missing}
-        return hisac_torch.route(Histories(x_, v, offsets, bias=bias), p, **options)[:2]
+        options = {"temperature": tau, "normalize": normalize}
+        return hisac_torch.route(Histories(x_, v, offsets, bias=bias, spread=spread), p, **options)[:2]
 
-    inputs = [wanted(t) for t in (v, p, tau.abs() + 0.5, bias, x[[0, 1, 3, 4, 6]])]
-    assert torch.autograd.gradcheck(in_double(run), inputs, **FINITE)
+    def mean(p, tau, bias, spread):
+        h = Histories(x.float(), None, offsets, bias=bias, spread=spread)
+        found = hisac_torch.route(h, p, temperature=tau, normalize=normalize, tokens=False, mean_x=True)
+        return found.lse, found.mean_x
+
+    rest = [wanted(t) for t in (p, tau.abs() + 0.5, bias, bias.square() / 4 + 0.1)]
+    assert torch.autograd.gradcheck(in_double(run), [wanted(v), *rest, wanted(x[[0, 1, 3, 4, 6]])], **FINITE)
+    assert torch.autograd.gradcheck(in_double(mean), rest, **FINITE)
 
 
+@pytest.mark.parametrize("refine", [0, 1])
+@pytest.mark.parametrize("missing", ["drop", "token"])
 @pytest.mark.parametrize("method", ["exact", "leaf"])
-def test_gradcheck_of_a_compressor(book, method):
-    compress = hisac_torch.Compressor(book, budget=3, temperature=2.0, method=method)
+def test_gradcheck_of_a_compressor(book, method, missing, refine):
+    compress = hisac_torch.Compressor(
+        book, budget=3, temperature=2.0, normalize="agents", method=method, missing=missing, refine=refine
+    )
     x, v = rows()
+    x[[3, 9]] = torch.nan
+    bias = wanted(torch.linspace(-1, 1, 20).double())
+    codes = hisac_torch.encode(book, x)
 
-    def run(v, log_tau):
-        return (
-            torch.func.functional_call(compress, {"log_tau": log_tau}, (Histories(x, v, OFFSETS),))
-            .tokens[[0, 2]]
-            .unbind()
-        )
+    def run(v, log_tau, bias):
+        h = Histories(x, v, OFFSETS, codes, bias=bias)
+        return torch.func.functional_call(compress, {"log_tau": log_tau}, (h,)).tokens[[0, 2]].unbind()
 
-    assert torch.autograd.gradcheck(in_double(run), [wanted(v.double()), wanted(compress.log_tau.double())], **FINITE)
+    # refined prototypes are constants, which only v does not move
+    inputs = [wanted(v.double()), compress.log_tau.detach().double(), bias.detach()]
+    inputs = inputs if refine else [*map(wanted, inputs)]
+    assert torch.autograd.gradcheck(in_double(run), inputs, **FINITE)
 
 
 def test_attend_gradcheck():
@@ -184,25 +227,53 @@ def test_only_lse_and_only_tokens_are_differentiable_alone(book):
     torch.testing.assert_close(by_tokens + by_lse, both)
 
 
-def test_refined_prototypes_are_constants():
-    x, v = rows()
-    p = torch.randn(3, 2, 8)
-    out = hisac_torch.route(Histories(x, wanted(v), OFFSETS), p, refine=2)
-    assert not out.prototypes.requires_grad and not torch.equal(out.prototypes, p)
-    again = hisac_torch.route(Histories(x, v, OFFSETS), out.prototypes)
-    assert torch.equal(again.tokens, out.tokens) and again.prototypes is out.prototypes
-    with pytest.raises(NotImplementedError, match="refine > 0 has no gradient for prototypes"):
-        hisac_torch.route(Histories(x, v, OFFSETS), wanted(p), refine=1)
+def test_refined_prototypes_are_constants(book):
+    tau, (x, v) = wanted(torch.tensor([0.5])), map(wanted, rows())
+    plain = hisac_torch.compress(book, Histories(x.detach(), v, OFFSETS), budget=2)
+    out = hisac_torch.compress(book, Histories(x, v, OFFSETS), budget=2, refine=2, temperature=tau)
+    assert not out.prototypes.requires_grad and not torch.equal(out.prototypes, plain.prototypes)
+    histories = Histories(x.detach(), v.detach(), OFFSETS)
+    again = hisac_torch.route(histories, out.prototypes, count=out.agents.count, temperature=0.5)
+    assert torch.equal(again.tokens, out.tokens)
+    out.tokens.sum().backward()
+    assert x.grad.any() and v.grad.any() and tau.grad.any()
 
 
-@pytest.mark.parametrize("name", ["x", "bias", "prototypes"])
-def test_leaf_has_gradients_for_v_and_temperature_only(book, name):
+def test_leaf_sums_have_gradients_for_v_and_bias_only(book):
     x, v = rows()
-    args = {"x": x, "bias": torch.zeros(20), "prototypes": torch.zeros(3, 2, 8)}
-    args[name] = wanted(args[name])
-    with pytest.raises(NotImplementedError, match="method='leaf' has gradients for v and temperature only"):
-        codes = hisac_torch.encode(book, x.detach())
-        by_field(hisac_torch.route)(v=v, offsets=OFFSETS, codes=codes, book=book, method="leaf", **args)
+    codes = hisac_torch.encode(book, x)
+    given = {"x": x, "spread": torch.zeros(20), "x_scale": torch.ones(1)}
+    for name, t in given.items():
+        h = Histories(x.to(torch.int8) if name == "x_scale" else x, v, OFFSETS, codes)._replace(
+            **{name: wanted(t.clone())}
+        )
+        with pytest.raises(
+            NotImplementedError, match=rf"^leaf_sums: {name} has no gradient, expected {name}.detach\(\)"
+        ):
+            hisac_torch.leaf_sums(book, h)
+    sums = hisac_torch.leaf_sums(book, Histories(x, wanted(v), OFFSETS, codes))
+    moved = [name for name in ("x", "v", "bias", "spread") if getattr(sums, name).requires_grad]
+    assert moved == ["v"]  # nothing else moves with v, and so nothing else is computed
+    sums = hisac_torch.leaf_sums(book, Histories(x, v.detach(), OFFSETS, codes, bias=wanted(torch.zeros(20))))
+    assert all(getattr(sums, name).requires_grad for name in ("x", "v", "bias", "spread"))
+
+
+def test_mean_x_has_no_gradient_for_x():
+    x, v = rows()
+    with pytest.raises(NotImplementedError, match=r"mean_x has no gradient for x, expected x.detach\(\)"):
+        hisac_torch.route(Histories(wanted(x), v, OFFSETS), torch.zeros(3, 2, 8), mean_x=True)
+
+
+def test_rows_of_leaf_sums_may_be_stated(book):
+    """So that no value decides a shape; too few are refused, more are not written."""
+    x, v = rows()
+    codes = hisac_torch.encode(book, x)
+    pair = Histories(x, v, (OFFSETS[:-1], OFFSETS[1:]), codes)
+    counted, stated = hisac_torch.leaf_sums(book, pair), hisac_torch.leaf_sums(book, pair, rows=33)
+    assert counted.x.shape == (20, 8) and stated.x.shape == (33, 8)
+    torch.testing.assert_close(together(stated), together(counted), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="leaf_sums: out expected of 3 users, with at least 20 rows"):
+        hisac_torch.leaf_sums(book, pair, rows=19)
 
 
 def test_absent_rows_have_no_gradient(book):
@@ -280,216 +351,35 @@ def test_route_refuses(options, kind, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("change, text", [
+    ({"budget": 2.7}, "vote: budget expected a whole number, got 2.7"),
+    ({"fanout": (2, 1.5), "budget": None}, "vote: fanout expected a whole number, got 1.5"),
+    ({"refine": 1.5}, "compress: refine expected a whole number, got 1.5"),
+    ({"temperature": "x"}, "route: temperature expected a number or a tensor, got str"),
+])  # fmt: skip
+def test_arguments_of_a_wrong_kind_are_named(book, change, text):
+    """They were cut, or failed in torch's words."""
+    histories = Histories(*rows(), OFFSETS)
+    with pytest.raises(TypeError) as error:
+        hisac_torch.compress(book, histories, **{"budget": 2, **change})
+    assert str(error.value) == text
+    with pytest.raises(TypeError):
+        hisac_torch.Compressor(book, **{"budget": 2, **change})
+
+
+def test_a_temperature_without_dimensions():
+    x, v = rows()
+    tau = wanted(torch.tensor(0.5))
+    found = hisac_torch.route(Histories(x, v, OFFSETS), torch.zeros(3, 2, 8), temperature=tau)
+    assert torch.equal(
+        found.lse, hisac_torch.route(Histories(x, v, OFFSETS), torch.zeros(3, 2, 8), temperature=0.5).lse
+    )
+    found.lse[[0, 2]].sum().backward()
+    assert tau.grad.shape == () and tau.grad != 0
+
+
 def test_agents_of_another_codebook_are_refused(book):
     codes = hisac_torch.encode(book, rows()[0])
     agents = hisac_torch.vote(book, Histories(codes=codes, offsets=OFFSETS), budget=2)
     with pytest.raises(ValueError, match=f"{book.fingerprint:016x}"):
         hisac_torch.prototypes(make_book(1), agents)
-
-
-# ------------------------------------------------------------------------------------------------------------ operators
-
-
-def operator_calls(book):
-    """Every operator with arguments that use all its inputs."""
-    name, (x, v) = hisac_torch.register(book), rows()
-    codes, spans = hisac_torch.encode(book, x), (OFFSETS[:-1], OFFSETS[1:])
-    bias, spread, tau = torch.linspace(-1, 1, 20), torch.rand(20), torch.tensor([0.7])
-    ids, scale = torch.arange(20) % 9 - 1, torch.tensor([0.1])
-
-    def batch(
-        x=x, v=v, spans=spans, codes=codes, x_ids=None, v_ids=None, x_scale=None, bias=bias, spread=spread, weights=None
-    ):
-        return x, v, *spans, codes, x_ids, v_ids, x_scale, bias, spread, weights
-
-    def voted(**fields):
-        return batch(x=None, v=None, bias=None, spread=None, **fields)
-
-    agents = ops.vote(name, *voted(), 4, [])
-    p, count = ops.prototypes(name, agents[0]), agents[2]
-    to, agents_mode = (p, count, tau), ("agents", "exact", "token", "float32", 0)
-    learnt = batch(wanted(x), wanted(v), bias=wanted(bias)), (wanted(p), count, wanted(tau))
-    tokens, lse, _ = ops.route(name, *batch(), *to, *agents_mode, False)
-    constant = batch(x, wanted(v), bias=None, spread=None), (p, count, wanted(tau))
-    tables = {"x_ids": ids, "v_ids": ids.int()}
-    back = (tokens, lse, tokens, lse), ("agents", "exact", "token", "bfloat16", 0)
-    some, every = [True, True, False, False, True], [True] * 5
-    q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
-    attention, sharpness = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
-    out, out_lse = ops.attend(*attention, sharpness)
-    halves, plain = tuple(t.int() for t in spans), ("drop", "bfloat16", 0, False)
-    int8 = batch(x.to(torch.int8), wanted(v), bias=wanted(bias), x_scale=scale, **tables)
-    return {
-        "encode": (name, x),
-        "vote budget": (name, *voted(), 4, []),
-        "vote fanout": (name, *voted(spans=halves, weights=torch.rand(20)), 0, [2, 3]),
-        "prototypes": (name, agents[0]),
-        "route": (name, *learnt[0], *learnt[1], *agents_mode, False),
-        "route refine": (name, *learnt[0], p, *learnt[1][1:], "history", "exact", "token", "float32", 2, False),
-        "route leaf": (name, *constant[0], *constant[1], "agents", "leaf", *plain),
-        "route codes": (
-            name,
-            *batch(None, wanted(v), bias=None, spread=None),
-            p,
-            None,
-            wanted(tau),
-            "history",
-            "exact",
-            *plain,
-        ),
-        "route gathered": (
-            name,
-            *batch(wanted(x), wanted(v), bias=wanted(bias), **tables),
-            *learnt[1],
-            *agents_mode,
-            False,
-        ),
-        "route int8": (name, *int8, *to, "history", "exact", "token", "float32", 0, False),
-        "route_backward": (*back[0], every, name, *batch(), *to, *back[1]),
-        "route_backward gathered": (*back[0], every, name, *batch(**tables), *to, *back[1]),
-        "sum_rows": (v, torch.tensor([3, 1, 19]), torch.tensor([0, 2, 2, 3])),
-        "route_backward some": (tokens, None, tokens, lse, some, name, *batch(), *to, *back[1]),
-        "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), sharpness),
-        "attend_backward": (out, out_lse, out, out_lse, *attention, sharpness),
-        "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, sharpness),
-    }
-
-
-@pytest.mark.parametrize("call", operator_calls(make_book()))
-def test_opcheck(book, call):
-    torch.library.opcheck(getattr(ops, call.split()[0]).default, operator_calls(book)[call])
-
-
-def test_every_operator_is_checked(book):
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hisac::")}
-    assert registered == {call.split()[0] for call in operator_calls(book)}
-
-
-def test_compiled_functions_follow_their_codebook():
-    torch.compiler.reset()
-    x, _ = rows()
-
-    def codes(book):
-        found = hisac_torch.encode(book, x)
-        agents = hisac_torch.vote(book, Histories(codes=found, offsets=OFFSETS), budget=3)
-        return found, hisac_torch.prototypes(book, agents)
-
-    compiled = torch.compile(codes, fullgraph=True, backend="aot_eager")
-    for seed in (0, 1):
-        assert all(map(torch.equal, compiled(make_book(seed)), codes(make_book(seed))))
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_codebook_is_known_while_any_copy_lives(first):
-    books, (x, _) = [make_book(23), make_book(23)], rows()
-    name, same = map(hisac_torch.register, books)
-    codes = hisac_torch.encode(books[0], x)
-    assert name == same
-    del books[first]
-    gc.collect()
-    assert torch.equal(ops.encode(name, x), codes)
-    books.clear()
-    gc.collect()
-    with pytest.raises(LookupError, match=r"call hisac.torch.register\(book\) and keep the book"):
-        ops.encode(name, x)
-
-
-def test_a_backward_keeps_its_codebook():
-    book, (x, v) = make_book(29), rows()
-    v = wanted(v)
-    codes = hisac_torch.encode(book, x)
-    out = hisac_torch.route(Histories(None, v, OFFSETS, codes), torch.zeros(3, 2, 8), book=book)
-    del book
-    gc.collect()
-    out.tokens.sum().backward()
-    assert v.grad[:, 0].sum() == pytest.approx(4.0, rel=1e-5)  # two agents of two users, weights that sum to 1
-
-
-def double_backward(function, inputs, graph):
-    (grad,) = torch.autograd.grad(function(), inputs[0], create_graph=True)
-    (grad.sum() if graph == "linear" else grad.square().sum()).backward()
-
-
-@pytest.mark.parametrize("graph", ["linear", "square"])
-def test_double_backward_raises(graph):
-    """The gradients of sums depend on saved tensors only: `once_differentiable` would be silent there."""
-    x, v = rows()
-    v, tau, q = wanted(v), wanted(torch.tensor([0.5])), torch.randn(9, 2, 4, requires_grad=True)
-    keys, p = wanted(torch.randn(3, 5, 2, 4)), torch.zeros(3, 2, 8)
-    cases = {
-        (v, tau): lambda: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).tokens.sum(),
-        (q, keys): lambda: hisac_torch.attend(q, keys, keys, CANDIDATES).out.sum(),
-    }
-    for inputs, function in cases.items():
-        with pytest.raises(NotImplementedError, match="double backward is not supported"):
-            double_backward(function, inputs, graph)
-
-
-def test_forward_mode_raises():
-    x, v = rows()
-    q, keys, tau = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.tensor([0.5])
-    p = torch.zeros(3, 2, 8)
-    cases = [
-        (lambda v: hisac_torch.route(Histories(x, v, OFFSETS), p).tokens, v),
-        (lambda x: hisac_torch.route(Histories(x, v, OFFSETS), p).lse, x),
-        (lambda tau: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).lse, tau),
-        (lambda q: hisac_torch.attend(q, keys, keys, CANDIDATES).lse, q),
-    ]
-    for function, at in cases:
-        with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):
-            torch.func.jvp(function, (at,), (torch.ones_like(at),))
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-            function(torch.autograd.forward_ad.make_dual(at, torch.ones_like(at)))
-        with pytest.raises(RuntimeError, match="functorch transforms"):
-            torch.func.grad(lambda *a, function=function: function(*a).sum())(at)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_goes_one_by_one_and_is_right(book):
-    x, v = rows()
-    many, compress = torch.stack([v, 2 * v]), hisac_torch.Compressor(book, budget=4)
-    one_by_one = torch.stack([compress(Histories(x, one, OFFSETS)).tokens for one in many])
-    assert torch.equal(torch.vmap(lambda v: compress(Histories(x, v, OFFSETS)).tokens)(many), one_by_one)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_jagged_tensors(book):
-    x, v = rows()
-    nested_x = torch.nested.nested_tensor_from_jagged(x, OFFSETS)
-    nested_v = torch.nested.nested_tensor_from_jagged(wanted(v), OFFSETS)
-    compress = hisac_torch.Compressor(book, budget=4)
-    expected = compress(Histories(x, v, OFFSETS))
-    for h in (Histories(nested_x, nested_v), Histories(x, nested_v), Histories(nested_x, v), Histories(x, v, OFFSETS)):
-        torch.testing.assert_close(compress(h), expected, rtol=0, atol=0)
-    holes = torch.nested.nested_tensor_from_jagged(v, OFFSETS, lengths=torch.tensor([5, 0, 1]))
-    spans = OFFSETS[:-1], OFFSETS[:-1] + torch.tensor([5, 0, 1])
-    torch.testing.assert_close(compress(Histories(x, holes)), compress(Histories(x, v, spans)), rtol=0, atol=0)
-    q, keys = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4)
-    nested_q = torch.nested.nested_tensor_from_jagged(q, CANDIDATES)
-    expected = hisac_torch.attend(q, keys, keys, CANDIDATES)
-    torch.testing.assert_close(hisac_torch.attend(nested_q, keys, keys, None), expected, rtol=0, atol=0)
-    for wrong, got in (
-        (v, "got no offsets, expected them, or a jagged nested tensor"),
-        (
-            torch.nested.nested_tensor([v]),
-            "got a strided nested tensor, expected a jagged nested tensor, or its values()",
-        ),
-    ):
-        with pytest.raises(TypeError, match=re.escape(got)):
-            compress(Histories(x, wrong))
-
-
-@pytest.mark.parametrize("face", ["encode", "route", "attend"])
-def test_the_functions_outside_torch_refuse_tensors_with_gradients(book, face):
-    x, v = rows()
-    q = torch.randn(9, 2, 4)
-    calls = {
-        "encode": ("x", lambda: hisac.encode(book, wanted(x))),
-        "route": ("v", lambda: hisac.route(Histories(x, wanted(v), OFFSETS), torch.zeros(3, 2, 8))),
-        "attend": ("q", lambda: hisac.attend(wanted(q), torch.ones(3, 5, 2, 4), torch.ones(3, 5, 2, 4), CANDIDATES)),
-    }
-    name, call = calls[face]
-    with pytest.raises(TypeError) as error:
-        call()
-    expected = f"{face}: {name} requires grad, which hisac.{face} would cut; use hisac.torch, or detach()"
-    assert str(error.value) == expected

@@ -50,6 +50,20 @@ SIMT_DEVICE T sum_so_far(T x) {
 }
 SIMT_DEVICE int sum_so_far(bool flag) { return simt::count_bits(simt::ballot(flag) & ((2u << simt::lane()) - 1)); }
 
+/// By a warp: the last i of [0, n) with before(i), or 0; after it, none has that. One of 32 parts at a time.
+template <class Before>
+SIMT_DEVICE int64_t last_of(int64_t n, Before before) {
+  int64_t first = 0;
+  while (n > 1) {
+    const int64_t step = (n + 31) / 32, probe = simt::lane() * step;
+    const bool found = probe == 0 || (probe < n && before(first + probe));
+    const int64_t skip = (simt::count_bits(simt::ballot(found)) - 1) * step;
+    first += skip;
+    n = n - skip < step ? n - skip : step;
+  }
+  return first;
+}
+
 /// A thread each: `op` over *total and what earlier threads of the block give. *total, the same in all threads, becomes
 /// that over all of them. The order of operations is fixed.
 template <class T, class Op>

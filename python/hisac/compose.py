@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is composed of verbs: the way from histories to tokens, once for NumPy, torch and the definition."""
+
+from typing import Any, NamedTuple
+
+from .types import Agents, Compressed, Histories
+
+
+class Verbs(NamedTuple):
+    """The verbs of one face of hisac."""
+
+    encode: Any
+    vote: Any
+    prototypes: Any
+    leaf_sums: Any
+    missing: Any
+    route: Any
+    numbers: Any
+    """numpy or torch"""
+    as_type: Any
+    """f(a, like): a in the type of `like`"""
+    constant: Any = lambda a: a
+    """f(a): the same Histories or array, as a constant for gradients"""
+
+
+def compress(
+    verbs: Verbs, book: Any, histories: Histories, *, agents: Agents | None, budget: Any, fanout: Any, temperature: Any,
+    normalize: str, method: str, refine: int, missing: str, **options: Any,
+) -> Compressed:  # fmt: skip
+    """`vote`, then `route`; see `hisac.compress`. `options` go to `route`."""
+    for name, given, known in (("method", method, ("exact", "leaf")), ("missing", missing, ("drop", "token"))):
+        if given not in known:
+            raise ValueError(f"compress: {name} expected {known[0]!r} or {known[1]!r}, got {given!r}")
+    h, np = histories, verbs.numbers
+    if h.codes is None:
+        if h.x is None or h.x_ids is not None:
+            got = "neither x nor codes" if h.x is None else "no codes beside x_ids: encode the table once and keep them"
+            raise ValueError(f"compress: codes expected, or x to encode, got {got}")
+        h = h._replace(codes=verbs.encode(book, h.x))
+    if agents is None:
+        agents = verbs.vote(book, h, budget=budget, fanout=fanout)
+    prototypes, rows = verbs.prototypes(book, agents), h
+    options |= {"count": agents.count, "normalize": normalize, "book": book}
+    if method == "leaf":
+        rows, options["book"] = verbs.leaf_sums(book, h), None
+    for _ in range(refine):
+        fixed = verbs.constant(rows), prototypes
+        found = verbs.route(*fixed, temperature=verbs.constant(temperature), tokens=False, mean_x=True, **options)
+        prototypes = np.where((found.lse > -np.inf)[..., None], found.mean_x, prototypes)
+    tokens, lse, _ = verbs.route(rows, prototypes, temperature=temperature, **options)
+    tokens = verbs.as_type(tokens, h.v)  # that of leaf sums is float32
+    if missing == "token":
+        absent = verbs.missing(h, book=book)[:, None]  # as x: -inf is no row
+        only = Histories(absent, h.v, h.offsets, v_ids=h.v_ids)
+        one = verbs.route(only, np.zeros_like(lse[:, :1, None]), temperature=1.0)
+        tokens, lse = np.concatenate((tokens, one.tokens), 1), np.concatenate((lse, one.lse), 1)
+    return Compressed(tokens, lse, prototypes, agents)

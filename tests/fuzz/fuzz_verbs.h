@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the fuzzing of verbs shares: codes, users and ids drawn from the input's bytes.
+#pragma once
+#include <cmath>
+
+#include "fuzz.h"
+#include "fuzz_outputs.h"
+
+namespace fuzz {
+
+using namespace hisac;
+using test::Guarded;
+
+constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
+
+inline double largest(const std::vector<float>& values) {
+  double out = 0;
+  for (float x : values) out = std::max(out, std::fabs(double(x)));
+  return out;
+}
+
+/// The length of the longest row.
+inline double longest_of(const float* values, int64_t rows, int64_t width) {
+  double out = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double square = 0;
+    for (int64_t d = 0; d < width; ++d) square += double(values[i * width + d]) * double(values[i * width + d]);
+    out = std::max(out, square);
+  }
+  return std::sqrt(out);
+}
+
+struct Codes {
+  Codebook book;
+  int64_t rows, levels;
+  std::vector<float> x;
+  std::vector<int32_t> codes;
+};
+
+struct Users {
+  std::vector<int64_t> starts, ends;
+  int64_t longest() const {
+    int64_t most = 0;
+    for (size_t b = 0; b < starts.size(); ++b) most = std::max(most, ends[b] - starts[b]);
+    return most;
+  }
+  Spans spans() const { return {starts.data(), ends.data(), DType::int64, static_cast<int64_t>(starts.size())}; }
+};
+
+/// Ids [T] into a table of so many rows, some of them outside, in exact-size memory.
+struct SomeIds {
+  Guarded<int32_t> narrow;
+  Guarded<int64_t> wide;
+  bool is_wide;
+
+  SomeIds(Bytes& in, int64_t count, int64_t size) : narrow(count), wide(count), is_wide(in.flag()) {
+    const int64_t step = in.between(1, 7), start = in.byte();
+    const int64_t odd[] = {-1, size, INT64_MIN, INT64_MAX, int64_t{1} << 32, -(int64_t{1} << 31)};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t id = i % 16 == start % 16 ? odd[i % 6] : size ? (start + i * step) % size : 0;
+      wide.data()[i] = id;
+      narrow.data()[i] = static_cast<int32_t>(id);
+    }
+  }
+  Ids ids() {
+    if (is_wide) return {wide.data(), DType::int64, wide.count()};
+    return {narrow.data(), DType::int32, narrow.count()};
+  }
+};
+
+/// leaf_sums, missing, route, their backwards and sum_rows.
+void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile);
+
+}  // namespace fuzz

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`compress`: bit for bit the verbs that it is composed of, and what its options mean."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+import hisac
+from hisac import Histories, reference, testing
+from hisac.reference import bounds
+from support import flat, kinds, with_threads
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
+
+
+def by_hand(book, histories, *, budget, fanout, temperature, normalize, method, refine, missing, precision):
+    """The same by the verbs, in NumPy."""
+    agents = hisac.vote(book, histories, budget=budget, fanout=fanout)
+    p, rows, route_book = book.prototypes(agents), histories, book
+    if method == "leaf":
+        rows, route_book = hisac.leaf_sums(book, histories), None
+    options = {"count": agents.count, "normalize": normalize, "book": route_book, "precision": precision}
+    for _ in range(refine):
+        found = hisac.route(rows, p, temperature=temperature, mean_x=True, **options)
+        p = np.where(np.isneginf(found.lse)[..., None], p, found.mean_x)
+    tokens, lse, _ = hisac.route(rows, p, temperature=temperature, **options)
+    tokens = tokens.astype(histories.v.dtype)
+    if missing == "token":
+        gone = hisac.missing(histories, book=book)
+        only = Histories(gone[:, None], histories.v, histories.offsets, v_ids=histories.v_ids)
+        last = hisac.route(only, np.zeros((len(p), 1, 1), np.float32))
+        tokens, lse = np.concatenate([tokens, last.tokens], 1), np.concatenate([lse, last.lse], 1)
+    return hisac.Compressed(tokens, lse, p, agents)
+
+
+@given(testing.problems(gathered=True))
+def test_compress_is_composed_of_verbs(p):
+    args = p.compress_args()
+    mine = with_threads(lambda: hisac.compress(**args))
+    assert flat(mine) == flat(by_hand(**args))
+    if torch is not None:
+        tensors = testing.to_torch(args)
+        for module in (hisac, pytest.importorskip("hisac.torch")):
+            found = module.compress(**tensors)
+            found = found._replace(tokens=found.tokens.to(getattr(torch, str(mine.tokens.dtype))))
+            assert p.dtype != "float32" or flat(found) == flat(mine)
+
+
+@given(testing.problems(hostile=True, gathered=True))
+def test_compress_hostile(p):
+    args = p.compress_args()
+    assert flat(hisac.compress(**args)) == flat(by_hand(**args))
+
+
+@given(testing.problems())
+def test_compress_meets_the_definition(p):
+    """Without rounds of refinement, which have no bound of their own, and with exact distances."""
+    args = p.compress_args() | {"refine": 0, "method": "exact"}
+    exact = p.by_reference(args)
+    expected = reference.compress(**exact)
+    routed = {name: exact[name] for name in ("histories", "temperature", "normalize", "book", "precision")}
+    routed |= {"prototypes": expected.prototypes, "count": expected.agents.count}
+    m = expected.prototypes.shape[1]
+    for convert, dtype in kinds(p):
+        mine = hisac.compress(**convert(args))
+        testing.assert_agents_equal(mine.agents, expected.agents)
+        limit = bounds.route_bound(routed, dtype)
+        for name in ("tokens", "lse"):
+            got, want = (bounds.as_numpy(getattr(found, name))[:, :m] for found in (mine, expected))
+            testing.assert_close(got, want, getattr(limit, name), name)
+
+
+@given(testing.problems(dtypes=("float32",)))
+def test_agents_may_be_those_of_an_earlier_call(p):
+    args = p.compress_args()
+    first = hisac.compress(**args)
+    again = hisac.compress(**args | {"budget": None, "fanout": None, "agents": first.agents})
+    assert flat(again) == flat(first)
+
+
+def test_the_token_of_missing_rows():
+    book = hisac.Codebook([np.float32([[0], [1]])])
+    x = np.float32([[0], [np.nan], [np.inf], [1], [2.0**50]])
+    v = np.float32([[1], [2], [4], [8], [np.nan]])
+    h = Histories(x, v, np.array([0, 4, 5, 5]), np.zeros((5, 1), np.int32), bias=np.float32([0, 0, 0, np.nan, 0]))
+    for module, codebook in ((hisac, book), (reference, reference.Codebook(book.centers))):
+        for method in ("exact", "leaf"):
+            made = module.compress(codebook, h, budget=1, missing="token", method=method)
+            np.testing.assert_allclose(made.tokens[:, 1], [[(2 + 4 + 8) / 3], [0], [0]])
+            np.testing.assert_allclose(made.lse[:, 1], [np.log(3), -np.inf, -np.inf])
+            assert made.tokens[0, 0] == 1 and made.tokens.shape == (3, 2, 1)
+
+
+def test_refinement_finds_the_means():
+    x = np.float32([[0, 0], [0.2, 0], [5, 5], [5, 5.2]])
+    book = hisac.Codebook([np.float32([[1, 0], [4, 5]])])
+    for module, codebook in ((hisac, book), (reference, reference.Codebook(book.centers))):
+        h = Histories(x, x, np.array([0, 4, 4]))
+        made = module.compress(codebook, h, budget=3, temperature=0.5, refine=60)
+        np.testing.assert_allclose(np.sort(made.prototypes[0, :2], 0), [[0.1, 0], [5, 5.1]], atol=1e-5)
+        np.testing.assert_allclose(made.tokens[0, :2], made.prototypes[0, :2], atol=1e-5)
+        assert not made.prototypes[1].any()  # nobody's prototypes stay
