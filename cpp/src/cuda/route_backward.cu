@@ -21,6 +21,7 @@ SIMT_KERNEL(kThreads) pack_gradients(SIMT_CONSTANT BackTask b) {
   const int lane = simt::lane();
   const Task &x = b.x, &v = b.v;
   const RouteForward& f = b.forward;
+  const Rows d_mean_x{f.d_mean_x.data, DType::float32, 0, x.x.width};
   const int64_t all = int64_t{simt::blocks()} * kThreads, padded = b.padded();
   const int64_t thread = int64_t{simt::block()} * kThreads + simt::thread();
   b.chunks.clear();
@@ -31,13 +32,13 @@ SIMT_KERNEL(kThreads) pack_gradients(SIMT_CONSTANT BackTask b) {
     const int64_t user = i / padded, agent = i % padded, row = user * x.agents + agent;
     const bool here = x.half[i] != -kInfinity;  // only those below M
     double dot = 0;
-    const auto add_products = [&](const void* gradient, const void* mean, DType type, int64_t width) {
-      for (int64_t c = lane; here && gradient && c < width; c += 32)
-        dot += static_cast<double>(element(gradient, type, row * width + c)) *
-               static_cast<double>(element(mean, type, row * width + c));
+    const auto add_products = [&](const Rows& d, const Rows& mean) {
+      for (int64_t c = lane; here && d.data && c < d.width; c += 32)
+        dot += static_cast<double>(element(d.data, d.dtype, row * d.width + c)) *
+               static_cast<double>(element(mean.data, mean.dtype, row * d.width + c));
     };
-    add_products(f.d_tokens.data, f.tokens.data, f.d_tokens.dtype, v.x.width);
-    add_products(f.d_mean_x.data, f.mean_x.data, DType::float32, x.x.width);
+    add_products(f.d_tokens, f.tokens);
+    add_products(d_mean_x, {f.mean_x.data, DType::float32, 0, 0});
     for (int m = 16; m; m /= 2) dot += simt::shuffle_xor(dot, m);
     if (lane == 0) {
       const float lse = here ? f.lse.data[row] : kInfinity;
@@ -47,13 +48,13 @@ SIMT_KERNEL(kThreads) pack_gradients(SIMT_CONSTANT BackTask b) {
           has_mass ? static_cast<float>((f.d_lse.data ? static_cast<double>(f.d_lse.data[row]) : 0.0) - dot) : 0.f;
       b.slope[i] = has_mass ? smaller(2 / x.temperature[x.per_agent ? agent : 0], kLargest) : 0.f;
     }
-    const auto pack = [&](const Task& t, int side, const void* gradient, DType type) {
-      const int64_t width = t.x.width;
-      t.pack_row(user, agent, side,
-                 [&](int64_t c) { return here && c < width ? element(gradient, type, row * width + c) : 0.f; });
+    const auto pack = [&](const Task& t, int side, const Rows& d) {
+      t.pack_row(user, agent, side, [&](int64_t c) {
+        return here && c < t.x.width ? element(d.data, d.dtype, row * t.x.width + c) : 0.f;
+      });
     };
-    pack(v, 0, f.d_tokens.data, f.d_tokens.dtype);
-    if (x.g.sides > 1) pack(x, 1, f.d_mean_x.data, DType::float32);
+    pack(v, 0, f.d_tokens);
+    if (x.g.sides > 1) pack(x, 1, d_mean_x);
   }
 }
 
@@ -164,8 +165,7 @@ Status plan_geometry(Launches& l, const simt::Machine& machine) {
     for (int chunk = 128; !found && chunk >= 16; chunk /= 2) {
       for (Geometry* g : {&l.rows.x.g, &l.rows.v.g, &l.prototypes.x.g, &l.prototypes.v.g}) {
         g->chunk = std::min(g->depth, chunk);
-        g->chunks =
-            std::max(1, (g->depth + chunk - 1) / chunk);  // one of no columns: the buffers of x take turns by it
+        g->chunks = std::max(1, (g->depth + chunk - 1) / chunk);  // one of no columns keeps x's buffers in turns
       }
       for (most = limit; most > 2; --most)
         if (lay_out(l, most) <= machine.shared) break;

@@ -239,11 +239,7 @@ struct RouteStream {
       }
       const float bias = t.bias ? term_of(g.offset.bias, buffer, r) : 0.f,
                   spread = t.spread ? term_of(g.offset.spread, buffer, r) : 0.f;
-      const auto x_element = [&](int64_t d) {
-        if (!has_x()) return t.prototype(raw_codes(buffer, r), d);
-        return element(t.x.data, t.x.dtype, row_of(false, s.block, r) * t.x.width + d) *
-               (scale() ? term_of(g.offset.scale, buffer, r) : 1.f);
-      };
+      const auto x_element = [&](int64_t d) { return t.x_element(row_of(false, s.block, r), d); };
       const bool here = has(true, s.block, r) && has(false, s.block, r) && t.valid_terms(bias, spread) &&
                         t.valid(raw_codes(buffer, r)) && below_limit(squares, t.x.width, x_element);
       if (has_values() && lane < kValues / 8) {
