@@ -117,7 +117,7 @@ SIMT_DEVICE uint32_t quantise(float w) {
 
 template <class State, bool kIds, class Step, class Use>
 SIMT_DEVICE void each_row_of(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = kIds ? 2 : 4;  // more would not fit the registers
   const int64_t first_row = t.start(b);
   const auto row = [&](int first, int k) { return first + simt::thread() + k * simt::threads(); };
   for (int first = 0; first < rows; first += kTogether * simt::threads()) {
@@ -151,8 +151,8 @@ SIMT_DEVICE void each_row_of(const VoteTask& t, int64_t b, int rows, Step step, 
 }
 
 /// step(state, level, code) down the path of each of user b's first rows, then use(state, votes), by whole warps; 0
-/// votes: the row does not vote, or is past the last, and its path was cut. Loads of four rows a thread are under way
-/// together.
+/// votes: the row does not vote, or is past the last, and its path was cut. Loads of four rows a thread, or two with
+/// ids, are under way together.
 template <class State, class Step, class Use>
 SIMT_DEVICE void each_row(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
   if (t.ids.data)
