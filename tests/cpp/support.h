@@ -52,6 +52,20 @@ class Random {
 
 inline size_t size(int64_t n) { return static_cast<size_t>(n); }
 
+/// sum += terms, each element.
+inline void add(std::vector<double>& sum, const std::vector<float>& terms) {
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += double(terms[i]);
+}
+
+/// Whether a is b but for rounding to float32: within 1e-6 of the largest of b, which is not all zero.
+inline bool nearly(const std::vector<float>& a, const std::vector<double>& b) {
+  double size = 0;
+  for (double value : b) size = std::fmax(size, std::fabs(value));
+  bool near = a.size() == b.size() && size > 0;
+  for (size_t i = 0; near && i < b.size(); ++i) near = std::fabs(double(a[i]) - b[i]) <= 1e-6 * size;  // false for NaN
+  return near;
+}
+
 inline std::vector<float> uniform(Random& random, int64_t n, float scale = 1) {
   std::vector<float> out(size(n));
   for (float& x : out) x = scale * random.uniform();

@@ -268,24 +268,15 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
     const Out one = solve(b, 1, nullptr);
     CHECK(std::equal(one.tokens.begin(), one.tokens.end(), all.tokens.begin() + b * kAgents * kWidth));
     CHECK(std::equal(one.lse.begin(), one.lse.end(), all.lse.begin() + b * kAgents));
-    for (size_t i = 0; i < dv.size(); ++i) dv[i] += double(one.dv[i]);
-    for (size_t i = 0; i < dx.size(); ++i) dx[i] += double(one.dx[i]);
-    for (size_t i = 0; i < dbias.size(); ++i) dbias[i] += double(one.dbias[i]);
-    for (size_t i = 0; i < dspread.size(); ++i) dspread[i] += double(one.dspread[i]);
+    test::add(dv, one.dv);
+    test::add(dx, one.dx);
+    test::add(dbias, one.dbias);
+    test::add(dspread, one.dspread);
   }
-  const auto close = [](const std::vector<float>& a, const std::vector<double>& b) {
-    double most = 0, size = 0;
-    for (size_t i = 0; i < b.size(); ++i) {
-      most = std::max(most, std::abs(double(a[i]) - b[i]));
-      size = std::max(size, std::abs(b[i]));
-    }
-    CHECK(size > 0);
-    CHECK(most <= 1e-6 * size);
-  };
-  close(all.dv, dv);
-  close(all.dx, dx);
-  close(all.dbias, dbias);
-  close(all.dspread, dspread);
+  CHECK(test::nearly(all.dv, dv));
+  CHECK(test::nearly(all.dx, dx));
+  CHECK(test::nearly(all.dbias, dbias));
+  CHECK(test::nearly(all.dspread, dspread));
   for (int workers : {2, 7}) {
     test::Threads threads{workers};
     const Executor executor = threads.executor();

@@ -357,20 +357,11 @@ TEST_CASE("leaf_sums_backward: a row of several histories gets what each gives i
     REQUIRE(summed(batch.book, in, own.out(1)));
     CHECK((own.of(0) == sums.of(b)));
     const Back one(batch.book, in, own, "x v bias spread", {1, b});
-    for (size_t i = 0; i < v.size(); ++i) v[i] += double(one.v[i]);
-    for (size_t i = 0; i < bias.size(); ++i) bias[i] += double(one.bias[i]);
+    test::add(v, one.v);
+    test::add(bias, one.bias);
   }
-  const auto close = [](const std::vector<float>& a, const std::vector<double>& b) {
-    double most = 0, size = 0;
-    for (size_t i = 0; i < b.size(); ++i) {
-      most = std::max(most, std::abs(double(a[i]) - b[i]));
-      size = std::max(size, std::abs(b[i]));
-    }
-    CHECK(size > 0);
-    CHECK(most <= 1e-6 * size);
-  };
-  close(all.v, v);
-  close(all.bias, bias);
+  CHECK(test::nearly(all.v, v));
+  CHECK(test::nearly(all.bias, bias));
   in.offsets = {starts.data(), ends.data(), DType::int64, kUsers};
   for (int workers : {2, 7}) {
     const Back again(batch.book, in, sums, "x v bias spread", {workers});
