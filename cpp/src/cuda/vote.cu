@@ -171,11 +171,13 @@ size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& pa
   VoteTask t = describe(book, params);
   Arena arena;
   arena.take<SlicePlan>(2);
+  int64_t slices = 0;
   if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
     const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
     const int64_t least = t.pairs ? t.slice_bytes(kMostVoters) : each;  // a bitmap: enough for any history
-    arena.take<std::byte>(std::max(least, std::min(each * machine.processors * kBlocksShort, kMostWorkspace)));
+    slices = std::max(least, std::min(each * machine.processors * kBlocksShort, kMostWorkspace));
   }
+  arena.take<std::byte>(slices);
   return arena.used();
 }
 
