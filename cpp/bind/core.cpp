@@ -317,10 +317,10 @@ MutableSpans sum_spans(Call& call, Lent starts, Lent ends) {
 }
 
 void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, Lent starts, Lent ends, Lent codes,
-                Lent bias, Lent spread) {
+                Lent bias, Lent spread, Lent votes) {
   Call call("leaf_sums");
   Batch batch(call, histories);
-  batch.read_rows(true);
+  batch.read_rows(true, true);
   const Histories& in = batch.in;
   const int64_t most = longest(call, in.offsets, in.behaviours());
   const LeafSums out{array<float, 2>(x, call, "out x", "float32 [S, D]"),
@@ -328,7 +328,8 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, L
                      sum_spans(call, starts, ends),
                      array<int32_t, 2>(codes, call, "out codes", "int32 [S, L]"),
                      array<float, 1>(bias, call, "out bias", "float32 [S]"),
-                     array<float, 1>(spread, call, "out spread", "float32 [S]")};
+                     array<float, 1>(spread, call, "out spread", "float32 [S]"),
+                     array<int64_t, 1>(votes, call, "out votes", "int64 [S]")};
   run(
       call, [&](const Context& context) { return leaf_sums_workspace(context, book, in, most); },
       [&](const Context& context) { return leaf_sums(context, book, in, out); }, &book);
@@ -459,7 +460,7 @@ void fill(nb::module_& m) {
         "dspread"_a.none(), "dprototypes"_a.none(), "dtemperature"_a.none());
   m.def("missing", missing_rows, "book"_a.none(), "histories"_a, "out"_a);
   m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_starts"_a, "out_ends"_a.none(),
-        "out_codes"_a, "out_bias"_a, "out_spread"_a);
+        "out_codes"_a, "out_bias"_a, "out_spread"_a, "out_votes"_a);
   m.def("leaf_sums_backward", leaf_gradients, "book"_a, "histories"_a, "sums"_a, "gradients"_a, "dv"_a.none(),
         "dbias"_a.none());
   m.def("sum_rows", sum_of_rows, "rows"_a, "order"_a, "begin"_a, "out"_a);

@@ -45,8 +45,9 @@ class Batch {
   }
   Batch(const Batch&) = delete;
 
-  /// Every field but weights, and but codes where not `coded`: of these it sees the sizes, as of all that is not read.
-  void read_rows(bool coded) {
+  /// Every field but weights, where not `weighted`, and codes, where not `coded`: of these it sees the sizes, as of all
+  /// that is not read.
+  void read_rows(bool coded, bool weighted = false) {
     if (!field(kX).is_none()) in.x = rows(view(kX), call_, "x", 2, "float32, bfloat16, float16 or int8 [T, D]", true);
     if (!field(kV).is_none()) in.v = rows(view(kV), call_, "v", 2, "float32, bfloat16 or float16 [T, V]");
     read_spans();
@@ -57,7 +58,10 @@ class Batch {
     in.bias = array<const float, 1>(view(kBias), call_, "bias", "float32 [T]", true);
     in.spread = array<const float, 1>(view(kSpread), call_, "spread", "float32 [T]", true);
     if (!coded) see(kCodes, in.codes);
-    see(kWeights, in.weights);
+    if (weighted)
+      read_weights();
+    else if (const int64_t* const n = shape(kWeights, 1))
+      in.weights = {kUnread, DType::float32, n[0]};
   }
   /// Leaf sums.
   void read_sums() {
@@ -82,7 +86,7 @@ class Batch {
     read_codes();
     read_spans();
     in.x_ids = read_ids(kXIds, "x_ids");
-    in.weights = array<const float, 1>(view(kWeights), call_, "weights", "float32 [T]", true);
+    read_weights();
     if (const int64_t* const n = shape(kX, 2)) in.x = {kUnread, DType::float32, n[0], n[1]};
     if (const int64_t* const n = shape(kV, 2)) in.v = {kUnread, DType::float32, n[0], n[1]};
     if (const int64_t* const n = shape(kVIds, 1)) in.v_ids = {kUnread, DType::int64, n[0]};
@@ -100,6 +104,15 @@ class Batch {
   const View& hold(nb::handle array, int at) { return view_[at] = nb::cast<View>(array); }
 
   void read_codes() { in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]"); }
+  void read_weights() {
+    constexpr const char* kExpected = "float32 or int64 [T]";
+    const View& given = view(kWeights);
+    if (given.none) return;
+    const void* const data = borrow(given, call_, "weights", 1, kExpected, false);
+    const bool votes = given.tensor.dtype == nb::dtype<int64_t>();
+    if (!votes && given.tensor.dtype != nb::dtype<float>()) wrong_type(call_, "weights", kExpected, describe(given));
+    in.weights = {data, votes ? DType::int64 : DType::float32, given.tensor.shape[0]};
+  }
   Ids read_ids(Field at, const char* name) { return ids(view(at), call_, name, "int32 or int64 [T]", true); }
 
   /// The shape of an array whose elements are not read; null where there is none of so many dimensions.

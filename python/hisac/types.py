@@ -50,7 +50,7 @@ class Histories(_Fields):
         x_scale  a number, or float32 [1] or [rows of x], with x of int8: the embeddings are x_scale times x, in float32
         bias     [T] float32: the logarithm of a behaviour's weight in routing, a time decay for instance
         spread   [T] float32: added to a behaviour's squared distances; `leaf_sums` makes it
-        weights  [T] float32: a behaviour's weight in voting
+        weights  [T] of voting: float32, relative to the user's largest, or int64, votes; `leaf_sums` makes these
 
     An `nn.Embedding` with a padding_idx has a row that stands for no item: give -1 in its place, for instance
     `ids.masked_fill(ids == padding_idx, -1)`, and it is absent and gets no gradient.
@@ -110,7 +110,7 @@ class Agents(NamedTuple):
     codes: Array
     """[B, M, L] int32: the agent's leaf, one code a level."""
     votes: Array
-    """[B, M] int64: votes of that leaf; with weights in units of 2^-12."""
+    """[B, M] int64: votes of that leaf."""
     count: Array
     """[B] int32: how many of the M are present."""
     fingerprint: int

@@ -69,8 +69,10 @@ def vote(
 
     `budget` M: seats in proportion to votes at every node (D'Hondt). `fanout` (k_1, .., k_L): the paper's rule, the k_l
     children with most votes under every kept node. Of the histories it reads codes [T, L] (a table with x_ids), x_ids,
-    offsets, and weights [T] or None: a row counts rint(clip(w, 0, 16) 2^12). Rows with an invalid code, or with an id
-    outside the table, do not vote.
+    offsets, and weights [T] or None. A row has one vote, or w votes where weights are int64: min(w, 2^40 - 1), halved s
+    times where a user's sum is 2^(40 + s - 1) or more. Float weights count relative to the user's largest:
+    rint(2^k w / max w) votes, k = min(24, 40 - bits of the number of rows that vote). Rows with an invalid code, an id
+    outside the table, or a weight that is NaN or not above 0 do not vote.
     -> Agents of M = budget or the product of the fan-outs, at most 4096; blind to the order of rows.
     Raises ValueError, TypeError.
     """
@@ -130,22 +132,22 @@ def compress(
 
 
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
-    """The present behaviours of each user, one row a leaf, sorted by code: with weights w_i = e^bias_i,
+    """The behaviours of each user, one row a leaf, sorted by code: of the present ones, with w_i = e^bias_i,
 
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
-    Reads what `route` reads of the histories, and codes. In `route` the sums stand for the behaviours; for `vote` a row
-    of sums would count once. Sums may be kept between requests. They add up: those of kept sums and new behaviours, as
-    the rows of one user, are the sums of all.
-    -> Histories with x, v, offsets, codes, bias and spread, float32. Raises ValueError, TypeError.
+    and weights, int64: the votes of all that vote. A leaf that has votes and no present behaviour has a bias of -inf,
+    and zeros for x, v and spread. Reads what `route` reads of the histories, codes and weights. In `route` and in
+    `vote` the sums stand for the behaviours, and they may be kept between requests. In `missing` they do not: sums do
+    not keep the v of absent behaviours. Sums add up: those of kept sums and new behaviours, as the rows of one user,
+    are the sums of all. Votes do where the weights of both are int64 or none, and the user has fewer than 2^40 votes.
+    -> Histories with x, v, offsets, codes, bias, spread and weights, float32 but for integers. Raises ValueError,
+    TypeError.
     """
     sums = _sum_leaves(book, histories, apart=False)
     used = int(sums.offsets[-1])
-    x, v, offsets, codes, *_, bias, spread, _ = (
-        a if a is None or a is sums.offsets else copy_of(a[:used]) for a in sums
-    )
-    return Histories(x, v, offsets, codes, bias=bias, spread=spread)
+    return Histories(*(a if a is None or a is sums.offsets else copy_of(a[:used]) for a in sums))
 
 
 def leaf_sums_backward(
@@ -311,7 +313,8 @@ def _wanted(verb: str, need: Iterable[str], gradients: Any) -> tuple[str, ...]:
 _VOTES = "-, -, offsets B+1, codes T L, x_ids?, -, -, -, -, weights?"
 _CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
 _ROWS = _CODED_ROWS.replace("codes T L", "-")
-_EVERY = _CODED_ROWS.replace("codes", "codes?")[:-1] + "weights?"
+_WEIGHTED = _CODED_ROWS[:-1] + "weights?"
+_EVERY = _WEIGHTED.replace("codes", "codes?")
 _SUMS = "sums.x S D, sums.v S V, offsets B+1, sums.codes S L, -, -, -, sums.bias, sums.spread, -"
 _OF_SUMS = "gradients.x? S D, gradients.v? S V, -, -, -, -, -, gradients.bias?, gradients.spread?, -"
 _WITHOUT_V = {True: _CODED_ROWS.replace("v T V", "v? T V"), False: _ROWS.replace("v T V", "v? T V")}
@@ -328,7 +331,7 @@ def _sum_leaves(book: Codebook, histories: Histories, *, apart: bool = True) -> 
     """Leaf sums in arrays with a row for each row of the histories. apart: where the user's rows are, offsets are
     (starts, ends); else those of all users together."""
     _check(book, Codebook, "leaf_sums: book")
-    histories = take_histories("leaf_sums", _CODED_ROWS, histories)
+    histories = take_histories("leaf_sums", _WEIGHTED, histories)
     x, v, spans = histories[:3]
     starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
     ordered = starts.shape == ends.shape and starts.dtype.kind == "i"  # the core checks the offsets
@@ -338,9 +341,11 @@ def _sum_leaves(book: Codebook, histories: Histories, *, apart: bool = True) -> 
     sum_x, sum_v = new((size, width), FLOAT32), new((size, v.shape[1]), FLOAT32)
     first = new((len(starts) + (not apart),), INT64)
     last = new((len(starts),), INT64) if apart else None
-    codes, bias, spread = new((size, book.levels), INT32), new((size,), FLOAT32), new((size,), FLOAT32)
-    core.leaf_sums(book._core, histories, sum_x, sum_v, first, last, codes, bias, spread)
-    return Histories(sum_x, sum_v, first if last is None else (first, last), codes, bias=bias, spread=spread)
+    codes, votes = new((size, book.levels), INT32), new((size,), INT64)
+    bias, spread = new((size,), FLOAT32), new((size,), FLOAT32)
+    core.leaf_sums(book._core, histories, sum_x, sum_v, first, last, codes, bias, spread, votes)
+    spans = first if last is None else (first, last)
+    return Histories(sum_x, sum_v, spans, codes, bias=bias, spread=spread, weights=votes)
 
 
 def _as_type(a: Array, like: Array) -> Array:

@@ -17,6 +17,7 @@ struct Options {
   bool tokens = true;      // the same of the tokens
   bool over_sums = false;  // route reads the leaf sums
   bool together = false;   // all users' leaf sums; otherwise each user's lie where its rows do
+  bool whole = false;      // weights are int64
   bool fanout = false, without_x = false, without_v = false;
 };
 
@@ -46,6 +47,7 @@ struct Problem {
   int64_t rows = 13227, users = 6, pairs = 1300;
   hisac::Codebook book;
   std::vector<std::byte> x, v, q, keys, values_, d_tokens, d_out;
+  std::vector<int64_t> whole_weights;
   std::vector<float> weights, bias, temperature, token_bias, d_lse, d_mean_x, d_sums, d_out_lse;
 
   explicit Problem(const Options& o) : options(o) {
@@ -73,6 +75,7 @@ struct Problem {
     d_mean_x = uniform(random, users * kSeats * kWidth);
     d_sums = uniform(random, rows * kWidth);
     d_out_lse = uniform(random, pairs * kHeads);
+    for (int64_t i = 0; i < rows; ++i) whole_weights.push_back(random.below(int64_t{1} << random.below(40)) - 3);
   }
   hisac::Rows rows_of(const std::vector<std::byte>& data, int64_t width) const {
     return {data.data(), options.dtype, static_cast<int64_t>(data.size()) / width / bytes_of(options.dtype), width};
@@ -119,7 +122,8 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   in.offsets = test::spans(p.offsets);
   in.codes = {codes.data(), {t, levels}};
   in.bias = {p.bias.data(), {t}};
-  in.weights = {p.weights.data(), {t}};
+  in.weights = {p.weights.data(), DType::float32, t};
+  if (o.whole) in.weights = {p.whole_weights.data(), DType::int64, t};
 
   VoteParams voting;
   if (o.fanout) voting = {0, {4, 3}};
@@ -149,14 +153,15 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("missing", absent);
 
   Guarded<float> sum_x(t * d), sum_v(t * in.v.width), sum_bias(t), sum_spread(t);
-  Guarded<int64_t> sum_starts(users + 1), sum_ends(users);
+  Guarded<int64_t> sum_starts(users + 1), sum_ends(users), sum_votes(t);
   Guarded<int32_t> sum_codes(t * levels);
   const LeafSums sums{{sum_x.data(), {t, d}},
                       {in.v.data ? sum_v.data() : nullptr, {t, in.v.width}},
                       {sum_starts.data(), o.together ? sum_starts.data() + 1 : sum_ends.data(), users},
                       {sum_codes.data(), {t, levels}},
                       {sum_bias.data(), {t}},
-                      {sum_spread.data(), {t}}};
+                      {sum_spread.data(), {t}},
+                      {sum_votes.data(), {t}}};
   r.call("leaf_sums", leaf_sums_workspace(test::sizing(workers), p.book, in, t), executor,
          [&](const Context& c) { return leaf_sums(c, p.book, in, sums); });
   r.keep("sum_starts", sum_starts);
@@ -166,6 +171,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("sum_bias", sum_bias);
   r.keep("sum_spread", sum_spread);
   r.keep("sum_codes", sum_codes);
+  r.keep("sum_votes", sum_votes);
 
   const Codebook* const book = o.over_sums ? nullptr : &p.book;
   const Histories routed = o.over_sums ? sums.histories() : in;

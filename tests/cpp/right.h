@@ -50,10 +50,11 @@ struct Right {
 
   std::vector<float> sum_x = std::vector<float>(18), sum_v = std::vector<float>(12), sum_bias = std::vector<float>(6),
                      sum_spread = std::vector<float>(6), dsum = std::vector<float>(18);
-  std::vector<int64_t> sum_starts{0, 1}, sum_ends{1, 2};
+  std::vector<int64_t> sum_starts{0, 1}, sum_ends{1, 2}, sum_votes = std::vector<int64_t>(6);
   std::vector<int32_t> sum_codes = std::vector<int32_t>(12);
   LeafSums sums{{sum_x.data(), {6, 3}},     {sum_v.data(), {6, 2}}, {sum_starts.data(), sum_ends.data(), 2},
-                {sum_codes.data(), {6, 2}}, {sum_bias.data(), {6}}, {sum_spread.data(), {6}}};
+                {sum_codes.data(), {6, 2}}, {sum_bias.data(), {6}}, {sum_spread.data(), {6}},
+                {sum_votes.data(), {6}}};
   LeafSumsForward sums_forward{
       sums.histories(), {dsum.data(), {6, 3}}, {dsum.data(), {6, 2}}, {dsum.data(), {6}}, {dsum.data(), {6}}};
   LeafSumsGradients leaf_gradients{{tokens.data(), {6, 2}}, {missed.data(), {6}}};

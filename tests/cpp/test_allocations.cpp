@@ -36,7 +36,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
   const std::vector<int64_t> offsets{0, 4600, kRows};
   const std::vector<float> temperature{1};
   std::vector<int32_t> codes(kRows * 2), agents(kUsers * kSeats * 2), count(kUsers), sum_codes(kRows * 2);
-  std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows), sum_starts(kUsers + 1), sum_ends(kUsers);
+  std::vector<int64_t> votes(kUsers * kSeats), leaf(kRows), sum_starts(kUsers + 1), sum_ends(kUsers), sum_votes(kRows);
   std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * kSeats * kWidth), lse(kUsers * kSeats),
       mean_x(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth), dbias(kRows), dspread(kRows), dtau(1),
       dp(kUsers * kSeats * kWidth), out(kRows * kWidth), out_lse(kRows), centers(8 * kWidth), sum_x(kRows * kWidth),
@@ -47,7 +47,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
   in.v = vs;
   in.offsets = test::spans(offsets);
   in.codes = {codes.data(), {kRows, 2}};
-  in.bias = in.weights = {bias.data(), {kRows}};
+  in.bias = {bias.data(), {kRows}};
   const RouteAgents to{{prototypes.data(), {kUsers, kSeats, kWidth}}, {count.data(), {kUsers}}};
 
   for (int workers : {1, 3}) {
@@ -129,7 +129,8 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                           {sum_starts.data(), together ? sum_starts.data() + 1 : sum_ends.data(), kUsers},
                           {sum_codes.data(), {kRows, 2}},
                           {sum_bias.data(), {kRows}},
-                          {sum_spread.data(), {kRows}}};
+                          {sum_spread.data(), {kRows}},
+                          {sum_votes.data(), {kRows}}};
       check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), book, in, kRows); }),
             [&](const Context& c) { return leaf_sums(c, book, in, sums); });
       const LeafSumsForward forward{sums.histories(),

@@ -77,19 +77,23 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
       for (bool together : {true, false}) {
         std::vector<float> sum_x(x.size()), sum_v(dv.size()), bias(test::size(rows)), spread(bias);
         std::vector<int64_t> sum_starts(test::size(together || users ? users + 1 : 0), 7),
-            sum_ends(test::size(users), 7);
+            sum_ends(test::size(users), 7), sum_votes(test::size(rows));
         std::vector<int32_t> sum_codes(codes.size());
         const LeafSums sums{{sum_x.data(), {rows, kWidth}},
                             {sum_v.data(), {rows, coded.v.width}},
                             {sum_starts.data(), together ? sum_starts.data() + 1 : sum_ends.data(), users},
                             {sum_codes.data(), {rows, 2}},
                             {bias.data(), {rows}},
-                            {spread.data(), {rows}}};
+                            {spread.data(), {rows}},
+                            {sum_votes.data(), {rows}}};
         test::Workspace of_sums(leaf_sums_workspace(test::sizing(1), book, coded, rows));
         CHECK(what(leaf_sums({of_sums.array(), nullptr}, book, coded, sums)) == "");
         const Spans found = sums.histories().offsets;
         for (int64_t b = 0; b < users; ++b)  // all rows of a user are of one leaf
           CHECK(found.end(b) - found.start(b) == (starts[test::size(b)] < ends[test::size(b)]));
+        for (int64_t b = 0; b < users; ++b)
+          for (int64_t s = found.start(b); s < found.end(b); ++s)
+            CHECK(sum_votes[test::size(s)] == ends[test::size(b)] - starts[test::size(b)]);
         if (together) CHECK(sum_starts[0] == 0);
         LeafSumsGradients to_leaves{{}, {dbias.data(), {rows}}};
         if (has_v) to_leaves.v = {dv.data(), {rows, kWidth}};

@@ -29,6 +29,7 @@ struct Sums {
         spread(most),
         starts(kUsers + 1),
         ends(kUsers),
+        votes(most),
         codes(most * 2) {}
   LeafSums out(int64_t users = kUsers) {
     return {{x.data(), {rows, kWidth}},
@@ -36,11 +37,12 @@ struct Sums {
             {starts.data(), together ? starts.data() + 1 : ends.data(), users},
             {codes.data(), {rows, 2}},
             {bias.data(), {rows}},
-            {spread.data(), {rows}}};
+            {spread.data(), {rows}},
+            {votes.data(), {rows}}};
   }
   bool intact() {
     return x.intact() && v.intact() && bias.intact() && spread.intact() && starts.intact() && ends.intact() &&
-           codes.intact();
+           votes.intact() && codes.intact();
   }
   /// The bytes of a user's sums.
   std::vector<std::byte> of(int64_t user) {
@@ -53,12 +55,13 @@ struct Sums {
     };
     for (Guarded<float>* a : {&x, &v, &bias, &spread}) add(*a);
     add(codes);
+    add(votes);
     return all;
   }
   int64_t rows;
   bool together;
   Guarded<float> x, v, bias, spread;
-  Guarded<int64_t> starts, ends;
+  Guarded<int64_t> starts, ends, votes;
   Guarded<int32_t> codes;
 };
 
@@ -77,15 +80,17 @@ struct Batch {
     for (float& s : spread) s = std::fabs(s);
     for (int64_t i = 0; i < rows; i += 31) x[test::size(i * kWidth)] = std::numeric_limits<float>::quiet_NaN();
     for (int64_t i = 1; i < rows; i += 37) bias[test::size(i)] = std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < rows; ++i) weights.push_back(random.below(1000) - 10);
     in.x = test::rows(x, kWidth);
     in.v = test::rows(v, kValues);
     in.offsets = test::spans(offsets);
     in.codes = {codes.data(), {rows, 2}};
     in.bias = {bias.data(), {rows}};
     in.spread = {spread.data(), {rows}};
+    in.weights = {weights.data(), DType::int64, rows};
   }
   Codebook book;
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> offsets, weights;
   int64_t rows;
   std::vector<float> x, v, bias, spread;
   std::vector<int32_t> codes;
@@ -160,14 +165,15 @@ TEST_CASE("leaf_sums: what the reference says") {
         behind.push_back(behind.back() + r.in.offsets.end(b) - r.in.offsets.start(b));
       const int64_t rows = behind.back();
       Guarded<float> x(rows * width), v(rows * wide), bias(rows), spread(rows);
-      Guarded<int64_t> starts(r.users + 1), ends(r.users);
+      Guarded<int64_t> starts(r.users + 1), ends(r.users), votes(rows);
       Guarded<int32_t> codes(rows * levels);
       const LeafSums out{{x.data(), {rows, width}},
                          {v.data(), {rows, wide}},
                          {starts.data(), together ? starts.data() + 1 : ends.data(), r.users},
                          {codes.data(), {rows, levels}},
                          {bias.data(), {rows}},
-                         {spread.data(), {rows}}};
+                         {spread.data(), {rows}},
+                         {votes.data(), {rows}}};
       const size_t bytes = leaf_sums_workspace(test::sizing(1), *r.codebook, r.in, vectors::longest(c));
       REQUIRE(test::exactly(bytes, nullptr,
                             [&](const Context& context) { return leaf_sums(context, *r.codebook, r.in, out); }));
@@ -188,6 +194,7 @@ TEST_CASE("leaf_sums: what the reference says") {
         return values;
       };
       c.check_integers("sum codes", of_sums(codes, levels));
+      c.check_integers("sum weights", of_sums(votes, 1));
       c.check_floats("sum x", of_sums(x, width));
       if (wide) c.check_floats("sum v", of_sums(v, wide));
       c.check_floats("sum bias", of_sums(bias, 1));
@@ -231,11 +238,12 @@ TEST_CASE("leaf_sums: between the sums of users that lie apart nothing is writte
   for (int64_t b = 0; b < kUsers; ++b) {
     const int64_t end = apart.ends.data()[b], next = batch.offsets[test::size(b) + 1];
     const auto same = [&](auto& memory, int64_t n) {
-      return std::memcmp(memory.data() + end * n, untouched.data(), test::size((next - end) * n) * 4) == 0;
+      return std::memcmp(memory.data() + end * n, untouched.data(),
+                         test::size((next - end) * n) * sizeof *memory.data()) == 0;
     };
     CHECK((b == 2 || next > end));
     CHECK((same(apart.x, kWidth) && same(apart.v, kValues) && same(apart.bias, 1) && same(apart.spread, 1) &&
-           same(apart.codes, 2)));
+           same(apart.codes, 2) && same(apart.votes, 1)));
   }
 }
 
@@ -248,11 +256,58 @@ TEST_CASE("leaf_sums: without v the other sums have the same bits") {
   REQUIRE(summed(batch.book, batch.in, without.out()));
   const int64_t n = with.starts.data()[kUsers];
   const auto same = [n](auto& a, auto& b, int64_t width) {
-    return std::memcmp(a.data(), b.data(), test::size(n * width) * 4) == 0;
+    return std::memcmp(a.data(), b.data(), test::size(n * width) * sizeof *a.data()) == 0;
   };
   CHECK((n > 0 && with.starts.values() == without.starts.values()));
   CHECK((same(with.x, without.x, kWidth) && same(with.codes, without.codes, 2)));
   CHECK((same(with.bias, without.bias, 1) && same(with.spread, without.spread, 1)));
+  CHECK(same(with.votes, without.votes, 1));
+}
+
+TEST_CASE("leaf_sums: with a leaf that only votes the others have the same bits, and so have their gradients") {
+  Random random(58);
+  Batch batch(random, {0, 30000, 30050, 52000});
+  std::vector<int32_t> without = batch.codes;
+  const auto votes_only = [&](int64_t i) {
+    return batch.codes[test::size(2 * i)] == 1 && batch.codes[test::size(2 * i + 1)] == 0;
+  };
+  for (int64_t i = 0; i < batch.rows; ++i) {
+    if (!votes_only(i)) continue;
+    batch.bias[test::size(i)] = std::numeric_limits<float>::quiet_NaN();
+    without[test::size(2 * i)] = -1;
+  }
+  Histories fewer = batch.in;
+  fewer.codes = {without.data(), {batch.rows, 2}};
+  Sums all(batch.rows), some(batch.rows);
+  REQUIRE(summed(batch.book, batch.in, all.out(), 3));
+  REQUIRE(summed(batch.book, fewer, some.out(), 3));
+  int64_t voters = 0;
+  for (int64_t b = 0; b < kUsers; ++b) {
+    std::vector<std::byte> others;
+    std::vector<int64_t> leaves;
+    for (int64_t i = all.starts.data()[b]; i < all.starts.data()[b + 1]; ++i) {
+      const bool present = std::isfinite(all.bias.data()[i]);
+      CHECK((present || all.codes.data()[2 * i] == 1));
+      if (present) leaves.push_back(i);
+      voters += !present;
+    }
+    const auto add = [&](auto& memory, int64_t n) {
+      for (int64_t i : leaves) {
+        const std::byte* const at = reinterpret_cast<const std::byte*>(memory.data() + i * n);
+        others.insert(others.end(), at, at + test::size(n) * sizeof *memory.data());
+      }
+    };
+    add(all.x, kWidth);
+    add(all.v, kValues);
+    add(all.bias, 1);
+    add(all.spread, 1);
+    add(all.codes, 2);
+    add(all.votes, 1);
+    CHECK((others == some.of(b)));
+  }
+  CHECK(voters == kUsers);
+  const Back of_all(batch.book, batch.in, all, "x v bias spread"), of_some(batch.book, fewer, some, "x v bias spread");
+  CHECK((of_all.v == of_some.v && of_all.bias == of_some.bias));
 }
 
 TEST_CASE("leaf_sums: route over them, wherever they lie; and where a leaf's rows are one x, as over the behaviours") {

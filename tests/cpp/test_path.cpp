@@ -23,10 +23,11 @@ std::vector<Options> all_options() {
   out[2].mean_x = true;
   out[3].mean_x = out[3].over_sums = true;
   out[4].over_sums = out[4].together = true;
-  out[5].fanout = out[5].without_x = true;
+  out[5].fanout = out[5].without_x = out[5].whole = true;
   out[6].dtype = DType::bfloat16;
   out[7].dtype = DType::float16;
   out[8].tokens = false;
+  out[8].whole = true;
   out[9].mean_x = out[9].without_v = true;
   out[10].precision = hisac::Precision::bfloat16;
   out[11].dtype = DType::float16;

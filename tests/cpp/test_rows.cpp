@@ -63,11 +63,12 @@ std::vector<float> summed(const Codebook& book, const Histories& in) {
   int64_t most = 0;
   for (int64_t b = 0; b < kUsers; ++b) most += in.offsets.end(b) - in.offsets.start(b);
   Guarded<float> x(most * kWidth), v(most * kWide), bias(most), spread(most), dv(t * kWide), dbias(t), absent(t);
-  Guarded<int64_t> offsets(kUsers + 1);
+  Guarded<int64_t> offsets(kUsers + 1), votes(most);
   Guarded<int32_t> codes(most * 2);
   const LeafSums sums{
       {x.data(), {most, kWidth}}, {v.data(), {most, kWide}}, {offsets.data(), offsets.data() + 1, kUsers},
-      {codes.data(), {most, 2}},  {bias.data(), {most}},     {spread.data(), {most}}};
+      {codes.data(), {most, 2}},  {bias.data(), {most}},     {spread.data(), {most}},
+      {votes.data(), {most}}};
   REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), book, in, t), nullptr,
                         [&](const Context& c) { return leaf_sums(c, book, in, sums); }));
   const auto d = drawn(14, most * kWidth);
@@ -85,6 +86,7 @@ std::vector<float> summed(const Codebook& book, const Histories& in) {
   const int64_t n = offsets.data()[kUsers];
   for (int64_t end : offsets.values()) all.push_back(static_cast<float>(end));
   for (int64_t i = 0; i < n * 2; ++i) all.push_back(static_cast<float>(codes.data()[i]));
+  for (int64_t i = 0; i < n; ++i) all.push_back(static_cast<float>(votes.data()[i]));
   const std::pair<Guarded<float>*, int64_t> outputs[] = {{&x, n * kWidth}, {&v, n * kWide}, {&bias, n},  {&spread, n},
                                                          {&dv, t * kWide}, {&dbias, t},     {&absent, t}};
   for (const auto& [one, count] : outputs) {

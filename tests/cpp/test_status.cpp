@@ -177,6 +177,16 @@ TEST_CASE("histories") {
   is(r.vote(), Code::wrong_type, "vote: offsets expected int32 or int64");
 }
 
+TEST_CASE("vote: weights") {
+  Right r;
+  r.voters.weights = {r.votes.data(), DType::int64, 6};
+  CHECK(std::string(r.vote().what()) == "");
+  r.voters.weights.size = 7;
+  invalid(r.vote(), "vote: weights expected [6], got [7]");
+  r.voters.weights = {r.votes.data(), DType::int32, 6};
+  is(r.vote(), Code::wrong_type, "vote: weights expected float32 or int64");
+}
+
 TEST_CASE("vote: the sizes of what it does not read") {
   const auto spoiled = [](auto spoil) {
     Right r;

@@ -104,7 +104,13 @@ TEST_CASE("route: gathered inputs") {
             r.in.x.rows = 5;
           }),
           "route: codes expected [5, 2], got [6, 2]");
-  invalid(spoiled([](Right& r) { r.in.weights = {r.one.data(), {1}}; }), "route: weights expected [6], got [1]");
+  invalid(spoiled([](Right& r) { r.in.weights = {r.one.data(), DType::float32, 1}; }),
+          "route: weights expected [6], got [1]");
+  for (DType type : {DType::bfloat16, DType::float16, DType::int32, DType::int8})
+    is(spoiled([&](Right& r) { r.in.weights = {r.x.data(), type, 6}; }), Code::wrong_type,
+       "route: weights expected float32 or int64");
+  for (DType type : {DType::float32, DType::int64})
+    CHECK(std::string(spoiled([&](Right& r) { r.in.weights = {r.votes.data(), type, 6}; }).what()) == "");
 }
 
 TEST_CASE("missing") {
@@ -136,17 +142,23 @@ TEST_CASE("leaf_sums") {
   };
   CHECK(std::string(spoiled([](Right&, LeafSums&) {}).what()) == "");
   const char* const shapes =
-      "leaf_sums: out expected of 2 users, with at least 6 rows of x [3], v [2], codes [2], bias and spread";
+      "leaf_sums: out expected of 2 users, with at least 6 rows of x [3], v [2], codes [2], bias, spread and votes";
   invalid(spoiled([](Right&, LeafSums& out) { out.x.shape[0] = 5; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.v.shape[1] = 4; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.bias.shape[0] = 5; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.spread.shape[0] = 0; }), shapes);
+  invalid(spoiled([](Right&, LeafSums& out) { out.votes.shape[0] = 5; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.offsets.users = 1; }), shapes);
   invalid(spoiled([](Right&, LeafSums& out) { out.codes.shape[1] = 3; }), shapes);
-  invalid(spoiled([](Right& r, LeafSums&) { r.in.v = {}; }),
-          "leaf_sums: out expected of 2 users, with at least 6 rows of x [3], v [0], codes [2], bias and spread");
+  invalid(
+      spoiled([](Right& r, LeafSums&) { r.in.v = {}; }),
+      "leaf_sums: out expected of 2 users, with at least 6 rows of x [3], v [0], codes [2], bias, spread and votes");
   invalid(spoiled([](Right& r, LeafSums&) { r.in.v.data = nullptr; }), "leaf_sums: v expected, got none");
   invalid(spoiled([](Right& r, LeafSums&) { r.in.codes = {}; }), "leaf_sums: codes expected [6, 2], got [0, 0]");
+  invalid(spoiled([](Right& r, LeafSums&) { r.in.weights = {r.votes.data(), DType::int64, 5}; }),
+          "leaf_sums: weights expected [6], got [5]");
+  is(spoiled([](Right& r, LeafSums&) { r.in.weights = {r.votes.data(), DType::int32, 6}; }), Code::wrong_type,
+     "leaf_sums: weights expected float32 or int64");
   invalid(spoiled([](Right& r, LeafSums&) { r.book = Codebook(); }), "leaf_sums: codebook expected, got an empty one");
 }
 

@@ -91,7 +91,7 @@ class Verbs {
 
   bool intact() {
     bool ok = codes_.intact() && agents_.intact() && votes_.intact() && count_.intact();
-    ok = ok && sum_offsets_.intact() && sum_ends_.intact() && sum_codes_.intact();
+    ok = ok && sum_offsets_.intact() && sum_ends_.intact() && sum_codes_.intact() && sum_votes_.intact();
     for (Guarded<float>* a :
          {&centers_,     &tokens_,   &lse_,     &mean_x_, &d_v_,   &d_tau_,    &d_x_,        &d_p_,
           &d_bias_,      &d_spread_, &absent_,  &sum_x_,  &sum_v_, &sum_bias_, &sum_spread_, &d_leaf_v_,
@@ -116,11 +116,12 @@ class Verbs {
   }
   LeafSums sums(int64_t* ends) {
     return {{sum_x_.data(), {kRows, kWidth}}, {sum_v_.data(), {kRows, kWidth}}, {sum_offsets_.data(), ends, 2},
-            {sum_codes_.data(), {kRows, 2}},  {sum_bias_.data(), {kRows}},      {sum_spread_.data(), {kRows}}};
+            {sum_codes_.data(), {kRows, 2}},  {sum_bias_.data(), {kRows}},      {sum_spread_.data(), {kRows}},
+            {sum_votes_.data(), {kRows}}};
   }
   bool sums_untouched() {
     return sum_x_.holds(0x5a) && sum_v_.holds(0x5a) && sum_bias_.holds(0x5a) && sum_spread_.holds(0x5a) &&
-           sum_codes_.holds(0x5a);
+           sum_codes_.holds(0x5a) && sum_votes_.holds(0x5a);
   }
   LeafSumsForward leaf_forward() {  // as if each behaviour were its sum
     Histories given = in_;
@@ -162,7 +163,7 @@ class Verbs {
   AttendInputs attention_{
       x_, test::rows(prototypes_, kWidth), test::rows(prototypes_, kWidth), kSeats, 1, in_.offsets, {}, 1};
   Guarded<int32_t> codes_{kRows * 2}, agents_{2 * kSeats * 2}, count_{2}, sum_codes_{kRows * 2};
-  Guarded<int64_t> votes_{2 * kSeats}, sum_offsets_{3}, sum_ends_{2};
+  Guarded<int64_t> votes_{2 * kSeats}, sum_offsets_{3}, sum_ends_{2}, sum_votes_{kRows};
   Guarded<float> centers_{4 * kWidth}, tokens_{2 * kSeats * kWidth}, lse_{2 * kSeats}, mean_x_{2 * kSeats * kWidth},
       d_v_{kRows * kWidth}, d_tau_{1}, d_x_{kRows * kWidth}, d_p_{2 * kSeats * kWidth}, d_bias_{kRows},
       d_spread_{kRows}, absent_{kRows}, sum_x_{kRows * kWidth}, sum_v_{kRows * kWidth}, sum_bias_{kRows},

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from vectors import Case, Codes, Floats, Integers, Stored, Uniform, to_bfloat16
+from vectors import Case, Codes, Floats, Integers, Stored, Uniform, Whole, bits, to_bfloat16
 
 from hisac import reference
 from hisac.reference import bounds
@@ -95,6 +95,24 @@ def vote_case(name: str, records: dict[str, Any], levels: int, rule: dict[str, A
     return f"vote/{name}", records | {"rule": options, "agents": Integers(found.codes), **expected}
 
 
+def odd_weights() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Weights of five users, 700 rows, float32 and int64; three of the users have 100 rows and the fourth has one."""
+    offsets = offsets_of(0, 100, 200, 300, 301, 700)
+    floats = (bits(322, 700) >> np.uint64(33)).astype(np.uint32).view(np.float32)  # of all sizes, with NaN
+    floats[:100].view(np.uint32)[:] >>= np.uint32(8)  # below 2^-126
+    floats[100:200] = np.ldexp(np.abs(Uniform(323, (100,)).array()), np.arange(100) % 30 - 29)
+    floats[100:106] = 1, 2.0**-149, 2.0**-25, np.nextafter(np.float32(2.0**-25), np.float32(1)), -1, -INF
+    floats[[200, 300]] = INF
+    floats[301:] = np.where(np.arange(399) % 3, -np.abs(floats[301:]), 0)  # none of them votes
+    yield "floats", offsets | {"weights": Stored(floats)}
+    whole = Whole(324, (700,), {300: 2**63 - 1}, 63).array()
+    whole[100:200] = np.array([2**63 - 1, 2**40, 2**40 - 1, 2**40 - 2, 1])[np.arange(100) % 5]  # about the limit
+    whole[200:300] = np.array([1, 0, -1, -(2**63)])[np.arange(100) % 4]
+    whole[301:] = 0
+    whole[310:315] = 2**39, 2**38, 2**37, 2**37, -1  # below 2^40 together, or just not
+    yield "int64", offsets | {"weights": Stored(whole)}
+
+
 def vote_cases() -> Iterator[Case]:
     offsets = offsets_of(0, 300, 300, 301, 700)
     for sizes in ((9,), (4, 5), (3, 4, 5), (2,) * 8):
@@ -102,15 +120,18 @@ def vote_cases() -> Iterator[Case]:
         wrong = {i * levels + i % levels: -1 if i % 40 else 1 << 30 for i in range(3, 700, 61)}
         codes = Codes(300 + levels, (700, levels), wrong, sizes, ("skewed",) * levels)
         records = book_of(310 + levels, sizes, 2) | offsets | {"codes": codes}
-        weighed = {"weights": Uniform(320, (700,), {5: NAN, 6: INF}, 20.0)}
-        for kind, extra in (("", {}), (" weighed", weighed)):
+        weighed = {"weights": Uniform(320, (700,), {5: NAN, 300: INF}, 20.0)}
+        whole = {"weights": Whole(321, (700,), {5: 0}, 12)}
+        for kind, extra in (("", {}), (" weighed", weighed), (" int64", whole)):
             for budget in (1, 7, 30, 400):
                 yield vote_case(f"{sizes} {budget}{kind}", records | extra, levels, {"budget": budget})
             for k in (1, 2, 3):
                 fanout = tuple(k if level < 5 else 1 for level in range(levels))
                 yield vote_case(f"{sizes} {fanout}{kind}", records | extra, levels, {"fanout": fanout})
+        for kind, extra in odd_weights():
+            yield vote_case(f"{sizes} odd {kind}", records | extra, levels, {"budget": 30})
     # long histories, whose leaves are counted and not sorted; the second one is too short
-    offsets, zeros = offsets_of(0, 2100, 4147, 4147, 9000), {i: 0.0 for i in range(1, 9000, 37)}
+    offsets, zeros = offsets_of(0, 2100, 4147, 4147, 9000), {i: 0 for i in range(1, 9000, 37)}
     shapes = ((90,), (30, 20), (5, 6, 30), (1500, 3), (3, 9000))
     manners = (("halved", "skewed"), ("skewed", "skewed"), ("one", "one"), ("halved", "heavy in one"))
     for i, sizes in enumerate(shapes):
@@ -119,8 +140,9 @@ def vote_cases() -> Iterator[Case]:
             wrong = {j * levels: -1 if j % 2 else 1 << 20 for j in range(5, 9000, 491)}
             codes = Codes(330 + 10 * i + k, (9000, levels), wrong, sizes, (first, *(below,) * (levels - 1)))
             records = book_of(340 + i, sizes, 1) | offsets | {"codes": codes}
-            if (i + k) % 2:
-                records["weights"] = Uniform(350, (9000,), zeros | {7: NAN}, 20.0)
+            if (i + k) % 3:
+                whole = Whole(351, (9000,), zeros, 20 + 20 * (i % 2))
+                records["weights"] = whole if (i + k) % 3 == 2 else Uniform(350, (9000,), zeros | {7: NAN}, 20.0)
             for rule in ({"fanout": (6, 4, 2)[:levels]}, {"budget": 5}, {"budget": 60}, {"budget": (700, 4096)[k % 2]}):
                 (limit,) = rule.values()
                 yield vote_case(f"{sizes} {first} {limit}", records, levels, rule)
@@ -281,9 +303,33 @@ def leaf_problems() -> Iterator[tuple[str, dict[str, Any]]]:
     records = usual(rows, 3, 1, width, wide, offsets_of(0, 9000, 9000, 9100))
     records["bias"] = Uniform(440, (rows,), {i: INF for i in range(1, rows, 370)}, 3.0)
     records["spread"] = Uniform(441, (rows,), {i: -1.0 for i in range(3, rows, 911)}, 1.0)
-    problems = (("long", records), ("gathered", gathered()), ("without x", without(small(), "x")))
-    for name, given in (*problems, ("float16", halved("float16")), ("without v", without(small(), "v"))):
+    records["weights"] = Whole(442, (rows,), {}, 30)
+    floats, few = {"weights": Uniform(443, (60,), {4: NAN})}, {"weights": Whole(444, (60,), {}, 8)}
+    problems = (("long", records), ("gathered", gathered()), ("without x", without(small(), "x") | floats))
+    problems += (("float16", halved("float16")), ("without v", without(small(), "v") | few))
+    problems += tuple((f"voters{kind}", voters(weights)) for kind, weights in (("", {}), (" f", floats), (" i", few)))
+    for name, given in problems:
         yield name, without(given, "prototypes", "temperature")
+
+
+def voters(weights: dict[str, Any]) -> dict[str, Any]:
+    """Some leaves have votes and no present behaviour, for every reason there is; the last user has only such ones.
+    With weights, one leaf has neither."""
+    records = gathered()
+    codes, ids = records["codes"].array(), records["x_ids"].array()
+    first, second = codes[np.clip(ids, 0, 24)].T
+    bias, spread, v_ids = records["bias"].array(), np.abs(Uniform(425, (60,)).array()), records["v_ids"].array().copy()
+    scale = records["x_scale"].array().copy()
+    bias[(first == 2) & (second > 0)] = NAN
+    bias[50:] = -INF
+    spread[(first == 0) & (second == 1)] = -1
+    v_ids[(first == 1) & (second == 1)] = -1
+    scale[(codes == 0).all(1)] = INF
+    fields = {"bias": bias, "spread": spread, "v_ids": v_ids, "x_scale": scale}
+    for name, record in weights.items():
+        fields[name] = np.where((first == 1) & (second == 1), 0, record.array())
+    of_users = {"starts": number(0, 30, 10, 50), "ends": number(30, 30, 60, 60)}
+    return records | of_users | {name: Stored(a) for name, a in fields.items()}
 
 
 def leaf_sums_cases() -> Iterator[Case]:
@@ -291,7 +337,7 @@ def leaf_sums_cases() -> Iterator[Case]:
         args = {"book": built(given), "histories": histories_of(given)}
         found, limit = reference.leaf_sums(**args), bounds.leaf_sums_bound(args)
         sums = {f"sum {f}": Floats(getattr(found, f), getattr(limit, f)) for f in SUMS if f != "v" or "v" in given}
-        integers = {f"sum {f}": Integers(getattr(found, f)) for f in ("offsets", "codes")}
+        integers = {f"sum {f}": Integers(getattr(found, f)) for f in ("offsets", "codes", "weights")}
         yield f"leaf_sums/{name}", given | sums | integers
 
 

@@ -49,7 +49,7 @@ struct Record {
   std::vector<int64_t> shape;
   std::vector<float> floats;                 // f; u: drawn; e: expected
   std::vector<int32_t> ints;                 // i; n: drawn
-  std::vector<int64_t> longs;                // l
+  std::vector<int64_t> longs;                // l; w: drawn
   std::vector<uint16_t> halves;              // h: float16, H: bfloat16
   std::vector<int8_t> bytes;                 // b
   uint64_t digest = 0;                       // d: of integers
@@ -64,9 +64,11 @@ struct Record {
   int64_t width() const { return shape.size() > 1 ? shape.back() : 1; }
   const void* data() const {
     if (kind == 'h' || kind == 'H') return halves.data();
+    if (kind == 'l' || kind == 'w') return longs.data();
     return kind == 'b' ? static_cast<const void*>(bytes.data()) : floats.data();
   }
   DType dtype() const {
+    if (kind == 'l' || kind == 'w') return DType::int64;
     return kind == 'h' ? DType::float16 : kind == 'H' ? DType::bfloat16 : kind == 'b' ? DType::int8 : DType::float32;
   }
   hisac::Rows rows() const { return {data(), dtype(), count() / width(), width()}; }
@@ -92,6 +94,20 @@ inline void draw(Reader& in, Record* out) {
       if (rounded) x = bfloat16(static_cast<uint16_t>(bits >> 16));
     }
     for (const auto& [at, value] : patch) out->floats.at(at) = value;
+    return;
+  }
+  if (out->kind == 'w') {
+    std::map<uint32_t, int64_t> patch;
+    for (int64_t i = 0; i < patches; ++i) {
+      const uint32_t at = in.take<uint32_t>();
+      patch[at] = in.take<int64_t>();
+    }
+    const uint64_t digits = in.take<uint8_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t first = random.bits(), second = random.bits(), magnitude = first >> (63 - second % digits);
+      out->longs.push_back(second >> 61 ? static_cast<int64_t>(magnitude) : -static_cast<int64_t>(magnitude));
+    }
+    for (const auto& [at, value] : patch) out->longs.at(at) = value;
     return;
   }
   std::map<uint32_t, int32_t> patch;
@@ -128,7 +144,7 @@ inline Record parse(char kind, Reader in) {
   if (kind == 'h' || kind == 'H') out.halves = in.take<uint16_t>(n);
   if (kind == 'b') out.bytes = in.take<int8_t>(n);
   if (kind == 'd') out.digest = in.take<uint64_t>();
-  if (kind == 'u' || kind == 'n') draw(in, &out);
+  if (kind == 'u' || kind == 'n' || kind == 'w') draw(in, &out);
   if (kind == 'e') {
     out.stride = in.take<uint32_t>();
     const int64_t kept = (n / out.width() + out.stride - 1) / out.stride * out.width();
@@ -290,7 +306,7 @@ inline hisac::Histories histories(const Case& c) {
   out.x_scale = vector(c, "x_scale");
   out.bias = vector(c, "bias");
   out.spread = vector(c, "spread");
-  out.weights = vector(c, "weights");
+  if (c.has("weights")) out.weights = {c["weights"].data(), c["weights"].dtype(), c["weights"].count()};
   return out;
 }
 

@@ -129,6 +129,23 @@ class Codes(Recipe):
 
 
 @dataclass
+class Whole(Recipe):
+    """int64 [n] of at most `digits` binary digits, large and small ones as often; one in eight is below zero."""
+
+    digits: int = 0
+
+    def array(self) -> Any:
+        (n,) = self.shape
+        drawn = bits(self.seed, 2 * n).reshape(n, 2)
+        first, second = drawn[:, 0], drawn[:, 1]
+        a = (first >> (np.uint64(63) - second % np.uint64(self.digits))).view(np.int64)
+        return self.patched(np.where(second >> np.uint64(61), a, -a))
+
+    def payload(self) -> tuple[bytes, bytes]:
+        return b"w", self.head("q") + struct.pack("<B", self.digits)
+
+
+@dataclass
 class Stored:
     """An array as it is."""
 

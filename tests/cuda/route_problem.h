@@ -18,6 +18,7 @@ struct Problem {
   std::vector<float> x, v, prototypes, bias, temperature;
   std::vector<float> spread, scale;
   std::vector<int64_t> x_ids, v_ids;
+  VoteWeights weights;
   std::vector<int32_t> count, codes;
   std::shared_ptr<Codebook> book;
   bool narrow = false;  // int32 offsets and ids
@@ -184,6 +185,7 @@ inline void add_codes(uint64_t seed, Problem& p) {
                                                  ? r.below(std::min<int64_t>(c, 9)) * (c / std::min<int64_t>(c, 9))
                                              : r.below(2) ? -1
                                                           : c));
+  p.weights = random_weights(r, p.rows);
 }
 
 /// The same with every row where its behaviour is, as float32 or its own type.
@@ -265,6 +267,7 @@ class Held {
     if (!p.v_ids.empty()) in.v_ids = {array(v_ids, narrow_v_ids, 0), type, p.rows};
     if (!p.book) return;
     in.codes = {p.codes.data(), {items(p), p.book->levels()}};
+    in.weights = p.weights.array();
     book = p.book.get();
   }
 

@@ -56,6 +56,36 @@ inline int done() {
   return faults != 0;
 }
 
+/// Of voting: none, float32 or int64.
+struct VoteWeights {
+  std::vector<float> floats;
+  std::vector<int64_t> integers;
+
+  hisac::Weights array() const {
+    if (!integers.empty()) return {integers.data(), DType::int64, static_cast<int64_t>(integers.size())};
+    return {floats.empty() ? nullptr : floats.data(), DType::float32, static_cast<int64_t>(floats.size())};
+  }
+};
+
+/// Weights of any scale, alike or not, hostile ones among them; or none.
+inline VoteWeights random_weights(Random& r, int64_t rows) {
+  VoteWeights w;
+  const bool some = r.below(3), hostile = r.below(2), alike = r.below(2);
+  const float scale = std::ldexp(1.f, static_cast<int>(r.below(3) ? 0 : r.below(250) - 125));
+  if (some && r.below(2))
+    for (int64_t i = 0; i < rows; ++i) {
+      const float rare[] = {NAN,   INFINITY,         -INFINITY,        -1.f,      0.f, 0x1p-140f,
+                            3e38f, 0x1p-25f * scale, 0x1p-24f * scale, 17 * scale};
+      w.floats.push_back(hostile && r.below(6) == 0 ? rare[r.below(10)] : (alike ? 0.5f : 1 + r.uniform()) * scale);
+    }
+  else if (some)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t rare[] = {0, -1, INT64_MIN, INT64_MAX, int64_t{1} << 39, (int64_t{1} << 39) - 1, int64_t{1} << 30};
+      w.integers.push_back(hostile && r.below(6) == 0 ? rare[r.below(7)] : alike ? 3 : 1 + r.below(1000));
+    }
+  return w;
+}
+
 inline uint16_t narrow(float x, DType type) {
   return type == DType::bfloat16 ? static_cast<uint16_t>(simt::round_to_bfloat16(x)) : simt::to_half(x);
 }

@@ -26,10 +26,10 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 struct Sums {
   std::vector<float> x, v, bias, spread;
   std::vector<int32_t> codes;
-  std::vector<int64_t> sizes;
+  std::vector<int64_t> votes, sizes;
   bool operator==(const Sums& o) const {
     return same_bits(x, o.x) && same_bits(v, o.v) && same_bits(bias, o.bias) && same_bits(spread, o.spread) &&
-           codes == o.codes && sizes == o.sizes;
+           codes == o.codes && votes == o.votes && sizes == o.sizes;
   }
 };
 
@@ -42,6 +42,7 @@ class Kept {
         bias_(rows),
         spread_(rows),
         codes_(rows * p.book->levels()),
+        votes_(rows),
         offsets_(ragged ? test::users(p) + 1 : 2 * test::users(p)) {
     const int64_t users = test::users(p);
     out = {{x_.data(), {rows, p.width}},
@@ -49,12 +50,14 @@ class Kept {
            {offsets_.data(), offsets_.data() + (ragged ? 1 : users), users},
            {codes_.data(), {rows, p.book->levels()}},
            {bias_.data(), {rows}},
-           {spread_.data(), {rows}}};
+           {spread_.data(), {rows}},
+           {votes_.data(), {rows}}};
   }
 
   /// The sums of all users.
   Sums take() {
-    for (bool intact : {x_.intact(), v_.intact(), bias_.intact(), spread_.intact(), codes_.intact(), offsets_.intact()})
+    for (bool intact : {x_.intact(), v_.intact(), bias_.intact(), spread_.intact(), codes_.intact(), offsets_.intact(),
+                        votes_.intact()})
       if (!intact) test::fail("a result's end was overwritten");
     Sums sums;
     for (int64_t b = 0; b < out.offsets.users; ++b) {
@@ -69,6 +72,7 @@ class Kept {
       append(&sums.bias, bias_.data(), 1);
       append(&sums.spread, spread_.data(), 1);
       append(&sums.codes, codes_.data(), out.codes.shape[1]);
+      append(&sums.votes, votes_.data(), 1);
     }
     return sums;
   }
@@ -78,7 +82,7 @@ class Kept {
  private:
   Guarded<float> x_, v_, bias_, spread_;
   Guarded<int32_t> codes_;
-  Guarded<int64_t> offsets_;
+  Guarded<int64_t> votes_, offsets_;
 };
 
 void sum_on_cpu(const Problem& p, Kept& kept) {
@@ -119,8 +123,9 @@ void check_short(const Problem& p, const Sums& whole, bool ragged) {
         const size_t bytes = test::size(n * width) * sizeof *from;
         return bytes == 0 || std::memcmp(from, y.data() + expected * width, bytes) == 0;
       };
-      if (n != 0 && (n != all || !same(got.x, whole.x, p.width) || !same(got.v, whole.v, p.values) ||
-                     !same(got.bias, whole.bias, 1) || !same(got.codes, whole.codes, levels)))
+      if (n != 0 &&
+          (n != all || !same(got.x, whole.x, p.width) || !same(got.v, whole.v, p.values) ||
+           !same(got.bias, whole.bias, 1) || !same(got.codes, whole.codes, levels) || !same(got.votes, whole.votes, 1)))
         test::fail("user %lld: sums of some of its rows", static_cast<long long>(b));
       first += n;
       expected += all;
@@ -129,6 +134,7 @@ void check_short(const Problem& p, const Sums& whole, bool ragged) {
 
 void compare_sums(const Problem& p, const Sums& cpu, const Sums& cuda) {
   if (cpu.sizes != cuda.sizes || cpu.codes != cuda.codes) return test::fail("other leaves");
+  if (cpu.votes != cuda.votes) return test::fail("other votes");
   const float x = test::largest_x(p);
   const float reach = x * x * static_cast<float>(p.width) + test::largest(p.spread, INFINITY);
   const auto within = [](const char* what, const std::vector<float>& a, const std::vector<float>& b, float bound) {
@@ -319,6 +325,7 @@ Problem long_leaves() {
   p.bias = test::uniform(r, p.rows, 3);
   for (int64_t i = 0; i < p.rows; i += 31) p.x[test::size(i * p.width)] = NAN;
   p.bias[1] = 80;  // of an absent row: it is no reference for the others
+  for (int64_t i = 0; i < p.rows; ++i) p.weights.floats.push_back(1 + r.uniform());
   p.x[test::size(p.width)] = 1e20f;
   p.prototypes = test::uniform(r, 2 * p.agents * p.width);
   p.temperature = {7};

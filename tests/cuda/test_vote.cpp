@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // `vote` of cuda/vote.cu, run by the emulator, beside the CPU's: the same agents, votes and counts for any input, order
 // of threads, machine and workspace.
+#include "base/arena.h"
 #include "simt_test.h"
 
 namespace {
@@ -16,7 +17,7 @@ struct Problem {
   Codebook book;
   std::vector<int32_t> codes;
   std::vector<int64_t> ids;  // of codes
-  std::vector<float> weights;
+  test::VoteWeights weights;
   bool narrow = false;  // int32 offsets and ids
 };
 
@@ -46,12 +47,7 @@ void draw_rows(Random& r, Problem& p) {
       if (r.below(40 * levels) == 0) c = r.below(2) ? -1 - r.below(2) * 0x7fffffff : size;
       p.codes.push_back(static_cast<int32_t>(c));
     }
-  if (r.below(2) == 0) return;
-  const bool alike = r.below(2);
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const float hostile[] = {NAN, INFINITY, -INFINITY, -1.f, 0.f, 0x1p-13f, 0x1.8p-12f, 0x1p-140f, 17.f};
-    p.weights.push_back(r.below(6) == 0 ? hostile[r.below(9)] : alike ? 0.5f : 1 + r.uniform());
-  }
+  p.weights = test::random_weights(r, p.rows);
 }
 
 Problem random_problem(uint64_t seed) {
@@ -117,7 +113,7 @@ Problem too_many_rows() {
   p.codes[0] = 4;
   p.codes[test::size(p.rows - 4)] = 3;
   p.codes[test::size(p.rows - 3)] = p.codes[test::size(p.rows - 2)] = p.codes[test::size(p.rows - 1)] = 1;
-  p.weights.assign(test::size(p.rows), 16.f);
+  p.weights.floats.assign(test::size(p.rows), 16.f);
   p.book = test::codebook(r, p.sizes, 1);
   return p;
 }
@@ -137,7 +133,6 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   test::Guarded<int64_t> wide_ids(p.ids);
   test::Guarded<int32_t> narrow_ids(std::vector<int32_t>(p.ids.begin(), p.ids.end()));
   test::Guarded<int32_t> codes(p.codes), out_codes(b * m * levels), count(b);
-  test::Guarded<float> weights(p.weights);
   test::Guarded<int64_t> votes(b * m);
   Histories histories;
   histories.offsets = {p.narrow ? (void*)narrow_starts.data() : (void*)wide_starts.data(),
@@ -147,7 +142,13 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   if (!p.ids.empty())
     histories.x_ids = {p.narrow ? (void*)narrow_ids.data() : (void*)wide_ids.data(),
                        p.narrow ? DType::int32 : DType::int64, p.rows};
-  if (!p.weights.empty()) histories.weights = {weights.data(), {p.rows}};
+  test::Guarded<float> floats(p.weights.floats);
+  test::Guarded<int64_t> integers(p.weights.integers);
+  histories.weights = p.weights.array();
+  if (histories.weights.dtype == DType::int64)
+    histories.weights.data = integers.data();
+  else if (histories.weights)
+    histories.weights.data = floats.data();
   const Status status =
       verb(histories, Agents{{out_codes.data(), {b, m, levels}}, {votes.data(), {b, m}}, {count.data(), {b}}});
   if (!status.ok()) test::fail("%s", status.what());
@@ -174,7 +175,8 @@ Result on_cuda(const Problem& p, int64_t longest, bool least = false) {
   return run(p, false, [&](const Histories& histories, const Agents& out) {
     size_t bytes = cuda::vote_workspace({}, p.book, p.params, longest), refused = 0;
     if (least) {
-      bytes = std::min(bytes, 128 + bytes / static_cast<size_t>(4 * simt::options.machine.processors));
+      const size_t besides = 128 + 2 * kGap;  // what is no slice
+      bytes = std::min(bytes, besides + bytes / static_cast<size_t>(4 * simt::options.machine.processors));
       const Status status = cuda::vote({}, p.book, p.params, histories, out);
       std::sscanf(status.what(), "vote: workspace expected at least %zu bytes", &refused);
       if (!refused) test::fail("no workspace: %s", status.what());

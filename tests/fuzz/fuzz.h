@@ -54,16 +54,36 @@ class Bytes {
     return out;
   }
 
+  /// Small ones of both signs, and where `hostile` now and then anything at all.
+  int64_t integer(bool hostile) {
+    const uint8_t kind = byte();
+    if (!hostile || kind < 192) return static_cast<int8_t>(byte());
+    constexpr int64_t k40 = int64_t{1} << 40;  // a user's votes are fewer, and a row's are
+    const int64_t special[] = {INT64_MAX, INT64_MIN, k40, k40 - 1, k40 + 1, k40 / 2, k40 / 2 - 1, int64_t{1} << 62};
+    if (kind < 224) return special[byte() % 8];
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) bits = bits << 8 | byte();
+    return static_cast<int64_t>(bits >> kind % 32);
+  }
+
   /// n values from a pool of at most 64 drawn ones, so that a short input fills a large array.
   std::vector<float> values(int64_t n, bool hostile) {
-    std::vector<float> pool(static_cast<size_t>(between(1, 64))), out(static_cast<size_t>(n));
-    for (float& x : pool) x = value(hostile);
+    return fill<float>(n, [&] { return value(hostile); });
+  }
+  std::vector<int64_t> integers(int64_t n, bool hostile) {
+    return fill<int64_t>(n, [&] { return integer(hostile); });
+  }
+
+ private:
+  template <class T, class Draw>
+  std::vector<T> fill(int64_t n, Draw draw) {
+    std::vector<T> pool(static_cast<size_t>(between(1, 64))), out(static_cast<size_t>(n));
+    for (T& x : pool) x = draw();
     const size_t step = static_cast<size_t>(between(0, 3)) * 2 + 1;
     for (size_t i = 0; i < out.size(); ++i) out[i] = pool[(i * step + i / pool.size()) % pool.size()];
     return out;
   }
 
- private:
   const uint8_t *data_, *end_;
 };
 

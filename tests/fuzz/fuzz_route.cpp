@@ -13,18 +13,12 @@ namespace {
 using hisac::missing;
 using hisac::route;
 
-int64_t rows_of(const Users& u) {
-  int64_t rows = 0;
-  for (size_t b = 0; b < u.starts.size(); ++b) rows += u.ends[b] - u.starts[b];
-  return rows;
-}
-
 /// Memory for leaf sums of so many rows in all.
 struct Sums {
   int64_t users, rows, width, value_width, levels;
   bool together;
   Output<float> x{rows * width}, v{rows * value_width}, bias{rows}, spread{rows};
-  Output<int64_t> starts{users + 1}, ends{users};
+  Output<int64_t> starts{users + 1}, ends{users}, votes{rows};
   Output<int32_t> codes{rows * levels};
 
   LeafSums out(int crew) {
@@ -33,7 +27,8 @@ struct Sums {
             {starts[crew], together ? starts[crew] + 1 : ends[crew], users},
             {codes[crew], {rows, levels}},
             {bias[crew], {rows}},
-            {spread[crew], {rows}}};
+            {spread[crew], {rows}},
+            {votes[crew], {rows}}};
   }
   /// Those of the first instruction set, for all to read.
   Histories settled() {
@@ -43,7 +38,8 @@ struct Sums {
                          {start, together ? start + 1 : ends.settled(), users},
                          {codes.settled(), {rows, levels}},
                          {bias.settled(), {rows}},
-                         {spread.settled(), {rows}}};
+                         {spread.settled(), {rows}},
+                         {votes.settled(), {rows}}};
     return first.histories();
   }
 };
@@ -52,7 +48,7 @@ struct Sums {
 Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Users& u, tolerance::Leaf bound,
                     bool hostile) {
   const int64_t n = given.offsets.users, width = c.book.width(), wide = given.v.width, longest = u.longest();
-  Sums sums{n, rows_of(u), width, wide, c.levels, true}, apart{n, sums.rows, width, wide, c.levels, false};
+  Sums sums{n, u.rows(), width, wide, c.levels, true}, apart{n, sums.rows, width, wide, c.levels, false};
   for (Sums* form : {&sums, &apart}) {
     each_crew([&](int workers) { return leaf_sums_workspace(test::sizing(workers), c.book, given, longest); },
               [&](const Context& context, int crew) { return leaf_sums(context, c.book, given, form->out(crew)); });
@@ -63,8 +59,10 @@ Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Use
     form->starts.equal();
     form->ends.equal();
     form->codes.equal();
+    form->votes.equal();
   }
   const LeafSums a = sums.out(0), b = apart.out(0);
+  const std::vector<int32_t> codes = laws::codes_of(given);
   int64_t behind = 0, together = 0;
   for (int64_t user = 0; user < n; ++user) {
     const int64_t first = a.offsets.starts[user], count = a.offsets.ends[user] - first, there = b.offsets.starts[user];
@@ -80,12 +78,26 @@ Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Use
     same(a.codes.data, b.codes.data, c.levels * 4);
     same(a.bias.data, b.bias.data, 4);
     same(a.spread.data, b.spread.data, 4);
+    same(a.votes.data, b.votes.data, 8);
+    if (ledger.first())
+      laws::Tree(c.book, codes, given.weights, u.starts[test::size(user)], u.ends[test::size(user)])
+          .summed(a.codes.data + first * c.levels, a.votes.data + first, count);
     for (int64_t g = first; g < first + count; ++g) {
-      CHECK(std::isfinite(a.bias.data[g]) && a.spread.data[g] >= 0 && a.spread.data[g] <= FLT_MAX);
+      const bool present = std::isfinite(a.bias.data[g]);
+      CHECK(a.spread.data[g] >= 0 && a.spread.data[g] <= FLT_MAX);
+      CHECK(present || (a.bias.data[g] == -INFINITY && a.votes.data[g] > 0 && a.spread.data[g] == 0));
+      for (int64_t d = 0; !present && d < width; ++d) CHECK(a.x.data[g * width + d] == 0);
+      for (int64_t d = 0; !present && d < wide; ++d) CHECK(a.v.data[g * wide + d] == 0);
       for (int64_t d = 0; d < width; ++d) CHECK(std::isfinite(a.x.data[g * width + d]));
       CHECK(g == first || c.book.leaf(a.codes.data + (g - 1) * c.levels) < c.book.leaf(a.codes.data + g * c.levels));
     }
   }
+
+  VoteParams params;
+  params.budget = in.between(1, 60);
+  const Voted voted(c.book, params, given, longest);
+  CHECK(Voted(c.book, params, a.histories(), longest) == voted);
+  CHECK(Voted(c.book, params, b.histories(), longest) == voted);
 
   const Histories settled = in.flag() ? sums.settled() : apart.settled();
   const auto dx = in.values(sums.rows * width, hostile), dv = in.values(sums.rows * wide, hostile),
@@ -180,6 +192,8 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (in.flag()) to.count = {count.data(), {n}};
   if (in.flag()) inputs.bias = {bias.data(), {c.rows}};
   if (in.flag()) inputs.spread = {spread.data(), {c.rows}};
+  SomeWeights weights(in, c.rows, hostile);
+  inputs.weights = weights.weights();
   const bool without_x = in.byte() % 4 == 0, over_sums = in.byte() % 4 == 0;
   if (over_sums || without_x || in.flag()) {
     inputs.codes = {codes.data(), {items, c.levels}};

@@ -18,6 +18,7 @@ using fuzz::kTypes;
 using fuzz::ledger;
 using fuzz::Output;
 using fuzz::SomeIds;
+using fuzz::SomeWeights;
 using fuzz::Typed;
 using fuzz::Users;
 using test::Guarded;
@@ -85,14 +86,11 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
     u.starts = {0};
     u.ends = {rows};
   }
-  const bool weighted = in.flag(), by_id = in.flag();
-  Guarded<float> weights(weighted ? in.values(rows, hostile) : std::vector<float>{});
+  SomeWeights weights(in, rows, hostile);
+  const bool by_id = in.flag();
   const int64_t items = by_id ? in.between(0, rows) : rows;
   Guarded<int32_t> given(std::vector<int32_t>(codes.begin(), codes.begin() + items * c.levels));
   SomeIds some(in, by_id ? rows : 0, items);
-  for (int64_t i = 0; by_id && i < rows; ++i)
-    for (int64_t l = 0, id = some.ids()[i]; l < c.levels; ++l)
-      codes[test::size(i * c.levels + l)] = id >= 0 && id < items ? given.data()[id * c.levels + l] : -1;
   const int64_t n = static_cast<int64_t>(u.starts.size()), m = seats(params, static_cast<int>(c.levels));
   const int64_t longest = u.longest();
   Output<int32_t> agents(n * m * c.levels), count(n);
@@ -101,7 +99,7 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   histories.offsets = u.spans();
   histories.codes = {given.data(), {items, c.levels}};
   if (by_id) histories.x_ids = some.ids();
-  if (weighted) histories.weights = {weights.data(), {rows}};
+  histories.weights = weights.weights();
   each_crew([&](int workers) { return vote_workspace(test::sizing(workers), c.book, params, longest); },
             [&](const Context& context, int crew) {
               return vote(context, c.book, params, histories,
@@ -110,16 +108,31 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   agents.equal();
   votes.equal();
   count.equal();
+  codes = laws::codes_of(histories);
   for (int64_t b = 0; ledger.first() && b < n; ++b) {
-    const int64_t first = u.starts[test::size(b)];
-    laws::Tree tree(c.book, codes.data() + first * c.levels, weighted ? weights.data() + first : nullptr,
-                    u.ends[test::size(b)] - first);
+    laws::Tree tree(c.book, codes, histories.weights, u.starts[test::size(b)], u.ends[test::size(b)]);
     tree.seat(agents[0] + b * m * c.levels, votes[0] + b * m, count[0][b]);
     if (params.budget)
       tree.fair(params.budget);
     else
       tree.fullest(params.fanout);
   }
+  if (!ledger.first()) return;
+  // the leaf sums of these histories, whose x are the prototypes of their codes, vote as they do
+  const int64_t most = u.rows(), width = c.book.width();
+  Guarded<float> x(most * width), bias(most), spread(most);
+  Guarded<int64_t> offsets(n + 1), sum_votes(most);
+  Guarded<int32_t> sum_codes(most * c.levels);
+  const LeafSums sums{{x.data(), {most, width}},
+                      {nullptr, {most, 0}},
+                      {offsets.data(), offsets.data() + 1, n},
+                      {sum_codes.data(), {most, c.levels}},
+                      {bias.data(), {most}},
+                      {spread.data(), {most}},
+                      {sum_votes.data(), {most}}};
+  CHECK(test::exactly(leaf_sums_workspace(test::sizing(1), c.book, histories, longest), nullptr,
+                      [&](const Context& context) { return leaf_sums(context, c.book, histories, sums); }));
+  CHECK(fuzz::Voted(c.book, params, sums.histories(), longest) == fuzz::Voted(c.book, params, histories, longest));
 }
 
 void attend_some(Bytes& in, bool hostile) {

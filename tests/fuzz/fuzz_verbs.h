@@ -44,6 +44,11 @@ struct Users {
     for (size_t b = 0; b < starts.size(); ++b) most = std::max(most, ends[b] - starts[b]);
     return most;
   }
+  int64_t rows() const {
+    int64_t all = 0;
+    for (size_t b = 0; b < starts.size(); ++b) all += ends[b] - starts[b];
+    return all;
+  }
   Spans spans() const { return {starts.data(), ends.data(), DType::int64, static_cast<int64_t>(starts.size())}; }
 };
 
@@ -66,6 +71,46 @@ struct SomeIds {
     if (is_wide) return {wide.data(), DType::int64, wide.count()};
     return {narrow.data(), DType::int32, narrow.count()};
   }
+};
+
+/// Weights [T], float32, int64 or none, in exact-size memory.
+struct SomeWeights {
+  int64_t count;
+  uint8_t kind;
+  Guarded<float> floats;
+  Guarded<int64_t> whole;
+
+  SomeWeights(Bytes& in, int64_t n, bool hostile)
+      : count(n),
+        kind(in.byte() % 3),
+        floats(kind == 1 ? in.values(n, hostile) : std::vector<float>{}),
+        whole(kind == 2 ? in.integers(n, hostile) : std::vector<int64_t>{}) {}
+  Weights weights() {
+    if (kind == 0) return {};
+    if (kind == 1) return {floats.data(), DType::float32, count};
+    return {whole.data(), DType::int64, count};
+  }
+};
+
+/// What vote says of histories, by one worker.
+struct Voted {
+  std::vector<int32_t> agents, count;
+  std::vector<int64_t> votes;
+
+  Voted(const Codebook& book, const VoteParams& params, const Histories& in, int64_t longest) {
+    const int64_t n = in.offsets.users, m = seats(params, book.levels()), levels = book.levels();
+    Guarded<int32_t> to_agents(n * m * levels), to_count(n);
+    Guarded<int64_t> to_votes(n * m);
+    CHECK(test::exactly(vote_workspace(test::sizing(1), book, params, longest), nullptr, [&](const Context& context) {
+      return vote(context, book, params, in,
+                  {{to_agents.data(), {n, m, levels}}, {to_votes.data(), {n, m}}, {to_count.data(), {n}}});
+    }));
+    CHECK(to_agents.intact() && to_count.intact() && to_votes.intact());
+    agents = to_agents.values();
+    count = to_count.values();
+    votes = to_votes.values();
+  }
+  bool operator==(const Voted& o) const { return agents == o.agents && count == o.count && votes == o.votes; }
 };
 
 /// leaf_sums, missing, route, their backwards and sum_rows.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What encode, vote and missing promise of any input, in a form that is not how they compute it.
+// What encode, vote, leaf_sums and missing promise of any input, in a form that is not how they compute it.
 #pragma once
 #include <algorithm>
+#include <cfloat>
 #include <map>
 #include <tuple>
 
@@ -59,16 +60,73 @@ inline bool missing(const hisac::Histories& in, const hisac::Codebook* book, con
   return !(square < 0x1p100);
 }
 
+/// The codes of each behaviour, -1 where its id is outside the table.
+inline std::vector<int32_t> codes_of(const hisac::Histories& in) {
+  const int64_t levels = in.codes.shape[1];
+  std::vector<int32_t> out(test::size(in.behaviours() * levels), -1);
+  for (int64_t i = 0; i < in.behaviours(); ++i) {
+    const int64_t item = in.x_ids ? in.x_ids[i] : i;
+    if (item >= 0 && item < in.codes.shape[0])
+      std::copy_n(in.codes.data + item * levels, levels, &out[test::size(i * levels)]);
+  }
+  return out;
+}
+
+/// The votes of the behaviours [first, last) of a user. codes: of all behaviours.
+inline std::vector<int64_t> votes(const hisac::Codebook& book, const std::vector<int32_t>& codes,
+                                  const hisac::Weights& weights, int64_t first, int64_t last) {
+  constexpr int64_t kMostOfUser = int64_t{1} << 40, kMostOfRow = kMostOfUser - 1;
+  const auto floats = static_cast<const float*>(weights.data);
+  const auto integers = static_cast<const int64_t*>(weights.data);
+  std::vector<int64_t> voters, out(test::size(last - first));
+  for (int64_t i = first; i < last; ++i) {
+    const bool some = !weights || (weights.dtype == hisac::DType::int64 ? integers[i] > 0 : floats[i] > 0);  // not NaN
+    if (some && book.valid(codes.data() + i * book.levels())) voters.push_back(i);
+  }
+  if (!weights) {
+    for (int64_t i : voters) out[test::size(i - first)] = 1;
+  } else if (weights.dtype == hisac::DType::int64) {
+    uint64_t total = 0;
+    int64_t unit = 1;  // of one vote
+    for (int64_t i : voters) total += static_cast<uint64_t>(std::min(integers[i], kMostOfRow));
+    while (total / static_cast<uint64_t>(unit) >= uint64_t{kMostOfUser}) unit *= 2;
+    for (int64_t i : voters) out[test::size(i - first)] = std::min(integers[i], kMostOfRow) / unit;
+  } else {
+    float largest = 0;
+    for (int64_t i : voters) largest = std::max(largest, std::min(floats[i], FLT_MAX));
+    double most = 1 << 24;  // of a row
+    for (uint64_t n = voters.size(); n >= 1 << 16; n /= 2) most /= 2;
+    for (int64_t i : voters)
+      out[test::size(i - first)] = std::llrint(most * double(std::min(floats[i], FLT_MAX) / largest));
+  }
+  return out;
+}
+
 /// One user's votes in the code tree, and the leaves that got a seat.
 class Tree {
  public:
-  Tree(const hisac::Codebook& book, const int32_t* codes, const float* weights, int64_t rows)
+  /// codes: of all behaviours; the user has [first, last).
+  Tree(const hisac::Codebook& book, const std::vector<int32_t>& codes, const hisac::Weights& weights, int64_t first,
+       int64_t last)
       : levels_(test::size(book.levels())) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int32_t* const row = codes + i * book.levels();
-      const int64_t votes = !weights ? 1 : weights[i] > 0 ? std::llrint(double(std::min(weights[i], 16.f)) * 4096) : 0;
-      if (book.valid(row) && votes) add({row, row + levels_}, votes, 0);
+    const std::vector<int64_t> of_rows = votes(book, codes, weights, first, last);
+    for (int64_t i = first; i < last; ++i) {
+      const int32_t* const row = codes.data() + i * book.levels();
+      if (const int64_t n = of_rows[test::size(i - first)]) add({row, row + levels_}, n, 0);
     }
+    CHECK(nodes_.empty() || nodes_.at({}).votes < int64_t{1} << 40);
+  }
+
+  /// Leaf sums have each leaf's votes, and none is missing.
+  void summed(const int32_t* codes, const int64_t* votes, int64_t count) const {
+    int64_t total = 0;
+    for (int64_t g = 0; g < count; ++g) {
+      const auto leaf = nodes_.find(
+          Prefix(codes + g * static_cast<int64_t>(levels_), codes + (g + 1) * static_cast<int64_t>(levels_)));
+      CHECK(votes[g] == (leaf == nodes_.end() ? 0 : leaf->second.votes));
+      total += votes[g];
+    }
+    CHECK(total == (nodes_.empty() ? 0 : nodes_.at({}).votes));
   }
 
   /// Counts the agents: leaves with their votes, each once, in order.

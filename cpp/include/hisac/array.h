@@ -50,6 +50,15 @@ struct Ids {
   int64_t operator[](int64_t t) const noexcept { return integer_at(data, dtype, t); }
 };
 
+/// What each behaviour counts in a vote, [size], float32 or int64. Null: 1.
+struct Weights {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t size = 0;
+
+  explicit operator bool() const noexcept { return data != nullptr; }
+};
+
 /// Rows to write, [rows, width]: tokens, which have the type of v, and `out` of `attend`, which has the type of q.
 struct MutableRows {
   void* data = nullptr;

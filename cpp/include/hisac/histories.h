@@ -21,7 +21,7 @@ struct Histories {
   Array<const float, 1> x_scale{};  // [1] or [rows of x], with x of int8: x = scale * int8, rounded; null: 1
   Array<const float, 1> bias{};     // [T] of routing: the logarithm of a behaviour's weight; null: 0
   Array<const float, 1> spread{};   // [T] added to a behaviour's squared distances; null: 0
-  Array<const float, 1> weights{};  // [T] of voting; null: 1
+  Weights weights{};                // [T] of voting; null: 1
 
   /// T: the size of x_ids, else of v_ids, else the rows of v, of x, of codes.
   int64_t behaviours() const noexcept { return x_ids ? x_ids.size : v_ids ? v_ids.size : v.data ? v.rows : items(); }

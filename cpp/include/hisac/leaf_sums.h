@@ -7,12 +7,16 @@
 
 namespace hisac {
 
-/// The present behaviours of a user, one row a leaf of the codebook, sorted by leaf: with weights w_i = e^bias_i,
+/// The behaviours of a user, one row a leaf of the codebook, sorted by leaf: of the present ones, with w_i = e^bias_i,
 ///   W = sum w_i,  x = sum w_i x_i / W,  v = sum w_i v_i / W,  bias = log W,
 ///   spread = sum w_i (spread_i + |x_i - x|^2) / W.
-/// As the histories of `route` they stand for the behaviours; they may be kept between requests. In `vote` each of them
-/// would count as one behaviour. Sums add up: those of kept sums and new behaviours, as the rows of one user, are the
-/// sums of all.
+/// and the votes of all that vote (hisac/vote.h). A leaf that has votes and no present behaviour has a bias of -inf,
+/// and zeros for x, v and spread.
+///
+/// In `route` and in `vote` the sums stand for the behaviours, and they may be kept between requests. In `missing` they
+/// do not: sums do not keep the v of absent behaviours. Sums add up: those of kept sums and new behaviours, as the rows
+/// of one user, are the sums of all. Votes do where the weights of both are int64 or none, and the user has fewer than
+/// 2^40 votes.
 struct LeafSums {
   Array<float, 2> x;        // [S, D], S at least the rows of all histories
   Array<float, 2> v;        // [S, V]
@@ -20,6 +24,7 @@ struct LeafSums {
   Array<int32_t, 2> codes;  // [S, L]
   Array<float, 1> bias;     // [S]
   Array<float, 1> spread;   // [S]
+  Array<int64_t, 1> votes;  // [S]
 
   /// The sums as the histories of a later call of `route`.
   Histories histories() const noexcept {
@@ -30,6 +35,7 @@ struct LeafSums {
     h.codes = {codes.data, {codes.shape[0], codes.shape[1]}};
     h.bias = {bias.data, {bias.shape[0]}};
     h.spread = {spread.data, {spread.shape[0]}};
+    h.weights = {votes.data, DType::int64, votes.shape[0]};
     return h;
   }
 };

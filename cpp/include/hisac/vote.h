@@ -21,7 +21,7 @@ struct VoteParams {
 /// under another codebook: keep the fingerprint of its own with it, and `vote` and `prototypes` refuse the wrong one.
 struct Agents {
   Array<int32_t, 3> codes;   // [B, M, L]
-  Array<int64_t, 2> votes;   // [B, M]; weighted: in units of 2^-12
+  Array<int64_t, 2> votes;   // [B, M]
   Array<int32_t, 1> count;   // [B]
   uint64_t fingerprint = 0;  // the codebook's; 0: not kept, which `prototypes` of agents refuses
 };
@@ -29,10 +29,14 @@ struct Agents {
 /// M of these params: the budget, or the product of the fan-outs.
 int64_t seats(const VoteParams& params, int levels) noexcept;
 
-/// Reads codes, x_ids, offsets and weights of the histories. A row counts rint(clip(w, 0, 16) 2^12) where there are
-/// weights, and NaN does not vote. Rows with a code out of range, rows whose id is outside the table of codes, and a
-/// user's rows past 2^24 - 1 do not vote. Votes are integers, so the order of up to so many rows does not matter, nor
-/// does the number of threads. On the CPU each user is counted by one thread.
+/// Reads codes, x_ids, offsets and weights of the histories. Rows with a code out of range, rows whose id is outside
+/// the table of codes, and a user's rows past 2^24 - 1 do not vote. Of the n rows of a user that may, row i has
+///   1 vote    without weights;
+///   min(w_i, 2^40 - 1) >> s votes, s the least with sum_i min(w_i, 2^40 - 1) < 2^(40 + s)    with int64 weights;
+///   rint(2^k w_i / max w) votes, k = min(24, 40 - bits of n)    with float32 weights.
+/// A weight that is not above 0, or NaN, is no vote, and n does not count it; infinity is the largest float32. So all
+/// float weights of a user may be scaled by one factor. Votes are integers, so the order of up to 2^24 - 1 rows does
+/// not matter, nor does the number of threads. On the CPU each user is counted by one thread.
 ///
 /// Set agents.fingerprint to book.fingerprint() before the call: `vote` does not write it. `vote` refuses the
 /// fingerprint of another codebook, and takes a 0 for not set.

@@ -2,6 +2,7 @@
 // Takes scratch from the caller's workspace, or only counts bytes. The same code does both, so the size that a verb
 // names is the size that it uses.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -60,6 +61,13 @@ class Arena {
     if (!base_ || used_ > capacity_) return nullptr;
     forbid(base_ + offset + bytes, used_ - offset - bytes);
     return reinterpret_cast<T*>(base_ + offset);
+  }
+
+  /// All that is left, and at least so many bytes; *bytes is how many.
+  std::byte* take_rest(int64_t least, int64_t* bytes) noexcept {
+    const size_t left = capacity_ > used_ + kGap ? (capacity_ - used_ - kGap) / 64 * 64 : 0;
+    *bytes = std::max(least, static_cast<int64_t>(left));
+    return take<std::byte>(*bytes);
   }
 
   /// n elements of T, then what carve(one) takes for each of them. Null where `take` is; `carve` is called all the

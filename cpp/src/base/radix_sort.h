@@ -9,8 +9,9 @@ namespace hisac {
 
 constexpr int kIndexBits = 24;  // of an index among a user's rows
 constexpr int64_t kMostVoters = (int64_t{1} << kIndexBits) - 1;
-constexpr uint64_t kMostVotes =
-    (uint64_t{1} << (64 - kIndexBits)) - 1;  // kMostVoters rows of 16 * 2^12 votes stay below
+constexpr int kVoteBits = 64 - kIndexBits;
+constexpr uint64_t kMostVotes = (uint64_t{1} << kVoteBits) - 1;  // of a user
+constexpr int kWeightBits = 24;  // the row of the largest float weight has at most 2^24 votes
 constexpr int kMostDigit = 11;
 
 /// A key whose ascending order is: more votes first, then the lower index.

@@ -9,6 +9,7 @@
 #include "base/parallel.h"
 #include "base/radix_sort.h"
 #include "codebook/checks.h"
+#include "cpu/row_votes.h"
 #include "cpu/verbs.h"
 
 namespace hisac::cpu {
@@ -20,7 +21,7 @@ constexpr int64_t kPrefetchRows = 12;  // how many rows before its use a row is 
 
 /// The power of two that makes a sum of n weights, each at most 1, at most 1, so that a sum of large v stays finite.
 float scale_of(int64_t n) noexcept {
-  return 1.f / static_cast<float>(uint64_t{1} << bits_of(static_cast<uint64_t>(n - 1)));
+  return 1.f / static_cast<float>(uint64_t{1} << bits_of(static_cast<uint64_t>(std::max<int64_t>(n, 1) - 1)));
 }
 
 /// Never less for more users or a longer history, so that a workspace serves smaller batches too.
@@ -30,8 +31,12 @@ int64_t capacity_of(int64_t users, int64_t longest) noexcept {
 }
 
 LeafRows rows_from(const LeafSums& out, int64_t row) noexcept {
-  return {out.x.data + row * out.x.shape[1], out.v.data + row * out.v.shape[1], out.bias.data + row,
-          out.spread.data + row, out.codes.data + row * out.codes.shape[1]};
+  return {out.x.data + row * out.x.shape[1],
+          out.v.data + row * out.v.shape[1],
+          out.bias.data + row,
+          out.spread.data + row,
+          out.codes.data + row * out.codes.shape[1],
+          out.votes.data + row};
 }
 
 }  // namespace
@@ -51,7 +56,7 @@ void LeafSummer::carve(Arena& arena) noexcept {
   start_ = arena.take<int64_t>(users + 1);
   leaves_ = arena.take<int64_t>(users);
   begin_ = arena.take<int64_t>(capacity_ + users);
-  arena.take_into(capacity_, leaf_, spare_leaf_, row_, spare_row_, max_bias_, weight_);
+  arena.take_into(capacity_, leaf_, spare_leaf_, row_, spare_row_, votes_, max_bias_, weight_);
   const int64_t piece_sums = capacity_ / kPiece + 1;
   piece_sum_ = arena.take<Sum>(piece_sums);
   float* const x = arena.take<float>(piece_sums, width_);
@@ -109,24 +114,41 @@ void LeafSummer::each_user_part(int64_t begin, int64_t end, Part part) const noe
 
 void LeafSummer::group_rows(int64_t i) noexcept {
   const int64_t first = in_.offsets.start(users_[i]), offset = start_[i], length = start_[i + 1] - offset;
+  const bool wide = in_.weights && in_.weights.dtype == DType::int64;
+  uint64_t* const votes = votes_ + offset;
+  uint32_t* const narrow_votes = reinterpret_cast<uint32_t*>(votes);
+  const int64_t voters = std::min(length, kMostVoters);
+  wide ? row_votes(*book_, in_, first, voters, votes) : row_votes(*book_, in_, first, voters, narrow_votes);
+  const auto votes_of = [&](int64_t row) {
+    const int64_t at = row - first;
+    return at >= voters ? 0 : wide ? static_cast<int64_t>(votes[at]) : int64_t{narrow_votes[at]};
+  };
   int64_t n = 0;
   for (int64_t row = first; row < first + length; ++row) {
-    if (!loader_.may_be_present(row)) continue;
+    const bool may_be_present = loader_.may_be_present(row);
+    if (!may_be_present && !votes_of(row)) continue;
     leaf_[offset + n] = book_->leaf(loader_.codes_of(row));
-    row_[offset + n++] = row;
+    row_[offset + n++] = may_be_present ? row : ~row;
   }
   sort_by_leaf(i, n);
+  // entries without the rows that only vote, and leaf_ by leaf, in place
   int64_t* const begin = begin_of(i);
-  int64_t leaves = 0;
-  for (int64_t e = 0; e < n; ++e) {
-    if (e == 0 || leaf_[offset + e] != leaf_[offset + e - 1]) {
+  int64_t leaves = 0, kept = 0;
+  for (int64_t e = offset; e < offset + n; ++e) {
+    const uint64_t leaf = leaf_[e];
+    if (leaves == 0 || leaf != leaf_[offset + leaves - 1]) {
+      leaf_[offset + leaves] = leaf;
       max_bias_[offset + leaves] = -INFINITY;
-      begin[leaves++] = e;
+      out_.votes[offset + leaves] = 0;
+      begin[leaves++] = kept;
     }
-    float& max_bias = max_bias_[offset + leaves - 1];
-    max_bias = std::max(max_bias, loader_.bias_of(row_[offset + e]));
+    const int64_t row = row_[e] < 0 ? ~row_[e] : row_[e], g = offset + leaves - 1;
+    out_.votes[g] += votes_of(row);
+    if (row_[e] < 0) continue;
+    max_bias_[g] = std::max(max_bias_[g], loader_.bias_of(row));
+    row_[offset + kept++] = row;
   }
-  begin[leaves] = n;
+  begin[leaves] = kept;
   leaves_[i] = leaves;
 }
 
@@ -146,7 +168,8 @@ void LeafSummer::sort_by_leaf(int64_t i, int64_t n) noexcept {
 /// kPiece rows, and the last has fewer than 2 kPiece.
 void LeafSummer::sum_pieces(int64_t i, int64_t begin, int64_t end, Worker& w) noexcept {
   const int64_t* const first = begin_of(i);
-  for (int64_t g = std::upper_bound(first, first + leaves_[i], begin) - first - 1; g >= 0 && g < leaves_[i]; ++g) {
+  const int64_t following = std::lower_bound(first, first + leaves_[i], begin) - first;  // leaves may have no entry
+  for (int64_t g = std::max<int64_t>(following - 1, 0); g < leaves_[i]; ++g) {
     if (first[g] >= end) break;
     const int64_t pieces = pieces_of(i, g);
     for (int64_t p = 0; p < pieces; ++p)
@@ -249,7 +272,7 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
       sum.present ? static_cast<float>(double(max_bias_[row]) + std::log(sum.total_weight / scale)) : -INFINITY;
   out_.spread[row] =
       static_cast<float>(std::min(std::max(0.0, sum.squares * inverse - double(square)), double(FLT_MAX)));
-  uint64_t leaf = leaf_[start_[i] + first[g]];
+  uint64_t leaf = leaf_[row];
   for (int l = 0, levels = book_->levels(); l < levels; ++l) {
     const uint64_t stride = book_->body().stride[l];
     out_.codes[row * levels + l] = static_cast<int32_t>(leaf / stride);
@@ -265,8 +288,8 @@ size_t leaf_sums_workspace(const Context& context, const Codebook& book, const H
   return arena.used();
 }
 
-/// Writes each user's leaves at the offset of its rows, and the present ones of them to the front; with ragged offsets
-/// those of all users together.
+/// Writes each user's leaves at the offset of its rows, and those with a present behaviour or a vote to the front; with
+/// ragged offsets those of all users together.
 Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
                  const LeafSums& out) noexcept {
   const int64_t users = histories.offsets.users;
@@ -286,7 +309,7 @@ Status leaf_sums(const Context& context, const Codebook& book, const Histories& 
       if (!ragged) out.offsets.starts[first + i] = kept = offset + leaves.start(i);
       for (int64_t g = 0; g < leaves.leaves(i); ++g) {
         const LeafRows a = rows_from(out, offset + leaves.start(i) + g), b = rows_from(out, kept);
-        if (!(*a.bias > -INFINITY)) continue;
+        if (!(*a.bias > -INFINITY) && *a.votes == 0) continue;
         ++kept;
         if (a.bias == b.bias) continue;
         std::copy_n(a.x, out.x.shape[1], b.x);  // an earlier row: they do not overlap
@@ -294,6 +317,7 @@ Status leaf_sums(const Context& context, const Codebook& book, const Histories& 
         std::copy_n(a.codes, out.codes.shape[1], b.codes);
         *b.bias = *a.bias;
         *b.spread = *a.spread;
+        *b.votes = *a.votes;
       }
       out.offsets.ends[first + i] = kept;
     }

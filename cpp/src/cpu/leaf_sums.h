@@ -15,6 +15,7 @@ struct LeafRows {
   float* bias = nullptr;     // [capacity]
   float* spread = nullptr;   // [capacity]
   int32_t* codes = nullptr;  // [capacity, L]
+  int64_t* votes = nullptr;  // [capacity]
 };
 
 /// Sums the leaves of a list of users, whose histories have at most `capacity` rows together.
@@ -74,8 +75,9 @@ class LeafSummer {
   int64_t n_ = 0;
   LeafRows out_;
   int64_t *start_ = nullptr, *leaves_ = nullptr;      // [B + 1], [B]
-  uint64_t *leaf_ = nullptr, *spare_leaf_ = nullptr;  // [capacity] leaf of an entry, which is a row that may be present
-  int64_t *row_ = nullptr, *spare_row_ = nullptr;     // [capacity] row of an entry
+  uint64_t *leaf_ = nullptr, *spare_leaf_ = nullptr;  // [capacity] the leaves in turn; while rows are sorted, of a row
+  int64_t *row_ = nullptr, *spare_row_ = nullptr;     // [capacity] entries: rows that may be present, by leaf
+  uint64_t* votes_ = nullptr;                         // [capacity] of a row
   int64_t* begin_ = nullptr;                          // [capacity + B] first entry of a leaf, then the end of all
   float* max_bias_ = nullptr;                         // [capacity] a leaf's largest bias
   float* weight_ = nullptr;                           // [capacity] of an entry: scale e^(bias - max_bias); -1: absent

@@ -12,11 +12,12 @@
 // Then the leaves that may have a seat are radix-sorted by votes, most first, lower codes first among equals, and taken
 // while their parent has seats. That order is the order of the output.
 #include <algorithm>
-#include <cmath>
+#include <type_traits>
 
 #include "base/checks.h"
 #include "base/parallel.h"
 #include "codebook/body.h"
+#include "cpu/row_votes.h"
 #include "cpu/seats.h"
 #include "cpu/verbs.h"
 
@@ -43,15 +44,10 @@ constexpr struct Bits {
   }
 } kBits;
 
-uint32_t quantise(float w) noexcept {
-  if (!(w > 0)) return 0;
-  return static_cast<uint32_t>(std::llrint(double(std::min(w, 16.f)) * 4096));
-}
-
 class Voter {
  public:
   Voter(const Codebook& book, const VoteParams& params) noexcept
-      : body_(book.body()), params_(params), levels_(book.levels()), last_(body_.size[levels_ - 1]) {
+      : book_(book), body_(book.body()), params_(params), levels_(book.levels()), last_(body_.size[levels_ - 1]) {
     int64_t seated = params.budget ? 0 : 1;
     for (int l = 0; l + 1 < levels_; ++l) {
       if (parents_possible_ <= kMostParents) parents_possible_ *= body_.size[l];
@@ -69,7 +65,8 @@ class Voter {
     histogram_ = arena.take<uint64_t>(dense ? (parents_possible_ + 1) * histograms() : 0);
     block_ = arena.take<uint32_t>(dense ? parents_possible_ + 1 : 0);
     buffer_ = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells_ : 0) + (dense ? last_ : 0));
-    arena.take_into(rows, weight_, spare_weight_);
+    row_votes_ = arena.take<uint64_t>(rows);
+    spare_row_votes_ = arena.take<uint64_t>(rows);
     arena.take_into(rows + 1, located_, last_code_, owner_);
     votes_ = arena.take<int64_t>(rows + 1);
     parent_ = arena.take<Parent>(most_parents + 1);
@@ -86,10 +83,10 @@ class Voter {
     parents_ = candidates_ = seated_ = all_votes_ = 0;
     key_ = located_;
     spare_ = buffer_;
-    const float* const weights = in.weights ? in.weights.data + first : nullptr;
-    const bool counted =
-        counts_densely(rows) && (weights ? count_dense<int64_t>(weights, rows) : count_dense<int32_t>(weights, rows));
-    if (!counted) weights ? count_sorted<int64_t>(weights, rows) : count_sorted<int32_t>(weights, rows);
+    if (!in.weights)
+      count<int32_t, void>(rows);
+    else
+      in.weights.dtype == DType::float32 ? count<int64_t, uint32_t>(rows) : count<int64_t, uint64_t>(rows);
     return write(out_codes, out_votes);
   }
 
@@ -121,24 +118,33 @@ class Voter {
 
   int64_t histograms() const noexcept { return parents_possible_ <= kLanesParents ? kLanes : 1; }
 
-  template <class Count>
-  void count_sorted(const float* weights, int64_t rows) noexcept {
-    constexpr bool weighted = sizeof(Count) == 8;
+  /// Count: of many votes. Vote: of a row's, where there are weights, else void.
+  template <class Count, class Vote>
+  void count(int64_t rows) noexcept {
+    if constexpr (!std::is_void_v<Vote>) row_votes(book_, *in_, first_, rows, static_cast<Vote*>(row_votes_));
+    if (!counts_densely(rows) || !count_dense<Count, Vote>(rows)) count_sorted<Count, Vote>(rows);
+  }
+
+  template <class Count, class Vote>
+  void count_sorted(int64_t rows) noexcept {
+    constexpr bool weighted = !std::is_void_v<Vote>;
+    using Payload = std::conditional_t<weighted, Vote, uint32_t>;
+    Payload *weight = static_cast<Payload*>(row_votes_), *spare_weight = static_cast<Payload*>(spare_row_votes_);
     int64_t n = 0;
     for (int64_t begin = 0; begin < rows; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, rows);
-      n = levels_ == 2 ? find_leaves<2, weighted>(weights, begin, end, n)
-                       : find_leaves<0, weighted>(weights, begin, end, n);
+      n = levels_ == 2 ? find_leaves<2, weighted>(begin, end, n, weight)
+                       : find_leaves<0, weighted>(begin, end, n, weight);
     }
     if (n == 0) return;
-    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, weight_, spare_weight_);
+    radix_sort<weighted>(n, 0, leaves_bits_, key_, spare_, weight, spare_weight);
     uint64_t* const key = key_;
     key[n] = ~key[n - 1];
     int64_t* const votes_before = reinterpret_cast<int64_t*>(buffer_ + n + 1);
     int64_t sum = 0, leaves = 0;
     votes_before[0] = 0;
     for (int64_t i = 0; i < n; ++i) {
-      sum += weighted ? weight_[i] : 1;
+      sum += weighted ? static_cast<int64_t>(weight[i]) : 1;
       const uint64_t leaf = key[i];
       key[leaves] = leaf;
       votes_before[leaves + 1] = sum;
@@ -179,8 +185,8 @@ class Voter {
 
   /// Writes the leaf numbers of those of the rows [begin, end) that vote, and their votes where weighted, in row order
   /// behind the n of earlier rows; returns how many there are.
-  template <int L, bool weighted>
-  int64_t find_leaves(const float* weights, int64_t begin, int64_t end, int64_t n) noexcept {
+  template <int L, bool weighted, class Payload>
+  int64_t find_leaves(int64_t begin, int64_t end, int64_t n, Payload* weight) noexcept {
     const int levels = L ? L : levels_;
     const int32_t* codes = codes_of<L>(begin, end);
     uint64_t* const key = key_;
@@ -192,7 +198,7 @@ class Voter {
         number = number * static_cast<uint64_t>(body_.size[l]) + static_cast<uint32_t>(codes[l]);
       }
       key[n] = number;
-      if (weighted) ok &= (weight_[n] = quantise(weights[i])) != 0;
+      if (weighted) ok &= (weight[n] = weight[i]) != 0;  // n <= i
       n += ok;
     }
     return n;
@@ -204,18 +210,21 @@ class Voter {
   }
 
   /// False, with nothing done, where the leaves of too many parents would have to be counted.
-  template <class Count>
-  bool count_dense(const float* weights, int64_t rows) noexcept {
-    constexpr bool weighted = sizeof(Count) == 8;
+  template <class Count, class Vote>
+  bool count_dense(int64_t rows) noexcept {
     const int64_t none = parents_possible_, lanes = histograms(), stride = lanes > 1 ? none + 1 : 0;
     uint32_t* const row = reinterpret_cast<uint32_t*>(key_);  // its parent << 16 | its last code
-    const auto votes_of = [&](int64_t i) { return weighted ? static_cast<Count>(weight_[i]) : 1; };
+    const auto votes_of = [&]([[maybe_unused]] int64_t i) {
+      if constexpr (std::is_void_v<Vote>)
+        return Count{1};
+      else
+        return static_cast<Count>(static_cast<const Vote*>(row_votes_)[i]);
+    };
     Count* const lane = reinterpret_cast<Count*>(histogram_);
     std::fill(lane, lane + (none + 1) * lanes, Count{0});
     for (int64_t block_begin = 0; block_begin < rows; block_begin += kBlock) {
       const int64_t block_end = std::min(block_begin + kBlock, rows);
       levels_ == 2 ? locate<2>(block_begin, block_end, row) : locate<0>(block_begin, block_end, row);
-      for (int64_t i = block_begin; weighted && i < block_end; ++i) weight_[i] = quantise(weights[i]);
       int64_t i = block_begin;
       for (; i + kLanes <= block_end; i += kLanes)
         for (int64_t j = 0; j < kLanes; ++j) lane[j * stride + (row[i + j] >> 16)] += votes_of(i + j);
@@ -359,6 +368,7 @@ class Voter {
     return seated_;
   }
 
+  const Codebook& book_;
   const Codebook::Body& body_;
   const VoteParams& params_;
   const Histories* in_ = nullptr;
@@ -377,10 +387,10 @@ class Voter {
   uint64_t* located_ = nullptr;  // [rows + 1] located rows; sorted: leaf numbers; then sort keys of leaves
   uint64_t* buffer_ = nullptr;   // dense: counters, the last C_L for parents that are not counted; then 2 x [rows + 1]:
                                  // a spare of `located_`; sorted: votes before a leaf
-  uint32_t *weight_ = nullptr, *spare_weight_ = nullptr;  // [rows]
-  uint32_t *last_code_ = nullptr, *owner_ = nullptr;      // [leaves] last code; index of the parent
-  void* votes_ = nullptr;                                 // [leaves] int32_t, or int64_t where weighted
-  int32_t* gathered_ = nullptr;                           // [kBlock, L]
+  void *row_votes_ = nullptr, *spare_row_votes_ = nullptr;  // [rows] uint32_t or uint64_t
+  uint32_t *last_code_ = nullptr, *owner_ = nullptr;        // [leaves] last code; index of the parent
+  void* votes_ = nullptr;                                   // [leaves] int32_t, or int64_t where weighted
+  int32_t* gathered_ = nullptr;                             // [kBlock, L]
   Parent* parent_ = nullptr;
   SeatAllocation allocation_;
 };

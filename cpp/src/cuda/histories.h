@@ -61,8 +61,8 @@ struct Behaviours : ClampedSpans {
   }
 
   /// The row of x or v that behaviour b has; -1: none.
-  SIMT_DEVICE int64_t x_row(int64_t b) const { return row_of(x_ids, b, x.rows); }
-  SIMT_DEVICE int64_t v_row(int64_t b) const { return row_of(v_ids, b, v.rows); }
+  SIMT_DEVICE int64_t x_row(int64_t b) const { return row_in_table(x_ids, b, x.rows); }
+  SIMT_DEVICE int64_t v_row(int64_t b) const { return row_in_table(v_ids, b, v.rows); }
   /// An element of that row of x, as loaded.
   SIMT_DEVICE float x_element(int64_t row, int64_t d) const {
     if (!x.data) return prototype(codes + row * levels, d);
@@ -88,14 +88,6 @@ struct Behaviours : ClampedSpans {
     for (int m = 16; m; m /= 2) squares += simt::shuffle_xor(squares, m);
     const bool here = may && below_limit(squares, x.width, [&](int64_t d) { return x_element(row, d); });
     return here ? squares + own_spread : -1.f;
-  }
-
- private:
-  SIMT_DEVICE int64_t row_of(Ids ids, int64_t b, int64_t table) const {
-    if (!ids.data) return b;
-    const int64_t id = ids.dtype == DType::int64 ? static_cast<const int64_t*>(ids.data)[b]
-                                                 : int64_t{static_cast<const int32_t*>(ids.data)[b]};
-    return static_cast<uint64_t>(id) < static_cast<uint64_t>(table) ? id : -1;
   }
 };
 

@@ -17,10 +17,9 @@ constexpr int kMostThreads = 512, kBlocksLong = 2;      // a processor's, where 
 constexpr int kShortRows = 1024, kBlocksShort = 4;      // and where they are short: of 128 threads
 constexpr int kMostBits = 18;                           // of a bitmap of leaves
 constexpr int64_t kMostWorkspace = int64_t{256} << 20;  // more only where one user needs it
-constexpr int64_t kSliceAt = 320, kFoundAt = 448;  // the front: totals of scan, flags of halve, next user, slice, users
 constexpr int64_t kFixed = kFoundAt + 2 * kMostThreads;
 
-static_assert(kSliceAt + sizeof(Slice) <= kFoundAt);
+static_assert(kSliceAt + sizeof(Slice) <= kScaleAt && kScaleAt + sizeof(VoteScale) <= kFoundAt);
 
 /// One block: the longest history, and from it how many users the workspace can hold at a time.
 SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
@@ -52,7 +51,7 @@ SIMT_KERNEL(1024) plan_slices(SIMT_CONSTANT VoteTask t) {
 /// vote(user) for the users of the pass as they come, by the whole block.
 template <class Wanted, class Vote>
 SIMT_DEVICE void each_user(const VoteTask& t, Wanted wanted, Vote vote) {
-  auto* const next = shared<int32_t>(kSliceAt - 8);
+  auto* const next = shared<int32_t>(kNextAt);
   auto* const found = shared<uint16_t>(kFoundAt);  // [chunk]
   const int chunk = t.pass ? simt::threads() : 1;  // few of them are for the second pass
   for (;;) {
@@ -68,7 +67,7 @@ SIMT_DEVICE void each_user(const VoteTask& t, Wanted wanted, Vote vote) {
 }
 
 /// Two blocks of kMostThreads share a processor's registers.
-template <bool kBitmap>
+template <bool kWeighted, bool kBitmap>
 SIMT_KERNEL(2 * kMostThreads)
 vote_users(SIMT_CONSTANT VoteTask t) {
   const SlicePlan& plan = t.plan[t.pass];
@@ -84,17 +83,17 @@ vote_users(SIMT_CONSTANT VoteTask t) {
     const int64_t voters = t.voters(user);
     int rows = least(voters, plan.capacity);
     SIMT_UNLESS_PLANTED(39, rows = rows < voters ? 0 : rows);
-    if (kBitmap && rows <= t.shared_rows)
-      UserVote<uint32_t, true>(t, slice, user, rows).run();
+    if (kBitmap && !kWeighted && rows <= t.shared_rows)
+      UserVote<uint32_t, kWeighted, true>(t, slice, user, rows).run();
     else
-      UserVote<uint64_t, kBitmap>(t, slice, user, rows).run();
+      UserVote<uint64_t, kWeighted, kBitmap>(t, slice, user, rows).run();
   });
 }
 
-template <class Sum>
+template <bool kWeighted>
 SIMT_KERNEL(2 * kMostThreads)
 vote_in_cells(SIMT_CONSTANT VoteTask t) {
-  each_user(t, [](int64_t) { return true; }, [&](int64_t user) { FanoutVote<Sum>(t, user).run(); });
+  each_user(t, [](int64_t) { return true; }, [&](int64_t user) { FanoutVote<kWeighted>(t, user).run(); });
 }
 
 /// Offsets for a vote by fan-out in cells; false where the vote is not by fan-out, or its counters are too many for two
@@ -124,7 +123,7 @@ void lay_out(VoteTask& t, const simt::Machine& machine) {
   t.threads = t.rows > t.users * kShortRows ? kMostThreads : 128;
   const int blocks = t.threads == kMostThreads ? kBlocksLong : kBlocksShort;
   t.blocks = machine.processors * blocks;
-  t.cells = lay_out_cells(t, machine, t.weights ? sizeof(uint64_t) : sizeof(uint32_t));
+  t.cells = lay_out_cells(t, machine, t.weights.data ? sizeof(uint64_t) : sizeof(uint32_t));
   if (t.cells) return;
   SharedLayout shared(kFixed);
   int64_t padded_seats = 1;
@@ -139,7 +138,8 @@ void lay_out(VoteTask& t, const simt::Machine& machine) {
   const int64_t least = shared.bytes() + int64_t{4} * t.pairs;  // of a user who is not in shared memory
   const int64_t available = std::max<int64_t>(static_cast<int64_t>(machine.shared) / blocks - 1024, least);
   shared.take(int64_t{2} * t.pairs);
-  t.shared_rows = t.pairs ? static_cast<int>(std::clamp<int64_t>((available - shared.bytes() - 64) / 6, 0, 0xffff)) : 0;
+  const int64_t fit = t.pairs && !t.weights.data ? (available - shared.bytes() - 64) / 6 : 0;
+  t.shared_rows = static_cast<int>(std::clamp<int64_t>(fit, 0, 0xffff));
   t.offset.before = shared.take((t.shared_rows + 1) * 4);
   t.offset.mark = shared.take(t.shared_rows * 2);
   t.shared_bytes = std::max(shared.bytes(), least);
@@ -190,7 +190,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   HISAC_TRY(launch.status());
   VoteTask t = describe(book, params);
   t.codes = histories.codes.data;
-  t.weights = histories.weights.data;
+  t.weights = histories.weights;
   static_cast<Spans&>(t) = histories.offsets;
   t.rows = histories.behaviours();
   t.ids = histories.x_ids;
@@ -198,16 +198,17 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   lay_out(t, launch.machine);
   Arena arena(context.workspace);
   t.plan = arena.take<SlicePlan>(2);
-  const size_t head = arena.used();
-  t.slices = arena.take<std::byte>(t.cells ? 0 : t.slice_bytes(t.pairs ? std::min<int64_t>(t.rows, kMostVoters) : 0));
+  const int64_t least = t.cells ? 0 : t.slice_bytes(t.pairs ? std::min<int64_t>(t.rows, kMostVoters) : 0);
+  t.slices = arena.take_rest(least, &t.workspace_bytes);
   HISAC_TRY(arena.check("vote"));
-  t.workspace_bytes = context.workspace.shape[0] - static_cast<int64_t>(head);
   t.out = out;
   if (t.users == 0) return {};
   t.blocks = static_cast<int>(std::min<int64_t>(t.blocks, t.users));
-  const auto kernel = t.cells   ? t.weights ? vote_in_cells<uint64_t> : vote_in_cells<uint32_t>
-                      : t.pairs ? vote_users<true>
-                                : vote_users<false>;
+  const auto kernel_of = [&](auto weighted) {
+    constexpr bool kWeighted = weighted;
+    return t.cells ? vote_in_cells<kWeighted> : t.pairs ? vote_users<kWeighted, true> : vote_users<kWeighted, false>;
+  };
+  const auto kernel = t.weights.data ? kernel_of(std::true_type{}) : kernel_of(std::false_type{});
   const int threads = t.users > 32 ? 1024 : 32;
   launch(plan_slices, 1, threads, kFront, t);
   for (; t.pass < (t.cells ? 1 : 2); ++t.pass)

@@ -9,8 +9,10 @@
 
 namespace hisac::cuda {
 
-template <class Sum>  // of a user's votes
+template <bool kWeighted>
 class FanoutVote {
+  using Sum = VoteSum<kWeighted>;
+
  public:
   SIMT_DEVICE FanoutVote(const VoteTask& task, int64_t user) : t(task), b(user) {}
 
@@ -19,6 +21,7 @@ class FanoutVote {
                     *next_path = path + t.seats;
     uint32_t& cursor = *shared<uint32_t>(t.offset.sums);
     if (simt::thread() == 0) path[0] = cursor = 0;
+    if (kWeighted) find_scale(t, b, rows());
     int nodes = 1;
     for (int level = 0; level < t.levels; ++level) {
       const int size = static_cast<int>(t.size[level]), cells = nodes * size;
@@ -60,20 +63,21 @@ class FanoutVote {
   }
 
  private:
+  SIMT_DEVICE int rows() const { return static_cast<int>(t.voters(b)); }
   SIMT_DEVICE Sum* cells_of(int level) const { return shared<Sum>(t.offset.before) + t.cells_before[level]; }
 
   /// The rows below kept nodes into the cells of `level`.
   SIMT_DEVICE void count(int level) const {
     Sum* const cell = cells_of(level);
-    each_row<int>(
-        t, b, static_cast<int>(t.voters(b)),
+    each_row<kWeighted, int>(
+        t, b, rows(),
         [&](int& node, int l, uint32_t code) {  // -1: not below one; last, a cell
           if (l > level || node < 0) return;
           node = node * static_cast<int>(t.size[l]) + static_cast<int>(code);
           if (l < level) node = static_cast<int>(cells_of(l)[node]) - 1;
         },
-        [&](int node, uint32_t votes) {
-          if (votes && node >= 0) simt::atomic_add(&cell[node], static_cast<Sum>(votes));
+        [&](int node, Sum votes) {
+          if (votes && node >= 0) simt::atomic_add(&cell[node], votes);
         });
   }
 

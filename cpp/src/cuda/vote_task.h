@@ -7,14 +7,15 @@
 #pragma once
 #include <type_traits>
 
-#include "base/radix_sort.h"
-#include "cuda/device/block.h"
+#include "cuda/row_votes.h"
 #include "hisac/vote.h"
 
 namespace hisac::cuda {
 
 constexpr int kMostShared = 256;    // nodes kept in shared memory
 constexpr uint16_t kLevelBits = 7;  // of a mark
+// In front of shared memory: totals of scan, flags of halve, the next user, its slice, its scale, users found.
+constexpr int kNextAt = 312, kSliceAt = 320, kScaleAt = 400, kFoundAt = 448;
 
 /// One of two passes over the users: those of more rows than `above`, and at most `capacity`.
 struct SlicePlan {
@@ -44,7 +45,7 @@ struct Search {
 struct Slice {
   void* number = nullptr;                               // [rows] of the leaves: 32 bits with a bitmap, else 64
   uint64_t* key = nullptr;                              // [rows]
-  uint32_t *weight = nullptr, *spare_weight = nullptr;  // [rows]
+  uint64_t *weight = nullptr, *spare_weight = nullptr;  // [rows] votes
   void* before = nullptr;                               // [rows + 1]
   uint16_t* mark = nullptr;                             // [rows]
   Child* child = nullptr;                               // [rows]
@@ -56,7 +57,7 @@ struct VoteTask : ClampedSpans {
   const int32_t* codes = nullptr;  // [rows], or with ids [items]
   Ids ids;
   int64_t items = 0;
-  const float* weights = nullptr;
+  Weights weights;
   int levels = 0, bits = 0;          // of a leaf's number
   uint32_t size[kMaxLevels] = {};    // C_l
   uint64_t stride[kMaxLevels] = {};  // leaves below a node of the level
@@ -93,8 +94,8 @@ struct VoteTask : ClampedSpans {
     const int64_t leaves = pairs && capacity > int64_t{64} * pairs ? int64_t{64} * pairs : capacity;
     take(s->number, leaves * (pairs ? 4 : 8));
     take(s->key, pairs ? 0 : capacity * 8);
-    take(s->weight, pairs ? 0 : capacity * 4);
-    take(s->spare_weight, pairs ? 0 : capacity * 4);
+    take(s->weight, pairs ? 0 : capacity * 8);
+    take(s->spare_weight, pairs ? 0 : capacity * 8);
     take(s->before, (leaves + 1) * 8);
     take(s->mark, leaves * 2);
     take(s->child, leaves * int64_t{sizeof(Child)});
@@ -108,28 +109,36 @@ struct VoteTask : ClampedSpans {
   }
 };
 
-/// rint(clip(w, 0, 16) 2^12); NaN: 0.
-SIMT_DEVICE uint32_t quantise(float w) {
-  constexpr float kWhole = 12582912.f;  // 1.5 * 2^23: floats beside it are whole, and rounding to them nearest even
-  if (!(w > 0)) return 0;
-  return static_cast<uint32_t>(simt::smaller(w, 16.f) * 4096.f + kWhole - kWhole);
+/// Of a user's votes.
+template <bool kWeighted>
+using VoteSum = std::conditional_t<kWeighted, uint64_t, uint32_t>;
+
+/// By a block: what turns user b's weights into votes, in shared memory. A sync must follow.
+SIMT_DEVICE void find_scale(const VoteTask& t, int64_t b, int rows) {
+  const VoteScale scale = scale_of_votes(t.weights, t.start(b), rows, [&](int64_t row) {
+    const int64_t item = row_in_table(t.ids, row, t.items);
+    bool here = item >= 0;
+    SIMT_ROLLED for (int l = 0; here && l < t.levels; ++l) here =
+        static_cast<uint32_t>(t.codes[item * t.levels + l]) < t.size[l];
+    return here;
+  });
+  if (simt::thread() == 0) *shared<VoteScale>(kScaleAt) = scale;
 }
 
-template <class State, bool kIds, class Step, class Use>
+template <bool kWeighted, class State, bool kIds, class Step, class Use>
 SIMT_DEVICE void each_row_of(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
-  constexpr int kTogether = kIds ? 2 : 4;  // more would not fit the registers
+  constexpr int kTogether = kIds || kWeighted ? 2 : 4;  // more would not fit the registers
   const int64_t first_row = t.start(b);
   const auto row = [&](int first, int k) { return first + simt::thread() + k * simt::threads(); };
   for (int first = 0; first < rows; first += kTogether * simt::threads()) {
     State state[kTogether] = {};
-    uint32_t votes[kTogether];
+    VoteSum<kWeighted> votes[kTogether];  // first whether it may vote
     int64_t item[kIds ? kTogether : 1];
     SIMT_EACH (k, kTogether) {
       votes[k] = row(first, k) < rows;
       if (kIds && votes[k]) {
-        item[k] = t.ids.dtype == DType::int64 ? static_cast<const int64_t*>(t.ids.data)[first_row + row(first, k)]
-                                              : static_cast<const int32_t*>(t.ids.data)[first_row + row(first, k)];
-        votes[k] = static_cast<uint64_t>(item[k]) < static_cast<uint64_t>(t.items);
+        item[k] = row_in_table(t.ids, first_row + row(first, k), t.items);
+        votes[k] = item[k] >= 0;
       }
     }
     SIMT_ROLLED for (int l = 0; l < t.levels; ++l) {
@@ -145,20 +154,22 @@ SIMT_DEVICE void each_row_of(const VoteTask& t, int64_t b, int rows, Step step, 
       }
     }
     SIMT_EACH (k, kTogether)
-      if (t.weights && votes[k]) votes[k] = quantise(t.weights[first_row + row(first, k)]);
+      if (kWeighted && votes[k])
+        votes[k] = static_cast<VoteSum<kWeighted>>(
+            votes_of(t.weights, *shared<VoteScale>(kScaleAt), first_row + row(first, k)));
     SIMT_EACH (k, kTogether) use(state[k], votes[k]);
   }
 }
 
 /// step(state, level, code) down the path of each of user b's first rows, then use(state, votes), by whole warps; 0
-/// votes: the row does not vote, or is past the last, and its path was cut. Loads of four rows a thread, or two with
-/// ids, are under way together.
-template <class State, class Step, class Use>
+/// votes: the row does not vote, or is past the last, and its path was cut. Loads of several rows a thread are under
+/// way together.
+template <bool kWeighted, class State, class Step, class Use>
 SIMT_DEVICE void each_row(const VoteTask& t, int64_t b, int rows, Step step, Use use) {
   if (t.ids.data)
-    each_row_of<State, true>(t, b, rows, step, use);
+    each_row_of<kWeighted, State, true>(t, b, rows, step, use);
   else
-    each_row_of<State, false>(t, b, rows, step, use);
+    each_row_of<kWeighted, State, false>(t, b, rows, step, use);
 }
 
 /// By a warp: take(i, taken) for [begin, end), for 32 at a time; taken are the `seats` with most votes, then the first;

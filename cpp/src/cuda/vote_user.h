@@ -25,9 +25,10 @@
 
 namespace hisac::cuda {
 
-template <class Sum, bool kBitmap>  // 32-bit sums: those, prefix sums and marks in shared memory
+template <class Sum, bool kWeighted, bool kBitmap>  // 32-bit sums: those, prefix sums and marks in shared memory
 class UserVote {
   static constexpr bool kShared = sizeof(Sum) == 4;
+  using Votes = VoteSum<kWeighted>;
   using Number = std::conditional_t<kBitmap, uint32_t, uint64_t>;
   using Prefix = std::conditional_t<kShared, uint16_t, uint32_t>;
 
@@ -36,6 +37,7 @@ class UserVote {
       : t(task), s(slice), b(user), rows(user_rows), number(static_cast<Number*>(slice.number)) {}
 
   SIMT_DEVICE void run() {
+    if (kWeighted) find_scale(t, b, rows);
     if constexpr (kBitmap)
       n = count_by_bitmap();
     else
@@ -75,7 +77,7 @@ class UserVote {
   /// use(number of the leaf, votes) for every row.
   template <class Use>
   SIMT_DEVICE void each_leaf(Use use) const {
-    each_row<Number>(
+    each_row<kWeighted, Number>(
         t, b, rows, [&](Number& leaf, int l, uint32_t code) { leaf = leaf * static_cast<Number>(t.size[l]) + code; },
         use);
   }
@@ -83,7 +85,7 @@ class UserVote {
   SIMT_DEVICE int count_by_bitmap() {
     each(2 * t.pairs, [&](int w) { bits()[w] = 0; });
     SIMT_UNLESS_PLANTED(34, simt::sync());
-    each_leaf([&](Number leaf, uint32_t votes) {
+    each_leaf([&](Number leaf, Votes votes) {
       if (votes) simt::atomic_or(&bits()[leaf >> 5], 1u << (leaf & 31));
     });
     simt::sync();
@@ -101,7 +103,7 @@ class UserVote {
     each(found + 1, [&](int i) { before()[i] = 0; });
     each(found, [&](int i) { mark()[i] = static_cast<uint16_t>(t.levels - 1); });
     simt::sync();
-    each_leaf([&](Number leaf, uint32_t votes) {
+    each_leaf([&](Number leaf, Votes votes) {
       if (votes) simt::atomic_add(&before()[place_of(leaf)], static_cast<Sum>(votes));
     });
     for (int l = t.levels - 2; l >= 0; --l) {
@@ -129,33 +131,32 @@ class UserVote {
   SIMT_DEVICE int count_sorted() {
     if (simt::thread() == 0) sums()[0] = 0;
     simt::sync();
-    each_leaf([&](Number leaf, uint32_t votes) {
+    each_leaf([&](Number leaf, Votes votes) {
       const uint32_t to = take_place(&sums()[0], votes != 0);
       if (!votes) return;
       s.key[to] = leaf;
-      if (t.weights) s.weight[to] = votes;
+      if (kWeighted) s.weight[to] = votes;
     });
     simt::sync();
     const int voters = static_cast<int>(sums()[0]);
     uint64_t *key = s.key, *spare = number;
-    uint32_t *weight = t.weights ? s.weight : nullptr, *spare_weight = s.spare_weight;
+    uint64_t *weight = s.weight, *spare_weight = s.spare_weight;
     for (int low = 0; low < t.bits; low += kDigit) {
       radix_pass<uint64_t>(
           voters, bits(), [&](int i) { return Keyed<uint64_t>{digit_of(key[i], low), key[i]}; },
           [&](int i, uint64_t value, uint32_t place) {
             spare[place] = value;
-            if (weight) spare_weight[place] = weight[i];
+            if (kWeighted) spare_weight[place] = weight[i];
           });
       swap(key, spare);
-      if (weight) swap(weight, spare_weight);
+      swap(weight, spare_weight);
     }
     number = spare;
-    constexpr int kVoteBits = 40;
     const uint64_t sum = scan<uint64_t>(
         voters,
         [&](int i) {
           const bool head = i == 0 || key[i] != key[i - 1];
-          return uint64_t{head} << kVoteBits | (weight ? weight[i] : 1);
+          return uint64_t{head} << kVoteBits | (kWeighted ? weight[i] : 1);
         },
         [&](int i, uint64_t so_far, uint64_t value) {
           if (!(value >> kVoteBits)) return;

@@ -47,7 +47,12 @@ Status check_sizes(const char* verb, const Histories& in) noexcept {
   if (in.codes) HISAC_TRY(check_shape(verb, "codes", {items, in.codes.shape[1]}, in.codes));
   if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
   if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
-  return in.weights ? check_shape(verb, "weights", {rows}, in.weights) : Status();
+  if (in.weights && in.weights.dtype != DType::float32 && in.weights.dtype != DType::int64)
+    return Status::error(Code::wrong_type, "%s: weights expected float32 or int64", verb);
+  if (in.weights && in.weights.size != rows)
+    return Status::error(Code::invalid_argument, "%s: weights expected [%" PRId64 "], got [%" PRId64 "]", verb, rows,
+                         in.weights.size);
+  return {};
 }
 
 bool sizes_fit(const Histories& in, int64_t width, int64_t agents, int64_t longest) noexcept {

@@ -20,12 +20,13 @@ Status check_out(const Codebook& book, const Histories& in, const LeafSums& out,
   int64_t rows = 0;  // of all histories; on a device their lengths cannot be read
   for (int64_t b = 0; b < users && device == Device::cpu; ++b) rows += in.offsets.end(b) - in.offsets.start(b);
   const bool fits = out.x.shape[0] >= rows && out.v.shape[0] >= rows && out.bias.shape[0] >= rows &&
-                    out.spread.shape[0] >= rows && out.codes.shape[0] >= rows && out.offsets.users == users &&
-                    out.x.shape[1] == width && out.v.shape[1] == in.v.width && out.codes.shape[1] == levels;
+                    out.spread.shape[0] >= rows && out.votes.shape[0] >= rows && out.codes.shape[0] >= rows &&
+                    out.offsets.users == users && out.x.shape[1] == width && out.v.shape[1] == in.v.width &&
+                    out.codes.shape[1] == levels;
   if (fits) return {};
   return Status::error(Code::invalid_argument,
                        "leaf_sums: out expected of %" PRId64 " users, with at least %" PRId64 " rows of x [%" PRId64
-                       "], v [%" PRId64 "], codes [%" PRId64 "], bias and spread",
+                       "], v [%" PRId64 "], codes [%" PRId64 "], bias, spread and votes",
                        users, rows, width, in.v.width, levels);
 }
 

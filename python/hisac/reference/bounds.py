@@ -216,16 +216,14 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
     return Tokens(tokens if wanted else None, lse, mean_x if args.get("mean_x") else None)
 
 
-def _by_leaf(book: Any, codes: Array, h: Any) -> tuple[Array, Array, Array, Array]:
-    """One user's leaves: that of each row; their log masses; each row's share; the relative error of each leaf's
-    sums."""
-    _, leaf = np.unique(book.leaves(codes), return_inverse=True)
-    count = leaf.max(initial=-1) + 1
-    alone = np.where(np.arange(count)[:, None] == leaf, h.bias, -np.inf)
+def _by_leaf(book: Any, kept: Array, codes: Array, h: Any) -> tuple[Array, Array, Array]:
+    """One user's leaves, of codes `kept`: that of each row; their log masses; the relative errors of their sums."""
+    leaf = np.searchsorted(book.leaves(kept), book.leaves(codes))
+    alone = np.where(np.arange(len(kept))[:, None] == leaf, h.bias, -np.inf)
     mass, share = verbs.logsumexp(alone, 1), np.exp(verbs.log_softmax(alone, 1)).sum(0)
-    skew, rounding = np.zeros(count), 2 * U * np.abs(h.bias - mass[leaf]) + 4 * U
+    skew, rounding = np.zeros(len(kept)), 2 * U * np.abs(h.bias - mass[leaf]) + 4 * U
     np.add.at(skew, leaf, share * np.expm1(np.minimum(rounding, 1.0)))
-    return leaf, mass, share, skew + (_steps(len(h.x)) + 8) * U
+    return leaf, mass, skew + (_steps(len(h.x)) + 8) * U
 
 
 def _largest(leaf: Array, count: int, rows: Array) -> Array:
@@ -243,14 +241,14 @@ def first_of(leaf: Array) -> Array:
 
 def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories:
     """args: the arguments of `leaf_sums`; cuda: on a GPU -> the largest |difference| of x, v, bias and spread; codes
-    are exact."""
+    and votes are exact, and a bias of -inf is -inf."""
     args = _dense(args)
     batch, book = args["histories"], args["book"]
     sums: Any = verbs.leaf_sums(**args)
     parts = []
     with np.errstate(over="ignore", invalid="ignore"):
         for (rows, h), own in zip(verbs.each_row(book, batch), verbs.ranges(sums.offsets), strict=True):
-            leaf, mass, _, skew = _by_leaf(book, batch.codes[rows][h.rows], h)
+            leaf, mass, skew = _by_leaf(book, sums.codes[own], batch.codes[rows][h.rows], h)
             reach = np.sqrt(np.square(h.x).sum(1) + h.spread)
             float64_mean = np.square(2.0**-50 * _largest(leaf, len(mass), reach))  # of the definition itself
             if not cuda:  # sums are those of x less the leaf's first row
@@ -258,11 +256,12 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories
             reach = _largest(leaf, len(mass), reach)
             x, v = (4 * skew[:, None] * _largest(leaf, len(mass), np.abs(a)) + 2 * TINY for a in (h.x, h.v))
             spread = 4 * skew * np.square(reach) + U * sums.spread[own] + float64_mean + TINY
-            bias = skew + 4 * U * np.abs(mass) + 4 * U
+            bias = skew + 4 * U * np.abs(np.nan_to_num(mass, neginf=0.0)) + 4 * U
             parts.append((_in_float32(sums.x[own], x), _in_float32(sums.v[own], v), bias, spread))
     empty = np.zeros((0, sums.x.shape[1])), np.zeros((0, sums.v.shape[1])), np.zeros(0), np.zeros(0)
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
-    return Histories(x, v, np.zeros(sums.offsets.shape), np.zeros(sums.codes.shape), bias=bias, spread=spread)
+    offsets, codes, votes = (np.zeros(a.shape) for a in (sums.offsets, sums.codes, sums.weights))
+    return Histories(x, v, offsets, codes, bias=bias, spread=spread, weights=votes)
 
 
 def leaf_sums_backward_bound(args: Mapping[str, Any]) -> LeafGradients:

@@ -28,9 +28,9 @@ class UserState:
         self.agents: Any = None
 
     def append(self, x: Array, v: Array, codes: Array, *, bias: Array = None, weights: Array = None) -> None:
-        """Add n behaviours: x [n, D], v [n, V], codes [n, L], bias [n], weights [n]."""
+        """Add n behaviours: x [n, D], v [n, V], codes [n, L], bias [n], weights [n]; these are 1 if not given."""
         n = len(v)
-        new = (x, v, codes, np.zeros(n) if bias is None else bias, np.ones(n) if weights is None else weights)
+        new = (x, v, codes, np.zeros(n) if bias is None else bias, np.ones(n, int) if weights is None else weights)
         old = self.rows or tuple(np.asarray(a)[:0] for a in new)
         self.rows = tuple(np.concatenate([a, b]) for a, b in zip(old, new, strict=True))
         if self.agents is None or self.revote == "always":

@@ -24,8 +24,9 @@ from .codebook import encode, valid_codes
 MAX_SEATS = 4096  # most agents a user
 MAX_VOTERS = 2**24 - 1  # a user's later rows do not vote
 ABSENT_NORM = 2.0**100  # a row whose |x|^2 is not below is absent
-WEIGHT_UNIT = 2**12  # weighted votes count in units of 1 / WEIGHT_UNIT
-MAX_WEIGHT = 16.0
+VOTE_BITS = 40  # the votes of a user are below 2^VOTE_BITS together
+WEIGHT_BITS = 24  # the votes of its largest float weight are at most 2^WEIGHT_BITS
+MAX_WEIGHT = 2**40 - 1  # votes of a row, as int64
 
 Node = tuple[int, ...]  # a code prefix; a whole code is a leaf
 Votes = dict[Node, int]
@@ -37,20 +38,37 @@ def ranges(offsets: Any) -> list[slice]:
     return [slice(int(s), int(e)) for s, e in zip(starts, ends, strict=True)]
 
 
-def quantise_weights(weights: Array) -> Array:
-    """float -> votes in units of 2^-12: rint(clip(w, 0, 16) 2^12), NaN is 0."""
-    w = np.nan_to_num(np.asarray(weights).astype(np.float64), nan=0.0, posinf=MAX_WEIGHT, neginf=0.0)
-    return np.rint(np.clip(w, 0, MAX_WEIGHT) * WEIGHT_UNIT).astype(np.int64)
+def row_votes(book: Any, codes: Array, weights: Array = None) -> Array:
+    """codes [n, L] of one user -> int64 [n], the votes of each row; 0 for one that does not vote: its code is invalid,
+    its weight is NaN or not above 0, or it is past the first 2^24 - 1 rows. Of the n rows that vote, row i has
+
+        no weights:       1
+        weights int64:    min(w_i, 2^40 - 1) >> s, with the least s for which sum_i min(w_i, 2^40 - 1) < 2^(40 + s)
+        weights float32:  rint(2^k w_i / max w), k = min(24, 40 - bits of n); infinity is the largest float32
+    """
+    here = valid_codes(book, codes) & (np.arange(len(codes)) < MAX_VOTERS)
+    votes = here.astype(np.int64)
+    if weights is None:
+        return votes
+    if weights.dtype == np.int64:
+        of_rows = np.clip(weights[here], 0, MAX_WEIGHT)
+        votes[here] = of_rows >> max(int(of_rows.sum(dtype=np.uint64)).bit_length() - VOTE_BITS, 0)
+        return votes
+    largest = float(np.finfo(np.float32).max)
+    w = np.clip(np.nan_to_num(weights[here].astype(np.float32), nan=0.0, posinf=largest, neginf=0.0), 0, largest)
+    bits = min(WEIGHT_BITS, VOTE_BITS - int(np.count_nonzero(w)).bit_length())
+    if w.any():
+        w = w / w.max() * np.float32(2**bits)
+    votes[here] = np.rint(w)
+    return votes
 
 
 def leaf_votes(book: Any, codes: Array, weights: Array = None) -> Votes:
-    """codes [n, L] of one user -> {leaf: votes}: how many rows have its code, or their weights."""
-    codes = np.asarray(codes)[:MAX_VOTERS]
-    weight = np.ones(len(codes), np.int64) if weights is None else quantise_weights(weights)[:MAX_VOTERS]
+    """codes [n, L] of one user -> {leaf: votes}, for each leaf with a vote."""
     votes: Votes = {}
-    for row, w in zip(*(a[valid_codes(book, codes)].tolist() for a in (codes, weight)), strict=True):
-        if w:
-            votes[tuple(row)] = votes.get(tuple(row), 0) + w
+    for row, n in zip(np.asarray(codes).tolist(), row_votes(book, np.asarray(codes), weights).tolist(), strict=True):
+        if n:
+            votes[tuple(row)] = votes.get(tuple(row), 0) + n
     return votes
 
 
@@ -219,24 +237,31 @@ def each_row(book: Any, histories: Histories) -> Iterator[tuple[slice, History]]
 
 
 def leaf_sums(book: Any, histories: Histories) -> Histories:
-    """The present behaviours of each user, one row a leaf, sorted by leaf: with weights w_i = e^bias_i,
+    """The behaviours of each user, one row a leaf, sorted by leaf: of the present ones, with weights w_i = e^bias_i,
 
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
-    Reads what `route` reads, and codes -> Histories with x, v, offsets, codes, bias and spread. In `route` they stand
-    for the behaviours; for `vote` a row of sums would count once. Sums add up: those of kept sums and new behaviours,
-    as rows of one user, are the sums of all.
+    and weights, int64: the votes of all that vote. A leaf that has votes and no present behaviour has a bias of -inf,
+    and zeros for x, v and spread. Reads what `route` reads, codes, and weights -> Histories with x, v, offsets, codes,
+    bias, spread and weights, which stand for the behaviours in `route` and in `vote`. Sums add up: those of kept sums
+    and new behaviours, as rows of one user, are the sums of all. Votes do where the weights of both are int64 or none,
+    and the user has fewer than 2^40 votes.
     """
-    codes, offsets, parts = gather(histories).codes, [0], []
+    batch, offsets, parts = gather(histories), [0], []
     for rows, h in each_row(book, histories):
-        of_rows = codes[rows][h.rows].astype(np.int32)
-        _, first, leaf = np.unique(book.leaves(of_rows), return_index=True, return_inverse=True)
-        alone = np.where(np.arange(len(first))[:, None] == leaf, h.bias, -np.inf)
+        codes = batch.codes[rows].astype(np.int32)
+        votes = row_votes(book, codes, None if batch.weights is None else batch.weights[rows])
+        stays = votes > 0
+        stays[h.rows] = True
+        stays = np.flatnonzero(stays)
+        _, first, leaf = np.unique(book.leaves(codes[stays]), return_index=True, return_inverse=True)
+        of_leaf = np.arange(len(first))[:, None] == leaf  # [leaves, rows that stay]
+        alone = np.where(of_leaf[:, np.searchsorted(stays, h.rows)], h.bias, -np.inf)
         total, weight = logsumexp(alone, 1), np.exp(log_softmax(alone, 1))
         mean = weight @ h.x
         far = [w @ (h.spread + np.square(h.x - mu).sum(1)) for w, mu in zip(weight, mean, strict=True)]
-        parts.append((mean, weight @ h.v, of_rows[first], total, np.array(far)))
+        parts.append((mean, weight @ h.v, codes[stays[first]], total, np.array(far), of_leaf @ votes[stays]))
         offsets.append(offsets[-1] + len(first))
     width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
     value_width = 0 if histories.v is None else histories.v.shape[1]
@@ -245,9 +270,10 @@ def leaf_sums(book: Any, histories: Histories) -> Histories:
         np.zeros((0, value_width)),
         np.zeros((0, len(book.centers)), np.int32),
         *[np.zeros(0)] * 2,
+        np.zeros(0, np.int64),
     )
-    x, v, codes, bias, spread = (np.concatenate(every) for every in zip(none, *parts, strict=True))
-    return Histories(x, v, np.array(offsets), codes, bias=bias, spread=spread)
+    x, v, codes, bias, spread, votes = (np.concatenate(every) for every in zip(none, *parts, strict=True))
+    return Histories(x, v, np.array(offsets), codes, bias=bias, spread=spread, weights=votes)
 
 
 def leaf_sums_backward(

@@ -63,9 +63,9 @@ def assert_tokens_close(mine: Tokens, expected: Tokens, within: Problem | Tokens
 
 
 def assert_leaf_sums_close(mine: Histories, expected: Histories, bound: Histories) -> None:
-    """Offsets and codes equal, sums within the bound from `bounds.leaf_sums_bound`."""
-    assert_codes_equal(mine.offsets, expected.offsets, "offsets")
-    assert_codes_equal(mine.codes, expected.codes, "codes")
+    """Offsets, codes and votes equal, sums within the bound from `bounds.leaf_sums_bound`."""
+    for name in ("offsets", "codes", "weights"):
+        assert_codes_equal(getattr(mine, name), getattr(expected, name), name)
     _assert_fields(mine, expected, bound)
 
 

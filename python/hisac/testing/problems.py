@@ -20,6 +20,9 @@ reference: Any = _reference
 DTYPES = ("float32", "float16", "bfloat16")
 # values that break careless kernels: not numbers, signed zeros, subnormals, squares at the edge of absence, extremes
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, -1e-38, 2.0**49, -(2.0**50), 1e10, 3.4e38, -3.4e38], "f4")
+# weights that are no votes, near the most of a row and of a user, and beyond; and floats that are far from others
+VOTES = np.array([0, -1, 2**39 - 1, 2**39, 2**40 - 1, 2**40, 2**62, -(2**63)])
+WEIGHTS = np.array([[0, -1, np.nan, 99], [np.inf, -np.inf, 3.4e38, 1e-45]], "f4")
 SCALES = st.sampled_from([1.0, 0.1, 30.0])
 HOSTILE_SCALES = st.sampled_from([1.0, 0.1, 30.0, 1.0, 1e-43, 1e-39])  # two of subnormal arrays
 TORCH_ROWS = ("x", "v", "q", "keys", "values", "d_out", "tokens", "out")  # arguments in the rows' type
@@ -135,6 +138,16 @@ def codes(draw: st.DrawFn, book: Codebook, rows: int | None = None, *, invalid: 
     if invalid and draw(st.booleans()):
         found = sprinkle(rng, found, 0.1, np.array([-1, -(2**31), 2**31 - 1, sizes.max()]))
     return found.astype(np.int32)
+
+
+@st.composite
+def _weights(draw: st.DrawFn, rows: int, share: float = 0.0) -> Array:
+    """Weights [T] of voting: int64, few of them large, or float32 of any scale; `share` of these are hostile."""
+    rng, odd = draw(generators()), draw(st.sampled_from([0.1, 0.0]))
+    if draw(st.booleans()):
+        return sprinkle(rng, rng.integers(0, 4, rows), odd, VOTES[: draw(st.sampled_from([2, len(VOTES)]))])
+    found = draw(st.sampled_from([1.0, 1e-43, 1e-30, 1e37])) * rng.exponential(size=rows)
+    return sprinkle(rng, sprinkle(rng, found.astype(np.float32), odd, WEIGHTS[draw(st.integers(0, 1))]), share)
 
 
 def _some(rng: np.random.Generator, given: dict[str, Any]) -> dict[str, Any]:
@@ -284,9 +297,7 @@ def problems(
     spread = None
     if draw(st.integers(0, 3)) == 0:
         spread = sprinkle(rng, scale * np.abs(noise(rows)), 0.1, np.array([-1, np.nan, np.inf, 0]))
-    weights = (
-        None if draw(st.booleans()) else sprinkle(rng, rng.exponential(size=rows), 0.1, np.array([0, -1, 99, np.nan]))
-    )
+    weights = draw(st.none() | _weights(rows, share))
     count = None if draw(st.booleans()) else rng.integers(-hostile, agents + 1 + 2 * hostile, users).astype(np.int32)
     tau: Any = draw(st.sampled_from([0.1, 0.02, 1.0, 50.0]))
     if draw(st.booleans()):
@@ -310,7 +321,6 @@ def problems(
     fanout = draw(st.lists(st.integers(1, 3), min_size=book.levels, max_size=book.levels).map(tuple) | st.none())
     prototypes = sprinkle(rng, prototypes, share)
     bias = None if bias is None else sprinkle(rng, bias, share)
-    weights = None if weights is None else sprinkle(rng, weights.astype(np.float32), share)
     return Problem(
         book=book,
         histories=Histories(x, v, ragged, leaf, x_ids, v_ids, x_scale, bias, spread, weights),

@@ -17,6 +17,8 @@ from ..types import Agents, Attended, Compressed, Histories, Tokens
 from . import operators as operators  # defines torch.ops.hisac
 from .library import register
 
+_FLOAT32 = "x_scale", "bias", "spread", "weights"
+
 
 def _jagged(name: str, t: Tensor) -> Any:
     if not t.is_nested or t.layout != torch.jagged:
@@ -51,7 +53,8 @@ def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histori
         if field.is_nested and not torch.compiler.is_compiling():
             _check_jagged(verb, name, field, read["offsets"])
         rows = rows_of(verb, field)
-        read[name] = rows.float() if name in ("x_scale", "bias", "spread", "weights") else rows
+        votes = name == "weights" and not rows.is_floating_point()
+        read[name] = rows.long() if votes else rows.float() if name in _FLOAT32 else rows
     return Histories(**read)
 
 
@@ -204,16 +207,16 @@ def _not_sparse_compiled(verb: str, sparse_grad: bool) -> None:
 def leaf_sums(book: Codebook, histories: Histories, *, rows: int | None = None, sparse_grad: bool = False) -> Histories:
     """A row for each leaf of each user as `hisac.leaf_sums`; x, v, bias and spread have gradients for v and bias.
 
-    Reads what `route` reads, and codes -> Histories of the same users. Their offsets are (starts, ends): the sums of a
-    user lie where its rows do, and what lies between is not defined, so no value decides a shape. rows: at least the
-    rows of all histories together; None: T, or where offsets are (starts, ends), which may overlap, their sum.
+    Reads what `route` reads, codes and weights -> Histories of the same users. Their offsets are (starts, ends): the
+    sums of a user lie where its rows do, and what lies between is not defined, so no value decides a shape. rows: at
+    least the rows of all histories together; None: T, or the sum of lengths where offsets are (starts, ends).
     sparse_grad: as in `route`, for a table v.
 
     >>> h = Histories(torch.eye(2), torch.ones(2, 1), torch.tensor([0, 2]), torch.zeros(2, 1, dtype=torch.int32))
     >>> leaf_sums(Codebook([torch.eye(2)]), h).x[:1]
     tensor([[0.5000, 0.5000]])
     """
-    h = flat("leaf_sums", histories, ("weights",))
+    h = flat("leaf_sums", histories)
     for name in ("v", "codes"):
         if getattr(h, name) is None:
             raise TypeError(f"leaf_sums: {name} expected in the histories, got None")
@@ -222,8 +225,7 @@ def leaf_sums(book: Codebook, histories: Histories, *, rows: int | None = None, 
     starts, ends = h.offsets
     if rows is None:
         rows = int((ends - starts).sum()) if isinstance(histories.offsets, tuple) else behaviours_of(h)
-    x, v, starts, ends, codes, bias, spread = torch.ops.hisac.leaf_sums(register(book), *_fields(h), rows, sparse_grad)
-    return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread)
+    return operators.as_histories(*torch.ops.hisac.leaf_sums(register(book), *_fields(h), rows, sparse_grad))
 
 
 def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
@@ -233,7 +235,7 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
     >>> missing(h)
     tensor([-inf, 0.])
     """
-    h = flat("missing", histories, ("weights", "codes") if book is None else ("weights",))
+    h = _constant(flat("missing", histories, ("weights", "codes") if book is None else ("weights",)))
     if h.v is None:
         raise TypeError("missing: v expected in the histories, got None")
     return cast(Tensor, torch.ops.hisac.missing(None if book is None else register(book), *_fields(h)))

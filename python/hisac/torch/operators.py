@@ -141,12 +141,13 @@ def _missing(fingerprint: int | None, *batch: Any) -> Iterator[Tensor]:
 _LEAF_SCHEMA = f"int fingerprint, {_BATCH_SCHEMA}"
 _LEAF = [argument.split()[1] for argument in _LEAF_SCHEMA.split(", ")]
 _LEAF_WANTED = [_LEAF.index(name) for name in LeafGradients._fields]
-_SUMS = "x v starts ends codes bias spread".split()
+_SUMS = "x v starts ends codes bias spread weights".split()
 _SUMS_WITH_GRADIENT = [_SUMS.index(name) for name in ("x", "v", "bias", "spread")]
 
 
-def _as_histories(x: Any, v: Any, starts: Any, ends: Any, codes: Any, bias: Any, spread: Any) -> Histories:
-    return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread)
+def as_histories(x: Any, v: Any, starts: Any, ends: Any, codes: Any, bias: Any, spread: Any, votes: Any) -> Histories:
+    """Leaf sums, as the operator returns them."""
+    return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread, weights=votes)
 
 
 @operator(f"leaf_sums({_LEAF_SCHEMA}, SymInt rows, bool sparse_grad) -> ({', '.join('Tensor' for _ in _SUMS)})")
@@ -157,8 +158,8 @@ def _leaf_sums(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     sum_x, sum_v, bias, spread = _float32(
         v, [(rows, book.width if x is None else x.shape[-1]), (rows, v.shape[-1]), (rows,), (rows,)]
     )
-    first, last = (starts.new_empty(starts.shape, dtype=torch.int64) for _ in range(2))
-    results = sum_x, sum_v, first, last, v.new_empty((rows, book.levels), dtype=torch.int32), bias, spread
+    first, last, votes = (starts.new_empty(n, dtype=torch.int64) for n in (starts.shape, starts.shape, (rows,)))
+    results = sum_x, sum_v, first, last, v.new_empty((rows, book.levels), dtype=torch.int32), bias, spread, votes
     yield results
     core.leaf_sums(book._core, _histories(batch), *results)
 
@@ -176,7 +177,7 @@ def _leaf_sums_backward(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor
     gradients = Histories(d_x, d_v, None, None, bias=d_bias, spread=d_spread)
     gradients = Histories(*(None if g is None else g.contiguous() for g in gradients))
     book = book_of(fingerprint)
-    core.leaf_sums_backward(book._core, _histories(batch), _as_histories(*sums), gradients, *_some(need, results))
+    core.leaf_sums_backward(book._core, _histories(batch), as_histories(*sums), gradients, *_some(need, results))
 
 
 # ------------------------------------------------------------------------------------------------------ attend

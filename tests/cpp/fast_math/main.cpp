@@ -72,15 +72,23 @@ Results results() {
   in.offsets = test::spans(offsets);
   in.codes = {codes.data(), {kRows, 2}};
   in.bias = {bias.data(), {kRows}};
-  out.add(
-      "vote",
-      call(vote_workspace({}, book, voting, kRows),
-           [&](const Context& c) {
-             return vote(
-                 c, book, voting, in,
-                 {{kept.data(), {kUsers, kBudget, 2}}, {votes.data(), {kUsers, kBudget}}, {count.data(), {kUsers}}});
-           }),
-      kept);
+  std::vector<float> shares(kRows);
+  std::vector<int64_t> whole(kRows);
+  for (size_t i = 0; i < kRows; ++i) {
+    set(shares, i, static_cast<uint32_t>(random.bits() >> (i < 1000 ? 41 : 33)));  // the first user's are subnormal
+    whole[i] = static_cast<int64_t>(random.bits()) >> random.below(64);
+  }
+  for (size_t i = 0; i < 6; ++i) set(shares, i * 200 + 1003, special[i]);
+  const Weights weights[] = {{shares.data(), DType::float32, kRows}, {whole.data(), DType::int64, kRows}, {}};
+  for (const Weights& of_rows : weights) {
+    in.weights = of_rows;
+    const Status voted = call(vote_workspace({}, book, voting, kRows), [&](const Context& c) {
+      return vote(c, book, voting, in,
+                  {{kept.data(), {kUsers, kBudget, 2}}, {votes.data(), {kUsers, kBudget}}, {count.data(), {kUsers}}});
+    });
+    out.add("vote", voted, kept);
+    out.add("votes", {}, votes);
+  }
   std::vector<float> prototypes(kUsers * kBudget * kWidth);
   out.add(
       "prototypes",
@@ -94,18 +102,21 @@ Results results() {
           absent);
   std::vector<float> sum_x(kRows * kWidth), sum_v(kRows * kValues), sum_bias(kRows), sum_spread(kRows),
       dv(kRows * kValues), dbias(kRows);
-  std::vector<int64_t> sum_offsets(kUsers + 1);
+  std::vector<int64_t> sum_offsets(kUsers + 1), sum_votes(kRows);
   std::vector<int32_t> sum_codes(kRows * 2);
   const LeafSums sums{{sum_x.data(), {kRows, kWidth}},
                       {sum_v.data(), {kRows, kValues}},
                       {sum_offsets.data(), sum_offsets.data() + 1, kUsers},
                       {sum_codes.data(), {kRows, 2}},
                       {sum_bias.data(), {kRows}},
-                      {sum_spread.data(), {kRows}}};
+                      {sum_spread.data(), {kRows}},
+                      {sum_votes.data(), {kRows}}};
+  in.weights = weights[0];
   const Status summed =
       call(leaf_sums_workspace({}, book, in, kRows), [&](const Context& c) { return leaf_sums(c, book, in, sums); });
   out.add("leaf_sums", summed, sum_x);
   out.add("their spread", {}, sum_spread);
+  out.add("their votes", {}, sum_votes);
   const LeafSumsForward forward{sums.histories(),
                                 {sum_x.data(), {kRows, kWidth}},
                                 {sum_v.data(), {kRows, kValues}},

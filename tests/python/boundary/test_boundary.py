@@ -84,7 +84,7 @@ CALLS = {  # verb: the function and all its array arguments
     "route": (partial(route, book=BOOK), {**ROUTE, **MORE}),
     "route_backward": (partial(route_backward, book=BOOK), {**BACK, **ROUTE, **MORE}),
     "missing": (partial(by_field(hisac.missing), book=BOOK), ROWS),
-    "leaf_sums": (partial(by_field(hisac.leaf_sums), book=BOOK), ROWS),
+    "leaf_sums": (partial(by_field(hisac.leaf_sums), book=BOOK), {**ROWS, "weights": np.arange(-1, T - 1)}),
     "leaf_sums_backward": (partial(leaf_sums_backward, book=BOOK), {**LEAF_BACK, **ROWS}),
     "compress": (partial(by_field(hisac.compress), BOOK, budget=M, missing="token"), ROWS),
     "attend": (hisac.attend, {**ATTEND, **LIKES}),

@@ -214,10 +214,31 @@ def test_a_verb_reads_the_fields_that_it_names():
     others = dict.fromkeys(("x", "v", "v_ids", "x_scale", "bias", "spread"), junk)
     assert bits(VERBS["vote"](PLAIN._replace(**others))) == bits(VERBS["vote"](PLAIN))
     assert bits(VERBS["route"](PLAIN._replace(codes=junk, weights=junk))) == bits(VERBS["route"](PLAIN))
-    assert bits(VERBS["leaf_sums"](PLAIN._replace(weights=junk))) == bits(VERBS["leaf_sums"](PLAIN))
     tensors = in_torch(PLAIN)
     assert bits(IN_TORCH["vote"](tensors._replace(**others))) == bits(IN_TORCH["vote"](tensors))
     assert bits(IN_TORCH["route"](tensors._replace(codes=junk, weights=junk))) == bits(IN_TORCH["route"](tensors))
+
+
+@pytest.mark.parametrize("verb", ["vote", "leaf_sums"])
+@pytest.mark.parametrize(
+    ("weights", "kind", "text"),
+    [
+        (WEIGHTS[:9], ValueError, "[10], got [9]"),
+        (np.ones(11, int), ValueError, "[10], got [11]"),
+        (X, ValueError, "float32 or int64 [T], got float32 [10, 6]"),
+        (np.ones((10, 1), int), ValueError, "float32 or int64 [T], got int64 [10, 1]"),
+        (np.array(1, np.float32), ValueError, "float32 or int64 [T], got float32 []"),
+        (np.ones(10), TypeError, "float32 or int64 [T], got float64 [10]"),
+        (np.ones(10, np.float16), TypeError, "float32 or int64 [T], got float16 [10]"),
+        (np.ones(10, np.int32), TypeError, "float32 or int64 [T], got int32 [10]"),
+        (np.ones(10, np.uint64), TypeError, "float32 or int64 [T], got uint64 [10]"),
+        ([1] * 10, TypeError, "a NumPy array, a torch tensor or anything with DLPack, got list"),
+    ],
+)
+def test_weights_are_read_where_they_are_votes(verb, weights, kind, text):
+    with pytest.raises(kind) as error:
+        VERBS[verb](PLAIN._replace(weights=weights))
+    assert str(error.value) == f"{verb}: weights expected {text}"
 
 
 def test_codes_count_in_route_with_their_book_only():
@@ -235,6 +256,7 @@ def test_codes_count_in_route_with_their_book_only():
 def test_sums_are_histories():
     sums = hisac.leaf_sums(BOOK, PLAIN)
     assert type(sums) is Histories and [name for name in FIELDS if getattr(sums, name) is not None] == [
-        "x", "v", "offsets", "codes", "bias", "spread"]  # fmt: skip
+        "x", "v", "offsets", "codes", "bias", "spread", "weights"]  # fmt: skip
     by_leaf = hisac.compress(BOOK, PLAIN, budget=4, method="leaf")
     assert bits(hisac.route(sums, by_leaf.prototypes, count=by_leaf.agents.count)) == bits(by_leaf[:2])
+    assert bits(hisac.vote(BOOK, sums, budget=4)[:3]) == bits(by_leaf.agents[:3])

@@ -236,8 +236,12 @@ def test_the_core_s_own_outputs():
             "vote: out count {} out codes",
         ),
         (
-            lambda: _core.leaf_sums(book, batch, *sums, at(0, X[0], memory)),
+            lambda: _core.leaf_sums(book, batch, *sums, at(0, X[0], memory), np.empty(T, int)),
             "leaf_sums: out spread {} x",
+        ),
+        (
+            lambda: _core.leaf_sums(book, batch, *sums, np.empty(T, "f4"), at(0, wide[:, 0], memory)),
+            "leaf_sums: out votes {} x",
         ),
     ):  # fmt: skip
         with pytest.raises(ValueError) as error:

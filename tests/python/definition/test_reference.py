@@ -195,14 +195,30 @@ def exact_fanout(codes, weight, fanout):
     return set(kept)
 
 
+def exact_votes(weights, n):
+    """The votes of n rows with valid codes: of int64 as integers, of float32 as fractions."""
+    if weights is None:
+        return [1] * n
+    if weights.dtype == np.int64:
+        found, halved = [min(max(int(w), 0), reference.verbs.MAX_WEIGHT) for w in weights], 1
+        while sum(found) // halved >= 2**40:
+            halved *= 2
+        return [w // halved for w in found]
+    found = [Fraction(min(float(w), float(np.finfo("f4").max))) if w > 0 else Fraction(0) for w in weights]
+    bits = 24
+    while bits + sum(w > 0 for w in found).bit_length() > 40:
+        bits -= 1
+    return [round(float(np.float32(float(w / max(found)))) * 2**bits) if w else 0 for w in found]
+
+
 @given(problem)
 def test_vote_equals_brute_force(p):
     args, h = p.by_reference(p.vote_args()), p.histories
     book, agents = args["book"], reference.vote(**args)
-    weights = np.ones(len(h.codes), np.int64) if h.weights is None else reference.verbs.quantise_weights(h.weights)
     for b, rows in enumerate(users_of(h.offsets)):
         ok = reference.valid_codes(book, h.codes[rows])
-        codes, weight = h.codes[rows][ok], weights[rows][ok]
+        codes = h.codes[rows][ok]
+        weight = np.array(exact_votes(None if h.weights is None else h.weights[rows][ok], len(codes)), np.int64)
         votes = {}
         for leaf, n in zip(map(tuple, codes.tolist()), weight.tolist(), strict=True):
             if n:
@@ -235,19 +251,61 @@ def test_budget_keys_decide_as_fractions(counts, budget):
 
 
 @given(problem, st.integers(0, 2**32 - 1))
-def test_votes_are_blind_to_order_and_add_up(p, seed):
+def test_votes_are_blind_to_order(p, seed):
     args, h = p.by_reference(p.vote_args()), p.histories
-    weights = np.ones(len(h.codes)) if h.weights is None else h.weights
     for rows in users_of(h.offsets):
         order = np.random.default_rng(seed).permutation(rows)
-        half = len(order) // 2
-        parts = [
-            reference.verbs.leaf_votes(args["book"], h.codes[r], weights[r]) for r in (rows, order[:half], order[half:])
-        ]
-        assert parts[0] == {k: parts[1].get(k, 0) + parts[2].get(k, 0) for k in parts[1] | parts[2]}
-        one, other = (Histories(codes=h.codes[r], lengths=[len(r)], weights=weights[r]) for r in (rows, order))
+        one, other = (
+            Histories(codes=h.codes[r], lengths=[len(r)], weights=None if h.weights is None else h.weights[r])
+            for r in (rows, order)
+        )
         agents = reference.vote(**args | {"histories": other})
         testing.assert_agents_equal(reference.vote(**args | {"histories": one}), agents)
+
+
+@given(problem, st.booleans(), st.integers(0, 2**32 - 1))
+def test_votes_add_up(p, counted, seed):
+    """Those of a history are the sums of those of its parts, where weights are votes, which sum to less than 2^40."""
+    rng, codes = np.random.default_rng(seed), p.histories.codes
+    weights = rng.integers(-1, 2**33, len(codes)) if counted else None
+    half = rng.random(len(codes)) < 0.5
+
+    def votes(rows):
+        book = p.by_reference(p.vote_args())["book"]
+        return reference.verbs.leaf_votes(book, codes[rows], None if weights is None else weights[rows])
+
+    a, b = votes(half), votes(~half)
+    assert votes(slice(None)) == {leaf: a.get(leaf, 0) + b.get(leaf, 0) for leaf in a | b}
+
+
+@given(problem)
+def test_leaf_sums_vote_as_their_behaviours(p):
+    """Agents and votes are the same integers, whatever the weights are; and sums of sums keep them."""
+    args = p.by_reference(p.vote_args())
+    sums = reference.leaf_sums(args["book"], p.histories)
+    expected = reference.vote(**args)
+    testing.assert_agents_equal(reference.vote(**args | {"histories": sums}), expected)
+    again = reference.leaf_sums(args["book"], sums)
+    testing.assert_codes_equal(again.weights, sums.weights)
+    for own, rows in zip(users_of(sums.offsets), users_of(p.histories.offsets), strict=True):
+        given = None if p.histories.weights is None else p.histories.weights[rows]
+        votes = dict(zip(map(tuple, sums.codes[own].tolist()), sums.weights[own].tolist(), strict=True))
+        found = reference.verbs.leaf_votes(args["book"], p.histories.codes[rows], given)
+        assert {leaf: n for leaf, n in votes.items() if n} == found
+
+
+@given(problem, st.integers(-149, 112), st.integers(0, 2**32 - 1))
+def test_a_common_factor_of_float_weights_changes_no_vote(p, power, seed):
+    """Of 2^power, which is exact for these whole numbers: from subnormal ones to those at the top of float32."""
+    args, rng = p.by_reference(p.vote_args()), np.random.default_rng(seed)
+    w = testing.sprinkle(rng, rng.integers(1, 2**16, len(p.histories.codes)).astype("f4"), 0.1, UNLIKE_VOTES)
+    one, other = (p.histories._replace(weights=a) for a in (w, np.ldexp(w, power)))
+    agents, sums = reference.vote(**args | {"histories": one}), reference.leaf_sums(args["book"], one)
+    testing.assert_agents_equal(reference.vote(**args | {"histories": other}), agents)
+    testing.assert_codes_equal(reference.leaf_sums(args["book"], other).weights, sums.weights)
+
+
+UNLIKE_VOTES = np.array([0, -1, np.nan, -np.inf])
 
 
 @given(problem)
@@ -274,9 +332,58 @@ def test_a_larger_budget_only_adds_agents(p, budget):
     assert (small.count <= large.count).all() and (large.count <= small.count + 1).all()
 
 
-def test_weights_in_units():
-    w = [1, 0.5, 16, 17, np.inf, -1, -np.inf, np.nan, 2.0**-14, 2.0**-13, 1.5 * 2.0**-12, 0]
-    assert reference.verbs.quantise_weights(w).tolist() == [4096, 2048, 65536, 65536, 65536, 0, 0, 0, 0, 0, 2, 0]
+LARGEST = float(np.finfo("f4").max)
+
+
+def votes_of(weights, codes=None):
+    """The votes of rows of one user, all of code 0 if nothing else is said."""
+    codes = np.zeros((len(weights), 1), np.int32) if codes is None else np.array(codes)[:, None]
+    return reference.verbs.row_votes(reference.Codebook([[[0.0]]]), codes, weights).tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "votes"),
+    [
+        ([3, 1, 0, -5], [3, 1, 0, 0]),
+        ([2**39, 2**39 - 1], [2**39, 2**39 - 1]),  # together 2^40 - 1
+        ([2**39, 2**39], [2**38, 2**38]),  # 2^40: halved
+        ([2**39, 2**39 - 1, 1], [2**38, 2**38 - 1, 0]),
+        ([2**62, 2**63 - 1, -(2**63), 5], [2**38 - 1, 2**38 - 1, 0, 1]),  # 2^40 - 1 is the most
+        ([2**39] * 4 + [7, 8], [2**37] * 4 + [1, 2]),
+        ([2**39 - 1] * 4 + [1] * 4, [2**37 - 1] * 4 + [0] * 4),  # 2^41: by their sum, not by the sum of what is left
+        ([2**36] * 15, [2**36] * 15),
+        ([2**36] * 16, [2**35] * 16),
+    ],
+)
+def test_votes_of_integers(weights, votes):
+    """As they are where they sum to less than 2^40; else each without as many bits as the sum has more than 40."""
+    assert votes_of(np.array(weights, np.int64)) == votes
+
+
+@pytest.mark.parametrize(
+    ("weights", "votes"),
+    [
+        ([1, 0.5, 0.25, 2.0**-24, 2.0**-25, 1.5 * 2.0**-24], [2**24, 2**23, 2**22, 1, 0, 2]),  # ties go to even
+        ([3, 1], [2**24, 5592406]),
+        ([1, 0, -0.0, -1, np.nan, -np.inf], [2**24, 0, 0, 0, 0, 0]),
+        ([0, -1, np.nan], [0, 0, 0]),
+        ([np.inf, LARGEST, LARGEST / 2, 1], [2**24, 2**24, 2**23, 0]),  # infinity is the largest float32
+        ([1e-45, 3e-45], [2**23, 2**24]),  # subnormal: 1 and 2 units
+    ],
+)
+def test_votes_of_floats(weights, votes):
+    assert votes_of(np.array(weights, np.float32)) == votes
+
+
+@pytest.mark.parametrize("weight", [1e-45, 1e-38, 1.0, 7.3, 3e38, np.inf])
+def test_votes_of_equal_floats(weight):
+    """2^k each, k = 24 for up to 2^16 - 1 rows that vote and one less each time that their number doubles. Rows that do
+    not vote do not count, for another reason each."""
+    for n, k in ((1, 24), (2**16 - 1, 24), (2**16, 23), (2**17 - 1, 23), (2**17, 22)):
+        weights, codes = np.full(n + 3, weight, np.float32), np.zeros(n + 3, int)
+        weights[:2], codes[2] = (0, np.nan), 1
+        votes = votes_of(weights, codes)
+        assert votes[:3] == [0, 0, 0] and set(votes[3:]) == {2**k} and sum(votes) < 2**40
 
 
 def test_only_the_first_rows_vote(monkeypatch):

@@ -56,6 +56,16 @@ def test_state_appends_in_parts(stream, i, j):
     check_states(whole, pinned)
 
 
+@given(streams())
+def test_a_state_votes_as_its_rows(stream):
+    """Without weights, too: each row that voted had the votes of an equal float weight."""
+    p, book, options = stream
+    rows = len(p.histories.v)
+    state = feed(reference_state.UserState(book, **options), p, np.arange(rows))
+    whole = p.histories._replace(offsets=np.array([0, rows]))
+    testing.assert_agents_equal(state.agents, reference.vote(book, whole, budget=4))
+
+
 @given(streams(), st.sets(st.integers(0, 19)))
 def test_state_forgets(stream, gone):
     p, book, options = stream

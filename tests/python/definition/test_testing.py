@@ -98,6 +98,11 @@ def test_problems_run_by_the_reference(p):
     assert finite(made.tokens) and made.tokens.shape[0] == users
 
 
+def voting(p, kind):
+    """Whether there are weights of integers, "i", or of floats, "f"."""
+    return p.histories.weights is not None and p.histories.weights.dtype.kind == kind and len(p.histories.weights)
+
+
 @given(testing.problems(max_history=16))
 def test_problems_run_compiled(p):
     testing.assert_agents_equal(hisac.vote(**p.vote_args()), reference.vote(**p.by_reference(p.vote_args())))
@@ -118,6 +123,12 @@ def test_problems_run_compiled(p):
         lambda p: p.backward_args(p.reference())["gradients"].mean_x is not None and p.histories.x is not None,
         lambda p: p.histories.bias is not None and np.isneginf(p.histories.bias).any(),
         lambda p: p.histories.weights is not None and p.fanout is not None,
+        lambda p: voting(p, "i") and 0 < p.histories.weights.max() < 4 and p.histories.weights.min() < 0,
+        lambda p: voting(p, "i") and p.histories.weights.min() == -(2**63) and p.histories.weights.max() == 2**62,
+        lambda p: voting(p, "f") and 0 < np.nan_to_num(p.histories.weights).max() < 1e-38,
+        lambda p: voting(p, "f") and np.isposinf(p.histories.weights).any() and np.isfinite(p.histories.weights).any(),
+        lambda p: voting(p, "f") and 1e35 < np.abs(np.nan_to_num(p.histories.weights, posinf=0)).mean(),
+        lambda p: np.isneginf(reference.leaf_sums(**p.by_reference(p.leaf_args())).bias).any(),
         lambda p: p.count is not None and 0 in p.count,
         lambda p: np.shape(p.temperature) == (1,),
         lambda p: np.shape(p.temperature) == (3,),
@@ -305,6 +316,29 @@ def test_agents_are_compared_exactly(field):
     testing.assert_agents_equal(agents, agents)
     with pytest.raises(AssertionError, match=f"^{field}"):
         testing.assert_agents_equal(agents._replace(**{field: getattr(agents, field) + 1}), agents)
+
+
+def test_votes_of_leaf_sums_are_compared_exactly():
+    """And a leaf that only votes has a bias of -inf and zeros, to the last digit."""
+    book = reference.Codebook([[[0.0], [1.0]]])
+    x, weights = np.float32([[np.nan], [1], [3]]), np.array([2**38 + 1, 0, 7])
+    args = {"book": book, "histories": hisac.Histories(x, x, np.array([0, 3]), np.int32([[0], [1], [1]]))}
+    args["histories"] = args["histories"]._replace(v=np.ones_like(x), weights=weights)
+    sums, limit = reference.leaf_sums(**args), bounds.leaf_sums_bound(args)
+    testing.assert_leaf_sums_close(sums, sums, limit)
+    for field, change, text in (
+        ("weights", np.array([1, 0]), r"weights: 1 of 2 differ; first at \[0\]: expected \d+5, got \d+6"),
+        ("codes", np.array([[1], [0]]), "codes: 1 of 2 differ"),
+        ("bias", np.array([1e30, 0]), r"bias: 1 of 2 differ; first at \[0\]: expected -inf"),
+        ("x", np.array([[1e-30], [0]]), "x: 1 of 2 differ"),
+        ("v", np.array([[1e-30], [0]]), "v: 1 of 2 differ"),
+        ("spread", np.array([1e-30, 0]), "spread: 1 of 2 differ"),
+    ):
+        wrong = np.nan_to_num(getattr(sums, field), neginf=0.0) + change
+        with pytest.raises(AssertionError, match=text):
+            testing.assert_leaf_sums_close(sums._replace(**{field: wrong}), sums, limit)
+    with pytest.raises(AssertionError, match="weights: expected integers, got float64"):
+        testing.assert_leaf_sums_close(sums._replace(weights=sums.weights.astype(float)), sums, limit)
 
 
 def test_close_knows_what_is_not_a_number():

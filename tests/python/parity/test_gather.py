@@ -92,7 +92,7 @@ def test_vote(p):
     testing.assert_agents_equal(hisac.vote(**copied(p.vote_args())), expected)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [None, "float32", "int64"])
 @pytest.mark.parametrize("sizes", [(8,), (16, 8), (64, 64), (4, 4, 4, 4), (300, 300, 300)])
 @pytest.mark.parametrize("n", [255, 257, 3000, 20_000])
 def test_vote_in_every_way_of_counting(n, sizes, weighted):
@@ -102,7 +102,7 @@ def test_vote_in_every_way_of_counting(n, sizes, weighted):
     table = rng.integers(-1, np.array(sizes) + (rng.random(len(sizes)) < 0.3), (500, len(sizes))).astype(np.int32)
     ids = sprinkle(rng, rng.zipf(1.3, n).clip(0, 502) - 2, 0.01, np.array([2**40, -(2**63), 500]))
     h = hisac.Histories(offsets=[0, n // 2, n], codes=table, x_ids=ids)
-    h = h._replace(weights=rng.exponential(size=n).astype(np.float32)) if weighted else h
+    h = h._replace(weights=(9 * rng.exponential(size=n)).astype(weighted)) if weighted else h
     rows = np.where(((ids >= 0) & (ids < 500))[:, None], table[ids.clip(0, 499)], -1)
     for rule in ({"budget": 30}, {"fanout": (2,) * len(sizes)}):
         expected = hisac.vote(book, h._replace(codes=rows, x_ids=None), **rule)

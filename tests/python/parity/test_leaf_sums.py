@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`leaf_sums` against `hisac.reference`: codes exactly, sums within `hisac.reference.bounds`; what they mean to
-`route`; that they add up; and the same bits whatever the threads."""
+"""`leaf_sums` against `hisac.reference`: codes and votes exactly, sums within `hisac.reference.bounds`; what they mean
+to `route` and to `vote`; that they add up; and the same bits whatever the threads."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_sums_where_their_users_rows_are(p):
     """As `compress` takes them: the same sums, bit for bit, and in `route` the same tokens."""
     together, apart = hisac.leaf_sums(**p.leaf_args()), hisac.verbs._sum_leaves(p.book, p.histories)
     at = [slice(*pair) for pair in zip(*apart.offsets, strict=True)]
-    for name in ("x", "v", "codes", "bias", "spread"):
+    for name in ("x", "v", "codes", "bias", "spread", "weights"):
         rows = [getattr(apart, name)[own] for own in at]
         assert flat(np.concatenate([getattr(together, name)[:0], *rows])) == flat(getattr(together, name))
     args = {name: a for name, a in p.route_args().items() if name != "book"}
@@ -116,20 +116,117 @@ def test_a_spread_does_not_lose_its_digits_to_a_shift():
         np.testing.assert_allclose(mine.x[leaf], rows.mean(0), rtol=2e-7)
 
 
-@given(testing.problems(), st.integers(0, 64))
-def test_leaf_sums_add_up(p, cut):
-    """The sums of kept sums and new rows are those of all, to the rounding of both."""
+@given(testing.problems(), st.integers(0, 64), st.booleans())
+def test_leaf_sums_add_up(p, cut, counted):
+    """The sums of kept sums and new rows are those of all, to the rounding of both; and exactly, the votes. New rows
+    without weights have one vote each."""
     h, rows = p.histories, len(p.histories.v)
     x = np.asarray(p.book.prototypes(h.codes)) if h.x is None else h.x
     bias, spread = (np.zeros(rows, np.float32) if a is None else a for a in (h.bias, h.spread))
     x, v = np.asarray(x, np.float32), np.asarray(h.v, np.float32)
-    whole = Histories(x, v, np.array([0, rows]), h.codes, bias=bias, spread=spread)
+    weights = np.random.default_rng(p.seed).integers(-1, 2**31, rows) if counted else None
+    whole = Histories(x, v, np.array([0, rows]), h.codes, bias=bias, spread=spread, weights=weights)
     cut = min(cut, rows)
     kept = hisac.leaf_sums(p.book, whole._replace(offsets=np.array([0, cut])))
-    pairs = {name: (getattr(kept, name), getattr(whole, name)[cut:]) for name in ("x", "v", "codes", "bias", "spread")}
+    new = whole if counted else whole._replace(weights=np.ones(rows, np.int64))
+    names = ("x", "v", "codes", "bias", "spread", "weights")
+    pairs = {name: (getattr(kept, name), getattr(new, name)[cut:]) for name in names}
     old_and_new = Histories(
         **{name: np.concatenate(pair) for name, pair in pairs.items()}, lengths=[len(kept.x) + rows - cut]
     )
     exact = p.by_reference({"book": p.book, "histories": whole})
     limit = Histories(*(None if a is None else 4 * a for a in bounds.leaf_sums_bound(exact)))
     testing.assert_leaf_sums_close(hisac.leaf_sums(p.book, old_and_new), reference.leaf_sums(**exact), limit)
+
+
+# --------------------------------------------------------------------------------------------------------------- votes
+
+
+@given(testing.problems(gathered=True, max_levels=4, max_history=100))
+def test_sums_vote_as_their_behaviours(p):
+    check_votes(p)
+
+
+@given(testing.problems(gathered=True, hostile=True))
+def test_sums_vote_as_their_behaviours_hostile(p):
+    check_votes(p)
+
+
+def check_votes(p):
+    """The same agents with the same votes, whatever the weights are, and whether rows that vote are present or not."""
+    for convert, _ in kinds(p):
+        votes = convert(p.vote_args())
+        expected, sums = hisac.vote(**votes), hisac.leaf_sums(**convert(p.leaf_args()))
+        testing.assert_agents_equal(hisac.vote(**votes | {"histories": sums}), expected)
+        apart = hisac.verbs._sum_leaves(p.book, votes["histories"])
+        testing.assert_agents_equal(hisac.vote(**votes | {"histories": apart}), expected)
+        again = hisac.leaf_sums(p.book, sums)
+        voted = [bounds.as_numpy(s.weights)[bounds.as_numpy(s.weights) > 0] for s in (sums, again)]
+        testing.assert_codes_equal(*voted, "votes of sums of sums")
+
+
+@given(testing.problems(max_history=100), st.integers(0, 2**32 - 1))
+def test_a_common_factor_of_float_weights_changes_no_vote(p, seed):
+    """Of a power of two for each user, which is exact for these whole numbers: from subnormal ones to the largest."""
+    rng, h, rows = np.random.default_rng(seed), p.histories, len(p.histories.v)
+    w = testing.sprinkle(rng, rng.integers(1, 2**16, rows).astype("f4"), 0.1, np.array([0, -1, np.nan, -np.inf]))
+    user = np.zeros(rows, int) if isinstance(h.offsets, tuple) else np.searchsorted(h.offsets, np.arange(rows), "right")
+    one, other = (h._replace(weights=a) for a in (w, np.ldexp(w, rng.integers(-149, 113, 9)[user])))
+    args = p.vote_args()
+    agents = hisac.vote(**args | {"histories": one})
+    testing.assert_agents_equal(hisac.vote(**args | {"histories": other}), agents)
+    assert flat(hisac.leaf_sums(p.book, other)) == flat(hisac.leaf_sums(p.book, one))
+
+
+@given(testing.problems(dtypes=("float32",)))
+def test_route_ignores_leaves_that_only_vote(p):
+    """They have a bias of -inf and zeros; without them the tokens are the same."""
+    sums = hisac.leaf_sums(**p.leaf_args())
+    present = np.isfinite(sums.bias)
+    assert (present | np.isneginf(sums.bias)).all() and (present | (sums.weights > 0)).all()
+    assert not any(a[~present].any() for a in (sums.x, sums.v, sums.spread))
+    offsets = np.concatenate([[0], np.cumsum(present)])[sums.offsets]
+    fewer = {name: getattr(sums, name)[present] for name in ("x", "v", "codes", "bias", "spread", "weights")}
+    fewer = Histories(**fewer, offsets=offsets)
+    args = p.by_reference({name: a for name, a in p.route_args().items() if name != "book"}) | {"histories": fewer}
+    mine, without = (hisac.route(**args | {"histories": h}) for h in (sums, fewer))
+    limit, expected = bounds.route_bound(args), reference.route(**args)
+    testing.assert_tokens_close(mine, expected, limit)
+    testing.assert_tokens_close(without, expected, limit)
+
+
+@pytest.mark.parametrize("module", [hisac, reference])
+def test_a_leaf_that_only_votes(module):
+    """Leaf 0 is of a row without x and of one of infinite spread; leaf 1 is present and does not vote; nothing is left
+    of leaf 2; leaf 3 has both kinds of rows."""
+    book = module.Codebook([np.float32([[0], [1], [2], [3]])])
+    x, v = np.float32([[np.nan], [1], [5], [3], [7], [np.nan]]), np.float32([[1], [2], [4], [8], [16], [32]])
+    codes, spread = np.int32([[0], [1], [0], [3], [3], [2]]), np.float32([0, 0, np.inf, 0, np.nan, 0])
+    weights = np.array([5, 0, 2, 3, 4, -1])
+    h = Histories(x, v, np.array([0, 6]), codes, spread=spread, weights=weights)
+    sums = module.leaf_sums(book, h)
+    assert sums.codes.tolist() == [[0], [1], [3]] and sums.weights.tolist() == [7, 0, 7]
+    assert sums.bias.tolist() == [-np.inf, 0, 0] and sums.x.tolist() == [[0], [1], [3]]
+    assert sums.v.tolist() == [[0], [2], [8]] and sums.spread.tolist() == [0, 0, 0]
+    agents = module.vote(book, sums, budget=4)
+    testing.assert_agents_equal(agents, module.vote(book, h, budget=4))
+    assert agents.codes[0].tolist() == [[0], [3], [-1], [-1]] and agents.votes[0].tolist() == [7, 7, 0, 0]
+    out = module.route(sums, np.float32([[[0], [3]]]), temperature=1.0)
+    expected = module.route(h, np.float32([[[0], [3]]]), temperature=1.0)
+    np.testing.assert_allclose(out.tokens, expected.tokens, rtol=1e-6)
+    np.testing.assert_allclose(out.lse, expected.lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("module", [hisac, reference])
+@pytest.mark.parametrize("weights", [[2**39, 2**39 - 1], [2**39] * 3, np.ones(40_000)])
+def test_a_leaf_may_have_nearly_all_votes(module, weights):
+    """Up to 2^40 - 1 of them, which its sums keep, as the sums of these do: more than the most of one behaviour."""
+    book, n = module.Codebook([np.zeros((1, 1), np.float32)]), len(weights)
+    weights = np.array(weights, np.int64 if isinstance(weights, list) else np.float32)
+    zeros = np.zeros((n, 1), np.float32)
+    h = Histories(zeros, zeros, np.array([0, n]), np.zeros((n, 1), np.int32), weights=weights)
+    expected = module.vote(book, h, budget=1)
+    sums = module.leaf_sums(book, h)
+    assert sums.weights.tolist() == expected.votes[0].tolist() and sums.weights[0] > 2**39
+    testing.assert_agents_equal(module.vote(book, sums, budget=1), expected)
+    assert module.leaf_sums(book, sums).weights.tolist() == sums.weights.tolist()

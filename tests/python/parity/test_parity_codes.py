@@ -224,8 +224,7 @@ def test_vote_on_any_tree(sizes, rule):
         np.int32
     )
     rule = {"fanout": tuple([5, 3, 2, 2, 2, 2, 2, 2][: len(sizes)])} if "fanout" in rule else rule
-    weights = rng.exponential(size=n).astype(np.float32)
-    for w in (None, weights):
+    for w in (None, rng.exponential(size=n).astype(np.float32), rng.integers(-1, 9, n)):
         histories = hisac.Histories(codes=codes, offsets=np.array([0, 0, n // 3, n]), weights=w)
         args = {"book": hisac.Codebook(centers), "histories": histories, **rule}
         testing.assert_agents_equal(hisac.vote(**args), reference.vote(**args | {"book": reference.Codebook(centers)}))
@@ -236,7 +235,8 @@ def test_vote_on_any_tree(sizes, rule):
 @pytest.mark.parametrize("rule", ["fanout", "few", "budget"])
 def test_vote_on_long_histories(sizes, rows, rule):
     """Where leaves are counted in place: from 512 rows by fan-out, from 2,048 by budget; beside them shorter histories,
-    for which the same scratch must do. Weights down to one unit of 2^-12, and too small for one."""
+    for which the same scratch must do. Weights relative to which others have one vote or none; votes as they are, and
+    more than there may be, so that all lose their last bits."""
     rng = np.random.default_rng(rows + len(sizes))
     lengths = [rows, 40, 520, rows // 2, rows]
     n = sum(lengths)
@@ -248,18 +248,21 @@ def test_vote_on_long_histories(sizes, rows, rule):
         "budget": 200 if rule == "budget" else None,
     }
     expected = args | {"book": reference.Codebook(args["book"].centers)}
-    for weights in (None, rng.exponential(size=n), rng.exponential(2.0**-12, n)):
-        weights = None if weights is None else weights.astype(np.float32)
+    floats = rng.exponential(size=n).astype(np.float32), np.exp(rng.normal(0, 9, n)).astype(np.float32)
+    for weights in (None, *floats, rng.integers(0, 3, n), rng.integers(-(2**39), 2**39, n)):
         h = hisac.Histories(codes=codes.astype(np.int32), lengths=lengths, weights=weights)
         agents = with_threads(lambda h=h: hisac.vote(histories=h, **args))
         testing.assert_agents_equal(agents, reference.vote(histories=h, **expected))
 
 
-def test_vote_counts_above_32_bits():
-    """16 * 2^12 units a row: 2^17 such rows pass 2^32."""
+@pytest.mark.parametrize(
+    ("weight", "votes"), [(np.float32(0.3), 2**22), (2**22, 2**22), (2**30, 2**22), (2**39, 2**22)]
+)
+def test_vote_counts_above_32_bits(weight, votes):
+    """140,000 rows have 2^22 votes each: of floats, of as many votes, and of more than there may be."""
     centers, n = [np.zeros((3, 1), np.float32)], 140_000
     codes = np.repeat(np.int32([[1], [2]]), [n - 7, 7], 0)
-    histories = hisac.Histories(codes=codes, lengths=[n], weights=np.full(n, 16, np.float32))
+    histories = hisac.Histories(codes=codes, lengths=[n], weights=np.full(n, weight))
     agents = hisac.vote(hisac.Codebook(centers), histories, budget=3)
     testing.assert_agents_equal(agents, reference.vote(reference.Codebook(centers), histories, budget=3))
-    assert agents.votes[0, 0] > 2**32
+    assert agents.votes[0].tolist() == [votes * (n - 7), votes * 7, 0]

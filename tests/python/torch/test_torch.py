@@ -28,8 +28,38 @@ def together(sums):
     starts, ends = sums.offsets
     rows = torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)] + [torch.zeros(0).long()])
     offsets = torch.cat([torch.zeros(1).long(), (ends - starts).cumsum(0)])
-    fields = ((name, getattr(sums, name)[rows]) for name in ("x", "v", "codes", "bias", "spread"))
+    fields = ((name, getattr(sums, name)[rows]) for name in ("x", "v", "codes", "bias", "spread", "weights"))
     return Histories(**dict(fields), offsets=offsets)
+
+
+@given(testing.problems())
+def test_sums_vote_as_their_behaviours(p):
+    """The weights of leaf sums are votes, int64, which `vote` takes as they are."""
+    votes = testing.to_torch(p.vote_args(), p.dtype)
+    sums = hisac_torch.leaf_sums(p.book, votes["histories"])
+    assert sums.weights.dtype == torch.int64
+    expected = hisac_torch.vote(**votes)
+    for kept in (sums, together(sums)):
+        testing.assert_agents_equal(hisac_torch.vote(**votes | {"histories": kept}), expected)
+
+
+def test_weights_of_every_type(book):
+    """Whole numbers are votes, others count relative to the user's largest; in whatever type they come."""
+    x, v = rows()
+    h = Histories(x, v, OFFSETS, hisac_torch.encode(book, x))
+    whole = torch.arange(20) % 7 - 1
+    for weights, types in (
+        (whole, (torch.int32, torch.int8)),
+        (whole * 0.5, (torch.float64, torch.float16, torch.bfloat16)),
+        (whole > 0, (torch.bool, torch.uint8)),
+    ):
+        plain = weights.float() if weights.is_floating_point() else weights.long()
+        kept = h._replace(weights=plain)
+        agents, sums = hisac_torch.vote(book, kept, budget=3), together(hisac_torch.leaf_sums(book, kept))
+        for dtype in types:
+            given = h._replace(weights=weights.to(dtype))
+            testing.assert_agents_equal(hisac_torch.vote(book, given, budget=3), agents)
+            torch.testing.assert_close(together(hisac_torch.leaf_sums(book, given)), sums, rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients

@@ -51,19 +51,22 @@ def operator_calls(book):
     halves, tokens_only = tuple(t.int() for t in spans), (True, False, False)
     int8 = batch(x.to(torch.int8), wanted(v), bias=wanted(bias), x_scale=scale, **tables)
     moving = batch(x, wanted(v), bias=wanted(bias)), batch(x, wanted(v), bias=None, spread=None, **tables)
-    sums = ops.leaf_sums(name, *batch(), 20, False)
+    counts = torch.arange(20) % 3
+    sums = ops.leaf_sums(name, *batch(weights=counts), 20, False)
     d_sums = sums[0], sums[1], sums[5], sums[6]
     rounded = (*to, "agents", "bfloat16")
     return {
         "encode": (name, x),
         "vote budget": (name, *voted(), 4, []),
         "vote fanout": (name, *voted(spans=halves, weights=torch.rand(20)), 0, [2, 3]),
-        "vote table": (name, *batch(x_ids=ids), 4, []),
+        "vote table": (name, *batch(x_ids=ids, weights=counts), 4, []),
         "prototypes": (name, agents[0]),
         "missing": (name, *batch()),
         "missing table": (None, *batch(codes=None, **tables)),
         "leaf_sums": (name, *moving[0], 20, False),
         "leaf_sums table": (name, *moving[1], 25, False),
+        "leaf_sums of votes": (name, *batch(x, wanted(v), weights=counts), 20, False),
+        "leaf_sums of weights": (name, *batch(x, wanted(v), weights=torch.rand(20)), 20, False),
         "leaf_sums_backward": (name, *batch(), *sums, *d_sums, [True, True]),
         "leaf_sums_backward some": (name, *batch(), *sums, None, sums[1], None, None, [True, False]),
         "route": (name, *learnt[0], *learnt[1], *agents_mode, *tokens_only),

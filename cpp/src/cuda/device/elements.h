@@ -82,6 +82,14 @@ inline bool aligned(const Rows& m) {
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.width * bytes_of(m.dtype) % 16 == 0;
 }
 
+/// The row that behaviour b has in a table of so many rows; without ids b; -1: none.
+SIMT_DEVICE int64_t row_in_table(const Ids& ids, int64_t b, int64_t table) {
+  if (!ids.data) return b;
+  const int64_t id = ids.dtype == DType::int64 ? static_cast<const int64_t*>(ids.data)[b]
+                                               : int64_t{static_cast<const int32_t*>(ids.data)[b]};
+  return static_cast<uint64_t>(id) < static_cast<uint64_t>(table) ? id : -1;
+}
+
 /// The users' rows among `rows`, whatever the offsets hold: clamped to [0, rows], and an end to its start.
 struct ClampedSpans : Spans {
   int64_t rows = 0;
