@@ -34,10 +34,11 @@ int32_t either(const char* verb, const char* name, nb::handle given, const char*
 // ---- inputs and outputs that need no more of Python
 
 /// Whether every array is plain, and of the rank that "name letters, .." gives it, "B+1" at least one long. "name?" may
-/// be None, "-" anything; in place of offsets "B+1" may be a tuple of two.
+/// be None, "-" anything; in place of offsets "B+1" may be a tuple of two. More than are named may be anything.
 bool all_plain(const char* names, Fields arrays) {
   nb::dlpack::dltensor t;
   for (nb::handle array : arrays) {
+    if (!*names) break;
     const std::string_view name(names, std::strcspn(names, ","));
     names += std::min(name.size() + 2, std::strlen(names));
     if (name == "-" || (array.is_none() && name.find('?') != name.npos)) continue;
@@ -208,9 +209,8 @@ void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, 
   const Agents out{array<int32_t, 3>(out_codes, call, "out codes", "int32 [B, M, L]"),
                    array<int64_t, 2>(out_votes, call, "out votes", "int64 [B, M]"),
                    array<int32_t, 1>(out_count, call, "out count", "int32 [B]")};
-  const int64_t most = longest(call, in.offsets, in.behaviours());
   run(
-      call, [&](const Context& context) { return vote_workspace(context, book, params, most); },
+      call, [&](const Context& context) { return vote_workspace(context, book, params, in); },
       [&](const Context& context) { return vote(context, book, params, in, out); }, &book);
 }
 
@@ -222,13 +222,11 @@ struct RouteArguments {
   Batch batch;
   const Histories& in = batch.in;
   RouteAgents agents;
-  int64_t most;  // rows of the longest history
 
   RouteArguments(Call& call, const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle tau,
                  nb::handle normalize, nb::handle precision)
       : batch(call, histories) {
     batch.read_rows(book);
-    most = longest(call, in.offsets, in.behaviours());
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
     params.precision = static_cast<Precision>(either(call, "precision", precision, "float32", "bfloat16"));
     agents.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
@@ -260,8 +258,7 @@ void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes
   out.lse = array<float, 2>(lse, call, "out lse", "float32 [B, M]");
   out.mean_x = array<float, 3>(mean_x, call, "out mean_x", "float32 [B, M, D]", true);
   run(
-      call,
-      [&](const Context& context) { return route_workspace(context, book, a.params, a.in, a.agents, out, a.most); },
+      call, [&](const Context& context) { return route_workspace(context, book, a.params, a.in, a.agents, out); },
       [&](const Context& context) { return route(context, book, a.params, a.in, a.agents, out); }, book);
 }
 
@@ -289,9 +286,7 @@ void route_gradients(const Codebook* book, const Fields& histories, Lent prototy
                            array<float, 1>(dtemperature, call, "dtemperature", "float32 [1] or [M]", true)};
   run(
       call,
-      [&](const Context& context) {
-        return route_backward_workspace(context, book, a.params, a.in, a.agents, f, out, a.most);
-      },
+      [&](const Context& context) { return route_backward_workspace(context, book, a.params, a.in, a.agents, f, out); },
       [&](const Context& context) { return route_backward(context, book, a.params, a.in, a.agents, f, out); }, book);
 }
 
@@ -322,7 +317,6 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, L
   Batch batch(call, histories);
   batch.read_rows(true, true);
   const Histories& in = batch.in;
-  const int64_t most = longest(call, in.offsets, in.behaviours());
   const LeafSums out{array<float, 2>(x, call, "out x", "float32 [S, D]"),
                      array<float, 2>(v, call, "out v", "float32 [S, V]"),
                      sum_spans(call, starts, ends),
@@ -331,7 +325,7 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, L
                      array<float, 1>(spread, call, "out spread", "float32 [S]"),
                      array<int64_t, 1>(votes, call, "out votes", "int64 [S]")};
   run(
-      call, [&](const Context& context) { return leaf_sums_workspace(context, book, in, most); },
+      call, [&](const Context& context) { return leaf_sums_workspace(context, book, in); },
       [&](const Context& context) { return leaf_sums(context, book, in, out); }, &book);
 }
 
@@ -347,9 +341,8 @@ void leaf_gradients(const Codebook& book, const Fields& histories, const Fields&
   of_gradients.read_gradients(f);
   const LeafSumsGradients out{array<float, 2>(dv, call, "dv", "float32 [T, V]", true),
                               array<float, 1>(dbias, call, "dbias", "float32 [T]", true)};
-  const int64_t most = longest(call, in.offsets, in.behaviours());
   run(
-      call, [&](const Context& context) { return leaf_sums_backward_workspace(context, book, in, out, most); },
+      call, [&](const Context& context) { return leaf_sums_backward_workspace(context, book, in, out); },
       [&](const Context& context) { return leaf_sums_backward(context, book, in, f, out); }, &book);
 }
 

@@ -23,16 +23,6 @@ inline Spans spans(const View& starts, const View& ends, Call& call) {
   return {first.data, last.data, first.dtype, first.size};
 }
 
-/// The longest history, for a workspace. Offsets are not checked yet: whatever they hold, no more than `rows`; on a GPU
-/// they are not seen.
-inline int64_t longest(const Call& call, const Spans& h, int64_t rows) {
-  if (call.on_cuda()) return rows;
-  int64_t most = 0;
-  for (int64_t b = 0; b < h.users; ++b)
-    most = std::max(most, std::clamp(h.end(b), int64_t{0}, rows) - std::clamp(h.start(b), int64_t{0}, rows));
-  return most;
-}
-
 using Fields = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
 
 /// The fields that a verb asks for, borrowed.
@@ -42,6 +32,8 @@ class Batch {
 
   Batch(Call& call, const Fields& given) : call_(call), given_(given) {
     if (given.size() != kFields) wrong_type(call, "histories", "hisac.Histories", "another tuple");
+    in.longest = count(kLongest, "longest");
+    in.rows = count(kRows, "rows");
   }
   Batch(const Batch&) = delete;
 
@@ -95,7 +87,7 @@ class Batch {
   }
 
  private:
-  enum Field { kX, kV, kOffsets, kCodes, kXIds, kVIds, kXScale, kBias, kSpread, kWeights, kFields };
+  enum Field { kX, kV, kOffsets, kCodes, kXIds, kVIds, kXScale, kBias, kSpread, kWeights, kLongest, kRows, kFields };
 
   alignas(8) static constexpr char kUnread[8] = {};  // in place of elements that are not read
 
@@ -103,6 +95,18 @@ class Batch {
   const View& view(Field at) { return hold(field(at), at); }
   const View& hold(nb::handle array, int at) { return view_[at] = nb::cast<View>(array); }
 
+  /// A whole number, or 0 for None.
+  int64_t count(Field at, const char* name) {
+    const nb::handle given = field(at);
+    if (given.is_none()) return 0;
+    const auto whole = nb::steal(PyBool_Check(given.ptr()) ? nullptr : PyNumber_Index(given.ptr()));
+    PyErr_Clear();
+    int64_t n = 0;
+    if (!whole || !nb::try_cast(whole, n, false))
+      wrong_type(call_, name, "a whole number", nb::cast<std::string>(nb::repr(given)));
+    if (n < 0) wrong_value(call_, name, "0 or more", std::to_string(n));
+    return n;
+  }
   void read_codes() { in.codes = array<const int32_t, 2>(view(kCodes), call_, "codes", "int32 [T, L]"); }
   void read_weights() {
     constexpr const char* kExpected = "float32 or int64 [T]";

@@ -223,7 +223,7 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
     if plain(names, histories):
         return histories
     taken: list[Any] = []
-    for kind, field in zip(names.split(", "), histories, strict=True):
+    for kind, field in zip(names.split(", "), histories[:-2], strict=True):
         name, _, letters = kind.partition(" ")
         if name == "-" or (field is None and name[-1] == "?"):
             taken.append(field)
@@ -235,6 +235,7 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
             taken.append(number(float(field), taken[1]))
         else:
             taken.append(take_one(verb, name.rstrip("?"), field, letters))
+    taken += histories[-2:]
     return Histories(*taken)
 
 

@@ -29,6 +29,8 @@ class _Fields(NamedTuple):
     bias: Array = None
     spread: Array = None
     weights: Array = None
+    longest: int | None = None
+    rows: int | None = None
 
 
 class Histories(_Fields):
@@ -51,6 +53,9 @@ class Histories(_Fields):
         bias     [T] float32: the logarithm of a behaviour's weight in routing, a time decay for instance
         spread   [T] float32: added to a behaviour's squared distances; `leaf_sums` makes it
         weights  [T] of voting: float32, relative to the user's largest, or int64, votes; `leaf_sums` makes these
+        longest  no user has more behaviours; None: on the CPU they are counted, on CUDA T is taken
+        rows     all users have no more behaviours together; None: counted on the CPU, which on CUDA waits for the GPU
+                 where offsets are (starts, ends). State it for CUDA and in traced programs
 
     An `nn.Embedding` with a padding_idx has a row that stands for no item: give -1 in its place, for instance
     `ids.masked_fill(ids == padding_idx, -1)`, and it is absent and gets no gradient.
@@ -67,14 +72,14 @@ class Histories(_Fields):
 
     def __new__(
         cls, x: Array = None, v: Array = None, offsets: Any = None, codes: Array = None, x_ids: Array = None,
-        v_ids: Array = None, x_scale: Any = None, bias: Array = None, spread: Array = None, weights: Array = None, *,
-        lengths: Any = None,
+        v_ids: Array = None, x_scale: Any = None, bias: Array = None, spread: Array = None, weights: Array = None,
+        longest: int | None = None, rows: int | None = None, *, lengths: Any = None,
     ) -> "Histories":  # fmt: skip
         if lengths is not None:
             if offsets is not None:
                 raise ValueError("Histories: expected either offsets or lengths, got both")
             offsets = _offsets_of(lengths, codes if v is None else v)
-        return _tuple(cls, (x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights))
+        return _tuple(cls, (x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights, longest, rows))
 
 
 def _offsets_of(lengths: Any, beside: Any) -> Any:

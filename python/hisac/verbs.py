@@ -147,7 +147,7 @@ def leaf_sums(book: Codebook, histories: Histories) -> Histories:
     """
     sums = _sum_leaves(book, histories, apart=False)
     used = int(sums.offsets[-1])
-    return Histories(*(a if a is None or a is sums.offsets else copy_of(a[:used]) for a in sums))
+    return Histories(*(a if a is None or a is sums.offsets else copy_of(a[:used]) for a in sums[:-2]))
 
 
 def leaf_sums_backward(
@@ -336,6 +336,7 @@ def _sum_leaves(book: Codebook, histories: Histories, *, apart: bool = True) -> 
     starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
     ordered = starts.shape == ends.shape and starts.dtype.kind == "i"  # the core checks the offsets
     size = int((ends - starts).clip(0, behaviours_of(histories)).sum(dtype=np.int64)) if ordered else 0
+    histories = histories if histories.rows is not None else histories._replace(rows=size)
     new = maker(v)
     width = book.width if x is None else x.shape[1]
     sum_x, sum_v = new((size, width), FLOAT32), new((size, v.shape[1]), FLOAT32)

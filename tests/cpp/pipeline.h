@@ -130,7 +130,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   if (!o.fanout) voting.budget = m;
   Guarded<int32_t> agent_codes(users * m * levels), count(users);
   Guarded<int64_t> votes(users * m);
-  r.call("vote", vote_workspace(test::sizing(workers), p.book, voting, t), executor, [&](const Context& c) {
+  r.call("vote", vote_workspace(test::sizing(workers), p.book, voting, in), executor, [&](const Context& c) {
     return vote(c, p.book, voting, in,
                 {{agent_codes.data(), {users, m, levels}}, {votes.data(), {users, m}}, {count.data(), {users}}});
   });
@@ -162,7 +162,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
                       {sum_bias.data(), {t}},
                       {sum_spread.data(), {t}},
                       {sum_votes.data(), {t}}};
-  r.call("leaf_sums", leaf_sums_workspace(test::sizing(workers), p.book, in, t), executor,
+  r.call("leaf_sums", leaf_sums_workspace(test::sizing(workers), p.book, in), executor,
          [&](const Context& c) { return leaf_sums(c, p.book, in, sums); });
   r.keep("sum_starts", sum_starts);
   r.keep("sum_ends", sum_ends);
@@ -184,7 +184,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   Tokens returned{{}, {lse.data(), {users, m}}};
   if (of_tokens) returned.tokens = {tokens.data(), type, users * m, wide};
   if (of_mean_x) returned.mean_x = {mean_x.data(), {users, m, d}};
-  r.call("route", route_workspace(test::sizing(workers), book, routing, routed, agents, returned, t), executor,
+  r.call("route", route_workspace(test::sizing(workers), book, routing, routed, agents, returned), executor,
          [&](const Context& c) { return route(c, book, routing, routed, agents, returned); });
   r.keep("tokens", tokens);
   r.keep("lse", lse);
@@ -206,8 +206,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   if (to_x) gradients.x = {d_x.data(), {t, d}};
   if (wide) gradients.v = {d_v.data(), {t, wide}};
   r.call("route_backward",
-         route_backward_workspace(test::sizing(workers), book, routing, routed, agents, forward, gradients, t),
-         executor,
+         route_backward_workspace(test::sizing(workers), book, routing, routed, agents, forward, gradients), executor,
          [&](const Context& c) { return route_backward(c, book, routing, routed, agents, forward, gradients); });
   r.keep("d_x", d_x);
   r.keep("d_v", d_v);
@@ -225,7 +224,7 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   Guarded<float> d_leaf_v(t * wide), d_leaf_bias(t);
   LeafSumsGradients to_leaves{{}, {d_leaf_bias.data(), {t}}};
   if (wide) to_leaves.v = {d_leaf_v.data(), {t, wide}};
-  r.call("leaf_sums_backward", leaf_sums_backward_workspace(test::sizing(workers), p.book, in, to_leaves, t), executor,
+  r.call("leaf_sums_backward", leaf_sums_backward_workspace(test::sizing(workers), p.book, in, to_leaves), executor,
          [&](const Context& c) { return leaf_sums_backward(c, p.book, in, summed, to_leaves); });
   r.keep("d_leaf_v", d_leaf_v);
   r.keep("d_leaf_bias", d_leaf_bias);

@@ -85,7 +85,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
         params.budget = kSeats;
       else
         params.fanout[0] = 5, params.fanout[1] = 2;
-      check("vote", counted_size([&] { return vote_workspace(test::sizing(workers), book, params, kRows); }),
+      check("vote", counted_size([&] { return vote_workspace(test::sizing(workers), book, params, in); }),
             [&](const Context& c) {
               return vote(
                   c, book, params, in,
@@ -103,9 +103,8 @@ TEST_CASE("no verb allocates, serial or in a pool") {
         const Array<float, 3> means{has_mean_x ? mean_x.data() : nullptr, {kUsers, kSeats, kWidth}};
         const Tokens returned{
             {tokens.data(), DType::float32, kUsers * kSeats, kWidth}, {lse.data(), {kUsers, kSeats}}, means};
-        check("route", counted_size([&] {
-                return route_workspace(test::sizing(workers), &book, params, in, to, returned, kRows);
-              }),
+        check("route",
+              counted_size([&] { return route_workspace(test::sizing(workers), &book, params, in, to, returned); }),
               [&](const Context& c) { return route(c, &book, params, in, to, returned); });
         const Array<const float, 3> some{means.data, {kUsers, kSeats, kWidth}};
         const RouteForward forward{given, {lse.data(), {kUsers, kSeats}}, some, given, {}, some};
@@ -116,8 +115,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                                        {dp.data(), {kUsers, kSeats, kWidth}},
                                        {dtau.data(), {1}}};
         check("route_backward", counted_size([&] {
-                return route_backward_workspace(test::sizing(workers), &book, params, in, to, forward, gradients,
-                                                kRows);
+                return route_backward_workspace(test::sizing(workers), &book, params, in, to, forward, gradients);
               }),
               [&](const Context& c) { return route_backward(c, &book, params, in, to, forward, gradients); });
       }
@@ -131,7 +129,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                           {sum_bias.data(), {kRows}},
                           {sum_spread.data(), {kRows}},
                           {sum_votes.data(), {kRows}}};
-      check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), book, in, kRows); }),
+      check("leaf_sums", counted_size([&] { return leaf_sums_workspace(test::sizing(workers), book, in); }),
             [&](const Context& c) { return leaf_sums(c, book, in, sums); });
       const LeafSumsForward forward{sums.histories(),
                                     {dx.data(), {kRows, kWidth}},
@@ -139,9 +137,8 @@ TEST_CASE("no verb allocates, serial or in a pool") {
                                     {dspread.data(), {kRows}},
                                     {dspread.data(), {kRows}}};
       const LeafSumsGradients gradients{{dv.data(), {kRows, kWidth}}, {dbias.data(), {kRows}}};
-      check("leaf_sums_backward", counted_size([&] {
-              return leaf_sums_backward_workspace(test::sizing(workers), book, in, gradients, kRows);
-            }),
+      check("leaf_sums_backward",
+            counted_size([&] { return leaf_sums_backward_workspace(test::sizing(workers), book, in, gradients); }),
             [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, gradients); });
     }
     const AttendInputs attention{

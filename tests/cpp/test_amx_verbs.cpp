@@ -17,7 +17,7 @@ TEST_CASE("route on emulated AMX tiles, in bfloat16 and in bf16x3") {
     const vectors::Routing r(c);
     const Histories& in = r.in;
     const Codebook* const book = r.codebook.get();
-    const int64_t rows = r.users * r.seats, width = in.x.width, longest = vectors::longest(c);
+    const int64_t rows = r.users * r.seats, width = in.x.width;
     const double tau = double(r.params.temperature.data[0]);
     const bool bf16x3 = r.params.precision == Precision::float32;
     // of bf16x3: twice a product's 2^-15 of at most D, over tau; the weights' and v's own 2^-15
@@ -28,7 +28,7 @@ TEST_CASE("route on emulated AMX tiles, in bfloat16 and in bf16x3") {
       const Tokens out{{to.data(), DType::float32, rows, in.v.width},
                        {lse.data(), {r.users, r.seats}},
                        {mean.data(), {r.users, r.seats, width}}};
-      const size_t bytes = route_workspace(test::sizing(workers), book, r.params, in, r.agents, out, longest);
+      const size_t bytes = route_workspace(test::sizing(workers), book, r.params, in, r.agents, out);
       return test::exactly(bytes, executor,
                            [&](const Context& context) { return route(context, book, r.params, in, r.agents, out); });
     };

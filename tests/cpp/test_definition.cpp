@@ -45,11 +45,10 @@ TEST_CASE("vote") {
     const int64_t users = in.offsets.users, m = seats(params, book.levels()), levels = book.levels();
     Guarded<int32_t> agents(users * m * levels), count(users);
     Guarded<int64_t> votes(users * m);
-    REQUIRE(test::exactly(
-        vote_workspace(test::sizing(1), book, params, vectors::longest(c)), nullptr, [&](const Context& context) {
-          return vote(context, book, params, in,
-                      {{agents.data(), {users, m, levels}}, {votes.data(), {users, m}}, {count.data(), {users}}});
-        }));
+    REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, in), nullptr, [&](const Context& context) {
+      return vote(context, book, params, in,
+                  {{agents.data(), {users, m, levels}}, {votes.data(), {users, m}}, {count.data(), {users}}});
+    }));
     CHECK((agents.intact() && votes.intact() && count.intact()));
     c.check_integers("agents", agents.values());
     c.check_integers("votes", votes.values());
@@ -69,7 +68,7 @@ TEST_CASE("route") {
     Tokens out{{}, {lse.data(), {r.users, r.seats}}};
     if (has_tokens) out.tokens = {tokens.data(), in.v.dtype, rows, in.v.width};
     if (has_mean_x) out.mean_x = {mean_x.data(), {r.users, r.seats, width}};
-    const size_t bytes = route_workspace(test::sizing(1), book, r.params, in, r.agents, out, vectors::longest(c));
+    const size_t bytes = route_workspace(test::sizing(1), book, r.params, in, r.agents, out);
     REQUIRE(test::exactly(bytes, nullptr,
                           [&](const Context& context) { return route(context, book, r.params, in, r.agents, out); }));
     CHECK((tokens.intact() && lse.intact() && mean_x.intact()));
@@ -120,7 +119,7 @@ TEST_CASE("missing: as the x of another route, the mean v and the log count of a
     const RouteAgents agents{{zeros.data(), {r.users, 1, 1}}, {}};
     std::vector<float> tokens(test::size(r.users * wide)), lse(test::size(r.users));
     const Tokens out{{tokens.data(), DType::float32, r.users, wide}, {lse.data(), {r.users, 1}}, {}};
-    REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, in, agents, out, t), nullptr,
+    REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, in, agents, out), nullptr,
                           [&](const Context& context) { return route(context, nullptr, params, in, agents, out); }));
     for (int64_t b = 0; b < r.users; ++b) {
       double count = 0;
@@ -173,7 +172,7 @@ TEST_CASE("values are never errors: a finite bias of any size gives a finite tok
         in.bias = {bias.data(), {2}};
         float tokens[2], lse[1], mean_x[2];
         const Tokens out{{tokens, DType::float32, 1, 2}, {lse, {1, 1}}, {mean_x, {1, 1, 2}}};
-        REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, in, agents, out, 2), nullptr,
+        REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, in, agents, out), nullptr,
                               [&](const Context& c) { return route(c, nullptr, params, in, agents, out); }));
         CHECK(tokens[0] == (large > 0 ? 1.f : 2.f));
         CHECK(tokens[1] == tokens[0]);

@@ -31,8 +31,7 @@ TEST_CASE("route_backward") {
     if (!c.has("mean_x")) forward.mean_x = {unread.data(), {r.users, r.seats, width}};
     if (c.has("tokens")) forward.tokens = c["tokens"].rows();
     if (c.has("d_tokens")) forward.d_tokens = c["d_tokens"].rows();
-    const size_t bytes =
-        route_backward_workspace(test::sizing(1), book, r.params, r.in, r.agents, forward, out, vectors::longest(c));
+    const size_t bytes = route_backward_workspace(test::sizing(1), book, r.params, r.in, r.agents, forward, out);
     REQUIRE(test::exactly(bytes, nullptr, [&](const Context& context) {
       return route_backward(context, book, r.params, r.in, r.agents, forward, out);
     }));
@@ -60,7 +59,7 @@ TEST_CASE("leaf_sums_backward") {
     forward.d_spread = vectors::vector(c, "d_spread");
     Guarded<float> v(t * r.in.v.width), bias(t);
     const LeafSumsGradients out{{v.data(), {t, r.in.v.width}}, {bias.data(), {t}}};
-    const size_t bytes = leaf_sums_backward_workspace(test::sizing(1), book, r.in, out, vectors::longest(c));
+    const size_t bytes = leaf_sums_backward_workspace(test::sizing(1), book, r.in, out);
     REQUIRE(test::exactly(
         bytes, nullptr, [&](const Context& context) { return leaf_sums_backward(context, book, r.in, forward, out); }));
     CHECK((v.intact() && bias.intact()));

@@ -42,7 +42,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
           mean_x(test::size(has_mean_x ? users * m * kWidth : 0), 7.f);
       Tokens returned{{}, {lse.data(), {users, m}}, {mean_x.data(), {users, m, kWidth}}};
       if (has_v) returned.tokens = {tokens.data(), DType::float32, users * m, kWidth};
-      test::Workspace workspace(route_workspace(test::sizing(1), nullptr, params, in, to, returned, rows));
+      test::Workspace workspace(route_workspace(test::sizing(1), nullptr, params, in, to, returned));
       CHECK(what(route({workspace.array(), nullptr}, nullptr, params, in, to, returned)) == "");
       for (int64_t b = 0; b < users; ++b)
         if (starts[test::size(b)] == ends[test::size(b)])
@@ -64,7 +64,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
       const Rows of_tokens{tokens.data(), DType::float32, users * m, has_v ? kWidth : 0};
       const Array<const float, 3> of_mean_x{mean_x.data(), {users, m, kWidth}};
       const RouteForward forward{of_tokens, {lse.data(), {users, m}}, of_mean_x, of_tokens, {}, of_mean_x};
-      test::Workspace backward(route_backward_workspace(test::sizing(1), nullptr, params, in, to, forward, out, rows));
+      test::Workspace backward(route_backward_workspace(test::sizing(1), nullptr, params, in, to, forward, out));
       CHECK(what(route_backward({backward.array(), nullptr}, nullptr, params, in, to, forward, out)) == "");
       if (rows == 0 || agents == 0 || users == 0) CHECK(dtau[0] == 0.f);
 
@@ -86,7 +86,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
                             {bias.data(), {rows}},
                             {spread.data(), {rows}},
                             {sum_votes.data(), {rows}}};
-        test::Workspace of_sums(leaf_sums_workspace(test::sizing(1), book, coded, rows));
+        test::Workspace of_sums(leaf_sums_workspace(test::sizing(1), book, coded));
         CHECK(what(leaf_sums({of_sums.array(), nullptr}, book, coded, sums)) == "");
         const Spans found = sums.histories().offsets;
         for (int64_t b = 0; b < users; ++b)  // all rows of a user are of one leaf
@@ -97,7 +97,7 @@ void route_all(int64_t users, int64_t rows, int64_t agents, const std::vector<in
         if (together) CHECK(sum_starts[0] == 0);
         LeafSumsGradients to_leaves{{}, {dbias.data(), {rows}}};
         if (has_v) to_leaves.v = {dv.data(), {rows, kWidth}};
-        test::Workspace of_leaves(leaf_sums_backward_workspace(test::sizing(1), book, coded, to_leaves, rows));
+        test::Workspace of_leaves(leaf_sums_backward_workspace(test::sizing(1), book, coded, to_leaves));
         CHECK(what(leaf_sums_backward({of_leaves.array(), nullptr}, book, coded, {sums.histories(), {}, {}, {}, {}},
                                       to_leaves)) == "");
         CHECK(dbias == std::vector<float>(test::size(rows)));
@@ -152,11 +152,11 @@ TEST_CASE("no rows or no users: vote") {
   params.budget = 4;
   std::vector<int32_t> agents(2 * 4 * 2), count{7, 7};
   std::vector<int64_t> votes(8, 7), zeros(3);
-  test::Workspace workspace(vote_workspace(test::sizing(1), book, params, 0));
-  const Context context{workspace.array(), nullptr};
   Histories in;
   in.codes = {nullptr, {0, 2}};
   in.offsets = test::spans(zeros);
+  test::Workspace workspace(vote_workspace(test::sizing(1), book, params, in));
+  const Context context{workspace.array(), nullptr};
   CHECK(what(vote(context, book, params, in,
                   {{agents.data(), {2, 4, 2}}, {votes.data(), {2, 4}}, {count.data(), {2}}})) == "");
   CHECK(agents == std::vector<int32_t>(16, -1));
@@ -214,7 +214,7 @@ TEST_CASE("int32 and int64 offsets are one") {
     in.offsets = offsets;
     std::vector<int32_t> agents(9), count(3);
     int64_t* const out = votes[i++].data();
-    REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, 9), nullptr, [&](const Context& c) {
+    REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, in), nullptr, [&](const Context& c) {
       return vote(c, book, params, in, {{agents.data(), {3, 3, 1}}, {out, {3, 3}}, {count.data(), {3}}});
     }));
   }
@@ -247,7 +247,7 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
             std::vector<float>(kRows),
             std::vector<float>(kRows)};
     const Tokens returned{{out.tokens.data(), DType::float32, agents, kWidth}, {out.lse.data(), {users, kAgents}}, {}};
-    REQUIRE(test::exactly(route_workspace(test::sizing(workers), nullptr, params, in, to, returned, kRows), executor,
+    REQUIRE(test::exactly(route_workspace(test::sizing(workers), nullptr, params, in, to, returned), executor,
                           [&](const Context& c) { return route(c, nullptr, params, in, to, returned); }));
     const RouteForward forward{test::rows(out.tokens, kWidth),
                                {out.lse.data(), {users, kAgents}},
@@ -262,7 +262,7 @@ TEST_CASE("overlapping histories: each user as if alone, gradients of shared row
                                    {},
                                    {}};
     REQUIRE(test::exactly(
-        route_backward_workspace(test::sizing(workers), nullptr, params, in, to, forward, gradients, kRows), executor,
+        route_backward_workspace(test::sizing(workers), nullptr, params, in, to, forward, gradients), executor,
         [&](const Context& c) { return route_backward(c, nullptr, params, in, to, forward, gradients); }));
     return out;
   };

@@ -101,8 +101,7 @@ struct Batch {
 bool summed(const Codebook& book, const Histories& in, const LeafSums& out, int workers = 1) {
   test::Backwards manner{workers, 1};
   const Executor executor = manner.executor();
-  return test::exactly(leaf_sums_workspace(test::sizing(workers), book, in, in.behaviours()),
-                       workers > 1 ? &executor : nullptr,
+  return test::exactly(leaf_sums_workspace(test::sizing(workers), book, in), workers > 1 ? &executor : nullptr,
                        [&](const Context& c) { return leaf_sums(c, book, in, out); });
 }
 
@@ -144,7 +143,7 @@ struct Back {
     if (manner.want_bias) to.bias = {to_bias.data(), {t}};
     test::Backwards ranges{manner.workers, 1};
     const Executor executor = ranges.executor();
-    REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(manner.workers), book, in, to, t),
+    REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(manner.workers), book, in, to),
                           manner.workers > 1 ? &executor : nullptr,
                           [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, to); }));
     CHECK((to_v.intact() && to_bias.intact()));
@@ -174,7 +173,7 @@ TEST_CASE("leaf_sums: what the reference says") {
                          {bias.data(), {rows}},
                          {spread.data(), {rows}},
                          {votes.data(), {rows}}};
-      const size_t bytes = leaf_sums_workspace(test::sizing(1), *r.codebook, r.in, vectors::longest(c));
+      const size_t bytes = leaf_sums_workspace(test::sizing(1), *r.codebook, r.in);
       REQUIRE(test::exactly(bytes, nullptr,
                             [&](const Context& context) { return leaf_sums(context, *r.codebook, r.in, out); }));
       const Spans spans = out.histories().offsets;
@@ -325,7 +324,7 @@ TEST_CASE("leaf_sums: route over them, wherever they lie; and where a leaf's row
     const Tokens to{{out.data(), DType::float32, kUsers * kAgents, kValues},
                     {lse, {kUsers, kAgents}},
                     {mean_x, {kUsers, kAgents, kWidth}}};
-    REQUIRE(test::exactly(route_workspace(test::sizing(1), book, params, in, agents, to, in.behaviours()), nullptr,
+    REQUIRE(test::exactly(route_workspace(test::sizing(1), book, params, in, agents, to), nullptr,
                           [&](const Context& c) { return route(c, book, params, in, agents, to); }));
     return out;
   };

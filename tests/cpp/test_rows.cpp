@@ -32,7 +32,7 @@ std::vector<float> routed(const Codebook& book, const RouteParams& params, const
   const auto d_mean_x = drawn(13, kUsers * m * kWidth);
   Tokens out{{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}};
   if (has_mean_x) out.mean_x = {mean_x.data(), {kUsers, m, kWidth}};
-  REQUIRE(test::exactly(route_workspace(test::sizing(1), &book, params, in, agents, out, t), nullptr,
+  REQUIRE(test::exactly(route_workspace(test::sizing(1), &book, params, in, agents, out), nullptr,
                         [&](const Context& c) { return route(c, &book, params, in, agents, out); }));
   const Rows given{tokens.data(), DType::float32, kUsers * m, kWide};
   RouteForward forward{given, {lse.data(), {kUsers, m}}, {}, given, {}, {}};
@@ -46,7 +46,7 @@ std::vector<float> routed(const Codebook& book, const RouteParams& params, const
   if (has_mean_x) forward.d_mean_x = {d_mean_x.data(), {kUsers, m, kWidth}};
   if (!has_mean_x) gradients.x = {dx.data(), {t, kWidth}};
   REQUIRE(test::exactly(
-      route_backward_workspace(test::sizing(1), &book, params, in, agents, forward, gradients, t), nullptr,
+      route_backward_workspace(test::sizing(1), &book, params, in, agents, forward, gradients), nullptr,
       [&](const Context& c) { return route_backward(c, &book, params, in, agents, forward, gradients); }));
   std::vector<float> all;
   for (Guarded<float>* one : {&tokens, &lse, &mean_x, &dv, &dbias, &dspread, &dx, &dp, &dtau}) {
@@ -69,7 +69,7 @@ std::vector<float> summed(const Codebook& book, const Histories& in) {
       {x.data(), {most, kWidth}}, {v.data(), {most, kWide}}, {offsets.data(), offsets.data() + 1, kUsers},
       {codes.data(), {most, 2}},  {bias.data(), {most}},     {spread.data(), {most}},
       {votes.data(), {most}}};
-  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), book, in, t), nullptr,
+  REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(1), book, in), nullptr,
                         [&](const Context& c) { return leaf_sums(c, book, in, sums); }));
   const auto d = drawn(14, most * kWidth);
   const LeafSumsForward forward{sums.histories(),
@@ -78,7 +78,7 @@ std::vector<float> summed(const Codebook& book, const Histories& in) {
                                 {d.data() + 2, {most}},
                                 {d.data() + 3, {most}}};
   const LeafSumsGradients gradients{{dv.data(), {t, kWide}}, {dbias.data(), {t}}};
-  REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(1), book, in, gradients, t), nullptr,
+  REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(1), book, in, gradients), nullptr,
                         [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, gradients); }));
   REQUIRE(test::exactly(missing_workspace(test::sizing(1), &book, in), nullptr,
                         [&](const Context& c) { return missing(c, &book, in, {absent.data(), {t}}); }));

@@ -132,7 +132,7 @@ TEST_CASE("vote") {
   for (int64_t budget : {-1, 4097}) {
     r.voting = {budget, {}};
     invalid(r.vote(), "vote: budget expected 1 to 4096, got " + std::to_string(budget));
-    CHECK(vote_workspace(test::sizing(1), r.book, r.voting, 6) == 0);
+    CHECK(vote_workspace(test::sizing(1), r.book, r.voting, r.voters) == 0);
   }
   r.voting = {4, {}};
   r.seats.votes.shape[1] = 3;

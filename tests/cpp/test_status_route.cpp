@@ -113,6 +113,31 @@ TEST_CASE("route: gathered inputs") {
     CHECK(std::string(spoiled([&](Right& r) { r.in.weights = {r.votes.data(), type, 6}; }).what()) == "");
 }
 
+TEST_CASE("what a batch states of itself") {
+  const auto spoiled = [](auto verb, int64_t Histories::* size, int64_t stated) {
+    Right r;
+    r.in.*size = r.voters.*size = stated;
+    r.in.codes = r.given;
+    return (r.*verb)();
+  };
+  const auto every = [&](const char* verb, auto call) {
+    const std::string longest = std::string(verb) + ": longest expected at least ",
+                      rows = std::string(verb) + ": rows expected at least ";
+    invalid(spoiled(call, &Histories::longest, 2), longest + "3, got 2");
+    invalid(spoiled(call, &Histories::longest, -1), longest + "0, got -1");
+    invalid(spoiled(call, &Histories::rows, 5), rows + "6, got 5");
+    for (int64_t enough : {0, 6, 1000}) {
+      CHECK(std::string(spoiled(call, &Histories::longest, enough).what()) == "");
+      CHECK(std::string(spoiled(call, &Histories::rows, enough).what()) == "");
+    }
+  };
+  every("vote", &Right::vote);
+  every("route", &Right::route);
+  every("route_backward", &Right::route_backward);
+  every("missing", &Right::missing);
+  every("leaf_sums", &Right::leaf_sums);
+}
+
 TEST_CASE("missing") {
   const auto spoiled = [](auto spoil) {
     Right r;

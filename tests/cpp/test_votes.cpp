@@ -102,7 +102,7 @@ struct Sums {
             {bias.data(), {rows}},
             {spread.data(), {rows}},
             {votes.data(), {rows}}};
-    REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(workers), book, in, rows), &executor,
+    REQUIRE(test::exactly(leaf_sums_workspace(test::sizing(workers), book, in), &executor,
                           [&](const Context& c) { return leaf_sums(c, book, in, sums); }));
     CHECK((x.intact() && v.intact() && bias.intact() && spread.intact()));
     CHECK((starts.intact() && ends.intact() && votes.intact() && codes.intact()));
@@ -124,7 +124,7 @@ Voted voted(const Codebook& book, const VoteParams& params, const Histories& in)
   const int64_t users = in.offsets.users, m = seats(params, book.levels());
   Voted out{std::vector<int32_t>(test::size(users * m * 2)), std::vector<int32_t>(test::size(users)),
             std::vector<int64_t>(test::size(users * m))};
-  REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, in.behaviours()), nullptr, [&](const Context& c) {
+  REQUIRE(test::exactly(vote_workspace(test::sizing(1), book, params, in), nullptr, [&](const Context& c) {
     return vote(c, book, params, in,
                 {{out.codes.data(), {users, m, 2}}, {out.votes.data(), {users, m}}, {out.count.data(), {users}}});
   }));
@@ -228,7 +228,7 @@ TEST_CASE("a leaf that only votes is in the sums, without x, v and spread, and g
       std::vector<float> tokens(test::size(m * kValues)), lse(test::size(m));
       const Rows of_tokens = test::rows(tokens, kValues);
       const Tokens out{{tokens.data(), DType::float32, m, kValues}, {lse.data(), {batch.users, kAgents}}, {}};
-      REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, over, agents, out, s), nullptr,
+      REQUIRE(test::exactly(route_workspace(test::sizing(1), nullptr, params, over, agents, out), nullptr,
                             [&](const Context& c) { return route(c, nullptr, params, over, agents, out); }));
       const RouteForward forward{of_tokens,
                                  {lse.data(), {batch.users, kAgents}},
@@ -244,7 +244,7 @@ TEST_CASE("a leaf that only votes is in the sums, without x, v and spread, and g
                                      {dp.data(), {batch.users, kAgents, kWidth}},
                                      {dtau.data(), {1}}};
       REQUIRE(test::exactly(
-          route_backward_workspace(test::sizing(1), nullptr, params, over, agents, forward, gradients, s), nullptr,
+          route_backward_workspace(test::sizing(1), nullptr, params, over, agents, forward, gradients), nullptr,
           [&](const Context& c) { return route_backward(c, nullptr, params, over, agents, forward, gradients); }));
       for (Guarded<float>* g : {&dx, &dv, &dbias, &dspread, &dp, &dtau})
         CHECK(std::all_of(g->data(), g->data() + g->count(), [](float f) { return std::isfinite(f); }));
@@ -272,7 +272,7 @@ TEST_CASE("a leaf that only votes is in the sums, without x, v and spread, and g
           over, {dx.data(), {s, kWidth}}, {dv.data(), {s, kValues}}, {dbias.data(), {s}}, {dspread.data(), {s}}};
       Guarded<float> to_v(t * kValues), to_bias(t);
       const LeafSumsGradients to{{to_v.data(), {t, kValues}}, {to_bias.data(), {t}}};
-      REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(1), batch.book, batch.in, to, t), nullptr,
+      REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(1), batch.book, batch.in, to), nullptr,
                             [&](const Context& c) { return leaf_sums_backward(c, batch.book, batch.in, summed, to); }));
       int64_t given = 0;
       for (int64_t i = 0; i < t; ++i) {

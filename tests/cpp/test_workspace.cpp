@@ -37,20 +37,18 @@ class Verbs {
            return fit(c, fit_, x_, centers, &report);
          },
          [this] { return centers_.holds(0x5a); }},
-        {"vote", [this](int w) { return vote_workspace(test::sizing(w), book_, vote_, kLongest); },
+        {"vote", [this](int w) { return vote_workspace(test::sizing(w), book_, vote_, in_); },
          [this](const Context& c) {
            return vote(c, book_, vote_, in_,
                        {{agents_.data(), {2, kSeats, 2}}, {votes_.data(), {2, kSeats}}, {count_.data(), {2}}});
          },
          [this] { return agents_.holds(0x5a) && votes_.holds(0x5a) && count_.holds(0x5a); }},
-        {"route",
-         [this](int w) { return route_workspace(test::sizing(w), nullptr, route_, in_, to_, returned(), kLongest); },
+        {"route", [this](int w) { return route_workspace(test::sizing(w), nullptr, route_, in_, to_, returned()); },
          [this](const Context& c) { return route(c, nullptr, route_, in_, to_, returned()); },
          [this] { return tokens_.holds(0x5a) && lse_.holds(0x5a) && mean_x_.holds(0x5a); }},
         {"route_backward",
          [this](int w) {
-           return route_backward_workspace(test::sizing(w), nullptr, route_, in_, to_, forward(), gradients(),
-                                           kLongest);
+           return route_backward_workspace(test::sizing(w), nullptr, route_, in_, to_, forward(), gradients());
          },
          [this](const Context& c) { return route_backward(c, nullptr, route_, in_, to_, forward(), gradients()); },
          [this] {
@@ -60,16 +58,14 @@ class Verbs {
         {"missing", [this](int w) { return missing_workspace(test::sizing(w), &book_, in_); },
          [this](const Context& c) { return missing(c, &book_, in_, {absent_.data(), {kRows}}); },
          [this] { return absent_.holds(0x5a); }},
-        {"leaf_sums", [this](int w) { return leaf_sums_workspace(test::sizing(w), book_, in_, kLongest); },
+        {"leaf_sums", [this](int w) { return leaf_sums_workspace(test::sizing(w), book_, in_); },
          [this](const Context& c) { return leaf_sums(c, book_, in_, sums(sum_offsets_.data() + 1)); },
          [this] { return sums_untouched() && sum_offsets_.holds(0x5a); }},
-        {"leaf_sums", [this](int w) { return leaf_sums_workspace(test::sizing(w), book_, in_, kLongest); },
+        {"leaf_sums", [this](int w) { return leaf_sums_workspace(test::sizing(w), book_, in_); },
          [this](const Context& c) { return leaf_sums(c, book_, in_, sums(sum_ends_.data())); },
          [this] { return sums_untouched() && sum_offsets_.holds(0x5a) && sum_ends_.holds(0x5a); }},
         {"leaf_sums_backward",
-         [this](int w) {
-           return leaf_sums_backward_workspace(test::sizing(w), book_, in_, leaf_gradients(), kLongest);
-         },
+         [this](int w) { return leaf_sums_backward_workspace(test::sizing(w), book_, in_, leaf_gradients()); },
          [this](const Context& c) { return leaf_sums_backward(c, book_, in_, leaf_forward(), leaf_gradients()); },
          [this] { return d_leaf_v_.holds(0x5a) && d_leaf_bias_.holds(0x5a); }},
         {"attend", [this](int w) { return attend_workspace(test::sizing(w), attention_); },
@@ -243,7 +239,8 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
     params.temperature = {&tau, {1}};
     Histories in;
     in.x = {&tau, DType::float32, users * longest, 4};
-    in.offsets = {&tau, &tau, DType::int64, users};
+    in.offsets = {nullptr, nullptr, DType::int64, users};  // not there yet
+    in.longest = longest;
     in.codes = {reinterpret_cast<const int32_t*>(&tau), {users * longest, 2}};
     const RouteAgents agents{{&tau, {users, 9, 4}}, {}};
     for (const bool has_v : {true, false})
@@ -252,20 +249,20 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
           params.precision = precision;
           in.v = has_v ? in.x : Rows{};
           const Tokens out{{has_v ? &to : nullptr}, {&to, {users, 9}}, {has_mean_x ? &to : nullptr, {users, 9, 4}}};
-          all.push_back(route_workspace(context, &book, params, in, agents, out, longest));
+          all.push_back(route_workspace(context, &book, params, in, agents, out));
           RouteForward forward{{}, {of, {users, 9}}, {of, {users, 9, 4}}, {has_v ? of : nullptr}, {}, {}};
           if (has_mean_x) forward.d_mean_x = forward.mean_x;
           for (const bool wanted : {false, true}) {
             RouteGradients gradients;
             if (wanted) gradients = {{&to}, {&to}, {&to}, {&to}, {&to}, {&to}};
-            all.push_back(route_backward_workspace(context, &book, params, in, agents, forward, gradients, longest));
+            all.push_back(route_backward_workspace(context, &book, params, in, agents, forward, gradients));
           }
         }
     in.v = in.x;
-    all.push_back(leaf_sums_workspace(context, book, in, longest));
-    all.push_back(leaf_sums_backward_workspace(context, book, in, {}, longest));
+    all.push_back(leaf_sums_workspace(context, book, in));
+    all.push_back(leaf_sums_backward_workspace(context, book, in, {}));
     all.push_back(missing_workspace(context, &book, in));
-    for (const VoteParams& rule : {by_budget, by_fanout}) all.push_back(vote_workspace(context, book, rule, longest));
+    for (const VoteParams& rule : {by_budget, by_fanout}) all.push_back(vote_workspace(context, book, rule, in));
     return all;
   };
   for (int i = 0; i < 4000; ++i) {
@@ -283,6 +280,30 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
   }
 }
 
+TEST_CASE("a batch that is not there yet: as for T rows a user, or for what is stated; offsets are counted") {
+  const float x[6] = {};
+  const int64_t bounds[] = {0, 2, 5};
+  test::Random random{3};
+  const Codebook book = test::codebook(random, {3, 2}, 1);
+  VoteParams params;
+  params.budget = 2;
+  const auto bytes = [&](const Histories& in) { return vote_workspace({}, book, params, in); };
+  Histories in;
+  in.x = rows(x, 6, 1);
+  in.codes.shape[0] = 6;
+  in.codes.shape[1] = 2;
+  in.offsets = {nullptr, nullptr, DType::int64, 2};
+  const size_t of_six = bytes(in);
+  in.longest = 3;
+  const size_t of_three = bytes(in);
+  in.longest = 0;
+  in.offsets = offsets(bounds, 2);
+  CHECK(bytes(in) == of_three);
+  in.longest = 6;
+  CHECK(bytes(in) == of_six);
+  CHECK(of_three < of_six);
+}
+
 TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and the call is refused") {
   constexpr int64_t kHuge = int64_t{1} << 60, kWide = (int64_t{1} << 57) + 1024;
   constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 2;
@@ -296,7 +317,6 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
     RouteParams params;
     params.temperature = {&tau, {1}};
     Histories in;
-    int64_t longest = 10;
     in.x = {&tau, DType::float32, 0, 4};
     in.v = {&tau, DType::float32, 0, 4};
     in.offsets = {nobody, nobody + 1, DType::int64, 1};
@@ -305,14 +325,14 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
     if (which == 0) in.x.width = agents.prototypes.shape[2] = kWide;
     if (which == 1) in.v.width = kWide - 1008;
     if (which == 2) agents.prototypes.shape[1] = kHuge;
-    if (which == 3) longest = kHuge;
+    if (which == 3) in.longest = kHuge;
     if (which == 4) in.offsets.users = agents.prototypes.shape[0] = kHuge;
     if (which == 5) in.x.rows = in.v.rows = in.codes.shape[0] = kHuge;
-    CHECK(route_workspace(none, &book, params, in, agents, {}, longest) == kLimit);
-    CHECK(route_backward_workspace(none, &book, params, in, agents, {}, {}, longest) == kLimit);
-    if (which != 2) CHECK(leaf_sums_workspace(none, book, in, longest) == kLimit);
-    if (which != 2) CHECK(leaf_sums_backward_workspace(none, book, in, {}, longest) == kLimit);
-    if (which != 2 && which != 3) CHECK(missing_workspace(none, &book, in) == kLimit);
+    CHECK(route_workspace(none, &book, params, in, agents, {}) == kLimit);
+    CHECK(route_backward_workspace(none, &book, params, in, agents, {}, {}) == kLimit);
+    if (which != 2) CHECK(leaf_sums_workspace(none, book, in) == kLimit);
+    if (which != 2) CHECK(leaf_sums_backward_workspace(none, book, in, {}) == kLimit);
+    if (which != 2) CHECK(missing_workspace(none, &book, in) == kLimit);
     if (which == 0 || which == 1) {
       const auto refused = [&](const char* verb, const Status& status) {
         CHECK(std::string(status.what()).find(verb + std::string(": expected D and V of 1 to 2^20, got ")) == 0);
@@ -335,7 +355,9 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
   }
   VoteParams votes;
   votes.budget = 3;
-  CHECK(vote_workspace(none, book, votes, kHuge) == kLimit);
+  Histories endless;
+  endless.codes = {nullptr, {kHuge, 2}};
+  CHECK(vote_workspace(none, book, votes, endless) == kLimit);
   FitParams fitting;
   fitting.levels = 1;
   fitting.sizes[0] = 4;

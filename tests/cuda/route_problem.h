@@ -335,14 +335,14 @@ inline Context context_of(const Problem& p, Workspace& workspace, Workspace& ima
 
 inline Result on_cpu(const Problem& p) {
   return run(p, true, [](const Held& h, const RouteParams& params, const Tokens& out) {
-    Workspace workspace(route_workspace(test::sizing(1), h.book, params, h.in, h.agents, out, h.in.behaviours()));
+    Workspace workspace(route_workspace(test::sizing(1), h.book, params, h.in, h.agents, out));
     return hisac::route({workspace.array(), nullptr}, h.book, params, h.in, h.agents, out);
   });
 }
 
 inline Result on_cuda(const Problem& p) {
   return run(p, false, [&](const Held& h, const RouteParams& params, const Tokens& out) {
-    Workspace workspace(cuda::route_workspace({}, h.book, params, h.in, h.agents, out, longest(p)));
+    Workspace workspace(cuda::route_workspace({}, h.book, params, h.in, h.agents, out));
     Workspace image(image_size(p));
     const Context context = context_of(p, workspace, image);
     const Status status = cuda::route(context, h.book, params, h.in, h.agents, out);

@@ -9,6 +9,7 @@
 #include "../cpp/support.h"
 #include "cuda/verbs.h"
 #include "emulator.h"
+#include "verbs/histories.h"
 #ifdef HISAC_TEST_PTX  // files of the kernels' PTX, to be run beside their C++
 #include "ptx.h"
 #endif
@@ -54,6 +55,12 @@ inline int done() {
   std::printf("%lld launches, %lld tensor instructions, %d faults\n", static_cast<long long>(simt::counts.launches),
               static_cast<long long>(simt::counts.multiply_adds), faults);
   return faults != 0;
+}
+
+/// A batch that states its longest history, as the public verbs hand it to CUDA's; 0: T.
+inline hisac::Histories stated(hisac::Histories in, int64_t longest) {
+  in.longest = longest;
+  return hisac::stated(in, hisac::Device::cuda);
 }
 
 /// Of voting: none, float32 or int64.

@@ -87,16 +87,17 @@ class Kept {
 
 void sum_on_cpu(const Problem& p, Kept& kept) {
   const test::Held held(p, true);
-  test::Workspace workspace(leaf_sums_workspace(test::sizing(1), *held.book, held.in, held.in.behaviours()));
+  test::Workspace workspace(leaf_sums_workspace(test::sizing(1), *held.book, held.in));
   const Status status = leaf_sums({workspace.array(), nullptr}, *held.book, held.in, kept.out);
   if (!status.ok()) test::fail("%s", status.what());
 }
 
 void sum_on_cuda(const Problem& p, Kept& kept, int64_t longest) {
   const test::Held held(p, false);
-  test::Workspace workspace(cuda::leaf_sums_workspace({}, *held.book, held.in, longest));
+  const Histories in = test::stated(held.in, longest);
+  test::Workspace workspace(cuda::leaf_sums_workspace({}, *held.book, in));
   test::Workspace image(test::image_size(p));
-  const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), *held.book, held.in, kept.out);
+  const Status status = cuda::leaf_sums(test::context_of(p, workspace, image), *held.book, in, kept.out);
   if (!status.ok()) test::fail("%s", status.what());
   if (!workspace.intact()) test::fail("the workspace's end was overwritten");
 }
@@ -153,7 +154,7 @@ Result route_sums(Problem p, const LeafSums& kept) {
   p.v_type = DType::float32;
   return test::run(p, false, [&](const test::Held& h, const RouteParams& params, const Tokens& out) {
     const Histories in = kept.histories();
-    test::Workspace workspace(cuda::route_workspace({}, nullptr, params, in, h.agents, out, in.behaviours()));
+    test::Workspace workspace(cuda::route_workspace({}, nullptr, params, in, h.agents, out));
     return cuda::route({workspace.array(), nullptr, Device::cuda}, nullptr, params, in, h.agents, out);
   });
 }
@@ -191,7 +192,7 @@ Gradients gradients_of(const Problem& p, bool clamp, const LeafSums& kept, const
 
 Gradients on_cuda(const Problem& p, const LeafSums& kept, const Given& given, int wanted) {
   return gradients_of(p, false, kept, given, wanted, [&](const auto& h, const auto& forward, const auto& out) {
-    test::Workspace workspace(cuda::leaf_sums_backward_workspace({}, *h.book, h.in, out, test::longest(p)));
+    test::Workspace workspace(cuda::leaf_sums_backward_workspace({}, *h.book, h.in, out));
     test::Workspace image(test::image_size(p));
     const Context context = test::context_of(p, workspace, image);
     const Status status = cuda::leaf_sums_backward(context, *h.book, h.in, forward, out);
@@ -273,7 +274,7 @@ void check_gradients(const Problem& p, uint64_t seed) {
   const Gradients got = on_cuda(p, own.out, given, wanted);
   const Gradients cpu =
       gradients_of(p, true, own.out, given, wanted, [](const auto& h, const auto& forward, const auto& out) {
-        test::Workspace workspace(leaf_sums_backward_workspace(test::sizing(1), *h.book, h.in, out, h.in.behaviours()));
+        test::Workspace workspace(leaf_sums_backward_workspace(test::sizing(1), *h.book, h.in, out));
         return leaf_sums_backward({workspace.array(), nullptr}, *h.book, h.in, forward, out);
       });
   const Expected expected = expected_of(test::copied(p), own.out, given);

@@ -113,7 +113,7 @@ void expect_limits() {
   test::name("limits of leaf_sums, vote, encode and prototypes");
   long_one.codes = {code, {kLong, 1}};
   int64_t spans[2];
-  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {spans, spans + 1, 1}, {nullptr, {0, 1}}, {}, {}};
+  const LeafSums sums{{nullptr, {0, 4}}, {nullptr, {0, 5}}, {spans, spans + 1, 1}, {nullptr, {0, 1}}, {}, {}, {}};
   expect(leaf_sums(on_device, book, long_one, sums), Code::not_implemented,
          "leaf_sums: expected B up to 2^30 and T below 2^31 on CUDA, got 1 and 2147483648");
   expect(leaf_sums_backward(on_device, book, long_one, {sums.histories(), {}, {}, {}, {}}, {}), Code::not_implemented,

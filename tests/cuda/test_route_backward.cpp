@@ -168,8 +168,7 @@ void go_forward(Problem& p) {
 Result on_cpu(const Problem& p) {
   return run(
       p, true, [](const test::Held& h, const RouteParams& params, const RouteForward& f, const RouteGradients& out) {
-        test::Workspace workspace(
-            route_backward_workspace(test::sizing(1), h.book, params, h.in, h.agents, f, out, h.in.behaviours()));
+        test::Workspace workspace(route_backward_workspace(test::sizing(1), h.book, params, h.in, h.agents, f, out));
         return hisac::route_backward({workspace.array(), nullptr}, h.book, params, h.in, h.agents, f, out);
       });
 }
@@ -177,8 +176,7 @@ Result on_cpu(const Problem& p) {
 Result on_cuda(const Problem& p) {
   return run(p, false,
              [&](const test::Held& h, const RouteParams& params, const RouteForward& f, const RouteGradients& out) {
-               test::Workspace workspace(
-                   cuda::route_backward_workspace({}, h.book, params, h.in, h.agents, f, out, test::longest(p)));
+               test::Workspace workspace(cuda::route_backward_workspace({}, h.book, params, h.in, h.agents, f, out));
                test::Workspace image(test::image_size(p));
                const Context context = test::context_of(p, workspace, image);
                const Status status = cuda::route_backward(context, h.book, params, h.in, h.agents, f, out);

@@ -158,7 +158,7 @@ Result run(const Problem& p, bool clamp, Verb verb) {
 
 Result on_cpu(const Problem& p) {
   return run(p, true, [&](const Histories& histories, const Agents& out) {
-    test::Workspace workspace(vote_workspace(test::sizing(1), p.book, p.params, p.rows));
+    test::Workspace workspace(vote_workspace(test::sizing(1), p.book, p.params, histories));
     return hisac::vote({workspace.array()}, p.book, p.params, histories, out);
   });
 }
@@ -172,8 +172,9 @@ int64_t longest(const Problem& p) {
 
 /// In the workspace that is made for histories of `longest`; or in the least of them, for one user at a time.
 Result on_cuda(const Problem& p, int64_t longest, bool least = false) {
-  return run(p, false, [&](const Histories& histories, const Agents& out) {
-    size_t bytes = cuda::vote_workspace({}, p.book, p.params, longest), refused = 0;
+  return run(p, false, [&](const Histories& given, const Agents& out) {
+    const Histories histories = test::stated(given, longest);
+    size_t bytes = cuda::vote_workspace({}, p.book, p.params, histories), refused = 0;
     if (least) {
       const size_t besides = 128 + 2 * kGap;  // what is no slice
       bytes = std::min(bytes, besides + bytes / static_cast<size_t>(4 * simt::options.machine.processors));

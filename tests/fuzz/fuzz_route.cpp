@@ -47,10 +47,10 @@ struct Sums {
 /// leaf_sums in both forms, and its backward; returns the sums.
 Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Users& u, tolerance::Leaf bound,
                     bool hostile) {
-  const int64_t n = given.offsets.users, width = c.book.width(), wide = given.v.width, longest = u.longest();
+  const int64_t n = given.offsets.users, width = c.book.width(), wide = given.v.width;
   Sums sums{n, u.rows(), width, wide, c.levels, true}, apart{n, sums.rows, width, wide, c.levels, false};
   for (Sums* form : {&sums, &apart}) {
-    each_crew([&](int workers) { return leaf_sums_workspace(test::sizing(workers), c.book, given, longest); },
+    each_crew([&](int workers) { return leaf_sums_workspace(test::sizing(workers), c.book, given); },
               [&](const Context& context, int crew) { return leaf_sums(context, c.book, given, form->out(crew)); });
     form->x.agree(!hostile, bound.sum_x());
     form->v.agree(!hostile, bound.sum_v());
@@ -95,9 +95,9 @@ Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Use
 
   VoteParams params;
   params.budget = in.between(1, 60);
-  const Voted voted(c.book, params, given, longest);
-  CHECK(Voted(c.book, params, a.histories(), longest) == voted);
-  CHECK(Voted(c.book, params, b.histories(), longest) == voted);
+  const Voted voted(c.book, params, given);
+  CHECK(Voted(c.book, params, a.histories()) == voted);
+  CHECK(Voted(c.book, params, b.histories()) == voted);
 
   const Histories settled = in.flag() ? sums.settled() : apart.settled();
   const auto dx = in.values(sums.rows * width, hostile), dv = in.values(sums.rows * wide, hostile),
@@ -121,9 +121,7 @@ Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Use
     return out;
   };
   each_crew(
-      [&](int workers) {
-        return leaf_sums_backward_workspace(test::sizing(workers), c.book, given, gradients(0), longest);
-      },
+      [&](int workers) { return leaf_sums_backward_workspace(test::sizing(workers), c.book, given, gradients(0)); },
       [&](const Context& context, int crew) {
         return leaf_sums_backward(context, c.book, given, forward, gradients(crew));
       });
@@ -258,11 +256,8 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
     if (has_mean_x) out.mean_x = {mean_x[crew], {n, m, width}};
     return out;
   };
-  each_crew(
-      [&](int workers) {
-        return route_workspace(test::sizing(workers), book, params, routed, to, returned(0), longest);
-      },
-      [&](const Context& context, int crew) { return route(context, book, params, routed, to, returned(crew)); });
+  each_crew([&](int workers) { return route_workspace(test::sizing(workers), book, params, routed, to, returned(0)); },
+            [&](const Context& context, int crew) { return route(context, book, params, routed, to, returned(crew)); });
   tokens.agree(!hostile, bound.tokens());
   lse.agree(!hostile, bound.lse());
   mean_x.agree(!hostile, bound.mean_x());
@@ -291,8 +286,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   };
   each_crew(
       [&](int workers) {
-        return route_backward_workspace(test::sizing(workers), book, params, routed, to, forward, gradients(0),
-                                        longest);
+        return route_backward_workspace(test::sizing(workers), book, params, routed, to, forward, gradients(0));
       },
       [&](const Context& context, int crew) {
         return route_backward(context, book, params, routed, to, forward, gradients(crew));

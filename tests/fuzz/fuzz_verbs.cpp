@@ -92,7 +92,6 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   Guarded<int32_t> given(std::vector<int32_t>(codes.begin(), codes.begin() + items * c.levels));
   SomeIds some(in, by_id ? rows : 0, items);
   const int64_t n = static_cast<int64_t>(u.starts.size()), m = seats(params, static_cast<int>(c.levels));
-  const int64_t longest = u.longest();
   Output<int32_t> agents(n * m * c.levels), count(n);
   Output<int64_t> votes(n * m);
   Histories histories;
@@ -100,7 +99,7 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   histories.codes = {given.data(), {items, c.levels}};
   if (by_id) histories.x_ids = some.ids();
   histories.weights = weights.weights();
-  each_crew([&](int workers) { return vote_workspace(test::sizing(workers), c.book, params, longest); },
+  each_crew([&](int workers) { return vote_workspace(test::sizing(workers), c.book, params, histories); },
             [&](const Context& context, int crew) {
               return vote(context, c.book, params, histories,
                           {{agents[crew], {n, m, c.levels}}, {votes[crew], {n, m}}, {count[crew], {n}}});
@@ -130,9 +129,9 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
                       {bias.data(), {most}},
                       {spread.data(), {most}},
                       {sum_votes.data(), {most}}};
-  CHECK(test::exactly(leaf_sums_workspace(test::sizing(1), c.book, histories, longest), nullptr,
+  CHECK(test::exactly(leaf_sums_workspace(test::sizing(1), c.book, histories), nullptr,
                       [&](const Context& context) { return leaf_sums(context, c.book, histories, sums); }));
-  CHECK(fuzz::Voted(c.book, params, sums.histories(), longest) == fuzz::Voted(c.book, params, histories, longest));
+  CHECK(fuzz::Voted(c.book, params, sums.histories()) == fuzz::Voted(c.book, params, histories));
 }
 
 void attend_some(Bytes& in, bool hostile) {

@@ -97,11 +97,11 @@ struct Voted {
   std::vector<int32_t> agents, count;
   std::vector<int64_t> votes;
 
-  Voted(const Codebook& book, const VoteParams& params, const Histories& in, int64_t longest) {
+  Voted(const Codebook& book, const VoteParams& params, const Histories& in) {
     const int64_t n = in.offsets.users, m = seats(params, book.levels()), levels = book.levels();
     Guarded<int32_t> to_agents(n * m * levels), to_count(n);
     Guarded<int64_t> to_votes(n * m);
-    CHECK(test::exactly(vote_workspace(test::sizing(1), book, params, longest), nullptr, [&](const Context& context) {
+    CHECK(test::exactly(vote_workspace(test::sizing(1), book, params, in), nullptr, [&](const Context& context) {
       return vote(context, book, params, in,
                   {{to_agents.data(), {n, m, levels}}, {to_votes.data(), {n, m}}, {to_count.data(), {n}}});
     }));

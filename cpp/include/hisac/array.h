@@ -76,6 +76,8 @@ struct Spans {
 
   int64_t start(int64_t b) const noexcept { return integer_at(starts, dtype, b); }
   int64_t end(int64_t b) const noexcept { return integer_at(ends, dtype, b); }
+  /// Whether starts and ends are of one array of offsets.
+  bool ragged() const noexcept { return starts && ends == static_cast<const std::byte*>(starts) + bytes_of(dtype); }
 };
 
 /// Spans to write, of int64. Ragged: ends = starts + 1, of an array [B + 1].
@@ -86,5 +88,52 @@ struct MutableSpans {
 
   bool ragged() const noexcept { return starts && ends == starts + 1; }
 };
+
+// ---- makers
+
+template <class T>
+constexpr DType dtype_of = DType::float32;
+template <>
+inline constexpr DType dtype_of<int8_t> = DType::int8;
+template <>
+inline constexpr DType dtype_of<int32_t> = DType::int32;
+template <>
+inline constexpr DType dtype_of<int64_t> = DType::int64;
+
+/// array(p, 2, 3): [2, 3].
+template <class T, class... Sizes>
+Array<T, sizeof...(Sizes)> array(T* data, Sizes... shape) noexcept {
+  return {data, {static_cast<int64_t>(shape)...}};
+}
+
+/// Rows of float or int8_t.
+template <class T>
+Rows rows(const T* data, int64_t n, int64_t width) noexcept {
+  static_assert(sizeof(T) == bytes_of(dtype_of<T>), "float or int8_t; name the type of any other");
+  return {data, dtype_of<T>, n, width};
+}
+inline Rows rows(const void* data, DType type, int64_t n, int64_t width) noexcept { return {data, type, n, width}; }
+
+/// offsets [users + 1], int32_t or int64_t.
+template <class Integer>
+Spans offsets(const Integer* data, int64_t users) noexcept {
+  return {data, data + 1, dtype_of<Integer>, users};
+}
+/// starts and ends [users] each.
+template <class Integer>
+Spans ranges(const Integer* starts, const Integer* ends, int64_t users) noexcept {
+  return {starts, ends, dtype_of<Integer>, users};
+}
+
+/// int32_t or int64_t [n].
+template <class Integer>
+Ids ids(const Integer* data, int64_t n) noexcept {
+  return {data, dtype_of<Integer>, n};
+}
+/// float or int64_t [n].
+template <class T>
+Weights weights(const T* data, int64_t n) noexcept {
+  return {data, dtype_of<T>, n};
+}
 
 }  // namespace hisac

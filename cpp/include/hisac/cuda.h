@@ -12,7 +12,7 @@
 //   code_prototypes, prototypes    none                                      always
 //   vote                           yes                                       never
 //   leaf_sums, leaf_sums_backward  yes                                       where x is not given
-//   route, route_backward          yes; `longest` does not count             where x is not given
+//   route, route_backward          yes                                       where x is not given
 //   missing                        none                                      where x is not given
 //   attend, attend_backward        yes                                       never
 //   sum_rows                       none                                      never
@@ -43,13 +43,13 @@
 //                            candidate outside every range has a zero row and an lse of -inf.
 //   NaN in attend            A NaN or an infinity in q, keys or values may spoil all results of its user's head. On the
 //                            CPU one in a key or in q makes tokens absent, and one in values stays in its column.
-//   workspace of vote        Any accepted workspace serves histories of any length, if the codebook has at most 2^18
-//                            leaves, or if the counters of a vote by fan-out fit in shared memory. Otherwise a user
-//                            with more rows than the workspace is made for has no agents: its count is 0.
-//   workspace of leaf_sums   It holds T rows where ends = starts + 1 element (ragged offsets), else B * longest. The
-//                            first user whose rows do not fit, and all users after it, have no sums: for `route` their
-//                            histories are empty. Ragged offsets that never step back always fit.
-//   rows of LeafSums         Fewer than all histories have: as with too small a workspace.
+//   longest of Histories     `vote` alone depends on it. Any accepted workspace serves histories of any length, if the
+//                            codebook has at most 2^18 leaves, or if the counters of a vote by fan-out fit in shared
+//                            memory. Otherwise a user with more rows than the workspace is made for has no agents: its
+//                            count is 0.
+//   rows of Histories        `leaf_sums` alone depends on it. The first user whose rows are beyond it, and all users
+//                            after it, have no sums: for `route` their histories are empty.
+//   rows of LeafSums         Fewer than all histories have: as with too small `rows`.
 //   codebook_image           Its size and alignment are checked, its bytes are not. Those of another codebook of the
 //                            same sizes give that codebook's codes and prototypes.
 //

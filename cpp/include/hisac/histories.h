@@ -12,6 +12,11 @@ namespace hisac {
 /// With x_ids, x and codes are tables of items, with the same rows: encode a catalogue once, and name the item of each
 /// behaviour. A behaviour whose id is outside the table (-1 for padding) is absent in every verb. With v_ids, v is a
 /// table; a behaviour whose id is outside has no v: it votes, and is not routed.
+///
+/// `longest` and `rows` size workspaces. On the CPU they are counted from the offsets where they are not stated; a
+/// batch with more than what is stated is an error. On CUDA the host does not see the offsets: `longest` not stated is
+/// T, and `rows` not stated is T for ragged offsets, else B * longest. A workspace function does not read offsets that
+/// are null, so a workspace may be made before the batch is there: state `longest`, or T is taken.
 struct Histories {
   Rows x{};                         // [T, D], or [items, D] with x_ids; data null: the prototypes of `codes`
   Rows v{};                         // [T, V], or [rows, V] with v_ids
@@ -22,6 +27,8 @@ struct Histories {
   Array<const float, 1> bias{};     // [T] of routing: the logarithm of a behaviour's weight; null: 0
   Array<const float, 1> spread{};   // [T] added to a behaviour's squared distances; null: 0
   Weights weights{};                // [T] of voting; null: 1
+  int64_t longest = 0;              // no user has more behaviours; 0: not stated
+  int64_t rows = 0;                 // all users have no more behaviours together; 0: not stated
 
   /// T: the size of x_ids, else of v_ids, else the rows of v, of x, of codes.
   int64_t behaviours() const noexcept { return x_ids ? x_ids.size : v_ids ? v_ids.size : v.data ? v.rows : items(); }

@@ -43,11 +43,9 @@ struct LeafSums {
 /// Takes the same fields of the histories as `route`, and needs codes. Every row of x and v is read once. Where
 /// out.offsets are ragged (ends = starts + 1, of an array [B + 1]), the sums of all users lie together. Otherwise each
 /// user's sums begin behind the rows of the users before it, and what lies between is undefined.
-/// longest: the longest history of the batch (T will do).
 Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
                  const LeafSums& out) noexcept;
-size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
-                           int64_t longest) noexcept;
+size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories) noexcept;
 
 /// What `leaf_sums` made of the same histories, LeafSums::histories(), and the gradients of it. Null: 0.
 struct LeafSumsForward {
@@ -71,6 +69,6 @@ struct LeafSumsGradients {
 Status leaf_sums_backward(const Context& context, const Codebook& book, const Histories& histories,
                           const LeafSumsForward& forward, const LeafSumsGradients& out) noexcept;
 size_t leaf_sums_backward_workspace(const Context& context, const Codebook& book, const Histories& histories,
-                                    const LeafSumsGradients& out, int64_t longest) noexcept;
+                                    const LeafSumsGradients& out) noexcept;
 
 }  // namespace hisac

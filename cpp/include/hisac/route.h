@@ -48,10 +48,8 @@ struct Tokens {
 /// null: then there are lse and mean_x.
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept;
-/// Takes the same fields as the call. longest: the longest history of the batch (T will do).
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                       const Histories& histories, const RouteAgents& agents, const Tokens& out,
-                       int64_t longest) noexcept;
+                       const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept;
 
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens.
 struct RouteForward {
@@ -82,7 +80,7 @@ Status route_backward(const Context& context, const Codebook* book, const RouteP
                       const RouteGradients& out) noexcept;
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                                 const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
-                                const RouteGradients& out, int64_t longest) noexcept;
+                                const RouteGradients& out) noexcept;
 
 /// out [T]: 0 for a behaviour that is missing, -inf for any other. A behaviour is missing where `route` takes it for
 /// absent, though it has a row of v without a NaN or an infinity. As the x [T, 1] of another `route`, to one prototype

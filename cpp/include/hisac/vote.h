@@ -42,8 +42,8 @@ int64_t seats(const VoteParams& params, int levels) noexcept;
 /// fingerprint of another codebook, and takes a 0 for not set.
 Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
             Agents agents) noexcept;
-/// longest: the longest history of the batch (T will do).
-size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params, int64_t longest) noexcept;
+size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
+                      const Histories& histories) noexcept;
 
 /// The prototypes [B, M, D] of agents of this codebook; zero for an absent one.
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept;

@@ -74,10 +74,4 @@ Status check_shape(const char* verb, const char* name, const int64_t (&expected)
                        ShapeText(got.shape).text);
 }
 
-inline int64_t longest_of(const Spans& h) noexcept {
-  int64_t longest = 0;
-  for (int64_t b = 0; b < h.users; ++b) longest = std::max(longest, h.end(b) - h.start(b));
-  return longest;
-}
-
 }  // namespace hisac

@@ -41,14 +41,14 @@ LeafRows rows_from(const LeafSums& out, int64_t row) noexcept {
 
 }  // namespace
 
-LeafSummer::LeafSummer(const Codebook* book, const Histories& in, int64_t width, int64_t longest, int workers) noexcept
+LeafSummer::LeafSummer(const Codebook* book, const Histories& in, int64_t width, int workers) noexcept
     : book_(book),
       in_(in),
       loader_(book, in, width),
       k_(simd::kernels()),
       width_(width),
       value_width_(in.v.width),
-      capacity_(capacity_of(in.offsets.users, longest)),
+      capacity_(capacity_of(in.offsets.users, in.longest)),
       workers_(workers) {}
 
 void LeafSummer::carve(Arena& arena) noexcept {
@@ -280,10 +280,9 @@ void LeafSummer::write_leaf(int64_t i, int64_t g, Worker& w) noexcept {
   }
 }
 
-size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
-                           int64_t longest) noexcept {
+size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories) noexcept {
   Arena arena;
-  LeafSummer(&book, histories, width_of(&book, histories), longest, workers_of(context)).carve(arena);
+  LeafSummer(&book, histories, width_of(&book, histories), workers_of(context)).carve(arena);
   arena.take<int64_t>(histories.offsets.users);
   return arena.used();
 }
@@ -295,7 +294,7 @@ Status leaf_sums(const Context& context, const Codebook& book, const Histories& 
   const int64_t users = histories.offsets.users;
   const bool ragged = out.offsets.ragged();
   int64_t kept = 0, offset = 0;
-  LeafSummer leaves(&book, histories, out.x.shape[1], longest_of(histories.offsets), workers_of(context));
+  LeafSummer leaves(&book, histories, out.x.shape[1], workers_of(context));
   Arena arena(context.workspace);
   leaves.carve(arena);
   int64_t* const order = arena.take<int64_t>(users);

@@ -22,7 +22,7 @@ struct LeafRows {
 class LeafSummer {
  public:
   /// book: of the codes. width: D.
-  LeafSummer(const Codebook* book, const Histories& in, int64_t width, int64_t longest, int workers) noexcept;
+  LeafSummer(const Codebook* book, const Histories& in, int64_t width, int workers) noexcept;
   void carve(Arena& arena) noexcept;
 
   /// How many users from the start of the list fit into the capacity, at least 1.

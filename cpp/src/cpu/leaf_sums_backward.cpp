@@ -105,7 +105,7 @@ class Backward {
 }  // namespace
 
 size_t leaf_sums_backward_workspace(const Context& context, const Codebook& book, const Histories& histories,
-                                    const LeafSumsGradients& out, int64_t) noexcept {
+                                    const LeafSumsGradients& out) noexcept {
   Arena arena;
   Backward(context, book, histories, nullptr, out).carve(arena);
   return arena.used();

@@ -39,8 +39,8 @@ struct Worker {
 class Router : RouteCall {
  public:
   Router(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
-         const RouteAgents& to, const Tokens& out, int64_t longest) noexcept
-      : RouteCall(context, book, params, in, to, out.tokens.data, static_cast<bool>(out.mean_x), true, longest),
+         const RouteAgents& to, const Tokens& out) noexcept
+      : RouteCall(context, book, params, in, to, out.tokens.data, static_cast<bool>(out.mean_x), true),
         out_(out),
         ldv_(simd::pad(columns_)) {}
 
@@ -58,7 +58,7 @@ class Router : RouteCall {
       one.values_bf16.carve(arena, simd::kBlock / 2 * ldv_, operands_);
       one.e_bf16.carve(arena, simd::kBlock / 2 * simd::kPanel, operands_);
       if (operands_ == Operands::bf16x3) one.remainders = arena.take<float>(2 * ldv_);
-      one.stack = carve_states(arena, fold_depth(tiles_of(longest_)));
+      one.stack = carve_states(arena, fold_depth(tiles_of(in_.longest)));
     });
   }
 
@@ -244,16 +244,15 @@ class Router : RouteCall {
 }  // namespace
 
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                       const Histories& histories, const RouteAgents& agents, const Tokens& out,
-                       int64_t longest) noexcept {
+                       const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept {
   Arena arena;
-  Router(context, book, params, histories, agents, out, longest).carve(arena);
+  Router(context, book, params, histories, agents, out).carve(arena);
   return arena.used();
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
-  Router router(context, book, params, histories, agents, out, longest_of(histories.offsets));
+  Router router(context, book, params, histories, agents, out);
   Arena arena(context.workspace);
   router.carve(arena);
   HISAC_TRY(arena.check("route"));

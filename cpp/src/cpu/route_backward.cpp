@@ -36,9 +36,8 @@ struct Worker {
 class Backward : RouteCall {
  public:
   Backward(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
-           const RouteAgents& to, const RouteForward& forward, const RouteGradients& out, int64_t longest) noexcept
-      : RouteCall(context, book, params, in, to, forward.d_tokens.data, static_cast<bool>(forward.d_mean_x), false,
-                  longest),
+           const RouteAgents& to, const RouteForward& forward, const RouteGradients& out) noexcept
+      : RouteCall(context, book, params, in, to, forward.d_tokens.data, static_cast<bool>(forward.d_mean_x), false),
         forward_(forward),
         out_(out),
         agent_gradients_(out.temperature || out.prototypes) {}
@@ -61,7 +60,7 @@ class Backward : RouteCall {
       one.packed_rows = arena.take<float>(gives_v() ? simd::packed_size(agents_, value_width_) : 0);
       one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
       one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
-      one.stack = carve_sums(arena, fold_depth(tiles_of(longest_)));
+      one.stack = carve_sums(arena, fold_depth(tiles_of(in_.longest)));
     });
   }
 
@@ -226,16 +225,16 @@ class Backward : RouteCall {
 
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                                 const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
-                                const RouteGradients& out, int64_t longest) noexcept {
+                                const RouteGradients& out) noexcept {
   Arena arena;
-  Backward(context, book, params, histories, agents, forward, out, longest).carve(arena);
+  Backward(context, book, params, histories, agents, forward, out).carve(arena);
   return arena.used();
 }
 
 Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
-  Backward backward(context, book, params, histories, agents, forward, out, longest_of(histories.offsets));
+  Backward backward(context, book, params, histories, agents, forward, out);
   Arena arena(context.workspace);
   backward.carve(arena);
   HISAC_TRY(arena.check("route_backward"));

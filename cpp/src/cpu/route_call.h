@@ -10,7 +10,7 @@ namespace hisac::cpu {
 struct RouteCall {
   /// with_v, with_x: which of them are averaged.
   RouteCall(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
-            const RouteAgents& to, bool with_v, bool with_x, bool allow_bf16x3, int64_t longest) noexcept
+            const RouteAgents& to, bool with_v, bool with_x, bool allow_bf16x3) noexcept
       : context_(context),
         book_(book),
         params_(params),
@@ -21,7 +21,6 @@ struct RouteCall {
         width_(to.prototypes.shape[2]),
         value_width_(with_v ? in.v.width : 0),
         columns_(value_width_ + (with_x ? width_ : 0)),
-        longest_(longest),
         workers_(workers_of(context)) {}
 
   RowLoader loader(const float* origin) const noexcept {
@@ -40,7 +39,6 @@ struct RouteCall {
   const simd::Kernels& k_ = simd::kernels();
   int64_t agents_, width_, value_width_;  // value_width: V, or 0
   int64_t columns_;                       // of the values: of v, and then of x
-  int64_t longest_;
   int workers_;
   Units units_;
 };

@@ -398,9 +398,9 @@ class Voter {
 }  // namespace
 
 size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
-                      int64_t longest) noexcept {
+                      const Histories& histories) noexcept {
   Arena arena;
-  for (int w = 0; w < workers_of(context); ++w) Voter(book, params).carve(arena, book, longest);
+  for (int w = 0; w < workers_of(context); ++w) Voter(book, params).carve(arena, book, histories.longest);
   return arena.used();
 }
 
@@ -409,7 +409,7 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   const Spans& spans = histories.offsets;
   const int64_t m = out.codes.shape[1], users = spans.users;
   const int levels = book.levels();
-  const int64_t longest = longest_of(spans);
+  const int64_t longest = histories.longest;
   Arena arena(context.workspace);
   for (int w = 0; w < workers_of(context); ++w) Voter(book, params).carve(arena, book, longest);
   HISAC_TRY(arena.check("vote"));

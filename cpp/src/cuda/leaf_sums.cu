@@ -353,34 +353,12 @@ void carve(LeafTask& t, int64_t capacity, Arena& arena) {
   t.scale_of_user = arena.take<VoteScale>(t.users);
 }
 
-bool ragged(const Spans& h) { return h.ends == static_cast<const std::byte*>(h.starts) + bytes_of(h.dtype); }
-
-/// Rows of all histories, as far as the host can tell: ragged ones do not overlap.
-int64_t most_entries(const Histories& in, int64_t longest) {
-  const int64_t rows = in.behaviours();
-  return ragged(in.offsets) ? rows : std::min(longest, rows) * in.offsets.users;
-}
-
-/// How many of the most entries the context has a workspace for. A call does not know the longest history, as its
-/// workspace function does.
-int64_t entries_that_fit(const Context& context, const Histories& in, LeafTask t, int64_t most) {
-  if (ragged(in.offsets)) return most;
-  int64_t fit = 0;
-  for (int64_t step = int64_t{1} << 40; step; step /= 2) {
-    Arena arena;
-    if (fit + step > most) continue;
-    carve(t, fit + step, arena);
-    if (arena.used() <= static_cast<size_t>(context.workspace.shape[0])) fit += step;
-  }
-  return fit;
-}
-
 }  // namespace
 
-size_t leaf_sums_workspace(const Context&, const Codebook& book, const Histories& histories, int64_t longest) noexcept {
+size_t leaf_sums_workspace(const Context&, const Codebook& book, const Histories& histories) noexcept {
   LeafTask t = leaf_task(book, histories);
   Arena arena;
-  carve(t, most_entries(histories, longest), arena);
+  carve(t, histories.rows, arena);
   return arena.used();
 }
 
@@ -392,9 +370,9 @@ Status leaf_sums(const Context& context, const Codebook& book, const Histories& 
   t.out = out;
   t.sums = std::min(
       {out.x.shape[0], out.v.shape[0], out.bias.shape[0], out.spread.shape[0], out.votes.shape[0], out.codes.shape[0]});
-  const int64_t entries = entries_that_fit(context, histories, t, most_entries(histories, std::min(t.rows, t.sums)));
   Arena arena(context.workspace);
-  carve(t, std::min(entries, t.sums), arena);  // the sums of more might not fit
+  carve(t, histories.rows, arena);
+  t.capacity = std::min(t.capacity, t.sums);  // the sums of more might not fit
   HISAC_TRY(arena.check("leaf_sums"));
   Launcher launch("leaf_sums", context);
   HISAC_TRY(launch.status());

@@ -107,7 +107,7 @@ LeafBackTask describe(const Codebook& book, const Histories& in, Arena& arena) {
 }  // namespace
 
 size_t leaf_sums_backward_workspace(const Context&, const Codebook& book, const Histories& histories,
-                                    const LeafSumsGradients&, int64_t) noexcept {
+                                    const LeafSumsGradients&) noexcept {
   Arena arena;
   describe(book, histories, arena);
   return arena.used();

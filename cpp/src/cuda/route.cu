@@ -216,7 +216,7 @@ void launch_pack_agents(const Task& t, Launcher& launch) {
 void launch_plan_units(const Task& t, Launcher& launch) { launch(plan_units, 1, kThreads, kFront, t); }
 
 size_t route_workspace(const Context&, const Codebook* book, const RouteParams& params, const Histories& histories,
-                       const RouteAgents& agents, const Tokens& out, int64_t) noexcept {
+                       const RouteAgents& agents, const Tokens& out) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Task task;

@@ -247,7 +247,7 @@ Status prepare(const RouteCall& call, const RouteForward& forward, const RouteGr
 
 size_t route_backward_workspace(const Context&, const Codebook* book, const RouteParams& params,
                                 const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
-                                const RouteGradients& out, int64_t) noexcept {
+                                const RouteGradients& out) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Launches l;

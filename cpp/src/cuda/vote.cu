@@ -165,7 +165,8 @@ VoteTask describe(const Codebook& book, const VoteParams& params) {
 
 }  // namespace
 
-size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& params, int64_t longest) noexcept {
+size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& params,
+                      const Histories& histories) noexcept {
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   VoteTask t = describe(book, params);
@@ -173,7 +174,7 @@ size_t vote_workspace(const Context&, const Codebook& book, const VoteParams& pa
   arena.take<SlicePlan>(2);
   int64_t slices = 0;
   if (!lay_out_cells(t, machine, sizeof(uint64_t))) {
-    const int64_t each = t.slice_bytes(std::min<int64_t>(longest, kMostVoters));
+    const int64_t each = t.slice_bytes(std::min<int64_t>(histories.longest, kMostVoters));
     const int64_t least = t.pairs ? t.slice_bytes(kMostVoters) : each;  // a bitmap: enough for any history
     slices = std::max(least, std::min(each * machine.processors * kBlocksShort, kMostWorkspace));
   }

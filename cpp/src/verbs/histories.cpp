@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "verbs/histories.h"
 
+#include <tuple>
+
 #include "codebook/checks.h"
 
 namespace hisac {
@@ -55,13 +57,48 @@ Status check_sizes(const char* verb, const Histories& in) noexcept {
   return {};
 }
 
-bool sizes_fit(const Histories& in, int64_t width, int64_t agents, int64_t longest) noexcept {
+bool sizes_fit(const Histories& in, int64_t width, int64_t agents) noexcept {
   return within({width}, 1, kMostWidth) && within({in.v.width}, 0, kMostWidth) && within({agents}, 0, kMostAgents) &&
-         within({in.offsets.users, in.behaviours(), longest}, 0, kMostRows);
+         within({in.offsets.users, in.behaviours(), in.longest, in.rows}, 0, kMostRows);
 }
 
-Status check_histories(const char* verb, const Codebook* book, const Histories& in, int64_t width,
-                       Device device) noexcept {
+Histories stated(const Histories& in, Device device) noexcept {
+  Histories out = in;
+  const Spans& spans = in.offsets;
+  const int64_t t = in.behaviours();
+  if (out.longest && out.rows) return out;
+  int64_t longest = t, rows = t;
+  if (device == Device::cpu && spans.starts && spans.ends) {
+    longest = rows = 0;
+    for (int64_t b = 0; b < spans.users; ++b) {
+      const int64_t n = std::clamp(spans.end(b), int64_t{0}, t) - std::clamp(spans.start(b), int64_t{0}, t);
+      longest = std::max(longest, n);
+      rows += std::max(n, int64_t{0});
+    }
+  } else if (!spans.ragged()) {
+    const int64_t most = out.longest ? std::min(out.longest, t) : t;
+    if (__builtin_mul_overflow(most, spans.users, &rows) || rows > kMostRows) rows = kMostRows;
+  }
+  if (!out.longest) out.longest = longest;
+  if (!out.rows) out.rows = rows;
+  return out;
+}
+
+Status check_offsets(const char* verb, Histories& in, Device device) noexcept {
+  HISAC_TRY(check_spans(verb, "offsets", in.offsets, in.behaviours(), device));
+  Histories counted = in;
+  counted.longest = counted.rows = 0;
+  counted = stated(counted, device);
+  for (const auto& [name, given, most] :
+       {std::tuple("longest", in.longest, counted.longest), std::tuple("rows", in.rows, counted.rows)})
+    if (given < 0 || (device == Device::cpu && given && given < most))
+      return Status::error(Code::invalid_argument, "%s: %s expected at least %" PRId64 ", got %" PRId64, verb, name,
+                           given < 0 ? 0 : most, given);
+  in = stated(in, device);
+  return {};
+}
+
+Status check_histories(const char* verb, const Codebook* book, Histories& in, int64_t width, Device device) noexcept {
   const int64_t rows = in.behaviours();
   HISAC_TRY(check_sizes(verb, in));
   if (!in.x.data && !book && rows > 0)
@@ -72,13 +109,13 @@ Status check_histories(const char* verb, const Codebook* book, const Histories& 
     return Status::error(Code::invalid_argument,
                          "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
                          in.offsets.users, rows);
-  HISAC_TRY(check_spans(verb, "offsets", in.offsets, rows, device));
+  HISAC_TRY(check_offsets(verb, in, device));
   if (!book) return {};
   HISAC_TRY(check_book(verb, book));
   return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, in.x_ids ? in.items() : rows) : Status();
 }
 
-Status check_route(const char* verb, const Codebook* book, const RouteParams& params, const Histories& in,
+Status check_route(const char* verb, const Codebook* book, const RouteParams& params, Histories& in,
                    const RouteAgents& agents, Device device) noexcept {
   const auto& p = agents.prototypes.shape;
   if (in.x.data && in.x.width != p[2])

@@ -9,14 +9,22 @@ namespace hisac {
 Status check_sizes(const char* verb, const Histories& histories) noexcept;
 
 /// Whether a workspace may be sized by these: all sizes are within the limits of base/checks.h.
-bool sizes_fit(const Histories& histories, int64_t width, int64_t agents, int64_t longest) noexcept;
+bool sizes_fit(const Histories& histories, int64_t width, int64_t agents) noexcept;
 
-/// Checks shapes, types and ranges of what route reads of a batch of D = width. book null: codes are not read.
-Status check_histories(const char* verb, const Codebook* book, const Histories& histories, int64_t width,
+/// The same batch with `longest` and `rows` stated (hisac/histories.h). Offsets that are not checked count no more than
+/// T a user.
+Histories stated(const Histories& histories, Device device) noexcept;
+
+/// Checks the offsets, and `longest` and `rows`, and states these.
+Status check_offsets(const char* verb, Histories& histories, Device device) noexcept;
+
+/// Checks shapes, types and ranges of what route reads of a batch of D = width, and states `longest` and `rows`. book
+/// null: codes are not read.
+Status check_histories(const char* verb, const Codebook* book, Histories& histories, int64_t width,
                        Device device) noexcept;
 
 /// The same for a call of route or its backward, agents and parameters too.
-Status check_route(const char* verb, const Codebook* book, const RouteParams& params, const Histories& histories,
+Status check_route(const char* verb, const Codebook* book, const RouteParams& params, Histories& histories,
                    const RouteAgents& agents, Device device) noexcept;
 
 }  // namespace hisac

@@ -9,7 +9,7 @@
 namespace hisac {
 namespace {
 
-Status check_in(const char* verb, const Codebook& book, const Histories& in, Device device) noexcept {
+Status check_in(const char* verb, const Codebook& book, Histories& in, Device device) noexcept {
   HISAC_TRY(check_book(verb, &book));
   return check_histories(verb, &book, in, width_of(&book, in), device);
 }
@@ -52,33 +52,35 @@ Status check_forward(const Codebook& book, const Histories& in, const LeafSumsFo
 
 }  // namespace
 
-size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories,
-                           int64_t longest) noexcept {
-  if (!sizes_fit(histories, width_of(&book, histories), 0, longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::leaf_sums_workspace, context, book, histories, longest);
+size_t leaf_sums_workspace(const Context& context, const Codebook& book, const Histories& histories) noexcept {
+  if (!sizes_fit(histories, width_of(&book, histories), 0)) return Arena::kLimit;
+  return backend_workspace(&Backend::leaf_sums_workspace, context, book, stated(histories, context.device));
 }
 
 Status leaf_sums(const Context& context, const Codebook& book, const Histories& histories,
                  const LeafSums& out) noexcept {
-  HISAC_TRY(check_in("leaf_sums", book, histories, context.device));
-  HISAC_TRY(check_out(book, histories, out, context.device));
-  return call_backend("leaf_sums", &Backend::leaf_sums, context, book, histories, out);
+  Histories in = histories;
+  HISAC_TRY(check_in("leaf_sums", book, in, context.device));
+  HISAC_TRY(check_out(book, in, out, context.device));
+  return call_backend("leaf_sums", &Backend::leaf_sums, context, book, in, out);
 }
 
 size_t leaf_sums_backward_workspace(const Context& context, const Codebook& book, const Histories& histories,
-                                    const LeafSumsGradients& out, int64_t longest) noexcept {
-  if (!sizes_fit(histories, width_of(&book, histories), 0, longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::leaf_sums_backward_workspace, context, book, histories, out, longest);
+                                    const LeafSumsGradients& out) noexcept {
+  if (!sizes_fit(histories, width_of(&book, histories), 0)) return Arena::kLimit;
+  const Histories in = stated(histories, context.device);
+  return backend_workspace(&Backend::leaf_sums_backward_workspace, context, book, in, out);
 }
 
 Status leaf_sums_backward(const Context& context, const Codebook& book, const Histories& histories,
                           const LeafSumsForward& forward, const LeafSumsGradients& out) noexcept {
-  HISAC_TRY(check_in("leaf_sums_backward", book, histories, context.device));
-  HISAC_TRY(check_forward(book, histories, forward, context.device));
-  const int64_t rows = histories.behaviours();
-  if (out.v) HISAC_TRY(check_shape("leaf_sums_backward", "dv", {rows, histories.v.width}, out.v));
+  Histories in = histories;
+  HISAC_TRY(check_in("leaf_sums_backward", book, in, context.device));
+  HISAC_TRY(check_forward(book, in, forward, context.device));
+  const int64_t rows = in.behaviours();
+  if (out.v) HISAC_TRY(check_shape("leaf_sums_backward", "dv", {rows, in.v.width}, out.v));
   if (out.bias) HISAC_TRY(check_shape("leaf_sums_backward", "dbias", {rows}, out.bias));
-  return call_backend("leaf_sums_backward", &Backend::leaf_sums_backward, context, book, histories, forward, out);
+  return call_backend("leaf_sums_backward", &Backend::leaf_sums_backward, context, book, in, forward, out);
 }
 
 }  // namespace hisac

@@ -22,30 +22,32 @@ Status check_tokens(const Histories& in, const RouteAgents& agents, const Tokens
 }  // namespace
 
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
-                       const Histories& histories, const RouteAgents& agents, const Tokens& out,
-                       int64_t longest) noexcept {
+                       const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept {
   const auto& p = agents.prototypes.shape;
-  if (!sizes_fit(histories, p[2], p[1], longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::route_workspace, context, book, params, histories, agents, out, longest);
+  if (!sizes_fit(histories, p[2], p[1])) return Arena::kLimit;
+  const Histories in = stated(histories, context.device);
+  return backend_workspace(&Backend::route_workspace, context, book, params, in, agents, out);
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
-  HISAC_TRY(check_route("route", book, params, histories, agents, context.device));
-  HISAC_TRY(check_tokens(histories, agents, out));
-  return call_backend("route", &Backend::route, context, book, params, histories, agents, out);
+  Histories in = histories;
+  HISAC_TRY(check_route("route", book, params, in, agents, context.device));
+  HISAC_TRY(check_tokens(in, agents, out));
+  return call_backend("route", &Backend::route, context, book, params, in, agents, out);
 }
 
 size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept {
   const int64_t width = width_of(book, histories);
-  if (!sizes_fit(histories, width, 0, 0)) return Arena::kLimit;
+  if (!sizes_fit(histories, width, 0)) return Arena::kLimit;
   return backend_workspace(&Backend::missing_workspace, context, book, histories);
 }
 
 Status missing(const Context& context, const Codebook* book, const Histories& histories, Array<float, 1> out) noexcept {
-  HISAC_TRY(check_histories("missing", book, histories, width_of(book, histories), context.device));
-  HISAC_TRY(check_shape("missing", "out", {histories.behaviours()}, out));
-  return call_backend("missing", &Backend::missing, context, book, histories, out);
+  Histories in = histories;
+  HISAC_TRY(check_histories("missing", book, in, width_of(book, in), context.device));
+  HISAC_TRY(check_shape("missing", "out", {in.behaviours()}, out));
+  return call_backend("missing", &Backend::missing, context, book, in, out);
 }
 
 }  // namespace hisac

@@ -45,20 +45,21 @@ Status check_gradients(const RouteParams& params, const Histories& in, const Rou
 
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                                 const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
-                                const RouteGradients& out, int64_t longest) noexcept {
+                                const RouteGradients& out) noexcept {
   const auto& p = agents.prototypes.shape;
-  if (!sizes_fit(histories, p[2], p[1], longest)) return Arena::kLimit;
-  return backend_workspace(&Backend::route_backward_workspace, context, book, params, histories, agents, forward, out,
-                           longest);
+  if (!sizes_fit(histories, p[2], p[1])) return Arena::kLimit;
+  const Histories in = stated(histories, context.device);
+  return backend_workspace(&Backend::route_backward_workspace, context, book, params, in, agents, forward, out);
 }
 
 Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
-  HISAC_TRY(check_route(kVerb, book, params, histories, agents, context.device));
-  HISAC_TRY(check_forward(histories, agents, forward));
-  HISAC_TRY(check_gradients(params, histories, agents, forward, out));
-  return call_backend(kVerb, &Backend::route_backward, context, book, params, histories, agents, forward, out);
+  Histories in = histories;
+  HISAC_TRY(check_route(kVerb, book, params, in, agents, context.device));
+  HISAC_TRY(check_forward(in, agents, forward));
+  HISAC_TRY(check_gradients(params, in, agents, forward, out));
+  return call_backend(kVerb, &Backend::route_backward, context, book, params, in, agents, forward, out);
 }
 
 }  // namespace hisac

@@ -51,10 +51,10 @@ int64_t seats(const VoteParams& params, int levels) noexcept {
 }
 
 size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
-                      int64_t longest) noexcept {
+                      const Histories& histories) noexcept {
   if (book.empty() || !check_params(book, params).ok()) return 0;
-  if (!within({longest}, 0, kMostRows)) return Arena::kLimit;
-  return backend_workspace(&Backend::vote_workspace, context, book, params, longest);
+  if (!sizes_fit(histories, book.width(), 0)) return Arena::kLimit;
+  return backend_workspace(&Backend::vote_workspace, context, book, params, stated(histories, context.device));
 }
 
 Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
@@ -63,13 +63,14 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   HISAC_TRY(check_params(book, params));
   HISAC_TRY(check_sizes("vote", histories));
   HISAC_TRY(check_codes("vote", book, histories.codes, histories.codes.shape[0]));
-  HISAC_TRY(check_spans("vote", "offsets", histories.offsets, histories.behaviours(), context.device));
-  const int64_t m = seats(params, book.levels()), users = histories.offsets.users, levels = book.levels();
+  Histories in = histories;
+  HISAC_TRY(check_offsets("vote", in, context.device));
+  const int64_t m = seats(params, book.levels()), users = in.offsets.users, levels = book.levels();
   if (!has_shape(out.codes, {users, m, levels}) || !has_shape(out.votes, {users, m}) || !has_shape(out.count, {users}))
     return Status::error(Code::invalid_argument, "vote: out expected codes %s, votes %s and count %s",
                          ShapeText({users, m, levels}).text, ShapeText({users, m}).text, ShapeText({users}).text);
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
-  return call_backend("vote", &Backend::vote, context, book, params, histories, out);
+  return call_backend("vote", &Backend::vote, context, book, params, in, out);
 }
 
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {

@@ -164,7 +164,7 @@ def gather(histories: Histories) -> Histories:
     so it is not routed; outside x and codes it gets codes of -1, so it does not vote; outside v a row of NaN, so it is
     not counted as missing.
     """
-    x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights = histories
+    x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights = histories[:-2]
     if x is not None and x.dtype == np.int8:
         scale = np.reshape(np.float32(1.0 if x_scale is None else x_scale), (-1, 1))
         with np.errstate(over="ignore", invalid="ignore"):

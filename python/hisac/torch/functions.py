@@ -35,13 +35,16 @@ def rows_of(name: str, t: Tensor | None) -> Any:
 def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histories:
     """Histories of dense tensors, offsets as (starts, ends): the rows of jagged nested tensors, whose offsets are taken
     where none are given, and else have to be the same; float32 but for x and v. Of the fields in `unread` only the
-    sizes matter."""
+    sizes matter. Offsets that are no (starts, ends) state rows, T."""
     if not isinstance(histories, Histories):
         raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
     tensors = [t for t in histories if isinstance(t, Tensor)]
     read: dict[str, Any] = {"offsets": _spans(verb, histories.offsets, tensors)}
     for name, field in histories._asdict().items():
         if field is None or name in read:
+            continue
+        if name in ("longest", "rows"):
+            read[name] = field
             continue
         if name in unread:
             read[name] = rows_of(verb, field).detach() if isinstance(field, Tensor) else None
@@ -55,6 +58,8 @@ def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histori
         rows = rows_of(verb, field)
         votes = name == "weights" and not rows.is_floating_point()
         read[name] = rows.long() if votes else rows.float() if name in _FLOAT32 else rows
+    if "rows" not in read and tensors and not isinstance(histories.offsets, tuple):
+        read["rows"] = behaviours_of(Histories(**read))
     return Histories(**read)
 
 
@@ -204,12 +209,12 @@ def _not_sparse_compiled(verb: str, sparse_grad: bool) -> None:
         raise NotImplementedError(f"{verb}: sparse gradients are not for torch.compile, expected sparse_grad=False")
 
 
-def leaf_sums(book: Codebook, histories: Histories, *, rows: int | None = None, sparse_grad: bool = False) -> Histories:
+def leaf_sums(book: Codebook, histories: Histories, *, sparse_grad: bool = False) -> Histories:
     """A row for each leaf of each user as `hisac.leaf_sums`; x, v, bias and spread have gradients for v and bias.
 
     Reads what `route` reads, codes and weights -> Histories of the same users. Their offsets are (starts, ends): the
-    sums of a user lie where its rows do, and what lies between is not defined, so no value decides a shape. rows: at
-    least the rows of all histories together; None: T, or the sum of lengths where offsets are (starts, ends).
+    sums of a user lie where its rows do, among histories.rows ones, and what lies between is not defined, so no value
+    decides a shape. rows that are not stated are T, or where offsets are (starts, ends), which may overlap, counted.
     sparse_grad: as in `route`, for a table v.
 
     >>> h = Histories(torch.eye(2), torch.ones(2, 1), torch.tensor([0, 2]), torch.zeros(2, 1, dtype=torch.int32))
@@ -222,10 +227,10 @@ def leaf_sums(book: Codebook, histories: Histories, *, rows: int | None = None, 
             raise TypeError(f"leaf_sums: {name} expected in the histories, got None")
     _not_sparse_compiled("leaf_sums", sparse_grad)
     _reverse_mode_only("leaf_sums", h.x, h.v, h.bias, h.spread)
-    starts, ends = h.offsets
-    if rows is None:
-        rows = int((ends - starts).sum()) if isinstance(histories.offsets, tuple) else behaviours_of(h)
-    return operators.as_histories(*torch.ops.hisac.leaf_sums(register(book), *_fields(h), rows, sparse_grad))
+    if h.rows is None:
+        starts, ends = h.offsets
+        h = h._replace(rows=int((ends - starts).sum()))
+    return operators.as_histories(*torch.ops.hisac.leaf_sums(register(book), *_fields(h), sparse_grad))
 
 
 def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
@@ -255,10 +260,9 @@ def compress(
              [1.]]])
     """
     h, refine = flat("compress", histories), whole("compress", "refine", refine, 0, 10**6)
-    rows = None if isinstance(histories.offsets, tuple) else behaviours_of(h)
     verbs = _VERBS._replace(
         route=partial(route, sparse_grad=sparse_grad),
-        leaf_sums=partial(leaf_sums, rows=rows, sparse_grad=sparse_grad),
+        leaf_sums=partial(leaf_sums, sparse_grad=sparse_grad),
     )
     return compose.compress(
         verbs, book, h, agents=agents, budget=budget, fanout=fanout, temperature=temperature,

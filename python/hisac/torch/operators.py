@@ -17,13 +17,16 @@ from .library import book_of, core, dense, library, no_double_backward, operator
 
 # A batch of histories is these arguments of an operator: the fields of Histories, starts and ends in place of offsets.
 _BATCH = [name for field in Histories._fields for name in (("starts", "ends") if field == "offsets" else (field,))]
-_BATCH_SCHEMA = ", ".join(f"Tensor{'' if name in ('starts', 'ends') else '?'} {name}" for name in _BATCH)
+_TYPES = {"starts": "Tensor", "ends": "Tensor", "longest": "SymInt?", "rows": "SymInt?"}
+_BATCH_SCHEMA = ", ".join(f"{_TYPES.get(name, 'Tensor?')} {name}" for name in _BATCH)
 
 
 def _histories(batch: Sequence[Any], unread: Sequence[str] = ()) -> tuple[Any, ...]:
     """The fields for the core, which does not convert."""
     named = zip(_BATCH, batch, strict=True)
-    x, v, starts, ends, *others = (a if a is None or name in unread else a.contiguous() for name, a in named)
+    x, v, starts, ends, *others = (
+        a.contiguous() if isinstance(a, Tensor) and name not in unread else a for name, a in named
+    )
     return x, v, (starts, ends), *others
 
 
@@ -150,10 +153,10 @@ def as_histories(x: Any, v: Any, starts: Any, ends: Any, codes: Any, bias: Any, 
     return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread, weights=votes)
 
 
-@operator(f"leaf_sums({_LEAF_SCHEMA}, SymInt rows, bool sparse_grad) -> ({', '.join('Tensor' for _ in _SUMS)})")
+@operator(f"leaf_sums({_LEAF_SCHEMA}, bool sparse_grad) -> ({', '.join('Tensor' for _ in _SUMS)})")
 def _leaf_sums(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
-    *batch, rows, _ = inputs
-    x, v, starts = (batch[_BATCH.index(name)] for name in ("x", "v", "starts"))
+    *batch, _ = inputs
+    x, v, starts, rows = (batch[_BATCH.index(name)] for name in ("x", "v", "starts", "rows"))
     book = book_of(fingerprint)
     sum_x, sum_v, bias, spread = _float32(
         v, [(rows, book.width if x is None else x.shape[-1]), (rows, v.shape[-1]), (rows,), (rows,)]
@@ -174,8 +177,8 @@ def _leaf_sums_backward(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor
     size = _behaviours(batch)
     results = _float32(sums[0], _some(need, [(size, sums[1].shape[-1]), (size,)]))
     yield results
-    gradients = Histories(d_x, d_v, None, None, bias=d_bias, spread=d_spread)
-    gradients = Histories(*(None if g is None else g.contiguous() for g in gradients))
+    d_x, d_v, d_bias, d_spread = dense(d_x, d_v, d_bias, d_spread)
+    gradients = Histories(d_x, d_v, bias=d_bias, spread=d_spread)
     book = book_of(fingerprint)
     core.leaf_sums_backward(book._core, _histories(batch), as_histories(*sums), gradients, *_some(need, results))
 
@@ -227,9 +230,14 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
         raise NotImplementedError("route: mean_x has no gradient for x, expected x.detach()")
     ctx.mark_non_differentiable(*_unwanted(output, (with_tokens, True, with_mean_x)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[1:_TENSORS])
+    ctx.save_for_backward(*output, *map(_tensor, inputs[1:_TENSORS]))
     ctx.options, ctx.fingerprint = inputs[_TENSORS : len(_ROUTE)], inputs[0]
     ctx.book = None if ctx.fingerprint is None else book_of(ctx.fingerprint)  # alive until the backward
+
+
+def _tensor(a: Any) -> Tensor | None:
+    """The sizes that a batch states are not kept for its backward, which needs none."""
+    return a if isinstance(a, Tensor) else None
 
 
 def _unwanted(output: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -253,7 +261,7 @@ def _leaf_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     moves = [name == "v" or (needs["bias"] and name in ("x", "bias", "spread")) for name in _SUMS]
     ctx.mark_non_differentiable(*_unwanted(output, moves))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[1 : len(_LEAF)])
+    ctx.save_for_backward(*output, *map(_tensor, inputs[1 : len(_LEAF)]))
     ctx.fingerprint, ctx.sparse_grad = inputs[0], inputs[-1]
     ctx.book = book_of(ctx.fingerprint)  # alive until the backward
 

@@ -82,7 +82,7 @@ Results results() {
   const Weights weights[] = {{shares.data(), DType::float32, kRows}, {whole.data(), DType::int64, kRows}, {}};
   for (const Weights& of_rows : weights) {
     in.weights = of_rows;
-    const Status voted = call(vote_workspace({}, book, voting, kRows), [&](const Context& c) {
+    const Status voted = call(vote_workspace({}, book, voting, in), [&](const Context& c) {
       return vote(c, book, voting, in,
                   {{kept.data(), {kUsers, kBudget, 2}}, {votes.data(), {kUsers, kBudget}}, {count.data(), {kUsers}}});
     });
@@ -113,7 +113,7 @@ Results results() {
                       {sum_votes.data(), {kRows}}};
   in.weights = weights[0];
   const Status summed =
-      call(leaf_sums_workspace({}, book, in, kRows), [&](const Context& c) { return leaf_sums(c, book, in, sums); });
+      call(leaf_sums_workspace({}, book, in), [&](const Context& c) { return leaf_sums(c, book, in, sums); });
   out.add("leaf_sums", summed, sum_x);
   out.add("their spread", {}, sum_spread);
   out.add("their votes", {}, sum_votes);
@@ -124,7 +124,7 @@ Results results() {
                                 {sum_bias.data(), {kRows}}};
   const LeafSumsGradients back{{dv.data(), {kRows, kValues}}, {dbias.data(), {kRows}}};
   out.add("leaf_sums_backward",
-          call(leaf_sums_backward_workspace({}, book, in, back, kRows),
+          call(leaf_sums_backward_workspace({}, book, in, back),
                [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, back); }),
           dbias);
 
@@ -141,7 +141,7 @@ Results results() {
                           {lse.data(), {kUsers, kBudget}},
                           {mean_x.data(), {kUsers, kBudget, kWidth}}};
     out.add("route",
-            call(route_workspace({}, nullptr, routing, in, agents, returned, kRows),
+            call(route_workspace({}, nullptr, routing, in, agents, returned),
                  [&](const Context& c) { return route(c, nullptr, routing, in, agents, returned); }),
             tokens);
     out.add("lse", {}, lse);

@@ -29,7 +29,7 @@ def bits(result):
 def copied(args):
     """The same arguments with the rows copied out in the types they had, int8 as float32: NaN, or -1, where there is
     none."""
-    x, v, offsets, codes, x_ids, v_ids, scale, bias, spread, weights = args["histories"]
+    x, v, offsets, codes, x_ids, v_ids, scale, bias, spread, weights = args["histories"][:-2]
     bias = np.zeros(len(v if v_ids is None else v_ids), "f4") if bias is None else bias.copy()
     if x is not None and x.dtype == np.int8:
         x = x.astype(np.float32) * (np.float32(1) if scale is None else scale[:, None])

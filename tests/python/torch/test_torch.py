@@ -299,11 +299,11 @@ def test_rows_of_leaf_sums_may_be_stated(book):
     x, v = rows()
     codes = hisac_torch.encode(book, x)
     pair = Histories(x, v, (OFFSETS[:-1], OFFSETS[1:]), codes)
-    counted, stated = hisac_torch.leaf_sums(book, pair), hisac_torch.leaf_sums(book, pair, rows=33)
+    counted, stated = hisac_torch.leaf_sums(book, pair), hisac_torch.leaf_sums(book, pair._replace(rows=33))
     assert counted.x.shape == (20, 8) and stated.x.shape == (33, 8)
     torch.testing.assert_close(together(stated), together(counted), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="leaf_sums: out expected of 3 users, with at least 20 rows"):
-        hisac_torch.leaf_sums(book, pair, rows=19)
+    with pytest.raises(ValueError, match="leaf_sums: rows expected at least 20, got 19"):
+        hisac_torch.leaf_sums(book, pair._replace(rows=19))
 
 
 def test_absent_rows_have_no_gradient(book):

@@ -31,9 +31,10 @@ def operator_calls(book):
     ids, scale = torch.arange(20) % 9 - 1, torch.tensor([0.1])
 
     def batch(
-        x=x, v=v, spans=spans, codes=codes, x_ids=None, v_ids=None, x_scale=None, bias=bias, spread=spread, weights=None
-    ):
-        return x, v, *spans, codes, x_ids, v_ids, x_scale, bias, spread, weights
+        x=x, v=v, spans=spans, codes=codes, x_ids=None, v_ids=None, x_scale=None, bias=bias, spread=spread,
+        weights=None, longest=None, rows=None,
+    ):  # fmt: skip
+        return x, v, *spans, codes, x_ids, v_ids, x_scale, bias, spread, weights, longest, rows
 
     def voted(**fields):
         return batch(x=None, v=None, bias=None, spread=None, **fields)
@@ -50,9 +51,12 @@ def operator_calls(book):
     out, out_lse = ops.attend(*attention, sharpness)
     halves, tokens_only = tuple(t.int() for t in spans), (True, False, False)
     int8 = batch(x.to(torch.int8), wanted(v), bias=wanted(bias), x_scale=scale, **tables)
-    moving = batch(x, wanted(v), bias=wanted(bias)), batch(x, wanted(v), bias=None, spread=None, **tables)
+    moving = (
+        batch(x, wanted(v), bias=wanted(bias), rows=20),
+        batch(x, wanted(v), bias=None, spread=None, longest=20, rows=25, **tables),
+    )
     counts = torch.arange(20) % 3
-    sums = ops.leaf_sums(name, *batch(weights=counts), 20, False)
+    sums = ops.leaf_sums(name, *batch(weights=counts, rows=20), False)
     d_sums = sums[0], sums[1], sums[5], sums[6]
     rounded = (*to, "agents", "bfloat16")
     return {
@@ -63,10 +67,10 @@ def operator_calls(book):
         "prototypes": (name, agents[0]),
         "missing": (name, *batch()),
         "missing table": (None, *batch(codes=None, **tables)),
-        "leaf_sums": (name, *moving[0], 20, False),
-        "leaf_sums table": (name, *moving[1], 25, False),
-        "leaf_sums of votes": (name, *batch(x, wanted(v), weights=counts), 20, False),
-        "leaf_sums of weights": (name, *batch(x, wanted(v), weights=torch.rand(20)), 20, False),
+        "leaf_sums": (name, *moving[0], False),
+        "leaf_sums table": (name, *moving[1], False),
+        "leaf_sums of votes": (name, *batch(x, wanted(v), weights=counts, rows=20), False),
+        "leaf_sums of weights": (name, *batch(x, wanted(v), weights=torch.rand(20), rows=20), False),
         "leaf_sums_backward": (name, *batch(), *sums, *d_sums, [True, True]),
         "leaf_sums_backward some": (name, *batch(), *sums, None, sums[1], None, None, [True, False]),
         "route": (name, *learnt[0], *learnt[1], *agents_mode, *tokens_only),
