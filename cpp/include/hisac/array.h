@@ -9,6 +9,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace hisac {
 
@@ -18,6 +19,12 @@ struct Array {
   T* data = nullptr;
   int64_t shape[N] = {};
   explicit operator bool() const noexcept { return data != nullptr; }
+  template <class U = T, class = std::enable_if_t<!std::is_const_v<U>>>
+  operator Array<const U, N>() const noexcept {
+    Array<const U, N> read_only{data, {}};
+    for (int i = 0; i < N; ++i) read_only.shape[i] = shape[i];
+    return read_only;
+  }
 };
 
 enum class DType : int32_t { float32, bfloat16, float16, int32, int64, int8 };

@@ -10,7 +10,8 @@
 //   verb                           workspace                                 codebook_image
 //   encode                         none                                      always
 //   code_prototypes, prototypes    none                                      always
-//   vote                           yes                                       never
+//   vote                           yes                                       for prototypes
+//   compress                       yes                                       always
 //   leaf_sums, leaf_sums_backward  yes                                       where x is not given
 //   route, route_backward          yes                                       where x is not given
 //   missing                        none                                      where x is not given

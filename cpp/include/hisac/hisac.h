@@ -2,7 +2,9 @@
 // hisac: from histories of 10,000 behaviours to a few hundred tokens (HiSAC, arXiv 2602.21009). The map, in data order:
 //
 //   item embeddings --fit--> codebook
-//   x --encode--> codes --vote--> agents --prototypes, route--> tokens --attend--> candidates' features
+//   x --encode--> codes --vote--> agents --route--> tokens --attend--> candidates' features
+//
+// `compress` is the way from x, or codes, to tokens in one call.
 //
 // Every verb takes a Context (your workspace, your threads) and borrowed arrays, returns a Status, never throws, never
 // allocates. The calls that do allocate are Codebook::build, parse, load and save, ThreadPool::resize and executor,
@@ -18,6 +20,7 @@
 #include "array.h"
 #include "attend.h"
 #include "codebook.h"
+#include "compress.h"
 #include "context.h"
 #include "cuda.h"
 #include "encode.h"

@@ -4,6 +4,7 @@
 #include "codebook.h"
 #include "context.h"
 #include "histories.h"
+#include "vote.h"
 
 namespace hisac {
 
@@ -27,12 +28,16 @@ struct RouteParams {
   Precision precision = Precision::float32;
 };
 
-/// The agents of B users. Give the count of `vote`'s Agents too: without it absent agents, whose prototypes are zero,
-/// take part.
+/// The agents of B users; those of `vote` are such, where their prototypes were wanted. Give the count with bare
+/// prototypes of `vote`'s agents too: without it absent ones, whose prototypes are zero, take part.
 struct RouteAgents {
   Array<const float, 3> prototypes{};  // [B, M, D]
   Array<const int32_t, 1> count{};     // [B], null: M each
 };
+inline Agents::operator RouteAgents() const noexcept {
+  return {{prototypes.data, {prototypes.shape[0], prototypes.shape[1], prototypes.shape[2]}},
+          {count.data, {count.shape[0]}}};
+}
 
 struct Tokens {
   MutableRows tokens{};      // [B * M, V], v's type; data null: not wanted

@@ -17,13 +17,18 @@ struct VoteParams {
   int64_t fanout[kMaxLevels] = {};  // k_l >= 1 for each level; their product at most kMaxSeats
 };
 
+struct RouteAgents;
+
 /// Interest-agents, sorted by votes (down), then code (up); absent ones are -1 with 0 votes. An agent means nothing
 /// under another codebook: keep the fingerprint of its own with it, and `vote` and `prototypes` refuse the wrong one.
 struct Agents {
-  Array<int32_t, 3> codes;   // [B, M, L]
-  Array<int64_t, 2> votes;   // [B, M]
-  Array<int32_t, 1> count;   // [B]
-  uint64_t fingerprint = 0;  // the codebook's; 0: not kept, which `prototypes` of agents refuses
+  Array<int32_t, 3> codes;       // [B, M, L]
+  Array<int64_t, 2> votes;       // [B, M]
+  Array<int32_t, 1> count;       // [B]
+  uint64_t fingerprint = 0;      // the codebook's; 0: not kept, which `prototypes` of agents refuses
+  Array<float, 3> prototypes{};  // [B, M, D], what `route` compares x with; zero for an absent agent; null: not wanted
+
+  operator RouteAgents() const noexcept;  // as `route` takes them; hisac/route.h
 };
 
 /// M of these params: the budget, or the product of the fan-outs.
@@ -37,6 +42,8 @@ int64_t seats(const VoteParams& params, int levels) noexcept;
 /// A weight that is not above 0, or NaN, is no vote, and n does not count it; infinity is the largest float32. So all
 /// float weights of a user may be scaled by one factor. Votes are integers, so the order of up to 2^24 - 1 rows does
 /// not matter, nor does the number of threads. On the CPU each user is counted by one thread.
+///
+/// Where agents.prototypes are wanted, they are those of `prototypes`.
 ///
 /// Set agents.fingerprint to book.fingerprint() before the call: `vote` does not write it. `vote` refuses the
 /// fingerprint of another codebook, and takes a 0 for not set.

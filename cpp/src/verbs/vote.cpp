@@ -69,8 +69,12 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   if (!has_shape(out.codes, {users, m, levels}) || !has_shape(out.votes, {users, m}) || !has_shape(out.count, {users}))
     return Status::error(Code::invalid_argument, "vote: out expected codes %s, votes %s and count %s",
                          ShapeText({users, m, levels}).text, ShapeText({users, m}).text, ShapeText({users}).text);
+  if (out.prototypes) HISAC_TRY(check_shape("vote", "prototypes", {users, m, book.width()}, out.prototypes));
   if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
-  return call_backend("vote", &Backend::vote, context, book, params, in, out);
+  HISAC_TRY(call_backend("vote", &Backend::vote, context, book, params, in, out));
+  if (!out.prototypes) return {};
+  return code_prototypes(context, book, {out.codes.data, {users * m, levels}},
+                         {out.prototypes.data, {users * m, book.width()}});
 }
 
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {

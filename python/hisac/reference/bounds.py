@@ -24,8 +24,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   of x - c and p - c in those of x and of prototypes, since the kernels add up g (p - c) - g (x - c).
   On CUDA (`cuda=True`) these products, and those of `attend`, are of halves too, or rounded with precision="bfloat16".
 
-A bound is infinite where float32 overflows (anything but NaN will do), NaN where a NaN or infinite value went in or
-a gradient overflows (anything will do).
+A bound is infinite where logits overflow (anything but NaN will do), NaN where a NaN or infinite value went in, or a
+gradient or a sum of v overflows (anything will do).
 """
 
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) ->
         bound[a] = moved + (2 * _steps(n) + 8) * U * weighed + (extra + 2 * n * TINY) * size + 2 * (n + 64) * LEAST
         if np.isinf(e[:, a]).all() or np.isinf(e[z[:, a] > 0, a]).any():
             bound[a] = np.inf  # every logit overflows to -inf, or one to inf
-    bound = np.where(mass[:, None] & (n * size > HUGE), np.inf, bound)
+    bad = bad | (n * size > HUGE)  # sums may overflow to both infinities
     worst = np.where(np.isfinite(z), e, 0.0).max(0, initial=0.0)
     lse = np.where(mass, np.minimum(_log_error(f), worst) + (_steps(n) + 8 + 2 * np.abs(total)) * U, 0.0)
     return mean, np.where(mass[:, None] & bad, np.nan, bound), lse
@@ -207,9 +207,10 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
         for b, _, h in _users(args):
             logits = _Logits(h, normalize, _rounding(args, cuda), cuda)
             some, e = np.isfinite(verbs.logsumexp(logits.z, 0))[:, None], logits.e + 2 * logits.rounding
+            wrong = logits.rounding * (2 + logits.rounding)  # of a value, and of its weight, whose sum is not rounded
             for values, kind, to in ((h.v, dtype, tokens), (h.x, "float32", mean_x)):
                 size = np.abs(values).max(0, initial=0.0)
-                mean, bound, off = _sums(logits.z, e, values, size, logits.rounding)
+                mean, bound, off = _sums(logits.z, e, values, size, wrong)
                 to[b, h.agents] = np.where(some, _in_type(mean, bound + logits.flushed, kind), 0.0)
             lse[b, h.agents] = off
     wanted = args.get("tokens", True) and v is not None

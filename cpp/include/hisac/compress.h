@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The way from histories to tokens in one call.
+#pragma once
+#include "leaf_sums.h"
+#include "route.h"
+#include "vote.h"
+
+namespace hisac {
+
+/// leaf: `route` takes the leaf sums of the behaviours in their place, which is faster where many of them share a leaf.
+enum class Method : int32_t { exact, leaf };
+
+struct CompressParams {
+  VoteParams vote{};  // not read where agents are given
+  RouteParams route{};
+  Method method = Method::exact;
+  const Agents* agents = nullptr;  // of an earlier vote, with its fingerprint; null: the histories vote
+};
+
+struct Compressed {
+  Tokens tokens{};  // with Method::leaf of float32, whatever the type of v
+  Agents agents{};  // those that the histories voted for; null arrays are not wanted
+};
+
+/// `encode`, where the histories have no codes; `vote`, or the agents that are given; `prototypes`; `leaf_sums` with
+/// Method::leaf; `route`. Each verb means what its own header says. Reads every field of the histories. With x_ids,
+/// codes are needed: encode the table once. No array of `out` need be given but tokens.lse.
+///
+/// On the CPU leaf sums are made of some users after others, so that their scratch does not grow with the batch.
+Status compress(const Context& context, const Codebook& book, const CompressParams& params, const Histories& histories,
+                const Compressed& out) noexcept;
+/// Takes the same fields as the call. The verbs share the scratch: its size is that of what they hand on, and of the
+/// most that one of them needs.
+size_t compress_workspace(const Context& context, const Codebook& book, const CompressParams& params,
+                          const Histories& histories, const Compressed& out) noexcept;
+
+}  // namespace hisac

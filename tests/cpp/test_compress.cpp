@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// `compress` has the bits of the verbs it stands for, for every way through it, in a workspace of exactly its size.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "right.h"
+
+using namespace hisac;
+using test::Guarded;
+using test::Random;
+
+namespace {
+
+constexpr int64_t kWidth = 3, kValues = 2, kSeats = 6;
+
+struct Batch {
+  Batch(Random& random, const std::vector<int64_t>& lengths) : book(test::codebook(random, {6, 5}, kWidth)) {
+    for (int64_t n : lengths) bounds.push_back(bounds.back() + n);
+    x = test::uniform(random, bounds.back() * kWidth);
+    v = test::uniform(random, bounds.back() * kValues);
+    bias = test::uniform(random, bounds.back());
+    for (size_t i = 0; i < x.size(); i += 601) x[i] = std::numeric_limits<float>::quiet_NaN();
+    in.x = rows(x.data(), bounds.back(), kWidth);
+    in.v = rows(v.data(), bounds.back(), kValues);
+    in.offsets = offsets(bounds.data(), users());
+    in.bias = array<const float>(bias.data(), bounds.back());
+    params.vote.budget = kSeats;
+    params.route = {Normalize::agents, array<const float>(&tau, 1)};
+  }
+  int64_t users() const { return static_cast<int64_t>(bounds.size()) - 1; }
+
+  Codebook book;
+  std::vector<int64_t> bounds{0};
+  std::vector<float> x, v, bias;
+  float tau = 0.2f;
+  Histories in;
+  CompressParams params;
+};
+
+/// Every array of a result.
+struct Result {
+  explicit Result(const Batch& b)
+      : tokens(b.users() * kSeats * kValues),
+        lse(b.users() * kSeats),
+        mean_x(b.users() * kSeats * kWidth),
+        prototypes(b.users() * kSeats * kWidth),
+        codes(b.users() * kSeats * 2),
+        count(b.users()),
+        votes(b.users() * kSeats) {
+    const int64_t n = b.users();
+    out.tokens = {{tokens.data(), DType::float32, n * kSeats, kValues},
+                  array(lse.data(), n, kSeats),
+                  array(mean_x.data(), n, kSeats, kWidth)};
+    out.agents = {array(codes.data(), n, kSeats, 2), array(votes.data(), n, kSeats), array(count.data(), n),
+                  b.book.fingerprint(), array(prototypes.data(), n, kSeats, kWidth)};
+  }
+  bool intact() {
+    return tokens.intact() && lse.intact() && mean_x.intact() && prototypes.intact() && codes.intact() &&
+           count.intact() && votes.intact();
+  }
+  bool same_tokens(Result& o) {
+    return std::memcmp(tokens.data(), o.tokens.data(), test::size(tokens.count()) * 4) == 0 &&
+           std::memcmp(lse.data(), o.lse.data(), test::size(lse.count()) * 4) == 0;
+  }
+  bool same_agents(Result& o) {
+    return codes.values() == o.codes.values() && votes.values() == o.votes.values() &&
+           count.values() == o.count.values() && prototypes.values() == o.prototypes.values();
+  }
+
+  Guarded<float> tokens, lse, mean_x, prototypes;
+  Guarded<int32_t> codes, count;
+  Guarded<int64_t> votes;
+  Compressed out;
+};
+
+/// The verbs one by one.
+void by_hand(const Batch& b, Method method, Result& r) {
+  const int64_t t = b.bounds.back();
+  std::vector<int32_t> codes(test::size(t * 2));
+  Histories in = b.in;
+  in.codes = array<const int32_t>(codes.data(), t, 2);
+  REQUIRE(test::exactly(encode_workspace({}, b.book), nullptr,
+                        [&](const Context& c) { return encode(c, b.book, in.x, array(codes.data(), t, 2)); }));
+  REQUIRE(test::exactly(vote_workspace({}, b.book, b.params.vote, in), nullptr,
+                        [&](const Context& c) { return vote(c, b.book, b.params.vote, in, r.out.agents); }));
+  std::vector<float> x(test::size(t * kWidth)), v(test::size(t * kValues)), bias(test::size(t)), spread(test::size(t));
+  std::vector<int64_t> starts(test::size(b.users() + 1)), votes(test::size(t));
+  std::vector<int32_t> leaf(test::size(t * 2));
+  const LeafSums sums{
+      array(x.data(), t, kWidth), array(v.data(), t, kValues), {starts.data(), starts.data() + 1, b.users()},
+      array(leaf.data(), t, 2),   array(bias.data(), t),       array(spread.data(), t),
+      array(votes.data(), t)};
+  const Codebook* book = &b.book;
+  if (method == Method::leaf) {
+    REQUIRE(test::exactly(leaf_sums_workspace({}, b.book, in), nullptr,
+                          [&](const Context& c) { return leaf_sums(c, b.book, in, sums); }));
+    in = sums.histories();
+    book = nullptr;
+  }
+  REQUIRE(
+      test::exactly(route_workspace({}, book, b.params.route, in, r.out.agents, r.out.tokens), nullptr,
+                    [&](const Context& c) { return route(c, book, b.params.route, in, r.out.agents, r.out.tokens); }));
+}
+
+}  // namespace
+
+TEST_CASE("compress: the bits of its verbs") {
+  Random random{71};
+  // the second has more rows than leaf sums are made of at a time, of one user and of several
+  for (const std::vector<int64_t>& lengths :
+       {std::vector<int64_t>{3000, 0, 40, 2100, 1}, std::vector<int64_t>{70000, 100, 40000, 0, 30000, 66000}}) {
+    Batch b(random, lengths);
+    std::vector<int32_t> codes(test::size(b.bounds.back() * 2));
+    REQUIRE(test::exactly(encode_workspace({}, b.book), nullptr, [&](const Context& c) {
+      return encode(c, b.book, b.in.x, array(codes.data(), b.bounds.back(), 2));
+    }));
+    for (const Method method : {Method::exact, Method::leaf}) {
+      CAPTURE(static_cast<int>(method));
+      Result expected(b);
+      by_hand(b, method, expected);
+      b.params.method = method;
+      const auto run = [&](const Histories& in, const Compressed& out, int workers) {
+        test::Backwards manner{workers, 3};
+        const Executor executor = manner.executor();
+        const size_t bytes = compress_workspace(test::sizing(workers), b.book, b.params, in, out);
+        REQUIRE(
+            test::exactly(bytes, &executor, [&](const Context& c) { return compress(c, b.book, b.params, in, out); }));
+      };
+      for (const int workers : {1, 3}) {
+        Result whole(b), tokens_only(b), later(b);
+        run(b.in, whole.out, workers);
+        CHECK(whole.same_tokens(expected));
+        CHECK(whole.same_agents(expected));
+        CHECK(whole.mean_x.values() == expected.mean_x.values());
+
+        Histories coded = b.in;
+        coded.codes = array<const int32_t>(codes.data(), b.bounds.back(), 2);
+        tokens_only.out.agents = {};
+        tokens_only.out.tokens.mean_x = {};
+        run(coded, tokens_only.out, workers);
+        CHECK(tokens_only.same_tokens(expected));
+        CHECK(tokens_only.mean_x.holds(0x5a));
+
+        Agents kept = whole.out.agents;
+        for (const bool with_prototypes : {true, false}) {
+          if (!with_prototypes) kept.prototypes = {};
+          b.params.agents = &kept;
+          run(b.in, later.out, workers);
+          CHECK(later.same_tokens(expected));
+          CHECK(later.votes.holds(0x5a));
+        }
+        b.params.agents = nullptr;
+        CHECK((whole.intact() && tokens_only.intact() && later.intact()));
+      }
+    }
+  }
+}
+
+TEST_CASE("compress: a workspace made before the batch is there") {
+  Random random{72};
+  const Batch b(random, {300, 20, 0, 500});
+  Result r(b), expected(b);
+  for (const Method method : {Method::exact, Method::leaf}) {
+    CompressParams params = b.params;
+    params.method = method;
+    by_hand(b, method, expected);
+    Histories later = b.in;
+    later.offsets = {nullptr, nullptr, DType::int64, b.users()};
+    later.longest = 500;
+    test::Workspace workspace(compress_workspace({}, b.book, params, later, r.out));
+    CHECK(compress({workspace.array(), nullptr}, b.book, params, b.in, r.out).ok());
+    CHECK(r.same_tokens(expected));
+  }
+}
+
+TEST_CASE("compress: errors") {
+  const auto spoiled = [](auto spoil) {
+    Random random{73};
+    Batch b(random, {4, 2});
+    Result r(b);
+    CompressParams params = b.params;
+    Histories in = b.in;
+    spoil(params, in, r.out);
+    test::Workspace workspace(compress_workspace({}, b.book, params, in, r.out) / 64 * 64);
+    return compress({workspace.array(), nullptr}, b.book, params, in, r.out);
+  };
+  CHECK(std::string(spoiled([](auto&&...) {}).what()) == "");
+  test::invalid(spoiled([](auto&, Histories& in, auto&) { in.x = {}; }),
+                "compress: codes expected, or x to encode, got neither");
+  const int64_t ids[] = {0, 1, 2, 3, 4, 5};
+  test::invalid(spoiled([&](auto&, Histories& in, auto&) { in.x_ids = hisac::ids(ids, 6); }),
+                "compress: codes expected, or x to encode, got no codes beside x_ids: encode the table once and keep "
+                "them");
+  test::invalid(spoiled([](auto&, auto&, Compressed& out) { out.tokens.lse.shape[1] = 7; }),
+                "compress: lse expected [2, 6], got [2, 7]");
+  test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {}; }),
+                "vote: expected either budget or fanout, got neither");
+  test::invalid(spoiled([](auto&, Histories& in, auto&) { in.longest = 3; }),
+                "vote: longest expected at least 4, got 3");
+  const Agents other{{nullptr, {3, 6, 2}}, {}, {}};
+  test::invalid(spoiled([&](CompressParams& params, auto&, auto&) { params.agents = &other; }),
+                "compress: agents expected of 2 users, got [3, 6, 2]");
+  int32_t codes[24] = {}, count[2] = {};
+  const Agents foreign{array(codes, 2, 6, 2), {}, array(count, 2), 77};
+  const std::string refused = spoiled([&](CompressParams& params, auto&, auto&) { params.agents = &foreign; }).what();
+  CHECK(refused.find("prototypes: agents expected of codebook ") == 0);
+}
