@@ -47,14 +47,9 @@ class Codebook:
 
     @classmethod
     def fit(
-        cls,
-        x: Array,
-        sizes: int | Iterable[int] = (512, 512),
-        *,
-        iterations: int = 20,
-        seed: int = 0,
+        cls, x: Array, sizes: int | Iterable[int] = (512, 512), *, iterations: int = 20, seed: int = 0,
         progress: Progress | None = None,
-    ) -> "Codebook":
+    ) -> "Codebook":  # fmt: skip
         """Residual k-means, level by level; the same bits on any number of threads. sizes: the codes of each level, a
         number alone for one level.
 
@@ -88,16 +83,26 @@ class Codebook:
 
     @classmethod
     def from_faiss(cls, quantizer: Any) -> "Codebook":
-        """The codewords of a trained faiss.ResidualQuantizer. Its beam search may choose other codes than `encode`."""
-        sizes = [2 ** int(quantizer.nbits.at(level)) for level in range(quantizer.M)]
+        """The codewords of a trained faiss.ResidualQuantizer, or of the one in an index (its `rq`). Its beam search may
+        choose other codes than `encode`. Raises TypeError for what a codebook cannot express: a LocalSearchQuantizer
+        chooses its codewords together, not level by level; an IVF index subtracts a coarse centroid first."""
+        kind = type(quantizer).__name__
+        rq = quantizer if "IVF" in kind else getattr(quantizer, "rq", quantizer)
+        if type(rq).__name__ != "ResidualQuantizer" or not rq.is_trained:
+            raise TypeError(f"from_faiss: expected a trained ResidualQuantizer, or an index of one, got {kind}")
+        sizes = [2 ** int(rq.nbits.at(level)) for level in range(rq.M)]
         import faiss
 
-        flat = faiss.vector_to_array(quantizer.codebooks).reshape(-1, quantizer.d).astype(np.float32)
+        flat = faiss.vector_to_array(rq.codebooks).reshape(-1, rq.d).astype(np.float32)
         return cls(np.split(flat, np.cumsum(sizes)[:-1]))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Array]) -> "Codebook":
-        """The codewords of a vector-quantize-pytorch ResidualVQ: entries "...layers.N._codebook.embed" [1, C, D]."""
+        """The codewords of a vector-quantize-pytorch ResidualVQ: entries "...layers.N._codebook.embed" [1, C, D].
+
+        Where it has a project_in, they are of projected x. Raises ValueError for what codewords do not express: an
+        implicit neural codebook (mlps), affine parameters, and any other parameter of a layer.
+        """
         found: dict[str, dict[int, Array]] = {}
         for name, value in state.items():
             prefix, _, rest = f".{name}".rpartition(".layers.")
@@ -107,9 +112,14 @@ class Codebook:
         if len(found) > 1:
             raise ValueError(f"from_state_dict: expected one quantizer, got layers of {sorted(found)}; pass one's part")
         levels = next(iter(found.values()), {})
-        if sorted(levels) != list(range(len(levels))) or not levels:
+        got = sorted(levels)
+        if got != list(range(len(levels))) or not levels:
+            raise ValueError(f"from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels {got}")
+        start = "".join(f"{prefix}." for prefix in found if prefix)
+        known = tuple(f"._codebook.{field}" for field in ("embed", "embed_avg", "cluster_size", "initted"))
+        if odd := [n for n in state if n.startswith((f"{start}layers.", f"{start}mlps.")) and not n.endswith(known)]:
             raise ValueError(
-                "from_state_dict: expected layers.N._codebook.embed for N = 0, 1, .., got levels " + str(sorted(levels))
+                f"from_state_dict: expected codewords alone, got {odd[0]!r} too, which they do not express"
             )
         centers = []
         for _, value in sorted(levels.items()):
@@ -191,10 +201,9 @@ class Codebook:
         """codes [..., L] int32, or Agents of this codebook -> [..., D] float32: the codewords added from the root down;
         zero for an invalid code. Raises ValueError for agents of another codebook."""
         if isinstance(codes, Agents):
-            if codes.fingerprint != self.fingerprint:
-                raise ValueError(
-                    f"prototypes: agents expected of codebook {self.fingerprint:016x}, got {codes.fingerprint:016x}"
-                )
+            ours, theirs = self.fingerprint, codes.fingerprint
+            if theirs != ours:
+                raise ValueError(f"prototypes: agents expected of codebook {ours:016x}, got {theirs:016x}")
             codes = codes.codes
         return self._of_codes("prototypes", codes, (self.width,), FLOAT32)
 

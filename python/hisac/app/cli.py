@@ -1,30 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m hisac`: the demo, and the verbs over a user's files.
+"""Compress long user histories into a few hundred tokens (HiSAC, arXiv 2602.21009).
+
+  item embeddings --fit--> codebook
+  x --encode--> codes --vote--> interest-agents --route--> tokens
 
 Exit codes: 0; 2 for bad input (one line); 130 if interrupted; 141, without a word, if nobody reads what is printed.
-"""
+"""  # the head of --help; the ends are the docstrings of `files` and of the commands
 
 import argparse
+import inspect
 import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hisac
 
 from . import commands, demo, files
-
-TOP = """\
-Compress long user histories into a few hundred tokens (HiSAC, arXiv 2602.21009).
-
-  item embeddings --fit--> codebook
-  x --encode--> codes --vote--> interest-agents --route--> tokens
-"""
-
-FILES = """\
-Arrays: PATH or PATH:KEY, of .npy, .npz, .parquet or .safetensors. KEY is the array's name; in a .parquet file a column
-of numbers or lists, or several (a,b,c or e*). Values are float16 or float32 (float64 is converted)."""
 
 
 def line(text: str) -> str:
@@ -34,7 +27,10 @@ def line(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and whose texts keep their lines."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {line(message)} (see {self.prog} --help)\n")
@@ -56,20 +52,17 @@ def whole(text: str) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="python -m hisac", description=TOP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m hisac", description=__doc__, epilog=files.__doc__)
     parser.add_argument("--version", action="version", version=f"hisac {hisac.__version__}")
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def verb(name: str, run: Callable[..., None], text: str, more: str = FILES) -> argparse.ArgumentParser:
-        p = verbs.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+    def verb(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=inspect.getdoc(run))
         p.set_defaults(run=run)
         p.add_argument("--threads", type=whole, metavar="N", help="threads to use (default: all processors)")
         return p
 
-    p = verb("demo", demo.run, "the whole way on a bundled sample of purchases, in seconds: start here", "")
+    p = verb("demo", demo.run, "the whole way on a bundled sample of purchases, in seconds: start here")
     p.add_argument("--quick", action="store_true", help="a few requests only; its numbers mean little")
     p.add_argument("--png", default="hisac-demo.png", metavar="PATH", help="picture to write (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the codebook, the requests and the negatives (default: 0)")
@@ -77,43 +70,39 @@ def make_parser() -> Parser:
     p = verb("fit", commands.fit, "learn a codebook from item embeddings")
     p.add_argument("spec", metavar="X", help="embeddings [items, width]")
     p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
-    p.add_argument(
-        "--sizes", type=numbers, default=(512, 512), metavar="C,C", help="codes of each level (default: 512,512)"
-    )
+    p.add_argument("--sizes", type=numbers, default=(512, 512), metavar="C,C", help="codes a level (default: 512,512)")
     p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
     p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
 
     p = verb("encode", commands.encode, "give each embedding its codes, one a level")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
     p.add_argument("spec", metavar="X", help="embeddings [rows, width]")
-    p.add_argument("-o", "--out", required=True, metavar="CODES", help="codes [rows, levels] to write, .npy")
+    p.add_argument("-o", "--out", required=True, metavar="CODES", help="codes to write, .npz, .safetensors or .npy")
 
     p = verb("compress", commands.compress, "turn each user's history into tokens")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
-    p.add_argument(
-        "--x", dest="spec", required=True, metavar="X", help="semantic embedding of each behaviour [rows, width]"
-    )
-    p.add_argument("--v", metavar="V", help="what is aggregated, of each behaviour [rows, any width] (default: x)")
-    p.add_argument("--codes", metavar="CODES", help="codes of each behaviour, of `encode` (default: encode x now)")
-    users = p.add_mutually_exclusive_group(required=True)
-    users.add_argument("--user", metavar="IDS", help="user of each behaviour [rows]; a user's rows stand together")
+    p.add_argument("--x", dest="spec", required=True, metavar="X", help="semantic embeddings [rows, width]")
+    p.add_argument("--v", metavar="V", help="what is aggregated [rows, width] (default: x)")
+    p.add_argument("--codes", metavar="CODES", help="codes of X, of `encode` (default: encode x now)")
+    p.add_argument("--unchecked-codes", action="store_true", help="take CODES without the fingerprint of a codebook")
+    p.add_argument("--item", metavar="IDS", help="item of each behaviour, or a list of items for each user")
+    p.add_argument("--x-item", metavar="IDS", help="item of each row of X (default: 0, 1, 2, ..)")
+    p.add_argument("--v-item", metavar="IDS", help="item of each row of V (default: as X)")
+    users = p.add_mutually_exclusive_group()
+    users.add_argument("--user", metavar="IDS", help="user of each behaviour, or of each list of items")
     users.add_argument("--offsets", metavar="OFFSETS", help="[users + 1]: user b has rows OFFSETS[b] .. OFFSETS[b + 1]")
     rule = p.add_mutually_exclusive_group(required=True)
     rule.add_argument("--budget", type=whole, metavar="M", help="M tokens a user, seats in proportion to votes")
     rule.add_argument("--fanout", type=numbers, metavar="K,K", help="children kept a node and level (the paper's rule)")
     p.add_argument("--temperature", type=float, default=0.1, metavar="TAU", help="softness of routing (default: 0.1)")
-    p.add_argument(
-        "--normalize", choices=("history", "agents"), default="history",
-        help="softmax over the history, as the paper (default), or over the agents, better in the demo with --budget",
-    )  # fmt: skip
-    p.add_argument(
-        "-o", "--out", required=True, metavar="TOKENS",
-        help="tokens, lse, codes, votes, count, users and fingerprint to write, .npz or .safetensors",
-    )  # fmt: skip
+    p.add_argument("--normalize", choices=("history", "agents"), default="history", help="default: history")
+    p.add_argument("-o", "--out", required=True, metavar="TOKENS", help="tokens to write, .npz or .safetensors")
 
     p = verb("inspect", commands.inspect, "the health of a codebook: use of codes, dead codes, collisions, error")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
     p.add_argument("--x", dest="spec", metavar="X", help="embeddings [items, width] to try it on")
+    for name in ("fit", "encode", "compress", "inspect"):
+        verbs.choices[name].add_argument("--scale", metavar="S", help="of X of int8: a number, or an array [rows of X]")
     return parser
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import hisac
 
 from . import files
-from .files import Array
+from .files import Array, Column
 from .progress import fit_progress, progress
 
 ROWS = 2**16  # behaviours a step; a user with more is one step
@@ -19,28 +19,50 @@ ROWS = 2**16  # behaviours a step; a user with more is one step
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def checked(spec: str, name: str, dims: str, kinds: str, expected: str) -> Array:
-    """An array with the dimensions named in `dims`, such as "rows, levels", and a dtype of one of NumPy's `kinds`."""
-    array = files.read(spec)
+def checked(spec: str, name: str, dims: str, kinds: str | tuple[str, ...], expected: str) -> Array:
+    """An array with the dimensions named in `dims`, such as "rows, levels", of a dtype whose code begins as `kinds`."""
+    array: Array = files.read(spec)
     if array.ndim != dims.count(",") + 1:
         raise ValueError(f"{spec}: {name} is {list(array.shape)}, expected [{dims}]")
-    if array.dtype.kind not in kinds:
+    if not array.dtype.str[1:].startswith(kinds):
         raise ValueError(f"{spec}: {name} is {array.dtype}, expected {expected}")
     return array
 
 
-def matrix(spec: str, name: str) -> Array:
-    """x, v: [rows, width], float16 or float32."""
-    array = checked(spec, name, "rows, width", "f", "float16 or float32")
-    kind = np.float16 if array.dtype.itemsize == 2 else np.float32
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, kind)
+def matrix(spec: str, name: str, scale: str | None = None, book: Any = None) -> Array:
+    """x, v: [rows, width], float16 or float32; or int8 times `scale`, a number or an array [rows]. book: whose width
+    x has."""
+    kinds, expected = ("f", "floats, or int8 X with --scale") if scale is None else ("i1", "int8, as --scale is given")
+    array = checked(spec, name, "rows, width", kinds, expected)
+    if book is not None and array.shape[1] != book.width:
+        raise ValueError(f"{spec}: {name} is {list(array.shape)}, expected width {book.width}, the codebook's")
+    if scale is None:
+        kind = np.float16 if array.dtype.itemsize == 2 else np.float32
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array, kind)
+    factors = checked(scale, "scale", "rows", "f", "floats") if files.SPEC.fullmatch(scale) else np.r_[float(scale)]
+    if len(factors) not in (1, len(array)):
+        raise ValueError(f"{scale}: {len(factors)} rows, expected {len(array)}, as {name}")
+    return np.multiply(array, factors[:, None], dtype=np.float32, casting="unsafe")
 
 
 def integers(spec: str, name: str, dims: str) -> Array:
-    """codes, ids, offsets: integers with the dimensions named in `dims`."""
-    array = checked(spec, name, dims, "iu", "integers")
+    """codes, offsets: integers with the dimensions named in `dims`."""
+    array = checked(spec, name, dims, ("i", "u"), "integers")
     return np.asarray(array, array.dtype.newbyteorder("="))
+
+
+def ids(spec: str, name: str, dims: str = "rows") -> Column:
+    """Integers or strings, one a row; or, where `dims` says so, a list a row, as a matrix has."""
+    found = files.read(spec, loose=True)
+    values, lengths = found if isinstance(found, tuple) else (found, None)
+    if values.ndim == 2 and "lists" in dims:
+        values, lengths = values.reshape(-1), np.full(len(values), values.shape[1])
+    if values.ndim != 1 or (lengths is not None and "lists" not in dims):
+        raise ValueError(f"{spec}: {name} is {list(values.shape) if lengths is None else 'lists'}, expected [{dims}]")
+    if values.dtype.kind not in "iuOU":
+        raise ValueError(f"{spec}: {name} is {values.dtype}, expected integers or strings")
+    return values.astype(values.dtype.newbyteorder("="), copy=False), lengths
 
 
 def load_book(path: str) -> Any:
@@ -52,27 +74,65 @@ def load_book(path: str) -> Any:
         raise hisac.CorruptFileError(f"{path}: {error}") from error
 
 
-def same_width(book: Any, x: Array, spec: str) -> None:
-    if x.shape[1] != book.width:
-        raise ValueError(f"{spec}: x is {list(x.shape)}, expected width {book.width}, the codebook's")
+def codes_of(spec: str, book: Any, rows: int, unchecked: bool) -> Array:
+    """Codes [rows, levels] of `encode`, beside which the codebook's fingerprint stands; unchecked: or none."""
+    codes = integers(spec, "codes", "rows, levels")
+    codes = np.where((codes < 0) | (codes >= 2**31), -1, codes).astype(np.int32)
+    if codes.shape != (rows, book.levels):
+        raise ValueError(f"{spec}: codes is {list(codes.shape)}, expected {[rows, book.levels]}")
+    ours = f"{book.fingerprint:016x}"
+    try:
+        theirs = " ".join(f"{int(mark):016x}" for mark in np.ravel(files.read(spec, beside="fingerprint")))
+    except files.Refused:
+        theirs = ours if unchecked else "none (`encode` writes it to .npz and .safetensors; or give --unchecked-codes)"
+    if theirs != ours:
+        raise ValueError(f"{spec}: fingerprint of the codes' codebook expected {ours}, got {theirs}")
+    return codes
 
 
-def spans(users: str | None, offsets: str | None, rows: int) -> tuple[Array, Array]:
-    """(id of each user, offsets [users + 1] over `rows` behaviours), from either file."""
-    if users is not None:
-        ids = integers(users, "user", "rows")
-        if len(ids) != rows:
-            raise ValueError(f"{users}: {len(ids)} rows, expected {rows}, as x")
-        first = np.flatnonzero(np.r_[len(ids) > 0, ids[1:] != ids[:-1]])
-        names, runs = np.unique(ids[first], return_counts=True)
-        if (runs > 1).any():
-            raise ValueError(f"{users}: the rows of user {names[runs > 1][0]} do not stand together, sort by user")
-        return ids[first], np.append(first, rows)
-    assert offsets is not None
-    found = integers(offsets, "offsets", "users + 1").astype(np.int64)
-    if len(found) == 0 or found[0] < 0 or found[-1] > rows or (np.diff(found) < 0).any():
-        raise ValueError(f"{offsets}: expected offsets that never fall, within 0 .. {rows}, the rows of x")
-    return np.arange(len(found) - 1), found
+def rows_of(items: Array, item: str, names: str | None, table: str, size: int) -> Array:
+    """The row of each item in the table, x or v, of `size` rows: by the names of these, or its number; -1 for none."""
+    if names is None and items.dtype.kind not in "iu":
+        raise ValueError(f"{item}: item is strings, expected integers, the rows of {table}, or --{table}-item")
+    there = range(size) if names is None else ids(names, f"{table}-item")[0].tolist()
+    if len(there) != size:
+        raise ValueError(f"{names}: {len(there)} rows, expected {size}, as {table}")
+    row = dict(zip(there, range(size), strict=True))
+    if twice := [name for i, name in enumerate(there) if row[name] != i]:
+        raise ValueError(f"{names}: item {twice[0]} has several rows, expected one")
+    found = np.empty(len(items), np.int64)
+    for begin in range(0, len(items), ROWS):
+        found[begin : begin + ROWS] = [row.get(name, -1) for name in items[begin : begin + ROWS].tolist()]
+    lost = items[found < 0]
+    if there and 0 < len(lost) == len(items):
+        raise ValueError(f"{item}: expected items of {table}, such as {there[0]!r}, got none, but {lost.tolist()[0]!r}")
+    if len(lost):
+        print(f"{item}: {len(lost):,} behaviours of {len(np.unique(lost)):,} items without a row of {table}")
+    return found
+
+
+def spans(user: str | None, offsets: str | None, rows: int, lengths: Array | None) -> tuple[Array, Array]:
+    """(id of each user, offsets [users + 1] over `rows` behaviours), from either file, or of lists of these lengths."""
+    if (offsets is None) == (user is None and lengths is None):
+        raise ValueError("expected one of --user, --offsets and an --item of lists, whose users --user may name")
+    if lengths is not None:
+        bounds = np.append(0, np.cumsum(lengths, dtype=np.int64))
+    elif offsets is not None:
+        bounds = integers(offsets, "offsets", "users + 1").astype(np.int64)
+        if len(bounds) == 0 or bounds[0] < 0 or bounds[-1] > rows or (np.diff(bounds) < 0).any():
+            raise ValueError(f"{offsets}: expected offsets that never fall, within 0 .. {rows}, the behaviours")
+    if user is None:
+        return np.arange(len(bounds) - 1), bounds
+    who, wanted = ids(user, "user")[0], rows if lengths is None else len(lengths)
+    if len(who) != wanted:
+        raise ValueError(f"{user}: {len(who)} rows, expected {wanted}, as there are behaviours or lists")
+    if lengths is None:
+        first = np.flatnonzero(np.r_[len(who) > 0, who[1:] != who[:-1]])
+        who, bounds = who[first], np.append(first, rows)
+    names, runs = np.unique(who, return_counts=True)
+    if (runs > 1).any():
+        raise ValueError(f"{user}: user {names[runs > 1][0]} has several histories, expected one; sort rows by user")
+    return who.astype(str) if who.dtype == object else who, bounds
 
 
 def steps(offsets: Array) -> Iterator[tuple[int, int]]:
@@ -87,9 +147,11 @@ def steps(offsets: Array) -> Iterator[tuple[int, int]]:
 # -------------------------------------------------------------------------------------------------------------- verbs
 
 
-def fit(spec: str, out: str, *, sizes: tuple[int, ...], iterations: int, seed: int) -> None:
+def fit(spec: str, out: str, *, scale: str | None, sizes: tuple[int, ...], iterations: int, seed: int) -> None:
+    """X is of items, each once: items.npy, items.parquet:embedding (a column of lists), items.parquet:e* (columns).
+    It is float16 or float32, or int8 with --scale. BOOK is a .safetensors file, and what it holds has a fingerprint."""
     files.check_out(out, (".safetensors",))
-    x = matrix(spec, "x")
+    x = matrix(spec, "x", scale)
     with fit_progress(len(sizes), iterations) as tell:
         book = hisac.fit(x, sizes, iterations=iterations, seed=seed, progress=tell)
     with files.aside(out) as f:
@@ -112,27 +174,72 @@ def encode_rows(book: Any, x: Array) -> Array:
     return codes
 
 
-def encode(path: str, spec: str, out: str) -> None:
-    files.check_out(out, (".npy",))
-    book, x = load_book(path), matrix(spec, "x")
-    same_width(book, x, spec)
-    codes = encode_rows(book, x)
-    files.write(out, {"codes": codes})
+def encode(path: str, spec: str, out: str, *, scale: str | None) -> None:
+    """CODES are [rows, levels] int32, -1 for a row with a NaN or an infinity. In .npz and .safetensors they are named
+    `codes`, and the codebook's `fingerprint` stands beside them, so that `compress --codes` can refuse those of another
+    codebook. In .npy they stand alone, and `compress` takes them with --unchecked-codes only."""
+    files.check_out(out, (".npy", ".npz", ".safetensors"))
+    book = load_book(path)
+    codes = encode_rows(book, matrix(spec, "x", scale, book))
+    mark = {} if out.endswith(".npy") else {"fingerprint": np.array([book.fingerprint], np.uint64)}
+    files.write(out, {"codes": codes, **mark})
     absent = int((codes < 0).any(1).sum())
     print(f"{out}: codes {list(codes.shape)} int32" + (f", {absent:,} rows of -1 (NaN or infinity)" if absent else ""))
 
 
 def compress(
-    path: str, spec: str, out: str, *, v: str | None, codes: str | None, user: str | None, offsets: str | None,
+    path: str, spec: str, out: str, *, scale: str | None, v: str | None, codes: str | None, unchecked_codes: bool,
+    item: str | None, x_item: str | None, v_item: str | None, user: str | None, offsets: str | None,
     budget: int | None, fanout: tuple[int, ...] | None, temperature: float, normalize: str,
 ) -> None:  # fmt: skip
+    """Tables of events and of items, the commonest case. A row of events is a behaviour; a user's rows stand together:
+
+      --x items.parquet:embedding --x-item items.parquet:id --user events.parquet:user --item events.parquet:item
+
+    A table with a row for each user, and a list of items of any length:
+
+      --x items.parquet:embedding --x-item items.parquet:id --user users.parquet:id --item users.parquet:items
+
+    An embedding in each event, without a table of items:
+
+      --x events.parquet:embedding --user events.parquet:user
+
+    Users and items are integers or strings, in .csv files too (events.csv:item); items and --x-item are the same kind.
+    With --item, X is a table of items: each is encoded once, and CODES are of its rows. Without --x-item an item is a
+    row number of X, from 0. A behaviour whose item has no row in X is left out, and such are counted.
+
+    V has a row for each row of X; or one for each behaviour; or one for each of --v-item. A behaviour whose item has no
+    row in V votes, but is not aggregated.
+
+    CODES are checked: `encode` writes the fingerprint of their codebook into .npz and .safetensors files.
+
+    --normalize: the softmax is over a user's behaviours (history, as in the paper), or over the agents, which is better
+    in the demo with --budget.
+
+    TOKENS holds, for each user, in the order they came: users (integers, or strings, which only .npz can hold), tokens
+    [users, M, width of V], lse [users, M], the agents' codes [users, M, levels] and votes [users, M], and their count
+    [users]; and the codebook's fingerprint. With --offsets, or lists without --user, users are 0, 1, 2, .."""
     files.check_out(out, (".npz", ".safetensors"))
-    book, x = load_book(path), matrix(spec, "x")
-    same_width(book, x, spec)
+    book = load_book(path)
+    x = matrix(spec, "x", scale, book)
     values = x if v is None else matrix(v, "v")
-    if len(values) != len(x):
+    items, x_ids, v_ids, lengths = x, None, None, None
+    if item is not None:
+        items, lengths = ids(item, "item", "rows] or [users, lists")
+        x_ids = v_ids = rows_of(items, item, x_item, "x", len(x))
+        if v_item is not None:
+            v_ids = rows_of(items, item, v_item, "v", len(values))
+        elif v is not None and len(values) == len(items):
+            v_ids = None
+            if len(x) == len(items):
+                raise ValueError(f"{v}: {len(x)} rows, as x and as there are behaviours; name its items with --v-item")
+    elif x_item or v_item:
+        raise ValueError("--x-item and --v-item need an --item")
+    if v_item is None and len(values) not in (len(x), len(items)):
         raise ValueError(f"{v}: v is {list(values.shape)}, expected {len(x)} rows, as x")
-    ids, bounds = spans(user, offsets, len(x))
+    who, bounds = spans(user, offsets, len(items), lengths)
+    if who.dtype.kind == "U" and out.endswith(".safetensors"):
+        raise ValueError(f"{out}: users are strings, expected .npz")
 
     def results(batch: hisac.Histories) -> dict[str, Array]:
         """What is written of some histories."""
@@ -140,33 +247,28 @@ def compress(
         votes = {"codes": made.agents.codes, "votes": made.agents.votes, "count": made.agents.count}
         return {"tokens": made.tokens, "lse": made.lse, **votes}
 
-    none = np.empty((0, book.levels), np.int32)
-    nobody = results(hisac.Histories(x[:0], values[:0], [0], none))  # refuses bad options before any work
-    if codes is None:
-        own = encode_rows(book, x)
-    else:
-        own = integers(codes, "codes", "rows, levels")
-        own = np.where((own < 0) | (own >= 2**31), -1, own).astype(np.int32)
-        if own.shape != (len(x), book.levels):
-            raise ValueError(f"{codes}: codes is {list(own.shape)}, expected {[len(x), book.levels]}")
-    whole = {name: np.empty((len(ids), *array.shape[1:]), array.dtype) for name, array in nobody.items()}
-    with progress("compress users", len(ids)) as advance:
+    # refuses bad options before any work
+    nobody = results(hisac.Histories(x[:0], values[:0], [0], np.empty((0, book.levels), np.int32)))
+    own = encode_rows(book, x) if codes is None else codes_of(codes, book, len(x), unchecked_codes)
+    whole = {name: np.empty((len(who), *array.shape[1:]), array.dtype) for name, array in nobody.items()}
+    with progress("compress users", len(who)) as advance:
         for begin, end in steps(bounds):
             some = bounds[begin:end], bounds[begin + 1 : end + 1]
-            for name, part in results(hisac.Histories(x, values, some, own)).items():
+            for name, part in results(hisac.Histories(x, values, some, own, x_ids, v_ids)).items():
                 whole[name][begin:end] = part
             advance(end - begin)
-    files.write(out, {**whole, "users": ids, "fingerprint": np.array([book.fingerprint], np.uint64)})
+    files.write(out, {**whole, "users": who, "fingerprint": np.array([book.fingerprint], np.uint64)})
     tokens, count = whole["tokens"], whole["count"]
     print(
         f"{out}: tokens {list(tokens.shape)} {tokens.dtype} of {bounds[-1] - bounds[0]:,} behaviours;"
-        f" agents a user: {count.mean() if len(ids) else 0:.1f} of {tokens.shape[1]}"
+        f" agents a user: {count.mean() if len(who) else 0:.1f} of {tokens.shape[1]}"
     )
 
 
-def inspect(path: str, spec: str | None) -> None:
+def inspect(path: str, spec: str | None, *, scale: str | None) -> None:
+    """Without X: the codebook alone. With it: how many codes its rows use, how evenly, and how far away they are."""
     book = load_book(path)
-    seen = None if spec is None else tried_on(book, spec)
+    seen = None if spec is None else tried_on(book, spec, scale)
     leaves = int(np.prod([float(size) for size in book.sizes]))
     print(
         f"{path}: {book.levels} level{'s' * (book.levels > 1)}, {' x '.join(map(str, book.sizes))} codes,"
@@ -180,10 +282,9 @@ def inspect(path: str, spec: str | None) -> None:
         print(f"\n{seen}")
 
 
-def tried_on(book: Any, spec: str) -> str:
+def tried_on(book: Any, spec: str, scale: str | None) -> str:
     """How the codebook does on the rows of a file, as text."""
-    x = matrix(spec, "x")
-    same_width(book, x, spec)
+    x = matrix(spec, "x", scale, book)
     codes = encode_rows(book, x)
     present = (codes >= 0).all(1)
     if not present.any():

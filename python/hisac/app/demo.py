@@ -10,7 +10,7 @@ import hisac
 from . import explain, files, protocol, trial
 from .progress import fit_progress, progress
 from .protocol import FITTED_WEEKS, TEST_WEEKS, VALIDATION_WEEKS, Auc, Events, Floats, Ints, Requests, gauc, user_aucs
-from .trial import SETTINGS, SIZES, Cost, World, budget, fan_out
+from .trial import SETTINGS, SIZES, Costs, World, budget, fan_out
 
 CODES = (64, 128)  # with the fit on purchases, the best of a few on validation weeks
 LONG = 10_000
@@ -44,12 +44,6 @@ vs most recent M: paired difference (the floors: M = {largest}); repeat, new: GA
 cold: first request (tokens: vote, route, score; rows: fetch, score). cached: score alone. ids: 4 bytes a behaviour, 8
 an agent (it names the agents; the tokens need the history). rows: float32 kept a user. pays at: the request from which
 kept tokens cost less than scoring the full history's kept rows. *: timing only, that history repeated with noise."""
-
-OWN = """\
-Your own files (.npy, .npz, .parquet, .safetensors):
-  python -m hisac fit items.npy --sizes 128,128 -o book.safetensors
-  python -m hisac compress book.safetensors --x events.npy --user users.npy \\
-      --budget 100 --normalize agents -o tokens.npz"""
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -85,13 +79,11 @@ def interval(value: tuple[float, float, float], sign: str = "") -> str:
     return "{} [{}, {}]".format(*(number(v, sign) for v in value))
 
 
-def make_rows(
-    found: dict[str, Quality], cost: dict[str, Cost], long: dict[str, Cost], resamples: int
-) -> list[list[Row]]:
+def make_rows(found: dict[str, Quality], cost: Costs, long: Costs, resamples: int) -> list[list[Row]]:
     """The table's blocks: the floors, the methods for each M, then the timing-only history."""
     compressed = {s.name for s in SETTINGS}
 
-    def spent(name: str, cost: dict[str, Cost]) -> Row:
+    def spent(name: str, cost: Costs) -> Row:
         c = cost[name]
         pays = trial.pays_at(c, cost["full history"]) if name in compressed else None
         return f"{c.cold_ms:.3g}", f"{c.cached_ms:.3g}", f"{c.ids:,}", f"{c.rows:,}", "-" if pays is None else str(pays)
@@ -167,7 +159,8 @@ def fit_world(events: Events, size: Size, seed: int) -> World:
 
 
 def run(*, quick: bool, png: str, seed: int) -> None:
-    """The demo, printed; the picture goes to `png`."""
+    """It prints what the sample is, the quality and the time of each method, and one household's agents in words. The
+    picture is of these agents: what voted for them, and what each one reads."""
     files.check_out(png, (".png",))
     size = QUICK if quick else FULL
     events = protocol.load()
@@ -214,4 +207,4 @@ def run(*, quick: bool, png: str, seed: int) -> None:
     texts = [events.texts[k] for k in w.row[rows]]
     tau = taus[budget(SIZES[0]).name]
     explain.user(w.book, w.codes[rows], w.x[rows], texts, name=f"Household {test.user[b]}", tau=tau, png=png)
-    print(f"\n{OWN}")
+    print("\nYour own tables, .parquet or .csv, and arrays: python -m hisac fit --help, then compress --help")

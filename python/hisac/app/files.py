@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's arrays in .npy, .npz, .parquet and .safetensors files, read strictly and written whole or not at all.
+"""Arrays are read from .csv, .npy, .npz, .parquet and .safetensors files, and written whole or not at all.
 
-An array is named PATH or PATH:KEY. KEY is the array's name in a .npz or .safetensors file; in a .parquet file it is a
-column (of numbers or of equally long lists), or several with commas or a `*`, which become the columns of a matrix.
-Without KEY the file must hold one array; a .parquet file without KEY gives all its columns.
+An array is named PATH or PATH:KEY. In .npz and .safetensors, KEY is the array's name; without one the file must hold
+one array, beside which a fingerprint may stand. In a table, .parquet or .csv, KEY is a column. A matrix is a column of
+lists of one length, or several columns: a,b,c or e*, or all where there is no KEY. A .csv file has a header. Its
+columns are integers, where all are written as integers are (not 007), or floats, or strings. Reading tables needs
+pyarrow. Embeddings are float16 or float32 (float64 is converted), or int8 with --scale.
 """
 
 import difflib
@@ -19,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +34,9 @@ Array = NDArray[Any]
 
 MOST_HEADER = 100 * 2**20  # bytes of a safetensors header; a longer one is a hostile or broken file
 MOST_NAMES = 8  # in a message
-BATCH = 2**14  # rows of a parquet file in memory at once; 2^17 values each still fit the int32 offsets of lists
+# Rows of a table in Arrow's memory at once, and of a Column. Lists of 2^17 values, and of 2^15 strings of 60 bytes,
+# still fit int32 offsets.
+BATCH, LOOSE = 2**14, 2**10
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2",
@@ -47,22 +52,28 @@ class Refused(ValueError):
     """What is wrong with the question, not with the file."""
 
 
-def read(spec: str) -> Array:
-    """The array that `spec` (PATH or PATH:KEY) names.
+Column = tuple[Array, Array | None]
+"""Of a table: numbers, or strings as objects, equal ones the same object; and, where the rows are lists, the length of
+each, whose values then stand one list after the other."""
 
-    Returns a NumPy array; a .npy file is mapped (changes stay in memory); bfloat16 becomes float32. Raises ValueError
-    (unknown ending, no such key), CorruptFileError, OSError.
+
+def read(spec: str, *, loose: bool = False, beside: str | None = None) -> Any:
+    """The array that `spec` (PATH or PATH:KEY) names, or that of the key `beside` in the same file.
+
+    Returns a NumPy array; a .npy file is mapped (changes stay in memory); bfloat16 becomes float32. loose: of a table
+    its Column, which may have strings, and lists of any length. Raises ValueError (unknown ending, no such key),
+    CorruptFileError, OSError.
     """
     match = SPEC.fullmatch(spec)
     if match is None:
         raise ValueError(f"{spec}: unknown kind of file, expected PATH or PATH:KEY with {', '.join(READERS)}")
-    path, key = Path(match["path"]), match["key"]
+    path, key = Path(match["path"]), beside or match["key"]
     if not path.is_file():  # opening a FIFO would wait
         raise FileNotFoundError(f"{path}: no {'regular' if path.exists() else 'such'} file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return READERS[path.suffix](path, key)
+            return READERS[path.suffix](path, key, loose)
     except Exception as error:  # whatever a damaged file brings about
         if isinstance(error, (Refused, CorruptFileError)) or (isinstance(error, OSError) and error.filename):
             raise
@@ -85,16 +96,16 @@ def few(names: Sequence[str], wanted: str | None) -> str:
 
 
 def pick(path: Path, names: Sequence[str], key: str | None) -> str:
-    """The name to read: `key`, or the only one there is."""
-    if key is None and len(names) == 1:
-        return names[0]
+    """The name to read: `key`, or the only one there is beside a fingerprint."""
+    if key is None and len(others := [name for name in names if name != "fingerprint"]) == 1:
+        return others[0]
     if key is None or key not in names:
         asked = "several arrays, none named" if key is None else f"no array {key!r}"
         raise Refused(f"{path}: {asked}; expected {path.name}:KEY with KEY one of {few(sorted(names), key)}")
     return key
 
 
-def read_npy(path: Path, key: str | None) -> Array:
+def read_npy(path: Path, key: str | None, loose: bool) -> Array:
     if key is not None:
         raise Refused(f"{path}: a .npy file holds one array, got the key {key!r}")
     array: np.memmap[Any, Any] = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -103,7 +114,7 @@ def read_npy(path: Path, key: str | None) -> Array:
     return array
 
 
-def read_npz(path: Path, key: str | None) -> Array:
+def read_npz(path: Path, key: str | None, loose: bool) -> Array:
     with zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         with archive.open(members[pick(path, list(members), key)]) as member:
@@ -113,67 +124,121 @@ def read_npz(path: Path, key: str | None) -> Array:
             return array
 
 
-def read_parquet(path: Path, key: str | None) -> Array:
-    """Columns as one array [T] or [T, D], made batch by batch: no column is in memory twice."""
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def read_table(path: Path, key: str | None, loose: bool) -> Array | Column:
+    """Columns of .parquet or .csv as an array [T] or [T, D], or one as a Column, copied from Arrow batch by batch: no
+    column is in memory twice."""
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
+        from pyarrow import csv, parquet
     except ImportError:
-        raise Refused(f"{path}: reading .parquet needs pyarrow, try: pip install pyarrow") from None
+        raise Refused(f"{path}: reading {path.suffix} needs pyarrow, try: pip install pyarrow") from None
     with open(path, "rb") as f:
-        file = pq.ParquetFile(f, pre_buffer=False, buffer_size=2**20)  # reads no more than it decodes
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-        names = schema.names if key is None else [n for k in key.split(",") for n in matching(path, schema.names, k)]
-        batches = file.iter_batches(BATCH, columns=names)
-        batch = next(batches, None) or pa.RecordBatch.from_pylist([], schema)
-        parts, end = [numbers(path, name, batch.column(name), None) for name in names], 0
-        widths = [part.shape[1] for part in parts]
-        out: Array = np.empty((rows, sum(widths)), np.result_type(*parts))
-        while batch:
-            parts = [numbers(path, name, batch.column(name), width) for name, width in zip(names, widths, strict=True)]
-            begin, end = end, end + len(parts[0])
-            np.concatenate(parts, axis=1, out=out[begin:end])
-            batch = next(batches, None)
-    if end != rows:
-        raise ValueError(f"expected {rows} rows, got {end}")
-    return out if len(names) > 1 or schema.field(names[0]).type.num_fields else out[:, 0]
+        if path.suffix == ".csv":
+            names = columns(path, csv.open_csv(f).schema.names, key, loose)
+            f.seek(0)
+            kinds, missing = dict.fromkeys(names, pa.string()), {"null_values": [""], "strings_can_be_null": True}
+            options = csv.ConvertOptions(include_columns=list(kinds), column_types=kinds, **missing)
+            texts = csv.read_csv(f, convert_options=options)
+            table = pa.table({name: typed(texts[name]) for name in kinds})
+            schema, rows, batches = table.schema, len(table), iter(table.to_batches(BATCH))
+        else:
+            file = parquet.ParquetFile(f, pre_buffer=False, buffer_size=2**20)  # reads no more than it decodes
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            names = columns(path, schema.names, key, loose)
+            batches = file.iter_batches(LOOSE if loose else BATCH, columns=names)
+        first = next(batches, None) or pa.RecordBatch.from_pylist([], schema)
+        return gather(path, names, rows, chain([first], batches), {} if loose else None)
 
 
-def matching(path: Path, names: list[str], pattern: str) -> list[str]:
-    found = [n for n in names if n == pattern] or [n for n in names if fnmatchcase(n, pattern)]
-    if not found:
-        raise Refused(f"{path}: no column {pattern!r}; expected some of {few(names, pattern)}")
+def columns(path: Path, there: list[str], key: str | None, loose: bool) -> list[str]:
+    """The columns that `key` names, or all; loose: one."""
+    if loose:
+        return [pick(path, there, key)]
+    found = []
+    for pattern in (key or "*").split(","):
+        some = [n for n in there if n == pattern] or [n for n in there if fnmatchcase(n, pattern)]
+        if not some and key:
+            raise Refused(f"{path}: no column {pattern!r}; expected some of {few(there, pattern)}")
+        found += some
     return found
 
 
-def numbers(path: Path, name: str, column: Any, width: int | None) -> Array:
-    """[n, D]: a piece of a parquet column, of numbers (D = 1) or of lists of `width` each; a missing float is NaN."""
+def typed(texts: Any) -> Any:
+    """A column of .csv, read as strings: integers where each is written as one is (not 007), or floats, or strings."""
+    import pyarrow as pa
+
+    for kind in (pa.int64(), pa.uint64(), pa.float64()):
+        with suppress(pa.ArrowInvalid):
+            found = texts.cast(kind)
+            return found if kind == pa.float64() or found.cast(texts.type).equals(texts) else texts
+    return texts
+
+
+def gather(path: Path, names: list[str], rows: int, batches: Any, known: dict[str, str] | None) -> Array | Column:
+    """What `read_table` returns, of one batch or more; known: for the strings of a Column, None for an array."""
+    sizes: list[Any] = []
+    widths, seen = [-1] * len(names), 0
+    for batch in batches:
+        if known is None:
+            parts = [numbers(path, name, batch.column(name), width) for name, width in zip(names, widths, strict=True)]
+            values, lengths, widths = np.concatenate(parts, axis=1), None, [part.shape[1] for part in parts]
+        else:
+            values, lengths = pieces(path, names[0], batch.column(names[0]), known)
+        if not seen:
+            out: Array = np.empty((0, *values.shape[1:]), values.dtype)
+        begin, seen = len(out), seen + len(batch)
+        out.resize((begin + len(values), *values.shape[1:]), refcheck=False)  # in place, where the system can
+        out[begin:] = values
+        sizes.append(lengths)
+    if seen != rows:
+        raise ValueError(f"expected {rows} rows, got {seen}")
+    if known is None:
+        return out if len(names) > 1 or batch.schema.field(names[0]).type.num_fields else out[:, 0]
+    return out, None if lengths is None else np.concatenate(sizes)
+
+
+def numbers(path: Path, name: str, column: Any, width: int) -> Array:
+    """[n, D]: a piece of a column, of numbers (D = 1) or of lists of `width` each, -1 for any."""
+    values, lengths = pieces(path, name, column, None)
+    found = np.unique(np.ones(1, int) if lengths is None else lengths)
+    found = found if width < 0 else np.union1d(found, width)
+    if len(found) > 1:
+        text = f"expected one length, got {found[0]} to {found[-1]}"
+        raise Refused(f"{path}: lists of column {name!r} differ in length, {text}")
+    return values.reshape(len(column), found[0] if len(found) else getattr(column.type, "list_size", 0))
+
+
+def pieces(path: Path, name: str, column: Any, known: dict[str, str] | None) -> Column:
+    """A piece of a column; a missing float is NaN. known: the strings before it; None where there may be none."""
     import pyarrow.types as pt
 
-    kind = column.type
-    lists = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-    value = kind.value_type if lists else kind
-    if not (pt.is_integer(value) or pt.is_floating(value) or pt.is_boolean(value)):
-        raise Refused(f"{path}: column {name!r} is {kind}, expected numbers or lists of numbers")
-    values, lengths = column, np.ones(1, int)
-    if lists:
-        if column.null_count:
-            raise Refused(f"{path}: column {name!r} has missing rows, expected a list in each")
-        values, lengths = column.flatten(), np.unique(column.value_lengths().to_numpy(zero_copy_only=False))
-        lengths = lengths if width is None else np.union1d(lengths, width)
-        if len(lengths) > 1:
-            text = f"expected one length, got {lengths[0]} to {lengths[-1]}"
-            raise Refused(f"{path}: lists of column {name!r} differ in length, {text}")
-    if values.null_count and not pt.is_floating(value):
-        raise Refused(f"{path}: column {name!r} of {value} has missing numbers, expected none")
-    array: Array = values.to_numpy(zero_copy_only=False)
-    return array.reshape(len(column), lengths[0] if len(lengths) else getattr(kind, "list_size", 0))
+    lists = pt.is_list(column.type) or pt.is_large_list(column.type) or pt.is_fixed_size_list(column.type)
+    values = column.flatten() if lists else column
+    if pt.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind, what = values.type, "numbers" if known is None else "numbers or strings"
+    words = known is not None and (pt.is_string(kind) or pt.is_large_string(kind))
+    if not (words or pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)):
+        raise Refused(f"{path}: column {name!r} is {column.type}, expected {what} or lists of {what}")
+    if lists and column.null_count:
+        raise Refused(f"{path}: column {name!r} has missing rows, expected a list in each")
+    if values.null_count and not pt.is_floating(kind):
+        raise Refused(f"{path}: column {name!r} of {kind} has missing {what}, expected none")
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False) if lists else None
+    if known is not None and words:
+        values = values.dictionary_encode()
+        texts = np.array([known.setdefault(text, text) for text in values.dictionary.to_pylist()], object)
+        return texts[values.indices.to_numpy(zero_copy_only=False)], lengths
+    return values.to_numpy(zero_copy_only=False), lengths
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors
 
 
-def read_safetensors(path: Path, key: str | None) -> Array:
+def read_safetensors(path: Path, key: str | None, loose: bool) -> Array:
     """One tensor of a safetensors file: 8 bytes of header length, a JSON header, then the bytes, without gaps."""
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -257,7 +322,9 @@ def to_safetensors(arrays: Mapping[str, Array]) -> list[bytes]:
     return [len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())]
 
 
-READERS = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet, ".safetensors": read_safetensors}
+READERS = {
+    ".csv": read_table, ".npy": read_npy, ".npz": read_npz, ".parquet": read_table, ".safetensors": read_safetensors,
+}  # fmt: skip
 SPEC = re.compile(rf"(?P<path>.*({'|'.join(map(re.escape, READERS))}))(:(?P<key>.+))?", re.DOTALL)
 
 

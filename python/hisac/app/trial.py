@@ -159,6 +159,9 @@ class Cost(NamedTuple):
     rows: int
 
 
+Costs = dict[str, Cost]  # {method: Cost}
+
+
 def median_ms(call: Callable[[], Any], repetitions: int) -> float:
     call()
     times = []
@@ -191,7 +194,7 @@ def token_cost(w: World, rows: slice, s: Setting, tau: float, q: Floats, repetit
     return cost_of(lambda: compress(w, starts, ends, s, tau), q, 8 * s.seats, kept, repetitions)
 
 
-def lookup_cost(w: World, rows: slice, item: Ints, repetitions: int) -> dict[str, Cost]:
+def lookup_cost(w: World, rows: slice, item: Ints, repetitions: int) -> Costs:
     """Of the two floors that look numbers up."""
     size, history, shelf = len(w.events.text_of_item), w.events.item[rows], popularity(w.events)
     counts = np.bincount(history, minlength=size)
@@ -204,10 +207,8 @@ def lookup_cost(w: World, rows: slice, item: Ints, repetitions: int) -> dict[str
     }
 
 
-def costs(
-    w: World, rows: slice, q: Floats, taus: dict[str, float], repetitions: int, advance: Advance
-) -> dict[str, Cost]:
-    """{method: Cost} of the full history, the most recent rows and every setting, for one history."""
+def costs(w: World, rows: slice, q: Floats, taus: dict[str, float], repetitions: int, advance: Advance) -> Costs:
+    """Of the full history, the most recent rows and every setting, for one history."""
     found = {}
     for name, last in (("full history", rows.stop - rows.start), *((f"most recent {m}", m) for m in SIZES)):
         found[name] = plain_cost(w, rows, last, q, repetitions)

@@ -129,9 +129,9 @@ def test_compress_is_the_definition(book, capsys, rule, normalize):
 def test_compress_by_ids_by_codes_and_in_steps_agree(book, capsys, monkeypatch):
     command = ("compress", "book.safetensors", "--x", "events.npy", "--budget", "6")
     done(capsys, *command, "--offsets", "offsets.npy", "-o", "a.npz")
-    done(capsys, "encode", "book.safetensors", "events.npy", "-o", "codes.npy")
+    done(capsys, "encode", "book.safetensors", "events.npy", "-o", "codes.npz")
     monkeypatch.setattr(commands, "ROWS", 25)
-    done(capsys, *command, "--user", "users.npy", "--codes", "codes.npy", "-o", "b.safetensors")
+    done(capsys, *command, "--user", "users.npy", "--codes", "codes.npz", "-o", "b.safetensors")
     with np.load("a.npz") as a:
         assert files.read("b.safetensors:users").tolist() == [7, 3, 11, 2]  # the user without events has no id
         for name in ("tokens", "lse", "codes", "votes", "count"):
@@ -225,11 +225,12 @@ def replaced(command, old, new):
     [
         (replaced(FIT, "{x}", "none.npy"), "hisac fit: none.npy: no such file"),
         (
-            replaced(FIT, "{x}", "x.csv"),
-            "hisac fit: x.csv: unknown kind of file, expected PATH or PATH:KEY with .npy, .npz, .parquet, .safetensors",
+            replaced(FIT, "{x}", "x.txt"),
+            "hisac fit: x.txt: unknown kind of file, expected PATH or PATH:KEY with .csv, .npy, .npz, .parquet, "
+            ".safetensors",
         ),
         (replaced(FIT, "{x}", "users.npy"), "hisac fit: users.npy: x is [90], expected [rows, width]"),
-        (replaced(FIT, "{x}", "ints.npy"), "hisac fit: ints.npy: x is int64, expected float16 or float32"),
+        (replaced(FIT, "{x}", "ints.npy"), "hisac fit: ints.npy: x is int64, expected floats, or int8 X with --scale"),
         (replaced(FIT, "{x}", "items.npy:a"), "hisac fit: items.npy: a .npy file holds one array, got the key 'a'"),
         (
             replaced(FIT, "{x}", "two.npz"),
@@ -268,24 +269,30 @@ def replaced(command, old, new):
             replaced(ENCODE, "items.npy", "narrow.npy"),
             "hisac encode: narrow.npy: x is [5, 3], expected width 4, the codebook's",
         ),
-        (replaced(ENCODE, "codes.npy", "codes.txt"), "hisac encode: codes.txt: unknown kind of output, expected .npy"),
+        (
+            replaced(ENCODE, "codes.npy", "codes.txt"),
+            "hisac encode: codes.txt: unknown kind of output, expected .npy or .npz or .safetensors",
+        ),
         (
             replaced(COMPRESS, "users.npy", "mixed.npy"),
-            "hisac compress: mixed.npy: the rows of user 1 do not stand together, sort by user",
+            "hisac compress: mixed.npy: user 1 has several histories, expected one; sort rows by user",
         ),
-        (replaced(COMPRESS, "users.npy", "short.npy"), "hisac compress: short.npy: 3 rows, expected 90, as x"),
+        (
+            replaced(COMPRESS, "users.npy", "short.npy"),
+            "hisac compress: short.npy: 3 rows, expected 90, as there are behaviours or lists",
+        ),
         (replaced(COMPRESS, "users.npy", "items.npy"), "hisac compress: items.npy: user is [60, 4], expected [rows]"),
         (
             replaced(COMPRESS, "users.npy", "floats.npy"),
-            "hisac compress: floats.npy: user is float64, expected integers",
+            "hisac compress: floats.npy: user is float64, expected integers or strings",
         ),
         (
             replaced(replaced(COMPRESS, "--user", "--offsets"), "users.npy", "falling.npy"),
-            "hisac compress: falling.npy: expected offsets that never fall, within 0 .. 90, the rows of x",
+            "hisac compress: falling.npy: expected offsets that never fall, within 0 .. 90, the behaviours",
         ),
         (
             replaced(replaced(COMPRESS, "--user", "--offsets"), "users.npy", "beyond.npy"),
-            "hisac compress: beyond.npy: expected offsets that never fall, within 0 .. 90, the rows of x",
+            "hisac compress: beyond.npy: expected offsets that never fall, within 0 .. 90, the behaviours",
         ),
         ((*COMPRESS, "--v", "items.npy"), "hisac compress: items.npy: v is [60, 4], expected 90 rows, as x"),
         ((*COMPRESS, "--codes", "three.npy"), "hisac compress: three.npy: codes is [90, 3], expected [90, 2]"),

@@ -130,11 +130,13 @@ def test_commands_name_what_exists():
 
 
 def test_the_command_line_block_runs(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
     rng = np.random.default_rng(0)
-    users = np.repeat([11, 12, 13], [40, 1, 60])
-    items = rng.standard_normal((200, 8)).astype(np.float32)
-    for name, array in {"items": items, "events": items[rng.integers(0, 200, len(users))], "users": users}.items():
-        np.save(tmp_path / f"{name}.npy", array)
+    users, ids = np.repeat([11, 12, 13], [40, 1, 60]), [f"item {i}" for i in range(200)]
+    items = {"id": ids, "embedding": rng.standard_normal((200, 8)).astype(np.float32).tolist()}
+    pq.write_table(pa.table(items), tmp_path / "items.parquet")
+    pq.write_table(pa.table({"user": users, "item": rng.choice(ids, len(users))}), tmp_path / "events.parquet")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = run("bash", "-ec", blocks("sh")[2], cwd=tmp_path, env=os.environ | {"PATH": path})
     assert done.returncode == 0, done.stderr

@@ -89,12 +89,12 @@ def test_paths_that_are_not_utf8(here, locale):
     env = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     os.rename("x.npy", f"{ODD}.npy")
     shown = rb"x\udcff\udcfe"
-    book, codes, tokens = f"{ODD}.safetensors", f"{ODD}.codes.npy", f"{ODD}.npz"
+    book, codes, tokens = f"{ODD}.safetensors", f"{ODD}.codes.npz", f"{ODD}.npz"
     compress = ("compress", book, "--x", f"{ODD}.npy", "--codes", codes, "--offsets", "two.npy", "--budget", "3")
     np.save("two.npy", np.array([0, 20, 60]))
     for *command, wanted in (
         ("fit", f"{ODD}.npy", "--sizes", "5,4", "-o", book, shown + b".safetensors: 5 x 4 codes of width 4 from 60"),
-        ("encode", book, f"{ODD}.npy", "-o", codes, shown + b".codes.npy: codes [60, 2] int32"),
+        ("encode", book, f"{ODD}.npy", "-o", codes, shown + b".codes.npz: codes [60, 2] int32"),
         (*compress, "-o", tokens, shown + b".npz: tokens [2, 3, 4]"),
         ("inspect", book, "--x", f"{ODD}.npy", shown + b".safetensors: 2 levels"),
     ):

@@ -83,6 +83,28 @@ def test_damage_is_one_line(here, recwarn, spec):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("column", ["words", "lists"])
+def test_damage_of_strings_and_of_lists_is_one_line(here, recwarn, column):
+    pa = pytest.importorskip("pyarrow")
+    words = [f"w{n % 7}" for n in range(60)]
+    table = pa.table({"words": words, "lists": [words[: n % 5] for n in range(60)]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, "whole.parquet", compression="none")
+    with open("whole.parquet", "rb") as f:
+        whole = f.read()
+    for how, data in damaged(whole, 120):
+        with open("bad.parquet", "wb") as f:
+            f.write(data)
+        try:
+            assert len(files.read(f"bad.parquet:{column}", loose=True)) == 2
+        except (ValueError, OSError) as error:
+            text = str(error)
+            assert text.startswith("bad.parquet: ") and "\n" not in text and len(text) < 500, (how, text)
+        except BaseException as error:
+            raise AssertionError(f"{how}: {error!r}") from error
+        os.unlink("bad.parquet")
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("path", ["a.npy", "a.npz", "packed.npz", "a.safetensors", "a.parquet", "book.safetensors"])
 def test_a_file_cut_short_is_corrupt(here, path):
     whole = make(path)

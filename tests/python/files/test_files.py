@@ -150,6 +150,111 @@ def test_parquet_that_is_no_matrix(here, monkeypatch, key, text):
     assert str(error.value) == text
 
 
+@pytest.mark.parametrize("kind", ["list_", "large_list"])
+@pytest.mark.parametrize("value", ["int64", "int32", "float32", "string", "large_string"])
+def test_lists_of_any_length_in_pieces(here, monkeypatch, kind, value):
+    """Empty ones and empty chunks too; strings that are equal are one object."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(files, "LOOSE", 7)
+    words = value not in ("int64", "int32", "float32")
+    rows = [[f"word {n % 5}" if words else n for n in range(n % 4)] for n in range(60)]
+    rows[8:20] = [[]] * 12
+    lists = pa.array(rows, getattr(pa, kind)(getattr(pa, value)()))
+    table = pa.table({"x": pa.chunked_array([lists[:0], lists[:5], lists[5:5], lists[5:]]), "other": np.arange(60)})
+    pq.write_table(table, "x.parquet", row_group_size=25)
+    values, lengths = files.read("x.parquet:x", loose=True)
+    assert values.tolist() == [v for row in rows for v in row] and lengths.tolist() == [len(row) for row in rows]
+    assert values.dtype == (object if words else value)
+    assert not words or len({id(v) for v in values}) == len(set(values)) == 3
+    values, lengths = files.read("x.parquet:other", loose=True)
+    assert values.tolist() == list(range(60)) and lengths is None
+
+
+def test_lists_of_any_length_are_in_memory_once(here, monkeypatch):
+    """The array grows piece by piece; Arrow never holds more than a piece."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    sizes = np.random.default_rng(0).integers(0, 200, 40_000)
+    lists = pa.ListArray.from_arrays(pa.array(np.r_[0, np.cumsum(sizes)], pa.int32()), np.arange(sizes.sum()))
+    pq.write_table(pa.table({"x": lists}), "x.parquet", use_dictionary=False)
+    del lists
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    monkeypatch.setattr(files, "LOOSE", 1_000)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        values, lengths = files.read("x.parquet:x", loose=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    np.testing.assert_array_equal(values, np.arange(sizes.sum()))
+    np.testing.assert_array_equal(lengths, sizes)
+    assert 0 < pool.max_memory() < values.nbytes // 4 + 2**21
+    assert values.nbytes <= peak < values.nbytes + values.nbytes // 8 + 2**20
+
+
+CSV = """id,name,small,code,e0,e1,when
+1,one,-3,007,0.5,1,2024-01-01
+2,"two, or 2",4,12,,2.5,2024-01-02
+18446744073709551615,,5,13,1e-3,nan,2024-01-03
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_columns_of_csv(here, encoding):
+    """What is not written as a number of that kind is written stays a string; a missing float is NaN."""
+    pytest.importorskip("pyarrow")
+    with open("x.csv", "w", encoding=encoding) as f:
+        f.write(CSV)
+    kinds = {"id": np.uint64, "small": np.int64, "e0": np.float64, "code": object, "when": object}
+    found = {name: files.read(f"x.csv:{name}", loose=True)[0] for name in kinds}
+    assert {name: column.dtype for name, column in found.items()} == kinds
+    assert found["id"].tolist() == [1, 2, 2**64 - 1] and found["code"].tolist() == ["007", "12", "13"]
+    wanted = [[0.5, 1], [np.nan, 2.5], [0.001, np.nan]]
+    np.testing.assert_array_equal(files.read("x.csv:e*"), wanted)
+    np.testing.assert_array_equal(files.read("x.csv:e0,e1,e0"), np.array(wanted)[:, [0, 1, 0]])
+    for spec, loose, text in (
+        ("x.csv:name", True, "x.csv: column 'name' of string has missing numbers or strings, expected none"),
+        ("x.csv:when", False, "x.csv: column 'when' is string, expected numbers or lists of numbers"),
+        ("x.csv:none", False, "x.csv: no column 'none'; expected some of "),
+        ("x.csv", True, "x.csv: several arrays, none named; expected x.csv:KEY with KEY one of code, e0, e1, id, "),
+    ):
+        with pytest.raises(files.Refused) as error:
+            files.read(spec, loose=loose)
+        assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize("text", [b"", b"a,b\n1,2\n3\n", b"a,b\n1,2\n\xff\xfe,3\n", b"a\n1\n2,3\n"])
+def test_a_broken_csv_is_corrupt(here, text):
+    pytest.importorskip("pyarrow")
+    with open("x.csv", "wb") as f:
+        f.write(text)
+    with pytest.raises(hisac.CorruptFileError, match=r"^x\.csv: not a readable \.csv file \("):
+        files.read("x.csv:a", loose=True)
+
+
+def test_csv_without_rows(here):
+    pytest.importorskip("pyarrow")
+    with open("x.csv", "w") as f:
+        f.write("a,b\n")
+    assert files.read("x.csv").shape == (0, 2) and len(files.read("x.csv:b", loose=True)[0]) == 0
+
+
+def test_an_array_beside_a_fingerprint_needs_no_name(here):
+    x = np.load("items.npy")
+    for path in ("x.npz", "x.safetensors"):
+        files.write(path, {"fingerprint": np.array([7], np.uint64), "x": x})
+        np.testing.assert_array_equal(files.read(path), x)
+        assert (
+            files.read(f"{path}:fingerprint").tolist() == files.read(f"{path}:x", beside="fingerprint").tolist() == [7]
+        )
+    files.write("x.npz", {"fingerprint": np.array([7], np.uint64)})
+    with pytest.raises(files.Refused, match=r"none named; expected x\.npz:KEY with KEY one of fingerprint"):
+        files.read("x.npz")
+
+
 def test_a_broken_parquet_file_is_corrupt(here):
     pytest.importorskip("pyarrow")
     with open("x.parquet", "wb") as f:

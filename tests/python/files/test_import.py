@@ -38,9 +38,59 @@ def test_from_faiss_reads_these_fields(monkeypatch):
     levels = [np.arange(12, dtype=np.float32).reshape(4, 3), np.ones((2, 3), np.float32)]
     vector = np.concatenate(levels).ravel()
     nbits = types.SimpleNamespace(at=[2, 1].__getitem__)
-    quantizer = types.SimpleNamespace(d=3, M=2, nbits=nbits, codebooks=vector)
+    fields = {"d": 3, "M": 2, "nbits": nbits, "codebooks": vector, "is_trained": True}
+    quantizer = type("ResidualQuantizer", (types.SimpleNamespace,), {})(**fields)
     monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(vector_to_array=np.asarray))
     assert Codebook.from_faiss(quantizer) == Codebook(levels)
+    index = type("IndexResidualQuantizer", (types.SimpleNamespace,), {})(rq=quantizer, is_trained=True)
+    assert Codebook.from_faiss(index) == Codebook(levels)
+
+
+class Trained(types.SimpleNamespace):
+    is_trained = True
+
+
+def like(name, **fields):
+    """A stand-in for an object of that class of faiss."""
+    return type(name, (Trained,), {})(**fields)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        like("LocalSearchQuantizer", d=3, M=2),
+        like("ProductQuantizer", d=3, M=2),
+        like("ResidualQuantizer", d=3, M=2, is_trained=False),
+        like("IndexResidualQuantizer", rq=like("ResidualQuantizer", is_trained=False)),
+        like("IndexIVFResidualQuantizer", rq=like("ResidualQuantizer")),
+        like("IndexPreTransform", index=like("Index")),
+        like("IndexLocalSearchQuantizer", lsq=like("LocalSearchQuantizer")),
+        np.zeros((4, 3), np.float32),
+        None,
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_from_faiss_refuses_by_name(given):
+    """Whether faiss is installed or not."""
+    with pytest.raises(TypeError) as error:
+        Codebook.from_faiss(given)
+    wanted = "expected a trained ResidualQuantizer, or an index of one"
+    assert str(error.value) == f"from_faiss: {wanted}, got {type(given).__name__}"
+
+
+def test_from_faiss_of_real_indexes():
+    faiss = pytest.importorskip("faiss")
+    x = np.random.default_rng(1).normal(size=(700, 8)).astype(np.float32)
+    for kind in ("RQ2x4", "RQ2x4fs_Nrq2x4"):
+        index = faiss.index_factory(8, kind)
+        with pytest.raises(TypeError, match="trained"):
+            Codebook.from_faiss(index)
+        index.train(x)
+        assert Codebook.from_faiss(index) == Codebook.from_faiss(index.rq)
+    others = [faiss.index_factory(8, kind) for kind in ("IVF4,RQ2x4", "PCA4,RQ2x4", "PRQ2x2x4", "LSQ2x4")]
+    for other in (*others, faiss.LocalSearchQuantizer(8, 2, 4), faiss.ProductQuantizer(8, 2, 4)):
+        with pytest.raises(TypeError, match=f"got {type(other).__name__}$"):
+            Codebook.from_faiss(other)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.tokenizer.", "a name, of? words."])
@@ -77,3 +127,28 @@ def test_from_state_dict_of_half_precision_and_of_what_does_not_fit():
         with pytest.raises(ValueError) as error:
             Codebook.from_state_dict(state)
         assert str(error.value) == f"from_state_dict: {text}"
+
+
+@pytest.mark.parametrize("prefix", ["", "model.tokenizer."])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "mlps.0.proj_in.weight",  # implicit_neural_codebook: what is added depends on the sum so far
+        "mlps.0.layers.1.weight",
+        "layers.1._codebook.codebook_mean",  # affine_param: codewords are scaled and moved
+        "layers.1._codebook.batch_variance",
+        "layers.0.project_in.weight",
+        "layers.0.codebook_transform.weight",
+    ],
+)
+def test_from_state_dict_refuses_what_codewords_do_not_express(prefix, odd):
+    levels = [np.full((c, 3), n, np.float32) for n, c in enumerate((4, 2))]
+    names = ("embed_avg", "cluster_size", "initted")
+    state = {f"{prefix}layers.{n}._codebook.embed": level[None] for n, level in enumerate(levels)}
+    state |= {f"{prefix}layers.{n}._codebook.{name}": np.ones((1, 4)) for n in range(2) for name in names}
+    state |= {f"other.{odd}": np.ones(3), f"{prefix}head.weight": np.ones(3), f"{prefix}project_in.bias": np.ones(3)}
+    assert Codebook.from_state_dict(state) == Codebook(levels)
+    with pytest.raises(ValueError) as error:
+        Codebook.from_state_dict({**state, f"{prefix}{odd}": np.ones(3)})
+    wanted = f"expected codewords alone, got '{prefix}{odd}' too, which they do not express"
+    assert str(error.value) == f"from_state_dict: {wanted}"
