@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A context on CUDA: refused before enable_cuda and by `fit`, shapes checked first, then the limits that hisac/cuda.h
-// names, then on the device's kernels: by `sum_rows`, whose own test this is; the other verbs come this way in
-// tests/cuda/test_cuda.py.
+// names, then on the device's kernels: by `sum_rows` and `compress`, whose own test this is; the other verbs come this
+// way in tests/cuda/test_cuda.py.
+#include "hisac/compress.h"
 #include "hisac/cuda.h"
 #include "simt_test.h"
 
@@ -173,6 +174,49 @@ void expect_limits() {
       "128, which need 233392");
 }
 
+/// `compress` there and on the CPU: the same agents, tokens near each other.
+void expect_compress(Method method) {
+  test::name("compress %d", static_cast<int>(method));
+  constexpr int64_t kRows = 290, kWidth = 8, kValues = 5, kSeats = 6, kUsers = 3;
+  Random r(5);
+  const Codebook book = test::codebook(r, {4, 3}, kWidth);
+  const std::vector<float> x = test::uniform(r, kRows * kWidth), v = test::uniform(r, kRows * kValues);
+  const int64_t bounds[] = {0, 200, 200, 290};
+  const float tau = 0.5f;
+  Histories in;
+  in.x = rows(x.data(), kRows, kWidth);
+  in.v = rows(v.data(), kRows, kValues);
+  in.offsets = offsets(bounds, kUsers);
+  CompressParams params;
+  params.vote.budget = kSeats;
+  params.route.temperature = array(&tau, 1);
+  params.method = method;
+  test::Workspace image(codebook_image_size(book));
+  if (!codebook_image(book, image.array()).ok()) test::fail("no image");
+  std::vector<float> tokens[2];
+  std::vector<int32_t> codes[2];
+  for (const Device device : {Device::cpu, Device::cuda}) {
+    const size_t at = device == Device::cuda;
+    test::Guarded<float> token(kUsers * kSeats * kValues), lse(kUsers * kSeats);
+    test::Guarded<int32_t> code(kUsers * kSeats * 2);
+    Compressed out;
+    out.tokens = {{token.data(), DType::float32, kUsers * kSeats, kValues}, array(lse.data(), kUsers, kSeats), {}};
+    out.agents.codes = array(code.data(), kUsers, kSeats, 2);
+    Context context{{}, nullptr, device, nullptr, {image.array().data, {image.array().shape[0]}}};
+    test::Workspace workspace(compress_workspace(context, book, params, in, out));
+    context.workspace = workspace.array();
+    const Status status = compress(context, book, params, in, out);
+    if (!status.ok()) test::fail("%s", status.what());
+    if (!workspace.intact() || !token.intact() || !lse.intact() || !code.intact())
+      test::fail("the end of an array was overwritten");
+    tokens[at] = token.values();
+    codes[at] = code.values();
+  }
+  if (codes[0] != codes[1]) test::fail("other agents");
+  for (size_t i = 0; i < tokens[0].size(); ++i)
+    if (!(std::fabs(tokens[0][i] - tokens[1][i]) <= 1e-3f)) test::fail("token %zu is far from the CPU's", i);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -188,6 +232,7 @@ int main(int argc, char** argv) {
   expect(sum_rows(on_device, {unused, {0, 1}}, {p.order.data(), {1}}, {p.begin.data(), {2}}, {unused, {0, 1}}),
          Code::invalid_argument, "sum_rows: begin expected [1], got [2]");
   expect_limits();
+  for (const Method method : {Method::exact, Method::leaf}) expect_compress(method);
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const Listed q = listed(seed);
     std::vector<float> got;
