@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a C++ service sees, without Python: the latency of vote, prototypes, route and attend, and of a whole request of
-// these, inputs coming from memory. encode and leaf_sums are not timed.
+// What a C++ service sees, without Python: the latency of vote, route and attend, of compress, which is the first two
+// in one call, and of a whole request, inputs coming from memory. encode and leaf_sums are not timed.
 //
 //   c++ -O2 -std=c++17 bench/service.cpp -I PREFIX/include -L PREFIX/lib -lhisac -pthread -o service
 //   ./service [calls, 2000 by default] [threads, 1] [milliseconds of rest before each call, 0]
@@ -109,14 +109,15 @@ struct User {
   }
   Histories history() const {
     Histories h;
-    h.x = {x.data(), DType::float32, rows, D};
-    h.v = {v.data(), DType::float32, rows, V};
-    h.offsets = {&offsets[0], &offsets[1], DType::int64, 1};
-    h.codes = {codes.data(), {rows, L}};
+    h.x = hisac::rows(x.data(), rows, D);
+    h.v = hisac::rows(v.data(), rows, V);
+    h.offsets = hisac::offsets(offsets, 1);
+    h.codes = array(codes.data(), rows, L);
     return h;
   }
-  Agents agents(int64_t m, const Codebook& book) {
-    return {{kept.data(), {1, m, L}}, {votes.data(), {1, m}}, {count.data(), {1}}, book.fingerprint()};
+  Agents agents(int64_t m, const Codebook& book, float* prototypes = nullptr) {
+    return {array(kept.data(), 1, m, L), array(votes.data(), 1, m), array(count.data(), 1), book.fingerprint(),
+            array(prototypes, 1, m, D)};
   }
 };
 
@@ -165,41 +166,42 @@ void requests(Service& s, int64_t rows, int calls) {
   auto out = vector<float>(kCandidates * V), out_lse = vector<float>(kCandidates * kHeads);
   const int64_t at[2] = {0, kCandidates};
   const float temperature = 0.1f;
-  VoteParams voting;
-  voting.budget = M;
-  RouteParams routing;
-  routing.temperature = {&temperature, {1}};
+  CompressParams params;
+  params.vote.budget = M;
+  params.route.temperature = array(&temperature, 1);
+  const Tokens kept{{tokens.data(), DType::float32, M, V}, array(lse.data(), 1, M), {}};
   const auto of = [&](int i) -> User& { return users[static_cast<size_t>(i) % users.size()]; };
-  const auto elect = [&](User& u) {
-    require(vote(s.context, s.book, voting, u.history(), u.agents(M, s.book)));
-    require(hisac::prototypes(s.context, s.book, u.agents(M, s.book), {prototypes.data(), {1, M, D}}));
-  };
-  const auto compress = [&](User& u) {
-    const RouteAgents agents{{prototypes.data(), {1, M, D}}, {u.count.data(), {1}}};
-    require(route(s.context, nullptr, routing, u.history(), agents,
-                  {{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}}));
+  const auto agents = [&](User& u) { return u.agents(M, s.book, prototypes.data()); };
+  const auto whole = [&](User& u) {
+    require(compress(s.context, s.book, params, u.history(), {kept, u.agents(M, s.book)}));
   };
   const auto score = [&](User&) {
-    const Rows keys{tokens.data(), DType::float32, M * kHeads, V / kHeads};
+    const Rows keys = hisac::rows(tokens.data(), M * kHeads, V / kHeads);
     AttendInputs in;
-    in.q = {q.data(), DType::float32, kCandidates * kHeads, V / kHeads};
+    in.q = hisac::rows(q.data(), kCandidates * kHeads, V / kHeads);
     in.keys = in.values = keys;
     in.agents = M;
     in.heads = kHeads;
-    in.candidates = {&at[0], &at[1], DType::int64, 1};
-    in.bias = {lse.data(), {1, M}};
+    in.candidates = offsets(at, 1);
+    in.bias = array(lse.data(), 1, M);
     in.scale = 1 / std::sqrt(float(V / kHeads));
     require(attend(
         s.context, in,
-        {{out.data(), DType::float32, kCandidates * kHeads, V / kHeads}, {out_lse.data(), {kCandidates, kHeads}}}));
+        {{out.data(), DType::float32, kCandidates * kHeads, V / kHeads}, array(out_lse.data(), kCandidates, kHeads)}));
   };
-  measure("vote and prototypes", calls, rows, [&](int i) { elect(of(i)); });
-  measure("route", calls, rows, [&](int i) { compress(of(i)); });
-  measure("attend", calls, 0, [&](int i) { score(of(i)); });
-  measure("all of them", calls, rows, [&](int i) {
+  measure("vote", calls, rows, [&](int i) {
     User& u = of(i);
-    elect(u);
-    compress(u);
+    require(vote(s.context, s.book, params.vote, u.history(), agents(u)));
+  });
+  measure("route", calls, rows, [&](int i) {
+    User& u = of(i);
+    require(route(s.context, &s.book, params.route, u.history(), agents(u), kept));
+  });
+  measure("compress", calls, rows, [&](int i) { whole(of(i)); });
+  measure("attend", calls, 0, [&](int i) { score(of(i)); });
+  measure("compress and attend", calls, rows, [&](int i) {
+    User& u = of(i);
+    whole(u);
     score(u);
   });
 }

@@ -183,8 +183,13 @@ TEST_CASE("compress: errors") {
     CompressParams params = b.params;
     Histories in = b.in;
     spoil(params, in, r.out);
-    test::Workspace workspace(compress_workspace({}, b.book, params, in, r.out) / 64 * 64);
-    return compress({workspace.array(), nullptr}, b.book, params, in, r.out);
+    test::Workspace workspace(compress_workspace({}, b.book, params, in, r.out));
+    const Status status = compress({workspace.array(), nullptr}, b.book, params, in, r.out);
+    const bool untouched = r.tokens.holds(0x5a) && r.lse.holds(0x5a) && r.mean_x.holds(0x5a) &&
+                           r.prototypes.holds(0x5a) && r.codes.holds(0x5a) && r.count.holds(0x5a) &&
+                           r.votes.holds(0x5a);
+    CHECK(untouched == !status.ok());  // no verb has written before another refuses
+    return status;
   };
   CHECK(std::string(spoiled([](auto&&...) {}).what()) == "");
   test::invalid(spoiled([](auto&, Histories& in, auto&) { in.x = {}; }),
@@ -194,14 +199,18 @@ TEST_CASE("compress: errors") {
                 "compress: codes expected, or x to encode, got no codes beside x_ids: encode the table once and keep "
                 "them");
   test::invalid(spoiled([](auto&, auto&, Compressed& out) { out.tokens.lse.shape[1] = 7; }),
-                "compress: lse expected [2, 6], got [2, 7]");
+                "route: lse expected [2, 6], got [2, 7]");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {}; }),
                 "vote: expected either budget or fanout, got neither");
+  test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.route.temperature = {}; }),
+                "route: temperature expected [1] or [6], got [0]");
+  test::is(spoiled([](auto&, auto&, Compressed& out) { out.tokens.tokens.dtype = DType::bfloat16; }), Code::wrong_type,
+           "route: tokens expected of v's type, got another");
   test::invalid(spoiled([](auto&, Histories& in, auto&) { in.longest = 3; }),
                 "vote: longest expected at least 4, got 3");
   const Agents other{{nullptr, {3, 6, 2}}, {}, {}};
   test::invalid(spoiled([&](CompressParams& params, auto&, auto&) { params.agents = &other; }),
-                "compress: agents expected of 2 users, got [3, 6, 2]");
+                "compress: agents' codes expected [2, 6, 2], got [3, 6, 2]");
   int32_t codes[24] = {}, count[2] = {};
   const Agents foreign{array(codes, 2, 6, 2), {}, array(count, 2), 77};
   const std::string refused = spoiled([&](CompressParams& params, auto&, auto&) { params.agents = &foreign; }).what();

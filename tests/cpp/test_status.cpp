@@ -136,7 +136,16 @@ TEST_CASE("vote") {
   }
   r.voting = {4, {}};
   r.seats.votes.shape[1] = 3;
-  invalid(r.vote(), "vote: out expected codes [2, 4, 2], votes [2, 4] and count [2]");
+  invalid(r.vote(), "vote: out votes expected [2, 4], got [2, 3]");
+  r.seats.votes.shape[1] = 4;
+  r.seats.codes.shape[2] = 3;
+  invalid(r.vote(), "vote: out codes expected [2, 4, 2], got [2, 4, 3]");
+  r.seats.codes.shape[2] = 2;
+  r.seats.count.shape[0] = 1;
+  invalid(r.vote(), "vote: out count expected [2], got [1]");
+  r.seats.count.shape[0] = 2;
+  r.seats.prototypes = {r.p.data(), {2, 4, 2}};
+  invalid(r.vote(), "vote: out prototypes expected [2, 4, 3], got [2, 4, 2]");
 }
 
 TEST_CASE("agents of another codebook") {
@@ -209,12 +218,10 @@ TEST_CASE("attend and attend_backward") {
   is(spoiled([](Right& r) { r.attention.q.dtype = DType::int32; }), Code::wrong_type,
      std::string("attend: q") + kFloats);
   invalid(spoiled([](Right& r) { r.attention.heads = 4; }), "attend: q expected rows for all of H = 4 heads, got 6");
-  const char* const keys =
-      "attend: expected keys [2, 2, 1, 2] and values with the same first three, by "
-      "candidate_offsets and q";
-  invalid(spoiled([](Right& r) { r.attention.keys.rows = 5; }), keys);
-  invalid(spoiled([](Right& r) { r.attention.keys.width = 3; }), keys);
-  invalid(spoiled([](Right& r) { r.attention.values.rows = 3; }), keys);
+  const std::string keys = "attend: expected keys [2, 2, 1, 2] as rows, by candidates and q, and as many values, got ";
+  invalid(spoiled([](Right& r) { r.attention.keys.rows = 5; }), keys + "[5, 2] and [4, 3]");
+  invalid(spoiled([](Right& r) { r.attention.keys.width = 3; }), keys + "[4, 3] and [4, 3]");
+  invalid(spoiled([](Right& r) { r.attention.values.rows = 3; }), keys + "[4, 2] and [3, 3]");
   const int64_t starts[] = {0, 2}, ends[] = {3, 6};
   invalid(spoiled([&](Right& r) { r.attention.candidates = {starts, ends, DType::int64, 2}; }),
           "attend: candidate_offsets expected in order, got a step back at user 1");

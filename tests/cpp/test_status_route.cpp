@@ -48,14 +48,12 @@ TEST_CASE("route") {
             r.in.x = {};
           }),
           "route: codes and their codebook expected where x is not given, got no codebook");
-  invalid(spoiled([](Right& r) { r.out.lse.shape[1] = 5; }),
-          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
-  invalid(spoiled([](Right& r) { r.out.tokens.dtype = DType::float16; }),
-          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
-  invalid(spoiled([](Right& r) { r.out.tokens.rows = 7; }),
-          "route: out expected tokens [2, 4, 2] of v's type and lse [2, 4]");
+  invalid(spoiled([](Right& r) { r.out.lse.shape[1] = 5; }), "route: lse expected [2, 4], got [2, 5]");
+  is(spoiled([](Right& r) { r.out.tokens.dtype = DType::float16; }), Code::wrong_type,
+     "route: tokens expected of v's type, got another");
+  invalid(spoiled([](Right& r) { r.out.tokens.rows = 7; }), "route: tokens expected [8, 2], got [7, 2]");
   invalid(spoiled([](Right& r) { r.in.v.data = nullptr; }), "route: v expected, got none");
-  invalid(spoiled([](Right& r) { r.in.v = {}; }), "route: out expected tokens [2, 4, 0] of v's type and lse [2, 4]");
+  invalid(spoiled([](Right& r) { r.in.v = {}; }), "route: tokens expected [8, 0], got [8, 2]");
   invalid(spoiled([](Right& r) { r.in.v = {r.v.data(), DType::float32, 6, 0}; }),
           "route: expected D and V of 1 to 2^20, got 3 and 0");
   invalid(spoiled([](Right& r) { r.out.mean_x = {r.p.data(), {2, 4, 2}}; }),

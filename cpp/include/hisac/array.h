@@ -98,14 +98,20 @@ struct MutableSpans {
 
 // ---- makers
 
+/// Of float and of signed integers of 8, 32 and 64 bits; no other has one.
 template <class T>
-constexpr DType dtype_of = DType::float32;
-template <>
-inline constexpr DType dtype_of<int8_t> = DType::int8;
-template <>
-inline constexpr DType dtype_of<int32_t> = DType::int32;
-template <>
-inline constexpr DType dtype_of<int64_t> = DType::int64;
+constexpr DType dtype_of() noexcept {
+  constexpr bool integer = std::is_integral_v<T> && std::is_signed_v<T>;
+  static_assert(std::is_same_v<T, float> || (integer && sizeof(T) != 2),
+                "float, or a signed integer, of 8, 32, 64 bits");
+  return !integer ? DType::float32 : sizeof(T) == 1 ? DType::int8 : sizeof(T) == 4 ? DType::int32 : DType::int64;
+}
+/// The same where only integers of 32 and 64 bits will do, such as int64_t, but not size_t.
+template <class T>
+constexpr DType index_type() noexcept {
+  static_assert(!std::is_same_v<T, float> && sizeof(T) >= 4, "int32_t or int64_t");
+  return dtype_of<T>();
+}
 
 /// array(p, 2, 3): [2, 3].
 template <class T, class... Sizes>
@@ -116,31 +122,34 @@ Array<T, sizeof...(Sizes)> array(T* data, Sizes... shape) noexcept {
 /// Rows of float or int8_t.
 template <class T>
 Rows rows(const T* data, int64_t n, int64_t width) noexcept {
-  static_assert(sizeof(T) == bytes_of(dtype_of<T>), "float or int8_t; name the type of any other");
-  return {data, dtype_of<T>, n, width};
+  static_assert(std::is_same_v<T, float> || sizeof(T) == 1, "float or int8_t; name the type of any other");
+  return {data, dtype_of<T>(), n, width};
 }
 inline Rows rows(const void* data, DType type, int64_t n, int64_t width) noexcept { return {data, type, n, width}; }
 
 /// offsets [users + 1], int32_t or int64_t.
 template <class Integer>
 Spans offsets(const Integer* data, int64_t users) noexcept {
-  return {data, data + 1, dtype_of<Integer>, users};
+  return {data, data + 1, index_type<Integer>(), users};
 }
+/// Of users whose offsets are not there yet, to size a workspace.
+inline Spans offsets(int64_t users) noexcept { return {nullptr, nullptr, DType::int64, users}; }
 /// starts and ends [users] each.
 template <class Integer>
 Spans ranges(const Integer* starts, const Integer* ends, int64_t users) noexcept {
-  return {starts, ends, dtype_of<Integer>, users};
+  return {starts, ends, index_type<Integer>(), users};
 }
 
 /// int32_t or int64_t [n].
 template <class Integer>
 Ids ids(const Integer* data, int64_t n) noexcept {
-  return {data, dtype_of<Integer>, n};
+  return {data, index_type<Integer>(), n};
 }
 /// float or int64_t [n].
 template <class T>
 Weights weights(const T* data, int64_t n) noexcept {
-  return {data, dtype_of<T>, n};
+  static_assert(std::is_same_v<T, float> || sizeof(T) == 8, "float or int64_t");
+  return {data, dtype_of<T>(), n};
 }
 
 }  // namespace hisac

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Target attention: candidates attend to their user's tokens, whose keys and values are computed once a request.
+// Target attention: candidates attend to their user's tokens. The caller computes keys and values of the tokens, once a
+// request, by the matrices of the trained model, and may keep them, with the lse of the tokens, between requests.
 #pragma once
 #include "array.h"
 #include "context.h"
@@ -20,7 +21,7 @@ struct AttendInputs {
   Rows values;                    // [B * M * H, V], q's type
   int64_t agents = 0, heads = 0;  // M, H
   Spans candidates;               // B users, from offsets [B + 1]
-  Array<const float, 2> bias;     // [B, M], null: 0
+  Array<const float, 2> bias;     // [B, M], null: 0. Without the lse of `route` here, absent agents take part
   float scale = 1;                // of q . k, commonly 1 / sqrt(d)
 };
 

@@ -7,7 +7,9 @@
 
 namespace hisac {
 
-/// leaf: `route` takes the leaf sums of the behaviours in their place, which is faster where many of them share a leaf.
+/// leaf: `route` takes the leaf sums of the behaviours in their place: an approximation, by the mean of each leaf's
+/// behaviours and their spread about it. It is faster where many behaviours share a leaf, and needs scratch for the
+/// sums.
 enum class Method : int32_t { exact, leaf };
 
 struct CompressParams {
@@ -24,7 +26,8 @@ struct Compressed {
 
 /// `encode`, where the histories have no codes; `vote`, or the agents that are given; `prototypes`; `leaf_sums` with
 /// Method::leaf; `route`. Each verb means what its own header says. Reads every field of the histories. With x_ids,
-/// codes are needed: encode the table once. No array of `out` need be given but tokens.lse.
+/// codes are needed: encode the table once. No array of `out` need be given but tokens.lse. To use the agents again,
+/// set their fingerprint to book.fingerprint(). What a verb would refuse is refused before one writes.
 ///
 /// On the CPU leaf sums are made of some users after others, so that their scratch does not grow with the batch.
 Status compress(const Context& context, const Codebook& book, const CompressParams& params, const Histories& histories,

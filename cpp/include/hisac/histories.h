@@ -13,10 +13,12 @@ namespace hisac {
 /// behaviour. A behaviour whose id is outside the table (-1 for padding) is absent in every verb. With v_ids, v is a
 /// table; a behaviour whose id is outside has no v: it votes, and is not routed.
 ///
-/// `longest` and `rows` size workspaces. On the CPU they are counted from the offsets where they are not stated; a
-/// batch with more than what is stated is an error. On CUDA the host does not see the offsets: `longest` not stated is
-/// T, and `rows` not stated is T for ragged offsets, else B * longest. A workspace function does not read offsets that
-/// are null, so a workspace may be made before the batch is there: state `longest`, or T is taken.
+/// `longest` and `rows` size workspaces. Where they are stated, a batch with more is an error. Where they are not, the
+/// CPU counts them from the offsets. On CUDA the host does not see the offsets: `longest` is then T, and `rows` T for
+/// ragged offsets, else B * longest.
+///
+/// A service makes its workspace before any request is there: of offsets(users) of array.h, with `longest` and `rows`
+/// stated, or they are T and B * T. It serves every smaller batch.
 struct Histories {
   Rows x{};                         // [T, D], or [items, D] with x_ids; data null: the prototypes of `codes`
   Rows v{};                         // [T, V], or [rows, V] with v_ids

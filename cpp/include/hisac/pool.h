@@ -9,9 +9,11 @@
 namespace hisac {
 
 /// Owns workers - 1 threads; the calling thread is the last worker. One call runs at a time; a call that finds the pool
-/// busy runs serially in its own thread. A caller that has no work left yields (sched_yield) for up to 100 us until the
-/// threads are done, and then sleeps. A call's threads take its caller's floating-point environment (rounding,
-/// subnormals as zero), so the bits do not depend on their number; flags that they raise stay theirs.
+/// busy runs serially in its own thread. So a service with as many request threads as processors lends no executor, and
+/// one that takes few large batches lends a pool to each call. A caller that has no work left yields (sched_yield) for
+/// up to 100 us until the threads are done, and then sleeps. A call's threads take its caller's floating-point
+/// environment (rounding, subnormals as zero), so the bits do not depend on their number; flags that they raise stay
+/// theirs.
 ///
 /// executor() allocates and starts the threads where there are none: call it at start-up. The threads inherit the
 /// signal mask of the thread that starts them. If the system refuses a thread, calls run with fewer; workers() stays as

@@ -34,9 +34,10 @@ Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   int64_t rows;
   if (__builtin_mul_overflow(in.candidates.users * in.heads, in.agents, &rows) || in.keys.rows != rows ||
       in.values.rows != rows || in.keys.width != in.q.width)
-    return Status::error(Code::invalid_argument,
-                         "%s: expected keys %s and values with the same first three, by candidate_offsets and q", verb,
-                         ShapeText({in.candidates.users, in.agents, in.heads, in.q.width}).text);
+    return Status::error(
+        Code::invalid_argument, "%s: expected keys %s as rows, by candidates and q, and as many values, got %s and %s",
+        verb, ShapeText({in.candidates.users, in.agents, in.heads, in.q.width}).text,
+        ShapeText({in.keys.rows, in.keys.width}).text, ShapeText({in.values.rows, in.values.width}).text);
   if (in.bias) HISAC_TRY(check_shape(verb, "bias", {in.candidates.users, in.agents}, in.bias));
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));

@@ -72,6 +72,16 @@ class Compression {
     context_.workspace = {scratch, {scratch_bytes_}};
   }
 
+  /// All that the verbs would refuse, so that none has written when one does.
+  Status check() noexcept {
+    if (codes_) HISAC_TRY(check_encode(book_, in_.x, {codes_, {in_.codes.shape[0], in_.codes.shape[1]}}));
+    if (!params_.agents) HISAC_TRY(check_vote(book_, params_.vote, in_, agents_, context_.device));
+    HISAC_TRY(check_route("route", &book_, params_.route, in_, agents_, context_.device));
+    Histories routed = in_;
+    if (params_.method == Method::leaf) routed.v.dtype = DType::float32;
+    return check_tokens(routed, agents_, tokens_);
+  }
+
   Status run() noexcept {
     if (codes_) HISAC_TRY(encode(context_, book_, in_.x, {codes_, {in_.codes.shape[0], in_.codes.shape[1]}}));
     if (!params_.agents)
@@ -80,7 +90,6 @@ class Compression {
       HISAC_TRY(prototypes(context_, book_, agents_, agents_.prototypes));
     if (params_.method == Method::exact) return route(context_, &book_, params_.route, in_, agents_, tokens_);
     if (context_.device != Device::cpu) return route_sums(0, users_);
-    HISAC_TRY(check_offsets("compress", in_, context_.device));
     for (int64_t first = 0, last; first < users_; first = last) {
       int64_t rows = 0;
       for (last = first; last < users_; ++last) {
@@ -128,18 +137,15 @@ class Compression {
   int64_t scratch_bytes_ = 0;
 };
 
-Status check(const Codebook& book, const CompressParams& params, const Histories& in, const Compressed& out) noexcept {
+Status check(const Codebook& book, const CompressParams& params, const Histories& in) noexcept {
   HISAC_TRY(check_book("compress", &book));
   HISAC_TRY(check_sizes("compress", in));
   if (!in.codes && (in.x_ids || !in.x.data))
     return Status::error(Code::invalid_argument, "compress: codes expected, or x to encode, got %s",
                          in.x_ids ? "no codes beside x_ids: encode the table once and keep them" : "neither");
-  const int64_t users = in.offsets.users,
-                m = params.agents ? params.agents->codes.shape[1] : seats(params.vote, book.levels());
-  if (params.agents && !has_shape(params.agents->codes, {users, m, book.levels()}))
-    return Status::error(Code::invalid_argument, "compress: agents expected of %" PRId64 " users, got %s", users,
-                         ShapeText(params.agents->codes.shape).text);
-  return m ? check_shape("compress", "lse", {users, m}, out.tokens.lse) : Status();  // 0: `vote` says why
+  if (!params.agents) return {};
+  const auto& c = params.agents->codes.shape;
+  return check_shape("compress", "agents' codes", {in.offsets.users, c[1], book.levels()}, params.agents->codes);
 }
 
 }  // namespace
@@ -155,11 +161,12 @@ size_t compress_workspace(const Context& context, const Codebook& book, const Co
 
 Status compress(const Context& context, const Codebook& book, const CompressParams& params, const Histories& histories,
                 const Compressed& out) noexcept {
-  HISAC_TRY(check(book, params, histories, out));
+  HISAC_TRY(check(book, params, histories));
   Compression compression(context, book, params, histories, out);
   Arena arena(context.workspace);
   compression.carve(arena);
   HISAC_TRY(arena.check("compress"));
+  HISAC_TRY(compression.check());
   return compression.run();
 }
 

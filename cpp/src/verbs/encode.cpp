@@ -3,6 +3,7 @@
 
 #include "backend.h"
 #include "codebook/checks.h"
+#include "verbs/histories.h"
 
 namespace hisac {
 
@@ -11,13 +12,17 @@ size_t encode_workspace(const Context& context, const Codebook& book) noexcept {
   return backend_workspace(&Backend::encode_workspace, context, book);
 }
 
-Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
+Status check_encode(const Codebook& book, const Rows& x, const Array<int32_t, 2>& codes) noexcept {
   HISAC_TRY(check_book("encode", &book));
   HISAC_TRY(check_float("encode", "x", x.dtype));
   if (x.width != book.width())
     return Status::error(Code::invalid_argument, "encode: x is %s, the codebook has D = %" PRId64 ": D differs",
                          ShapeText({x.rows, x.width}).text, book.width());
-  HISAC_TRY(check_codes("encode", book, codes, x.rows));
+  return check_codes("encode", book, codes, x.rows);
+}
+
+Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
+  HISAC_TRY(check_encode(book, x, codes));
   return call_backend("encode", &Backend::encode, context, book, x, codes);
 }
 

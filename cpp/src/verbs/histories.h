@@ -27,4 +27,10 @@ Status check_histories(const char* verb, const Codebook* book, Histories& histor
 Status check_route(const char* verb, const Codebook* book, const RouteParams& params, Histories& histories,
                    const RouteAgents& agents, Device device) noexcept;
 
+/// What `encode`, `vote` and `route` check before they write; `compress` asks before the first of them.
+Status check_encode(const Codebook& book, const Rows& x, const Array<int32_t, 2>& codes) noexcept;
+Status check_vote(const Codebook& book, const VoteParams& params, Histories& histories, const Agents& out,
+                  Device device) noexcept;
+Status check_tokens(const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept;
+
 }  // namespace hisac

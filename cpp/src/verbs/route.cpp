@@ -7,19 +7,18 @@
 #include "verbs/histories.h"
 
 namespace hisac {
-namespace {
-
 Status check_tokens(const Histories& in, const RouteAgents& agents, const Tokens& out) noexcept {
   const auto& p = agents.prototypes.shape;
   const int64_t users = in.offsets.users, m = p[1];
-  const bool fits = out.tokens.rows == users * m && out.tokens.width == in.v.width && out.tokens.dtype == in.v.dtype;
-  if ((out.tokens.data && !fits) || !has_shape(out.lse, {users, m}))
-    return Status::error(Code::invalid_argument, "route: out expected tokens %s of v's type and lse %s",
-                         ShapeText({users, m, in.v.width}).text, ShapeText({users, m}).text);
+  const MutableRows& tokens = out.tokens;
+  if (tokens.data && tokens.dtype != in.v.dtype)
+    return Status::error(Code::wrong_type, "route: tokens expected of v's type, got another");
+  if (tokens.data && (tokens.rows != users * m || tokens.width != in.v.width))
+    return Status::error(Code::invalid_argument, "route: tokens expected %s, got %s",
+                         ShapeText({users * m, in.v.width}).text, ShapeText({tokens.rows, tokens.width}).text);
+  HISAC_TRY(check_shape("route", "lse", {users, m}, out.lse));
   return out.mean_x ? check_shape("route", "mean_x", {users, m, p[2]}, out.mean_x) : Status();
 }
-
-}  // namespace
 
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                        const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept {

@@ -57,24 +57,30 @@ size_t vote_workspace(const Context& context, const Codebook& book, const VotePa
   return backend_workspace(&Backend::vote_workspace, context, book, params, stated(histories, context.device));
 }
 
-Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
-            Agents out) noexcept {
+Status check_vote(const Codebook& book, const VoteParams& params, Histories& in, const Agents& out,
+                  Device device) noexcept {
   HISAC_TRY(check_book("vote", &book));
   HISAC_TRY(check_params(book, params));
-  HISAC_TRY(check_sizes("vote", histories));
-  HISAC_TRY(check_codes("vote", book, histories.codes, histories.codes.shape[0]));
-  Histories in = histories;
-  HISAC_TRY(check_offsets("vote", in, context.device));
+  HISAC_TRY(check_sizes("vote", in));
+  HISAC_TRY(check_codes("vote", book, in.codes, in.codes.shape[0]));
+  HISAC_TRY(check_offsets("vote", in, device));
   const int64_t m = seats(params, book.levels()), users = in.offsets.users, levels = book.levels();
-  if (!has_shape(out.codes, {users, m, levels}) || !has_shape(out.votes, {users, m}) || !has_shape(out.count, {users}))
-    return Status::error(Code::invalid_argument, "vote: out expected codes %s, votes %s and count %s",
-                         ShapeText({users, m, levels}).text, ShapeText({users, m}).text, ShapeText({users}).text);
-  if (out.prototypes) HISAC_TRY(check_shape("vote", "prototypes", {users, m, book.width()}, out.prototypes));
-  if (out.fingerprint) HISAC_TRY(check_fingerprint("vote", book, out));
+  HISAC_TRY(check_shape("vote", "out codes", {users, m, levels}, out.codes));
+  HISAC_TRY(check_shape("vote", "out votes", {users, m}, out.votes));
+  HISAC_TRY(check_shape("vote", "out count", {users}, out.count));
+  if (out.prototypes) HISAC_TRY(check_shape("vote", "out prototypes", {users, m, book.width()}, out.prototypes));
+  return out.fingerprint ? check_fingerprint("vote", book, out) : Status();
+}
+
+Status vote(const Context& context, const Codebook& book, const VoteParams& params, const Histories& histories,
+            Agents out) noexcept {
+  Histories in = histories;
+  HISAC_TRY(check_vote(book, params, in, out, context.device));
   HISAC_TRY(call_backend("vote", &Backend::vote, context, book, params, in, out));
   if (!out.prototypes) return {};
-  return code_prototypes(context, book, {out.codes.data, {users * m, levels}},
-                         {out.prototypes.data, {users * m, book.width()}});
+  const auto& c = out.codes.shape;
+  return code_prototypes(context, book, {out.codes.data, {c[0] * c[1], c[2]}},
+                         {out.prototypes.data, {c[0] * c[1], book.width()}});
 }
 
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {
