@@ -20,7 +20,9 @@ void each_row_with_leaf(const Codebook& book, const Histories& in, int64_t first
   const int64_t levels = book.levels(), items = in.codes.shape[0];
   uint32_t size[kMaxLevels];
   for (int64_t l = 0; l < levels; ++l) size[l] = static_cast<uint32_t>(book.size(static_cast<int>(l)));
-  const auto in_range = [&](const int32_t* codes, int64_t l) { return static_cast<uint32_t>(codes[l]) < size[l]; };
+  const auto in_range = [&](const int32_t* codes, int64_t l) -> uint32_t {
+    return static_cast<uint32_t>(codes[l]) < size[l] ? ~0u : 0;
+  };
   for (int64_t begin = 0; begin < rows; begin += kBlock) {
     const int64_t n = std::min(rows - begin, kBlock), row = first + begin;
     const int32_t* const codes = in.codes.data + (in.x_ids ? 0 : row * levels);
@@ -31,12 +33,11 @@ void each_row_with_leaf(const Codebook& book, const Histories& in, int64_t first
         mask[i] = inside && book.valid(codes + item * levels) ? ~0u : 0;
       }
     } else if (levels == 2) {
-      for (int64_t i = 0; i < n; ++i) mask[i] = in_range(codes + 2 * i, 0) & in_range(codes + 2 * i, 1) ? ~0u : 0;
+      for (int64_t i = 0; i < n; ++i) mask[i] = in_range(codes + 2 * i, 0) & in_range(codes + 2 * i, 1);
     } else {
       for (int64_t i = 0; i < n; ++i) {
-        bool valid = true;
-        for (int64_t l = 0; l < levels; ++l) valid &= in_range(codes + i * levels, l);
-        mask[i] = valid ? ~0u : 0;
+        mask[i] = ~0u;
+        for (int64_t l = 0; l < levels; ++l) mask[i] &= in_range(codes + i * levels, l);
       }
     }
     for (int64_t i = 0; i < n; ++i) f(begin + i, mask[i]);
@@ -68,7 +69,8 @@ inline void row_votes(const Codebook& book, const Histories& in, int64_t first, 
   const float* const weights = static_cast<const float*>(in.weights.data) + first;
   each_row_with_leaf(book, in, first, rows, [=](int64_t i, uint32_t mask) {
     const int32_t w = as_bits(weights[i]), limited = w < kLargest ? w : kLargest;
-    votes[i] = (w > 0) & (w <= kInfinity) ? static_cast<uint32_t>(limited) & mask : 0;
+    const uint32_t some = w > 0 ? mask : 0;
+    votes[i] = w <= kInfinity ? static_cast<uint32_t>(limited) & some : 0;
   });
   int32_t largest = 0, n = 0;
   for (int64_t i = 0; i < rows; ++i) {
