@@ -224,7 +224,7 @@ def route_case(work: str, dtype: str, size: str, flops: float, h: Batch, device:
 def backward(work: str, lengths: Array, device: str, *, agents: int, width: int, value: int = 64) -> Iterator[Case]:
     """Gradients from d_tokens, given the forward: of v and tau, then of all. Autograd's forward is not timed."""
     h = Batch(lengths, width, value, agents, torch.bfloat16, device)
-    forward = hisac.route(h.histories, h.p, temperature=h.tau)
+    forward = hisac.route(h.histories, h.p, temperature=h.tau, normalize="history")
     d_tokens = torch.randn_like(forward.tokens)
     given = hisac.Tokens(d_tokens, None)
 
@@ -242,7 +242,9 @@ def backward(work: str, lengths: Array, device: str, *, agents: int, width: int,
         return relative(result.v if hasattr(result, "v") else result[0], truth)
 
     def mine(need: tuple[str, ...]) -> Callable[[], Any]:
-        return lambda: hisac.route_backward(h.histories, h.p, forward, given, temperature=h.tau, need=need)
+        return lambda: hisac.route_backward(
+            h.histories, h.p, forward, given, temperature=h.tau, normalize="history", need=need
+        )
 
     def autograd() -> Call:
         q, k, v = augmented(h)

@@ -168,6 +168,7 @@ void requests(Service& s, int64_t rows, int calls) {
   const float temperature = 0.1f;
   CompressParams params;
   params.vote.budget = M;
+  params.route.normalize = Normalize::history;
   params.route.temperature = array(&temperature, 1);
   const Tokens kept{{tokens.data(), DType::float32, M, V}, array(lse.data(), 1, M), {}};
   const auto of = [&](int i) -> User& { return users[static_cast<size_t>(i) % users.size()]; };

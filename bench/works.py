@@ -224,7 +224,7 @@ def request(
     work: str, ops: ModuleType, threads: int, *, rows: int, budget: int, candidates: int, width: int,
     sizes: tuple[int, int], heads: int = 2, value: int = 64, cached: bool = False,
 ) -> Iterator[Case]:  # fmt: skip
-    """One user's request: vote, prototypes, route, attend from given codes; or, `cached`, attend alone on kept tokens.
+    """One user's request: vote, route, attend from given codes; or, `cached`, attend alone on kept tokens.
     Peers: full target attention of the candidates on every behaviour (SDPA), and the same pipeline in torch."""
     rng = np.random.default_rng(0)
     centers, codes, x = structured(rng, rows, sizes, width)
@@ -238,7 +238,7 @@ def request(
 
     @cache
     def tokens() -> Array:
-        kept = truth.route(x, v, offsets, plain.prototypes(agents), TAU, agents.count)
+        kept = truth.route(x, v, offsets, agents.prototypes, TAU, agents.count)
         return kept.tokens.reshape(heads_of)
 
     @cache
@@ -255,7 +255,7 @@ def request(
     def call_cold(i: int) -> Any:
         h = Histories(x, v, offsets, codes)
         a = ops.vote(book, h, budget=budget)
-        t = ops.route(h, book.prototypes(a), count=a.count, temperature=TAU).tokens.reshape(heads_of)
+        t = ops.route(h, a, temperature=TAU, normalize="history").tokens.reshape(heads_of)
         return ops.attend(q, t, t, at).out
 
     stored = tokens().astype(np.float32) if cached else None

@@ -98,7 +98,7 @@ def real(
     values = np.random.default_rng(0).standard_normal((len(h.table), value), dtype=np.float32)
     book = ops.fit(h.fitted, codes, iterations=iterations, seed=0)
     found = ops.vote(book, Histories(codes=ops.encode(book, h.table[h.item]), offsets=offsets), budget=budget)
-    p = np.asarray(book.prototypes(found), np.float32)[:, : int(found.count[0])]
+    p = found.prototypes[:, : int(found.count[0])]
 
     @cache
     def expected() -> Any:
@@ -190,7 +190,7 @@ def leaf(
         return truth.relative(result, expected().tokens)
 
     def call(i: int) -> Any:
-        return ops.route(ops.leaf_sums(book, Histories(x, v, offsets, codes)), p, temperature=TAU)
+        return ops.route(ops.leaf_sums(book, Histories(x, v, offsets, codes)), p, temperature=TAU, normalize="history")
 
     mine = Variant(
         "leaf", lambda: call, lambda r, i: error(r.tokens, i), FLOAT32, "hisac",
@@ -203,7 +203,7 @@ def leaf(
         return ops.leaf_sums(book, Histories(x, v, offsets, codes))
 
     def kept(i: int) -> Any:
-        return ops.route(sums, p, temperature=TAU)
+        return ops.route(sums, p, temperature=TAU, normalize="history")
 
     alone = Variant("sums", lambda: add, lambda r, i: truth.relative(r.x, mean), FLOAT32, "hisac")
     from_kept = Variant("kept", lambda: kept, lambda r, i: error(r.tokens, i), FLOAT32, "hisac")

@@ -197,7 +197,7 @@ nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, 
 }
 
 void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, const std::vector<int64_t>& fanout,
-                 Lent out_codes, Lent out_votes, Lent out_count) {
+                 Lent out_codes, Lent out_votes, Lent out_count, Lent out_prototypes) {
   Call call("vote");
   VoteParams params;
   params.budget = budget;
@@ -208,7 +208,8 @@ void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, 
   const Histories& in = batch.in;
   const Agents out{array<int32_t, 3>(out_codes, call, "out codes", "int32 [B, M, L]"),
                    array<int64_t, 2>(out_votes, call, "out votes", "int64 [B, M]"),
-                   array<int32_t, 1>(out_count, call, "out count", "int32 [B]")};
+                   array<int32_t, 1>(out_count, call, "out count", "int32 [B]"), book.fingerprint(),
+                   array<float, 3>(out_prototypes, call, "out prototypes", "float32 [B, M, D]")};
   run(
       call, [&](const Context& context) { return vote_workspace(context, book, params, in); },
       [&](const Context& context) { return vote(context, book, params, in, out); }, &book);
@@ -444,7 +445,7 @@ void fill(nb::module_& m) {
         nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
                 "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
   m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "out_codes"_a, "out_votes"_a,
-        "out_count"_a);
+        "out_count"_a, "out_prototypes"_a);
   m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,
         "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none());
   m.def("route_backward", route_gradients, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(),

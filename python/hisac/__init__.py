@@ -18,6 +18,7 @@ from . import _core
 from ._core import VERSION as __version__
 from ._core import CorruptFileError
 from .codebook import Codebook
+from .runtime import backends, get_num_threads, set_num_threads
 from .types import (
     Agents,
     Attended,
@@ -32,17 +33,14 @@ from .types import (
 from .verbs import (
     attend,
     attend_backward,
-    backends,
     compress,
     encode,
     fit,
-    get_num_threads,
     leaf_sums,
     leaf_sums_backward,
     missing,
     route,
     route_backward,
-    set_num_threads,
     vote,
 )
 

@@ -21,6 +21,26 @@ class Verbs(NamedTuple):
     """f(a, like): a in the type of `like`"""
     constant: Any = lambda a: a
     """f(a): the same Histories or array, as a constant for gradients"""
+    beside: Any = lambda a: a
+    """f(prototypes): the same where v is"""
+    fingerprint: Any = lambda book: book.fingerprint
+    """f(book), which torch.compile takes for a constant"""
+
+
+def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any) -> tuple[Any, Any]:
+    """What `route` takes, prototypes and count, of Agents, or of bare prototypes with their count. Those that Agents
+    have not kept are made."""
+    if not isinstance(agents, Agents):
+        return agents, count
+    if count is not None:
+        raise TypeError(f"{verb}: count expected None beside Agents, which have their own")
+    if book is not None and int(agents.fingerprint) != (wanted := verbs.fingerprint(book)):
+        raise ValueError(f"{verb}: agents expected of codebook {wanted:016x}, got {int(agents.fingerprint):016x}")
+    if agents.prototypes is not None:
+        return agents.prototypes, agents.count
+    if book is None:
+        raise TypeError(f"{verb}: agents expected with prototypes, or with the book that makes them")
+    return verbs.prototypes(book, agents), agents.count
 
 
 def compress(
@@ -39,8 +59,9 @@ def compress(
         h = h._replace(codes=verbs.encode(book, h.x))
     if agents is None:
         agents = verbs.vote(book, h, budget=budget, fanout=fanout)
-    prototypes, rows = verbs.prototypes(book, agents), h
-    options |= {"count": agents.count, "normalize": normalize, "book": book}
+    prototypes, count = routed(verbs, "compress", agents, None, book)
+    prototypes, rows = verbs.beside(prototypes), h
+    options |= {"count": count, "normalize": normalize, "book": book}
     if method == "leaf":
         rows, options["book"] = verbs.leaf_sums(book, h), None
     for _ in range(refine):
@@ -54,4 +75,4 @@ def compress(
         only = Histories(absent, h.v, h.offsets, v_ids=h.v_ids)
         one = verbs.route(only, np.zeros_like(lse[:, :1, None]), temperature=1.0)
         tokens, lse = np.concatenate((tokens, one.tokens), 1), np.concatenate((lse, one.lse), 1)
-    return Compressed(tokens, lse, prototypes, agents)
+    return Compressed(tokens, lse, agents._replace(prototypes=prototypes))

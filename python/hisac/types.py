@@ -8,11 +8,15 @@ V value width, L levels, M agents a user, N candidates, H heads.
 import itertools
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Array = Any  # numpy.ndarray, torch.Tensor, or anything with DLPack
+Normalize = Literal["history", "agents"]
+Method = Literal["exact", "leaf"]
+Missing = Literal["drop", "token"]
+Precision = Literal["float32", "bfloat16"]
 
 
 _tuple = tuple.__new__  # 0.1 us faster than by way of the named tuple's own
@@ -120,6 +124,9 @@ class Agents(NamedTuple):
     """[B] int32: how many of the M are present."""
     fingerprint: int
     """64 bits that name the codebook; an agent means nothing in another one."""
+    prototypes: Array = None
+    """[B, M, D] float32: what `route` compares x with, zero for absent agents. None where they were not kept: they
+    follow from the codes and the codebook."""
 
 
 class Tokens(NamedTuple):
@@ -140,10 +147,8 @@ class Compressed(NamedTuple):
     """[B, M, V], v's type; [B, M + 1, V] with `missing="token"`."""
     lse: Array
     """[B, M] or [B, M + 1] float32: log of the mass a token received; -inf where it received none."""
-    prototypes: Array
-    """[B, M, D] float32: the prototypes in use, after `refine` rounds."""
     agents: Agents
-    """The interest-agents."""
+    """The interest-agents; their prototypes are those in use, after `refine` rounds."""
 
 
 class Attended(NamedTuple):

@@ -25,7 +25,6 @@ from .arrays import (
     beside,
     copy_of,
     core,
-    cuda_missing,
     empty,
     give,
     is_cuda,
@@ -46,6 +45,10 @@ from .types import (
     Compressed,
     Histories,
     LeafGradients,
+    Method,
+    Missing,
+    Normalize,
+    Precision,
     RouteGradients,
     Tokens,
 )
@@ -56,8 +59,14 @@ fit = Codebook.fit
 def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
     """Multi-level semantic IDs: at level l the code c minimising |r - c|^2, then r <- r - c.
 
-    x [T, D] float32, bfloat16 or float16 -> codes [T, L] int32. Exact: ties go to the lower code, every backend and the
-    reference agree. A row with a NaN or an infinity is -1. Raises ValueError, TypeError.
+    The paper's residual quantiser. Exact: ties go to the lower code, and every backend and the reference agree.
+
+    Args:
+        book: the codebook of L levels
+        x: [T, D] float32, bfloat16 or float16. A row with a NaN or an infinity gets the code -1 at every level
+        out: an int32 array [T, L] to write into
+
+    Returns codes [T, L] int32. Raises ValueError for a wrong shape, TypeError for a wrong type.
     """
     return _check(book, Codebook, "encode: book").encode(x, out=out)
 
@@ -67,14 +76,20 @@ def vote(
 ) -> Agents:
     """The interest-agents of each user: the leaves of the code tree kept by their behaviours' votes.
 
-    `budget` M: seats in proportion to votes at every node (D'Hondt). `fanout` (k_1, .., k_L): the paper's rule, the k_l
-    children with most votes under every kept node. Of the histories it reads codes [T, L] (a table with x_ids), x_ids,
-    offsets, and weights [T] or None. A row has one vote, or w votes where weights are int64: min(w, 2^40 - 1), halved s
-    times where a user's sum is 2^(40 + s - 1) or more. Float weights count relative to the user's largest:
-    rint(2^k w / max w) votes, k = min(24, 40 - bits of the number of rows that vote). Rows with an invalid code, an id
-    outside the table, or a weight that is NaN or not above 0 do not vote.
-    -> Agents of M = budget or the product of the fan-outs, at most 4096; blind to the order of rows.
-    Raises ValueError, TypeError.
+    The paper's hierarchical voting. Exactly one rule. `budget`: seats in proportion to votes at every node (D'Hondt).
+    `fanout`: the paper's rule, the k_l children with most votes under every kept node. Blind to the order of rows.
+
+    Args:
+        book: the codebook of the codes
+        histories: read are codes [T, L] (a table with x_ids), x_ids, offsets and weights [T]. A row has one vote, or w
+            votes where weights are int64: min(w, 2^40 - 1), halved s times where a user's sum is 2^(40 + s - 1) or
+            more. Float weights count relative to the user's largest: rint(2^k w / max w) votes, k = min(24, 40 - bits
+            of the number of rows that vote). A row with an invalid code, an id outside the table, or a weight that is
+            NaN or not above 0 does not vote
+        budget: M, 1 to 4096
+        fanout: (k_1, .., k_L), each at least 1; M is their product, at most 4096
+
+    Returns Agents, with prototypes. Raises ValueError, TypeError.
     """
     if (budget is None) == (fanout is None):
         raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
@@ -91,8 +106,9 @@ def vote(
     spans, new = histories.offsets, maker(histories.codes)
     users = spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1
     agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
-    core.vote(tree, histories, 0 if budget is None else seats, children, agents, votes, count)
-    return Agents(agents, votes, count, tree.fingerprint)
+    prototypes = new((users, seats, book.width), FLOAT32)
+    core.vote(tree, histories, 0 if budget is None else seats, children, agents, votes, count, prototypes)
+    return Agents(agents, votes, count, tree.fingerprint, prototypes)
 
 
 def compress(
@@ -103,27 +119,32 @@ def compress(
     fanout: Iterable[int] | None = None,
     agents: Agents | None = None,
     temperature: Any = 0.1,
-    normalize: str = "history",
-    method: str = "exact",
+    normalize: Normalize = "agents",
+    method: Method = "exact",
     refine: int = 0,
-    missing: str = "drop",
-    precision: str = "float32",
+    missing: Missing = "drop",
+    precision: Precision = "float32",
 ) -> Compressed:
-    """Histories -> tokens in one call: `vote`, or the `agents` of an earlier one, then `route`.
+    """Histories -> tokens in one call: `encode`, where there are no codes; `vote`, or agents that are given; `route`.
 
-    budget, fanout: as in `vote`. temperature, normalize, precision: as in `route`. Without codes, those of x are
-    computed; with x_ids they are needed, as a table that is encoded once.
-    method="leaf": routes the behaviours' `leaf_sums` in their place: faster, where many behaviours share a leaf.
-    refine=n: n rounds of p_a <- mean_x_a first, for agents that received mass.
-    missing="token": one more token, the mean v and log count of the behaviours that are `missing`.
-    -> Compressed. Raises ValueError, TypeError.
+    Args:
+        book: the codebook
+        histories: every field is read. With x_ids, codes are needed: encode the table once
+        budget, fanout: as in `vote`; one of them, unless there are agents
+        agents: those of an earlier vote. Their prototypes are used where they have them
+        temperature, normalize, precision: as in `route`
+        method: "exact", or "leaf": `route` takes the `leaf_sums` of the behaviours, which is faster where many of them
+            share a leaf
+        refine: n rounds of p_a <- mean_x_a first, for agents that received mass
+        missing: "drop", or "token": one more token, the mean v and the log count of the behaviours that are `missing`
+
+    Returns Compressed. Raises ValueError, TypeError.
     """
     _check(book, Codebook, "compress: book")
     histories = take_histories("compress", _EVERY, histories)
     refine, v = whole("compress", "refine", refine, 0, 10**6), histories.v
     verbs = _VERBS._replace(
-        prototypes=lambda book, agents: beside(v, book.prototypes(agents)),
-        numbers=sys.modules["torch"] if is_torch(v) else np,
+        beside=lambda prototypes: beside(v, prototypes), numbers=sys.modules["torch"] if is_torch(v) else np
     )
     return compose.compress(
         verbs, book, histories, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
@@ -132,17 +153,24 @@ def compress(
 
 
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
-    """The behaviours of each user, one row a leaf, sorted by code: of the present ones, with w_i = e^bias_i,
+    """The behaviours of each user as one row a leaf, sorted by code. Of those that are present, with w_i = e^bias_i,
 
         W = sum w_i     x = sum w_i x_i / W     v = sum w_i v_i / W     bias = log W
         spread = sum w_i (spread_i + |x_i - x|^2) / W
 
     and weights, int64: the votes of all that vote. A leaf that has votes and no present behaviour has a bias of -inf,
-    and zeros for x, v and spread. Reads what `route` reads of the histories, codes and weights. In `route` and in
-    `vote` the sums stand for the behaviours, and they may be kept between requests. In `missing` they do not: sums do
-    not keep the v of absent behaviours. Sums add up: those of kept sums and new behaviours, as the rows of one user,
-    are the sums of all. Votes do where the weights of both are int64 or none, and the user has fewer than 2^40 votes.
-    -> Histories with x, v, offsets, codes, bias, spread and weights, float32 but for integers. Raises ValueError,
+    and zeros for x, v and spread.
+
+    In `route` and in `vote` the sums stand for the behaviours, and they may be kept between requests. In `missing` they
+    do not: sums do not keep the v of absent behaviours. Sums add up: those of kept sums and new behaviours, as the rows
+    of one user, are the sums of all. Votes do where the weights of both are int64 or none, and the user has fewer than
+    2^40 votes.
+
+    Args:
+        book: the codebook of the codes
+        histories: read are codes, weights, and what `route` reads
+
+    Returns Histories with x, v, offsets, codes, bias, spread and weights, float32 but for integers. Raises ValueError,
     TypeError.
     """
     sums = _sum_leaves(book, histories, apart=False)
@@ -158,14 +186,19 @@ def leaf_sums_backward(
     *,
     need: Iterable[str] = ("v", "bias"),
 ) -> LeafGradients:
-    """Gradients of `leaf_sums`, given the sums that it returned and the gradients of their x, v, bias and spread, as
-    Histories (each may be None). With the share s_i = exp(bias_i - bias) of a behaviour in the sum of its leaf:
+    """Gradients of `leaf_sums`. With the share s_i = exp(bias_i - bias) of a behaviour in the sum of its leaf:
 
         dv_i = s_i dv
         dbias_i = s_i (dv . (v_i - v) + dx . (x_i - x) + dbias + dspread (spread_i + |x_i - x|^2 - spread))
 
-    `need` names the gradients wanted, of v and bias; x is held constant. Those of gathered v are of each behaviour's
-    row, [T, V]. -> LeafGradients, float32, None where not wanted. Raises ValueError, TypeError.
+    Args:
+        book, histories: those of the call of `leaf_sums`. x is held constant
+        sums: what it returned
+        gradients: those of the sums' x, v, bias and spread, as Histories; each may be None
+        need: the gradients wanted, of "v" and "bias"
+
+    Returns LeafGradients, float32, None where not wanted; that of a gathered v is of each behaviour's row, [T, V].
+    Raises ValueError, TypeError.
     """
     verb, wanted = "leaf_sums_backward", _wanted("leaf_sums_backward", need, LeafGradients)
     _check(book, Codebook, f"{verb}: book")
@@ -180,11 +213,16 @@ def leaf_sums_backward(
 
 
 def missing(histories: Histories, *, book: Codebook | None = None) -> Array:
-    """[T] float32: 0 for a behaviour that is missing, -inf for any other.
+    """Which behaviours are missing: absent for `route`, though they have a row of v without a NaN or an infinity.
 
-    One is missing where `route` takes it for absent, though it has a row of v without a NaN or an infinity. As the x
-    [T, 1] of another `route`, to one prototype of 0, this gives the mean v and the log count of the missing: that is
-    the token of `compress(missing="token")`. Reads what `route` reads. Raises ValueError, TypeError.
+    As the x [T, 1] of another `route`, to one prototype of 0, the result gives the mean v and the log count of the
+    missing: that is the token of `compress(missing="token")`.
+
+    Args:
+        histories: read is what `route` reads
+        book: needed where x is None; codes are read where it is given
+
+    Returns [T] float32: 0 for a behaviour that is missing, -inf for any other. Raises ValueError, TypeError.
     """
     tree, histories = _rows("missing", book, histories)
     found = empty(histories.v, (behaviours_of(histories),), FLOAT32)
@@ -194,36 +232,48 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Array:
 
 def route(
     histories: Histories,
-    prototypes: Array,
+    agents: Agents | Array,
     *,
     count: Array = None,
     temperature: Any = 0.1,
-    normalize: str = "history",
+    normalize: Normalize = "agents",
     book: Codebook | None = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     tokens: bool = True,
     mean_x: bool = False,
     out: Tokens | None = None,
 ) -> Tokens:
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
 
+    The paper's reading is normalize="history"; "agents", the default, shares each behaviour out among the agents.
+
         d_ai = |x_i - p_a|^2 + spread_i
         normalize="history": u_ai = exp(bias_i - d_ai / tau)
         normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai     mean_x_a = sum_i u_ai x_i / sum_i u_ai     lse_a = log sum_i u_ai
 
-    Of the histories it reads every field but weights; codes only where `book` is given. Both are needed where x is
-    None. prototypes [B, M, D] float32; count [B] int32, present agents; temperature tau a number > 0, or [1] or [M]
-    float32, where an entry that is not positive empties its tokens. Absent behaviours: an invalid code, |x|^2 of 2^100
-    and more, a NaN or infinite bias, a spread that is NaN, infinite or negative, an id outside the table of x or v.
-    precision="bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor multiplies that
-    faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32. `hisac.reference.bounds` has the
-    error of both. Rows gathered by ids give the same bits as rows copied out. tokens, mean_x: whether these are wanted;
-    v may be None without tokens. out: Tokens to write into.
-    -> Tokens. Raises ValueError, TypeError.
+    A behaviour is absent with an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that is NaN,
+    infinite or negative, or an id outside the table of x or v. Rows gathered by ids give the same bits as rows that are
+    copied out.
+
+    Args:
+        histories: every field but weights is read; codes only where `book` is given. Both are needed where x is None. v
+            may be None without tokens
+        agents: those of `vote`, or bare prototypes [B, M, D] float32
+        count: [B] int32, with bare prototypes: how many are present; None: M each
+        temperature: tau, a number > 0, or float32 [1] or [M]; an entry that is not positive empties its tokens
+        normalize: "history" or "agents"
+        book: the codebook of the codes
+        precision: "float32", or "bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor
+            multiplies that faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32.
+            `hisac.reference.bounds` has the error of both
+        tokens, mean_x: whether these are wanted
+        out: Tokens to write into
+
+    Returns Tokens. Raises ValueError, TypeError.
     """
     tree, histories = _rows("route", book, histories, tokens)
-    prototypes, count, temperature = _agents("route", prototypes, count, temperature)
+    prototypes, count, temperature = _agents("route", book, agents, count, temperature)
     v, (users, m, width) = histories.v, prototypes.shape
     like = prototypes if v is None else v
     given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
@@ -238,34 +288,38 @@ def route(
 
 def route_backward(
     histories: Histories,
-    prototypes: Array,
+    agents: Agents | Array,
     forward: Tokens,
     gradients: Tokens,
     *,
     count: Array = None,
     temperature: Any = 0.1,
-    normalize: str = "history",
+    normalize: Normalize = "agents",
     book: Codebook | None = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     need: Iterable[str] = ("v", "bias", "temperature"),
 ) -> RouteGradients:
-    """Gradients of `route`, given what it returned and the gradients of that; weights are recomputed, nothing of size
-    T x M is kept.
+    """Gradients of `route`. Weights are recomputed, and nothing of size T x M is kept.
 
         w_ai = exp(z_ai - lse_a)     dz_ai = w_ai (dtoken_a . (v_i - token_a) + dmean_x_a . (x_i - mean_x_a) + dlse_a)
 
-    gradients: Tokens, each field may be None; `need` names those wanted, of x, v, bias, spread, prototypes,
-    temperature. precision as in the forward: x and prototypes are rounded alike; the products with gradients are
-    float32 on the CPU, and rounded too on CUDA. Those of gathered x and v are of each behaviour's row, [T, ..], as
-    loaded. That of mean_x does not reach x. -> RouteGradients, float32, None where not wanted.
-    Raises ValueError, TypeError, NotImplementedError.
+    Args:
+        histories, agents, count, temperature, normalize, book: those of the call of `route`
+        forward: what it returned
+        gradients: those of it, as Tokens; each field may be None
+        precision: as in the forward: x and prototypes are rounded alike. Products with gradients are float32 on the
+            CPU, and rounded too on CUDA
+        need: the gradients wanted, of "x", "v", "bias", "spread", "prototypes", "temperature"
+
+    Returns RouteGradients, float32, None where not wanted. Those of gathered x and v are of each behaviour's row,
+    [T, ..], as loaded. That of mean_x does not reach x. Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", _wanted("route_backward", need, RouteGradients)
     _check(forward, Tokens, f"{verb}: forward")
     _check(gradients, Tokens, f"{verb}: gradients")
     back = take(verb, "tokens?, lse, mean_x?, d_tokens?, d_lse?, d_mean_x?", *forward, *gradients)
     tree, histories = _rows(verb, book, histories, False)
-    prototypes, count, tau = _agents(verb, prototypes, count, temperature)
+    prototypes, count, tau = _agents(verb, book, agents, count, temperature)
     size, v = behaviours_of(histories), histories.v
     shapes = {
         "x": (size, prototypes.shape[2]),
@@ -291,9 +345,9 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
     return given
 
 
-def _agents(verb: str, prototypes: Array, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
+def _agents(verb: str, book: Codebook | None, agents: Any, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
     """Prototypes, count and temperature, borrowed."""
-    prototypes, count = take(verb, "prototypes B M D, count?", prototypes, count)
+    prototypes, count = take(verb, "prototypes B M D, count?", *compose.routed(_VERBS, verb, agents, count, book))
     if not isinstance(temperature, NUMBERS):
         return prototypes, count, *take(verb, "temperature", temperature)
     if is_cuda(prototypes):  # kernels read it where the data is
@@ -366,15 +420,24 @@ def attend(
     scale: float | None = None,
     out: Attended | None = None,
 ) -> Attended:
-    """Target attention of candidates on their user's tokens.
+    """Target attention of candidates on their user's tokens (paper, target attention).
 
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
-    q [N, H, d], keys [B, M, H, d], values [B, M, H, V], one type of float32, bfloat16, float16; candidate_offsets
-    [B + 1]; bias [B, M] float32; scale 1 / sqrt(d) by default. A token whose bias or key holds a NaN or an infinity is
-    absent, and for a q that holds one every token is. Without tokens: zero and -inf.
-    -> Attended; lse tells how well the best tokens match, which softmax attention alone hides.
-    Raises ValueError, TypeError.
+    A token is absent where its bias or key holds a NaN or an infinity; for a q that holds one every token is. Without
+    tokens: zero and -inf.
+
+    Args:
+        q: [N, H, d], of one type with keys and values: float32, bfloat16 or float16
+        keys: [B, M, H, d]
+        values: [B, M, H, V]
+        candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
+        bias: [B, M] float32, such as the lse of tokens
+        scale: None: 1 / sqrt(d)
+        out: Attended to write into
+
+    Returns Attended; its lse tells how well the best tokens match, which softmax attention alone hides. Raises
+    ValueError, TypeError.
     """
     q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
         "attend", q, keys, values, candidate_offsets, bias, scale
@@ -400,7 +463,15 @@ def attend_backward(
     bias: Array = None,
     scale: float | None = None,
 ) -> AttendGradients:
-    """Gradients of `attend`, given what it returned: d_out as out, d_lse as lse or None -> AttendGradients."""
+    """Gradients of `attend`.
+
+    Args:
+        d_out, d_lse: the gradients of what it returned; d_lse may be None
+        forward: what it returned
+        q, keys, values, candidate_offsets, bias, scale: those of the call
+
+    Returns AttendGradients, float32. Raises ValueError, TypeError.
+    """
     verb = "attend_backward"
     q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
     _check(forward, Attended, f"{verb}: forward")
@@ -420,21 +491,3 @@ def _attend_inputs(
         q, keys, values, candidate_offsets, bias,
     )  # fmt: skip
     return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
-
-
-def set_num_threads(n: int) -> None:
-    """Threads that the verbs use, 1 to 256. Results do not depend on it."""
-    core.set_num_threads(whole("threads", "n", n, 1, 256))
-
-
-def get_num_threads() -> int:
-    """Threads that the verbs use. By default HISAC_NUM_THREADS or OMP_NUM_THREADS, the first number of a list, else the
-    processors that affinity and the container's quota allow; at most 256."""
-    return int(core.get_num_threads())
-
-
-def backends() -> dict[str, Any]:
-    """What this build can run on: the CPU's instruction sets, and the one in use (HISAC_ISA forces one); under "cuda"
-    True, or why there is none."""
-    isas = tuple(core.available_isas().split())
-    return {"cpu": core.active_isa(), "available": isas, "cuda": cuda_missing() or True}

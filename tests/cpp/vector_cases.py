@@ -163,7 +163,9 @@ def route_args(records: dict[str, Any], options: dict[str, Any]) -> dict[str, An
     names = ("prototypes", "count", "temperature")
     args: dict[str, Any] = {name: as_numpy(records[name]) if name in records else None for name in names}
     book = built(records) if "codes" in records else None
-    return {**args, **options, "book": book, "histories": histories_of(records)}
+    args["agents"] = args.pop("prototypes")
+    usual = {name: choices[0] for name, choices in OPTIONS.items()}
+    return {**args, **usual, **options, "book": book, "histories": histories_of(records)}
 
 
 def options_record(options: dict[str, Any]) -> Stored:

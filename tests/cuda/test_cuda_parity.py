@@ -106,7 +106,7 @@ def test_subnormal_values_at_a_tiny_temperature(on_cuda):
     v, spread, bias = np.float32([[4e-44], [3e-44]]), np.float32([8.8e-44, 2e-44]), np.float32([-1.5, 0])
     histories = hisac.Histories(np.zeros((2, 1), np.float32), v, np.array([0, 2]), bias=bias, spread=spread)
     args = {"histories": histories, "temperature": 1e-30, "precision": "bfloat16"}
-    args["prototypes"] = np.full((1, 1, 1), -6e-45, np.float32)
+    args["agents"] = np.full((1, 1, 1), -6e-45, np.float32)
     given_ = hisac.Tokens(np.ones((1, 1, 1), np.float32), None)
     back = {"forward": hisac.route(**args), "gradients": given_, **args}
     mine = on_cuda(hisac.route_backward, **back)

@@ -23,7 +23,7 @@ enum class Precision : int32_t { float32, bfloat16 };
 /// [0, FLT_MAX], or an id of its x or v is outside the table. A NaN or an infinity in v does not make it absent: that
 /// column of the tokens of its user's present agents is then NaN or infinite.
 struct RouteParams {
-  Normalize normalize = Normalize::history;
+  Normalize normalize = Normalize::agents;  // history: the paper's reading
   Array<const float, 1> temperature;  // [1] or [M]
   Precision precision = Precision::float32;
 };

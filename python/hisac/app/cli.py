@@ -95,7 +95,7 @@ def make_parser() -> Parser:
     rule.add_argument("--budget", type=whole, metavar="M", help="M tokens a user, seats in proportion to votes")
     rule.add_argument("--fanout", type=numbers, metavar="K,K", help="children kept a node and level (the paper's rule)")
     p.add_argument("--temperature", type=float, default=0.1, metavar="TAU", help="softness of routing (default: 0.1)")
-    p.add_argument("--normalize", choices=("history", "agents"), default="history", help="default: history")
+    p.add_argument("--normalize", choices=("history", "agents"), default="agents", help="default: agents")
     p.add_argument("-o", "--out", required=True, metavar="TOKENS", help="tokens to write, .npz or .safetensors")
 
     p = verb("inspect", commands.inspect, "the health of a codebook: use of codes, dead codes, collisions, error")

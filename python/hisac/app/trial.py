@@ -30,7 +30,7 @@ class Setting(NamedTuple):
 
     name: str
     seats: int
-    normalize: str
+    normalize: hisac.types.Normalize
     rule: dict[str, Any]
 
 

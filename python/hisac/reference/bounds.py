@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _core
+from .. import _core, compose
 from ..types import Array, Attended, AttendGradients, Histories, LeafGradients, RouteGradients, Tokens
 from . import verbs
 
@@ -44,7 +44,7 @@ HUGE = 2.0**125  # beyond it float32 may overflow
 TINY = 2.0**-125  # below it exp may give 0
 LEAST = 2.0**-149  # what one rounding of a subnormal float32 may cost
 TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
-OPTIONS = ("prototypes", "count", "temperature", "book")  # of verbs.each_history
+OPTIONS = ("agents", "count", "temperature", "book")  # of verbs.each_history
 
 
 def as_numpy(a: Array) -> Array:
@@ -68,6 +68,9 @@ def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
     than the definition does."""
     args = _in_numpy(args)
+    if "agents" in args:
+        agents, count, book = (args.get(name) for name in ("agents", "count", "book"))
+        args["agents"], args["count"] = compose.routed(verbs._VERBS, "route", agents, count, book)
     return args | {"histories": verbs.gather(args["histories"])}
 
 
@@ -193,14 +196,14 @@ def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History)."""
     full: dict[str, Any] = dict.fromkeys(OPTIONS) | {"temperature": 0.1} | dict(args)
-    return verbs.each_history(full["histories"], **{name: full[name] for name in OPTIONS})
+    return verbs.each_history(full["histories"], *(full[name] for name in OPTIONS))
 
 
 def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Tokens:
     """args: the arguments of `route`; dtype: v's type; cuda: on a GPU -> the largest |difference| of tokens, lse and
     mean_x, where these are wanted."""
     args = _dense(args)
-    p, v, normalize = args["prototypes"], args["histories"].v, args.get("normalize", "history")
+    p, v, normalize = args["agents"], args["histories"].v, args.get("normalize", "agents")
     value_width = 0 if v is None else v.shape[1]
     tokens, lse, mean_x = np.zeros((*p.shape[:2], value_width)), np.zeros(p.shape[:2]), np.zeros(p.shape)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -314,10 +317,10 @@ def unit_bound(expected: Tokens, width: int = 4096) -> Tokens:
 def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:
     """args: the arguments of `route_backward`; cuda: on a GPU -> the largest |difference| of each wanted gradient."""
     args = _dense(args)
-    forward, gradients, p = args["forward"], args["gradients"], args["prototypes"]
+    forward, gradients, p = args["forward"], args["gradients"], args["agents"]
     without_x = gradients.mean_x is not None or args["histories"].x is None
     exact: Any = verbs.route_backward(**args | {"need": RouteGradients._fields[without_x:]})
-    normalize, rounding, (m, width) = args.get("normalize", "history"), _rounding(args, cuda), p.shape[1:]
+    normalize, rounding, (m, width) = args.get("normalize", "agents"), _rounding(args, cuda), p.shape[1:]
     # of a product with a gradient: what both factors are rounded by, and what is lost of one that is subnormal
     split, least = (2 * rounding, TINY) if cuda else (0.0, 0.0)
     size = len(exact.bias)

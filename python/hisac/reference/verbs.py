@@ -106,7 +106,7 @@ def vote(book: Any, histories: Histories, *, budget: int | None = None, fanout: 
     """The interest-agents of each user: the leaves kept by `budget` (ours) or `fanout` (the paper's rule).
 
     Reads codes [T, L] (with x_ids, a table), offsets, and weights [T] or None of the histories -> Agents of M = budget,
-    or the product of the fan-outs. Sorted by votes down, then code up. Blind to the order of a user's rows.
+    or the product of the fan-outs, with prototypes. Sorted by votes down, then code up. Blind to the order of rows.
     """
     codes, weights = gather(histories).codes, histories.weights
     levels = len(book.centers)
@@ -123,7 +123,7 @@ def vote(book: Any, histories: Histories, *, budget: int | None = None, fanout: 
         if kept:
             out[b, : len(kept)] = kept
             count_votes[b, : len(kept)] = [votes[leaf] for leaf in kept]
-    return Agents(out, count_votes, count, book.fingerprint)
+    return Agents(out, count_votes, count, book.fingerprint, book.prototypes(out))
 
 
 def float64(a: Array) -> Array:
@@ -322,8 +322,8 @@ def missing(histories: Histories, *, book: Any = None) -> Array:
 
 
 def route(
-    histories: Histories, prototypes: Array, *, count: Array = None, temperature: Any = 0.1,
-    normalize: str = "history", book: Any = None, precision: str = "float32", tokens: bool = True, mean_x: bool = False,
+    histories: Histories, agents: Agents | Array, *, count: Array = None, temperature: Any = 0.1,
+    normalize: str = "agents", book: Any = None, precision: str = "float32", tokens: bool = True, mean_x: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
@@ -339,6 +339,7 @@ def route(
     wanted or v is None. precision changes no result here: it is how exact an implementation has to be
     (`hisac.reference.bounds`).
     """
+    prototypes, count = compose.routed(_VERBS, "route", agents, count, book)
     users, (m, width) = len(ranges(histories.offsets)), prototypes.shape[1:]
     value_width = 0 if histories.v is None else histories.v.shape[1]
     token, lse, mean = np.zeros((users, m, value_width)), np.full((users, m), -np.inf), np.zeros((users, m, width))
@@ -350,8 +351,8 @@ def route(
 
 
 def route_backward(
-    histories: Histories, prototypes: Array, forward: Tokens, gradients: Tokens, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "history", book: Any = None, precision: str = "float32",
+    histories: Histories, agents: Agents | Array, forward: Tokens, gradients: Tokens, *, count: Array = None,
+    temperature: Any = 0.1, normalize: str = "agents", book: Any = None, precision: str = "float32",
     need: Any = ("v", "bias", "temperature"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned and the gradients of that (each may be None).
@@ -365,6 +366,7 @@ def route_backward(
     `need` names the gradients wanted -> RouteGradients. Those of gathered x and v are of each behaviour's row [T, ..].
     That of mean_x reaches bias, spread, prototypes and temperature: with one of x, NotImplementedError.
     """
+    prototypes, count = compose.routed(_VERBS, "route_backward", agents, count, book)
     batch = gather(histories)
     rows_of = batch.codes if batch.v is None and batch.x is None else batch.x if batch.v is None else batch.v
     size, (m, width), value_width = len(rows_of), prototypes.shape[1:], 0 if batch.v is None else batch.v.shape[1]
@@ -411,7 +413,7 @@ _VERBS = compose.Verbs(
 
 def compress(
     book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, agents: Agents | None = None,
-    temperature: Any = 0.1, normalize: str = "history", method: str = "exact", refine: int = 0, missing: str = "drop",
+    temperature: Any = 0.1, normalize: str = "agents", method: str = "exact", refine: int = 0, missing: str = "drop",
     precision: str = "float32",
 ) -> Compressed:  # fmt: skip
     """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.

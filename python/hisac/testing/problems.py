@@ -213,8 +213,9 @@ class Problem(_Shown):
 
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
-        names = ("histories", "prototypes", "count", "temperature", "normalize", "precision", "mean_x")
-        return {name: getattr(self, name) for name in names} | ({"book": self.book} if self.routed_codes else {})
+        names = ("histories", "count", "temperature", "normalize", "precision", "mean_x")
+        args = {"agents": self.prototypes} | {name: getattr(self, name) for name in names}
+        return args | ({"book": self.book} if self.routed_codes else {})
 
     def compress_args(self) -> dict[str, Any]:
         """The arguments of `compress`, in NumPy."""

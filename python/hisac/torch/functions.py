@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from .. import Codebook, compose
 from ..arrays import NUMBERS, behaviours_of, dtype_name, pair_of, whole
 from ..reference import MAX_SEATS
-from ..types import Agents, Attended, Compressed, Histories, Tokens
+from ..types import Agents, Attended, Compressed, Histories, Method, Missing, Normalize, Precision, Tokens
 from . import operators as operators  # defines torch.ops.hisac
 from .library import register
 
@@ -137,7 +137,7 @@ def vote(
     """The interest-agents of each user as `hisac.vote`, without gradient.
 
     Reads codes [T, L] int32 (a table, with x_ids), offsets (or None for a jagged tensor) and weights [T] of the
-    histories -> Agents.
+    histories -> Agents, with prototypes.
 
     >>> codes = torch.tensor([[1], [0], [1]], dtype=torch.int32)
     >>> vote(Codebook([torch.eye(2)]), Histories(codes=codes, offsets=torch.tensor([0, 3])), budget=2).votes
@@ -150,7 +150,7 @@ def vote(
     seats = 0 if budget is None else whole("vote", "budget", budget, 1, MAX_SEATS)
     children = [whole("vote", "fanout", k) for k in fanout or ()]
     found = torch.ops.hisac.vote(name, *_fields(h), seats, children)
-    return Agents(found[0], found[1], found[2], name % 2**64)
+    return Agents(found[0], found[1], found[2], name % 2**64, found[3])
 
 
 def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
@@ -168,9 +168,9 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
 
 
 def route(
-    histories: Histories, prototypes: Tensor, *, count: Tensor | None = None, temperature: float | Tensor = 0.1,
-    normalize: str = "history", book: Codebook | None = None, precision: str = "float32", tokens: bool = True,
-    mean_x: bool = False, sparse_grad: bool = False,
+    histories: Histories, agents: Agents | Tensor, *, count: Tensor | None = None, temperature: float | Tensor = 0.1,
+    normalize: Normalize = "agents", book: Codebook | None = None, precision: Precision = "float32",
+    tokens: bool = True, mean_x: bool = False, sparse_grad: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; what it returns has gradients for v, bias, spread, x, prototypes and
     temperature.
@@ -178,8 +178,9 @@ def route(
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     Of the histories it reads every field but weights; codes only where `book` is given; offsets may be None beside a
-    jagged tensor. prototypes [B, M, D], count [B], temperature a number, [1] or [M] -> Tokens. mean_x has no gradient
-    for x (else NotImplementedError). precision="bfloat16" lets products round to bfloat16 where that is faster.
+    jagged tensor. agents: those of `vote`, or prototypes [B, M, D] with their count [B]; temperature a number, [1] or
+    [M] -> Tokens. mean_x has no gradient for x (else NotImplementedError). precision="bfloat16" lets products round to
+    bfloat16 where that is faster.
 
     With x_ids, x and codes are tables, and with v_ids v is one, as the weight of an `nn.Embedding`: an id outside is an
     absent behaviour. A table's gradient is the sum over the behaviours of each row, in their order and in float64:
@@ -194,13 +195,12 @@ def route(
     h = flat("route", histories, ("weights", "codes") if book is None else ("weights",))
     if tokens and h.v is None:
         raise TypeError("route: v expected in the histories, got None")
-    tau = tau_tensor(temperature, prototypes.device)
+    p, count = compose.routed(_VERBS, "route", agents, count, book)
+    tau = tau_tensor(temperature, p.device)
     _not_sparse_compiled("route", sparse_grad)
-    _reverse_mode_only("route", h.x, h.v, prototypes, tau, h.bias, h.spread)
+    _reverse_mode_only("route", h.x, h.v, p, tau, h.bias, h.spread)
     name = None if book is None else register(book)
-    found = torch.ops.hisac.route(
-        name, *_fields(h), prototypes, count, tau, normalize, precision, tokens, mean_x, sparse_grad
-    )
+    found = torch.ops.hisac.route(name, *_fields(h), p, count, tau, normalize, precision, tokens, mean_x, sparse_grad)
     return Tokens(found[0] if tokens else None, found[1], found[2] if mean_x else None)
 
 
@@ -248,8 +248,9 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
 
 def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
-    agents: Agents | None = None, temperature: float | Tensor = 0.1, normalize: str = "history", method: str = "exact",
-    refine: int = 0, missing: str = "drop", precision: str = "float32", sparse_grad: bool = False,
+    agents: Agents | None = None, temperature: float | Tensor = 0.1, normalize: Normalize = "agents",
+    method: Method = "exact", refine: int = 0, missing: Missing = "drop", precision: Precision = "float32",
+    sparse_grad: bool = False,
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call as `hisac.compress`, with the gradients of its verbs: `vote` without, `route`
     with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature.
@@ -277,8 +278,9 @@ def _constant(a: Any) -> Any:
 
 
 _VERBS = compose.Verbs(
-    encode, vote, prototypes, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype), _constant
-)
+    encode, vote, prototypes, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype), _constant,
+    fingerprint=lambda book: register(book) % 2**64,
+)  # fmt: skip
 
 
 def attend(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import Codebook
-from ..types import Agents, Attended, Compressed, Histories, Tokens
+from ..types import Agents, Attended, Compressed, Histories, Method, Missing, Normalize, Precision, Tokens
 from .functions import attend, compress, tau_tensor
 from .library import register
 
@@ -22,7 +22,7 @@ class KeysValues(NamedTuple):
 
 for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed):  # of a saved torch.export program
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
-cast(Any, torch.serialization).add_safe_globals([Histories])  # its example inputs are loaded by weights_only
+cast(Any, torch.serialization).add_safe_globals([Histories, Agents])  # example inputs are loaded by weights_only
 
 
 class Compressor(nn.Module):
@@ -39,8 +39,9 @@ class Compressor(nn.Module):
 
     def __init__(
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
-        temperature: float = 0.1, learn_temperature: bool = True, normalize: str = "history", method: str = "exact",
-        refine: int = 0, missing: str = "drop", precision: str = "float32", sparse_grad: bool = False,
+        temperature: float = 0.1, learn_temperature: bool = True, normalize: Normalize = "agents",
+        method: Method = "exact", refine: int = 0, missing: Missing = "drop", precision: Precision = "float32",
+        sparse_grad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.book, self.budget, self.fanout = book, budget, fanout

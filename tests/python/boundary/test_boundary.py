@@ -33,7 +33,7 @@ CODES = BOOK.encode(X)
 AGENTS = hisac.vote(BOOK, Histories(offsets=OFFSETS, codes=CODES), budget=M)
 PROTOTYPES = BOOK.prototypes(AGENTS)
 TAU = np.array([0.5, 1, 2, 4], np.float32)
-ROUTE = {"x": X, "v": VALUE, "offsets": OFFSETS, "prototypes": PROTOTYPES}
+ROUTE = {"x": X, "v": VALUE, "offsets": OFFSETS, "agents": PROTOTYPES}
 MORE = {"count": AGENTS.count, "temperature": TAU, "bias": BIAS, "codes": CODES}
 route = by_field(hisac.route)
 TOKENS = route(**ROUTE, **MORE, book=BOOK, mean_x=True)
@@ -90,6 +90,7 @@ CALLS = {  # verb: the function and all its array arguments
     "attend": (hisac.attend, {**ATTEND, **LIKES}),
     "attend_backward": (attend_backward, {**RETURN, **ATTEND, **LIKES}),
 }
+TOLD = {"agents": "prototypes"}  # what messages call an argument: here those that are no Agents
 ARGUMENTS = [(verb, name) for verb, (_, arrays) in CALLS.items() for name in arrays]
 
 
@@ -323,7 +324,7 @@ def test_refused_kinds(verb, name, kind):
         pytest.skip("taken: test_offsets_of_every_kind")
     make, text = REFUSED[kind]
     bad = make(CALLS[verb][1][name])
-    with pytest.raises(TypeError, match=re.escape(f"{verb}: {name} {text}")):
+    with pytest.raises(TypeError, match=re.escape(f"{verb}: {TOLD.get(name, name)} {text}")):
         call(verb, **{name: bad})
 
 
@@ -332,12 +333,13 @@ def test_gradients_are_not_cut_in_silence(verb, name):
     t = torch.from_numpy(CALLS[verb][1][name].copy())
     with pytest.raises(TypeError) as error:
         call(verb, **{name: t.clone().requires_grad_()})
-    text = f"{verb}: {name} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()"
+    told = TOLD.get(name, name)
+    text = f"{verb}: {told} requires grad, which hisac.{verb} would cut; use hisac.torch, or detach()"
     assert str(error.value) == text
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(t, t)
         with pytest.raises(
-            TypeError, match=f"^{verb}: {name} has a forward-mode tangent, which hisac.{verb} would cut"
+            TypeError, match=f"^{verb}: {told} has a forward-mode tangent, which hisac.{verb} would cut"
         ):
             call(verb, **{name: dual})
     assert bits(call(verb, **{name: t.requires_grad_().detach()})) == EXPECTED[verb]
@@ -354,7 +356,7 @@ def test_wrong_dtypes(verb, name, dtype):
         with pytest.raises(TypeError) as error:
             call(verb, **{name: wrong})
         inner = "(vote|route)" if verb == "compress" else verb  # the verb that it calls
-        assert re.match(rf"{inner}: {name} expected .+, got ", str(error.value))
+        assert re.match(rf"{inner}: {TOLD.get(name, name)} expected .+, got ", str(error.value))
         assert str(error.value).endswith(f", got {dtype} {list(right.shape)}")
 
 
@@ -435,7 +437,7 @@ def test_out_tensors_whose_meaning_would_be_lost():
         {"bias": np.ones(9, np.float32)},
         {"normalize": "?"},
         {"x": None},
-        {"prototypes": PROTOTYPES[:, :, :5]},
+        {"agents": PROTOTYPES[:, :, :5]},
     ],
 )
 def test_nothing_is_written_on_error(wrong):

@@ -247,8 +247,8 @@ ROUTE = [
     ({"normalize": None}, ValueError, "normalize expected 'history' or 'agents', got 'None'"),
     ({"normalize": b"agents"}, ValueError, """normalize expected 'history' or 'agents', got 'b'agents''"""),
     ({"precision": "float16"}, ValueError, "precision expected 'float32' or 'bfloat16', got 'float16'"),
-    ({"prototypes": PROTOTYPES[0]}, ValueError, "prototypes expected [B, M, D], got float32 [4, 6]"),
-    ({"prototypes": AGENTS}, TypeError, f"prototypes {KIND} Agents"),
+    ({"agents": PROTOTYPES[0]}, ValueError, "prototypes expected [B, M, D], got float32 [4, 6]"),
+    ({"agents": "leaves"}, TypeError, f"prototypes {KIND} str"),
 ]
 
 
@@ -276,7 +276,7 @@ ROUTE = [
     ],
 )
 def test_route(change, kind, text):
-    right = {"x": X, "v": VALUE, "offsets": OFFSETS, "prototypes": PROTOTYPES}
+    right = {"x": X, "v": VALUE, "offsets": OFFSETS, "agents": PROTOTYPES}
     said(lambda: by_field(hisac.route)(**{**right, **change}), kind, f"route: {text}")
 
 
@@ -391,7 +391,7 @@ def test_route_backward(change, kind, text):
         "x": X,
         "v": VALUE,
         "offsets": OFFSETS,
-        "prototypes": PROTOTYPES,
+        "agents": PROTOTYPES,
     }
     said(lambda: by_field(hisac.route_backward)(**{**right, **change}), kind, f"route_backward: {text}")
 

@@ -96,7 +96,7 @@ def test_offsets_of_a_range():
 def test_the_core_checks_tuples_itself(change, text):
     """As torch's operators call it: what is no Histories, and offsets that no caller has looked at."""
     given = (X, VALUE) if change is None else tuple(PLAIN._replace(**change))
-    out = np.empty((2, 1, 2), np.int32), np.empty((2, 1), np.int64), np.empty(2, np.int32)
+    out = np.empty((2, 1, 2), np.int32), np.empty((2, 1), np.int64), np.empty(2, np.int32), np.empty((2, 1, 6), "f4")
     with pytest.raises((TypeError, ValueError)) as error:
         _core.vote(BOOK._core, given, 1, [], *out)
     assert str(error.value) == f"vote: {text}"
@@ -275,5 +275,5 @@ def test_sums_are_histories():
     assert type(sums) is Histories and [name for name in FIELDS if getattr(sums, name) is not None] == [
         "x", "v", "offsets", "codes", "bias", "spread", "weights"]  # fmt: skip
     by_leaf = hisac.compress(BOOK, PLAIN, budget=4, method="leaf")
-    assert bits(hisac.route(sums, by_leaf.prototypes, count=by_leaf.agents.count)) == bits(by_leaf[:2])
+    assert bits(hisac.route(sums, by_leaf.agents)) == bits(by_leaf[:2])
     assert bits(hisac.vote(BOOK, sums, budget=4)[:3]) == bits(by_leaf.agents[:3])

@@ -16,6 +16,7 @@ from test_boundary import (
     REFUSED,
     ROUTE,
     TOKENS,
+    TOLD,
     VALUE,
     D,
     Producer,
@@ -188,7 +189,8 @@ def test_an_output_shares_no_memory_with_an_input(name, other, convert):
             continue
         with pytest.raises(ValueError) as error:
             call_with(convert(out), **{other: convert(array)})
-        assert str(error.value) == f"{name} expected memory of its own, got that of {other}"
+        told = TOLD.get(other, other)
+        assert str(error.value) == f"{name} expected memory of its own, got that of {told}"
         np.testing.assert_array_equal(memory, before)
 
 
@@ -232,8 +234,12 @@ def test_the_core_s_own_outputs():
         (lambda: _core.fit(X, [rows[:2], rows[1:3]], 1, 0, None), "fit: centers {} centers"),
         (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
         (
-            lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], codes[0, :1]),
+            lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], codes[0, :1], X[:1, None]),
             "vote: out count {} out codes",
+        ),
+        (
+            lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], np.empty(1, "i4"), rows[:1, None]),
+            "vote: out prototypes {} out codes",
         ),
         (
             lambda: _core.leaf_sums(book, batch, *sums, at(0, X[0], memory), np.empty(T, int)),
@@ -335,14 +341,14 @@ def test_empty_arrays_of_absurd_widths(width, convert):
     x, prototypes, v = (convert(np.empty(s, "f4")) for s in ((0, width), (2, 0, width), (0, 3)))
     offsets, codes = convert(np.zeros(3, int)), convert(np.empty((0, 2), np.int32))
     none, lse = convert(np.empty((2, 0, 3), "f4")), convert(np.empty((2, 0), "f4"))
-    right = {"x": x[:, :1], "v": v, "offsets": offsets, "prototypes": prototypes[:, :, :1]}
+    right = {"x": x[:, :1], "v": v, "offsets": offsets, "agents": prototypes[:, :, :1]}
     q, keys = (convert(np.empty(s, "f4")) for s in ((0, 1, width), (2, 0, 1, width)))
     for function, name in (
         (lambda: hisac.encode(BOOK, x), "encode: x"),
         (lambda: hisac.fit(x, (2,)), "fit: x"),
         (lambda: route(**{**right, "x": x}), "route: x"),
         (lambda: route(**{**right, "v": x}), "route: v"),
-        (lambda: route(**{**right, "prototypes": prototypes}), "route: prototypes"),
+        (lambda: route(**{**right, "agents": prototypes}), "route: prototypes"),
         (
             lambda: hisac.route_backward(
                 Histories(x, v, offsets), prototypes, Tokens(none, lse), Tokens(none, None), need=("v",)

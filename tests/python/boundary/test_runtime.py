@@ -34,7 +34,7 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
         "x": x,
         "v": normal(rows, 5),
         "offsets": offsets,
-        "prototypes": book.prototypes(voted),
+        "agents": book.prototypes(voted),
         "bias": normal(rows),
     }
     attend = {"q": normal(users, 2, 4), "keys": normal(users, agents, 2, 4), "values": normal(users, agents, 2, 3)}

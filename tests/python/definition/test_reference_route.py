@@ -61,8 +61,8 @@ def test_tokens_lie_in_the_hull_of_the_present_rows(p):
 
 def history_args(args):
     """The arguments of `reference.each_history` from those of `route`."""
-    full = dict.fromkeys(inspect.signature(reference.each_history).parameters)
-    return [args.get(name, default) for name, default in full.items()]
+    args = args | {"prototypes": args["agents"]}
+    return [args.get(name) for name in inspect.signature(reference.each_history).parameters]
 
 
 @given(problem, st.sampled_from(["codes", "x", "bias", "spread"]), st.integers(0, 2**32 - 1))
@@ -94,7 +94,7 @@ def test_absent_agents_take_no_share(p):
     count = np.full(b, m) if p.count is None else p.count
     junk = np.concatenate([p.prototypes, np.full((b, 2, p.prototypes.shape[2]), np.nan)], 1)
     tau = np.broadcast_to(p.temperature, m)
-    wide = reference.route(**args | {"prototypes": junk, "count": count, "temperature": np.append(tau, [1.0, 1.0])})
+    wide = reference.route(**args | {"agents": junk, "count": count, "temperature": np.append(tau, [1.0, 1.0])})
     for a, c in zip(reference.route(**args)[:2], wide[:2], strict=True):
         np.testing.assert_array_equal(a, c[:, :m])
         assert not np.isfinite(c[:, m:]).any() or not c[:, m:].any()
@@ -127,7 +127,7 @@ def test_users_do_not_meet(p):
     for b, rows in enumerate(users_of(p.histories.offsets)):
         fields = ((name, getattr(p.histories, name)) for name in ("x", "v", "codes", "bias", "spread"))
         one = {name: None if a is None else a[rows] for name, a in fields}
-        one |= {"prototypes": p.prototypes[b : b + 1], "count": None if p.count is None else p.count[b : b + 1]}
+        one |= {"agents": p.prototypes[b : b + 1], "count": None if p.count is None else p.count[b : b + 1]}
         alone = reference.route(**changed(args, one | {"offsets": np.array([0, len(rows)])}))
         for a, c in zip(out, alone, strict=True):
             assert a is None or np.array_equal(a[b], c[0], equal_nan=True)
@@ -177,7 +177,7 @@ def test_limits_of_temperature(p):
 @pytest.mark.parametrize("normalize", ["history", "agents"])
 def test_a_changed_bias_changes_tokens(normalize):
     x, p = np.float32([[0, 0], [1, 0], [0, 1]]), np.float32([[[0, 0], [1, 1]]])
-    options = {"x": x, "v": x, "offsets": np.array([0, 3]), "prototypes": p, "temperature": 1.0, "normalize": normalize}
+    options = {"x": x, "v": x, "offsets": np.array([0, 3]), "agents": p, "temperature": 1.0, "normalize": normalize}
     plain = route(**options)
     same(plain, route(**options, bias=np.zeros(3)))
     biased = route(**options, bias=np.array([0.0, 1.0, 0.0]))
@@ -214,7 +214,7 @@ def test_leaf_sums_act_at_their_mean():
     sums = reference.leaf_sums(book, Histories(x, x, np.array([0, 3]), np.array([[0], [0], [1]])))
     assert sums.x.tolist() == [[1], [9]] and sums.spread.tolist() == [1, 0] and sums.codes.tolist() == [[0], [1]]
     np.testing.assert_allclose(sums.bias, [math.log(2), 0])
-    out = reference.route(sums, p, temperature=1.0)
+    out = reference.route(sums, p, temperature=1.0, normalize="history")
     z = np.array([math.log(2) - (0 + 1), -64.0])  # mean 1, variance 1; one row at 9
     assert math.isclose(out.lse[0, 0], np.logaddexp(*z))
     assert math.isclose(out.tokens[0, 0, 0], np.exp(z - np.logaddexp(*z)) @ [1, 9])
@@ -247,6 +247,11 @@ def slopes(loss, values, step=1e-6):
     return out
 
 
+def by_argument(values):
+    """Values by the names of gradients, by those of arguments."""
+    return {"agents" if name == "prototypes" else name: a for name, a in values.items()}
+
+
 def pairing(returned, gradients):
     """The sum of what was returned times the gradients of it."""
     pairs = zip(returned, gradients, strict=True)
@@ -267,7 +272,7 @@ def test_route_backward_equals_finite_differences(p):
         name: a.astype(np.float64) / (10 if name == "x" and np.abs(a).max(initial=0) > 10 else 1)
         for name, a in free.items()
     }
-    args = changed(args, free)
+    args = changed(args, by_argument(free))
     forward = reference.route(**args)
     back = p.backward_args(forward)
     given = {name: a for name, a in args.items() if name != "mean_x"} | {n: back[n] for n in ("gradients", "need")}
@@ -291,14 +296,14 @@ def test_every_gradient_of_route_matters(normalize, tau, of_mean):
     x, v, p, bias = (rng.normal(size=s) for s in ((3, 2), (3, 2), (1, 3, 2), 3))
     gradients = Tokens(*(rng.normal(size=s) for s in ((1, 3, 2), (1, 3), (1, 3, 2))))
     gradients = gradients if of_mean else gradients._replace(mean_x=None)
-    args = {"x": x / 2, "v": v, "prototypes": p / 2, "bias": bias, "temperature": tau.copy()}
-    args["spread"] = rng.uniform(size=3)
-    options = {"offsets": np.array([0, 3]), "normalize": normalize}
-    need = [name for name in args if name != "x" or not of_mean]
+    free = {"x": x / 2, "v": v, "prototypes": p / 2, "bias": bias, "temperature": tau.copy()}
+    free["spread"] = rng.uniform(size=3)
+    args, options = by_argument(free), {"offsets": np.array([0, 3]), "normalize": normalize}
+    need = [name for name in free if name != "x" or not of_mean]
     forward = route(**args, **options, mean_x=True)
     mine = reference.route_backward(**grouped(args | options), forward=forward, gradients=gradients, need=need)
     for name in need:
-        expected = slopes(lambda _: pairing(route(**args, **options, mean_x=True), gradients), args[name])
+        expected = slopes(lambda _: pairing(route(**args, **options, mean_x=True), gradients), free[name])
         assert np.abs(expected).max() > (0.1 if name != "spread" else 0) or len(tau) == 1
         np.testing.assert_allclose(getattr(mine, name), expected, rtol=1e-6, atol=1e-8, err_msg=name)
 

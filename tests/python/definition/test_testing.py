@@ -168,7 +168,7 @@ def test_to_torch_gives_rows_their_type(p):
     torch = pytest.importorskip("torch")
     args, given = testing.to_torch(p.route_args(), p.dtype), p.histories
     h = args["histories"]
-    assert h.v.dtype == getattr(torch, p.dtype) and args["prototypes"].dtype == torch.float32
+    assert h.v.dtype == getattr(torch, p.dtype) and args["agents"].dtype == torch.float32
     np.testing.assert_array_equal(bounds.as_numpy(h.v).astype(np.float32), given.v.astype(np.float32))
     assert isinstance(h.offsets, tuple) == isinstance(given.offsets, tuple)
     assert args["normalize"] == p.normalize
@@ -180,17 +180,17 @@ def test_to_torch_gives_rows_their_type(p):
 # ------------------------------------------------------------------------------------------------------------ bounds
 
 
-def plain_route(histories, prototypes, *, temperature, normalize, wrong=None):
+def plain_route(histories, agents, *, temperature, normalize, wrong=None):
     """`route` by the book in float32, expanded distances and all; `wrong` plants a fault."""
     x, v, bias = histories.x, histories.v, histories.bias
     f, users = np.float32, reference.ranges(histories.offsets)
     tokens, lse = (
-        np.zeros((len(users), prototypes.shape[1], v.shape[1]), f),
-        np.full((len(users), prototypes.shape[1]), -np.inf, f),
+        np.zeros((len(users), agents.shape[1], v.shape[1]), f),
+        np.full((len(users), agents.shape[1]), -np.inf, f),
     )
     for b, rows in enumerate(users):
         if rows.stop > rows.start:
-            a, p, values = x[rows].astype(f), prototypes[b].astype(f), v[rows].astype(f)
+            a, p, values = x[rows].astype(f), agents[b].astype(f), v[rows].astype(f)
             d = (a * a).sum(1)[:, None] + (p * p).sum(1) - f(2) * (a @ p.T)
             z = -np.maximum(d, 0) / f(temperature * (1.002 if wrong == "temperature" else 1))
             if normalize == "agents":
@@ -213,7 +213,7 @@ def tame(seed, normalize, rows=200, dtype=np.float32):
     v = (rng.uniform(-1, 1, (rows, 8))).astype(dtype)
     bias = rng.normal(size=rows).astype(np.float32)
     histories = hisac.Histories(x, v, np.array([0, rows // 3, rows]), bias=bias)
-    return {"histories": histories, "prototypes": p, "temperature": 0.1, "normalize": normalize}
+    return {"histories": histories, "agents": p, "temperature": 0.1, "normalize": normalize}
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["history", "agents"]), st.integers(0, 400))
@@ -312,10 +312,22 @@ def test_codes_are_compared_exactly():
 
 @pytest.mark.parametrize("field", Agents._fields)
 def test_agents_are_compared_exactly(field):
-    agents = Agents(np.int32([[[0, 1]]]), np.array([[3]]), np.int32([1]), 2**63 + 1)
+    agents = Agents(np.int32([[[0, 1]]]), np.array([[3]]), np.int32([1]), 2**63 + 1, np.float32([[[0, 0.5]]]))
     testing.assert_agents_equal(agents, agents)
     with pytest.raises(AssertionError, match=f"^{field}"):
         testing.assert_agents_equal(agents._replace(**{field: getattr(agents, field) + 1}), agents)
+
+
+def test_prototypes_are_compared_where_both_have_them():
+    agents = Agents(np.int32([[[0]]]), np.array([[3]]), np.int32([1]), 1, np.float32([[[0, 0.5]]]))
+    without = agents._replace(prototypes=None)
+    for mine, expected in ((agents, without), (without, agents), (without, without)):
+        testing.assert_agents_equal(mine, expected)
+    near = agents._replace(prototypes=np.nextafter(agents.prototypes, np.float32(1)))
+    with pytest.raises(AssertionError, match=r"^prototypes: 2 of 2 differ; first at \[0, 0, 0\]"):
+        testing.assert_agents_equal(near, agents)
+    with pytest.raises(AssertionError, match=r"^prototypes: expected shape \[1, 1, 2\], got \[1, 1, 1\]"):
+        testing.assert_agents_equal(agents._replace(prototypes=agents.prototypes[..., :1]), agents)
 
 
 def test_votes_of_leaf_sums_are_compared_exactly():
@@ -362,7 +374,7 @@ def test_close_knows_what_is_not_a_number():
 
 BACK = {"forward": Tokens(np.zeros((0, 1, 1)), np.zeros((0, 1))), "gradients": Tokens(np.zeros((0, 1, 1)), None)}
 BACK |= {"histories": hisac.Histories(np.zeros((0, 1)), np.zeros((0, 1)), np.array([0])), "need": ()}
-BACK |= {"prototypes": np.zeros((0, 1, 1))}
+BACK |= {"agents": np.zeros((0, 1, 1))}
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -35,7 +35,7 @@ def by_hand(book, histories, *, budget, fanout, temperature, normalize, method, 
         only = Histories(gone[:, None], histories.v, histories.offsets, v_ids=histories.v_ids)
         last = hisac.route(only, np.zeros((len(p), 1, 1), np.float32))
         tokens, lse = np.concatenate([tokens, last.tokens], 1), np.concatenate([lse, last.lse], 1)
-    return hisac.Compressed(tokens, lse, p, agents)
+    return hisac.Compressed(tokens, lse, agents._replace(prototypes=p))
 
 
 @given(testing.problems(gathered=True))
@@ -64,8 +64,8 @@ def test_compress_meets_the_definition(p):
     exact = p.by_reference(args)
     expected = reference.compress(**exact)
     routed = {name: exact[name] for name in ("histories", "temperature", "normalize", "book", "precision")}
-    routed |= {"prototypes": expected.prototypes, "count": expected.agents.count}
-    m = expected.prototypes.shape[1]
+    routed["agents"] = expected.agents
+    m = expected.agents.prototypes.shape[1]
     for convert, dtype in kinds(p):
         mine = hisac.compress(**convert(args))
         testing.assert_agents_equal(mine.agents, expected.agents)
@@ -77,10 +77,29 @@ def test_compress_meets_the_definition(p):
 
 @given(testing.problems(dtypes=("float32",)))
 def test_agents_may_be_those_of_an_earlier_call(p):
+    """Their prototypes are used as they are, refined or not. Those that kept none are the agents of their codes."""
     args = p.compress_args()
-    first = hisac.compress(**args)
-    again = hisac.compress(**args | {"budget": None, "fanout": None, "agents": first.agents})
-    assert flat(again) == flat(first)
+    first, rule = hisac.compress(**args), {"budget": None, "fanout": None}
+    for kept, rounds in ((first.agents, 0), (first.agents._replace(prototypes=None), args["refine"])):
+        assert flat(hisac.compress(**args | rule | {"agents": kept, "refine": rounds})) == flat(first)
+
+
+@pytest.mark.parametrize("module", [hisac, reference])
+def test_refined_prototypes_are_kept(module):
+    """Two rounds and two more are four. Without their prototypes agents begin again."""
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    book = hisac.Codebook([x[:4].copy(), x[4:8].copy()])
+    book = book if module is hisac else reference.Codebook(book.centers)
+    h = Histories(x, x[:, :2].copy(), np.array([0, 20, 60]))
+    two, four = (module.compress(book, h, budget=5, temperature=2.0, refine=n) for n in (2, 4))
+    assert not np.array_equal(two.agents.prototypes, book.prototypes(two.agents))
+    assert not np.array_equal(two.agents.prototypes, four.agents.prototypes)
+    more = module.compress(book, h, agents=two.agents, temperature=2.0, refine=2)
+    assert flat(more) == flat(four)
+    forgotten = module.compress(book, h, agents=two.agents._replace(prototypes=None), temperature=2.0, refine=2)
+    assert flat(forgotten) == flat(two)
+    routed = module.route(h._replace(codes=module.encode(book, x)), two.agents, temperature=2.0, book=book)
+    assert flat(routed[:2]) == flat(two[:2])
 
 
 def test_the_token_of_missing_rows():
@@ -102,6 +121,6 @@ def test_refinement_finds_the_means():
     for module, codebook in ((hisac, book), (reference, reference.Codebook(book.centers))):
         h = Histories(x, x, np.array([0, 4, 4]))
         made = module.compress(codebook, h, budget=3, temperature=0.5, refine=60)
-        np.testing.assert_allclose(np.sort(made.prototypes[0, :2], 0), [[0.1, 0], [5, 5.1]], atol=1e-5)
-        np.testing.assert_allclose(made.tokens[0, :2], made.prototypes[0, :2], atol=1e-5)
-        assert not made.prototypes[1].any()  # nobody's prototypes stay
+        np.testing.assert_allclose(np.sort(made.agents.prototypes[0, :2], 0), [[0.1, 0], [5, 5.1]], atol=1e-5)
+        np.testing.assert_allclose(made.tokens[0, :2], made.agents.prototypes[0, :2], atol=1e-5)
+        assert not made.agents.prototypes[1].any()  # nobody's prototypes stay

@@ -137,7 +137,7 @@ def test_problems_reach(wanted):
 # ------------------------------------------------------------------------------------------------------ small and exact
 
 X = np.array([[0, 0], [4, 0], [0, 4]], np.float32)
-ONE = {"offsets": np.array([0, 4]), "prototypes": np.array([[[0, 0], [4, 0], [0, 4]]], np.float32), "temperature": 0.1}
+ONE = {"offsets": np.array([0, 4]), "agents": np.array([[[0, 0], [4, 0], [0, 4]]], np.float32), "temperature": 0.1}
 
 
 def test_an_id_outside_its_table_is_an_absent_behaviour():
@@ -164,7 +164,7 @@ def test_an_empty_table_makes_everyone_absent():
 
 
 def test_no_behaviours():
-    none, p = np.zeros(0, np.int32), ONE["prototypes"]
+    none, p = np.zeros(0, np.int32), ONE["agents"]
     for offsets in (np.array([0]), np.array([0, 0])):
         out = hisac.route(hisac.Histories(X, X, offsets, x_ids=none, v_ids=none), p[: len(offsets) - 1])
         assert out.tokens.shape == (len(offsets) - 1, 3, 2) and not out.tokens.any()
@@ -191,7 +191,7 @@ def test_a_scale_of_zero_gives_zeros(scale):
     rows = np.where(np.reshape(scale, (-1, 1)) == 0, 0, x * np.float32(0.5)).astype(np.float32)[ids]
     codes = np.int32([[0], [1], [0]])
     more = {"book": book, "offsets": np.array([0, 6])}
-    options = {"prototypes": book.centers[0][None], "mean_x": True, **more}
+    options = {"agents": book.centers[0][None], "mean_x": True, **more}
     with np.errstate(all="raise"):
         mine = route(x=x, v=v, codes=codes, x_ids=ids, x_scale=scale, **options)
     assert np.isfinite(mine.tokens).all()
@@ -218,7 +218,7 @@ def test_subnormal_rows_and_values(normalize):
     rows = {"x": rng.integers(-128, 128, (n, 3)).astype(np.int8), "x_scale": np.float32([1e-45])}
     rows |= {"v": rng.normal(size=(n, 4)).astype(np.float32) * np.float32(1e-43), "offsets": np.array([0, n])}
     histories = hisac.Histories(**rows, codes=rng.integers(0, 2, (n, 3)).astype(np.int32))
-    args = {"histories": histories, "prototypes": rng.normal(size=(1, 4, 3)).astype(np.float32)}
+    args = {"histories": histories, "agents": rng.normal(size=(1, 4, 3)).astype(np.float32)}
     args |= {"normalize": normalize, "mean_x": True}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
     mine, exact = hisac.leaf_sums(book, histories), {"book": reference.Codebook(book.centers), "histories": histories}
@@ -232,7 +232,7 @@ def test_every_width_of_int8(width, precision):
     x, scale = rng.integers(-128, 128, (50, width)).astype(np.int8), rng.uniform(0, 0.02, 50).astype(np.float32)
     ids, v = rng.integers(0, 50, 300), rng.normal(size=(300, 3)).astype(np.float32)
     p = rng.normal(size=(2, 5, width)).astype(np.float32)
-    args = {"offsets": np.array([0, 100, 300]), "prototypes": p, "temperature": 5.0, "precision": precision}
+    args = {"offsets": np.array([0, 100, 300]), "agents": p, "temperature": 5.0, "precision": precision}
     dense = x.astype(np.float32)[ids] * scale[ids, None]
     assert bits(route(x=x, v=v, x_ids=ids, x_scale=scale, **args)) == bits(route(x=dense, v=v, **args))
 
@@ -243,7 +243,7 @@ def test_many_tiles_and_overlapping_histories():
     values, ids = rng.normal(size=(700, 6)).astype(np.float32), rng.integers(-5, 905, n)
     v_ids = rng.integers(-5, 705, n).astype(np.int32)
     args = {"x": items, "v": values, "offsets": (np.array([0, 10, 2000]), np.array([9000, 5000, 2000]))}
-    args |= {"prototypes": items[:24].reshape(3, 8, 12), "x_ids": ids, "v_ids": v_ids, "bias": None}
+    args |= {"agents": items[:24].reshape(3, 8, 12), "x_ids": ids, "v_ids": v_ids, "bias": None}
     args = grouped(args | {"mean_x": True})
     out = with_threads(lambda: hisac.route(**args))
     assert bits(out) == bits(hisac.route(**copied(args)))

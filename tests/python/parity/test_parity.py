@@ -118,7 +118,7 @@ def test_gradients_next_to_the_origin_of_the_distances():
     problems met this once in some thousand: prototypes so near to x come from rounds of refinement."""
     x, p = np.zeros((1, 1), np.float32), np.array([[[-1], [4.7e-12]]], np.float32)
     histories = Histories(x, np.ones((1, 1), np.float32), np.array([0, 1]))
-    args = {"histories": histories, "prototypes": p, "temperature": 1.0}
+    args = {"histories": histories, "agents": p, "temperature": 1.0, "normalize": "history"}
     args |= {"forward": hisac.route(**args), "gradients": Tokens(None, np.array([[0, 1]], np.float32)), "need": ("x",)}
     expected = reference.route_backward(**args)
     np.testing.assert_allclose(expected.x, 9.4e-12, rtol=1e-6)
@@ -132,7 +132,7 @@ def long_problem(rows, normalize, seed=0, **options):
     x, p = x / np.linalg.norm(x, axis=-1, keepdims=True), p / np.linalg.norm(p, axis=-1, keepdims=True)
     v, bias = rng.uniform(-1, 1, (rows, 6)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
     offsets = np.array([0, rows // 50, rows])
-    return {"histories": Histories(x, v, offsets, bias=bias), "prototypes": p, "normalize": normalize, **options}
+    return {"histories": Histories(x, v, offsets, bias=bias), "agents": p, "normalize": normalize, **options}
 
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])
@@ -169,7 +169,7 @@ def test_sums_of_equal_rows_keep_their_digits(rows):
     x = np.zeros((rows, 1), np.float32)
     v = np.float32([[0.50949097, 0.99237823, 0.6950989]]).repeat(rows, 0)
     histories = Histories(x, v, np.array([0, rows]), bias=np.full(rows, 0.3, np.float32))
-    args = {"histories": histories, "prototypes": np.zeros((1, 1, 1), np.float32)}
+    args = {"histories": histories, "agents": np.zeros((1, 1, 1), np.float32)}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
 
 
@@ -180,7 +180,7 @@ def test_route_ragged_equals_one_by_one(p):
     starts, ends = offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
     for b in range(len(starts)):
         alone = p.histories._replace(offsets=(starts[b : b + 1], ends[b : b + 1]))
-        one = {"histories": alone, "prototypes": p.prototypes[b : b + 1]}
+        one = {"histories": alone, "agents": p.prototypes[b : b + 1]}
         one |= {"count": None if p.count is None else p.count[b : b + 1]}
         assert flat(hisac.route(**args | one)) == flat(tuple(None if a is None else a[b : b + 1] for a in out))
 
@@ -194,7 +194,7 @@ def test_one_users_nan_spoils_nobody_else(p, data):
     v, prototypes = p.histories.v.copy(), p.prototypes.copy()
     v[row], prototypes[spoilt] = np.nan, np.inf
     clean = hisac.route(**p.route_args())
-    spoiled = hisac.route(**p.route_args() | {"histories": p.histories._replace(v=v), "prototypes": prototypes})
+    spoiled = hisac.route(**p.route_args() | {"histories": p.histories._replace(v=v), "agents": prototypes})
     for mine, other in zip(spoiled, clean, strict=True):
         assert mine is None or flat(np.delete(mine, spoilt, 0)) == flat(np.delete(other, spoilt, 0))
 
@@ -206,11 +206,11 @@ def test_absence_is_decided_exactly():
     present = (np.square(x.astype(np.float64)).sum(1) < 2.0**100).tolist()
     assert present == [True, False, False, True]
     histories = Histories(x, np.float32([[1], [2], [4], [8]]), np.array([0, 4]))
-    args = {"histories": histories, "prototypes": np.zeros((1, 1, 2), np.float32), "temperature": np.float32([3e38])}
+    args = {"histories": histories, "agents": np.zeros((1, 1, 2), np.float32), "temperature": np.float32([3e38])}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
     for module in (hisac, reference):
         np.testing.assert_array_equal(module.missing(histories), np.where(present, -np.inf, 0))
-    agents = args | {"histories": histories._replace(x=np.zeros((4, 2), np.float32)), "prototypes": x[None]}
+    agents = args | {"histories": histories._replace(x=np.zeros((4, 2), np.float32)), "agents": x[None]}
     np.testing.assert_array_equal(np.isfinite(hisac.route(**agents).lse[0, :4]), present)
 
 
@@ -240,8 +240,8 @@ def test_distances_do_not_lose_digits_to_a_shift(normalize, shift):
         move[:] = shift
     options = {"normalize": normalize, "temperature": 6.0}
     histories = Histories(x + move, v, np.array([0, 300]))
-    near = {"histories": histories._replace(x=(x + move) - move), "prototypes": (p + move) - move, **options}
-    args = near | {"histories": histories, "prototypes": p + move}
+    near = {"histories": histories._replace(x=(x + move) - move), "agents": (p + move) - move, **options}
+    args = near | {"histories": histories, "agents": p + move}
     mine, expected, bound = with_threads(lambda: hisac.route(**args)), reference.route(**args), bounds.route_bound(near)
     some = [a for a in range(12) if (shift, a) != ("far agent", 2)]
     assert (np.abs(mine.tokens - expected.tokens) <= bound.tokens)[:, some].all()
@@ -350,7 +350,7 @@ def filled(result):
 
 def test_bfloat16_may_take_subnormals_for_zero():
     x, v, p = np.float32([[0.07]]), np.float32([[1, -9.9e-39]]), np.float32([[[0.3]]])
-    args = {"histories": Histories(x, v, np.array([0, 1])), "prototypes": p, "precision": "bfloat16"}
+    args = {"histories": Histories(x, v, np.array([0, 1])), "agents": p, "precision": "bfloat16"}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
 
 
@@ -358,7 +358,7 @@ def test_slopes_beyond_float32_ask_nothing_of_what_they_multiply():
     """Gradients of x and prototypes are finite by the definition, 2 dz / tau is not: one user's beside another's."""
     x, v = np.full((4, 3), 1e-43, np.float32), np.float32([[1], [5e14], [1], [2]])
     args = {"histories": Histories(x, v, np.array([0, 2, 4])), "temperature": 1e-30}
-    args["prototypes"] = 2 * x.reshape(2, 2, 3)
+    args["agents"] = 2 * x.reshape(2, 2, 3)
     out = hisac.route(**args)
     back = {"forward": out, "gradients": Tokens(np.cos(out.tokens), None), **args, "need": ("x", "prototypes")}
     bound = bounds.route_backward_bound(back)

@@ -86,7 +86,7 @@ def test_route_gradients_meet_the_reference(p):
     back = p.by_reference(p.backward_args(p.reference()))
     args = testing.to_torch(p.route_args() | {"mean_x": back["gradients"].mean_x is not None})
     fields = args["histories"]._asdict()
-    given = args | fields
+    given = args | fields | {"prototypes": args["agents"]}
     names = [name for name in back["need"] if isinstance(given[name], torch.Tensor)]
     for name in names:
         given[name].requires_grad_()
@@ -163,7 +163,7 @@ def test_the_default_dtype_does_not_matter(book):
     try:
         histories = Histories(x, v, OFFSETS)
         found = hisac_torch.Compressor(book, budget=2, temperature=0.5)(histories)
-        tokens = hisac_torch.route(histories, found.prototypes, count=found.agents.count, temperature=0.5).tokens
+        tokens = hisac_torch.route(histories, found.agents, temperature=0.5).tokens
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -250,7 +250,7 @@ def test_a_gradient_has_the_type_of_its_input():
 def test_only_lse_and_only_tokens_are_differentiable_alone(book):
     x, v = rows()
     tau, p = wanted(torch.tensor([0.5])), torch.zeros(3, 2, 8)
-    out = hisac_torch.route(Histories(x, wanted(v), OFFSETS), p, temperature=tau)
+    out = hisac_torch.route(Histories(x, wanted(v), OFFSETS), p, temperature=tau, normalize="history")
     by_tokens, by_lse = (torch.autograd.grad(t[[0, 2]].sum(), tau, retain_graph=True)[0] for t in out[:2])
     both = torch.autograd.grad(out.tokens[[0, 2]].sum() + out.lse[[0, 2]].sum(), tau)[0]
     assert by_tokens.abs() > 0 and by_lse.abs() > 0
@@ -261,9 +261,10 @@ def test_refined_prototypes_are_constants(book):
     tau, (x, v) = wanted(torch.tensor([0.5])), map(wanted, rows())
     plain = hisac_torch.compress(book, Histories(x.detach(), v, OFFSETS), budget=2)
     out = hisac_torch.compress(book, Histories(x, v, OFFSETS), budget=2, refine=2, temperature=tau)
-    assert not out.prototypes.requires_grad and not torch.equal(out.prototypes, plain.prototypes)
+    used = out.agents.prototypes
+    assert not used.requires_grad and not torch.equal(used, plain.agents.prototypes)
     histories = Histories(x.detach(), v.detach(), OFFSETS)
-    again = hisac_torch.route(histories, out.prototypes, count=out.agents.count, temperature=0.5)
+    again = hisac_torch.route(histories, out.agents, temperature=0.5)
     assert torch.equal(again.tokens, out.tokens)
     out.tokens.sum().backward()
     assert x.grad.any() and v.grad.any() and tau.grad.any()
@@ -314,7 +315,8 @@ def test_absent_rows_have_no_gradient(book):
     v[absent] = float("nan")
     x, v, bias = wanted(x), wanted(v), wanted(bias)
     histories = Histories(x, v, OFFSETS, codes, bias=bias)
-    out = hisac_torch.route(histories, torch.zeros(3, 2, 8), temperature=5.0, book=book)
+    p = torch.zeros(3, 2, 8)
+    out = hisac_torch.route(histories, p, temperature=5.0, normalize="history", book=book)
     (out.tokens.sum() + out.lse[[0, 2]].sum()).backward()
     present = [i for i in range(20) if i not in absent]
     for t in (x, v, bias):
@@ -332,7 +334,7 @@ def test_one_users_nan_spoils_nobody_else(book, name):
         args = {key: wanted(a) for key, a in args.items()}
         out = hisac_torch.Compressor(book, budget=4, temperature=5.0)(Histories(**args, offsets=OFFSETS))
         out.tokens.backward(d_tokens)
-        per_user = [out.tokens, out.lse, out.prototypes, *out.agents[:3]]
+        per_user = [out.tokens, out.lse, *out.agents[:3], out.agents.prototypes]
         return [a[1:] for a in per_user] + [a.grad[7:] for a in args.values()], out.tokens[0]
 
     clean, token = run(False)
@@ -365,8 +367,8 @@ def test_vote_refuses(book, options, message):
     ({"v": torch.zeros(7, 5)}, ValueError, "route: x is [20, 8], v is [7, 5]: T differs (20, 7)"),
     ({"v": torch.zeros(20, 5).double()}, TypeError,
      "route: v expected float32, bfloat16 or float16 [T, V], got float64 [20, 5]"),
-    ({"prototypes": torch.zeros(8)}, ValueError, "route: prototypes expected float32 [B, M, D], got float32 [8]"),
-    ({"prototypes": torch.zeros(3, 2, 9)}, ValueError,
+    ({"agents": torch.zeros(8)}, ValueError, "route: prototypes expected float32 [B, M, D], got float32 [8]"),
+    ({"agents": torch.zeros(3, 2, 9)}, ValueError,
      "route: prototypes is [3, 2, 9], x is [20, 8]: D differs (9, 8)"),
     ({"count": torch.ones(3).long()}, TypeError, "route: count expected int32 [B], got int64 [3]"),
     ({"temperature": 0.0}, ValueError, "route: temperature expected finite and > 0, got 0.0"),
@@ -375,7 +377,7 @@ def test_vote_refuses(book, options, message):
      "route: offsets expected 0 <= start <= end <= 20 for every user, got [9, 7) for user 1"),
 ])  # fmt: skip
 def test_route_refuses(options, kind, message):
-    args = {"x": torch.zeros(20, 8), "v": torch.zeros(20, 5), "offsets": OFFSETS, "prototypes": torch.zeros(3, 2, 8)}
+    args = {"x": torch.zeros(20, 8), "v": torch.zeros(20, 5), "offsets": OFFSETS, "agents": torch.zeros(3, 2, 8)}
     with pytest.raises(kind) as error:
         by_field(hisac_torch.route)(**args | options)
     assert str(error.value) == message
@@ -400,10 +402,11 @@ def test_arguments_of_a_wrong_kind_are_named(book, change, text):
 def test_a_temperature_without_dimensions():
     x, v = rows()
     tau = wanted(torch.tensor(0.5))
-    found = hisac_torch.route(Histories(x, v, OFFSETS), torch.zeros(3, 2, 8), temperature=tau)
-    assert torch.equal(
-        found.lse, hisac_torch.route(Histories(x, v, OFFSETS), torch.zeros(3, 2, 8), temperature=0.5).lse
+    found, expected = (
+        hisac_torch.route(Histories(x, v, OFFSETS), torch.zeros(3, 2, 8), temperature=t, normalize="history")
+        for t in (tau, 0.5)
     )
+    assert torch.equal(found.lse, expected.lse)
     found.lse[[0, 2]].sum().backward()
     assert tau.grad.shape == () and tau.grad != 0
 

@@ -178,7 +178,7 @@ def test_autocast_leaves_the_semantic_side_alone(ranker, batch):
         mixed = hisac_torch.attend(torch.randn(9, 2, 4).bfloat16(), *map(torch.Tensor.float, cached), CANDIDATES)
         scores = ranker(*batch)
     assert [t.dtype for t in (found.tokens, out, mixed.out)] == [torch.bfloat16] * 3
-    assert [t.dtype for t in (found.lse, found.prototypes, lse, mixed.lse)] == [torch.float32] * 4
+    assert [t.dtype for t in (found.lse, found.agents.prototypes, lse, mixed.lse)] == [torch.float32] * 4
     expected = ranker.compress(Histories(x, v, offsets))
     assert torch.equal(found.agents.codes, expected.agents.codes) and torch.equal(found.lse, expected.lse)
     torch.testing.assert_close(scores.float(), ranker(*batch), atol=0.05, rtol=0.05)
@@ -235,7 +235,7 @@ def test_a_modules_type_leaves_the_codebook_alone(book, cast):
     compress = hisac_torch.Compressor(book, budget=4, temperature=0.5)
     expected = compress(*args)
     found = getattr(copy.deepcopy(compress), cast)()(*args)
-    assert torch.equal(found.prototypes, expected.prototypes)
+    assert torch.equal(found.agents.prototypes, expected.agents.prototypes)
     assert all(map(torch.equal, found.agents[:3], expected.agents[:3]))
     torch.testing.assert_close(found.tokens, expected.tokens, atol=0.02, rtol=0.02)  # tau is rounded
 

@@ -40,7 +40,7 @@ def operator_calls(book):
         return batch(x=None, v=None, bias=None, spread=None, **fields)
 
     agents = ops.vote(name, *voted(), 4, [])
-    p, count = ops.prototypes(name, agents[0]), agents[2]
+    p, count = agents[3], agents[2]
     to, agents_mode = (p, count, tau), ("agents", "float32")
     learnt = batch(wanted(x), wanted(v), bias=wanted(bias), spread=wanted(spread)), (wanted(p), count, wanted(tau))
     returned = ops.route(name, *batch(), *to, *agents_mode, True, True, False)
