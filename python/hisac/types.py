@@ -44,9 +44,9 @@ class Histories(_Fields):
         x        [T, D], or a table [items, D] with x_ids: semantic embeddings, float32, bfloat16, float16 or int8;
                  None: the prototypes of codes
         v        [T, V], or a table [rows, V] with v_ids: what tokens are means of, float32, bfloat16 or float16
-        offsets  [B + 1]: user b has the rows offsets[b] .. offsets[b + 1]; or (starts [B], ends [B]), which may
-                 overlap; int32 or int64, or lists of integers. Rows outside all ranges are nobody's. In `hisac.torch`
-                 None where a field is a jagged tensor
+        offsets  [B + 1], the last end too: user b has the rows offsets[b] .. offsets[b + 1]; or (starts [B], ends [B]),
+                 which may overlap; int32 or int64, or lists of integers. Rows outside all ranges are nobody's. In
+                 `hisac.torch` None where a field is a jagged tensor
         codes    [T, L] int32, or a table [items, L] with x_ids: semantic IDs; `route` reads them only where its book is
                  given
         x_ids    [T] int32 or int64: x and codes are tables of items, with the same rows, and behaviour i has row
@@ -63,6 +63,8 @@ class Histories(_Fields):
 
     An `nn.Embedding` with a padding_idx has a row that stands for no item: give -1 in its place, for instance
     `ids.masked_fill(ids == padding_idx, -1)`, and it is absent and gets no gradient.
+
+    Ids that are padded, [B, T] with a mask, become `x_ids = ids[mask]` with `lengths = mask.sum(1)`.
 
     `lengths` [B], in place of offsets: how many rows each user has, from the first row on. Raises ValueError where both
     are given or a length is negative, TypeError where lengths are no whole numbers.

@@ -202,6 +202,8 @@ TEST_CASE("compress: errors") {
                 "route: lse expected [2, 6], got [2, 7]");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {}; }),
                 "vote: expected either budget or fanout, got neither");
+  test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {0, {int64_t{1} << 40, 1 << 30}}; }),
+                "vote: fanout expected a product of at most 4096, got more");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.route.temperature = {}; }),
                 "route: temperature expected [1] or [6], got [0]");
   test::is(spoiled([](auto&, auto&, Compressed& out) { out.tokens.tokens.dtype = DType::bfloat16; }), Code::wrong_type,

@@ -333,6 +333,12 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
     if (which != 2) CHECK(leaf_sums_workspace(none, book, in) == kLimit);
     if (which != 2) CHECK(leaf_sums_backward_workspace(none, book, in, {}) == kLimit);
     if (which != 2) CHECK(missing_workspace(none, &book, in) == kLimit);
+    CompressParams compressing;
+    compressing.vote.budget = 4096;
+    for (const Method method : {Method::exact, Method::leaf}) {
+      compressing.method = method;
+      if (which != 2) CHECK(compress_workspace(none, book, compressing, in, {}) == kLimit);
+    }
     if (which == 0 || which == 1) {
       const auto refused = [&](const char* verb, const Status& status) {
         CHECK(std::string(status.what()).find(verb + std::string(": expected D and V of 1 to 2^20, got ")) == 0);

@@ -2,6 +2,7 @@
 #include "hisac/compress.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "base/arena.h"
 #include "codebook/checks.h"
@@ -35,7 +36,8 @@ class Compression {
     const auto give = [&](auto& array, std::initializer_list<int64_t> shape) {
       if (array.data) return;
       int64_t size = 1;
-      for (const int64_t n : shape) size *= n;
+      for (const int64_t n : shape)
+        if (__builtin_mul_overflow(size, n, &size)) size = std::numeric_limits<int64_t>::max();  // Arena::kLimit
       array.data = arena.take<std::remove_reference_t<decltype(*array.data)>>(size);
       std::copy(shape.begin(), shape.end(), array.shape);
     };
@@ -143,7 +145,7 @@ Status check(const Codebook& book, const CompressParams& params, const Histories
   if (!in.codes && (in.x_ids || !in.x.data))
     return Status::error(Code::invalid_argument, "compress: codes expected, or x to encode, got %s",
                          in.x_ids ? "no codes beside x_ids: encode the table once and keep them" : "neither");
-  if (!params.agents) return {};
+  if (!params.agents) return check_rule(book, params.vote);
   const auto& c = params.agents->codes.shape;
   return check_shape("compress", "agents' codes", {in.offsets.users, c[1], book.levels()}, params.agents->codes);
 }
@@ -152,7 +154,7 @@ Status check(const Codebook& book, const CompressParams& params, const Histories
 
 size_t compress_workspace(const Context& context, const Codebook& book, const CompressParams& params,
                           const Histories& histories, const Compressed& out) noexcept {
-  if (book.empty()) return 0;
+  if (book.empty() || (!params.agents && !check_rule(book, params.vote).ok())) return 0;
   if (!sizes_fit(histories, width_of(&book, histories), 0)) return Arena::kLimit;
   Arena arena;
   Compression(context, book, params, histories, out).carve(arena);

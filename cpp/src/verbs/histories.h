@@ -28,6 +28,7 @@ Status check_route(const char* verb, const Codebook* book, const RouteParams& pa
                    const RouteAgents& agents, Device device) noexcept;
 
 /// What `encode`, `vote` and `route` check before they write; `compress` asks before the first of them.
+Status check_rule(const Codebook& book, const VoteParams& params) noexcept;
 Status check_encode(const Codebook& book, const Rows& x, const Array<int32_t, 2>& codes) noexcept;
 Status check_vote(const Codebook& book, const VoteParams& params, Histories& histories, const Agents& out,
                   Device device) noexcept;

@@ -11,7 +11,15 @@
 namespace hisac {
 namespace {
 
-Status check_params(const Codebook& book, const VoteParams& params) noexcept {
+Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
+  if (agents.fingerprint == book.fingerprint()) return {};
+  return Status::error(Code::invalid_argument, "%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
+                       book.fingerprint(), agents.fingerprint);
+}
+
+}  // namespace
+
+Status check_rule(const Codebook& book, const VoteParams& params) noexcept {
   bool fanout = false;
   for (int64_t k : params.fanout) fanout |= k != 0;
   if ((params.budget != 0) == fanout)
@@ -36,14 +44,6 @@ Status check_params(const Codebook& book, const VoteParams& params) noexcept {
   return {};
 }
 
-Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
-  if (agents.fingerprint == book.fingerprint()) return {};
-  return Status::error(Code::invalid_argument, "%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
-                       book.fingerprint(), agents.fingerprint);
-}
-
-}  // namespace
-
 int64_t seats(const VoteParams& params, int levels) noexcept {
   int64_t product = 1;
   for (int l = 0; l < levels && !params.budget; ++l) product *= params.fanout[l];
@@ -52,7 +52,7 @@ int64_t seats(const VoteParams& params, int levels) noexcept {
 
 size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,
                       const Histories& histories) noexcept {
-  if (book.empty() || !check_params(book, params).ok()) return 0;
+  if (book.empty() || !check_rule(book, params).ok()) return 0;
   if (!sizes_fit(histories, book.width(), 0)) return Arena::kLimit;
   return backend_workspace(&Backend::vote_workspace, context, book, params, stated(histories, context.device));
 }
@@ -60,7 +60,7 @@ size_t vote_workspace(const Context& context, const Codebook& book, const VotePa
 Status check_vote(const Codebook& book, const VoteParams& params, Histories& in, const Agents& out,
                   Device device) noexcept {
   HISAC_TRY(check_book("vote", &book));
-  HISAC_TRY(check_params(book, params));
+  HISAC_TRY(check_rule(book, params));
   HISAC_TRY(check_sizes("vote", in));
   HISAC_TRY(check_codes("vote", book, in.codes, in.codes.shape[0]));
   HISAC_TRY(check_offsets("vote", in, device));

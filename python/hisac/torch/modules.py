@@ -28,6 +28,15 @@ cast(Any, torch.serialization).add_safe_globals([Histories, Agents])  # example 
 class Compressor(nn.Module):
     """`compress` as a module, under a learned temperature (log tau, [1]).
 
+    Args:
+        book: the codebook
+        budget, fanout: the rule of `hisac.vote`, one of them
+        temperature: the first tau; learn_temperature: whether log tau is a parameter. Give it no weight decay
+        normalize, precision: as in `hisac.route`
+        method, refine, missing: as in `hisac.compress`
+        sparse_grad: COO gradients for tables of x and v, not in torch.compile; v must then be a leaf, such as the
+            weight of an `nn.Embedding(sparse=True)`
+
     The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
 
