@@ -64,6 +64,8 @@ def compress(
     options |= {"count": count, "normalize": normalize, "book": book}
     if method == "leaf":
         rows, options["book"] = verbs.leaf_sums(book, h), None
+    if refine:
+        prototypes = verbs.constant(prototypes)
     for _ in range(refine):
         fixed = verbs.constant(rows), prototypes
         found = verbs.route(*fixed, temperature=verbs.constant(temperature), tokens=False, mean_x=True, **options)

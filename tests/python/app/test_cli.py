@@ -9,35 +9,12 @@ import numpy as np
 import pytest
 
 import hisac
+from cli_support import done, refused, run
 from hisac import reference
 from hisac.app import commands, files
-from hisac.app.cli import main
 from hisac.app.progress import fit_progress, progress
 
 WIDTH = 4
-
-
-def run(capsys, *argv):
-    """(exit code, stdout, stderr) of the command line, in this process."""
-    try:
-        code = main([str(a) for a in argv])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def done(capsys, *argv):
-    code, out, err = run(capsys, *argv)
-    assert code == 0, err
-    return out
-
-
-def refused(capsys, *argv):
-    """The one line that a refused command prints."""
-    code, out, err = run(capsys, *argv)
-    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
-    return err.splitlines()[-1]  # a wiped progress bar ends in a carriage return
 
 
 @pytest.fixture

@@ -278,3 +278,19 @@ def test_the_built_package_has_the_projects_version():
     """tests/python/test_layout.py compares the files that name it with each other."""
     (version,) = re.findall(r'^version = "(\S+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert hisac.__version__ == version
+
+
+def test_the_walk_of_x_names_what_there_is():
+    """At most 28 functions from `hisac.compress` to the innermost loop (cpp/README.md), each defined in the code."""
+    text = (ROOT / "cpp/README.md").read_text(encoding="utf-8")
+    walk = re.search(r"The functions on this way, .*?\n\n", text, re.S)[0]
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("python/hisac", "cpp")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".h", ".cpp", ".inl"}
+    )
+    names = re.findall(r"`([\w.:]+)`", walk)
+    assert len(names) <= 28
+    for name in names:
+        assert re.search(rf"\b{re.split(r'[.:]+', name)[-1]}(<\w+>)?\(", code), name

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hisac
+from cli_support import done, refused, run
 from hisac.app import commands, files
 from hisac.app.cli import main
 
@@ -22,28 +23,9 @@ ITEMS, WIDTH = 60, 4
 BUDGET = ("--budget", "6", "--normalize", "agents")
 
 
-def run(capsys, *argv):
-    """(exit code, stdout, stderr) of the command line, in this process."""
-    try:
-        code = main([str(a) for a in argv])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def refused(capsys, *argv):
-    """The one line that a refused command prints."""
-    code, out, err = run(capsys, *argv)
-    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
-    return err.splitlines()[-1]
-
-
 def compress(capsys, out, *options, budget=BUDGET):
     """What `compress` prints on the standard output."""
-    code, said, err = run(capsys, "compress", "book.safetensors", *options, *budget, "-o", out)
-    assert code == 0, err
-    return said
+    return done(capsys, "compress", "book.safetensors", *options, *budget, "-o", out)
 
 
 def data(path):

@@ -268,6 +268,9 @@ def test_refined_prototypes_are_constants(book):
     assert torch.equal(again.tokens, out.tokens)
     out.tokens.sum().backward()
     assert x.grad.any() and v.grad.any() and tau.grad.any()
+    learnt = wanted(plain.agents.prototypes.clone())
+    kept = {"agents": plain.agents._replace(prototypes=learnt), "refine": 2}
+    assert not hisac_torch.compress(book, histories, temperature=0.5, **kept).agents.prototypes.requires_grad
 
 
 def test_leaf_sums_have_gradients_for_v_and_bias_only(book):
