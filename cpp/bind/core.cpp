@@ -4,10 +4,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <string_view>
 
 #include "arrays.h"
+#include "codebook.h"
 #include "histories.h"
 #include "module.h"
 #include "runtime.h"
@@ -15,9 +15,6 @@
 namespace hisac::bind {
 namespace {
 
-using nb::literals::operator""_a;
-
-constexpr const char* kX = "float32, bfloat16 or float16 [T, D]";
 constexpr const char* kTokens = "float32, bfloat16 or float16 [B, M, V]";
 constexpr const char* kCodes = "int32 [T, L]";
 
@@ -75,65 +72,7 @@ bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, n
   return t.dtype == (number < 0 ? nb::cast<View>(like).tensor.dtype : numpy_type(number));
 }
 
-// ---- the codebook
-
-void make_codebook(Codebook* self, const std::vector<View>& centers) {
-  Call call("Codebook", kOnlyCpu);
-  std::vector<Array<const float, 2>> levels;
-  for (const View& c : centers) levels.push_back(array<const float, 2>(c, call, "centers", "float32 [C, D]"));
-  Codebook book;
-  raise(Codebook::build(levels.data(), static_cast<int>(levels.size()), &book));
-  new (self) Codebook(std::move(book));
-}
-
-// The bytes of a path, as the system has it: it need not be UTF-8.
-Codebook load_codebook(nb::bytes path) {
-  Codebook book;
-  int os_error = 0;
-  const Status status = without_gil([&] {
-    errno = 0;
-    const Status done = Codebook::load(path.c_str(), &book);
-    os_error = errno;
-    return done;
-  });
-  raise(status, os_error);
-  return book;
-}
-
-void save_codebook(const Codebook& book, nb::bytes path) {
-  errno = 0;
-  const Status status = book.save(path.c_str());
-  raise(status, errno);
-}
-
-Codebook parse_codebook(nb::bytes bytes) {
-  Codebook book;
-  raise(Codebook::parse(bytes.c_str(), bytes.size(), &book));
-  return book;
-}
-
-nb::bytes serialize_codebook(const Codebook& book) {
-  std::string bytes(book.file_size(), '\0');
-  raise(book.serialize({reinterpret_cast<std::byte*>(bytes.data()), {static_cast<int64_t>(bytes.size())}}));
-  return nb::bytes(bytes.data(), bytes.size());
-}
-
-void copy_centers(const Codebook& book, int level, Lent out) {
-  if (level < 0 || level >= book.levels()) throw nb::index_error("Codebook: no such level");
-  Call call("Codebook", kOnlyCpu);
-  const auto to = array<float, 2>(out, call, "out", "float32 [C, D]");
-  if (to.shape[0] != book.size(level) || to.shape[1] != book.width())
-    wrong_value("Codebook", "out", "[C, D]", describe(out));
-  std::copy_n(book.centers(level), book.size(level) * book.width(), to.data);
-}
-
-void copy_image(const Codebook& book, Lent out) {
-  Call call("Codebook", kOnlyCpu);
-  void* const data = borrow(out, call, "out", 1, "uint8 [image_size]", true);
-  raise(codebook_image(book, {static_cast<std::byte*>(data), {out.tensor.shape[0]}}));
-}
-
-// ---- encode, fit, vote
+// ---- encode, vote
 
 void encode_codes(const Codebook& book, Lent x, Lent codes) {
   Call call("encode");
@@ -157,43 +96,6 @@ void prototype_rows(const Codebook& book, Lent codes, Lent out) {
   run(
       call, [](const Context&) { return size_t{0}; },
       [&](const Context& context) { return code_prototypes(context, book, from, to); }, &book);
-}
-
-nb::tuple fit_centers(Lent x, const std::vector<View>& centers, int iterations, uint64_t seed, nb::object progress) {
-  Call call("fit", kOnlyCpu);
-  const Rows rows_x = rows(x, call, "x", 2, kX);
-  FitParams params;
-  Array<float, 2> levels[kMaxLevels];
-  if (centers.size() < 1 || centers.size() > kMaxLevels)
-    throw nb::value_error(("fit: sizes expected 1 to 8 levels, got " + std::to_string(centers.size())).c_str());
-  params.levels = static_cast<int>(centers.size());
-  params.iterations = iterations;
-  params.seed = seed;
-  for (int l = 0; l < params.levels; ++l) {
-    levels[l] = array<float, 2>(centers[l], call, "centers", "float32 [C, D]");
-    params.sizes[l] = levels[l].shape[0];
-  }
-  params.ctx = progress.ptr();
-  params.keep_going = [](void*) { return with_gil([] { return PyErr_CheckSignals() == 0; }); };
-  if (!progress.is_none())
-    params.progress = [](void* ctx, int level, int round, double error) {
-      return with_gil([=] {
-        PyObject* const result = PyObject_CallFunction(static_cast<PyObject*>(ctx), "iid", level, round, error);
-        Py_XDECREF(result);
-        return result != nullptr;
-      });
-    };
-  FitReport report;
-  run(
-      call, [&](const Context& context) { return fit_workspace(context, params, rows_x.rows, rows_x.width); },
-      [&](const Context& context) { return fit(context, params, rows_x, levels, &report); });
-  nb::list rounds, errors, unused;
-  for (int l = 0; l < params.levels; ++l) {
-    rounds.append(report.iterations[l]);
-    errors.append(report.error[l]);
-    unused.append(report.unused[l]);
-  }
-  return nb::make_tuple(report.rows, report.left_out, nb::tuple(rounds), nb::tuple(errors), nb::tuple(unused));
 }
 
 void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, const std::vector<int64_t>& fanout,
@@ -417,33 +319,10 @@ void fill(nb::module_& m) {
   nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
       "The bytes are no hisac codebook, or a damaged one.";
 
-  nb::class_<Codebook>(m, "Codebook", nb::dynamic_attr())
-      .def("__init__", make_codebook, "centers"_a)
-      .def_static("load", load_codebook, "path"_a)
-      .def_static("parse", parse_codebook, "data"_a)
-      .def("save", save_codebook, "path"_a)
-      .def("serialize", serialize_codebook)
-      .def("copy_centers", copy_centers, "level"_a, "out"_a)
-      .def_prop_ro(
-          "sizes",
-          [](const Codebook& book) {
-            nb::list sizes;
-            for (int l = 0; l < book.levels(); ++l) sizes.append(book.size(l));
-            return nb::tuple(sizes);
-          },
-          nb::sig("def sizes(self) -> tuple[int, ...]"))
-      .def_prop_ro("levels", &Codebook::levels)
-      .def_prop_ro("width", &Codebook::width)
-      .def_prop_ro("fingerprint", &Codebook::fingerprint);
-
-  m.def("image_size", codebook_image_size, "book"_a);
-  m.def("copy_image", copy_image, "book"_a, "out"_a);
+  add_codebook(m);
   m.def("encode", encode_codes, "book"_a, "x"_a, "codes"_a);
   m.def("leaves", leaf_numbers, "book"_a, "codes"_a, "out"_a);
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);
-  m.def("fit", fit_centers, "x"_a, "centers"_a, "iterations"_a, "seed"_a, "progress"_a.none(),
-        nb::sig("def fit(x: typing.Any, centers: collections.abc.Sequence[typing.Any], iterations: int, seed: int, "
-                "progress: object | None) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]]"));
   m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "out_codes"_a, "out_votes"_a,
         "out_count"_a, "out_prototypes"_a);
   m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,

@@ -136,7 +136,7 @@ void run_on_cuda(int device, const Codebook* book, Workspace workspace, Verb ver
   };
   context.workspace = bytes(lent[0], &scratch);
   const Array<std::byte, 1> image_bytes = bytes(lent[1], &image);
-  context.codebook_image = {image_bytes.data, {image_bytes.shape[0]}};
+  context.codebook_image = {{image_bytes.data, {image_bytes.shape[0]}}, book ? book->fingerprint() : 0};
   context.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(lent[2]));
   raise(verb(context));  // puts work on the stream, in whose order the scratch is freed
 }

@@ -73,9 +73,7 @@ def lend(size: int, index: int, book: _core.Codebook | None) -> tuple[Array, Arr
     if book is not None:
         images = vars(book).setdefault("images", {})
         if index not in images:
-            on_host = np.empty(_core.image_size(book), np.uint8)
-            _core.copy_image(book, on_host)
-            images[index] = torch.from_numpy(on_host).to(device)
+            images[index] = torch.tensor(book.image, device=device)
         image = images[index]
     scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
     return scratch, image, torch.cuda.current_stream(device).cuda_stream

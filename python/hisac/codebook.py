@@ -30,12 +30,12 @@ class Codebook:
     [[0, 0]]
     """
 
-    report: FitReport | None = None
-    """How `fit` went; None for a codebook that came from elsewhere."""
-
-    def __init__(self, centers: Iterable[Array]):
-        """centers: 1 to 8 arrays [C_l, D] float32, finite. Raises ValueError, TypeError."""
-        self._core = _core.Codebook([take_one("Codebook", "centers", c) for c in centers])
+    def __init__(self, centers: Iterable[Array], *, temperature: float | None = None):
+        """centers: 1 to 8 arrays [C_l, D] float32, finite; temperature: the default of `route` and `compress`, > 0, or
+        None. Raises ValueError, TypeError."""
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise ValueError(f"Codebook: temperature expected finite and > 0, got {temperature}")
+        self._core = _core.Codebook([take_one("Codebook", "centers", c) for c in centers], temperature or 0)
 
     @classmethod
     def _of(cls, core: _core.Codebook) -> "Codebook":
@@ -56,7 +56,8 @@ class Codebook:
         A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
         are left out and counted in `report`, and so are rows so large that they would coarsen the grid of the sums: a
-        row's largest value is 2^(46 - b) times that of the median row, b the bits of the number of rows.
+        row's largest value is 2^(46 - b) times that of the median row, b the bits of the number of rows. The default
+        `temperature` is 0.05 times the mean squared distance of a row to its leaf, so it follows the scale of x.
         progress(level, round, mean squared distance) is called after a round.
         """
         (x,) = take("fit", "x T D", x)
@@ -65,11 +66,7 @@ class Codebook:
             if not 1 <= size <= 2**20:
                 raise ValueError(f"fit: sizes expected 1 to 2^20 at level {level}, got {size}")
         iterations = whole("fit", "iterations", iterations, 0, 10**6)
-        centers = [np.empty((size, x.shape[1]), np.float32) for size in counts]
-        report = _core.fit(x, centers, iterations, whole("fit", "seed", seed) % 2**64, progress)
-        book = cls(centers)
-        book.report = FitReport(*report)
-        return book
+        return cls._of(_core.fit(x, counts, iterations, whole("fit", "seed", seed) % 2**64, progress))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Codebook":
@@ -80,6 +77,18 @@ class Codebook:
     def from_bytes(cls, data: bytes) -> "Codebook":
         """The inverse of `to_bytes`. Raises CorruptFileError."""
         return cls._of(_core.Codebook.parse(bytes(memoryview(data))))
+
+    @classmethod
+    def view(cls, image: Array) -> "Codebook":
+        """A codebook that is an image [bytes] uint8, as `image` of another one, without a copy of its centers: a mapped
+        file, or memory that processes share. The image is kept alive and must not change. One that begins at no
+        multiple of 64 is copied. Raises CorruptFileError."""
+        image = np.asarray(take_one("Codebook", "image", image, "any"))
+        scratch = _lines(_core.Codebook.view_scratch(image))
+        if image.ctypes.data % 64:
+            given, image = image, _lines(image.size)
+            image[:] = given
+        return cls._of(_core.Codebook.view(image, scratch))
 
     @classmethod
     def from_faiss(cls, quantizer: Any) -> "Codebook":
@@ -140,9 +149,27 @@ class Codebook:
         return self._core.serialize()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).from_bytes, (self.to_bytes(),), {"report": self.report}
+        return type(self).from_bytes, (self.to_bytes(),)
 
     # ---- what it is
+
+    @property
+    def image(self) -> npt.NDArray[np.uint8]:
+        """The codebook as bytes, where they lie, read-only: a head, the centers, and what the verbs read on a GPU. They
+        are the same on every machine, and `view` makes a codebook of them."""
+        found: npt.NDArray[np.uint8] = self._core.image
+        return found
+
+    @property
+    def temperature(self) -> float | None:
+        """The default temperature of `route` and `compress`; None where the codebook has none."""
+        return self._core.temperature or None
+
+    @property
+    def report(self) -> FitReport | None:
+        """How `fit` went; None for a codebook that came from elsewhere."""
+        found = self._core.report
+        return found and FitReport(*found)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -215,6 +242,13 @@ class Codebook:
         rows, out = math.prod(codes.shape[:-1]), empty(codes, (*codes.shape[:-1], *shape), dtype)
         getattr(_core, verb)(self._core, codes.reshape(rows, codes.shape[-1]), out.reshape(rows, *shape))
         return out
+
+
+def _lines(size: int) -> npt.NDArray[np.uint8]:
+    """So many bytes from a multiple of 64 on, not filled."""
+    room = np.empty(size + 63, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size]
 
 
 def _name(path: str | bytes | os.PathLike[Any]) -> bytes:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is composed of verbs: the way from histories to tokens, once for NumPy, torch and the definition."""
 
+import operator
 from typing import Any, NamedTuple
 
 from .types import Agents, Compressed, Histories
@@ -25,6 +26,8 @@ class Verbs(NamedTuple):
     """f(prototypes): the same where v is"""
     fingerprint: Any = lambda book: book.fingerprint
     """f(book), which torch.compile takes for a constant"""
+    default_temperature: Any = operator.attrgetter("temperature")
+    """f(book), likewise"""
 
 
 def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any) -> tuple[Any, Any]:
@@ -43,6 +46,17 @@ def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any) -> tuple
     return verbs.prototypes(book, agents), agents.count
 
 
+def temperature_of(verb: str, temperature: Any, book: Any, default_of: Any = operator.attrgetter("temperature")) -> Any:
+    """The temperature, or the default one of the codebook, default_of(book)."""
+    if temperature is not None:
+        return temperature
+    found = None if book is None else default_of(book)
+    if found is None:
+        why = "there is no codebook with a default one" if book is None else "the codebook has no default one"
+        raise ValueError(f"{verb}: temperature expected, since {why}, got None")
+    return found
+
+
 def compress(
     verbs: Verbs, book: Any, histories: Histories, *, agents: Agents | None, budget: Any, fanout: Any, temperature: Any,
     normalize: str, method: str, refine: int, missing: str, **options: Any,
@@ -52,6 +66,7 @@ def compress(
         if given not in known:
             raise ValueError(f"compress: {name} expected {known[0]!r} or {known[1]!r}, got {given!r}")
     h, np = histories, verbs.numbers
+    temperature = temperature_of("compress", temperature, book, verbs.default_temperature)
     if h.codes is None:
         if h.x is None or h.x_ids is not None:
             got = "neither x nor codes" if h.x is None else "no codes beside x_ids: encode the table once and keep them"

@@ -118,7 +118,7 @@ def compress(
     budget: int | None = None,
     fanout: Iterable[int] | None = None,
     agents: Agents | None = None,
-    temperature: Any = 0.1,
+    temperature: Any = None,
     normalize: Normalize = "agents",
     method: Method = "exact",
     refine: int = 0,
@@ -235,7 +235,7 @@ def route(
     agents: Agents | Array,
     *,
     count: Array = None,
-    temperature: Any = 0.1,
+    temperature: Any = None,
     normalize: Normalize = "agents",
     book: Codebook | None = None,
     precision: Precision = "float32",
@@ -261,7 +261,8 @@ def route(
             may be None without tokens
         agents: those of `vote`, or bare prototypes [B, M, D] float32
         count: [B] int32, with bare prototypes: how many are present; None: M each
-        temperature: tau, a number > 0, or float32 [1] or [M]; an entry that is not positive empties its tokens
+        temperature: tau, a number > 0, or float32 [1] or [M]; an entry that is not positive empties its tokens. None:
+            the default of the codebook, an error where it has none or is not given
         normalize: "history" or "agents"
         book: the codebook of the codes
         precision: "float32", or "bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor
@@ -293,7 +294,7 @@ def route_backward(
     gradients: Tokens,
     *,
     count: Array = None,
-    temperature: Any = 0.1,
+    temperature: Any = None,
     normalize: Normalize = "agents",
     book: Codebook | None = None,
     precision: Precision = "float32",
@@ -348,6 +349,8 @@ def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
 def _agents(verb: str, book: Codebook | None, agents: Any, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
     """Prototypes, count and temperature, borrowed."""
     prototypes, count = take(verb, "prototypes B M D, count?", *compose.routed(_VERBS, verb, agents, count, book))
+    if temperature is None:
+        temperature = compose.temperature_of(verb, None, book)
     if not isinstance(temperature, NUMBERS):
         return prototypes, count, *take(verb, "temperature", temperature)
     if is_cuda(prototypes):  # kernels read it where the data is

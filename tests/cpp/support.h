@@ -252,6 +252,12 @@ inline hisac::Spans spans(const std::vector<int64_t>& offsets) {
   return {offsets.data(), offsets.data() + 1, DType::int64, static_cast<int64_t>(offsets.size()) - 1};
 }
 
+/// A copy of a codebook's image.
+inline std::vector<std::byte> image_of(const hisac::Codebook& book) {
+  const auto image = book.image();
+  return std::vector<std::byte>(image.data, image.data + image.shape[0]);
+}
+
 /// A codebook of random centers, finer from level to level.
 inline hisac::Codebook codebook(Random& random, const std::vector<int64_t>& sizes, int64_t width) {
   std::vector<std::vector<float>> centers;

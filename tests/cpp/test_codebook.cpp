@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "codebook/image.h"
 #include "support.h"
 
 using namespace hisac;
@@ -46,6 +47,14 @@ std::string fingerprint() {
   return text;
 }
 
+std::vector<int32_t> codes_of(const Codebook& book, const std::vector<float>& x) {
+  const int64_t n = static_cast<int64_t>(x.size()) / book.width();
+  std::vector<int32_t> codes(test::size(n * book.levels()));
+  test::Workspace workspace(encode_workspace({}, book));
+  REQUIRE(encode({workspace.array()}, book, test::rows(x, book.width()), {codes.data(), {n, book.levels()}}).ok());
+  return codes;
+}
+
 std::string replaced(std::string text, const std::string& from, const std::string& to) {
   const size_t at = text.find(from);
   REQUIRE(at != std::string::npos);
@@ -80,6 +89,86 @@ TEST_CASE("what is written reads back, for every depth") {
       CHECK(std::equal(book.centers(l), book.centers(l) + book.size(l) * book.width(), back.centers(l)));
     CHECK(bytes_of(back) == bytes);
   }
+}
+
+TEST_CASE("an image is the same bytes on every machine") {
+  Random random(3);
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const std::byte b : test::image_of(test::codebook(random, {70, 33}, 37)))
+    hash = (hash ^ static_cast<uint64_t>(b)) * 0x100000001b3u;
+  CHECK(hash == 0xa5cdabb6da98f2b2u);
+}
+
+TEST_CASE("a codebook viewed in memory of the caller") {
+  Random random(31);
+  for (const int64_t width : {1, 4, 7, 16}) {
+    const Codebook book = test::codebook(random, {5, 33}, width);
+    const auto bytes = book.image();
+    test::Workspace image(static_cast<size_t>(bytes.shape[0]));
+    std::memcpy(image.array().data, bytes.data, static_cast<size_t>(bytes.shape[0]));
+    const Array<const std::byte, 1> lent{image.array().data, {bytes.shape[0]}};
+    const size_t need = Codebook::view_scratch(lent);
+    test::Workspace scratch(need);
+    Codebook view;
+    REQUIRE(Codebook::view(lent, {scratch.array().data, {static_cast<int64_t>(need)}}, &view).ok());
+    CHECK(view.image().data == lent.data);
+    CHECK(view.centers(0) == reinterpret_cast<const float*>(lent.data + 512));
+    CHECK(view.fingerprint() == book.fingerprint());
+    CHECK(bytes_of(view) == bytes_of(book));
+    const std::vector<float> x = test::uniform(random, 40 * width);
+    CHECK(codes_of(view, x) == codes_of(book, x));
+    Codebook moved = std::move(view);
+    CHECK(view.empty());
+    moved = std::move(moved);
+    CHECK(moved.fingerprint() == book.fingerprint());
+
+    Codebook none;
+    const auto refused = [&](Array<const std::byte, 1> from, Array<std::byte, 1> to, const char* text) {
+      const Status status = Codebook::view(from, to, &none);
+      CHECK(status.code() == Code::invalid_argument);
+      CHECK(std::string(status.what()).find(text) != std::string::npos);
+      CHECK(none.empty());
+    };
+    refused(lent, {scratch.array().data, {static_cast<int64_t>(need) - 1}}, "scratch expected [");
+    refused(lent, {}, "scratch expected [");
+    test::Workspace more(std::max(need, static_cast<size_t>(bytes.shape[0])) + 64);
+    refused(lent, {more.array().data + 4, {static_cast<int64_t>(need)}}, "aligned to 64");
+    std::memcpy(more.array().data + 4, bytes.data, static_cast<size_t>(bytes.shape[0]));
+    refused({more.array().data + 4, {bytes.shape[0]}}, scratch.array(), "aligned to 64");
+  }
+}
+
+TEST_CASE("an image whose checksum is right and whose content is not") {
+  Random random(32);
+  const Codebook book = test::codebook(random, {5, 3}, 4);
+  const auto bytes = book.image();
+  const CodebookImage layout(book);
+  test::Workspace image(static_cast<size_t>(bytes.shape[0])), scratch(Codebook::view_scratch(bytes));
+  const auto view = [&](auto change) {
+    std::memcpy(image.array().data, bytes.data, static_cast<size_t>(bytes.shape[0]));
+    ImageHead head;
+    std::memcpy(&head, image.array().data, sizeof head);
+    change(head, reinterpret_cast<float*>(image.array().data + layout.level[0].centers));
+    std::memcpy(image.array().data, &head, sizeof head);
+    seal(layout, image.array().data);
+    Codebook out;
+    return Codebook::view({image.array().data, {bytes.shape[0]}}, scratch.array(), &out);
+  };
+  CHECK(view([](ImageHead&, float*) {}).ok());
+  CHECK(view([](ImageHead& head, float*) { head.temperature = 0.5f; }).ok());
+  const auto refused = [&](const char* text, auto change) {
+    const Status status = view(change);
+    CHECK(status.code() == Code::corrupt_file);
+    CHECK(std::string(status.what()) == "codebook image: Codebook: " + std::string(text));
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  refused("expected finite centers, got nan at [0, 1] of level 0", [&](ImageHead&, float* c) { c[1] = nan; });
+  const char* const temperature = "temperature expected finite and > 0, or 0 for none, got nan";
+  refused(temperature, [&](ImageHead& head, float*) { head.temperature = nan; });
+  const char* const report = "expected the report of a fit, got another";
+  refused(report, [](ImageHead& head, float*) { head.report.rows = -1; });
+  refused(report, [&](ImageHead& head, float*) { head.report.rows = 1, head.report.error[1] = double(nan); });
+  refused(report, [](ImageHead& head, float*) { head.report.rows = 1, head.report.unused[0] = -1; });
 }
 
 TEST_CASE("other writers' layouts of the same header are read") {

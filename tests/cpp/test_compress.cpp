@@ -106,6 +106,33 @@ void by_hand(const Batch& b, Method method, Result& r) {
 
 }  // namespace
 
+TEST_CASE("compress and route: the temperature of the codebook") {
+  Random random{72};
+  Batch b(random, {300, 0, 50});
+  const Array<const float, 2> centers[] = {array(b.book.centers(0), b.book.size(0), kWidth),
+                                           array(b.book.centers(1), b.book.size(1), kWidth)};
+  FitReport report;
+  report.rows = 350;
+  report.error[0] = 1;
+  report.error[1] = 0.5;
+  Codebook book;
+  REQUIRE(Codebook::build(centers, 2, &book, &report).ok());
+  CHECK(book.temperature() == static_cast<float>(kTemperatureOfError * 0.5));
+  CHECK(book.report()->error[1] == 0.5);
+  const float tau = book.temperature();
+  for (const Method method : {Method::exact, Method::leaf}) {
+    Result given(b), own(b);
+    b.params.method = method;
+    for (Result* const result : {&given, &own}) {
+      b.params.route.temperature = result == &given ? array(&tau, 1) : Array<const float, 1>{};
+      const size_t bytes = compress_workspace({}, book, b.params, b.in, result->out);
+      REQUIRE(test::exactly(bytes, nullptr,
+                            [&](const Context& c) { return compress(c, book, b.params, b.in, result->out); }));
+    }
+    CHECK(own.same_tokens(given));
+  }
+}
+
 TEST_CASE("compress: the bits of its verbs") {
   Random random{71};
   // the second has more rows than leaf sums are made of at a time, of one user and of several
@@ -205,7 +232,7 @@ TEST_CASE("compress: errors") {
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {0, {int64_t{1} << 40, 1 << 30}}; }),
                 "vote: fanout expected a product of at most 4096, got more");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.route.temperature = {}; }),
-                "route: temperature expected [1] or [6], got [0]");
+                "route: temperature expected, since the codebook has no default one, got none");
   test::is(spoiled([](auto&, auto&, Compressed& out) { out.tokens.tokens.dtype = DType::bfloat16; }), Code::wrong_type,
            "route: tokens expected of v's type, got another");
   test::invalid(spoiled([](auto&, Histories& in, auto&) { in.longest = 3; }),

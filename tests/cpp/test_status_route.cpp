@@ -39,7 +39,8 @@ TEST_CASE("route") {
   is(spoiled([](Right& r) { r.in.v.dtype = DType::int64; }), Code::wrong_type, std::string("route: v") + kFloats);
   invalid(spoiled([](Right& r) { r.to.prototypes.shape[1] = (1 << 24) + 1; }),
           "route: expected at most 2^24 agents, got 16777217");
-  invalid(spoiled([](Right& r) { r.params.temperature = {}; }), "route: temperature expected [1] or [4], got [0]");
+  invalid(spoiled([](Right& r) { r.params.temperature = {}; }),
+          "route: temperature expected, since there is no codebook with a default one, got none");
   const Codebook none;
   invalid(spoiled([&](Right& r) { r.routed_by = &none; }), "route: codebook expected, got an empty one");
   invalid(spoiled([](Right& r) { r.routed_by = &r.book; }), "route: codes expected [6, 2], got [0, 0]");

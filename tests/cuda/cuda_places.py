@@ -39,8 +39,8 @@ def lend_on_cpu(size, index, book):
 
     image = None
     if book is not None:
-        image = aligned(_core.image_size(book))
-        _core.copy_image(book, image.numpy())
+        image = aligned(book.image.size)
+        image.numpy()[:] = book.image
     return aligned(size), image, 0
 
 

@@ -322,14 +322,13 @@ inline int64_t longest(const Problem& p) {
 }
 
 /// Bytes of the codebook's image, where it is needed.
-inline size_t image_size(const Problem& p) { return p.codes_only ? codebook_image_size(*p.book) : 0; }
+inline size_t image_size(const Problem& p) { return p.codes_only ? static_cast<size_t>(p.book->image().shape[0]) : 0; }
 
 inline Context context_of(const Problem& p, Workspace& workspace, Workspace& image) {
   Context context{workspace.array(), nullptr, Device::cuda};
   if (!p.codes_only) return context;
-  const Array<std::byte, 1> bytes{image.array().data, {static_cast<int64_t>(image_size(p))}};
-  if (const Status status = codebook_image(*p.book, bytes); !status.ok()) fail("%s", status.what());
-  context.codebook_image = {bytes.data, {bytes.shape[0]}};
+  std::memcpy(image.array().data, p.book->image().data, image_size(p));
+  context.codebook_image = {image.array(), p.book->fingerprint()};
   return context;
 }
 

@@ -159,7 +159,7 @@ def test_gradients_of_tables(problem, on_cuda, sparse):
     def gradients(x, v, offsets, prototypes, x_ids, v_ids):
         x, v = (a.detach().clone().requires_grad_() for a in (x, v))
         histories = Histories(x, v, offsets, x_ids=x_ids, v_ids=v_ids)
-        out = ht.route(histories, prototypes, sparse_grad=sparse)
+        out = ht.route(histories, prototypes, sparse_grad=sparse, temperature=0.1)
         (out.tokens.sin().sum() + out.lse.nan_to_num(neginf=0).sum()).backward()
         return [a.grad.to_dense() for a in (x, v)]
 
@@ -194,7 +194,7 @@ def test_route_backward(problem, on_cuda, kind, of_mean):
 
 def test_modules(problem, on_cuda, place):
     h = problem["histories"]
-    compress = ht.Compressor(problem["book"], budget=M, normalize="agents")
+    compress = ht.Compressor(problem["book"], budget=M, normalize="agents", temperature=0.1)
     expected = compress(Histories(*map(torch.from_numpy, h[:3])))
     if place.name == "gpu":
         compress.cuda()
@@ -222,11 +222,11 @@ def given(problem):
 def test_arrays_in_two_places_are_refused(given):
     histories, prototypes = given
     with pytest.raises(TypeError, match=r"offsets|starts"):
-        hisac.route(histories._replace(offsets=histories.offsets.cpu()), prototypes)
+        hisac.route(histories._replace(offsets=histories.offsets.cpu()), prototypes, temperature=0.1)
     with pytest.raises(TypeError, match="prototypes"):
-        hisac.route(histories, prototypes.cpu())
+        hisac.route(histories, prototypes.cpu(), temperature=0.1)
     listed = histories._replace(offsets=histories.offsets.tolist())
-    assert torch.equal(hisac.route(listed, prototypes).tokens, hisac.route(*given).tokens)
+    assert torch.equal(hisac.route(listed, prototypes, temperature=0.1).tokens, hisac.route(*given).tokens)
 
 
 @on_gpu
@@ -262,8 +262,8 @@ def test_compile_and_autocast(given):
     (x, v, offsets, *_), prototypes = given
 
     def tokens(v):
-        return ht.route(Histories(x, v, offsets), prototypes).tokens
+        return ht.route(Histories(x, v, offsets), prototypes, temperature=0.1).tokens
 
     assert torch.equal(torch.compile(tokens, fullgraph=True)(v), tokens(v))
     with torch.autocast("cuda", torch.bfloat16):
-        assert torch.equal(tokens(v), ht.route(Histories(x, v, offsets), prototypes).tokens)
+        assert torch.equal(tokens(v), ht.route(Histories(x, v, offsets), prototypes, temperature=0.1).tokens)

@@ -94,7 +94,7 @@ void expect_limits() {
   by_code.x = {};
   by_code.codes = codes;
   expect(forward(&book, by_code, agents), Code::invalid_argument,
-         "route: context.codebook_image expected [1408] on CUDA, got [0]");
+         "route: context.codebook_image expected [1920] on CUDA, got [0]");
 
   test::name("limits of route_backward and missing");
   const auto backward = [&](const Histories& h, const RouteAgents& to) {
@@ -125,9 +125,9 @@ void expect_limits() {
   expect(vote(on_device, book, budget, many, {{nullptr, {kMany, 1, 1}}, {nullptr, {kMany, 1}}, {nullptr, {kMany}}}),
          Code::not_implemented, "vote: expected B up to 2^30 on CUDA, got 1073741825");
   expect(encode(on_device, book, in.x, {code, {3, 1}}), Code::invalid_argument,
-         "encode: context.codebook_image expected [1408] on CUDA, got [0]");
+         "encode: context.codebook_image expected [1920] on CUDA, got [0]");
   expect(code_prototypes(on_device, book, codes, {number, {3, 4}}), Code::invalid_argument,
-         "prototypes: context.codebook_image expected [1408] on CUDA, got [0]");
+         "prototypes: context.codebook_image expected [1920] on CUDA, got [0]");
 
   test::name("offsets that lie on the device are not read by the host");
   const int64_t* const elsewhere = reinterpret_cast<const int64_t*>(uintptr_t{4096});
@@ -174,25 +174,30 @@ void expect_limits() {
       "128, which need 233392");
 }
 
-/// `compress` there and on the CPU: the same agents, tokens near each other.
-void expect_compress(Method method) {
-  test::name("compress %d", static_cast<int>(method));
+/// `compress` there and on the CPU, with a temperature or with the codebook's, which the device reads in the image: the
+/// same agents, tokens near each other.
+void expect_compress(Method method, bool given) {
+  test::name("compress %d, %d", static_cast<int>(method), given);
   constexpr int64_t kRows = 290, kWidth = 8, kValues = 5, kSeats = 6, kUsers = 3;
   Random r(5);
-  const Codebook book = test::codebook(r, {4, 3}, kWidth);
+  Codebook book;
+  const float tau = 0.5f;
+  {
+    const Codebook plain = test::codebook(r, {4, 3}, kWidth);
+    const Array<const float, 2> centers[] = {array(plain.centers(0), 4, kWidth), array(plain.centers(1), 3, kWidth)};
+    if (!Codebook::build(centers, 2, &book, nullptr, given ? 0 : tau).ok()) test::fail("no codebook");
+  }
   const std::vector<float> x = test::uniform(r, kRows * kWidth), v = test::uniform(r, kRows * kValues);
   const int64_t bounds[] = {0, 200, 200, 290};
-  const float tau = 0.5f;
   Histories in;
   in.x = rows(x.data(), kRows, kWidth);
   in.v = rows(v.data(), kRows, kValues);
   in.offsets = offsets(bounds, kUsers);
   CompressParams params;
   params.vote.budget = kSeats;
-  params.route.temperature = array(&tau, 1);
+  if (given) params.route.temperature = array(&tau, 1);
   params.method = method;
-  test::Workspace image(codebook_image_size(book));
-  if (!codebook_image(book, image.array()).ok()) test::fail("no image");
+  test::Guarded<std::byte> image(test::image_of(book));
   std::vector<float> tokens[2];
   std::vector<int32_t> codes[2];
   for (const Device device : {Device::cpu, Device::cuda}) {
@@ -202,7 +207,7 @@ void expect_compress(Method method) {
     Compressed out;
     out.tokens = {{token.data(), DType::float32, kUsers * kSeats, kValues}, array(lse.data(), kUsers, kSeats), {}};
     out.agents.codes = array(code.data(), kUsers, kSeats, 2);
-    Context context{{}, nullptr, device, nullptr, {image.array().data, {image.array().shape[0]}}};
+    Context context{{}, nullptr, device, nullptr, {{image.data(), {image.count()}}, book.fingerprint()}};
     test::Workspace workspace(compress_workspace(context, book, params, in, out));
     context.workspace = workspace.array();
     const Status status = compress(context, book, params, in, out);
@@ -232,7 +237,8 @@ int main(int argc, char** argv) {
   expect(sum_rows(on_device, {unused, {0, 1}}, {p.order.data(), {1}}, {p.begin.data(), {2}}, {unused, {0, 1}}),
          Code::invalid_argument, "sum_rows: begin expected [1], got [2]");
   expect_limits();
-  for (const Method method : {Method::exact, Method::leaf}) expect_compress(method);
+  for (const Method method : {Method::exact, Method::leaf})
+    for (const bool given : {true, false}) expect_compress(method, given);
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const Listed q = listed(seed);
     std::vector<float> got;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any bytes parse or are refused; what parses has finite centers, and writes and reads back as itself. The first byte
-// chooses whether the bytes are a file as they are, or a header and a payload to put together: with the right length
-// and fingerprint the depths of the parser are reached at once.
+// Any bytes parse or are refused; what parses has finite centers, and writes and reads back as itself, as a file and as
+// an image. Any bytes are an image or are refused, and so is an image with one byte changed. The first byte chooses
+// whether the bytes are a file as they are, or a header and a payload to put together: with the right length and
+// fingerprint the depths of the parser are reached at once.
 #include <string>
 
 #include "fuzz.h"
@@ -44,10 +45,51 @@ std::string assemble(const uint8_t* data, size_t size) {
          payload;
 }
 
+hisac::Status view(const std::byte* bytes, size_t size, hisac::Codebook* out, std::byte** scratch) {
+  const hisac::Array<const std::byte, 1> image{bytes, {static_cast<int64_t>(size)}};
+  const size_t need = hisac::Codebook::view_scratch(image);
+  *scratch = static_cast<std::byte*>(std::aligned_alloc(64, need ? need : 64));
+  return hisac::Codebook::view(image, {*scratch, {static_cast<int64_t>(need)}}, out);
+}
+
+/// The codebook as an image, and with `change` in one byte, which `at` chooses.
+void check_image(const hisac::Codebook& book, uint8_t at, uint8_t change) {
+  const auto image = book.image();
+  const size_t size = static_cast<size_t>(image.shape[0]);
+  std::byte *const copy = static_cast<std::byte*>(std::aligned_alloc(64, size)), *scratch;
+  std::memcpy(copy, image.data, size);
+  {
+    hisac::Codebook back;
+    CHECK(view(copy, size, &back, &scratch).ok());
+    CHECK(back.fingerprint() == book.fingerprint() && back.image().data == copy);
+    CHECK(back.temperature() == book.temperature() && !back.report() == !book.report());
+  }
+  std::free(scratch);
+  if (change) {
+    copy[size * at / 256] ^= std::byte{change};
+    hisac::Codebook none;
+    CHECK(view(copy, size, &none, &scratch).code() == hisac::Code::corrupt_file && none.empty());
+    std::free(scratch);
+  }
+  std::free(copy);
+}
+
+/// Any bytes as an image.
+void check_bytes(const uint8_t* data, size_t size) {
+  std::byte *const copy = static_cast<std::byte*>(std::aligned_alloc(64, (size + 64) / 64 * 64)), *scratch;
+  std::memcpy(copy, data, size);
+  hisac::Codebook book;
+  const hisac::Status status = view(copy, size, &book, &scratch);
+  CHECK(status.ok() || status.code() == hisac::Code::corrupt_file);
+  std::free(scratch);
+  std::free(copy);
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size == 0) return 0;
+  check_bytes(data, size);
   const std::string bytes = data[0] % 2 ? assemble(data + 1, size - 1) : std::string(data + 1, data + size);
   char* const exact = static_cast<char*>(std::malloc(bytes.size() ? bytes.size() : 1));
   std::memcpy(exact, bytes.data(), bytes.size());
@@ -71,5 +113,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<std::byte> again(back.file_size());
   CHECK(back.serialize({again.data(), {static_cast<int64_t>(again.size())}}).ok());
   CHECK(again == out);
+  check_image(book, data[size / 2], data[size - 1]);
   return 0;
 }

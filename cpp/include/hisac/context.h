@@ -25,6 +25,13 @@ struct Executor {
 /// Where a verb's arrays lie, the workspace among them.
 enum class Device : int32_t { cpu, cuda };
 
+/// A codebook on a GPU: a copy of Codebook::image() in the memory of the device, made by any means and aligned to 64
+/// there, and the fingerprint of that codebook, by which a verb refuses another one's.
+struct DeviceImage {
+  Array<const std::byte, 1> bytes{};
+  uint64_t fingerprint = 0;
+};
+
 /// `workspace` is scratch of at least the bytes that <verb>_workspace(context, ..) names, aligned to 64. It need not be
 /// initialised, keeps nothing between calls, and serves one call at a time, on CUDA until the stream has done the work.
 ///
@@ -38,9 +45,9 @@ enum class Device : int32_t { cpu, cuda };
 struct Context {
   Array<std::byte, 1> workspace{};
   const Executor* executor = nullptr;
-  Device device = Device::cpu;                 // cuda: the current one; cuda.h
-  void* stream = nullptr;                      // a cudaStream_t
-  Array<const std::byte, 1> codebook_image{};  // on the device: codebook_image of the verb's codebook
+  Device device = Device::cpu;   // cuda: the current one; cuda.h
+  void* stream = nullptr;        // a cudaStream_t
+  DeviceImage codebook_image{};  // of the verb's codebook, on CUDA
 };
 
 /// The workers of a context on the CPU.

@@ -13,7 +13,7 @@
 //   vote                           yes                                       for prototypes
 //   compress                       yes                                       always
 //   leaf_sums, leaf_sums_backward  yes                                       where x is not given
-//   route, route_backward          yes                                       where x is not given
+//   route, route_backward          yes                                       where x or temperature is not given
 //   missing                        none                                      where x is not given
 //   attend, attend_backward        yes                                       never
 //   sum_rows                       none                                      never
@@ -51,8 +51,7 @@
 //   rows of Histories        `leaf_sums` alone depends on it. The first user whose rows are beyond it, and all users
 //                            after it, have no sums: for `route` their histories are empty.
 //   rows of LeafSums         Fewer than all histories have: as with too small `rows`.
-//   codebook_image           Its size and alignment are checked, its bytes are not. Those of another codebook of the
-//                            same sizes give that codebook's codes and prototypes.
+//   codebook_image           Its size, alignment and fingerprint are checked, its bytes are not.
 //
 // Precision. Tensor cores multiply bfloat16 numbers, so on CUDA
 //

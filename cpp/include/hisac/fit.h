@@ -18,13 +18,6 @@ struct FitParams {
   void* ctx = nullptr;
 };
 
-struct FitReport {
-  int64_t rows = 0, left_out = 0;   // rows that took part; rows that did not (below)
-  int iterations[kMaxLevels] = {};  // rounds until nothing moved, or the most allowed
-  double error[kMaxLevels] = {};    // mean squared distance of a row to its quantisation after the level
-  int64_t unused[kMaxLevels] = {};  // codes that no row has
-};
-
 /// Lloyd's rounds from distinct rows drawn by counter-based random numbers of (seed, level, row). A round assigns as
 /// `encode` does and sums rint(x 2^k) in int64, so the result has the same bits for any number of threads. Codes
 /// without rows take the worst-quantised rows.
@@ -34,7 +27,7 @@ struct FitReport {
 /// exponent of a row's largest magnitude, m the upper median of e over the other rows that are not zero, and b the
 /// number of bits in the count of the other rows.
 ///
-/// x [T, D] -> the centers of each level, [C_l, D], and a report, which may not be null.
+/// x [T, D] -> the centers of each level, [C_l, D], and a report, which may not be null. Give both to Codebook::build.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept;

@@ -24,7 +24,7 @@ enum class Precision : int32_t { float32, bfloat16 };
 /// column of the tokens of its user's present agents is then NaN or infinite.
 struct RouteParams {
   Normalize normalize = Normalize::agents;  // history: the paper's reading
-  Array<const float, 1> temperature;        // [1] or [M]
+  Array<const float, 1> temperature{};      // [1] or [M]; null: the codebook's default, an error where it has none
   Precision precision = Precision::float32;
 };
 

@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A codebook as safetensors: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes.
-//
-//   {"__metadata__":{"fingerprint":"<16 hex digits>","format":"hisac.codebook","version":"1"},
-//    "centers.0":{"dtype":"F32","shape":[C,D],"data_offsets":[begin,end]}, ...}
-//
-// Files are hostile: the parser takes the strict subset of JSON that the format needs (objects, strings without escapes
-// other than \" and \\, unsigned integers, arrays of them), checks every bound before use, and the fingerprint last. A
-// file's head is read and checked before memory is asked for its payload.
+// A codebook as safetensors: 8 bytes of header length (little-endian), the header (codebook/header.h), then the
+// tensors' bytes. The fingerprint is checked last. A file's head is read and checked before memory is asked for its
+// payload.
 //
 // A file is written aside, as .hisac-<16 hex digits>.part in the target's folder, and renamed. Its writer holds a lock
 // of it (flock), which ends with the process: what nobody holds is left of one that was killed, and the next save into
 // the folder removes it.
 #include <cerrno>
-#include <charconv>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -26,188 +20,28 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "codebook/body.h"
 #include "codebook/checks.h"
+#include "codebook/header.h"
 
 namespace hisac {
 namespace {
 
-constexpr size_t kMostHeader = 1 << 20, kMostPath = 4096;
-
-Status corrupt(const char* what) noexcept { return Status::error(Code::corrupt_file, "codebook file: %s", what); }
-
-/// Walks the header; every read is bounded, the first mistake sets `failed`.
-class Parser {
- public:
-  Parser(const char* p, const char* end) noexcept : p_(p), end_(end) {}
-  bool failed() const noexcept { return failed_; }
-
-  bool take(char c) noexcept {
-    skip();
-    if (p_ < end_ && *p_ == c) return ++p_, true;
-    return false;
-  }
-  void expect(char c) noexcept {
-    if (!take(c)) failed_ = true;
-  }
-  bool at_end() noexcept { return skip(), p_ == end_; }
-
-  std::string_view string() noexcept {
-    expect('"');
-    const char* const begin = p_;
-    while (!failed_ && p_ < end_ && *p_ != '"') {
-      if (static_cast<unsigned char>(*p_) < 0x20) failed_ = true;
-      p_ += *p_ == '\\' && p_ + 1 < end_ ? 2 : 1;
-    }
-    if (failed_ || p_ >= end_) return failed_ = true, std::string_view();
-    return {begin, static_cast<size_t>(p_++ - begin)};
-  }
-
-  uint64_t number() noexcept {
-    skip();
-    const char* const begin = p_;
-    uint64_t value = 0;
-    for (; p_ < end_ && *p_ >= '0' && *p_ <= '9'; ++p_) {
-      if (p_ - begin >= 18) return failed_ = true, 0;
-      value = value * 10 + static_cast<uint64_t>(*p_ - '0');
-    }
-    if (p_ == begin) failed_ = true;
-    return value;
-  }
-
-  void pair(uint64_t out[2]) noexcept {
-    expect('[');
-    out[0] = number();
-    expect(',');
-    out[1] = number();
-    expect(']');
-  }
-
- private:
-  void skip() noexcept {
-    while (p_ < end_ && (*p_ == ' ' || *p_ == '\n' || *p_ == '\t' || *p_ == '\r')) ++p_;
-  }
-  const char *p_, *end_;
-  bool failed_ = false;
-};
-
-struct Header {
-  int levels = 0;
-  bool format = false, fingerprint = false, level[kMaxLevels] = {};
-  char version_text[32] = {};
-  uint64_t print = 0;
-  uint64_t shape[kMaxLevels][2] = {}, range[kMaxLevels][2] = {};
-};
-
-bool is_hex16(std::string_view text) noexcept {
-  return text.size() == 16 && text.find_first_not_of("0123456789abcdef") == text.npos;
-}
-
-Status parse_metadata(Parser& in, Header* h) noexcept {
-  in.expect('{');
-  if (in.take('}')) return {};
-  do {
-    const std::string_view key = in.string();
-    in.expect(':');
-    const std::string_view value = in.string();
-    if (in.failed()) return corrupt("the metadata is not a map of strings");
-    if (key == "format") {
-      if (value != "hisac.codebook") return corrupt("metadata format expected hisac.codebook, got another");
-      h->format = true;
-    } else if (key == "version") {
-      std::memset(h->version_text, 0, sizeof h->version_text);
-      for (size_t i = 0; i < value.size() && i < 20; ++i)  // for the message, so plain ASCII
-        h->version_text[i] = value[i] >= ' ' && value[i] <= '~' ? value[i] : '?';
-    } else if (key == "fingerprint") {
-      if (!is_hex16(value)) return corrupt("metadata fingerprint expected 16 hex digits");
-      std::from_chars(value.data(), value.data() + value.size(), h->print, 16);
-      h->fingerprint = true;
-    }
-  } while (in.take(','));
-  in.expect('}');
-  return {};
-}
-
-Status parse_tensor(Parser& in, std::string_view name, Header* h) noexcept {
-  if (name.size() != 9 || std::memcmp(name.data(), "centers.", 8) != 0 || name[8] < '0' || name[8] >= '0' + kMaxLevels)
-    return corrupt("tensors expected centers.0 to centers.7, got another name");
-  const int l = name[8] - '0';
-  if (h->level[l]) return corrupt("a tensor appears twice");
-  bool dtype = false, shape = false, range = false;
-  in.expect('{');
-  do {
-    const std::string_view key = in.string();
-    in.expect(':');
-    if (key == "dtype") {
-      dtype = in.string() == "F32";
-      if (!dtype) return corrupt("a tensor's dtype expected F32");
-    } else if (key == "shape") {
-      in.pair(h->shape[l]);
-      shape = true;
-    } else if (key == "data_offsets") {
-      in.pair(h->range[l]);
-      range = true;
-    } else {
-      return corrupt("a tensor has an unknown field");
-    }
-  } while (!in.failed() && in.take(','));
-  in.expect('}');
-  if (in.failed() || !dtype || !shape || !range) return corrupt("a tensor needs dtype, shape [C, D] and data_offsets");
-  h->level[l] = true;
-  return {};
-}
-
-Status parse_header(const char* begin, const char* end, Header* h) noexcept {
-  Parser in(begin, end);
-  in.expect('{');
-  if (in.failed()) return corrupt("the header is no JSON object");
-  do {
-    const std::string_view name = in.string();
-    in.expect(':');
-    if (in.failed()) break;
-    HISAC_TRY(name == "__metadata__" ? parse_metadata(in, h) : parse_tensor(in, name, h));
-  } while (!in.failed() && in.take(','));
-  in.expect('}');
-  if (in.failed() || !in.at_end()) return corrupt("the header is not the JSON that the format needs");
-  if (!h->format || !h->fingerprint || !h->version_text[0])
-    return corrupt("metadata expected format, version and fingerprint");
-  if (std::strcmp(h->version_text, "1") != 0)
-    return Status::error(Code::corrupt_file, "codebook file: version expected 1, got %s", h->version_text);
-  return {};
-}
-
-/// text [length] -> the header of a file whose payload has so many bytes.
-Status read_header(const char* text, uint64_t length, uint64_t payload, Header* h) noexcept {
-  HISAC_TRY(parse_header(text, text + length, h));
-  while (h->levels < kMaxLevels && h->level[h->levels]) ++h->levels;
-  for (int l = h->levels; l < kMaxLevels; ++l)
-    if (h->level[l]) return corrupt("a level is missing");
-  if (h->levels == 0) return corrupt("no level");
-  uint64_t at = 0;
-  for (int l = 0; l < h->levels; ++l) {
-    const uint64_t rows = h->shape[l][0], width = h->shape[l][1];
-    if (rows < 1 || rows > (1 << 20) || width < 1 || width > (1 << 20) || h->range[l][0] != at ||
-        h->range[l][1] != at + rows * width * 4 || h->range[l][1] > payload)
-      return corrupt("a tensor's shape and data_offsets do not fit the file");
-    at = h->range[l][1];
-  }
-  return at == payload ? Status() : corrupt("bytes left over after the last tensor");
-}
+constexpr size_t kLongestHeader = 1 << 20, kMostPath = 4096;
 
 /// data: the payload.
-Status assemble(const Header& h, const void* data, Codebook* out) noexcept {
+Status assemble(const FileHeader& h, const void* data, Codebook* out) noexcept {
   Array<const float, 2> centers[kMaxLevels];
   for (int l = 0; l < h.levels; ++l)
     centers[l] = {static_cast<const float*>(data) + h.range[l][0] / 4,
                   {static_cast<int64_t>(h.shape[l][0]), static_cast<int64_t>(h.shape[l][1])}};
   Codebook book;
-  const Status status = Codebook::build(centers, h.levels, &book);
+  const Status status = Codebook::build(centers, h.levels, &book, h.report.rows ? &h.report : nullptr, h.temperature);
   if (status.code() == Code::out_of_memory) return status;
   if (!status.ok()) return Status::error(Code::corrupt_file, "codebook file: %s", status.what());
-  if (book.fingerprint() != h.print)
+  if (book.fingerprint() != h.fingerprint)
     return Status::error(Code::corrupt_file,
-                         "codebook file: fingerprint expected %016" PRIx64 ", the centers have %016" PRIx64, h.print,
-                         book.fingerprint());
+                         "codebook file: fingerprint expected %016" PRIx64 ", the centers have %016" PRIx64,
+                         h.fingerprint, book.fingerprint());
   *out = static_cast<Codebook&&>(book);
   return {};
 }
@@ -229,8 +63,8 @@ Status read_book(uint64_t size, Take take, Codebook* out) noexcept {
   uint64_t length = 0;
   if (size < 8) return corrupt("expected at least 8 bytes");
   HISAC_TRY(take(&length, 8));
-  if (length > kMostHeader || length > size - 8) return corrupt("the header is longer than the file, or than 1 MiB");
-  Header h;
+  if (length > kLongestHeader || length > size - 8) return corrupt("the header is longer than the file, or than 1 MiB");
+  FileHeader h;
   {
     const Bytes text(length);
     HISAC_TRY(text.check());
@@ -246,23 +80,8 @@ Status read_book(uint64_t size, Take take, Codebook* out) noexcept {
 /// sink(data, bytes) takes a file's parts in order, until it returns false.
 template <class Sink>
 bool emit(const Codebook& book, Sink sink) noexcept {
-  char text[2048];
-  uint64_t length = 0;
-  const auto add = [&](const char* format, auto... args) {
-    length += static_cast<uint64_t>(std::snprintf(text + length, sizeof text - length, format, args...));
-  };
-  add("{\"__metadata__\":{\"fingerprint\":\"%016" PRIx64 "\",\"format\":\"hisac.codebook\",\"version\":\"1\"}",
-      book.fingerprint());
-  int64_t begin = 0;
-  for (int l = 0; l < book.levels(); ++l) {
-    const int64_t end = begin + book.size(l) * book.width() * 4;
-    add(",\"centers.%d\":{\"dtype\":\"F32\",\"shape\":[%" PRId64 ",%" PRId64 "],\"data_offsets\":[%" PRId64 ",%" PRId64
-        "]}",
-        l, book.size(l), book.width(), begin, end);
-    begin = end;
-  }
-  add("%s", "}");
-  while (length % 8) add("%s", " ");
+  char text[kMostHeader];
+  const uint64_t length = write_header(book, text);
   if (!sink(&length, sizeof length) || !sink(text, length)) return false;
   for (int l = 0; l < book.levels(); ++l)
     if (!sink(book.centers(l), static_cast<size_t>(book.size(l) * book.width()) * 4)) return false;

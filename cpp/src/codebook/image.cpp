@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fills a codebook's image with the same bytes on every machine: float64 sums are in index order, and float16 is
+// Writes a codebook's image with the same bytes on every machine: float64 sums are in index order, and float16 is
 // rounded to nearest even on every ISA.
 #include "codebook/image.h"
 
@@ -8,7 +8,7 @@
 #include <cstring>
 #include <limits>
 
-#include "codebook/checks.h"
+#include "codebook/body.h"
 #include "cpu/simd/kernels.h"
 
 namespace hisac {
@@ -17,21 +17,64 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPart = 64;  // columns at a time
 
-/// Fills one level of an image of zeros. `flush` is sqrt(D) 2^-14: the largest error that the subnormal numbers of
-/// float16 can cause, in B or in tensor cores.
-void fill(const Codebook& book, int l, const CodebookImage& image, std::byte* out) noexcept {
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "images and files are little-endian");
+
+/// FNV-1a, byte by byte.
+uint64_t fnv(uint64_t hash, const void* data, size_t size) noexcept {
+  const unsigned char* const bytes = static_cast<const unsigned char*>(data);
+  for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+  return hash;
+}
+
+/// FNV-1a of D, then of each level C_l and its centers.
+uint64_t fingerprint_of(const CodebookImage& layout, const std::byte* image) noexcept {
+  const int64_t width = layout.width;
+  uint64_t hash = fnv(0xcbf29ce484222325u, &width, sizeof width);
+  for (int l = 0; l < layout.levels; ++l) {
+    const int64_t size = layout.level[l].size;
+    hash = fnv(hash, &size, sizeof size);
+    hash = fnv(hash, image + layout.level[l].centers, sizeof(float) * static_cast<size_t>(size * width));
+  }
+  return hash;
+}
+
+/// Of an image with `head` in the place of its own; its size is a multiple of 64. Four sums of words side by side, at
+/// the speed of memory.
+uint64_t checksum_of(ImageHead head, const std::byte* image) noexcept {
+  uint64_t sums[4] = {1, 2, 3, 4};
+  const auto add = [&](const void* data, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += sizeof sums) {
+      uint64_t words[4];
+      std::memcpy(words, static_cast<const std::byte*>(data) + at, sizeof words);
+      for (int i = 0; i < 4; ++i) {
+        const uint64_t mixed = (sums[i] ^ words[i]) * 0x9e3779b97f4a7c15u;
+        sums[i] = mixed << 29 | mixed >> 35;
+      }
+    }
+  };
+  head.checksum = 0;
+  add(&head, sizeof head);
+  add(image + sizeof head, static_cast<size_t>(head.bytes) - sizeof head);
+  return fnv(0xcbf29ce484222325u, sums, sizeof sums);
+}
+
+/// Fills what CUDA reads of one level, in an image with its centers and zeros. `flush` is sqrt(D) 2^-14: the largest
+/// error that the subnormal numbers of float16 can cause, in B or in tensor cores.
+void fill_device_part(const CodebookImage& image, int l, std::byte* out) noexcept {
   const simd::Kernels& k = simd::kernels();
   const CodebookImage::Level& layout = image.level[l];
   const int64_t width = image.width;
-  auto* const centers = reinterpret_cast<float*>(out + layout.centers);
+  const auto* const centers = reinterpret_cast<const float*>(out + layout.centers);
+  auto* const pitched = reinterpret_cast<float*>(out + layout.pitched);
   auto* const screen = reinterpret_cast<CodebookImage::Screen*>(out + layout.screen);
   auto* const mean = reinterpret_cast<float*>(screen + 1);
   auto* const heads = reinterpret_cast<float*>(out + layout.heads);
   auto* const panels = reinterpret_cast<uint16_t*>(out + layout.panels);
   const double flush = std::sqrt(static_cast<double>(width)) * 0x1p-14;
-  const auto center = [&](int64_t c) { return book.centers(l) + c * width; };
+  const auto center = [&](int64_t c) { return centers + c * width; };
   double largest = 0;  // |center - mean|
-  for (int64_t c = 0; c < layout.size; ++c) std::copy_n(center(c), width, centers + c * image.pitch);
+  for (int64_t c = 0; c < layout.size && pitched != centers; ++c)
+    std::copy_n(center(c), width, pitched + c * image.pitch);
   for (int64_t d = 0; d < width; ++d) {
     double sum = 0;
     for (int64_t c = 0; c < layout.size; ++c) sum += double(center(c)[d]);
@@ -79,38 +122,108 @@ void fill(const Codebook& book, int l, const CodebookImage& image, std::byte* ou
 
 }  // namespace
 
-CodebookImage::CodebookImage(const Codebook& book) noexcept
-    : levels(book.levels()),
-      width(static_cast<int>(book.width())),
-      pitch((width + 3) / 4 * 4),
-      depth((width + 15) / 16 * 16) {
+CodebookImage::CodebookImage(int levels_, int64_t width_, const int64_t* sizes) noexcept
+    : levels(levels_), width(static_cast<int>(width_)), pitch((width + 3) / 4 * 4), depth((width + 15) / 16 * 16) {
   const auto take = [&](int64_t n) {
     const int64_t offset = bytes;
     bytes += (n + 63) / 64 * 64;
     return offset;
   };
+  for (int l = 0; l < levels; ++l) level[l].centers = take(sizes[l] * width * 4);
   for (int l = 0; l < levels; ++l) {
-    const int64_t size = book.size(l), tiles = (size + kCodes - 1) / kCodes;
+    const int64_t size = sizes[l], tiles = (size + kCodes - 1) / kCodes;
     level[l] = {size,
                 tiles,
-                take(size * pitch * 4),
+                level[l].centers,
+                pitch == width ? level[l].centers : take(size * pitch * 4),
                 take(int64_t{sizeof(Screen)} + depth * 4),
                 take(tiles * kHead * 4),
                 take(tiles * kCodes * depth * 2)};
   }
 }
 
-size_t codebook_image_size(const Codebook& book) noexcept { return static_cast<size_t>(CodebookImage(book).bytes); }
+CodebookImage::CodebookImage(const Codebook& book) noexcept
+    : CodebookImage(book.levels(), book.width(), book.body().size) {}
 
-Status codebook_image(const Codebook& book, Array<std::byte, 1> out) noexcept {
-  HISAC_TRY(check_book("codebook_image", &book));
-  const CodebookImage image(book);
-  HISAC_TRY(check_shape("codebook_image", "out", {image.bytes}, out));
-  if (reinterpret_cast<uintptr_t>(out.data) % alignof(float))
-    return Status::error(Code::invalid_argument, "codebook_image: out expected aligned to %zu bytes, got address %p",
-                         alignof(float), static_cast<void*>(out.data));
-  std::memset(out.data, 0, static_cast<size_t>(image.bytes));
-  for (int l = 0; l < image.levels; ++l) fill(book, l, image, out.data);
+void seal(const CodebookImage& layout, std::byte* image) noexcept {
+  ImageHead head;
+  std::memcpy(&head, image, sizeof head);
+  head.fingerprint = fingerprint_of(layout, image);
+  head.checksum = checksum_of(head, image);
+  std::memcpy(image, &head, sizeof head);
+}
+
+void write_image(const CodebookImage& layout, const Array<const float, 2>* centers, const FitReport* report,
+                 float temperature, std::byte* image) noexcept {
+  std::memset(image, 0, static_cast<size_t>(layout.bytes));
+  ImageHead head{};
+  std::copy_n(ImageHead::kMagic, sizeof head.magic, head.magic);
+  head.version = ImageHead::kVersion;
+  head.levels = static_cast<uint32_t>(layout.levels);
+  head.width = layout.width;
+  for (int l = 0; l < layout.levels; ++l) {
+    head.size[l] = layout.level[l].size;
+    std::memcpy(image + layout.level[l].centers, centers[l].data,
+                sizeof(float) * static_cast<size_t>(head.size[l] * head.width));
+    fill_device_part(layout, l, image);
+  }
+  head.bytes = layout.bytes;
+  head.temperature = temperature;
+  if (report) head.report = *report;
+  std::memcpy(image, &head, sizeof head);
+  seal(layout, image);
+}
+
+Status read_head(Array<const std::byte, 1> image, ImageHead* out) noexcept {
+  const auto wrong = [](const char* what) { return Status::error(Code::corrupt_file, "codebook image: %s", what); };
+  ImageHead head;
+  if (!image.data || image.shape[0] < static_cast<int64_t>(sizeof head))
+    return Status::error(Code::corrupt_file, "codebook image: expected at least %zu bytes, got %" PRId64, sizeof head,
+                         image.data ? image.shape[0] : 0);
+  std::memcpy(&head, image.data, sizeof head);
+  if (std::memcmp(head.magic, ImageHead::kMagic, sizeof head.magic) != 0) return wrong("the bytes are no image");
+  if (head.version != ImageHead::kVersion)
+    return Status::error(Code::corrupt_file, "codebook image: version expected %u, got %u", ImageHead::kVersion,
+                         head.version);
+  bool fits = head.levels >= 1 && head.levels <= kMaxLevels && within({head.width}, 1, 1 << 20);
+  for (uint32_t l = 0; fits && l < head.levels; ++l) fits = within({head.size[l]}, 1, 1 << 20);
+  if (!fits) return wrong("sizes are out of range");
+  const int64_t bytes = CodebookImage(head).bytes;
+  if (head.bytes != bytes || image.shape[0] != bytes)
+    return Status::error(Code::corrupt_file, "codebook image: expected %" PRId64 " bytes, got %" PRId64, bytes,
+                         image.shape[0]);
+  *out = head;
+  return {};
+}
+
+Status check_parts(const CodebookImage& layout, const ImageHead& head, const std::byte* image) noexcept {
+  const uint64_t checksum = checksum_of(head, image), fingerprint = fingerprint_of(layout, image);
+  if (head.checksum != checksum)
+    return Status::error(Code::corrupt_file,
+                         "codebook image: checksum expected %016" PRIx64 ", the bytes have %016" PRIx64, head.checksum,
+                         checksum);
+  if (head.fingerprint != fingerprint)
+    return Status::error(Code::corrupt_file,
+                         "codebook image: fingerprint expected %016" PRIx64 ", the centers have %016" PRIx64,
+                         head.fingerprint, fingerprint);
+  return {};
+}
+
+Status check_device_image(const char* verb, const Context& context, const Codebook& book) noexcept {
+  const auto& image = context.codebook_image;
+  const int64_t bytes = book.image().shape[0];
+  if (!image.bytes.data || image.bytes.shape[0] != bytes)
+    return Status::error(Code::invalid_argument,
+                         "%s: context.codebook_image expected [%" PRId64 "] on CUDA, got [%" PRId64 "]", verb, bytes,
+                         image.bytes.data ? image.bytes.shape[0] : 0);
+  if (reinterpret_cast<uintptr_t>(image.bytes.data) % 64)
+    return Status::error(Code::invalid_argument,
+                         "%s: context.codebook_image expected aligned to 64 bytes, got address %p", verb,
+                         static_cast<const void*>(image.bytes.data));
+  if (image.fingerprint != book.fingerprint())
+    return Status::error(Code::invalid_argument,
+                         "%s: context.codebook_image expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
+                         book.fingerprint(), image.fingerprint);
   return {};
 }
 

@@ -22,9 +22,9 @@ struct Level {
 
   /// What `make` needs, a multiple of 16.
   static int64_t floats(int64_t size, int64_t width) noexcept {
-    return simd::pad(size * width) + (width + 3) * simd::pad(size) + simd::pad(width);
+    return (width + 3) * simd::pad(size) + simd::pad(width);
   }
-  /// Fills memory of floats(size, width): the centers, panels, norms.
+  /// Fills memory of floats(size, width): panels, mean, norms. The centers stay where they are.
   static Level make(int64_t size, int64_t width, const float* centers, float* memory) noexcept;
 };
 

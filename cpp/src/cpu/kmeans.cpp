@@ -290,7 +290,8 @@ struct Fit {
       settled = std::equal(new_centers, new_centers + size * width, level.centers);
       if (settled) break;
       bounds.move(level, new_centers);
-      level = Level::make(size, width, new_centers, level_memory);
+      std::copy_n(new_centers, size * width, centers);
+      level = Level::make(size, width, centers, level_memory);
     }
     if (!settled) assign(level, bits);
     report->error[l] = measure_distances(level);
@@ -299,7 +300,6 @@ struct Fit {
         simd::kernels().add_row(width, level.centers + bounds.assigned[i] * width, -1.f, r + i * width);
     });
     report->unused[l] = std::count(count, count + size, int64_t{0});
-    std::copy_n(level.centers, size * width, centers);
     return {};
   }
 };

@@ -53,14 +53,14 @@ size_t encode_workspace(const Context&, const Codebook&) noexcept { return 0; }
 
 Status encode(const Context& context, const Codebook& book, Rows x, Array<int32_t, 2> codes) noexcept {
   EncodeTask t(book);
-  HISAC_TRY(check_image("encode", context, t.book));
+  HISAC_TRY(check_device_image("encode", context, book));
   Launcher launch("encode", context);
   HISAC_TRY(launch.status());
   const simt::Machine& machine = launch.machine;
   t.x = x;
   t.aligned = aligned(x);
   t.codes = codes.data;
-  t.image = context.codebook_image.data;
+  t.image = context.codebook_image.bytes.data;
   int blocks = choose(t, true, machine);
   if (blocks == 0) blocks = choose(t, false, machine);
   if (blocks == 0)

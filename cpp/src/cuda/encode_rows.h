@@ -53,7 +53,7 @@ class EncodeRows {
     return shared<float>(t.offset.residuals) + (simt::warp() * kRows + row) * t.row_pitch();
   }
   SIMT_DEVICE const float* center(int level, int code) const {
-    return part<float>(t.book.level[level].centers) + int64_t{code} * t.book.pitch;
+    return part<float>(t.book.level[level].pitched) + int64_t{code} * t.book.pitch;
   }
   SIMT_DEVICE bool alive(int row) const { return alive_ >> row & 1; }
 

@@ -145,11 +145,11 @@ inline Status check_columns(const char* verb, const char* name, int64_t columns)
 /// Where the levels' centers lie in the codebook's image; needed where there is no x.
 inline Status place_centers(const char* verb, const Context& context, const Codebook* book, Behaviours& t) {
   if (t.x.data || t.levels == 0) return {};
+  HISAC_TRY(check_device_image(verb, context, *book));
   const CodebookImage image(*book);
-  HISAC_TRY(check_image(verb, context, image));
   t.center_pitch = image.pitch;
   for (int l = 0; l < t.levels; ++l)
-    t.centers[l] = reinterpret_cast<const float*>(context.codebook_image.data + image.level[l].centers);
+    t.centers[l] = reinterpret_cast<const float*>(context.codebook_image.bytes.data + image.level[l].pitched);
   return {};
 }
 

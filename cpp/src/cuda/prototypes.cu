@@ -27,7 +27,7 @@ SIMT_KERNEL(kThreads) sum_codewords(SIMT_CONSTANT Behaviours t, float* out) {
 
 Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
                        Array<float, 2> out) noexcept {
-  HISAC_TRY(check_image("prototypes", context, CodebookImage(book)));
+  HISAC_TRY(check_device_image("prototypes", context, book));
   Histories in;
   in.codes = codes;
   Behaviours t = behaviours_of(&book, in, book.width());

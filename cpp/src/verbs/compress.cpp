@@ -78,7 +78,7 @@ class Compression {
   Status check() noexcept {
     if (codes_) HISAC_TRY(check_encode(book_, in_.x, {codes_, {in_.codes.shape[0], in_.codes.shape[1]}}));
     if (!params_.agents) HISAC_TRY(check_vote(book_, params_.vote, in_, agents_, context_.device));
-    HISAC_TRY(check_route("route", &book_, params_.route, in_, agents_, context_.device));
+    HISAC_TRY(check_route("route", context_, &book_, params_.route, in_, agents_));
     Histories routed = in_;
     if (params_.method == Method::leaf) routed.v.dtype = DType::float32;
     return check_tokens(routed, agents_, tokens_);
@@ -128,7 +128,7 @@ class Compression {
 
   Context context_;
   const Codebook& book_;
-  const CompressParams& params_;
+  CompressParams params_;
   Histories in_;
   const Tokens& tokens_;
   Agents agents_;

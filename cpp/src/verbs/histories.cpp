@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "codebook/checks.h"
+#include "codebook/image.h"
 
 namespace hisac {
 namespace {
@@ -115,13 +116,29 @@ Status check_histories(const char* verb, const Codebook* book, Histories& in, in
   return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, in.x_ids ? in.items() : rows) : Status();
 }
 
-Status check_route(const char* verb, const Codebook* book, const RouteParams& params, Histories& in,
-                   const RouteAgents& agents, Device device) noexcept {
+/// Sets a temperature that is not given to that in the head of the codebook's image, on the device of the call.
+static Status state_temperature(const char* verb, const Context& context, const Codebook* book,
+                                RouteParams& params) noexcept {
+  if (params.temperature) return {};
+  if (!book || !(book->temperature() > 0))
+    return Status::error(Code::invalid_argument, "%s: temperature expected, since %s, got none", verb,
+                         book ? "the codebook has no default one" : "there is no codebook with a default one");
+  const std::byte* image = book->image().data;
+  if (context.device != Device::cpu) {
+    HISAC_TRY(check_device_image(verb, context, *book));
+    image = context.codebook_image.bytes.data;
+  }
+  params.temperature = {reinterpret_cast<const float*>(image + offsetof(ImageHead, temperature)), {1}};
+  return {};
+}
+
+Status check_route(const char* verb, const Context& context, const Codebook* book, RouteParams& params, Histories& in,
+                   const RouteAgents& agents) noexcept {
   const auto& p = agents.prototypes.shape;
   if (in.x.data && in.x.width != p[2])
     return Status::error(Code::invalid_argument, "%s: prototypes is %s, x is %s: D differs (%" PRId64 ", %" PRId64 ")",
                          verb, ShapeText(p).text, ShapeText({in.x.rows, in.x.width}).text, p[2], in.x.width);
-  HISAC_TRY(check_histories(verb, book, in, p[2], device));
+  HISAC_TRY(check_histories(verb, book, in, p[2], context.device));
   if (!in.x.data && book && in.codes && book->width() != p[2])
     return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
                          verb, ShapeText(p).text, book->width());
@@ -132,10 +149,11 @@ Status check_route(const char* verb, const Codebook* book, const RouteParams& pa
   if (p[1] > kMostAgents)
     return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
   if (agents.count) HISAC_TRY(check_shape(verb, "count", {p[0]}, agents.count));
+  HISAC_TRY(state_temperature(verb, context, book, params));
   const int64_t temperatures = params.temperature.shape[0];
-  if (!params.temperature || (temperatures != 1 && temperatures != p[1]))
+  if (temperatures != 1 && temperatures != p[1])
     return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
-                         verb, p[1], params.temperature ? temperatures : 0);
+                         verb, p[1], temperatures);
   return {};
 }
 

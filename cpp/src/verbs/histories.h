@@ -23,9 +23,10 @@ Status check_offsets(const char* verb, Histories& histories, Device device) noex
 Status check_histories(const char* verb, const Codebook* book, Histories& histories, int64_t width,
                        Device device) noexcept;
 
-/// The same for a call of route or its backward, agents and parameters too.
-Status check_route(const char* verb, const Codebook* book, const RouteParams& params, Histories& histories,
-                   const RouteAgents& agents, Device device) noexcept;
+/// The same for a call of route or its backward, agents and parameters too. A temperature that is not given becomes that
+/// of the codebook.
+Status check_route(const char* verb, const Context& context, const Codebook* book, RouteParams& params,
+                   Histories& histories, const RouteAgents& agents) noexcept;
 
 /// What `encode`, `vote` and `route` check before they write; `compress` asks before the first of them.
 Status check_rule(const Codebook& book, const VoteParams& params) noexcept;

@@ -31,9 +31,10 @@ size_t route_workspace(const Context& context, const Codebook* book, const Route
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
   Histories in = histories;
-  HISAC_TRY(check_route("route", book, params, in, agents, context.device));
+  RouteParams stated = params;
+  HISAC_TRY(check_route("route", context, book, stated, in, agents));
   HISAC_TRY(check_tokens(in, agents, out));
-  return call_backend("route", &Backend::route, context, book, params, in, agents, out);
+  return call_backend("route", &Backend::route, context, book, stated, in, agents, out);
 }
 
 size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept {

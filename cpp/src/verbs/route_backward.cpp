@@ -56,10 +56,11 @@ Status route_backward(const Context& context, const Codebook* book, const RouteP
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
   Histories in = histories;
-  HISAC_TRY(check_route(kVerb, book, params, in, agents, context.device));
+  RouteParams stated = params;
+  HISAC_TRY(check_route(kVerb, context, book, stated, in, agents));
   HISAC_TRY(check_forward(in, agents, forward));
-  HISAC_TRY(check_gradients(params, in, agents, forward, out));
-  return call_backend(kVerb, &Backend::route_backward, context, book, params, in, agents, forward, out);
+  HISAC_TRY(check_gradients(stated, in, agents, forward, out));
+  return call_backend(kVerb, &Backend::route_backward, context, book, stated, in, agents, forward, out);
 }
 
 }  // namespace hisac

@@ -190,7 +190,7 @@ def encode(path: str, spec: str, out: str, *, scale: str | None) -> None:
 def compress(
     path: str, spec: str, out: str, *, scale: str | None, v: str | None, codes: str | None, unchecked_codes: bool,
     item: str | None, x_item: str | None, v_item: str | None, user: str | None, offsets: str | None,
-    budget: int | None, fanout: tuple[int, ...] | None, temperature: float, normalize: hisac.types.Normalize,
+    budget: int | None, fanout: tuple[int, ...] | None, temperature: float | None, normalize: hisac.types.Normalize,
 ) -> None:  # fmt: skip
     """Tables of events and of items, the commonest case. A row of events is a behaviour; a user's rows stand together:
 

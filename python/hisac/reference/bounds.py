@@ -195,7 +195,8 @@ def _rounding(args: Mapping[str, Any], cuda: bool) -> float:
 
 def _users(args: Mapping[str, Any]) -> Any:
     """The users of a batch as (b, rows, History)."""
-    full: dict[str, Any] = dict.fromkeys(OPTIONS) | {"temperature": 0.1} | dict(args)
+    full: dict[str, Any] = dict.fromkeys(OPTIONS) | dict(args)
+    full["temperature"] = compose.temperature_of("route", full["temperature"], full["book"])
     return verbs.each_history(full["histories"], *(full[name] for name in OPTIONS))
 
 
@@ -375,7 +376,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             np.add.at(dx, at, beyond.max(1, initial=TINY, keepdims=True))
             dp[b, h.agents] = g_wrong.T @ x + g_wrong.sum(0)[:, None] * a + beyond.max(0, initial=TINY)[:, None]
     overlap = (len(p) + 1) * U  # rows of several users are added up
-    if np.size(args.get("temperature", 0.1)) == 1:
+    if np.size(args.get("temperature", 0)) == 1:
         dtau = dtau.sum(keepdims=True)
     need = args.get("need", ("v", "bias", "temperature"))
     wanted = (g if name in need else None for name, g in zip(RouteGradients._fields, exact, strict=True))

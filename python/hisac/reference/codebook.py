@@ -13,15 +13,17 @@ import numpy as np
 from ..types import Agents, Array, FitReport
 
 FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
+TEMPERATURE_OF_ERROR = 0.05  # the default temperature, as a part of the mean squared distance of a row to its leaf
 FIT_RANGE = 46  # and rows that would make the grid of its sums coarser than 2^-16 of the median row, see fit_rows
 
 
 class Codebook:
     """L arrays of centers [C_l, D] float32. A leaf is a full code; its prototype is the sum of its codewords."""
 
-    def __init__(self, centers: Any) -> None:
+    def __init__(self, centers: Any, *, temperature: float | None = None) -> None:
         self.centers = tuple(np.array(c, dtype=np.float32) for c in centers)
         self.sizes = tuple(len(c) for c in self.centers)
+        self.temperature = None if temperature is None else float(np.float32(temperature))
         self.report: FitReport | None = None
 
     @property
@@ -141,7 +143,8 @@ def fit(x: Array, sizes: Any = (512, 512), *, iterations: int = 20, seed: int = 
     Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
     centers = sum of rint(r 2^k) in int64 / count. A code without rows takes the worst-quantised row not yet taken
     (distance down, row up); if every row is met exactly, it copies the lowest used code and so is never chosen.
-    Stops early when no center changes. `fit_rows` says which rows take part. x [T, D] -> Codebook with a FitReport.
+    Stops early when no center changes. `fit_rows` says which rows take part. x [T, D] -> Codebook with a FitReport and
+    the default temperature 0.05 error, of the last level.
     """
     x = np.asarray(x).astype(np.float32)
     rows = fit_rows(x)
@@ -185,6 +188,6 @@ def fit(x: Array, sizes: Any = (512, 512), *, iterations: int = 20, seed: int = 
         unused.append(int(size - len(np.unique(near))))
         r = r - c[near]
         centers.append(c)
-    book = Codebook(centers)
+    book = Codebook(centers, temperature=float(np.float32(TEMPERATURE_OF_ERROR * error[-1])) or None)
     book.report = FitReport(len(rows), len(x) - len(rows), tuple(rounds), tuple(error), tuple(unused))
     return book

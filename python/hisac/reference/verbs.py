@@ -322,7 +322,7 @@ def missing(histories: Histories, *, book: Any = None) -> Array:
 
 
 def route(
-    histories: Histories, agents: Agents | Array, *, count: Array = None, temperature: Any = 0.1,
+    histories: Histories, agents: Agents | Array, *, count: Array = None, temperature: Any = None,
     normalize: str = "agents", book: Any = None, precision: str = "float32", tokens: bool = True, mean_x: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
@@ -335,11 +335,12 @@ def route(
     Of the histories it reads every field but weights: x [T, D] (None: the prototype of `codes`), v [T, V], offsets,
     bias and spread [T], codes [T, L] where `book` is given. With x_ids [T], x and codes are tables, with v_ids [T] v is
     one: behaviour i has row ids_i, and is absent where there is no such row. prototypes [B, M, D], count [B],
-    temperature a number or [1] or [M] -> Tokens, with mean_x where it is wanted, without tokens where these are not
-    wanted or v is None. precision changes no result here: it is how exact an implementation has to be
-    (`hisac.reference.bounds`).
+    temperature a number or [1] or [M], or None, the default of `book` -> Tokens, with mean_x where it is wanted,
+    without tokens where these are not wanted or v is None. precision changes no result here: it is how exact an
+    implementation has to be (`hisac.reference.bounds`).
     """
     prototypes, count = compose.routed(_VERBS, "route", agents, count, book)
+    temperature = compose.temperature_of("route", temperature, book)
     users, (m, width) = len(ranges(histories.offsets)), prototypes.shape[1:]
     value_width = 0 if histories.v is None else histories.v.shape[1]
     token, lse, mean = np.zeros((users, m, value_width)), np.full((users, m), -np.inf), np.zeros((users, m, width))
@@ -352,7 +353,7 @@ def route(
 
 def route_backward(
     histories: Histories, agents: Agents | Array, forward: Tokens, gradients: Tokens, *, count: Array = None,
-    temperature: Any = 0.1, normalize: str = "agents", book: Any = None, precision: str = "float32",
+    temperature: Any = None, normalize: str = "agents", book: Any = None, precision: str = "float32",
     need: Any = ("v", "bias", "temperature"),
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned and the gradients of that (each may be None).
@@ -367,6 +368,7 @@ def route_backward(
     That of mean_x reaches bias, spread, prototypes and temperature: with one of x, NotImplementedError.
     """
     prototypes, count = compose.routed(_VERBS, "route_backward", agents, count, book)
+    temperature = compose.temperature_of("route_backward", temperature, book)
     batch = gather(histories)
     rows_of = batch.codes if batch.v is None and batch.x is None else batch.x if batch.v is None else batch.v
     size, (m, width), value_width = len(rows_of), prototypes.shape[1:], 0 if batch.v is None else batch.v.shape[1]
@@ -413,7 +415,7 @@ _VERBS = compose.Verbs(
 
 def compress(
     book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, agents: Agents | None = None,
-    temperature: Any = 0.1, normalize: str = "agents", method: str = "exact", refine: int = 0, missing: str = "drop",
+    temperature: Any = None, normalize: str = "agents", method: str = "exact", refine: int = 0, missing: str = "drop",
     precision: str = "float32",
 ) -> Compressed:  # fmt: skip
     """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.

@@ -112,6 +112,13 @@ def _reverse_mode_only(name: str, *inputs: Tensor | None) -> None:
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
 
 
+def _default_temperature(book: Codebook) -> float | None:
+    return book.temperature
+
+
+vars(_default_temperature)["_dynamo_marked_constant"] = True  # as `register`
+
+
 def tau_tensor(temperature: float | Tensor, device: torch.device | None = None) -> Tensor:
     if isinstance(temperature, Tensor):
         return temperature.float().reshape(-1) if temperature.ndim == 0 else temperature.float()
@@ -168,9 +175,9 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
 
 
 def route(
-    histories: Histories, agents: Agents | Tensor, *, count: Tensor | None = None, temperature: float | Tensor = 0.1,
-    normalize: Normalize = "agents", book: Codebook | None = None, precision: Precision = "float32",
-    tokens: bool = True, mean_x: bool = False, sparse_grad: bool = False,
+    histories: Histories, agents: Agents | Tensor, *, count: Tensor | None = None,
+    temperature: float | Tensor | None = None, normalize: Normalize = "agents", book: Codebook | None = None,
+    precision: Precision = "float32", tokens: bool = True, mean_x: bool = False, sparse_grad: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; what it returns has gradients for v, bias, spread, x, prototypes and
     temperature.
@@ -179,8 +186,8 @@ def route(
 
     Of the histories it reads every field but weights; codes only where `book` is given; offsets may be None beside a
     jagged tensor. agents: those of `vote`, or prototypes [B, M, D] with their count [B]; temperature a number, [1] or
-    [M] -> Tokens. mean_x has no gradient for x (else NotImplementedError). precision="bfloat16" lets products round to
-    bfloat16 where that is faster.
+    [M], or None, the default of `book` -> Tokens. mean_x has no gradient for x (else NotImplementedError).
+    precision="bfloat16" lets products round to bfloat16 where that is faster.
 
     With x_ids, x and codes are tables, and with v_ids v is one, as the weight of an `nn.Embedding`: an id outside is an
     absent behaviour. A table's gradient is the sum over the behaviours of each row, in their order and in float64:
@@ -196,7 +203,7 @@ def route(
     if tokens and h.v is None:
         raise TypeError("route: v expected in the histories, got None")
     p, count = compose.routed(_VERBS, "route", agents, count, book)
-    tau = tau_tensor(temperature, p.device)
+    tau = tau_tensor(compose.temperature_of("route", temperature, book, _default_temperature), p.device)
     _not_sparse_compiled("route", sparse_grad)
     _reverse_mode_only("route", h.x, h.v, p, tau, h.bias, h.spread)
     name = None if book is None else register(book)
@@ -248,7 +255,7 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
 
 def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
-    agents: Agents | None = None, temperature: float | Tensor = 0.1, normalize: Normalize = "agents",
+    agents: Agents | None = None, temperature: float | Tensor | None = None, normalize: Normalize = "agents",
     method: Method = "exact", refine: int = 0, missing: Missing = "drop", precision: Precision = "float32",
     sparse_grad: bool = False,
 ) -> Compressed:  # fmt: skip
@@ -256,7 +263,7 @@ def compress(
     with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature.
 
     >>> h = Histories(torch.eye(2), torch.ones(2, 1), torch.tensor([0, 2]))
-    >>> compress(Codebook([torch.eye(2)]), h, budget=2).tokens
+    >>> compress(Codebook([torch.eye(2)]), h, budget=2, temperature=0.1).tokens
     tensor([[[1.],
              [1.]]])
     """
@@ -279,7 +286,7 @@ def _constant(a: Any) -> Any:
 
 _VERBS = compose.Verbs(
     encode, vote, prototypes, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype), _constant,
-    fingerprint=lambda book: register(book) % 2**64,
+    fingerprint=lambda book: register(book) % 2**64, default_temperature=_default_temperature,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import Codebook
+from ..compose import temperature_of
 from ..types import Agents, Attended, Compressed, Histories, Method, Missing, Normalize, Precision, Tokens
 from .functions import attend, compress, tau_tensor
 from .library import register
@@ -31,7 +32,8 @@ class Compressor(nn.Module):
     Args:
         book: the codebook
         budget, fanout: the rule of `hisac.vote`, one of them
-        temperature: the first tau; learn_temperature: whether log tau is a parameter. Give it no weight decay
+        temperature: the first tau; None: the default of the codebook
+        learn_temperature: whether log tau is a parameter. Give it no weight decay
         normalize, precision: as in `hisac.route`
         method, refine, missing: as in `hisac.compress`
         sparse_grad: COO gradients for tables of x and v, not in torch.compile; v must then be a leaf, such as the
@@ -40,7 +42,7 @@ class Compressor(nn.Module):
     The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
 
-    >>> compress = Compressor(Codebook([torch.eye(2)]), budget=2, normalize="agents")
+    >>> compress = Compressor(Codebook([torch.eye(2)], temperature=0.1), budget=2)
     >>> out = compress(Histories(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2])))
     >>> out.tokens.shape, out.agents.count.tolist()
     (torch.Size([1, 2, 3]), [2])
@@ -48,7 +50,7 @@ class Compressor(nn.Module):
 
     def __init__(
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
-        temperature: float = 0.1, learn_temperature: bool = True, normalize: Normalize = "agents",
+        temperature: float | None = None, learn_temperature: bool = True, normalize: Normalize = "agents",
         method: Method = "exact", refine: int = 0, missing: Missing = "drop", precision: Precision = "float32",
         sparse_grad: bool = False,
     ) -> None:  # fmt: skip
@@ -56,7 +58,9 @@ class Compressor(nn.Module):
         self.book, self.budget, self.fanout = book, budget, fanout
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
         self.precision, self.sparse_grad = precision, sparse_grad
-        self.log_tau = nn.Parameter(tau_tensor(temperature).log(), learn_temperature)
+        self.log_tau = nn.Parameter(
+            tau_tensor(temperature_of("Compressor", temperature, book)).log(), learn_temperature
+        )
         rows = torch.empty(0, book.width, dtype=torch.float32)
         self(Histories(rows, rows, torch.zeros(1, dtype=torch.int64)))  # checks every option
 

@@ -77,7 +77,7 @@ def test_the_error_shown_is_the_error():
     (shown,) = re.findall(r"`ValueError: (.*)`", README)
     x, v, p = np.zeros((300, 48), np.float32), np.zeros((300, 8), np.float32), np.zeros((2, 64, 32), np.float32)
     with pytest.raises(ValueError, match=f"^{re.escape(shown)}$"):
-        hisac.route(hisac.Histories(x, v, np.array([0, 100, 300])), p)
+        hisac.route(hisac.Histories(x, v, np.array([0, 100, 300])), p, temperature=0.1)
 
 
 MODULES = ["codebook", "torch.functions", "torch.library", "torch.modules"]  # that have examples

@@ -35,7 +35,7 @@ PROTOTYPES = BOOK.prototypes(AGENTS)
 TAU = np.array([0.5, 1, 2, 4], np.float32)
 ROUTE = {"x": X, "v": VALUE, "offsets": OFFSETS, "agents": PROTOTYPES}
 MORE = {"count": AGENTS.count, "temperature": TAU, "bias": BIAS, "codes": CODES}
-route = by_field(hisac.route)
+route = by_field(partial(hisac.route, temperature=0.1))
 TOKENS = route(**ROUTE, **MORE, book=BOOK, mean_x=True)
 ATTEND = {
     "q": normal(N, H, D),
@@ -50,7 +50,9 @@ ATTENDED = hisac.attend(**ATTEND, **LIKES)
 def route_backward(d_tokens, d_lse, d_mean_x, tokens, lse, mean_x, **rest):
     need = [name for name in hisac.RouteGradients._fields if name != "x"]
     returned, gradients = Tokens(tokens, lse, mean_x), Tokens(d_tokens, d_lse, d_mean_x)
-    return by_field(hisac.route_backward)(forward=returned, gradients=gradients, **{"need": need, **rest})
+    return by_field(partial(hisac.route_backward, temperature=0.1))(
+        forward=returned, gradients=gradients, **{"need": need, **rest}
+    )
 
 
 def leaf_sums_backward(**given):
@@ -86,7 +88,7 @@ CALLS = {  # verb: the function and all its array arguments
     "missing": (partial(by_field(hisac.missing), book=BOOK), ROWS),
     "leaf_sums": (partial(by_field(hisac.leaf_sums), book=BOOK), {**ROWS, "weights": np.arange(-1, T - 1)}),
     "leaf_sums_backward": (partial(leaf_sums_backward, book=BOOK), {**LEAF_BACK, **ROWS}),
-    "compress": (partial(by_field(hisac.compress), BOOK, budget=M, missing="token"), ROWS),
+    "compress": (partial(by_field(hisac.compress), BOOK, budget=M, missing="token", temperature=0.1), ROWS),
     "attend": (hisac.attend, {**ATTEND, **LIKES}),
     "attend_backward": (attend_backward, {**RETURN, **ATTEND, **LIKES}),
 }
@@ -152,17 +154,22 @@ def test_results_are_of_the_inputs_kind(verb):
 def test_half_precision(dtype):
     half = getattr(torch, dtype)
     x, v, q, k, w = (torch.from_numpy(a).to(half) for a in (X, VALUE, *list(ATTEND.values())[:3]))
-    tokens = hisac.route(Histories(x, v, OFFSETS), PROTOTYPES)
-    exact = hisac.route(Histories(x.float(), v.float(), OFFSETS), PROTOTYPES)
+    tokens = hisac.route(Histories(x, v, OFFSETS), PROTOTYPES, temperature=0.1)
+    exact = hisac.route(Histories(x.float(), v.float(), OFFSETS), PROTOTYPES, temperature=0.1)
     assert tokens.tokens.dtype == half and tokens.lse.dtype == torch.float32
     assert torch.equal(tokens.tokens, exact.tokens.to(half)) and torch.equal(tokens.lse, exact.lse)
     assert torch.equal(hisac.encode(BOOK, x), hisac.encode(BOOK, x.float()))
     attended = hisac.attend(q, k, w, ATTEND["candidate_offsets"])
     assert attended.out.dtype == half and attended.lse.dtype == torch.float32
-    gradients = hisac.route_backward(Histories(x, v, OFFSETS), PROTOTYPES, tokens, Tokens(tokens.tokens, None))
+    gradients = hisac.route_backward(
+        Histories(x, v, OFFSETS), PROTOTYPES, tokens, Tokens(tokens.tokens, None), temperature=0.1
+    )
     assert all(g is None or g.dtype == torch.float32 for g in gradients)
     if dtype == "float16":
-        assert hisac.route(Histories(x.numpy(), v.numpy(), OFFSETS), PROTOTYPES).tokens.dtype == np.float16
+        assert (
+            hisac.route(Histories(x.numpy(), v.numpy(), OFFSETS), PROTOTYPES, temperature=0.1).tokens.dtype
+            == np.float16
+        )
 
 
 def test_inputs_are_borrowed_and_outputs_written_in_place():
@@ -270,8 +277,8 @@ def test_any_view_is_its_copy(data):
     prototypes = np.stack([view(3, width), view(3, width)])[:, ::-1]
     cut = data.draw(st.integers(0, rows))
     offsets = np.array([0, cut, rows], data.draw(st.sampled_from([np.int32, np.int64])))
-    copied = hisac.route(Histories(x.copy(), v.copy(), offsets), prototypes.copy())
-    assert bits(hisac.route(Histories(x, v, offsets), prototypes)) == bits(copied)
+    copied = hisac.route(Histories(x.copy(), v.copy(), offsets), prototypes.copy(), temperature=0.1)
+    assert bits(hisac.route(Histories(x, v, offsets), prototypes, temperature=0.1)) == bits(copied)
 
 
 # -------------------------------------------------------------------------------------------------------------- refused
@@ -422,7 +429,7 @@ def test_out_tensors_whose_meaning_would_be_lost():
         (tokens.clone().requires_grad_(), "route: out tokens requires grad, which hisac.route would cut; "),
     ):
         with pytest.raises(TypeError, match=re.escape(text)):
-            hisac.route(Histories(x, v, OFFSETS), PROTOTYPES, out=Tokens(bad, None, None))
+            hisac.route(Histories(x, v, OFFSETS), PROTOTYPES, out=Tokens(bad, None, None), temperature=0.1)
     assert (tokens == 0).all()
 
 

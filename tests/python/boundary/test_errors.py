@@ -156,7 +156,7 @@ HISTORIES = [
 @pytest.mark.parametrize(("offsets", "kind", "text"), HISTORIES)
 def test_histories(offsets, kind, text):
     said(lambda: hisac.vote(BOOK, Histories(offsets=offsets, codes=CODES), budget=4), kind, f"vote: {text}")
-    said(lambda: hisac.route(Histories(X, VALUE, offsets), PROTOTYPES), kind, f"route: {text}")
+    said(lambda: hisac.route(Histories(X, VALUE, offsets), PROTOTYPES, temperature=0.1), kind, f"route: {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- vote
@@ -206,8 +206,9 @@ def test_vote(change, kind, text):
 
 # ---------------------------------------------------------------------------------------------------------------- route
 
-TOKENS = hisac.route(Histories(X, VALUE, OFFSETS), PROTOTYPES, mean_x=True)
+TOKENS = hisac.route(Histories(X, VALUE, OFFSETS), PROTOTYPES, mean_x=True, temperature=0.1)
 TAU = "temperature expected a number, or float32 [1] or [M]"
+NO_TAU = "temperature expected, since {}, got None"
 NEEDED = "codes and their codebook expected where x is not given, got no codebook"
 ROUTE = [
     ({"x": X[0]}, ValueError, "x expected [T, D], got float32 [6]"),
@@ -232,6 +233,8 @@ ROUTE = [
     ),
     ({"x": None}, ValueError, NEEDED),
     ({"x": None, "codes": CODES}, ValueError, NEEDED),
+    ({"temperature": None}, ValueError, NO_TAU.format("there is no codebook with a default one")),
+    ({"temperature": None, "codes": CODES, "book": BOOK}, ValueError, NO_TAU.format("the codebook has no default one")),
     ({"temperature": 0}, ValueError, "temperature expected finite and > 0, got 0.0"),
     ({"temperature": -1.0}, ValueError, "temperature expected finite and > 0, got -1.0"),
     ({"temperature": NAN}, ValueError, "temperature expected finite and > 0, got nan"),
@@ -276,7 +279,7 @@ ROUTE = [
     ],
 )
 def test_route(change, kind, text):
-    right = {"x": X, "v": VALUE, "offsets": OFFSETS, "agents": PROTOTYPES}
+    right = {"x": X, "v": VALUE, "offsets": OFFSETS, "agents": PROTOTYPES, "temperature": 0.1}
     said(lambda: by_field(hisac.route)(**{**right, **change}), kind, f"route: {text}")
 
 
@@ -339,6 +342,7 @@ def test_missing(change, kind, text):
     [
         ({"method": "exactly"}, ValueError, "compress: method expected 'exact' or 'leaf', got 'exactly'"),
         ({"missing": "keep"}, ValueError, "compress: missing expected 'drop' or 'token', got 'keep'"),
+        ({"temperature": None}, ValueError, "compress: " + NO_TAU.format("the codebook has no default one")),
         ({"refine": -1}, ValueError, "compress: refine expected 0 to 1000000, got -1"),
         ({"refine": 1.5}, TypeError, "compress: refine expected a whole number, got 1.5"),
         ({"refine": 10**30}, ValueError, f"compress: refine expected 0 to 1000000, got {10**30}"),
@@ -352,7 +356,7 @@ def test_missing(change, kind, text):
     ],
 )  # fmt: skip
 def test_compress(change, kind, text):
-    said(lambda: by_field(hisac.compress)(**{**ROWS, "budget": 3, **change}), kind, text)
+    said(lambda: by_field(hisac.compress)(**{**ROWS, "budget": 3, "temperature": 0.1, **change}), kind, text)
 
 
 FIELDS = "('x', 'v', 'bias', 'spread', 'prototypes', 'temperature')"
@@ -385,14 +389,8 @@ OF_TOKENS = Tokens(TOKENS.tokens, None)
     ],
 )  # fmt: skip
 def test_route_backward(change, kind, text):
-    right = {
-        "forward": TOKENS,
-        "gradients": OF_TOKENS,
-        "x": X,
-        "v": VALUE,
-        "offsets": OFFSETS,
-        "agents": PROTOTYPES,
-    }
+    right = {"forward": TOKENS, "gradients": OF_TOKENS, "x": X, "v": VALUE, "offsets": OFFSETS}
+    right |= {"agents": PROTOTYPES, "temperature": 0.1}
     said(lambda: by_field(hisac.route_backward)(**{**right, **change}), kind, f"route_backward: {text}")
 
 

@@ -29,13 +29,13 @@ PLAIN = Histories(X, VALUE, OFFSETS, CODES, weights=WEIGHTS)
 LENGTHS = np.diff(OFFSETS)
 VERBS = {
     "vote": lambda h: hisac.vote(BOOK, h, budget=3)[:3],
-    "route": lambda h: hisac.route(h, PROTOTYPES),
+    "route": lambda h: hisac.route(h, PROTOTYPES, temperature=0.1),
     "leaf_sums": lambda h: hisac.leaf_sums(BOOK, h),
 }
 IN_TORCH = {
     "vote": lambda h: hisac_torch.vote(BOOK, h, budget=3)[:3],
-    "route": lambda h: hisac_torch.route(h, torch.from_numpy(np.asarray(PROTOTYPES)))[:2],
-    "Compressor": lambda h: hisac_torch.Compressor(BOOK, budget=3, learn_temperature=False)(h)[:2],
+    "route": lambda h: hisac_torch.route(h, torch.from_numpy(np.asarray(PROTOTYPES)), temperature=0.1)[:2],
+    "Compressor": lambda h: hisac_torch.Compressor(BOOK, budget=3, learn_temperature=False, temperature=0.1)(h)[:2],
 }
 
 
@@ -150,7 +150,7 @@ def test_lengths_of_a_list_lie_beside_the_batch():
 
 def test_lengths_in_a_compiled_program():
     torch.compiler.reset()
-    compress, h = hisac_torch.Compressor(BOOK, budget=3), in_torch(PLAIN)
+    compress, h = hisac_torch.Compressor(BOOK, budget=3, temperature=0.1), in_torch(PLAIN)
 
     def tokens(x, v, lengths):
         return compress(Histories(x, v, lengths=lengths)).tokens
@@ -205,7 +205,7 @@ def test_torch_says_which_rows_are_missing():
         ({"bias": [1]}, "bias expected a tensor"),
     ):
         with pytest.raises(TypeError, match=f"^route: {text}"):
-            hisac_torch.route(h._replace(**change), p)
+            hisac_torch.route(h._replace(**change), p, temperature=0.1)
 
 
 def test_a_verb_reads_the_fields_that_it_names():
@@ -261,11 +261,13 @@ def test_what_a_batch_states_of_itself(verb):
 def test_codes_count_in_route_with_their_book_only():
     wrong = CODES.copy()
     wrong[::2, 1] = 99
-    plain, coded = (hisac.route(PLAIN._replace(codes=wrong), PROTOTYPES, book=book) for book in (None, BOOK))
-    assert bits(plain) == bits(hisac.route(PLAIN, PROTOTYPES)) and bits(plain) != bits(coded)
+    plain, coded = (
+        hisac.route(PLAIN._replace(codes=wrong), PROTOTYPES, book=book, temperature=0.1) for book in (None, BOOK)
+    )
+    assert bits(plain) == bits(hisac.route(PLAIN, PROTOTYPES, temperature=0.1)) and bits(plain) != bits(coded)
     definition = reference.Codebook(BOOK.centers)
     for found, book in ((plain, None), (coded, definition)):
-        expected = reference.route(PLAIN._replace(codes=wrong), PROTOTYPES, book=book)
+        expected = reference.route(PLAIN._replace(codes=wrong), PROTOTYPES, book=book, temperature=0.1)
         np.testing.assert_allclose(found.tokens, expected.tokens, atol=1e-4)
     assert len(plain.tokens) == B
 
@@ -274,6 +276,6 @@ def test_sums_are_histories():
     sums = hisac.leaf_sums(BOOK, PLAIN)
     assert type(sums) is Histories and [name for name in FIELDS if getattr(sums, name) is not None] == [
         "x", "v", "offsets", "codes", "bias", "spread", "weights"]  # fmt: skip
-    by_leaf = hisac.compress(BOOK, PLAIN, budget=4, method="leaf")
-    assert bits(hisac.route(sums, by_leaf.agents)) == bits(by_leaf[:2])
+    by_leaf = hisac.compress(BOOK, PLAIN, budget=4, method="leaf", temperature=0.1)
+    assert bits(hisac.route(sums, by_leaf.agents, temperature=0.1)) == bits(by_leaf[:2])
     assert bits(hisac.vote(BOOK, sums, budget=4)[:3]) == bits(by_leaf.agents[:3])

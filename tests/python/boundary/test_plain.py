@@ -217,7 +217,10 @@ def test_arrays_without_elements_share_nothing():
     out = memory[8:8].view(np.int32).reshape(0, 2)
     assert hisac.encode(BOOK, x[1:1], out=out) is out
     tokens = Tokens(memory[8:8].view(np.float32).reshape(0, 4, D), memory[8:8].view(np.float32).reshape(0, 4), None)
-    assert hisac.route(Histories(x, x, np.zeros(1, int)), PROTOTYPES[:0], out=tokens).tokens is tokens.tokens
+    assert (
+        hisac.route(Histories(x, x, np.zeros(1, int)), PROTOTYPES[:0], out=tokens, temperature=0.1).tokens
+        is tokens.tokens
+    )
 
 
 def test_the_core_s_own_outputs():
@@ -230,8 +233,6 @@ def test_the_core_s_own_outputs():
     for call_core, text in (
         (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
         (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
-        (lambda: _core.fit(X, [X[:2], X[1:3].copy(), X[2:4]], 1, 0, None), "fit: centers {} x"),
-        (lambda: _core.fit(X, [rows[:2], rows[1:3]], 1, 0, None), "fit: centers {} centers"),
         (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
         (
             lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], codes[0, :1], X[:1, None]),
@@ -288,9 +289,9 @@ def test_bfloat16_of_others_is_torch_s(kind):
 
     offsets, v = ROUTE["offsets"], ROUTE["v"]
     both(lambda x: hisac.encode(BOOK, x), np.int32, x=X)
-    both(lambda x, v: hisac.route(Histories(x, v, offsets), PROTOTYPES)[:2], x=X, v=v)
+    both(lambda x, v: hisac.route(Histories(x, v, offsets), PROTOTYPES, temperature=0.1)[:2], x=X, v=v)
     batch = Histories(X, None, offsets, CODES)
-    both(lambda v: hisac.compress(BOOK, batch._replace(v=v), budget=4, missing="token")[:2], v=v)
+    both(lambda v: hisac.compress(BOOK, batch._replace(v=v), budget=4, missing="token", temperature=0.1)[:2], v=v)
     both(lambda x, v: hisac.leaf_sums(BOOK, Histories(x, v, offsets, CODES)), np.float32, x=X, v=v)
     qkv = {name: ATTEND[name] for name in ("q", "keys", "values")}
     both(lambda **a: hisac.attend(**a, candidate_offsets=ATTEND["candidate_offsets"]), **qkv)
@@ -302,13 +303,13 @@ def test_bfloat16_results_of_the_caller():
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
     x = X.astype(bfloat16)
     histories = Histories(x, ROUTE["v"].astype(bfloat16), ROUTE["offsets"])
-    fresh = hisac.route(histories, PROTOTYPES)
+    fresh = hisac.route(histories, PROTOTYPES, temperature=0.1)
     assert _core.plain("a T D", (x,))
     out = Tokens(np.zeros_like(fresh.tokens), None, None)
-    assert hisac.route(histories, PROTOTYPES, out=out).tokens is out.tokens
+    assert hisac.route(histories, PROTOTYPES, out=out, temperature=0.1).tokens is out.tokens
     assert out.tokens.tobytes() == fresh.tokens.tobytes()
     with pytest.raises(ValueError, match=r"^route: out tokens expected bfloat16 .*, got float16 "):
-        hisac.route(histories, PROTOTYPES, out=Tokens(fresh.tokens.astype(np.float16), None, None))
+        hisac.route(histories, PROTOTYPES, out=Tokens(fresh.tokens.astype(np.float16), None, None), temperature=0.1)
 
 
 def test_bfloat16_by_dlpack_needs_ml_dtypes(monkeypatch):
@@ -351,7 +352,12 @@ def test_empty_arrays_of_absurd_widths(width, convert):
         (lambda: route(**{**right, "agents": prototypes}), "route: prototypes"),
         (
             lambda: hisac.route_backward(
-                Histories(x, v, offsets), prototypes, Tokens(none, lse), Tokens(none, None), need=("v",)
+                Histories(x, v, offsets),
+                prototypes,
+                Tokens(none, lse),
+                Tokens(none, None),
+                need=("v",),
+                temperature=0.1,
             ),
             "route_backward: x",
         ),
@@ -375,4 +381,4 @@ def test_the_core_checks_widths_itself():
 
     wide, v, offsets, prototypes = map(torch.from_numpy, (wide, v, offsets, np.empty((2, 0, 2**57 + 1024), "f4")))
     with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
-        hisac_torch.route(Histories(wide, v, offsets), prototypes)
+        hisac_torch.route(Histories(wide, v, offsets), prototypes, temperature=0.1)

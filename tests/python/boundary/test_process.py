@@ -119,7 +119,7 @@ x = rng.normal(size=(200, 16)).astype("f4")
 book = hisac.fit(x, (8, 8), iterations=3)
 codes, offsets = book.encode(x), np.array([0, 90, 200])
 agents = hisac.vote(book, hisac.Histories(codes=codes, offsets=offsets), budget=10)
-t = hisac.route(hisac.Histories(x, x, offsets), book.prototypes(agents), normalize="agents")
+t = hisac.route(hisac.Histories(x, x, offsets), book.prototypes(agents), temperature=0.1)
 print(hisac.get_num_threads(), hisac.backends()["cpu"], book.fingerprint, codes.tolist(), agents.votes.tolist())
 print(" ".join(f"{n:.4f}" for n in t.tokens.ravel()[:64]))
 """
@@ -275,7 +275,7 @@ def work(*_):
 calls = {
     "encode": lambda: book.encode(x),
     "vote": lambda: hisac.vote(book, hisac.Histories(codes=codes, offsets=offsets), budget=20),
-    "route": lambda: hisac.route(hisac.Histories(x, x, offsets), prototypes),
+    "route": lambda: hisac.route(hisac.Histories(x, x, offsets), prototypes, temperature=0.1),
     "fit": lambda: hisac.fit(x, (8,)),
     "progress": lambda: hisac.fit(x, (8,), progress=work),
     "load": lambda: hisac.Codebook.load(path),

@@ -39,15 +39,18 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
     }
     attend = {"q": normal(users, 2, 4), "keys": normal(users, agents, 2, 4), "values": normal(users, agents, 2, 3)}
     attend["candidate_offsets"] = np.arange(users + 1)
-    tokens, attended = by_field(hisac.route)(**route), hisac.attend(**attend)
+    tokens, attended = by_field(partial(hisac.route, temperature=0.1))(**route), hisac.attend(**attend)
     return book, {
         "Codebook": (lambda centers: Codebook([centers]), {"centers": x[:8].copy()}),
         "fit": (partial(hisac.fit, sizes=sizes[:1], iterations=2), {"x": x}),
         "encode": (partial(hisac.encode, book), {"x": x}),
         "prototypes": (book.prototypes, {"codes": codes}),
         "vote": (partial(by_field(hisac.vote), book, budget=agents), {"codes": codes, "offsets": offsets}),
-        "route": (by_field(hisac.route), route),
-        "route_backward": (partial(by_field(hisac.route_backward), forward=tokens, gradients=tokens), route),
+        "route": (by_field(partial(hisac.route, temperature=0.1)), route),
+        "route_backward": (
+            partial(by_field(hisac.route_backward), temperature=0.1, forward=tokens, gradients=tokens),
+            route,
+        ),
         "attend": (hisac.attend, attend),
         "attend_backward": (
             partial(hisac.attend_backward, forward=attended),
@@ -244,10 +247,11 @@ import numpy as np, hisac
 rng = np.random.default_rng(0)
 x, p = rng.normal(size=(8000, 16)).astype("f4"), rng.normal(size=(4, 20, 16)).astype("f4")
 offsets = np.array([0, 1000, 4000, 6000, 8000])
-want, end, wrong = hisac.route(hisac.Histories(x, x, offsets), p).tokens, time.monotonic() + 1.5, []
+want, end, wrong = hisac.route(hisac.Histories(x, x, offsets), p, temperature=0.1).tokens, time.monotonic() + 1.5, []
 def call():
     while time.monotonic() < end:
-        if not np.array_equal(hisac.route(hisac.Histories(x, x, offsets), p).tokens, want): wrong.append(1)
+        again = hisac.route(hisac.Histories(x, x, offsets), p, temperature=0.1).tokens
+        if not np.array_equal(again, want): wrong.append(1)
 def resize():
     n = 0
     while time.monotonic() < end:

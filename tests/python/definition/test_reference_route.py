@@ -310,9 +310,9 @@ def test_every_gradient_of_route_matters(normalize, tau, of_mean):
 
 def test_mean_x_has_no_gradient_of_x():
     h, p = Histories(np.zeros((1, 1)), np.zeros((1, 1)), np.array([0, 1])), np.zeros((1, 1, 1))
-    forward = reference.route(h, p, mean_x=True)
+    forward = reference.route(h, p, mean_x=True, temperature=0.1)
     with pytest.raises(NotImplementedError, match="mean_x has no gradient for x"):
-        reference.route_backward(h, p, forward, Tokens(None, None, p), need=("x",))
+        reference.route_backward(h, p, forward, Tokens(None, None, p), need=("x",), temperature=0.1)
 
 
 @given(testing.problems(max_users=2, max_history=6, max_width=3, dtypes=("float32",)))

@@ -112,20 +112,24 @@ X, V = (RNG.normal(size=(12, width)).astype(np.float32) for width in (6, 3))
 BOOK, OTHER = Codebook([X[:3].copy(), X[3:6].copy()]), Codebook([X[6:9].copy(), X[3:6].copy()])
 HISTORIES = Histories(X, V, np.array([0, 5, 12]), BOOK.encode(X))
 AGENTS = hisac.vote(BOOK, HISTORIES, budget=4)
-TOKENS = hisac.route(HISTORIES, AGENTS)
+TOKENS = hisac.route(HISTORIES, AGENTS, temperature=0.1)
 
 
 @pytest.mark.parametrize("way", [lambda a: pickle.loads(pickle.dumps(a)), copy.copy, copy.deepcopy])
 def test_a_copy_is_taken_as_the_agents(way):
     found = way(AGENTS)
     assert type(found) is Agents and flat(found) == flat(AGENTS) and found.fingerprint == BOOK.fingerprint
-    assert flat(hisac.route(HISTORIES, found, book=BOOK)) == flat(hisac.route(HISTORIES, AGENTS, book=BOOK))
+    assert flat(hisac.route(HISTORIES, found, book=BOOK, temperature=0.1)) == flat(
+        hisac.route(HISTORIES, AGENTS, book=BOOK, temperature=0.1)
+    )
 
 
 def test_a_fingerprint_may_be_a_numpy_number():
     """As a file of arrays keeps it."""
     kept = AGENTS._replace(fingerprint=np.uint64(AGENTS.fingerprint), prototypes=None)
-    assert flat(hisac.route(HISTORIES, kept, book=BOOK)) == flat(hisac.route(HISTORIES, AGENTS, book=BOOK))
+    assert flat(hisac.route(HISTORIES, kept, book=BOOK, temperature=0.1)) == flat(
+        hisac.route(HISTORIES, AGENTS, book=BOOK, temperature=0.1)
+    )
 
 
 def test_agents_of_four_fields_have_no_prototypes():
@@ -172,13 +176,13 @@ def test_refusals(given_, kind, text):
 @pytest.mark.parametrize("agents", [AGENTS, AGENTS._replace(prototypes=None)])
 def test_compress_refuses_agents_of_another_codebook(agents):
     for module, convert in faces():
-        args = convert({"book": OTHER, "histories": HISTORIES, "agents": agents})
+        args = convert({"book": OTHER, "histories": HISTORIES, "agents": agents, "temperature": 0.1})
         said(lambda: module.compress(**args), ValueError, f"compress: {FOREIGN}")  # noqa: B023
 
 
 def test_prototypes_of_agents_are_checked_as_bare_ones():
     narrow = AGENTS._replace(prototypes=AGENTS.prototypes[..., :5])
     text = "route: prototypes is [2, 4, 5], x is [12, 6]: D differs (5, 6)"
-    said(lambda: hisac.route(HISTORIES, narrow), ValueError, text)
+    said(lambda: hisac.route(HISTORIES, narrow, temperature=0.1), ValueError, text)
     fewer = AGENTS._replace(count=AGENTS.count[:1])
-    said(lambda: hisac.route(HISTORIES, fewer), ValueError, "route: count expected [2], got [1]")
+    said(lambda: hisac.route(HISTORIES, fewer, temperature=0.1), ValueError, "route: count expected [2], got [1]")

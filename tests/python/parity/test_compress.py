@@ -33,7 +33,7 @@ def by_hand(book, histories, *, budget, fanout, temperature, normalize, method, 
     if missing == "token":
         gone = hisac.missing(histories, book=book)
         only = Histories(gone[:, None], histories.v, histories.offsets, v_ids=histories.v_ids)
-        last = hisac.route(only, np.zeros((len(p), 1, 1), np.float32))
+        last = hisac.route(only, np.zeros((len(p), 1, 1), np.float32), temperature=0.1)
         tokens, lse = np.concatenate([tokens, last.tokens], 1), np.concatenate([lse, last.lse], 1)
     return hisac.Compressed(tokens, lse, agents._replace(prototypes=p))
 
@@ -109,7 +109,7 @@ def test_the_token_of_missing_rows():
     h = Histories(x, v, np.array([0, 4, 5, 5]), np.zeros((5, 1), np.int32), bias=np.float32([0, 0, 0, np.nan, 0]))
     for module, codebook in ((hisac, book), (reference, reference.Codebook(book.centers))):
         for method in ("exact", "leaf"):
-            made = module.compress(codebook, h, budget=1, missing="token", method=method)
+            made = module.compress(codebook, h, budget=1, missing="token", method=method, temperature=0.1)
             np.testing.assert_allclose(made.tokens[:, 1], [[(2 + 4 + 8) / 3], [0], [0]])
             np.testing.assert_allclose(made.lse[:, 1], [np.log(3), -np.inf, -np.inf])
             assert made.tokens[0, 0] == 1 and made.tokens.shape == (3, 2, 1)

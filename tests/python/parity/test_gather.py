@@ -166,7 +166,9 @@ def test_an_empty_table_makes_everyone_absent():
 def test_no_behaviours():
     none, p = np.zeros(0, np.int32), ONE["agents"]
     for offsets in (np.array([0]), np.array([0, 0])):
-        out = hisac.route(hisac.Histories(X, X, offsets, x_ids=none, v_ids=none), p[: len(offsets) - 1])
+        out = hisac.route(
+            hisac.Histories(X, X, offsets, x_ids=none, v_ids=none), p[: len(offsets) - 1], temperature=0.1
+        )
         assert out.tokens.shape == (len(offsets) - 1, 3, 2) and not out.tokens.any()
 
 
@@ -191,7 +193,7 @@ def test_a_scale_of_zero_gives_zeros(scale):
     rows = np.where(np.reshape(scale, (-1, 1)) == 0, 0, x * np.float32(0.5)).astype(np.float32)[ids]
     codes = np.int32([[0], [1], [0]])
     more = {"book": book, "offsets": np.array([0, 6])}
-    options = {"agents": book.centers[0][None], "mean_x": True, **more}
+    options = {"agents": book.centers[0][None], "temperature": 0.1, "mean_x": True, **more}
     with np.errstate(all="raise"):
         mine = route(x=x, v=v, codes=codes, x_ids=ids, x_scale=scale, **options)
     assert np.isfinite(mine.tokens).all()
@@ -219,7 +221,7 @@ def test_subnormal_rows_and_values(normalize):
     rows |= {"v": rng.normal(size=(n, 4)).astype(np.float32) * np.float32(1e-43), "offsets": np.array([0, n])}
     histories = hisac.Histories(**rows, codes=rng.integers(0, 2, (n, 3)).astype(np.int32))
     args = {"histories": histories, "agents": rng.normal(size=(1, 4, 3)).astype(np.float32)}
-    args |= {"normalize": normalize, "mean_x": True}
+    args |= {"temperature": 0.1, "normalize": normalize, "mean_x": True}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
     mine, exact = hisac.leaf_sums(book, histories), {"book": reference.Codebook(book.centers), "histories": histories}
     testing.assert_leaf_sums_close(mine, reference.leaf_sums(**exact), bounds.leaf_sums_bound(exact))
@@ -244,7 +246,7 @@ def test_many_tiles_and_overlapping_histories():
     v_ids = rng.integers(-5, 705, n).astype(np.int32)
     args = {"x": items, "v": values, "offsets": (np.array([0, 10, 2000]), np.array([9000, 5000, 2000]))}
     args |= {"agents": items[:24].reshape(3, 8, 12), "x_ids": ids, "v_ids": v_ids, "bias": None}
-    args = grouped(args | {"mean_x": True})
+    args = grouped(args | {"temperature": 0.1, "mean_x": True})
     out = with_threads(lambda: hisac.route(**args))
     assert bits(out) == bits(hisac.route(**copied(args)))
     testing.assert_tokens_close(out, reference.route(**args), bounds.route_bound(args))

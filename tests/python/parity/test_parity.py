@@ -132,7 +132,13 @@ def long_problem(rows, normalize, seed=0, **options):
     x, p = x / np.linalg.norm(x, axis=-1, keepdims=True), p / np.linalg.norm(p, axis=-1, keepdims=True)
     v, bias = rng.uniform(-1, 1, (rows, 6)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
     offsets = np.array([0, rows // 50, rows])
-    return {"histories": Histories(x, v, offsets, bias=bias), "agents": p, "normalize": normalize, **options}
+    return {
+        "histories": Histories(x, v, offsets, bias=bias),
+        "agents": p,
+        "normalize": normalize,
+        "temperature": 0.1,
+        **options,
+    }
 
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])
@@ -169,7 +175,7 @@ def test_sums_of_equal_rows_keep_their_digits(rows):
     x = np.zeros((rows, 1), np.float32)
     v = np.float32([[0.50949097, 0.99237823, 0.6950989]]).repeat(rows, 0)
     histories = Histories(x, v, np.array([0, rows]), bias=np.full(rows, 0.3, np.float32))
-    args = {"histories": histories, "agents": np.zeros((1, 1, 1), np.float32)}
+    args = {"histories": histories, "agents": np.zeros((1, 1, 1), np.float32), "temperature": 0.1}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
 
 
@@ -350,7 +356,7 @@ def filled(result):
 
 def test_bfloat16_may_take_subnormals_for_zero():
     x, v, p = np.float32([[0.07]]), np.float32([[1, -9.9e-39]]), np.float32([[[0.3]]])
-    args = {"histories": Histories(x, v, np.array([0, 1])), "agents": p, "precision": "bfloat16"}
+    args = {"histories": Histories(x, v, np.array([0, 1])), "agents": p, "temperature": 0.1, "precision": "bfloat16"}
     testing.assert_tokens_close(hisac.route(**args), reference.route(**args), bounds.route_bound(args))
 
 

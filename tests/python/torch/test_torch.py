@@ -259,7 +259,7 @@ def test_only_lse_and_only_tokens_are_differentiable_alone(book):
 
 def test_refined_prototypes_are_constants(book):
     tau, (x, v) = wanted(torch.tensor([0.5])), map(wanted, rows())
-    plain = hisac_torch.compress(book, Histories(x.detach(), v, OFFSETS), budget=2)
+    plain = hisac_torch.compress(book, Histories(x.detach(), v, OFFSETS), budget=2, temperature=0.1)
     out = hisac_torch.compress(book, Histories(x, v, OFFSETS), budget=2, refine=2, temperature=tau)
     used = out.agents.prototypes
     assert not used.requires_grad and not torch.equal(used, plain.agents.prototypes)
@@ -295,7 +295,7 @@ def test_leaf_sums_have_gradients_for_v_and_bias_only(book):
 def test_mean_x_has_no_gradient_for_x():
     x, v = rows()
     with pytest.raises(NotImplementedError, match=r"mean_x has no gradient for x, expected x.detach\(\)"):
-        hisac_torch.route(Histories(wanted(x), v, OFFSETS), torch.zeros(3, 2, 8), mean_x=True)
+        hisac_torch.route(Histories(wanted(x), v, OFFSETS), torch.zeros(3, 2, 8), mean_x=True, temperature=0.1)
 
 
 def test_rows_of_leaf_sums_may_be_stated(book):
@@ -382,7 +382,7 @@ def test_vote_refuses(book, options, message):
 def test_route_refuses(options, kind, message):
     args = {"x": torch.zeros(20, 8), "v": torch.zeros(20, 5), "offsets": OFFSETS, "agents": torch.zeros(3, 2, 8)}
     with pytest.raises(kind) as error:
-        by_field(hisac_torch.route)(**args | options)
+        by_field(hisac_torch.route)(**{"temperature": 0.1} | args | options)
     assert str(error.value) == message
 
 
@@ -396,10 +396,10 @@ def test_arguments_of_a_wrong_kind_are_named(book, change, text):
     """They were cut, or failed in torch's words."""
     histories = Histories(*rows(), OFFSETS)
     with pytest.raises(TypeError) as error:
-        hisac_torch.compress(book, histories, **{"budget": 2, **change})
+        hisac_torch.compress(book, histories, **{"budget": 2, "temperature": 0.1, **change})
     assert str(error.value) == text
     with pytest.raises(TypeError):
-        hisac_torch.Compressor(book, **{"budget": 2, **change})
+        hisac_torch.Compressor(book, **{"budget": 2, "temperature": 0.1, **change})
 
 
 def test_a_temperature_without_dimensions():

@@ -178,7 +178,7 @@ def test_a_compiled_program_steps_out_for_sparse_gradients():
 
     def run(v):
         histories = Histories(items, v * 1, OFFSETS, x_ids=IDS, v_ids=IDS)
-        return hisac_torch.route(histories, p, sparse_grad=True).tokens.sum()
+        return hisac_torch.route(histories, p, sparse_grad=True, temperature=0.1).tokens.sum()
 
     torch.compile(run, backend="aot_eager")(v).backward()
     expected = wanted(values)
@@ -201,9 +201,13 @@ def test_a_scale_has_no_gradient():
     items, values, p = tables()
     x, scale = (items * 10).to(torch.int8), torch.tensor([0.1])
     with pytest.raises(NotImplementedError, match=r"x_scale has no gradient, expected x_scale.detach\(\)"):
-        hisac_torch.route(Histories(x, values, OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=wanted(scale)), p)
-    found = hisac_torch.route(Histories(x, wanted(values), OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=scale), p)
-    again = hisac_torch.route(Histories(x, values, OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=0.1), p)
+        hisac_torch.route(
+            Histories(x, values, OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=wanted(scale)), p, temperature=0.1
+        )
+    found = hisac_torch.route(
+        Histories(x, wanted(values), OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=scale), p, temperature=0.1
+    )
+    again = hisac_torch.route(Histories(x, values, OFFSETS, x_ids=IDS, v_ids=IDS, x_scale=0.1), p, temperature=0.1)
     assert torch.equal(found.tokens, again.tokens)
 
 
@@ -238,9 +242,12 @@ def test_the_padding_row_of_an_embedding():
     kept = ids != embedding.padding_idx
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])[OFFSETS]
     without = h._replace(offsets=starts, x_ids=ids[kept], v_ids=ids[kept])
-    for verb in (lambda h: hisac_torch.vote(book, h, budget=4)[:3], lambda h: hisac_torch.route(h, p, book=book)[:2]):
+    for verb in (
+        lambda h: hisac_torch.vote(book, h, budget=4)[:3],
+        lambda h: hisac_torch.route(h, p, book=book, temperature=0.1)[:2],
+    ):
         torch.testing.assert_close(verb(h), verb(without), rtol=1e-5, atol=1e-5)
-    hisac_torch.route(h, p).tokens.sum().backward()
+    hisac_torch.route(h, p, temperature=0.1).tokens.sum().backward()
     assert not embedding.weight.grad[2].any() and embedding.weight.grad.any()
 
 
@@ -248,6 +255,6 @@ def test_the_padding_row_of_an_embedding():
 def test_jagged_ids():
     items, values, p = tables()
     ids = torch.nested.nested_tensor_from_jagged(IDS, OFFSETS)
-    found = hisac_torch.route(Histories(items, values, None, x_ids=ids, v_ids=ids), p)
-    expected = hisac_torch.route(Histories(items, values, OFFSETS, x_ids=IDS, v_ids=IDS), p)
+    found = hisac_torch.route(Histories(items, values, None, x_ids=ids, v_ids=ids), p, temperature=0.1)
+    expected = hisac_torch.route(Histories(items, values, OFFSETS, x_ids=IDS, v_ids=IDS), p, temperature=0.1)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -131,7 +131,7 @@ def test_an_exported_program_runs_at_other_sizes_and_asks_for_its_codebook(batch
 
 def test_a_compressor_can_be_exported_and_saved(book):
     file, args = io.BytesIO(), (Histories(*rows(), OFFSETS),)
-    compress = hisac_torch.Compressor(book, budget=4)
+    compress = hisac_torch.Compressor(book, budget=4, temperature=0.1)
     torch.export.save(torch.export.export(compress, args), file)
     file.seek(0)
     mine, expected = torch.export.load(file).module()(*args), compress(*args)
@@ -246,7 +246,7 @@ def test_copies_are_equal(ranker, batch, way):
 
 
 def test_unpickling_registers_the_codebook():
-    data = pickle.dumps(hisac_torch.Compressor(make_book(31), budget=4))
+    data = pickle.dumps(hisac_torch.Compressor(make_book(31), budget=4, temperature=0.1))
     gc.collect()
     x, _ = rows()
     module = pickle.loads(data)
@@ -270,8 +270,8 @@ def test_a_state_dict_brings_its_codebook(ranker, batch):
 
 
 def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
-    compress = hisac_torch.Compressor(book, budget=4)
-    other = hisac_torch.Compressor(make_book(0, sizes=(6, 4)), budget=4)
+    compress = hisac_torch.Compressor(book, budget=4, temperature=0.1)
+    other = hisac_torch.Compressor(make_book(0, sizes=(6, 4)), budget=4, temperature=0.1)
     with pytest.raises(ValueError, match=r"codebook \(C_1, .., C_L, D\) is \(6, 4, 8\), expected \(6, 5, 8\)"):
         compress.load_state_dict(other.state_dict())
     state = compress.state_dict()
@@ -284,6 +284,7 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
 @pytest.mark.parametrize("options, message", [
     ({}, "vote: expected either budget or fanout, got neither"),
     ({"budget": 4, "fanout": (2, 2)}, "vote: expected either budget or fanout, got both"),
+    ({"budget": 4, "temperature": None}, "temperature expected, since the codebook has no default one, got None"),
     ({"budget": 4, "temperature": 0.0}, "temperature expected finite and > 0, got 0.0"),
     ({"budget": 4, "temperature": math.inf}, "temperature expected finite and > 0, got inf"),
     ({"budget": -1}, "vote: budget expected 1 to 4096, got -1"),
@@ -299,12 +300,12 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
 ])  # fmt: skip
 def test_a_compressor_refuses_bad_options_when_made(book, options, message):
     with pytest.raises(ValueError, match=message):
-        hisac_torch.Compressor(book, **options)
+        hisac_torch.Compressor(book, **{"temperature": 0.1} | options)
 
 
 def test_a_compressor_needs_rows_or_codes_and_takes_either(book):
     x, v = rows()
-    compress = hisac_torch.Compressor(book, fanout=(2, 2), learn_temperature=False)
+    compress = hisac_torch.Compressor(book, fanout=(2, 2), learn_temperature=False, temperature=0.1)
     with pytest.raises(ValueError, match="compress: codes expected, or x to encode, got neither x nor codes"):
         compress(Histories(None, v, OFFSETS))
     codes = hisac_torch.encode(book, x)

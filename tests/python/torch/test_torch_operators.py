@@ -144,7 +144,7 @@ def test_a_backward_keeps_its_codebook():
     book, (x, v) = make_book(29), rows()
     v = wanted(v)
     codes = hisac_torch.encode(book, x)
-    out = hisac_torch.route(Histories(None, v, OFFSETS, codes), torch.zeros(3, 2, 8), book=book)
+    out = hisac_torch.route(Histories(None, v, OFFSETS, codes), torch.zeros(3, 2, 8), book=book, temperature=0.1)
     del book
     gc.collect()
     out.tokens.sum().backward()
@@ -176,8 +176,8 @@ def test_forward_mode_raises():
     q, keys, tau = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.tensor([0.5])
     p = torch.zeros(3, 2, 8)
     cases = [
-        (lambda v: hisac_torch.route(Histories(x, v, OFFSETS), p).tokens, v),
-        (lambda x: hisac_torch.route(Histories(x, v, OFFSETS), p).lse, x),
+        (lambda v: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=0.1).tokens, v),
+        (lambda x: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=0.1).lse, x),
         (lambda tau: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).lse, tau),
         (lambda q: hisac_torch.attend(q, keys, keys, CANDIDATES).lse, q),
     ]
@@ -193,7 +193,7 @@ def test_forward_mode_raises():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_goes_one_by_one_and_is_right(book):
     x, v = rows()
-    many, compress = torch.stack([v, 2 * v]), hisac_torch.Compressor(book, budget=4)
+    many, compress = torch.stack([v, 2 * v]), hisac_torch.Compressor(book, budget=4, temperature=0.1)
     one_by_one = torch.stack([compress(Histories(x, one, OFFSETS)).tokens for one in many])
     assert torch.equal(torch.vmap(lambda v: compress(Histories(x, v, OFFSETS)).tokens)(many), one_by_one)
 
@@ -203,7 +203,7 @@ def test_jagged_tensors(book):
     x, v = rows()
     nested_x = torch.nested.nested_tensor_from_jagged(x, OFFSETS)
     nested_v = torch.nested.nested_tensor_from_jagged(wanted(v), OFFSETS)
-    compress = hisac_torch.Compressor(book, budget=4)
+    compress = hisac_torch.Compressor(book, budget=4, temperature=0.1)
     expected = compress(Histories(x, v, OFFSETS))
     for h in (Histories(nested_x, nested_v), Histories(x, nested_v), Histories(nested_x, v), Histories(x, v, OFFSETS)):
         torch.testing.assert_close(compress(h), expected, rtol=0, atol=0)
@@ -234,10 +234,10 @@ def test_jagged_tensors_of_other_rows_are_refused(book):
     text = "v expected the rows of the other fields, [5, 0, 3] a user, got [3, 0, 5]"
     for histories in (Histories(x, v), Histories(x.values(), v, one)):
         with pytest.raises(ValueError, match=re.escape(f"compress: {text}")):
-            hisac_torch.compress(book, histories, budget=2)
+            hisac_torch.compress(book, histories, budget=2, temperature=0.1)
         with pytest.raises(ValueError, match=re.escape(f"route: {text}")):
-            hisac_torch.route(histories, torch.zeros(3, 2, 8))
-    assert hisac_torch.compress(book, Histories(x, same), budget=2).tokens.shape == (3, 2, 5)
+            hisac_torch.route(histories, torch.zeros(3, 2, 8), temperature=0.1)
+    assert hisac_torch.compress(book, Histories(x, same), budget=2, temperature=0.1).tokens.shape == (3, 2, 5)
 
 
 @pytest.mark.parametrize("face", ["encode", "route", "attend"])
@@ -246,7 +246,7 @@ def test_the_functions_outside_torch_refuse_tensors_with_gradients(book, face):
     q = torch.randn(9, 2, 4)
     calls = {
         "encode": ("x", lambda: hisac.encode(book, wanted(x))),
-        "route": ("v", lambda: hisac.route(Histories(x, wanted(v), OFFSETS), torch.zeros(3, 2, 8))),
+        "route": ("v", lambda: hisac.route(Histories(x, wanted(v), OFFSETS), torch.zeros(3, 2, 8), temperature=0.1)),
         "attend": ("q", lambda: hisac.attend(wanted(q), torch.ones(3, 5, 2, 4), torch.ones(3, 5, 2, 4), CANDIDATES)),
     }
     name, call = calls[face]

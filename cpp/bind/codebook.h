@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// hisac._core.Codebook: its files, its image, and `fit`, which makes one.
+#pragma once
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "arrays.h"
+#include "runtime.h"
+
+namespace hisac::bind {
+
+using nb::literals::operator""_a;
+
+constexpr const char* kX = "float32, bfloat16 or float16 [T, D]";
+
+inline void make_codebook(Codebook* self, const std::vector<View>& centers, float temperature) {
+  Call call("Codebook", kOnlyCpu);
+  std::vector<Array<const float, 2>> levels;
+  for (const View& c : centers) levels.push_back(array<const float, 2>(c, call, "centers", "float32 [C, D]"));
+  Codebook book;
+  raise(Codebook::build(levels.data(), static_cast<int>(levels.size()), &book, nullptr, temperature));
+  new (self) Codebook(std::move(book));
+}
+
+// The bytes of a path, as the system has it: it need not be UTF-8.
+inline Codebook load_codebook(nb::bytes path) {
+  Codebook book;
+  int os_error = 0;
+  const Status status = without_gil([&] {
+    errno = 0;
+    const Status done = Codebook::load(path.c_str(), &book);
+    os_error = errno;
+    return done;
+  });
+  raise(status, os_error);
+  return book;
+}
+
+inline void save_codebook(const Codebook& book, nb::bytes path) {
+  errno = 0;
+  const Status status = book.save(path.c_str());
+  raise(status, errno);
+}
+
+inline Codebook parse_codebook(nb::bytes bytes) {
+  Codebook book;
+  raise(Codebook::parse(bytes.c_str(), bytes.size(), &book));
+  return book;
+}
+
+inline nb::bytes serialize_codebook(const Codebook& book) {
+  std::string bytes(book.file_size(), '\0');
+  raise(book.serialize({reinterpret_cast<std::byte*>(bytes.data()), {static_cast<int64_t>(bytes.size())}}));
+  return nb::bytes(bytes.data(), bytes.size());
+}
+
+inline void copy_centers(const Codebook& book, int level, Lent out) {
+  if (level < 0 || level >= book.levels()) throw nb::index_error("Codebook: no such level");
+  Call call("Codebook", kOnlyCpu);
+  const auto to = array<float, 2>(out, call, "out", "float32 [C, D]");
+  if (to.shape[0] != book.size(level) || to.shape[1] != book.width())
+    wrong_value("Codebook", "out", "[C, D]", describe(out));
+  std::copy_n(book.centers(level), book.size(level) * book.width(), to.data);
+}
+
+inline Codebook view_image(Lent image, Lent scratch) {
+  Call call("Codebook", kOnlyCpu);
+  const auto bytes = array<const uint8_t, 1>(image, call, "image", "uint8 [any]");
+  const auto memory = array<uint8_t, 1>(scratch, call, "scratch", "uint8 [any]");
+  Codebook book;
+  raise(Codebook::view({reinterpret_cast<const std::byte*>(bytes.data), {bytes.shape[0]}},
+                       {reinterpret_cast<std::byte*>(memory.data), {memory.shape[0]}}, &book));
+  return book;
+}
+
+inline size_t view_scratch(Lent image) {
+  Call call("Codebook", kOnlyCpu);
+  const auto bytes = array<const uint8_t, 1>(image, call, "image", "uint8 [any]");
+  return Codebook::view_scratch({reinterpret_cast<const std::byte*>(bytes.data), {bytes.shape[0]}});
+}
+
+/// The image, where it lies.
+inline nb::object image_of(nb::handle self) {
+  const Array<const std::byte, 1> image = nb::cast<const Codebook&>(self).image();
+  const size_t size = static_cast<size_t>(image.shape[0]);
+  return nb::cast(nb::ndarray<nb::numpy, const uint8_t>(image.data, 1, &size, self));
+}
+
+inline nb::object report_of(const Codebook& book) {
+  const FitReport* const report = book.report();
+  if (!report) return nb::none();
+  nb::list rounds, errors, unused;
+  for (int l = 0; l < book.levels(); ++l) {
+    rounds.append(report->iterations[l]);
+    errors.append(report->error[l]);
+    unused.append(report->unused[l]);
+  }
+  return nb::make_tuple(report->rows, report->left_out, nb::tuple(rounds), nb::tuple(errors), nb::tuple(unused));
+}
+
+inline Codebook fit_codebook(Lent x, const std::vector<int64_t>& sizes, int iterations, uint64_t seed,
+                             nb::object progress) {
+  Call call("fit", kOnlyCpu);
+  const Rows rows_x = rows(x, call, "x", 2, kX);
+  FitParams params;
+  Array<float, 2> centers[kMaxLevels];
+  if (sizes.size() < 1 || sizes.size() > kMaxLevels)
+    throw nb::value_error(("fit: sizes expected 1 to 8 levels, got " + std::to_string(sizes.size())).c_str());
+  params.levels = static_cast<int>(sizes.size());
+  params.iterations = iterations;
+  params.seed = seed;
+  std::vector<float> memory[kMaxLevels];
+  for (int l = 0; l < params.levels; ++l) {
+    params.sizes[l] = sizes[static_cast<size_t>(l)];
+    memory[l].resize(static_cast<size_t>(params.sizes[l]) * static_cast<size_t>(rows_x.width));
+    centers[l] = {memory[l].data(), {params.sizes[l], rows_x.width}};
+  }
+  params.ctx = progress.ptr();
+  params.keep_going = [](void*) { return with_gil([] { return PyErr_CheckSignals() == 0; }); };
+  if (!progress.is_none())
+    params.progress = [](void* ctx, int level, int round, double error) {
+      return with_gil([=] {
+        PyObject* const result = PyObject_CallFunction(static_cast<PyObject*>(ctx), "iid", level, round, error);
+        Py_XDECREF(result);
+        return result != nullptr;
+      });
+    };
+  FitReport report;
+  run(
+      call, [&](const Context& context) { return fit_workspace(context, params, rows_x.rows, rows_x.width); },
+      [&](const Context& context) { return fit(context, params, rows_x, centers, &report); });
+  Array<const float, 2> made[kMaxLevels];
+  std::copy_n(centers, params.levels, made);
+  Codebook book;
+  raise(Codebook::build(made, params.levels, &book, &report));
+  return book;
+}
+
+inline void add_codebook(nb::module_& m) {
+  nb::class_<Codebook>(m, "Codebook", nb::dynamic_attr())
+      .def("__init__", make_codebook, "centers"_a, "temperature"_a = 0.f)
+      .def_static("view", view_image, "image"_a, "scratch"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>())
+      .def_static("view_scratch", view_scratch, "image"_a)
+      .def_static("load", load_codebook, "path"_a)
+      .def_static("parse", parse_codebook, "data"_a)
+      .def("save", save_codebook, "path"_a)
+      .def("serialize", serialize_codebook)
+      .def("copy_centers", copy_centers, "level"_a, "out"_a)
+      .def_prop_ro(
+          "sizes",
+          [](const Codebook& book) {
+            nb::list sizes;
+            for (int l = 0; l < book.levels(); ++l) sizes.append(book.size(l));
+            return nb::tuple(sizes);
+          },
+          nb::sig("def sizes(self) -> tuple[int, ...]"))
+      .def_prop_ro("levels", &Codebook::levels)
+      .def_prop_ro("width", &Codebook::width)
+      .def_prop_ro("fingerprint", &Codebook::fingerprint)
+      .def_prop_ro("temperature", &Codebook::temperature)
+      .def_prop_ro("report", report_of,
+                   nb::sig("def report(self) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]] | "
+                           "None"))
+      .def_prop_ro("image", image_of, nb::sig("def image(self) -> typing.Any"));
+  m.def("fit", fit_codebook, "x"_a, "sizes"_a, "iterations"_a, "seed"_a, "progress"_a.none());
+}
+
+}  // namespace hisac::bind
