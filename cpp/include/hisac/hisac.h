@@ -40,9 +40,9 @@ namespace hisac {
 /// On a processor with AMX, the first call of this function or of one that makes the choice below asks Linux to let the
 /// process use AMX (arch_prctl, ARCH_REQ_XCOMP_PERM). It asks whatever HISAC_ISA says, and for the whole process.
 const char* available_isas() noexcept;
-/// The one in use. It is chosen once, by what comes first: this function, Codebook::build, parse or load, or a verb or
-/// a workspace function that needs it. The choice is the one that the environment variable HISAC_ISA names; without it,
-/// or where it names none of those available, the best.
+/// The one in use. It is chosen once, by what comes first: this function, Codebook::build, parse, load or view, or a
+/// verb or a workspace function that needs it. The choice is the one that the environment variable HISAC_ISA names;
+/// without it, or where it names none of those available, the best.
 const char* active_isa() noexcept;
 
 }  // namespace hisac

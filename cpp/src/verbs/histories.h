@@ -23,8 +23,8 @@ Status check_offsets(const char* verb, Histories& histories, Device device) noex
 Status check_histories(const char* verb, const Codebook* book, Histories& histories, int64_t width,
                        Device device) noexcept;
 
-/// The same for a call of route or its backward, agents and parameters too. A temperature that is not given becomes that
-/// of the codebook.
+/// The same for a call of route or its backward, agents and parameters too. A temperature that is not given becomes
+/// that of the codebook.
 Status check_route(const char* verb, const Context& context, const Codebook* book, RouteParams& params,
                    Histories& histories, const RouteAgents& agents) noexcept;
 
