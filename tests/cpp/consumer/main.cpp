@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One request: a user's history of T behaviours becomes M tokens, that is, rows to attend to.
+// A small service: a catalogue of items, encoded once; a user's history as the ids of items; a request compresses the
+// history and lets candidates attend to the tokens.
 #include <hisac/hisac.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -15,55 +18,128 @@ static void require(const Status& status) {
   std::exit(1);
 }
 
+/// Scratch, aligned to 64 as a workspace has to be.
+using Scratch = std::unique_ptr<std::byte, decltype(&std::free)>;
+static Scratch scratch(size_t bytes) {
+  return {static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)), &std::free};
+}
+
+constexpr int64_t kItems = 5000, D = 16, V = 32, L = 2, M = 50;
+constexpr int64_t kLongest = 10000, kMostCandidates = 200;
+
+/// What all requests share, and no request changes.
+struct Catalogue {
+  Codebook book;
+  std::vector<float> x, v;     // [items, D], [items, V]
+  std::vector<int32_t> codes;  // [items, L]
+
+  /// A batch of one user, who bought these items. Offsets are read when a verb runs.
+  Histories history(const int64_t* items, const int64_t* bounds, int64_t n) const {
+    Histories one;
+    one.x = rows(x.data(), kItems, D);
+    one.v = rows(v.data(), kItems, V);
+    one.codes = array(codes.data(), kItems, L);
+    one.x_ids = one.v_ids = ids(items, n);  // an id outside the catalogue, such as -1, is an absent behaviour
+    one.offsets = offsets(bounds, 1);
+    return one;
+  }
+};
+
+/// The memory of one request thread, made at start-up for the largest request.
+class Worker {
+ public:
+  Worker(const Catalogue& catalogue, const Executor& executor) : catalogue_(catalogue) {
+    context_.executor = &executor;
+    params_.vote.budget = M;  // the temperature is the codebook's
+    made_.tokens = {{tokens_.data(), DType::float32, M, V}, array(lse_.data(), 1, M)};
+    made_.agents.count = array(&count_, 1);
+    const int64_t bounds[] = {0, kLongest};
+    const std::vector<int64_t> items(kLongest);
+    const Histories largest = catalogue.history(items.data(), bounds, kLongest);
+    const size_t bytes = std::max(compress_workspace(context_, catalogue.book, params_, largest, made_),
+                                  attend_workspace(context_, attention(nullptr, bounds, kMostCandidates)));
+    scratch_ = scratch(bytes);
+    context_.workspace = array(scratch_.get(), bytes);
+  }
+
+  /// lse [n]: how well each candidate meets the tokens; out [n, V]: their mean, weighted by that.
+  Status score(const std::vector<int64_t>& items, const std::vector<float>& candidates, float* out, float* lse) {
+    const int64_t n = static_cast<int64_t>(candidates.size()) / V, bounds[] = {0, static_cast<int64_t>(items.size())};
+    const Histories user = catalogue_.history(items.data(), bounds, bounds[1]);
+    if (Status s = compress(context_, catalogue_.book, params_, user, made_); !s.ok()) return s;
+    const int64_t all[] = {0, n};
+    return attend(context_, attention(candidates.data(), all, n), {{out, DType::float32, n, V}, array(lse, n, 1)});
+  }
+  int32_t agents() const { return count_; }
+
+ private:
+  /// One head, and the tokens as they are; a trained model has matrices for keys and values.
+  AttendInputs attention(const float* candidates, const int64_t* bounds, int64_t n) const {
+    AttendInputs in;
+    in.q = rows(candidates, n, V);
+    in.keys = in.values = rows(tokens_.data(), M, V);
+    in.agents = M;
+    in.heads = 1;
+    in.candidates = offsets(bounds, 1);
+    in.bias = array(lse_.data(), 1, M);  // -inf where an agent is absent
+    in.scale = 1 / std::sqrt(static_cast<float>(V));
+    return in;
+  }
+
+  const Catalogue& catalogue_;
+  CompressParams params_;
+  std::vector<float> tokens_ = std::vector<float>(M * V), lse_ = std::vector<float>(M);
+  int32_t count_ = 0;
+  Compressed made_;
+  Scratch scratch_ = scratch(0);
+  Context context_;
+};
+
 int main() {
-  constexpr int64_t T = 10000, D = 16, V = 32, M = 50, L = 2;
   auto noise = [seed = 1u]() mutable {
     return static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.f;
   };
-  std::vector<float> coarse(64 * D), fine(64 * D), x(T * D), v(T * V);
-  for (auto* a : {&coarse, &fine, &x, &v})
-    for (float& f : *a) f = noise();
 
-  // Once: a codebook (in a service: Codebook::load(path, &book), before readers see it), threads, and memory for the
-  // largest request.
-  Codebook book;
-  const Array<const float, 2> centers[L] = {{coarse.data(), {64, D}}, {fine.data(), {64, D}}};
-  require(Codebook::build(centers, L, &book));
+  // Start-up. A service has Codebook::load(path, &book) in place of `build`, and tables of its own.
+  Catalogue catalogue;
+  std::vector<float> coarse(64 * D), fine(64 * D);
+  catalogue.x.resize(kItems * D);
+  catalogue.v.resize(kItems * V);
+  for (auto* numbers : {&coarse, &fine, &catalogue.x, &catalogue.v})
+    for (float& x : *numbers) x = noise();
+  const Array<const float, 2> centers[L] = {array<const float>(coarse.data(), 64, D),
+                                            array<const float>(fine.data(), 64, D)};
+  require(Codebook::build(centers, L, &catalogue.book, nullptr, 0.5f));
   ThreadPool pool;
   require(pool.resize(2));
   const Executor executor = pool.executor();
-  constexpr size_t kScratch = size_t{16} << 20;
-  const std::unique_ptr<std::byte, decltype(&std::free)> scratch(
-      static_cast<std::byte*>(std::aligned_alloc(64, kScratch)), &std::free);
-  const Context context{{scratch.get(), {kScratch}}, &executor};
+  catalogue.codes.resize(kItems * L);
+  {
+    Context context;
+    context.executor = &executor;
+    const size_t bytes = encode_workspace(context, catalogue.book);
+    const Scratch once = scratch(bytes);
+    context.workspace = array(once.get(), bytes);
+    require(
+        encode(context, catalogue.book, rows(catalogue.x.data(), kItems, D), array(catalogue.codes.data(), kItems, L)));
+  }
+  Worker worker(catalogue, executor);
 
-  // Each request, into buffers that a service would keep: no call of hisac's below allocates.
-  std::vector<int32_t> codes(T * L), kept(M * L), count(1);
-  std::vector<int64_t> votes(M), offsets{0, T};
-  std::vector<float> prototypes(M * D), tokens(M * V), lse(M);
-  const Agents agents{{kept.data(), {1, M, L}}, {votes.data(), {1, M}}, {count.data(), {1}}, book.fingerprint()};
-  const float temperature = 1.f;
-  Histories history;
-  history.x = {x.data(), DType::float32, T, D};
-  history.v = {v.data(), DType::float32, T, V};
-  history.offsets = {&offsets[0], &offsets[1], DType::int64, 1};
-  history.codes = {codes.data(), {T, L}};
-  VoteParams voting;
-  voting.budget = M;
-  RouteParams routing;
-  routing.temperature = {&temperature, {1}};
-  const RouteAgents to{{prototypes.data(), {1, M, D}}, {count.data(), {1}}};
-  const Tokens out{{tokens.data(), DType::float32, M, V}, {lse.data(), {1, M}}, {}};
-  require(encode(context, book, history.x, {codes.data(), {T, L}}));
-  require(vote(context, book, voting, history, agents));
-  require(hisac::prototypes(context, book, agents, {prototypes.data(), {1, M, D}}));
-  require(route(context, nullptr, routing, history, to, out));
-
-  std::printf("%d agents, the first with %d of %d votes, lse %.3f\n", count[0], static_cast<int>(votes[0]),
-              static_cast<int>(T), static_cast<double>(lse[0]));
+  // A request: nothing is allocated in `compress` and `attend`.
+  std::vector<int64_t> items(8000);
+  for (int64_t& item : items) item = static_cast<int64_t>((noise() + 1) / 2 * (kItems - 1));
+  items[7] = -1;
+  std::vector<float> candidates(100 * V), features(candidates.size()), lse(100);
+  for (float& x : candidates) x = noise();
+  require(worker.score(items, candidates, features.data(), lse.data()));
+  const auto best = std::max_element(lse.begin(), lse.end()) - lse.begin();
+  const bool found = worker.agents() == M && std::isfinite(lse[static_cast<size_t>(best)]);
+  std::printf("%d agents; candidate %d of %zu meets them best\n", worker.agents(), static_cast<int>(best), lse.size());
+  require(worker.score({}, candidates, features.data(), lse.data()));
+  std::printf("a new user: %d agents, lse %.0f\n", worker.agents(), static_cast<double>(lse[0]));
 #ifdef CONSUMER_CUDA
   const Status cuda = enable_cuda();  // then Context{.device = Device::cuda, .stream = ..} and arrays on the device
   std::printf("%s\n", cuda.ok() ? "CUDA: ready" : cuda.what());
 #endif
-  return count[0] == M && votes[0] > 0 ? 0 : 1;
+  return found && worker.agents() == 0 && std::isinf(lse[0]) ? 0 : 1;
 }
