@@ -272,7 +272,7 @@ def backward(work: str, lengths: Array, device: str, *, agents: int, width: int,
 
 
 def vote(work: str, users: int, rows: int, device: str, sizes: tuple[int, int] = (512, 512)) -> Iterator[Case]:
-    """Fan-out (20, 10) and budget 200 on two levels."""
+    """Fan-out (20, 10), budget 200 and beam (40, 200) on two levels."""
     rng = np.random.default_rng(0)
     few = [structured(rng, rows, sizes, 4) for _ in range(min(users, 16))]
     book = hisac.Codebook([np.ones((n, 4), np.float32) * np.arange(n)[:, None].astype(np.float32) for n in sizes])
@@ -313,7 +313,8 @@ def vote(work: str, users: int, rows: int, device: str, sizes: tuple[int, int] =
         of_first = result[1][result[0] < sizes[0] * sizes[1]].sort(descending=True).values
         return float((of_first[: len(most)].cpu().numpy() != most).any())
 
-    variants = [*case({"fanout": (20, 10)}, "fanout"), *case({"budget": 200}, "budget")]
+    rules: dict[str, Any] = {"fanout": (20, 10), "budget": 200, "beam": (40, 200)}
+    variants = [v for name, numbers in rules.items() for v in case({name: numbers}, name)]
     variants.append(peer("scatter_add, leaves only", dense, right, 0, device))
     variants.append(peer("bincount, leaves only", bincount, right, 0, device))
     variants.append(peer("unique, leaves only", unique, right_unique, 0, device))

@@ -99,12 +99,15 @@ void prototype_rows(const Codebook& book, Lent codes, Lent out) {
 }
 
 void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, const std::vector<int64_t>& fanout,
-                 Lent out_codes, Lent out_votes, Lent out_count, Lent out_prototypes) {
+                 const std::vector<int64_t>& beam, Lent out_codes, Lent out_votes, Lent out_count,
+                 Lent out_prototypes) {
   Call call("vote");
   VoteParams params;
   params.budget = budget;
-  if (fanout.size() > kMaxLevels) throw nb::value_error("vote: fanout expected at most 8 levels");
+  if (std::max(fanout.size(), beam.size()) > kMaxLevels)
+    throw nb::value_error("vote: fanout and beam expected at most 8 levels");
   std::copy(fanout.begin(), fanout.end(), params.fanout);
+  std::copy(beam.begin(), beam.end(), params.beam);
   Batch batch(call, histories);
   batch.read_votes();
   const Histories& in = batch.in;
@@ -323,7 +326,7 @@ void fill(nb::module_& m) {
   m.def("encode", encode_codes, "book"_a, "x"_a, "codes"_a);
   m.def("leaves", leaf_numbers, "book"_a, "codes"_a, "out"_a);
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);
-  m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "out_codes"_a, "out_votes"_a,
+  m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "beam"_a, "out_codes"_a, "out_votes"_a,
         "out_count"_a, "out_prototypes"_a);
   m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,
         "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none());

@@ -58,8 +58,8 @@ def temperature_of(verb: str, temperature: Any, book: Any, default_of: Any = ope
 
 
 def compress(
-    verbs: Verbs, book: Any, histories: Histories, *, agents: Agents | None, budget: Any, fanout: Any, temperature: Any,
-    normalize: str, method: str, refine: int, missing: str, **options: Any,
+    verbs: Verbs, book: Any, histories: Histories, *, agents: Agents | None, budget: Any, fanout: Any, beam: Any,
+    temperature: Any, normalize: str, method: str, refine: int, missing: str, **options: Any,
 ) -> Compressed:  # fmt: skip
     """`vote`, then `route`; see `hisac.compress`. `options` go to `route`."""
     for name, given, known in (("method", method, ("exact", "leaf")), ("missing", missing, ("drop", "token"))):
@@ -73,7 +73,7 @@ def compress(
             raise ValueError(f"compress: codes expected, or x to encode, got {got}")
         h = h._replace(codes=verbs.encode(book, h.x))
     if agents is None:
-        agents = verbs.vote(book, h, budget=budget, fanout=fanout)
+        agents = verbs.vote(book, h, budget=budget, fanout=fanout, beam=beam)
     prototypes, count = routed(verbs, "compress", agents, None, book)
     prototypes, rows = verbs.beside(prototypes), h
     options |= {"count": count, "normalize": normalize, "book": book}

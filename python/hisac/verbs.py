@@ -72,12 +72,14 @@ def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
 
 
 def vote(
-    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Iterable[int] | None = None
-) -> Agents:
+    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Iterable[int] | None = None,
+    beam: Iterable[int] | None = None,
+) -> Agents:  # fmt: skip
     """The interest-agents of each user: the leaves of the code tree kept by their behaviours' votes.
 
     The paper's hierarchical voting. Exactly one rule. `budget`: seats in proportion to votes at every node (D'Hondt).
-    `fanout`: the paper's rule, the k_l children with most votes under every kept node. Blind to the order of rows.
+    `fanout`: the paper's rule, the k_l children with most votes under every kept node. `beam`: level by level the k_l
+    with most votes of all children of the kept nodes; ties go to the lower code. Blind to the order of rows.
 
     Args:
         book: the codebook of the codes
@@ -88,49 +90,52 @@ def vote(
             NaN or not above 0 does not vote
         budget: M, 1 to 4096
         fanout: (k_1, .., k_L), each at least 1; M is their product, at most 4096
+        beam: (k_1, .., k_L), each 1 to 4096; M is k_L. Where the other k_l leave no node with votes out, the agents are
+            the M most voted leaves
 
     Returns Agents, with prototypes. Raises ValueError, TypeError.
     """
-    if (budget is None) == (fanout is None):
-        raise ValueError(f"vote: expected either budget or fanout, got {'neither' if budget is None else 'both'}")
+    given = (budget is not None) + (fanout is not None) + (beam is not None)
+    if given != 1:
+        raise ValueError(f"vote: expected exactly one of budget, fanout and beam, got {given}")
     tree = _check(book, Codebook, "vote: book")._core
     histories = take_histories("vote", _VOTES, histories)
-    levels, children = tree.levels, [] if fanout is None else [whole("vote", "fanout", k) for k in fanout]
-    if fanout is not None and (len(children) != levels or min(children) < 1):
-        raise ValueError(f"vote: fanout expected one number >= 1 for each of {levels} levels, got {tuple(children)}")
-    seats = math.prod(children) if budget is None else whole("vote", "budget", budget)
-    if not 1 <= seats <= 4096:
-        raise ValueError(
-            f"vote: {'fanout expected a product of' if budget is None else 'budget expected'} 1 to 4096, got {seats}"
-        )
+    levels, fans, beams = tree.levels, [], []
+    if beam is not None:
+        beams = [whole("vote", "beam", k) for k in beam]
+        if len(beams) != levels or min(beams) < 1 or max(beams) > 4096:
+            text = f"vote: beam expected one number of 1 to 4096 for each of {levels} levels"
+            raise ValueError(f"{text}, got {tuple(beams)}")
+        seats = beams[-1]
+    elif fanout is not None:
+        fans = [whole("vote", "fanout", k) for k in fanout]
+        if len(fans) != levels or min(fans) < 1:
+            raise ValueError(f"vote: fanout expected one number >= 1 for each of {levels} levels, got {tuple(fans)}")
+        seats = math.prod(fans)
+        if seats > 4096:
+            raise ValueError(f"vote: fanout expected a product of 1 to 4096, got {seats}")
+    else:
+        seats = whole("vote", "budget", budget, 1, 4096)
     spans, new = histories.offsets, maker(histories.codes)
     users = spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1
     agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
     prototypes = new((users, seats, book.width), FLOAT32)
-    core.vote(tree, histories, 0 if budget is None else seats, children, agents, votes, count, prototypes)
+    core.vote(tree, histories, 0 if budget is None else seats, fans, beams, agents, votes, count, prototypes)
     return Agents(agents, votes, count, tree.fingerprint, prototypes)
 
 
 def compress(
-    book: Codebook,
-    histories: Histories,
-    *,
-    budget: int | None = None,
-    fanout: Iterable[int] | None = None,
-    agents: Agents | None = None,
-    temperature: Any = None,
-    normalize: Normalize = "agents",
-    method: Method = "exact",
-    refine: int = 0,
-    missing: Missing = "drop",
+    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Iterable[int] | None = None,
+    beam: Iterable[int] | None = None, agents: Agents | None = None, temperature: Any = None,
+    normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
     precision: Precision = "float32",
-) -> Compressed:
+) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call: `encode`, where there are no codes; `vote`, or agents that are given; `route`.
 
     Args:
         book: the codebook
         histories: every field is read. With x_ids, codes are needed: encode the table once
-        budget, fanout: as in `vote`; one of them, unless there are agents
+        budget, fanout, beam: as in `vote`; one of them, unless there are agents
         agents: those of an earlier vote. Their prototypes are used where they have them
         temperature, normalize, precision: as in `route`
         method: "exact", or "leaf": `route` takes the `leaf_sums` of the behaviours, which is faster where many of them
@@ -147,7 +152,7 @@ def compress(
         beside=lambda prototypes: beside(v, prototypes), numbers=sys.modules["torch"] if is_torch(v) else np
     )
     return compose.compress(
-        verbs, book, histories, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
+        verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ struct Options {
   bool over_sums = false;  // route reads the leaf sums
   bool together = false;   // all users' leaf sums; otherwise each user's lie where its rows do
   bool whole = false;      // weights are int64
-  bool fanout = false, without_x = false, without_v = false;
+  bool fanout = false, beam = false, without_x = false, without_v = false;
 };
 
 /// Random numbers of a type, within [-1, 1).
@@ -127,7 +127,8 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
 
   VoteParams voting;
   if (o.fanout) voting = {0, {4, 3}};
-  if (!o.fanout) voting.budget = m;
+  if (o.beam) voting = {0, {}, {5, m}};
+  if (!o.fanout && !o.beam) voting.budget = m;
   Guarded<int32_t> agent_codes(users * m * levels), count(users);
   Guarded<int64_t> votes(users * m);
   r.call("vote", vote_workspace(test::sizing(workers), p.book, voting, in), executor, [&](const Context& c) {

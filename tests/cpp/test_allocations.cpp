@@ -79,12 +79,7 @@ TEST_CASE("no verb allocates, serial or in a pool") {
           [&](const Context& c) { return encode(c, book, xs, {codes.data(), {kRows, 2}}); });
     check("leaves", 0,
           [&](const Context&) { return leaves(book, {codes.data(), {kRows, 2}}, {leaf.data(), {kRows}}); });
-    for (bool by_budget : {true, false}) {
-      VoteParams params;
-      if (by_budget)
-        params.budget = kSeats;
-      else
-        params.fanout[0] = 5, params.fanout[1] = 2;
+    for (const VoteParams& params : {VoteParams{kSeats}, {0, {5, 2}}, {0, {}, {6, kSeats}}}) {
       check("vote", counted_size([&] { return vote_workspace(test::sizing(workers), book, params, in); }),
             [&](const Context& c) {
               return vote(

@@ -228,7 +228,7 @@ TEST_CASE("compress: errors") {
   test::invalid(spoiled([](auto&, auto&, Compressed& out) { out.tokens.lse.shape[1] = 7; }),
                 "route: lse expected [2, 6], got [2, 7]");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {}; }),
-                "vote: expected either budget or fanout, got neither");
+                "vote: expected exactly one of budget, fanout and beam, got 0");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {0, {int64_t{1} << 40, 1 << 30}}; }),
                 "vote: fanout expected a product of at most 4096, got more");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.route.temperature = {}; }),

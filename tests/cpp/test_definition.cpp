@@ -37,10 +37,11 @@ TEST_CASE("encode: equal codewords, the lower code; magnitudes whose squares ove
 TEST_CASE("vote") {
   for (const Case& c : vectors::cases("vote")) {
     const Codebook book = vectors::book(c);
-    const std::vector<int64_t>& rule = c["rule"].longs;  // the budget, or 0 and the fan-out
+    const std::vector<int64_t>& rule = c["rule"].longs;  // budget, fan-out, beam
     VoteParams params;
     params.budget = rule[0];
-    if (!rule[0]) std::copy(rule.begin() + 1, rule.end(), params.fanout);
+    std::copy_n(rule.begin() + 1, book.levels(), params.fanout);
+    std::copy_n(rule.begin() + 1 + book.levels(), book.levels(), params.beam);
     const Histories in = vectors::histories(c);
     const int64_t users = in.offsets.users, m = seats(params, book.levels()), levels = book.levels();
     Guarded<int32_t> agents(users * m * levels), count(users);

@@ -18,7 +18,7 @@ void equal(const Results& expected, const Results& got) {
 }
 
 std::vector<Options> all_options() {
-  std::vector<Options> out(13);
+  std::vector<Options> out(14);
   out[1].normalize = hisac::Normalize::agents;
   out[2].mean_x = true;
   out[3].mean_x = out[3].over_sums = true;
@@ -34,6 +34,7 @@ std::vector<Options> all_options() {
   out[11].normalize = hisac::Normalize::agents;
   out[11].precision = hisac::Precision::bfloat16;
   out[11].mean_x = out[11].over_sums = out[11].together = out[11].fanout = out[11].without_x = true;
+  out[13].beam = out[13].over_sums = true;
   out[12].mean_x = out[12].over_sums = out[12].without_v = true;
   return out;
 }

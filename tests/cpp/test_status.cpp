@@ -115,9 +115,23 @@ TEST_CASE("vote") {
   Right r;
   invalid(vote(r.context, Codebook(), r.voting, r.voters, r.seats), "vote: codebook expected, got an empty one");
   r.voting.budget = 0;
-  invalid(r.vote(), "vote: expected either budget or fanout, got neither");
-  r.voting = {4, {2, 2}};
-  invalid(r.vote(), "vote: expected either budget or fanout, got both");
+  invalid(r.vote(), "vote: expected exactly one of budget, fanout and beam, got 0");
+  for (const VoteParams& two : {VoteParams{4, {2, 2}}, {4, {}, {2, 2}}, {0, {2, 2}, {2, 2}}, {4, {}, {0, 0, 0, 1}}}) {
+    r.voting = two;
+    invalid(r.vote(), "vote: expected exactly one of budget, fanout and beam, got 2");
+  }
+  r.voting = {4, {2, 2}, {2, 2}};
+  invalid(r.vote(), "vote: expected exactly one of budget, fanout and beam, got 3");
+  for (const VoteParams& beam : {VoteParams{0, {}, {2}},
+                                 {0, {}, {0, 2}},
+                                 {0, {}, {2, 2, 2}},
+                                 {0, {}, {2, -2}},
+                                 {0, {}, {4097, 2}},
+                                 {0, {}, {2, int64_t{1} << 62}}}) {
+    r.voting = beam;
+    invalid(r.vote(), "vote: beam expected one number of 1 to 4096 for each of 2 levels");
+    CHECK(vote_workspace(test::sizing(1), r.book, r.voting, r.voters) == 0);
+  }
   const char* const levels = "vote: fanout expected one number >= 1 for each of 2 levels";
   r.voting = {0, {2}};
   invalid(r.vote(), levels);

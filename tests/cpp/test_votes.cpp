@@ -144,7 +144,8 @@ TEST_CASE("vote over leaf sums: the agents and the votes of the behaviours") {
         CAPTURE(together);
         CAPTURE(workers);
         const Sums sums(batch.book, batch.in, together, workers);
-        for (const VoteParams& params : {VoteParams{1, {}}, {7, {}}, {30, {}}, {0, {1, 1}}, {0, {4, 3}}}) {
+        for (const VoteParams& params :
+             {VoteParams{1, {}}, {7, {}}, {30, {}}, {0, {1, 1}}, {0, {4, 3}}, {0, {}, {3, 12}}}) {
           const Voted expected = voted(batch.book, params, batch.in);
           CHECK((expected.count[0] > 0 && expected.count[1] == 0 && expected.count[2] > 0 && expected.count[3] > 0));
           CHECK((voted(batch.book, params, sums.sums.histories()) == expected));

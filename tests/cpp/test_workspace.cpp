@@ -226,10 +226,12 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
   const float tau = 1;
   test::Random random{2};
   const Codebook book = test::codebook(random, {300, 7}, 4);
-  VoteParams by_budget, by_fanout;
+  VoteParams by_budget, by_fanout, by_beam;
   by_budget.budget = 30;
   by_fanout.fanout[0] = 5;
   by_fanout.fanout[1] = 6;
+  by_beam.beam[0] = 200;
+  by_beam.beam[1] = 30;
   const auto sizes = [&](int64_t users, int64_t longest, int workers) {
     const Context context = test::sizing(workers);
     std::vector<size_t> all;
@@ -262,7 +264,8 @@ TEST_CASE("a workspace for more users, rows, workers or a longer history serves 
     all.push_back(leaf_sums_workspace(context, book, in));
     all.push_back(leaf_sums_backward_workspace(context, book, in, {}));
     all.push_back(missing_workspace(context, &book, in));
-    for (const VoteParams& rule : {by_budget, by_fanout}) all.push_back(vote_workspace(context, book, rule, in));
+    for (const VoteParams& rule : {by_budget, by_fanout, by_beam})
+      all.push_back(vote_workspace(context, book, rule, in));
     return all;
   };
   for (int i = 0; i < 4000; ++i) {

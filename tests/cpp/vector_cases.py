@@ -90,7 +90,9 @@ def histories_of(records: dict[str, Any]) -> Histories:
 
 def vote_case(name: str, records: dict[str, Any], levels: int, rule: dict[str, Any]) -> Case:
     found = reference.vote(built(records), histories_of(records), **rule)
-    options = number(rule.get("budget") or 0, *(rule.get("fanout") or (0,) * levels))
+    options = number(
+        rule.get("budget") or 0, *(k for name in ("fanout", "beam") for k in rule.get(name, (0,) * levels))
+    )
     expected = {name: Integers(getattr(found, name)) for name in ("votes", "count")}
     return f"vote/{name}", records | {"rule": options, "agents": Integers(found.codes), **expected}
 
@@ -128,6 +130,9 @@ def vote_cases() -> Iterator[Case]:
             for k in (1, 2, 3):
                 fanout = tuple(k if level < 5 else 1 for level in range(levels))
                 yield vote_case(f"{sizes} {fanout}{kind}", records | extra, levels, {"fanout": fanout})
+            for beam in ((2,) * levels, (4096, 3) * 4, (7, 30) * 4):
+                beam = beam[-levels:]
+                yield vote_case(f"{sizes} beam {beam}{kind}", records | extra, levels, {"beam": beam})
         for kind, extra in odd_weights():
             yield vote_case(f"{sizes} odd {kind}", records | extra, levels, {"budget": 30})
     # long histories, whose leaves are counted and not sorted; the second one is too short
@@ -143,16 +148,23 @@ def vote_cases() -> Iterator[Case]:
             if (i + k) % 3:
                 whole = Whole(351, (9000,), zeros, 20 + 20 * (i % 2))
                 records["weights"] = whole if (i + k) % 3 == 2 else Uniform(350, (9000,), zeros | {7: NAN}, 20.0)
-            for rule in ({"fanout": (6, 4, 2)[:levels]}, {"budget": 5}, {"budget": 60}, {"budget": (700, 4096)[k % 2]}):
+            budgets = [{"budget": 5}, {"budget": 60}, {"budget": (700, 4096)[k % 2]}]
+            for rule in (
+                *budgets,
+                {"fanout": (6, 4, 2)[:levels]},
+                {"beam": (3, 2, 20)[-levels:]},
+                {"beam": (60,) * levels},
+            ):
                 (limit,) = rule.values()
-                yield vote_case(f"{sizes} {first} {limit}", records, levels, rule)
+                yield vote_case(f"{sizes} {first} {' '.join(rule)} {limit}", records, levels, rule)
     # 2^63 leaves and more
     for i, sizes in enumerate(((65536, 65536, 65536, 32768), (65536,) * 4, (1 << 20, 1, 1 << 20, 1 << 20, 16))):
         levels = len(sizes)
         ends = Codes(360 + i, (50, levels), {}, (4,) * levels, ("skewed",) * levels).array()
         codes = np.where(ends < 2, np.array(sizes) - 1 - np.minimum(ends, np.array(sizes) - 1), 0).astype(np.int32)
         records = book_of(370 + i, sizes, 1) | offsets_of(0, 40, 50) | {"codes": Stored(codes)}
-        yield vote_case(f"{sizes}", records, levels, {"budget": 16})
+        for rule in ({"budget": 16}, {"beam": (2, 3, 9, 5, 16)[-levels:]}):
+            yield vote_case(f"{sizes} {' '.join(rule)}", records, levels, rule)
 
 
 # ---------------------------------------------------------------------------------------------------------------- route

@@ -52,7 +52,8 @@ def test_codes_agents_and_prototypes_are_the_cpus(problem, on_cuda):
     book, weighed = problem["book"], problem["histories"]
     plain = weighed._replace(weights=None)
     np.testing.assert_array_equal(numbers(on_cuda(book.encode, plain.x)), plain.codes)
-    for histories, rule in ((plain, {"budget": M}), (plain, {"fanout": (4, 3)}), (weighed, {"budget": 5})):
+    rules = (plain, {"budget": M}), (plain, {"fanout": (4, 3)}), (plain, {"beam": (5, 7)}), (weighed, {"budget": 5})
+    for histories, rule in rules:
         expected = hisac.vote(book, histories, **rule)
         mine = on_cuda(functools.partial(hisac.vote, book), histories, **rule)
         for a, b in zip(mine[:3], expected[:3], strict=True):

@@ -87,8 +87,12 @@ Problem random_problem(uint64_t seed) {
     }
   p.narrow = r.below(2);
   draw_rows(r, p);
-  if (r.below(2)) {
+  const int64_t rule = r.below(3);
+  if (rule == 0) {
     p.params.budget = r.below(4) == 0 ? 1 + r.below(kMaxSeats) : 1 + r.below(60);
+  } else if (rule == 1) {
+    for (int64_t l = 0; l < levels; ++l)
+      p.params.beam[l] = 1 + r.below(r.below(4) == 0 ? kMaxSeats : std::min<int64_t>(60, 2 * p.sizes[test::size(l)]));
   } else {
     int64_t left = r.below(4) == 0 ? kMaxSeats : 64;
     for (int64_t l = 0; l < levels; ++l) {
@@ -222,7 +226,8 @@ void check(const Problem& p) {
   simt::options.seed += 17;
   int64_t leaves = 1;
   for (int64_t c : p.sizes) leaves = std::min<int64_t>(leaves * c, 1 << 19);
-  const bool small = leaves <= 4096 && seats(p.params, p.book.levels()) <= 64;
+  const int64_t wide = *std::max_element(p.params.beam, p.params.beam + kMaxLevels);
+  const bool small = leaves <= 4096 && std::max(seats(p.params, p.book.levels()), wide) <= 64;
   simt::options.machine = {3, size_t(small ? 9 : 80) << 10};  // less in shared memory
   if (!(on_cuda(p, longest(p)) == cpu)) test::fail("other agents for another order of threads and another machine");
   if (!(on_cuda(p, longest(p), true) == cpu)) test::fail("other agents in the least workspace");

@@ -70,10 +70,10 @@ Users users(Bytes& in, int64_t rows, bool overlap) {
 
 void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
   VoteParams params;
-  if (in.flag())
-    params.budget = in.between(1, 60);
-  else
-    for (int64_t l = 0; l < c.levels; ++l) params.fanout[l] = in.between(1, 5);
+  const int64_t rule = in.between(0, 2);
+  if (rule == 0) params.budget = in.between(1, 60);
+  for (int64_t l = 0; rule && l < c.levels; ++l)
+    (rule == 1 ? params.fanout : params.beam)[l] = in.between(1, rule == 1 ? 5 : 30);
   std::vector<int32_t> codes = c.codes;
   for (int64_t n = in.between(0, 5); n > 0 && !codes.empty(); --n)
     codes[test::size(in.byte()) % codes.size()] = static_cast<int32_t>(in.byte()) * 0x00800001 - 3;
@@ -114,7 +114,7 @@ void vote_some(Bytes& in, const Codes& c, Users u, bool hostile) {
     if (params.budget)
       tree.fair(params.budget);
     else
-      tree.fullest(params.fanout);
+      rule == 1 ? tree.fullest(params.fanout) : tree.foremost(params.beam);
   }
   if (!ledger.first()) return;
   // the leaf sums of these histories, whose x are the prototypes of their codes, vote as they do

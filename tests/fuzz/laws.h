@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "fuzz.h"
@@ -105,6 +106,8 @@ inline std::vector<int64_t> votes(const hisac::Codebook& book, const std::vector
 /// One user's votes in the code tree, and the leaves that got a seat.
 class Tree {
  public:
+  using Prefix = std::vector<int32_t>;
+
   /// codes: of all behaviours; the user has [first, last).
   Tree(const hisac::Codebook& book, const std::vector<int32_t>& codes, const hisac::Weights& weights, int64_t first,
        int64_t last)
@@ -167,8 +170,24 @@ class Tree {
     });
   }
 
+  /// By beam: the leaves that have seats are those whose nodes are, at each level, among the first k of their level, of
+  /// nodes below such nodes.
+  void foremost(const int64_t* beam) const {
+    std::set<Prefix> kept{{}};
+    for (size_t l = 0; l < levels_; ++l) {
+      std::vector<std::pair<int64_t, Prefix>> order;
+      for (const auto& [prefix, node] : nodes_)
+        if (prefix.size() == l + 1 && kept.count({prefix.begin(), prefix.end() - 1}))
+          order.emplace_back(-node.votes, prefix);
+      std::sort(order.begin(), order.end());
+      kept.clear();
+      for (size_t i = 0; i < order.size() && i < static_cast<size_t>(beam[l]); ++i) kept.insert(order[i].second);
+    }
+    for (const auto& [prefix, node] : nodes_)
+      if (prefix.size() == levels_) CHECK(node.seats == static_cast<int64_t>(kept.count(prefix)));
+  }
+
  private:
-  using Prefix = std::vector<int32_t>;
   struct Node {
     int64_t votes = 0, leaves = 0, seats = 0;
   };

@@ -11,10 +11,14 @@ constexpr int64_t kMaxSeats = 4096;  // most agents a user
 
 /// Exactly one rule. `budget` M: seats in proportion; at every node the j-th leaf of child c has the key n_c / j, where
 /// n_c are the votes of c; larger key, larger n_c, lower code first (D'Hondt). `fanout` (the paper's): under every kept
-/// node the k_l children with most votes; ties go to the lower code.
+/// node the k_l children with most votes. `beam`: of all children of the kept nodes the k_l with most votes, level by
+/// level; where no node with votes is left out above the leaves, those are the k_L most voted leaves. By both, ties go
+/// to the lower code, for nodes of different parents that of the whole prefix, and no node without votes is kept.
+/// Scratch grows with the largest k_l of a beam: by 80 bytes a worker, on CUDA 48 a block.
 struct VoteParams {
-  int64_t budget = 0;               // 0: by fan-out
-  int64_t fanout[kMaxLevels] = {};  // k_l >= 1 for each level; their product at most kMaxSeats
+  int64_t budget = 0;               // 0: by another rule
+  int64_t fanout[kMaxLevels] = {};  // k_l >= 1 for each level; their product at most kMaxSeats. Zeros: by another rule
+  int64_t beam[kMaxLevels] = {};    // 1 <= k_l <= kMaxSeats for each level. Zeros: by another rule
 };
 
 struct RouteAgents;
@@ -31,7 +35,7 @@ struct Agents {
   operator RouteAgents() const noexcept;  // as `route` takes them; hisac/route.h
 };
 
-/// M of these params: the budget, or the product of the fan-outs.
+/// M of these params: the budget, the product of the fan-outs, or k_L of the beam.
 int64_t seats(const VoteParams& params, int levels) noexcept;
 
 /// Reads codes, x_ids, offsets and weights of the histories. Rows with a code out of range, rows whose id is outside

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The allocation of seats to parents, the nodes above the leaves: from the root down, by fan-out or by D'Hondt's
-// method.
+// The allocation of seats to parents, the nodes above the leaves: from the root down, by D'Hondt's method, by fan-out
+// or by beam. Fan-out and beam keep the most voted of a group of children: of one node's, or of a whole level's.
 //
 // Going down gives the seats of the definition, whose orders go up: the order at a node merges its children's orders.
 // So the first s leaves at a node are, for each child, its first s_c, where the s_c are the D'Hondt seats of the
@@ -24,13 +24,15 @@ class SeatAllocation {
   void carve(Arena& arena, const Codebook& book, const VoteParams& params, int64_t most_parents) noexcept {
     const int64_t m = hisac::seats(params, book.levels());
     body_ = &book.body();
+    beam_ = params.beam[0] != 0;
+    kept_ = beam_ ? params.beam : params.fanout;
     params_ = &params;
     levels_ = book.levels();
     arena.take_into(most_parents, children_, heap_, key_, spare_key_);
-    arena.take_into(m, nodes_, next_);
+    arena.take_into(std::max(m, *std::max_element(params.beam, params.beam + kMaxLevels)), nodes_, next_);
   }
 
-  /// Sets the seats of every parent from its votes and leaves.
+  /// Sets the seats of every parent from its votes and leaves. By beam all kept parents share their seats.
   void allocate(Parent* parents, int64_t n_parents) noexcept {
     Node root{0, n_parents, 0, 0, 0};
     for (int64_t p = 0; p < n_parents; ++p) {
@@ -43,17 +45,22 @@ class SeatAllocation {
     int64_t n = 1;
     for (int l = 0; l + 1 < levels_; ++l) {
       int64_t m = 0;
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < n;) {
         const Node& node = nodes_[i];
-        const int64_t found = children_of(parents, node, l);
+        int64_t found = 0;
+        do {
+          found = children_of(parents, nodes_[i], l, found);
+        } while (++i < n && beam_);
         Node* const out = next_ + m;
-        m += params_->budget ? allocate_children(found, node, out) : most_voted(found, params_->fanout[l], out);
+        m += params_->budget ? allocate_children(found, node, out) : most_voted(found, kept_[l], out);
       }
+      if (beam_)  // their children in the order of codes, which decides ties
+        std::sort(next_, next_ + m, [](const Node& a, const Node& b) { return a.begin < b.begin; });
       std::swap(nodes_, next_);
       n = m;
     }
     for (int64_t i = 0; i < n; ++i)
-      parents[nodes_[i].begin].seats = params_->budget ? nodes_[i].seats : params_->fanout[levels_ - 1];
+      parents[nodes_[i].begin].seats = params_->budget ? nodes_[i].seats : kept_[levels_ - 1];
   }
 
  private:
@@ -69,15 +76,15 @@ class SeatAllocation {
     int64_t child;
   };
 
-  /// Writes the children of a node, which are at `level` above the leaves, to children_; returns how many.
-  int64_t children_of(const Parent* parents, const Node& node, int level) noexcept {
+  /// Writes the children of a node, which are at `level` above the leaves, to children_, behind the `found` of other
+  /// nodes; returns how many there are.
+  int64_t children_of(const Parent* parents, const Node& node, int level, int64_t found) noexcept {
     const uint64_t below = body_->stride[level] / body_->stride[levels_ - 2];  // parents below such a child
     if (below == 1) {
       for (int64_t i = node.begin; i < node.end; ++i)
-        children_[i - node.begin] = {i, i + 1, parents[i].votes, parents[i].leaves, 0};
-      return node.end - node.begin;
+        children_[found++] = {i, i + 1, parents[i].votes, parents[i].leaves, 0};
+      return found;
     }
-    int64_t found = 0;
     for (int64_t i = node.begin; i < node.end;) {
       Node child{i, i, 0, 0, 0};
       const uint64_t first = parents[i].number / below * below;
@@ -178,6 +185,8 @@ class SeatAllocation {
 
   const Codebook::Body* body_ = nullptr;
   const VoteParams* params_ = nullptr;
+  const int64_t* kept_ = nullptr;  // how many children a node or, by beam, a level keeps
+  bool beam_ = false;
   int levels_ = 0;
   Node *nodes_ = nullptr, *next_ = nullptr, *children_ = nullptr;
   Quotient* heap_ = nullptr;

@@ -24,12 +24,12 @@
 namespace hisac::cpu {
 namespace {
 
-// limits of dense counting; fan-out fixes beforehand how many parents have seats, so its limits are wider
+// limits of dense counting; fan-out and beam fix beforehand how many parents have seats, so their limits are wider
 constexpr int64_t kMostParents = 0xffff;  // most parents, and most codes of the last level
 constexpr int64_t kDenseRows = 2048;      // least rows, by budget
 constexpr int64_t kCells = 4;             // most 32-bit counters a row, by budget
-constexpr int64_t kFanoutRows = 512;      // least rows, by fan-out
-constexpr int64_t kFanoutCells = 16;      // most counters a row, by fan-out
+constexpr int64_t kFixedRows = 512;       // least rows, by fan-out or beam
+constexpr int64_t kFixedCells = 16;       // most counters a row, by fan-out or beam
 constexpr int64_t kBlock = 256;           // rows located or gathered at a time
 constexpr int kLanes = 4;                 // histograms of parents, so that equal codes in turn do not wait for a store
 constexpr int64_t kLanesParents = 4096;   // most parents for several histograms
@@ -51,9 +51,9 @@ class Voter {
     int64_t seated = params.budget ? 0 : 1;
     for (int l = 0; l + 1 < levels_; ++l) {
       if (parents_possible_ <= kMostParents) parents_possible_ *= body_.size[l];
-      seated *= params.fanout[l];
+      seated = params.beam[0] ? params.beam[l] : seated * params.fanout[l];
     }
-    fanout_cells_ = std::min(seated, parents_possible_) * last_;
+    fixed_cells_ = std::min(seated, parents_possible_) * last_;
     leaves_bits_ = bits_of(body_.stride[0] * static_cast<uint64_t>(body_.size[0]) - 1);  // 2^64 leaves wrap to 64 bits
     reciprocal_ = leaves_bits_ <= 32 && last_ > 1 ? ~uint64_t{0} / static_cast<uint64_t>(last_) + 1 : 0;
   }
@@ -64,7 +64,7 @@ class Voter {
     const int64_t most_parents = std::min(rows, parents_possible_ > kMostParents ? rows : parents_possible_);
     histogram_ = arena.take<uint64_t>(dense ? (parents_possible_ + 1) * histograms() : 0);
     block_ = arena.take<uint32_t>(dense ? parents_possible_ + 1 : 0);
-    buffer_ = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fanout_cells_ : 0) + (dense ? last_ : 0));
+    buffer_ = arena.take<uint64_t>(std::max(2 * (rows + 1), dense ? fixed_cells_ : 0) + (dense ? last_ : 0));
     row_votes_ = arena.take<uint64_t>(rows);
     spare_row_votes_ = arena.take<uint64_t>(rows);
     arena.take_into(rows + 1, located_, last_code_, owner_);
@@ -112,7 +112,7 @@ class Voter {
   /// Monotone in `rows`, so that what is carved for the longest history suffices for all.
   bool counts_densely(int64_t rows) const noexcept {
     if (parents_possible_ > std::min(kMostParents, rows) || last_ > kMostParents) return false;
-    if (fanout_cells_) return rows >= kFanoutRows && fanout_cells_ <= kFanoutCells * rows;
+    if (fixed_cells_) return rows >= kFixedRows && fixed_cells_ <= kFixedCells * rows;
     return rows >= kDenseRows && last_ <= kCells * rows;
   }
 
@@ -169,18 +169,14 @@ class Voter {
       begin = end;
     }
     allocation_.allocate(parent_, parents_);
-    for (int64_t p = 0; p < parents_; ++p) {
-      const Parent& parent = parent_[p];
-      if (!parent.seats) continue;
-      const Count least = least_votes(parent, votes + parent.begin, parent.leaves);
-      const int64_t before = candidates_;
+    const auto leaves_of = [=](const Parent& parent) { return Cells<Count>{votes + parent.begin, parent.leaves}; };
+    choose<Count>(leaves_of, [=](const Parent& parent, Count least) {
       for (int64_t i = parent.begin; i < parent.begin + parent.leaves; ++i) {
         key[candidates_] = sort_key(votes[i], i);
         all_votes_ |= votes[i];
         candidates_ += votes[i] >= least;
       }
-      seated_ += std::min(parent.seats, candidates_ - before);
-    }
+    });
   }
 
   /// Writes the leaf numbers of those of the rows [begin, end) that vote, and their votes where weighted, in row order
@@ -237,7 +233,7 @@ class Voter {
       parent_[parents_++] = {static_cast<uint64_t>(p), kNotCounted, votes, std::min(votes, last_), 0};
     });
     Count* const cells = reinterpret_cast<Count*>(buffer_);
-    const int64_t capacity = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : fanout_cells_;
+    const int64_t capacity = params_.budget ? kCells * rows * 4 / static_cast<int64_t>(sizeof(Count)) : fixed_cells_;
     int64_t used = 0;
     std::fill(cells + capacity, cells + capacity + last_, Count{0});
     for (int round = 0; parents_; ++round) {
@@ -265,26 +261,22 @@ class Voter {
       for (int64_t p = 0; p < parents_ && params_.budget; ++p) {
         Parent& parent = parent_[p];
         if (!parent.seats) continue;
-        const Count* const cell = cells + parent.begin;
-        if (parent.begin >= before) parent.leaves = count_at_least(cell, last_, Count{1});
+        if (parent.begin >= before) parent.leaves = count_at_least(Cells<Count>{cells + parent.begin, last_}, Count{1});
         settled &= parent.seats <= parent.leaves;
       }
       if (settled) break;
     }
-    for (int64_t p = 0; p < parents_; ++p) {
-      Parent& parent = parent_[p];
-      if (!parent.seats) continue;
+    const auto leaves_of = [=](const Parent& parent) { return Cells<Count>{cells + parent.begin, last_}; };
+    choose<Count>(leaves_of, [=](const Parent& parent, Count least) {
       const Count* const cell = cells + parent.begin;
-      const int64_t before = candidates_;
-      for_each_at_least(cell, last_, least_votes(parent, cell, last_), [&](int64_t code) {
+      for_each_at_least(cell, last_, least, [&](int64_t code) {
         last_code_[candidates_] = static_cast<uint32_t>(code);
-        owner_[candidates_] = static_cast<uint32_t>(p);
+        owner_[candidates_] = static_cast<uint32_t>(&parent - parent_);
         all_votes_ |= cell[code];
         key_[candidates_] = sort_key(cell[code], candidates_);
         ++candidates_;
       });
-      seated_ += std::min(parent.seats, candidates_ - before);
-    }
+    });
     return true;
   }
 
@@ -325,23 +317,60 @@ class Voter {
       if (cell[i] >= least) f(i);
   }
 
+  /// The votes of leaves, zeros among them.
+  template <class Count>
+  struct Cells {
+    const Count* votes;
+    int64_t n;
+  };
+
   /// The sum is a Count, so that lanes are not widened; n is below 2^24.
   template <class Count>
-  static int64_t count_at_least(const Count* cell, int64_t n, Count least) noexcept {
+  static int64_t count_at_least(Cells<Count> leaves, Count least) noexcept {
     Count found = 0;
-    for (int64_t i = 0; i < n; ++i) found += cell[i] >= least;
+    for (int64_t i = 0; i < leaves.n; ++i) found += leaves.votes[i] >= least;
     return found;
   }
 
-  /// A lower bound of the votes that a leaf of this parent, which has seats, needs for a seat. votes [n]: of its
-  /// leaves, zeros among them.
-  template <class Count>
-  static Count least_votes(const Parent& parent, const Count* votes, int64_t n) noexcept {
-    if (parent.seats >= parent.leaves / 2)
+  /// Calls add(parent, least) for each parent with seats, to make candidates of its leaves with so many votes. By beam
+  /// all parents share their seats.
+  template <class Count, class LeavesOf, class Add>
+  void choose(LeavesOf leaves_of, Add add) noexcept {
+    const auto choose_below = [&](const Parent* begin, const Parent* end) {
+      const auto each = [&](auto visit) {
+        for (const Parent* p = begin; p < end; ++p)
+          if (p->seats) visit(*p);
+      };
+      Parent group{};
+      each([&](const Parent& parent) {
+        group.votes += parent.votes;
+        group.leaves += parent.leaves;
+        group.seats = parent.seats;
+      });
+      const Count least = least_votes<Count>(group, [&](Count votes) {
+        int64_t found = 0;
+        each([&](const Parent& parent) { found += count_at_least(leaves_of(parent), votes); });
+        return found;
+      });
+      const int64_t before = candidates_;
+      each([&](const Parent& parent) { add(parent, least); });
+      seated_ += std::min(group.seats, candidates_ - before);
+    };
+    const Parent* const end = parent_ + parents_;
+    if (params_.beam[0]) return choose_below(parent_, end);
+    for (const Parent* p = parent_; p < end; ++p)
+      if (p->seats) choose_below(p, p + 1);
+  }
+
+  /// A lower bound of the votes that a leaf of these parents needs for one of their seats. found(votes): how many of
+  /// their leaves have so many.
+  template <class Count, class Found>
+  static Count least_votes(const Parent& group, Found found) noexcept {
+    if (group.seats >= group.leaves / 2)
       return 1;  // few leaves could be left out; from here on votes >= leaves > 2 seats
     // the seats-th largest number of votes is at most the mean of the `seats` largest
-    Count least = Count{1} << (bits_of(static_cast<uint64_t>(parent.votes / parent.seats)) - 1);
-    while (least > 1 && count_at_least(votes, n, least) < parent.seats) least /= 2;
+    Count least = Count{1} << (bits_of(static_cast<uint64_t>(group.votes / group.seats)) - 1);
+    while (least > 1 && found(least) < group.seats) least /= 2;
     return least;
   }
 
@@ -376,7 +405,7 @@ class Voter {
   int levels_, leaves_bits_;
   int64_t last_;                  // codes of the last level
   int64_t parents_possible_ = 1;  // above kMostParents where there are more
-  int64_t fanout_cells_;          // counters of all parents that can be seated; 0 by budget
+  int64_t fixed_cells_;           // counters of all parents that can be seated; 0 by budget
   uint64_t reciprocal_;           // of last_, for numbers of 32 bits; 0 where it does not apply
   int64_t parents_ = 0, candidates_ = 0, seated_ = 0, all_votes_ = 0;
   uint64_t *key_ = nullptr, *spare_ = nullptr;  // located_, and what it is sorted with

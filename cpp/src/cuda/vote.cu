@@ -99,7 +99,7 @@ vote_in_cells(SIMT_CONSTANT VoteTask t) {
 /// Offsets for a vote by fan-out in cells; false where the vote is not by fan-out, or its counters are too many for two
 /// blocks a processor.
 bool lay_out_cells(VoteTask& t, const simt::Machine& machine, int64_t sum) {
-  if (t.budget) return false;
+  if (t.budget || t.beam) return false;
   const int64_t available = static_cast<int64_t>(machine.shared) / 2 - 1024;
   int64_t padded_seats = 1, kept = 1, cells = 0;
   while (padded_seats < t.seats) padded_seats *= 2;
@@ -107,7 +107,7 @@ bool lay_out_cells(VoteTask& t, const simt::Machine& machine, int64_t sum) {
     t.cells_before[l] = static_cast<int>(cells);
     cells += kept * t.size[l];
     if (cells * sum > available) return false;
-    kept *= t.fanout[l];
+    kept *= t.kept[l];
   }
   t.offset.sums = static_cast<int>(kFixed);
   t.offset.nodes = t.offset.sums + 16;
@@ -128,8 +128,8 @@ void lay_out(VoteTask& t, const simt::Machine& machine) {
   SharedLayout shared(kFixed);
   int64_t padded_seats = 1;
   while (padded_seats < t.seats) padded_seats *= 2;
-  const int64_t few = t.seats > kMostShared ? 0 : t.seats;
-  t.offset.sums = shared.take(t.seats * 4);
+  const int64_t few = t.nodes > kMostShared ? 0 : t.nodes;
+  t.offset.sums = shared.take(t.nodes * 4);
   t.offset.nodes = shared.take(few * int64_t{sizeof(Node)});
   t.offset.searches = shared.take(few * int64_t{sizeof(Search)});
   t.offset.area = shared.take(
@@ -149,13 +149,15 @@ VoteTask describe(const Codebook& book, const VoteParams& params) {
   VoteTask t;
   t.levels = book.levels();
   t.budget = params.budget != 0;
+  t.beam = params.beam[0] != 0;
   t.seats = static_cast<int>(hisac::seats(params, t.levels));
+  t.nodes = std::max(t.seats, static_cast<int>(*std::max_element(params.beam, params.beam + t.levels)));
   while (int64_t{1} << t.shift < int64_t{t.seats} * (t.seats - 1)) ++t.shift;
   uint64_t stride = 1;
   for (int l = t.levels - 1; l >= 0; --l) {
     t.size[l] = static_cast<uint32_t>(book.size(l));
     t.stride[l] = stride;
-    t.fanout[l] = static_cast<uint32_t>(params.fanout[l]);
+    t.kept[l] = static_cast<uint32_t>((t.beam ? params.beam : params.fanout)[l]);
     stride *= t.size[l];  // 2^64 becomes 0
   }
   t.bits = bits_of(stride - 1);

@@ -37,7 +37,7 @@ class FanoutVote {
         for (int i = begin + simt::lane(); i < end; i += 32) all += cell[i];
         for (int m = 16; m; m /= 2) all += simt::shuffle_xor(all, m);
         pick(
-            begin, end, t.fanout[level], all, [&](int i) { return cell[i]; },
+            begin, end, t.kept[level], all, [&](int i) { return cell[i]; },
             [&](int i, bool taken) {
               if (last)
                 append(agent_keys, &cursor, taken, taken ? cell[i] : 0, i);

@@ -49,8 +49,8 @@ struct Slice {
   void* before = nullptr;                               // [rows + 1]
   uint16_t* mark = nullptr;                             // [rows]
   Child* child = nullptr;                               // [rows]
-  Node* node = nullptr;                                 // [M]
-  Search* search = nullptr;                             // [M]
+  Node* node = nullptr;                                 // [nodes]
+  Search* search = nullptr;                             // [nodes]
 };
 
 struct VoteTask : ClampedSpans {
@@ -61,9 +61,10 @@ struct VoteTask : ClampedSpans {
   int levels = 0, bits = 0;          // of a leaf's number
   uint32_t size[kMaxLevels] = {};    // C_l
   uint64_t stride[kMaxLevels] = {};  // leaves below a node of the level
-  uint32_t fanout[kMaxLevels] = {};
-  bool budget = false;
+  uint32_t kept[kMaxLevels] = {};    // children of a node that fan-out keeps, of a level that beam keeps
+  bool budget = false, beam = false;
   int seats = 0;  // M
+  int nodes = 0;  // most of a level above the leaves, and at least M
   int shift = 0;  // keys (n << shift) / j: j <= M, so 2^shift >= M (M - 1) tells any two fractions apart
   int pairs = 0;  // 64-bit words of the leaves' bitmap and one more; 0: leaves are sorted
   int blocks = 0, threads = 0;
@@ -99,8 +100,8 @@ struct VoteTask : ClampedSpans {
     take(s->before, (leaves + 1) * 8);
     take(s->mark, leaves * 2);
     take(s->child, leaves * int64_t{sizeof(Child)});
-    take(s->node, seats > kMostShared ? seats * int64_t{sizeof(Node)} : 0);
-    take(s->search, seats > kMostShared ? seats * int64_t{sizeof(Search)} : 0);
+    take(s->node, nodes > kMostShared ? nodes * int64_t{sizeof(Node)} : 0);
+    take(s->search, nodes > kMostShared ? nodes * int64_t{sizeof(Search)} : 0);
     return used;
   }
   SIMT_BOTH int64_t slice_bytes(int64_t capacity) const {

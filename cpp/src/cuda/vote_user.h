@@ -5,7 +5,7 @@
 //   level l   nodes and marks -> children, the seats of each; the children with seats are the nodes of level l + 1
 //   write     children of the last level -> agent_keys, sorted -> results
 //
-//   shared memory  sums [M], and for up to 256 seats nodes and searches [M]; one area that holds first the bitmap of
+//   shared memory  sums [M], and for up to 256 nodes these and their searches; one area that holds first the bitmap of
 //                  the leaves or the sort's counters, in the end agent_keys; for a small user before and mark.
 //   slice          of the workspace: number, children, and whatever of these does not fit in shared memory; the keys to
 //                  be sorted [rows].
@@ -16,10 +16,11 @@
 //   bitmap  trees of at most 2^18 leaves: a bitmap of the leaves and its prefix sums give a row its place, where it is
 //           counted. The rows are read twice.
 //   sorted  all others: leaf numbers, radix-sorted.
-// Then from the root down, all nodes of a level at once, as cpu/seats.h does it. Both rules, and leaves as well as
+// Then from the root down, all nodes of a level at once, as cpu/seats.h does it. All rules, and leaves as well as
 // inner nodes, are one choice: the largest of the keys (n << shift) / j, j = 1 .. cap, then larger n, then lower
-// codes; for fan-outs and leaves the cap is 1, and the key n does. A search by halves finds the least key of the seats;
-// where several children have it, a second one, by n, decides among them, then a count in the order of codes.
+// codes; but by budget above the leaves the cap is 1, and the key n does. A search by halves finds the least key of the
+// seats; where several children have it, a second one, by n, decides among them, then a count in the order of codes. By
+// beam the children of a level are chosen from as if they were of one node.
 #pragma once
 #include "cuda/vote_task.h"
 
@@ -47,6 +48,7 @@ class UserVote {
     simt::sync();
     for (int level = 0; level < t.levels && !by_warps(level); ++level) {
       list_children(level);
+      if (t.beam) unite(level);
       choose(t.budget && level + 1 < t.levels);
       if (level + 1 < t.levels) descend(level + 1);
     }
@@ -60,8 +62,8 @@ class UserVote {
   SIMT_DEVICE Sum* before() const { return kShared ? shared<Sum>(t.offset.before) : static_cast<Sum*>(s.before); }
   SIMT_DEVICE uint16_t* mark() const { return kShared ? shared<uint16_t>(t.offset.mark) : s.mark; }
   SIMT_DEVICE uint32_t* sums() const { return shared<uint32_t>(t.offset.sums); }
-  SIMT_DEVICE Node* node() const { return t.seats > kMostShared ? s.node : shared<Node>(t.offset.nodes); }
-  SIMT_DEVICE Search* search() const { return t.seats > kMostShared ? s.search : shared<Search>(t.offset.searches); }
+  SIMT_DEVICE Node* node() const { return t.nodes > kMostShared ? s.node : shared<Node>(t.offset.nodes); }
+  SIMT_DEVICE Search* search() const { return t.nodes > kMostShared ? s.search : shared<Search>(t.offset.searches); }
 
   template <class F>
   SIMT_DEVICE static void each(int count, F f) {
@@ -69,7 +71,7 @@ class UserVote {
   }
   SIMT_DEVICE uint32_t seats_of(int level, uint32_t seats) const {
     const uint32_t most = static_cast<uint32_t>(t.seats);
-    return !t.budget ? t.fanout[level] : seats < most ? seats : most;
+    return !t.budget ? t.kept[level] : seats < most ? seats : most;
   }
 
   // ---- counting
@@ -189,6 +191,14 @@ class UserVote {
       c.end = j + 1 < children && s.child[j + 1].node == c.node ? s.child[j + 1].begin : node()[c.node].end;
       if (j == 0 || s.child[j - 1].node != c.node) node()[c.node].first = static_cast<uint32_t>(j);
     });
+  }
+
+  /// By beam the children of all nodes are those of one.
+  SIMT_DEVICE void unite(int level) {
+    SIMT_UNLESS_PLANTED(64, simt::sync());
+    each(children, [&](int j) { s.child[j].node = 0; });
+    nodes = nodes > 0;
+    if (simt::thread() == 0) node()[0] = {0, static_cast<uint32_t>(n), seats_of(level, 0), 0};
   }
 
   SIMT_DEVICE Sum votes(uint32_t begin, uint32_t end) const { return before()[end] - before()[begin]; }
@@ -327,7 +337,9 @@ class UserVote {
   }
 
   /// Leaves of many nodes: each node's by one warp, with no barrier between its steps.
-  SIMT_DEVICE bool by_warps(int level) const { return level + 1 == t.levels && nodes >= simt::threads() / 32; }
+  SIMT_DEVICE bool by_warps(int level) const {
+    return !t.beam && level + 1 == t.levels && nodes >= simt::threads() / 32;
+  }
 
   // ---- results
 

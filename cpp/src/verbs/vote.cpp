@@ -20,34 +20,36 @@ Status check_fingerprint(const char* verb, const Codebook& book, const Agents& a
 }  // namespace
 
 Status check_rule(const Codebook& book, const VoteParams& params) noexcept {
-  bool fanout = false;
-  for (int64_t k : params.fanout) fanout |= k != 0;
-  if ((params.budget != 0) == fanout)
-    return Status::error(Code::invalid_argument, "vote: expected either budget or fanout, got %s",
-                         fanout ? "both" : "neither");
-  if (fanout) {
-    int64_t product = 1;
-    for (int l = 0; l < kMaxLevels; ++l) {
-      const int64_t k = params.fanout[l];
-      if ((l < book.levels()) != (k != 0) || k < 0)
-        return Status::error(Code::invalid_argument, "vote: fanout expected one number >= 1 for each of %d levels",
-                             book.levels());
-      if (l < book.levels()) product = k > kMaxSeats ? kMaxSeats + 1 : std::min(product * k, kMaxSeats + 1);
-    }
-    if (product > kMaxSeats)
-      return Status::error(Code::invalid_argument, "vote: fanout expected a product of at most %" PRId64 ", got more",
-                           kMaxSeats);
-  } else if (params.budget < 1 || params.budget > kMaxSeats) {
+  const auto given = [](const int64_t* k) { return std::any_of(k, k + kMaxLevels, [](int64_t n) { return n != 0; }); };
+  const bool fanout = given(params.fanout), beam = given(params.beam);
+  if (const int rules = (params.budget != 0) + fanout + beam; rules != 1)
+    return Status::error(Code::invalid_argument, "vote: expected exactly one of budget, fanout and beam, got %d",
+                         rules);
+  if (params.budget) {
+    if (params.budget >= 1 && params.budget <= kMaxSeats) return {};
     return Status::error(Code::invalid_argument, "vote: budget expected 1 to %" PRId64 ", got %" PRId64, kMaxSeats,
                          params.budget);
   }
-  return {};
+  const int64_t* const k = beam ? params.beam : params.fanout;
+  int64_t product = 1;
+  for (int l = 0; l < kMaxLevels; ++l) {
+    if ((l < book.levels()) != (k[l] != 0) || k[l] < 0 || (beam && k[l] > kMaxSeats))
+      return Status::error(Code::invalid_argument, "vote: %s for each of %d levels",
+                           beam ? "beam expected one number of 1 to 4096" : "fanout expected one number >= 1",
+                           book.levels());
+    if (k[l]) product = k[l] > kMaxSeats ? kMaxSeats + 1 : std::min(product * k[l], kMaxSeats + 1);
+  }
+  if (product <= kMaxSeats || beam) return {};
+  return Status::error(Code::invalid_argument, "vote: fanout expected a product of at most %" PRId64 ", got more",
+                       kMaxSeats);
 }
 
 int64_t seats(const VoteParams& params, int levels) noexcept {
+  if (params.budget) return params.budget;
+  if (params.beam[0]) return params.beam[levels - 1];
   int64_t product = 1;
-  for (int l = 0; l < levels && !params.budget; ++l) product *= params.fanout[l];
-  return params.budget ? params.budget : product;
+  for (int l = 0; l < levels; ++l) product *= params.fanout[l];
+  return product;
 }
 
 size_t vote_workspace(const Context& context, const Codebook& book, const VoteParams& params,

@@ -94,6 +94,7 @@ def make_parser() -> Parser:
     rule = p.add_mutually_exclusive_group(required=True)
     rule.add_argument("--budget", type=whole, metavar="M", help="M tokens a user, seats in proportion to votes")
     rule.add_argument("--fanout", type=numbers, metavar="K,K", help="children kept a node and level (the paper's rule)")
+    rule.add_argument("--beam", type=numbers, metavar="K,K", help="most voted nodes kept a level; the last is M")
     p.add_argument("--temperature", type=float, metavar="TAU", help="softness of routing (default: the codebook's)")
     p.add_argument("--normalize", choices=("history", "agents"), default="agents", help="default: agents")
     p.add_argument("-o", "--out", required=True, metavar="TOKENS", help="tokens to write, .npz or .safetensors")

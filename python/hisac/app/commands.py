@@ -190,7 +190,7 @@ def encode(path: str, spec: str, out: str, *, scale: str | None) -> None:
 def compress(
     path: str, spec: str, out: str, *, scale: str | None, v: str | None, codes: str | None, unchecked_codes: bool,
     item: str | None, x_item: str | None, v_item: str | None, user: str | None, offsets: str | None,
-    budget: int | None, fanout: tuple[int, ...] | None, temperature: float | None, normalize: hisac.types.Normalize,
+    temperature: float | None, normalize: hisac.types.Normalize, **rule: Any,
 ) -> None:  # fmt: skip
     """Tables of events and of items, the commonest case. A row of events is a behaviour; a user's rows stand together:
 
@@ -243,7 +243,7 @@ def compress(
 
     def results(batch: hisac.Histories) -> dict[str, Array]:
         """What is written of some histories."""
-        made = hisac.compress(book, batch, budget=budget, fanout=fanout, temperature=temperature, normalize=normalize)
+        made = hisac.compress(book, batch, temperature=temperature, normalize=normalize, **rule)
         votes = {"codes": made.agents.codes, "votes": made.agents.votes, "count": made.agents.count}
         return {"tokens": made.tokens, "lse": made.lse, **votes}
 

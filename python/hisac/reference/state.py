@@ -19,11 +19,11 @@ class UserState:
     """
 
     def __init__(
-        self, book: Any, *, budget: int | None = None, fanout: Any = None, revote: str = "pinned", model_tag: int = 0,
-        **route_options: Any,
+        self, book: Any, *, budget: int | None = None, fanout: Any = None, beam: Any = None, revote: str = "pinned",
+        model_tag: int = 0, **route_options: Any,
     ) -> None:  # fmt: skip
         self.book, self.revote, self.model_tag, self.options = book, revote, model_tag, route_options
-        self.rule: dict[str, Any] = {"budget": budget, "fanout": fanout}
+        self.rule: dict[str, Any] = {"budget": budget, "fanout": fanout, "beam": beam}
         self.rows: Any = None
         self.agents: Any = None
 

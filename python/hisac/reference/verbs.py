@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of `vote`, `leaf_sums`, `missing`, `route`, `attend` and their gradients."""
+"""The definition of `vote`, by the rules of votes.py, `leaf_sums`, `missing`, `route`, `attend` and their gradients."""
 
 import math
 from collections.abc import Iterator
@@ -20,16 +20,10 @@ from ..types import (
     Tokens,
 )
 from .codebook import encode, valid_codes
+from .votes import by_beam, by_budget, by_fanout, leaf_votes, row_votes
 
 MAX_SEATS = 4096  # most agents a user
-MAX_VOTERS = 2**24 - 1  # a user's later rows do not vote
 ABSENT_NORM = 2.0**100  # a row whose |x|^2 is not below is absent
-VOTE_BITS = 40  # the votes of a user are below 2^VOTE_BITS together
-WEIGHT_BITS = 24  # the votes of its largest float weight are at most 2^WEIGHT_BITS
-MAX_WEIGHT = 2**40 - 1  # votes of a row, as int64
-
-Node = tuple[int, ...]  # a code prefix; a whole code is a leaf
-Votes = dict[Node, int]
 
 
 def ranges(offsets: Any) -> list[slice]:
@@ -38,86 +32,28 @@ def ranges(offsets: Any) -> list[slice]:
     return [slice(int(s), int(e)) for s, e in zip(starts, ends, strict=True)]
 
 
-def row_votes(book: Any, codes: Array, weights: Array = None) -> Array:
-    """codes [n, L] of one user -> int64 [n], the votes of each row; 0 for one that does not vote: its code is invalid,
-    its weight is NaN or not above 0, or it is past the first 2^24 - 1 rows. Of the n rows that vote, row i has
-
-        no weights:       1
-        weights int64:    min(w_i, 2^40 - 1) >> s, with the least s for which sum_i min(w_i, 2^40 - 1) < 2^(40 + s)
-        weights float32:  rint(2^k w_i / max w), k = min(24, 40 - bits of n); infinity is the largest float32
-    """
-    here = valid_codes(book, codes) & (np.arange(len(codes)) < MAX_VOTERS)
-    votes = here.astype(np.int64)
-    if weights is None:
-        return votes
-    if weights.dtype == np.int64:
-        of_rows = np.clip(weights[here], 0, MAX_WEIGHT)
-        votes[here] = of_rows >> max(int(of_rows.sum(dtype=np.uint64)).bit_length() - VOTE_BITS, 0)
-        return votes
-    largest = float(np.finfo(np.float32).max)
-    w = np.clip(np.nan_to_num(weights[here].astype(np.float32), nan=0.0, posinf=largest, neginf=0.0), 0, largest)
-    bits = min(WEIGHT_BITS, VOTE_BITS - int(np.count_nonzero(w)).bit_length())
-    if w.any():
-        w = w / w.max() * np.float32(2**bits)
-    votes[here] = np.rint(w)
-    return votes
-
-
-def leaf_votes(book: Any, codes: Array, weights: Array = None) -> Votes:
-    """codes [n, L] of one user -> {leaf: votes}, for each leaf with a vote."""
-    votes: Votes = {}
-    for row, n in zip(np.asarray(codes).tolist(), row_votes(book, np.asarray(codes), weights).tolist(), strict=True):
-        if n:
-            votes[tuple(row)] = votes.get(tuple(row), 0) + n
-    return votes
-
-
-def children(votes: Votes, prefix: Node) -> Votes:
-    """{child prefix: votes of all leaves below it} of the node `prefix`."""
-    found: Votes = {}
-    for leaf, n in votes.items():
-        if leaf[: len(prefix)] == prefix:
-            child = leaf[: len(prefix) + 1]
-            found[child] = found.get(child, 0) + n
-    return found
-
-
-def by_fanout(votes: Votes, fanout: tuple[int, ...], prefix: Node = ()) -> list[Node]:
-    """The paper's rule: under every kept node keep the k_l children with most votes; ties go to the lower code."""
-    if len(prefix) == len(fanout):
-        return [prefix]
-    kept = sorted(children(votes, prefix).items(), key=lambda item: (-item[1], item[0]))[: fanout[len(prefix)]]
-    return [leaf for child, _ in kept for leaf in by_fanout(votes, fanout, child)]
-
-
-def by_budget(votes: Votes, budget: int, levels: int, prefix: Node = ()) -> list[Node]:
-    """Seats in proportion (D'Hondt at every node): a node merges its children's orders; the j-th leaf of child c has
-    the key n_c / j; larger key, then larger n_c, then lower code first. (n_c << 24) // j decides like the fraction."""
-    if len(prefix) == levels:
-        return [prefix]
-    ranked = []
-    for child, n in children(votes, prefix).items():
-        for j, leaf in enumerate(by_budget(votes, budget, levels, child), 1):
-            ranked.append((-((n << 24) // j), -n, child, j, leaf))
-    return [leaf for *_, leaf in sorted(ranked)[:budget]]
-
-
-def vote(book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None) -> Agents:
-    """The interest-agents of each user: the leaves kept by `budget` (ours) or `fanout` (the paper's rule).
+def vote(book: Any, histories: Histories, *, budget: Any = None, fanout: Any = None, beam: Any = None) -> Agents:
+    """The interest-agents of each user: the leaves kept by one rule, `budget`, `fanout` (the paper's) or `beam`.
 
     Reads codes [T, L] (with x_ids, a table), offsets, and weights [T] or None of the histories -> Agents of M = budget,
-    or the product of the fan-outs, with prototypes. Sorted by votes down, then code up. Blind to the order of rows.
+    the product of the fan-outs, or the last number of the beam, with prototypes. Sorted by votes down, then code up.
+    Blind to the order of rows.
     """
     codes, weights = gather(histories).codes, histories.weights
     levels = len(book.centers)
-    seats = int(budget or 0) if fanout is None else math.prod(fanout)
+    seats = beam[-1] if beam is not None else math.prod(fanout) if fanout is not None else int(budget)
     users = ranges(histories.offsets)
     out = np.full((len(users), seats, levels), -1, np.int32)
     count_votes = np.zeros((len(users), seats), np.int64)
     count = np.zeros(len(users), np.int32)
     for b, rows in enumerate(users):
         votes = leaf_votes(book, codes[rows], None if weights is None else weights[rows])
-        kept = by_budget(votes, seats, levels) if fanout is None else by_fanout(votes, fanout)
+        if beam is not None:
+            kept = by_beam(votes, beam)
+        elif fanout is not None:
+            kept = by_fanout(votes, fanout)
+        else:
+            kept = by_budget(votes, seats, levels)
         kept.sort(key=lambda leaf: (-votes[leaf], leaf))
         count[b] = len(kept)
         if kept:
@@ -414,9 +350,9 @@ _VERBS = compose.Verbs(
 
 
 def compress(
-    book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, agents: Agents | None = None,
-    temperature: Any = None, normalize: str = "agents", method: str = "exact", refine: int = 0, missing: str = "drop",
-    precision: str = "float32",
+    book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, beam: Any = None,
+    agents: Agents | None = None, temperature: Any = None, normalize: str = "agents", method: str = "exact",
+    refine: int = 0, missing: str = "drop", precision: str = "float32",
 ) -> Compressed:  # fmt: skip
     """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.
 
@@ -424,7 +360,7 @@ def compress(
     mass. missing="token": one more token, the mean v and log count of the behaviours that are `missing`.
     """
     return compose.compress(
-        _VERBS, book, histories, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
+        _VERBS, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
     )  # fmt: skip
 

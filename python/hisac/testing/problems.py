@@ -194,6 +194,7 @@ class Problem(_Shown):
     missing: str
     budget: int | None
     fanout: tuple[int, ...] | None
+    beam: tuple[int, ...] | None
     dtype: str
     seed: int
 
@@ -209,7 +210,8 @@ class Problem(_Shown):
 
     def vote_args(self) -> dict[str, Any]:
         """The arguments of `vote`."""
-        return {"book": self.book, "histories": self.histories, "budget": self.budget, "fanout": self.fanout}
+        names = "book", "histories", "budget", "fanout", "beam"
+        return {name: getattr(self, name) for name in names}
 
     def route_args(self) -> dict[str, Any]:
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
@@ -219,9 +221,9 @@ class Problem(_Shown):
 
     def compress_args(self) -> dict[str, Any]:
         """The arguments of `compress`, in NumPy."""
-        names = ("book", "histories", "budget", "fanout", "normalize", "method", "refine", "missing", "precision")
+        names = "normalize", "method", "refine", "missing", "precision"
         tau = self.temperature if np.size(self.temperature) == 1 else self.temperature[:1]  # M is that of `vote`
-        return {name: getattr(self, name) for name in names} | {"temperature": tau}
+        return self.vote_args() | {name: getattr(self, name) for name in names} | {"temperature": tau}
 
     def leaf_args(self) -> dict[str, Any]:
         """The arguments of `leaf_sums`, in NumPy."""
@@ -319,7 +321,8 @@ def problems(
             x = np.clip(np.nan_to_num(x.astype(np.float64)) / x_scale[:, None][: len(x)], -128, 127).astype(np.int8)
             x_scale = sprinkle(rng, x_scale.astype(np.float32), share)
             x_scale = x_scale[:1] if draw(st.booleans()) else x_scale
-    fanout = draw(st.lists(st.integers(1, 3), min_size=book.levels, max_size=book.levels).map(tuple) | st.none())
+    rule, most = draw(st.sampled_from([("budget", max_agents), ("fanout", 3), ("beam", max_agents)]))
+    numbers = tuple(draw(st.integers(1, most)) for _ in range(book.levels))
     prototypes = sprinkle(rng, prototypes, share)
     bias = None if bias is None else sprinkle(rng, bias, share)
     return Problem(
@@ -335,8 +338,9 @@ def problems(
         method=draw(st.sampled_from(["exact", "leaf"])),
         refine=draw(st.integers(0, 2)),
         missing=draw(st.sampled_from(["drop", "token"])),
-        budget=draw(st.integers(1, max_agents)) if fanout is None else None,
-        fanout=fanout,
+        budget=numbers[0] if rule == "budget" else None,
+        fanout=numbers if rule == "fanout" else None,
+        beam=numbers if rule == "beam" else None,
         dtype=dtype,
         seed=seed,
     )

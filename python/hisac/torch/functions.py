@@ -139,8 +139,9 @@ def encode(book: Codebook, x: Tensor) -> Tensor:
 
 
 def vote(
-    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None
-) -> Agents:
+    book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
+    beam: Sequence[int] | None = None,
+) -> Agents:  # fmt: skip
     """The interest-agents of each user as `hisac.vote`, without gradient.
 
     Reads codes [T, L] int32 (a table, with x_ids), offsets (or None for a jagged tensor) and weights [T] of the
@@ -155,8 +156,8 @@ def vote(
         raise TypeError("vote: codes expected in the histories, got None")
     name = register(book)
     seats = 0 if budget is None else whole("vote", "budget", budget, 1, MAX_SEATS)
-    children = [whole("vote", "fanout", k) for k in fanout or ()]
-    found = torch.ops.hisac.vote(name, *_fields(h), seats, children)
+    numbers = [[whole("vote", rule, k) for k in of or ()] for rule, of in (("fanout", fanout), ("beam", beam))]
+    found = torch.ops.hisac.vote(name, *_fields(h), seats, *numbers)
     return Agents(found[0], found[1], found[2], name % 2**64, found[3])
 
 
@@ -255,9 +256,9 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
 
 def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
-    agents: Agents | None = None, temperature: float | Tensor | None = None, normalize: Normalize = "agents",
-    method: Method = "exact", refine: int = 0, missing: Missing = "drop", precision: Precision = "float32",
-    sparse_grad: bool = False,
+    beam: Sequence[int] | None = None, agents: Agents | None = None, temperature: float | Tensor | None = None,
+    normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
+    precision: Precision = "float32", sparse_grad: bool = False,
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call as `hisac.compress`, with the gradients of its verbs: `vote` without, `route`
     with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature.
@@ -273,7 +274,7 @@ def compress(
         leaf_sums=partial(leaf_sums, sparse_grad=sparse_grad),
     )
     return compose.compress(
-        verbs, book, h, agents=agents, budget=budget, fanout=fanout, temperature=temperature,
+        verbs, book, h, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
     )  # fmt: skip
 

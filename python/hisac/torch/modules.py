@@ -31,7 +31,7 @@ class Compressor(nn.Module):
 
     Args:
         book: the codebook
-        budget, fanout: the rule of `hisac.vote`, one of them
+        budget, fanout, beam: the rule of `hisac.vote`, one of them
         temperature: the first tau; None: the default of the codebook
         learn_temperature: whether log tau is a parameter. Give it no weight decay
         normalize, precision: as in `hisac.route`
@@ -50,12 +50,12 @@ class Compressor(nn.Module):
 
     def __init__(
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
-        temperature: float | None = None, learn_temperature: bool = True, normalize: Normalize = "agents",
-        method: Method = "exact", refine: int = 0, missing: Missing = "drop", precision: Precision = "float32",
-        sparse_grad: bool = False,
+        beam: Sequence[int] | None = None, temperature: float | None = None, learn_temperature: bool = True,
+        normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
+        precision: Precision = "float32", sparse_grad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.book, self.budget, self.fanout = book, budget, fanout
+        self.book, self.budget, self.fanout, self.beam = book, budget, fanout, beam
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
         self.precision, self.sparse_grad = precision, sparse_grad
         self.log_tau = nn.Parameter(
@@ -67,9 +67,9 @@ class Compressor(nn.Module):
     def forward(self, histories: Histories) -> Compressed:
         """Histories -> Compressed, as `compress`."""
         return compress(
-            self.book, histories, budget=self.budget, fanout=self.fanout, temperature=self.log_tau.float().exp(),
-            normalize=self.normalize, method=self.method, refine=self.refine, missing=self.missing,
-            precision=self.precision, sparse_grad=self.sparse_grad,
+            self.book, histories, budget=self.budget, fanout=self.fanout, beam=self.beam,
+            temperature=self.log_tau.float().exp(), normalize=self.normalize, method=self.method, refine=self.refine,
+            missing=self.missing, precision=self.precision, sparse_grad=self.sparse_grad,
         )  # fmt: skip
 
     def get_extra_state(self) -> Tensor:
@@ -90,7 +90,7 @@ class Compressor(nn.Module):
         register(self.book)
 
     def extra_repr(self) -> str:
-        names = "budget", "fanout", "normalize", "method", "refine", "missing", "precision"
+        names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "precision"
         return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 

@@ -38,18 +38,20 @@ def _encode(fingerprint: int, x: Tensor) -> Iterator[Tensor]:
     core.encode(book._core, x.contiguous(), codes)
 
 
-@operator(f"vote(int fingerprint, {_BATCH_SCHEMA}, int budget, int[] fanout) -> (Tensor, Tensor, Tensor, Tensor)")
+@operator(
+    f"vote(int fingerprint, {_BATCH_SCHEMA}, int budget, int[] fanout, int[] beam) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _vote(fingerprint: int, *inputs: Any) -> Any:
-    *batch, budget, fanout = inputs
-    fanout = tuple(fanout or ())  # AOTInductor passes an empty list as None
+    *batch, budget, fanout, beam = inputs
+    fanout, beam = tuple(fanout or ()), tuple(beam or ())  # AOTInductor passes an empty list as None
     starts, codes = batch[_BATCH.index("starts")], batch[_BATCH.index("codes")]
-    book, seats = book_of(fingerprint), math.prod(fanout) if fanout else budget
+    book, seats = book_of(fingerprint), beam[-1] if beam else math.prod(fanout) if fanout else budget
     size = starts.shape[0], min(max(seats, 0), MAX_SEATS)  # the core refuses what is outside
     agents = codes.new_empty((*size, book.levels), dtype=torch.int32)
     votes, count = codes.new_empty(size, dtype=torch.int64), codes.new_empty(size[:1], dtype=torch.int32)
     results = agents, votes, count, codes.new_empty((*size, book.width), dtype=torch.float32)
     yield results
-    core.vote(book._core, _histories(batch, ("x", "v")), budget, fanout, *results)
+    core.vote(book._core, _histories(batch, ("x", "v")), budget, fanout, beam, *results)
 
 
 @operator("prototypes(int fingerprint, Tensor codes) -> Tensor")

@@ -71,7 +71,7 @@ def test_encode_is_the_verb(book, capsys):
     np.testing.assert_array_equal(np.load("codes.npy"), book.encode(x))
 
 
-@pytest.mark.parametrize("rule", [("--budget", "6"), ("--fanout", "3,2")])
+@pytest.mark.parametrize("rule", [("--budget", "6"), ("--fanout", "3,2"), ("--beam", "3,6")])
 @pytest.mark.parametrize("normalize", ["history", "agents"])
 def test_compress_is_the_definition(book, capsys, rule, normalize):
     command = (
@@ -88,7 +88,7 @@ def test_compress_is_the_definition(book, capsys, rule, normalize):
     out = done(capsys, *command, "--offsets", "offsets.npy", "-o", "tokens.npz")
     assert out.startswith("tokens.npz: tokens [5, 6, 4] float32 of 90 behaviours; agents a user: ")
     x, offsets = np.load("events.npy"), np.load("offsets.npy")
-    options = {"budget": 6} if rule[0] == "--budget" else {"fanout": (3, 2)}
+    options = {"--budget": {"budget": 6}, "--fanout": {"fanout": (3, 2)}, "--beam": {"beam": (3, 6)}}[rule[0]]
     histories = hisac.Histories(x, x, offsets, book.encode(x))
     agents = reference.vote(reference.Codebook(book.centers), histories, **options)
     p = reference.Codebook(book.centers).prototypes(agents)
@@ -332,6 +332,7 @@ def test_inspect_needs_a_row(book, capsys):
         (("--budget", "5000"), "vote: budget expected 1 to 4096, got 5000"),
         (("--fanout", "2"), "vote: fanout expected one number >= 1 for each of 2 levels, got (2,)"),
         (("--fanout", "0,2"), "vote: fanout expected one number >= 1 for each of 2 levels, got (0, 2)"),
+        (("--beam", "2"), "vote: beam expected one number of 1 to 4096 for each of 2 levels, got (2,)"),
     ],
 )
 def test_a_bad_option_is_refused_before_any_work(book, capsys, monkeypatch, options, text):

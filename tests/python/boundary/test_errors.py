@@ -165,32 +165,35 @@ def test_histories(offsets, kind, text):
 @pytest.mark.parametrize(
     ("change", "kind", "text"),
     [
-        ({"budget": None}, ValueError, "expected either budget or fanout, got neither"),
-        ({"fanout": (2, 2)}, ValueError, "expected either budget or fanout, got both"),
+        ({"budget": None}, ValueError, "expected exactly one of budget, fanout and beam, got 0"),
+        ({"fanout": (2, 2)}, ValueError, "expected exactly one of budget, fanout and beam, got 2"),
         ({"budget": 0}, ValueError, "budget expected 1 to 4096, got 0"),
         ({"budget": -3}, ValueError, "budget expected 1 to 4096, got -3"),
         ({"budget": 4097}, ValueError, "budget expected 1 to 4096, got 4097"),
         ({"budget": 2**70}, ValueError, f"budget expected 1 to 4096, got {2**70}"),
         ({"budget": 2.7}, TypeError, "budget expected a whole number, got 2.7"),
-        (
-            {"budget": None, "fanout": (2,)},
-            ValueError,
-            "fanout expected one number >= 1 for each of 2 levels, got (2,)",
+        *(
+            (
+                {"budget": None, "fanout": fanout},
+                ValueError,
+                f"fanout expected one number >= 1 for each of 2 levels, got {fanout}",
+            )
+            for fanout in ((), (2,), (2, 0), (-2, -2))
         ),
-        (
-            {"budget": None, "fanout": (2, 0)},
-            ValueError,
-            "fanout expected one number >= 1 for each of 2 levels, got (2, 0)",
-        ),
-        (
-            {"budget": None, "fanout": (-2, -2)},
-            ValueError,
-            "fanout expected one number >= 1 for each of 2 levels, got (-2, -2)",
-        ),
-        ({"budget": None, "fanout": ()}, ValueError, "fanout expected one number >= 1 for each of 2 levels, got ()"),
         ({"budget": None, "fanout": (65, 64)}, ValueError, "fanout expected a product of 1 to 4096, got 4160"),
         ({"budget": None, "fanout": (2**40,) * 2}, ValueError, f"fanout expected a product of 1 to 4096, got {2**80}"),
         ({"budget": None, "fanout": (2, 2.5)}, TypeError, "fanout expected a whole number, got 2.5"),
+        ({"beam": (2, 2)}, ValueError, "expected exactly one of budget, fanout and beam, got 2"),
+        ({"beam": (2, 2), "fanout": (2, 2)}, ValueError, "expected exactly one of budget, fanout and beam, got 3"),
+        *(
+            (
+                {"budget": None, "beam": beam},
+                ValueError,
+                f"beam expected one number of 1 to 4096 for each of 2 levels, got {beam}",
+            )
+            for beam in ((), (2,), (2, 2, 2), (0, 2), (2, -1), (4097, 1), (1, 2**70))
+        ),
+        ({"budget": None, "beam": (2, 2.5)}, TypeError, "beam expected a whole number, got 2.5"),
         ({"weights": ONE}, ValueError, "weights expected float32 or int64 [T], got float32 [10, 1]"),
         ({"codes": CODES[:, :1]}, ValueError, "codes expected [10, 2], got [10, 1]"),
         ({"codes": CODES[0]}, ValueError, "codes expected [T, L], got int32 [2]"),
@@ -351,7 +354,7 @@ def test_missing(change, kind, text):
          "compress: codes expected, or x to encode, got neither x nor codes"),
         ({"x_ids": np.arange(10), "codes": None}, ValueError,
          "compress: codes expected, or x to encode, got no codes beside x_ids: encode the table once and keep them"),
-        ({"budget": None}, ValueError, "vote: expected either budget or fanout, got neither"),
+        ({"budget": None}, ValueError, "vote: expected exactly one of budget, fanout and beam, got 0"),
         ({"normalize": "users"}, ValueError, "route: normalize expected 'history' or 'agents', got 'users'"),
     ],
 )  # fmt: skip

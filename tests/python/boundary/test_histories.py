@@ -98,7 +98,7 @@ def test_the_core_checks_tuples_itself(change, text):
     given = (X, VALUE) if change is None else tuple(PLAIN._replace(**change))
     out = np.empty((2, 1, 2), np.int32), np.empty((2, 1), np.int64), np.empty(2, np.int32), np.empty((2, 1, 6), "f4")
     with pytest.raises((TypeError, ValueError)) as error:
-        _core.vote(BOOK._core, given, 1, [], *out)
+        _core.vote(BOOK._core, given, 1, [], [], *out)
     assert str(error.value) == f"vote: {text}"
 
 

@@ -229,17 +229,18 @@ def test_the_core_s_own_outputs():
     codes, wide = at(0, CODES, memory), np.empty((T, 2), np.int64)
     rows, groups = at(0, X, memory), np.array([0, T])
     batch = Histories(rows, VALUE, groups, CODES)
+    voted = book, batch, 1, [], []
     sums = np.empty((T, D), "f4"), np.empty((T, 3), "f4"), np.empty(2, int), None, CODES.copy(), np.empty(T, "f4")
     for call_core, text in (
         (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
         (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
         (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
         (
-            lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], codes[0, :1], X[:1, None]),
+            lambda: _core.vote(*voted, codes[:1, None], wide[:1, :1], codes[0, :1], X[:1, None]),
             "vote: out count {} out codes",
         ),
         (
-            lambda: _core.vote(book, batch, 1, [], codes[:1, None], wide[:1, :1], np.empty(1, "i4"), rows[:1, None]),
+            lambda: _core.vote(*voted, codes[:1, None], wide[:1, :1], np.empty(1, "i4"), rows[:1, None]),
             "vote: out prototypes {} out codes",
         ),
         (

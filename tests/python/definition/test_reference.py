@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -195,12 +196,24 @@ def exact_fanout(codes, weight, fanout):
     return set(kept)
 
 
+def exact_beam(codes, weight, beam):
+    """A node is kept where its parent is, and fewer than k_l such nodes come before it."""
+    kept = {()}
+    for level, k in enumerate(beam):
+        totals = Counter()
+        for row, n in zip(codes.tolist(), weight.tolist(), strict=True):
+            if n and tuple(row[:level]) in kept:
+                totals[tuple(row[: level + 1])] += n
+        kept = {a for a in totals if sum((-totals[b], b) < (-totals[a], a) for b in totals) < k}
+    return kept
+
+
 def exact_votes(weights, n):
     """The votes of n rows with valid codes: of int64 as integers, of float32 as fractions."""
     if weights is None:
         return [1] * n
     if weights.dtype == np.int64:
-        found, halved = [min(max(int(w), 0), reference.verbs.MAX_WEIGHT) for w in weights], 1
+        found, halved = [min(max(int(w), 0), reference.votes.MAX_WEIGHT) for w in weights], 1
         while sum(found) // halved >= 2**40:
             halved *= 2
         return [w // halved for w in found]
@@ -223,10 +236,10 @@ def test_vote_equals_brute_force(p):
         for leaf, n in zip(map(tuple, codes.tolist()), weight.tolist(), strict=True):
             if n:
                 votes[leaf] = votes.get(leaf, 0) + n
-        if p.fanout is None:
+        if p.budget is not None:
             kept = set(exact_budget(votes, p.budget, (), len(book.sizes)))
         else:
-            kept = exact_fanout(codes, weight, p.fanout)
+            kept = exact_fanout(codes, weight, p.fanout) if p.beam is None else exact_beam(codes, weight, p.beam)
         expected = sorted(kept, key=lambda leaf: (-votes[leaf], leaf))
         n = int(agents.count[b])
         assert list(map(tuple, agents.codes[b, :n].tolist())) == expected
@@ -244,10 +257,37 @@ def test_agents_are_sorted_by_votes_then_code():
     assert chosen.codes[0].tolist() == [[1, 1], [1, 0]]
 
 
+def test_beam_compares_the_nodes_of_a_level():
+    """Of equal leaves that of the lower parent is kept, though the other parent has more votes. By fan-out each parent
+    keeps one of its own; a narrow beam loses the most voted leaf, whose parent has few votes besides."""
+    book = reference.Codebook([np.eye(3), np.eye(3)])
+    codes = np.repeat([[0, 2], [1, 0], [1, 1], [1, 2], [2, 2]], [2, 2, 2, 1, 3], axis=0)
+    for beam, kept in (
+        ((3, 2), [[2, 2], [0, 2]]),
+        ((3, 3), [[2, 2], [0, 2], [1, 0]]),
+        ((1, 2), [[1, 0], [1, 1]]),
+        ((2, 9), [[2, 2], [1, 0], [1, 1], [1, 2]]),
+    ):
+        agents = reference.vote(book, Histories(codes=codes, lengths=[10]), beam=beam)
+        n = int(agents.count[0])
+        assert agents.codes.shape == (1, beam[1], 2) and agents.codes[0, :n].tolist() == kept, beam
+
+
+@given(problem, st.integers(1, 9))
+def test_a_wide_beam_keeps_the_most_voted_leaves(p, m):
+    args = p.by_reference(p.vote_args()) | {"budget": None, "fanout": None}
+    agents = reference.vote(**args | {"beam": (64,) * (p.book.levels - 1) + (m,)})
+    for b, rows in enumerate(users_of(p.histories.offsets)):
+        weights = None if p.histories.weights is None else p.histories.weights[rows]
+        votes = reference.votes.leaf_votes(args["book"], p.histories.codes[rows], weights)
+        expected = sorted(votes, key=lambda leaf: (-votes[leaf], leaf))[:m]
+        assert list(map(tuple, agents.codes[b, : agents.count[b]].tolist())) == expected
+
+
 @given(st.lists(st.integers(1, 2**36), min_size=1, max_size=40), st.integers(1, 60))
 def test_budget_keys_decide_as_fractions(counts, budget):
     votes = {(i % 7, i): n for i, n in enumerate(counts)}
-    assert reference.verbs.by_budget(votes, budget, 2) == exact_budget(votes, budget, (), 2)
+    assert reference.votes.by_budget(votes, budget, 2) == exact_budget(votes, budget, (), 2)
 
 
 @given(problem, st.integers(0, 2**32 - 1))
@@ -272,7 +312,7 @@ def test_votes_add_up(p, counted, seed):
 
     def votes(rows):
         book = p.by_reference(p.vote_args())["book"]
-        return reference.verbs.leaf_votes(book, codes[rows], None if weights is None else weights[rows])
+        return reference.votes.leaf_votes(book, codes[rows], None if weights is None else weights[rows])
 
     a, b = votes(half), votes(~half)
     assert votes(slice(None)) == {leaf: a.get(leaf, 0) + b.get(leaf, 0) for leaf in a | b}
@@ -290,7 +330,7 @@ def test_leaf_sums_vote_as_their_behaviours(p):
     for own, rows in zip(users_of(sums.offsets), users_of(p.histories.offsets), strict=True):
         given = None if p.histories.weights is None else p.histories.weights[rows]
         votes = dict(zip(map(tuple, sums.codes[own].tolist()), sums.weights[own].tolist(), strict=True))
-        found = reference.verbs.leaf_votes(args["book"], p.histories.codes[rows], given)
+        found = reference.votes.leaf_votes(args["book"], p.histories.codes[rows], given)
         assert {leaf: n for leaf, n in votes.items() if n} == found
 
 
@@ -311,11 +351,11 @@ UNLIKE_VOTES = np.array([0, -1, np.nan, -np.inf])
 @given(problem)
 def test_a_parent_has_the_votes_of_its_children(p):
     book = p.by_reference(p.vote_args())["book"]
-    votes = reference.verbs.leaf_votes(book, p.histories.codes, p.histories.weights)
+    votes = reference.votes.leaf_votes(book, p.histories.codes, p.histories.weights)
     levels = len(book.sizes)
 
     def check(prefix):
-        below = reference.verbs.children(votes, prefix)
+        below = reference.votes.children(votes, prefix)
         assert sum(below.values()) == sum(n for leaf, n in votes.items() if leaf[: len(prefix)] == prefix)
         for child in below if len(prefix) + 1 < levels else ():
             check(child)
@@ -325,7 +365,7 @@ def test_a_parent_has_the_votes_of_its_children(p):
 
 @given(problem, st.integers(1, 8))
 def test_a_larger_budget_only_adds_agents(p, budget):
-    args = p.by_reference(p.vote_args()) | {"fanout": None}
+    args = p.by_reference(p.vote_args()) | {"fanout": None, "beam": None}
     small, large = (reference.vote(**args | {"budget": n}) for n in (budget, budget + 1))
     for a, b in zip(small.codes, large.codes, strict=True):
         assert {tuple(c) for c in a.tolist() if c[0] >= 0} <= {tuple(c) for c in b.tolist() if c[0] >= 0}
@@ -338,7 +378,7 @@ LARGEST = float(np.finfo("f4").max)
 def votes_of(weights, codes=None):
     """The votes of rows of one user, all of code 0 if nothing else is said."""
     codes = np.zeros((len(weights), 1), np.int32) if codes is None else np.array(codes)[:, None]
-    return reference.verbs.row_votes(reference.Codebook([[[0.0]]]), codes, weights).tolist()
+    return reference.votes.row_votes(reference.Codebook([[[0.0]]]), codes, weights).tolist()
 
 
 @pytest.mark.parametrize(
@@ -387,8 +427,8 @@ def test_votes_of_equal_floats(weight):
 
 
 def test_only_the_first_rows_vote(monkeypatch):
-    monkeypatch.setattr(reference.verbs, "MAX_VOTERS", 3)
+    monkeypatch.setattr(reference.votes, "MAX_VOTERS", 3)
     book = reference.Codebook([np.eye(4)])
     agents = reference.vote(book, Histories(codes=np.array([[0], [9], [1], [2]]), lengths=[4]), budget=4)
     assert agents.codes[0, :, 0].tolist() == [0, 1, -1, -1]
-    assert reference.verbs.MAX_VOTERS == 3
+    assert reference.votes.MAX_VOTERS == 3

@@ -11,6 +11,10 @@ from hisac.reference import state as reference_state
 from hisac.types import Agents
 
 
+def rule(p):
+    return {"budget": p.budget, "fanout": p.fanout, "beam": p.beam}
+
+
 @st.composite
 def streams(draw):
     """A book, rows of one user, the state's options."""
@@ -19,7 +23,7 @@ def streams(draw):
             lambda p: p.histories.x is not None and p.histories.bias is None
         )
     )
-    options = {"budget": 4, "normalize": p.normalize, "temperature": 0.5}
+    options = {**rule(p), "normalize": p.normalize, "temperature": 0.5}
     return p, p.by_reference(p.vote_args())["book"], options
 
 
@@ -63,7 +67,7 @@ def test_a_state_votes_as_its_rows(stream):
     rows = len(p.histories.v)
     state = feed(reference_state.UserState(book, **options), p, np.arange(rows))
     whole = p.histories._replace(offsets=np.array([0, rows]))
-    testing.assert_agents_equal(state.agents, reference.vote(book, whole, budget=4))
+    testing.assert_agents_equal(state.agents, reference.vote(book, whole, **rule(p)))
 
 
 @given(streams(), st.sets(st.integers(0, 19)))

@@ -123,6 +123,9 @@ def test_problems_run_compiled(p):
         lambda p: p.backward_args(p.reference())["gradients"].mean_x is not None and p.histories.x is not None,
         lambda p: p.histories.bias is not None and np.isneginf(p.histories.bias).any(),
         lambda p: p.histories.weights is not None and p.fanout is not None,
+        lambda p: (
+            p.beam is not None and p.book.levels == 3 and 1 < p.beam[0] < p.beam[2] and p.budget is p.fanout is None
+        ),
         lambda p: voting(p, "i") and 0 < p.histories.weights.max() < 4 and p.histories.weights.min() < 0,
         lambda p: voting(p, "i") and p.histories.weights.min() == -(2**63) and p.histories.weights.max() == 2**62,
         lambda p: voting(p, "f") and 0 < np.nan_to_num(p.histories.weights).max() < 1e-38,

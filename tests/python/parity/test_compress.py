@@ -18,9 +18,9 @@ except ImportError:
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 
 
-def by_hand(book, histories, *, budget, fanout, temperature, normalize, method, refine, missing, precision):
+def by_hand(book, histories, *, budget, fanout, beam, temperature, normalize, method, refine, missing, precision):
     """The same by the verbs, in NumPy."""
-    agents = hisac.vote(book, histories, budget=budget, fanout=fanout)
+    agents = hisac.vote(book, histories, budget=budget, fanout=fanout, beam=beam)
     p, rows, route_book = book.prototypes(agents), histories, book
     if method == "leaf":
         rows, route_book = hisac.leaf_sums(book, histories), None
@@ -79,7 +79,7 @@ def test_compress_meets_the_definition(p):
 def test_agents_may_be_those_of_an_earlier_call(p):
     """Their prototypes are used as they are, refined or not. Those that kept none are the agents of their codes."""
     args = p.compress_args()
-    first, rule = hisac.compress(**args), {"budget": None, "fanout": None}
+    first, rule = hisac.compress(**args), {"budget": None, "fanout": None, "beam": None}
     for kept, rounds in ((first.agents, 0), (first.agents._replace(prototypes=None), args["refine"])):
         assert flat(hisac.compress(**args | rule | {"agents": kept, "refine": rounds})) == flat(first)
 

@@ -104,7 +104,7 @@ def test_vote_in_every_way_of_counting(n, sizes, weighted):
     h = hisac.Histories(offsets=[0, n // 2, n], codes=table, x_ids=ids)
     h = h._replace(weights=(9 * rng.exponential(size=n)).astype(weighted)) if weighted else h
     rows = np.where(((ids >= 0) & (ids < 500))[:, None], table[ids.clip(0, 499)], -1)
-    for rule in ({"budget": 30}, {"fanout": (2,) * len(sizes)}):
+    for rule in ({"budget": 30}, {"fanout": (2,) * len(sizes)}, {"beam": (5,) * len(sizes)}):
         expected = hisac.vote(book, h._replace(codes=rows, x_ids=None), **rule)
         testing.assert_agents_equal(hisac.vote(book, h, **rule), expected)
         assert expected.count.min() > 0

@@ -211,7 +211,10 @@ def test_vote_hostile(p):
 @pytest.mark.parametrize(
     "sizes", [(70000, 3), (3, 70000), (256,) * 8, (2, 1, 5, 1, 3, 2, 4, 2), (1,) * 8, (65536,) * 4]
 )
-@pytest.mark.parametrize("rule", [{"budget": 1}, {"budget": 40}, {"budget": 4096}, {"fanout": True}])
+@pytest.mark.parametrize(
+    "rule",
+    [{"budget": 1}, {"budget": 40}, {"budget": 4096}, {"fanout": (5, 3, *[2] * 6)}, {"beam": (4096, 9, 30, 5) * 2}],
+)
 def test_vote_on_any_tree(sizes, rule):
     """Wide levels, deep trees, and trees with 2^64 leaves."""
     rng = np.random.default_rng(len(sizes))
@@ -223,7 +226,7 @@ def test_vote_on_any_tree(sizes, rule):
     codes = np.where(rng.random(codes.shape) < 0.001, s_max := np.array(sizes), np.minimum(codes, s_max - 1)).astype(
         np.int32
     )
-    rule = {"fanout": tuple([5, 3, 2, 2, 2, 2, 2, 2][: len(sizes)])} if "fanout" in rule else rule
+    rule = {name: n if name == "budget" else n[: len(sizes)] for name, n in rule.items()}
     for w in (None, rng.exponential(size=n).astype(np.float32), rng.integers(-1, 9, n)):
         histories = hisac.Histories(codes=codes, offsets=np.array([0, 0, n // 3, n]), weights=w)
         args = {"book": hisac.Codebook(centers), "histories": histories, **rule}
@@ -232,11 +235,11 @@ def test_vote_on_any_tree(sizes, rule):
 
 @pytest.mark.parametrize("sizes", [(512, 512), (40, 3), (4, 100), (9, 11, 130), (1000,)])
 @pytest.mark.parametrize("rows", [511, 512, 1000, 2048, 9001])
-@pytest.mark.parametrize("rule", ["fanout", "few", "budget"])
+@pytest.mark.parametrize("rule", ["fanout", "few", "budget", "beam", "wide"])
 def test_vote_on_long_histories(sizes, rows, rule):
-    """Where leaves are counted in place: from 512 rows by fan-out, from 2,048 by budget; beside them shorter histories,
-    for which the same scratch must do. Weights relative to which others have one vote or none; votes as they are, and
-    more than there may be, so that all lose their last bits."""
+    """Where leaves are counted in place: from 2,048 rows by budget, from 512 by the other rules; beside them shorter
+    histories, for which the same scratch must do. Weights relative to which others have one vote or none; votes as they
+    are, and more than there may be, so that all lose their last bits."""
     rng = np.random.default_rng(rows + len(sizes))
     lengths = [rows, 40, 520, rows // 2, rows]
     n = sum(lengths)
@@ -245,6 +248,7 @@ def test_vote_on_long_histories(sizes, rows, rule):
     args = {
         "book": hisac.Codebook([np.zeros((s, 1), np.float32) for s in sizes]),
         "fanout": {"fanout": (16, 16, 8)[: len(sizes)], "few": (2,) * len(sizes)}.get(rule),
+        "beam": {"beam": (16, 60, 200)[-len(sizes) :], "wide": (4096,) * len(sizes)}.get(rule),
         "budget": 200 if rule == "budget" else None,
     }
     expected = args | {"book": reference.Codebook(args["book"].centers)}

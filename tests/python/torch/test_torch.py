@@ -347,13 +347,16 @@ def test_one_users_nan_spoils_nobody_else(book, name):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({}, "vote: expected either budget or fanout, got neither"),
-    ({"budget": 1, "fanout": (1, 1)}, "vote: expected either budget or fanout, got both"),
+    ({}, "vote: expected exactly one of budget, fanout and beam, got 0"),
+    ({"budget": 1, "fanout": (1, 1)}, "vote: expected exactly one of budget, fanout and beam, got 2"),
     ({"budget": 0}, "vote: budget expected 1 to 4096, got 0"),
     ({"budget": 10**12}, "vote: budget expected 1 to 4096, got 1000000000000"),
     ({"fanout": (-1, 2)}, "vote: fanout expected one number >= 1 for each of 2 levels"),
     ({"fanout": (2,)}, "vote: fanout expected one number >= 1 for each of 2 levels"),
     ({"fanout": (10**6, 10**6)}, "vote: fanout expected a product of at most 4096, got more"),
+    ({"fanout": (1, 1), "beam": (1, 1)}, "vote: expected exactly one of budget, fanout and beam, got 2"),
+    ({"beam": (2,)}, "vote: beam expected one number of 1 to 4096 for each of 2 levels"),
+    ({"beam": (2, 10**6)}, "vote: beam expected one number of 1 to 4096 for each of 2 levels"),
     ({"budget": 2, "codes": torch.zeros(20, dtype=torch.int32)}, "vote: codes expected int32 [T, L], got int32 [20]"),
     ({"budget": 2, "weights": torch.zeros(3)}, "vote: weights expected [20], got [3]"),
 ])  # fmt: skip
@@ -389,6 +392,7 @@ def test_route_refuses(options, kind, message):
 @pytest.mark.parametrize("change, text", [
     ({"budget": 2.7}, "vote: budget expected a whole number, got 2.7"),
     ({"fanout": (2, 1.5), "budget": None}, "vote: fanout expected a whole number, got 1.5"),
+    ({"beam": (2, 1.5), "budget": None}, "vote: beam expected a whole number, got 1.5"),
     ({"refine": 1.5}, "compress: refine expected a whole number, got 1.5"),
     ({"temperature": "x"}, "route: temperature expected a number or a tensor, got str"),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import hisac
-from hisac import Histories
+from hisac import Histories, testing
 
 torch = pytest.importorskip("torch")
 small = importlib.import_module("small_ranking")  # needs torch
@@ -282,8 +282,8 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({}, "vote: expected either budget or fanout, got neither"),
-    ({"budget": 4, "fanout": (2, 2)}, "vote: expected either budget or fanout, got both"),
+    ({}, "vote: expected exactly one of budget, fanout and beam, got 0"),
+    ({"budget": 4, "fanout": (2, 2)}, "vote: expected exactly one of budget, fanout and beam, got 2"),
     ({"budget": 4, "temperature": None}, "temperature expected, since the codebook has no default one, got None"),
     ({"budget": 4, "temperature": 0.0}, "temperature expected finite and > 0, got 0.0"),
     ({"budget": 4, "temperature": math.inf}, "temperature expected finite and > 0, got inf"),
@@ -292,6 +292,7 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
     ({"budget": 10**9}, "vote: budget expected 1 to 4096, got 1000000000"),
     ({"fanout": (2, 2, 2)}, "vote: fanout expected one number >= 1 for each of 2 levels"),
     ({"fanout": (1000, 1000)}, "vote: fanout expected a product of at most 4096"),
+    ({"beam": (2, 0)}, "vote: beam expected one number of 1 to 4096 for each of 2 levels"),
     ({"budget": 4, "normalize": "rows"}, "route: normalize expected 'history' or 'agents', got 'rows'"),
     ({"budget": 4, "method": "fast"}, "compress: method expected 'exact' or 'leaf', got 'fast'"),
     ({"budget": 4, "missing": "zero"}, "compress: missing expected 'drop' or 'token', got 'zero'"),
@@ -301,6 +302,16 @@ def test_a_state_dict_of_other_sizes_or_damaged_is_refused(book):
 def test_a_compressor_refuses_bad_options_when_made(book, options, message):
     with pytest.raises(ValueError, match=message):
         hisac_torch.Compressor(book, **{"temperature": 0.1} | options)
+
+
+@pytest.mark.parametrize("rule", [{"budget": 4}, {"fanout": (2, 3)}, {"beam": (3, 5)}])
+def test_a_compressor_votes_by_its_rule(book, rule):
+    x, v = rows()
+    compress = hisac_torch.Compressor(book, **rule, temperature=0.1)
+    h = Histories(x, v, OFFSETS, hisac_torch.encode(book, x))
+    testing.assert_agents_equal(compress(h).agents, hisac.vote(book, h, **rule))
+    ((name, numbers),) = rule.items()
+    assert f"{name}={numbers}" in repr(compress)
 
 
 def test_a_compressor_needs_rows_or_codes_and_takes_either(book):

@@ -39,7 +39,7 @@ def operator_calls(book):
     def voted(**fields):
         return batch(x=None, v=None, bias=None, spread=None, **fields)
 
-    agents = ops.vote(name, *voted(), 4, [])
+    agents = ops.vote(name, *voted(), 4, [], [])
     p, count = agents[3], agents[2]
     to, agents_mode = (p, count, tau), ("agents", "float32")
     learnt = batch(wanted(x), wanted(v), bias=wanted(bias), spread=wanted(spread)), (wanted(p), count, wanted(tau))
@@ -61,9 +61,10 @@ def operator_calls(book):
     rounded = (*to, "agents", "bfloat16")
     return {
         "encode": (name, x),
-        "vote budget": (name, *voted(), 4, []),
-        "vote fanout": (name, *voted(spans=halves, weights=torch.rand(20)), 0, [2, 3]),
-        "vote table": (name, *batch(x_ids=ids, weights=counts), 4, []),
+        "vote budget": (name, *voted(), 4, [], []),
+        "vote fanout": (name, *voted(spans=halves, weights=torch.rand(20)), 0, [2, 3], []),
+        "vote beam": (name, *voted(weights=counts), 0, [], [2, 3]),
+        "vote table": (name, *batch(x_ids=ids, weights=counts), 4, [], []),
         "prototypes": (name, agents[0]),
         "missing": (name, *batch()),
         "missing table": (None, *batch(codes=None, **tables)),
