@@ -236,18 +236,10 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Array:
 
 
 def route(
-    histories: Histories,
-    agents: Agents | Array,
-    *,
-    count: Array = None,
-    temperature: Any = None,
-    normalize: Normalize = "agents",
-    book: Codebook | None = None,
-    precision: Precision = "float32",
-    tokens: bool = True,
-    mean_x: bool = False,
-    out: Tokens | None = None,
-) -> Tokens:
+    histories: Histories, agents: Agents | Array, *, count: Array = None, temperature: Any = None,
+    normalize: Normalize = "agents", book: Codebook | None = None, precision: Precision = "float32",
+    tokens: bool = True, mean_x: bool = False, out: Tokens | None = None,
+) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
 
     The paper's reading is normalize="history"; "agents", the default, shares each behaviour out among the agents.
