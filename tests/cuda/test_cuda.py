@@ -23,7 +23,7 @@ def problem():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(T, D)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    book = hisac.Codebook([x[:16].copy(), 0.5 * x[16:24]])
+    book = hisac.Codebook([x[:16].copy(), 0.5 * x[16:24]], temperature=0.1)
     v, bias = rng.normal(size=(T, V)).astype(np.float32), rng.normal(size=T).astype(np.float32)
     offsets = np.array([0, 90, 90, T])
     histories = Histories(x, v, offsets, book.encode(x), bias=bias, weights=np.abs(bias))
@@ -93,8 +93,8 @@ def test_route_of_tables(problem, on_cuda):
     offsets, v_ids = np.array([0, 100, 300, 400]), ids.astype(np.int32)
     histories = Histories(table, p["histories"].v, offsets, x_ids=ids, v_ids=v_ids, x_scale=0.002)
     inputs = histories, p["agents"]
-    mine = on_cuda(hisac.route, *inputs, normalize="agents")
-    assert_near(mine, hisac.route(*inputs, normalize="agents"))
+    mine = on_cuda(hisac.route, *inputs, temperature=0.1)
+    assert_near(mine, hisac.route(*inputs, temperature=0.1))
 
 
 def test_leaf_sums(problem, on_cuda):
