@@ -14,14 +14,18 @@
 
 namespace hisac {
 
+/// What `compress` makes of lse, and of votes in history mode, which may be null. Of `compress` alone.
+Status log_share(const Context& context, Normalize normalize, Array<const float, 2> lse, Array<const int64_t, 2> votes,
+                 Array<float, 2> out) noexcept;
+
 // clang-format off
-/// The verbs that a backend has, by the names of the public ones.
+/// The verbs that a backend has, by the names of the public ones, and what they are made of.
 #define HISAC_EACH_VERB(X)                                                     \
   X(encode) X(encode_workspace) X(code_prototypes) X(vote) X(vote_workspace)   \
   X(leaf_sums) X(leaf_sums_workspace)                                          \
   X(leaf_sums_backward) X(leaf_sums_backward_workspace)                        \
   X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
-  X(missing) X(missing_workspace) X(sum_rows)                                  \
+  X(missing) X(missing_workspace) X(sum_rows) X(log_share)                     \
   X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)
 // clang-format on
 

@@ -4,6 +4,8 @@
 import operator
 from typing import Any, NamedTuple
 
+import numpy
+
 from .types import Agents, Compressed, Histories
 
 
@@ -23,11 +25,13 @@ class Verbs(NamedTuple):
     constant: Any = lambda a: a
     """f(a): the same Histories or array, as a constant for gradients"""
     beside: Any = lambda a: a
-    """f(prototypes): the same where v is"""
+    """f(a): the same where v is"""
     fingerprint: Any = lambda book: book.fingerprint
     """f(book), which torch.compile takes for a constant"""
     default_temperature: Any = operator.attrgetter("temperature")
     """f(book), likewise"""
+    on_host: Any = None
+    """f(a): the same as NumPy's, where NumPy is to compute what is not a verb, for the same bits whatever holds a"""
 
 
 def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any) -> tuple[Any, Any]:
@@ -55,6 +59,33 @@ def temperature_of(verb: str, temperature: Any, book: Any, default_of: Any = ope
         why = "there is no codebook with a default one" if book is None else "the codebook has no default one"
         raise ValueError(f"{verb}: temperature expected, since {why}, got None")
     return found
+
+
+def _votes(verbs: Verbs, agents: Agents, lse: Any) -> Any:
+    """Those of agents beside lse; 1 each where they have none."""
+    if agents.votes is None:
+        return verbs.numbers.ones_like(lse)
+    if tuple(agents.votes.shape) != tuple(lse.shape):
+        expected, got = list(lse.shape), list(agents.votes.shape)
+        raise ValueError(f"compress: agents' votes expected {expected}, got {got}")
+    return verbs.beside(agents.votes)
+
+
+def log_share(verbs: Verbs, lse: Any, votes: Any = None) -> Any:
+    """z_a - log sum_a exp z_a, over the tokens of each user, where lse is not -inf: z = lse, or log votes where there
+    are some; -inf for any other token. [B, M] -> [B, M]."""
+    if verbs.on_host is not None:
+        alone = verbs._replace(numbers=numpy, on_host=None)
+        return verbs.beside(log_share(alone, verbs.on_host(lse), None if votes is None else verbs.on_host(votes)))
+    np, z = verbs.numbers, lse
+    if not lse.shape[1]:
+        return lse
+    if votes is not None:
+        z = np.where((lse > -np.inf) & (votes > 0), np.log(verbs.as_type(votes.clip(1), lse)), -np.inf)
+    top = np.amax(verbs.constant(z), 1, keepdims=True)
+    z = z - np.where(top > -np.inf, top, 0.0)
+    total = np.exp(z).sum(1)[:, None]
+    return verbs.as_type(np.where(z > -np.inf, z - np.log(np.where(total > 0, total, 1.0)), -np.inf), lse)
 
 
 def compress(
@@ -87,9 +118,19 @@ def compress(
         prototypes = np.where((found.lse > -np.inf)[..., None], found.mean_x, prototypes)
     tokens, lse, _ = verbs.route(rows, prototypes, temperature=temperature, **options)
     tokens = verbs.as_type(tokens, h.v)  # that of leaf sums is float32
+    votes = None if normalize == "agents" else _votes(verbs, agents, lse)
+    share = log_share(verbs, lse, votes)
     if missing == "token":
         absent = verbs.missing(h, book=book)[:, None]  # as x: -inf is no row
         only = Histories(absent, h.v, h.offsets, v_ids=h.v_ids)
         one = verbs.route(only, np.zeros_like(lse[:, :1, None]), temperature=1.0)
+        if votes is None:
+            share = log_share(verbs, np.concatenate((lse, one.lse), 1))
+        else:
+            options |= {"count": None, "normalize": "agents"}
+            whole = verbs.route(rows, np.zeros_like(prototypes[:, :1]), temperature=1.0, tokens=False, **options).lse
+            whole = np.where((share > -np.inf).any(1)[:, None], whole, -np.inf)
+            parts = log_share(verbs, np.concatenate((whole, one.lse), 1))
+            share = np.concatenate((share + parts[:, :1], parts[:, 1:]), 1)
         tokens, lse = np.concatenate((tokens, one.tokens), 1), np.concatenate((lse, one.lse), 1)
-    return Compressed(tokens, lse, agents._replace(prototypes=prototypes))
+    return Compressed(tokens, lse, share, agents._replace(prototypes=prototypes))

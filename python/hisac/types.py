@@ -5,10 +5,11 @@ Arrays live where the inputs live (NumPy or torch). Letters are dimensions: B us
 V value width, L levels, M agents a user, N candidates, H heads.
 """
 
+import difflib
 import itertools
 import operator
 import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Histories(_Fields):
     Ids that are padded, [B, T] with a mask, become `x_ids = ids[mask]` with `lengths = mask.sum(1)`.
 
     `lengths` [B], in place of offsets: how many rows each user has, from the first row on. Raises ValueError where both
-    are given or a length is negative, TypeError where lengths are no whole numbers.
+    are given or a length is negative, TypeError where lengths are no whole numbers, or a field has another name.
 
     >>> import numpy as np
     >>> Histories(np.zeros((3, 2)), np.zeros((3, 4)), lengths=[1, 2]).offsets
@@ -79,13 +80,21 @@ class Histories(_Fields):
     def __new__(
         cls, x: Array = None, v: Array = None, offsets: Any = None, codes: Array = None, x_ids: Array = None,
         v_ids: Array = None, x_scale: Any = None, bias: Array = None, spread: Array = None, weights: Array = None,
-        longest: int | None = None, rows: int | None = None, *, lengths: Any = None,
+        longest: int | None = None, rows: int | None = None, *, lengths: Any = None, **unknown: NoReturn,
     ) -> "Histories":  # fmt: skip
+        if unknown:
+            raise TypeError(_no_field(*unknown))
         if lengths is not None:
             if offsets is not None:
                 raise ValueError("Histories: expected either offsets or lengths, got both")
             offsets = _offsets_of(lengths, codes if v is None else v)
         return _tuple(cls, (x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights, longest, rows))
+
+
+def _no_field(name: str, *_: str) -> str:
+    names = (*_Fields._fields, "lengths")
+    near = difflib.get_close_matches(name, names, cutoff=0.5)
+    return f"Histories: expected one of the fields {', '.join(near or names)}, got {name}"
 
 
 def _offsets_of(lengths: Any, beside: Any) -> Any:
@@ -143,12 +152,29 @@ class Tokens(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """What `compress` makes of a batch of histories."""
+    """What `compress` makes of a batch of histories.
+
+    log_share is the bias of `attend` in either mode: the log of the share of its user's history that a token stands
+    for. Of the tokens that received mass, exp(lse) > 0,
+
+        normalize="agents":  share_a = exp(lse_a) / sum_a exp(lse_a)
+        normalize="history": share_a = votes_a / sum_a votes_a, for the masses of a user's agents overlap there
+
+    Agents that were given without votes have 1 each; those with 0 votes or fewer have no share in history mode. The
+    extra token of `missing="token"` counts in the first sum as the others do. In history mode it has the same share,
+
+        exp(lse) / (exp(lse) + w)     w = sum e^bias_i over routed behaviours; 0 where no agent has a share
+
+    and the agents have theirs times w / (exp(lse) + w).
+    """
 
     tokens: Array
     """[B, M, V], v's type; [B, M + 1, V] with `missing="token"`."""
     lse: Array
-    """[B, M] or [B, M + 1] float32: log of the mass a token received; -inf where it received none."""
+    """[B, M] or [B, M + 1] float32: log of the mass a token received; -inf where it received none. That of
+    `hisac.torch.Compressor`, a module, is log(1 + mass), 0 where there is none."""
+    log_share: Array
+    """[B, M] or [B, M + 1] float32: its exp sums to 1 over a user's tokens with a share; -inf for any other token."""
     agents: Agents
     """The interest-agents; their prototypes are those in use, after `refine` rounds."""
 

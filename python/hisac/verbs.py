@@ -149,12 +149,14 @@ def compress(
     histories = take_histories("compress", _EVERY, histories)
     refine, v = whole("compress", "refine", refine, 0, 10**6), histories.v
     verbs = _VERBS._replace(
-        beside=lambda prototypes: beside(v, prototypes), numbers=sys.modules["torch"] if is_torch(v) else np
-    )
-    return compose.compress(
-        verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
-        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+        beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np,
+        on_host=None if is_cuda(v) else on_host,
     )  # fmt: skip
+    with np.errstate(over="ignore"):  # masses may be more than 2^1000 apart
+        return compose.compress(
+            verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
+            normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+        )  # fmt: skip
 
 
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
@@ -432,7 +434,7 @@ def attend(
         keys: [B, M, H, d]
         values: [B, M, H, V]
         candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
-        bias: [B, M] float32, such as the lse of tokens
+        bias: [B, M] float32, such as the log_share of tokens
         scale: None: 1 / sqrt(d)
         out: Attended to write into
 

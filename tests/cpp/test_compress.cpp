@@ -44,6 +44,7 @@ struct Result {
   explicit Result(const Batch& b)
       : tokens(b.users() * kSeats * kValues),
         lse(b.users() * kSeats),
+        log_share(b.users() * kSeats),
         mean_x(b.users() * kSeats * kWidth),
         prototypes(b.users() * kSeats * kWidth),
         codes(b.users() * kSeats * 2),
@@ -53,12 +54,13 @@ struct Result {
     out.tokens = {{tokens.data(), DType::float32, n * kSeats, kValues},
                   array(lse.data(), n, kSeats),
                   array(mean_x.data(), n, kSeats, kWidth)};
+    out.log_share = array(log_share.data(), n, kSeats);
     out.agents = {array(codes.data(), n, kSeats, 2), array(votes.data(), n, kSeats), array(count.data(), n),
                   b.book.fingerprint(), array(prototypes.data(), n, kSeats, kWidth)};
   }
   bool intact() {
-    return tokens.intact() && lse.intact() && mean_x.intact() && prototypes.intact() && codes.intact() &&
-           count.intact() && votes.intact();
+    return tokens.intact() && lse.intact() && log_share.intact() && mean_x.intact() && prototypes.intact() &&
+           codes.intact() && count.intact() && votes.intact();
   }
   bool same_tokens(Result& o) {
     return std::memcmp(tokens.data(), o.tokens.data(), test::size(tokens.count()) * 4) == 0 &&
@@ -69,7 +71,7 @@ struct Result {
            count.values() == o.count.values() && prototypes.values() == o.prototypes.values();
   }
 
-  Guarded<float> tokens, lse, mean_x, prototypes;
+  Guarded<float> tokens, lse, log_share, mean_x, prototypes;
   Guarded<int32_t> codes, count;
   Guarded<int64_t> votes;
   Compressed out;
@@ -185,6 +187,66 @@ TEST_CASE("compress: the bits of its verbs") {
   }
 }
 
+/// The shares of one user by the equations of Compressed.
+void check_shares(const float* log_share, const float* lse, const int64_t* votes, Normalize normalize) {
+  double sum = 0, weight[kSeats];
+  for (int64_t a = 0; a < kSeats; ++a) {
+    const bool mass = lse[a] > -INFINITY;
+    const int64_t n = !mass ? 0 : votes ? std::max<int64_t>(votes[a], 0) : 1;
+    sum += weight[a] = normalize == Normalize::agents ? std::exp(double(lse[a])) : static_cast<double>(n);
+  }
+  for (int64_t a = 0; a < kSeats; ++a) {
+    if (weight[a] > 0)
+      CHECK(log_share[a] == doctest::Approx(std::log(weight[a] / sum)).epsilon(1e-6));
+    else
+      CHECK(log_share[a] == -INFINITY);
+  }
+}
+
+TEST_CASE("compress: the log of a token's share") {
+  Random random{74};
+  Batch b(random, {300, 0, 2, 500, 40});
+  for (int i = 342; i < 842; ++i) b.bias[test::size(i)] = std::numeric_limits<float>::quiet_NaN();  // nothing is routed
+  for (const Method method : {Method::exact, Method::leaf}) {
+    b.params.method = method;
+    for (const Normalize normalize : {Normalize::agents, Normalize::history}) {
+      b.params.route.normalize = normalize;
+      const auto run = [&](Result& r) {
+        test::Workspace workspace(compress_workspace({}, b.book, b.params, b.in, r.out));
+        REQUIRE(compress({workspace.array(), nullptr}, b.book, b.params, b.in, r.out).ok());
+        CHECK((r.intact() && workspace.intact()));
+      };
+      const auto check = [&](Result& r, const int64_t* votes) {
+        for (int64_t u = 0; u < b.users(); ++u)
+          check_shares(r.log_share.data() + u * kSeats, r.lse.data() + u * kSeats, votes ? votes + u * kSeats : nullptr,
+                       normalize);
+      };
+      Result all(b), bare(b), later(b), unwanted(b);
+      run(all);
+      check(all, all.votes.data());
+      bare.out.agents = {};
+      run(bare);
+      CHECK(bare.log_share.values() == all.log_share.values());  // the votes were counted in the workspace
+
+      Agents kept = all.out.agents;
+      std::vector<int64_t> votes(test::size(b.users() * kSeats));
+      for (size_t i = 0; i < votes.size(); ++i) votes[i] = static_cast<int64_t>(i % 7) - 1;
+      votes[0] = std::numeric_limits<int64_t>::max();
+      kept.votes = array(votes.data(), b.users(), kSeats);
+      b.params.agents = &kept;
+      run(later);
+      check(later, votes.data());
+      kept.votes = {};
+      run(later);
+      check(later, nullptr);
+      b.params.agents = nullptr;
+      unwanted.out.log_share = {};
+      run(unwanted);
+      CHECK((unwanted.log_share.holds(0x5a) && unwanted.same_tokens(all)));
+    }
+  }
+}
+
 TEST_CASE("compress: a workspace made before the batch is there") {
   Random random{72};
   const Batch b(random, {300, 20, 0, 500});
@@ -212,9 +274,9 @@ TEST_CASE("compress: errors") {
     spoil(params, in, r.out);
     test::Workspace workspace(compress_workspace({}, b.book, params, in, r.out));
     const Status status = compress({workspace.array(), nullptr}, b.book, params, in, r.out);
-    const bool untouched = r.tokens.holds(0x5a) && r.lse.holds(0x5a) && r.mean_x.holds(0x5a) &&
-                           r.prototypes.holds(0x5a) && r.codes.holds(0x5a) && r.count.holds(0x5a) &&
-                           r.votes.holds(0x5a);
+    const bool untouched = r.tokens.holds(0x5a) && r.lse.holds(0x5a) && r.log_share.holds(0x5a) &&
+                           r.mean_x.holds(0x5a) && r.prototypes.holds(0x5a) && r.codes.holds(0x5a) &&
+                           r.count.holds(0x5a) && r.votes.holds(0x5a);
     CHECK(untouched == !status.ok());  // no verb has written before another refuses
     return status;
   };
@@ -227,6 +289,8 @@ TEST_CASE("compress: errors") {
                 "them");
   test::invalid(spoiled([](auto&, auto&, Compressed& out) { out.tokens.lse.shape[1] = 7; }),
                 "route: lse expected [2, 6], got [2, 7]");
+  test::invalid(spoiled([](auto&, auto&, Compressed& out) { out.log_share.shape[0] = 3; }),
+                "compress: log_share expected [2, 6], got [3, 6]");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {}; }),
                 "vote: expected exactly one of budget, fanout and beam, got 0");
   test::invalid(spoiled([](CompressParams& params, auto&, auto&) { params.vote = {0, {int64_t{1} << 40, 1 << 30}}; }),
@@ -242,6 +306,15 @@ TEST_CASE("compress: errors") {
                 "compress: agents' codes expected [2, 6, 2], got [3, 6, 2]");
   int32_t codes[24] = {}, count[2] = {};
   const Agents foreign{array(codes, 2, 6, 2), {}, array(count, 2), 77};
+  int64_t votes[12] = {};
+  float prototypes[36] = {};
+  const Agents old{array(codes, 2, 6, 2), array(votes, 1, 12), array(count, 2), 77,
+                   array<float>(prototypes, 2, 6, kWidth)};
+  test::invalid(spoiled([&](CompressParams& params, auto&, auto&) {
+                  params.agents = &old;
+                  params.route.normalize = Normalize::history;
+                }),
+                "compress: agents' votes expected [2, 6], got [1, 12]");
   const std::string refused = spoiled([&](CompressParams& params, auto&, auto&) { params.agents = &foreign; }).what();
   CHECK(refused.find("prototypes: agents expected of codebook ") == 0);
 }

@@ -121,11 +121,14 @@ def test_missing(problem, on_cuda, kind):
     assert (expected == 0).any()
 
 
-@pytest.mark.parametrize("options", [{"method": "leaf"}, {"missing": "token"}, {"refine": 2}])
+@pytest.mark.parametrize("options", [
+    {"method": "leaf"}, {"missing": "token"}, {"refine": 2}, {"normalize": "history"},
+    {"normalize": "history", "missing": "token"},
+])  # fmt: skip
 def test_compress(problem, on_cuda, options):
-    run = functools.partial(hisac.compress, problem["book"], budget=M, normalize="agents", **options)
+    run = functools.partial(hisac.compress, problem["book"], budget=M, **options)
     mine, expected = on_cuda(run, problem["histories"]), run(problem["histories"])
-    assert_near([*mine[:2], mine.agents.prototypes], [*expected[:2], expected.agents.prototypes], 1e-3)
+    assert_near([*mine[:3], mine.agents.prototypes], [*expected[:3], expected.agents.prototypes], 1e-3)
 
 
 @pytest.mark.parametrize("normalize", ["history", "agents"])

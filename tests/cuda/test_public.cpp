@@ -175,9 +175,9 @@ void expect_limits() {
 }
 
 /// `compress` there and on the CPU, with a temperature or with the codebook's, which the device reads in the image: the
-/// same agents, tokens near each other.
-void expect_compress(Method method, bool given) {
-  test::name("compress %d, %d", static_cast<int>(method), given);
+/// same agents, tokens and shares near each other.
+void expect_compress(Method method, Normalize normalize, bool given) {
+  test::name("compress %d, %d, %d", static_cast<int>(method), static_cast<int>(normalize), given);
   constexpr int64_t kRows = 290, kWidth = 8, kValues = 5, kSeats = 6, kUsers = 3;
   Random r(5);
   Codebook book;
@@ -197,29 +197,35 @@ void expect_compress(Method method, bool given) {
   params.vote.budget = kSeats;
   if (given) params.route.temperature = array(&tau, 1);
   params.method = method;
+  params.route.normalize = normalize;
   test::Guarded<std::byte> image(test::image_of(book));
-  std::vector<float> tokens[2];
+  std::vector<float> tokens[2], shares[2];
   std::vector<int32_t> codes[2];
   for (const Device device : {Device::cpu, Device::cuda}) {
     const size_t at = device == Device::cuda;
-    test::Guarded<float> token(kUsers * kSeats * kValues), lse(kUsers * kSeats);
+    test::Guarded<float> token(kUsers * kSeats * kValues), lse(kUsers * kSeats), share(kUsers * kSeats);
     test::Guarded<int32_t> code(kUsers * kSeats * 2);
     Compressed out;
     out.tokens = {{token.data(), DType::float32, kUsers * kSeats, kValues}, array(lse.data(), kUsers, kSeats), {}};
+    out.log_share = array(share.data(), kUsers, kSeats);
     out.agents.codes = array(code.data(), kUsers, kSeats, 2);
     Context context{{}, nullptr, device, nullptr, {{image.data(), {image.count()}}, book.fingerprint()}};
     test::Workspace workspace(compress_workspace(context, book, params, in, out));
     context.workspace = workspace.array();
     const Status status = compress(context, book, params, in, out);
     if (!status.ok()) test::fail("%s", status.what());
-    if (!workspace.intact() || !token.intact() || !lse.intact() || !code.intact())
+    if (!workspace.intact() || !token.intact() || !lse.intact() || !share.intact() || !code.intact())
       test::fail("the end of an array was overwritten");
     tokens[at] = token.values();
+    shares[at] = share.values();
     codes[at] = code.values();
   }
   if (codes[0] != codes[1]) test::fail("other agents");
   for (size_t i = 0; i < tokens[0].size(); ++i)
     if (!(std::fabs(tokens[0][i] - tokens[1][i]) <= 1e-3f)) test::fail("token %zu is far from the CPU's", i);
+  for (size_t i = 0; i < shares[0].size(); ++i)
+    if (shares[0][i] != shares[1][i] && !(std::fabs(shares[0][i] - shares[1][i]) <= 1e-4f))
+      test::fail("log_share %zu is far from the CPU's", i);
 }
 
 }  // namespace
@@ -238,7 +244,8 @@ int main(int argc, char** argv) {
          Code::invalid_argument, "sum_rows: begin expected [1], got [2]");
   expect_limits();
   for (const Method method : {Method::exact, Method::leaf})
-    for (const bool given : {true, false}) expect_compress(method, given);
+    for (const Normalize normalize : {Normalize::history, Normalize::agents})
+      for (const bool given : {true, false}) expect_compress(method, normalize, given);
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const Listed q = listed(seed);
     std::vector<float> got;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // `route` of cuda/route.cu, run by the emulator, beside the CPU's: values within the bound of split products,
 // everything bit-identical for any order of threads, any machine and any batch around a user, and for rows of x and v
-// gathered, scaled or made of codes instead of copied. And `missing` of cuda/missing.cu, exactly.
+// gathered, scaled or made of codes instead of copied. And `missing` of cuda/missing.cu, exactly; and
+// `log_share` of cuda/log_share.cu.
 #include "route_problem.h"
 
 namespace {
@@ -55,6 +56,36 @@ void check_missing(const Problem& p) {
   if (on_device(p) != cpu) test::fail("others are missing");
 }
 
+/// Masses and votes of any size, none among them, of several users; or of none.
+void check_log_share(uint64_t seed) {
+  Random r(seed + 900);
+  const int64_t users = r.below(seed ? 40 : 1), seats = 1 + r.below(100);
+  const float scale = std::ldexp(1.f, static_cast<int>(r.below(20)));
+  std::vector<float> lse = test::uniform(r, users * seats);
+  std::vector<int64_t> votes(lse.size());
+  for (size_t i = 0; i < lse.size(); ++i) {
+    const int64_t rare[] = {0, -1, INT64_MIN, INT64_MAX, int64_t{1} << 40, 1};
+    votes[i] = r.below(4) ? 1 + r.below(100) : rare[r.below(6)];
+    lse[i] = r.below(4) == 0 || i / test::size(seats) == 3 ? -INFINITY : lse[i] * scale;
+  }
+  for (const Normalize normalize : {Normalize::history, Normalize::agents})
+    for (const bool with_votes : {true, false}) {
+      const Array<const int64_t, 2> given{with_votes ? votes.data() : nullptr, {users, seats}};
+      const auto run = [&](auto verb) {
+        test::Guarded<float> out(users * seats);
+        const Status status =
+            verb(Context{}, normalize, {lse.data(), {users, seats}}, given, {out.data(), {users, seats}});
+        if (!status.ok()) test::fail("%s", status.what());
+        if (!out.intact()) test::fail("the shares' end was overwritten");
+        return out.values();
+      };
+      const std::vector<float> cpu = run(cpu::kBackend.log_share), got = run(cuda::log_share);
+      for (size_t i = 0; i < cpu.size(); ++i)
+        if (got[i] != cpu[i] && !(std::fabs(got[i] - cpu[i]) <= 1e-5f + 2e-7f * std::fabs(cpu[i])))
+          test::fail("log_share %zu: %g, expected %g", i, double(got[i]), double(cpu[i]));
+    }
+}
+
 void check(const Problem& p) {
   check_missing(p);
   const Result first = on_cuda(p);
@@ -73,6 +104,7 @@ int main(int argc, char** argv) {
     Problem p = seed ? test::random_problem(seed) : several_tiles();
     if (seed % 2) test::gather(seed, p);
     check(p);
+    check_log_share(seed);
   }
   return test::done();
 }

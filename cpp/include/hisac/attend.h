@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Target attention: candidates attend to their user's tokens. The caller computes keys and values of the tokens, once a
-// request, by the matrices of the trained model, and may keep them, with the lse of the tokens, between requests.
+// request, by the matrices of the trained model, and may keep them, with the log_share of the tokens, between requests.
 #pragma once
 #include "array.h"
 #include "context.h"
@@ -10,18 +10,18 @@ namespace hisac {
 
 /// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m
 /// User b's candidates are [candidates.start(b), candidates.end(b)); a range that begins before the last one has ended
-/// is an error. There is no count of agents: to leave out absent ones, pass the lse of `route` as the bias, where
-/// theirs is -inf. A token whose bias or key holds a NaN or an infinity is absent. If q holds one, all tokens are
-/// absent for that candidate. A candidate without tokens has a zero row and an lse of -inf. A NaN or an infinity in the
-/// values of a present token makes that column of `out` NaN or infinite for all candidates of its user and head that
-/// have tokens.
+/// is an error. There is no count of agents: to leave out absent ones, pass the log_share of `compress` or the lse of
+/// `route` as the bias, where theirs is -inf. A token whose bias or key holds a NaN or an infinity is absent. If q
+/// holds one, all tokens are absent for that candidate. A candidate without tokens has a zero row and an lse of -inf. A
+/// NaN or an infinity in the values of a present token makes that column of `out` NaN or infinite for all candidates of
+/// its user and head that have tokens.
 struct AttendInputs {
   Rows q;                         // [N * H, d]
   Rows keys;                      // [B * M * H, d], q's type
   Rows values;                    // [B * M * H, V], q's type
   int64_t agents = 0, heads = 0;  // M, H
   Spans candidates;               // B users, from offsets [B + 1]
-  Array<const float, 2> bias;     // [B, M], null: 0. Without the lse of `route` here, absent agents take part
+  Array<const float, 2> bias;     // [B, M], null: 0, and absent agents take part
   float scale = 1;                // of q . k, commonly 1 / sqrt(d)
 };
 

@@ -19,9 +19,17 @@ struct CompressParams {
   const Agents* agents = nullptr;  // of an earlier vote, with its fingerprint; null: the histories vote
 };
 
+/// log_share is the log of the share of its user's history that a token stands for, the bias of `attend` in either
+/// mode. Of the tokens that received mass, exp(lse) > 0,
+///   agents:   share_a = exp(lse_a) / sum_a exp(lse_a)
+///   history:  share_a = votes_a / sum_a votes_a, for the masses of a user's agents overlap there
+/// and it is -inf for any other token. In history mode agents that are given have the votes that they have kept;
+/// without these 1 each. Agents of 0 votes or fewer have no share then. Logarithms are of float64 on the CPU, rounded
+/// once.
 struct Compressed {
-  Tokens tokens{};  // with Method::leaf of float32, whatever the type of v
-  Agents agents{};  // those that the histories voted for; null arrays are not wanted
+  Tokens tokens{};              // with Method::leaf of float32, whatever the type of v
+  Array<float, 2> log_share{};  // [B, M]; null: not wanted
+  Agents agents{};              // those that the histories voted for; null arrays are not wanted
 };
 
 /// `encode`, where the histories have no codes; `vote`, or the agents that are given; `prototypes`; `leaf_sums` with

@@ -64,6 +64,7 @@
 //   route_backward           does the same, with the gradients of tokens in the place of v.
 //   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
 //   leaf_sums                adds 64 rows in float32, and those sums in float64.
+//   log_share of compress    adds exponentials of float32 in float64, where the CPU's are of float64.
 //   encode, vote, code_prototypes, prototypes and sum_rows have the CPU's bits.
 #pragma once
 #include "status.h"

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "backend.h"
 #include "base/arena.h"
 #include "codebook/checks.h"
 #include "hisac/encode.h"
@@ -24,6 +25,7 @@ class Compression {
         params_(params),
         in_(stated(histories, context.device)),
         tokens_(out.tokens),
+        log_share_(out.log_share),
         agents_(params.agents ? *params.agents : out.agents),
         users_(in_.offsets.users),
         seats_(params.agents ? params.agents->codes.shape[1] : seats(params.vote, book.levels())) {}
@@ -81,7 +83,11 @@ class Compression {
     HISAC_TRY(check_route("route", context_, &book_, params_.route, in_, agents_));
     Histories routed = in_;
     if (params_.method == Method::leaf) routed.v.dtype = DType::float32;
-    return check_tokens(routed, agents_, tokens_);
+    HISAC_TRY(check_tokens(routed, agents_, tokens_));
+    if (!log_share_) return {};
+    HISAC_TRY(check_shape("compress", "log_share", {users_, seats_}, log_share_));
+    if (params_.route.normalize == Normalize::agents || !agents_.votes) return {};
+    return check_shape("compress", "agents' votes", {users_, seats_}, agents_.votes);
   }
 
   Status run() noexcept {
@@ -90,6 +96,14 @@ class Compression {
       HISAC_TRY(vote(context_, book_, params_.vote, in_, agents_));
     else if (!given_prototypes_)
       HISAC_TRY(prototypes(context_, book_, agents_, agents_.prototypes));
+    HISAC_TRY(route_users());
+    if (!log_share_) return {};
+    return call_backend("compress", &Backend::log_share, context_, params_.route.normalize, tokens_.lse, agents_.votes,
+                        log_share_);
+  }
+
+ private:
+  Status route_users() noexcept {
     if (params_.method == Method::exact) return route(context_, &book_, params_.route, in_, agents_, tokens_);
     if (context_.device != Device::cpu) return route_sums(0, users_);
     for (int64_t first = 0, last; first < users_; first = last) {
@@ -103,7 +117,6 @@ class Compression {
     return {};
   }
 
- private:
   /// Leaf sums and tokens of the users [first, last).
   Status route_sums(int64_t first, int64_t last) noexcept {
     const int64_t users = last - first, row = first * seats_, width = agents_.prototypes.shape[2];
@@ -131,6 +144,7 @@ class Compression {
   CompressParams params_;
   Histories in_;
   const Tokens& tokens_;
+  const Array<float, 2>& log_share_;
   Agents agents_;
   LeafSums sums_{};
   int64_t users_, seats_;

@@ -217,8 +217,8 @@ def compress(
     in the demo with --budget.
 
     TOKENS holds, for each user, in the order they came: users (integers, or strings, which only .npz can hold), tokens
-    [users, M, width of V], lse [users, M], the agents' codes [users, M, levels] and votes [users, M], and their count
-    [users]; and the codebook's fingerprint. With --offsets, or lists without --user, users are 0, 1, 2, .."""
+    [users, M, width of V], lse and log_share [users, M], the agents' codes [users, M, levels] and votes [users, M], and
+    their count [users]; and the codebook's fingerprint. With --offsets, or lists without --user, users are 0, 1, .."""
     files.check_out(out, (".npz", ".safetensors"))
     book = load_book(path)
     x = matrix(spec, "x", scale, book)
@@ -245,7 +245,7 @@ def compress(
         """What is written of some histories."""
         made = hisac.compress(book, batch, temperature=temperature, normalize=normalize, **rule)
         votes = {"codes": made.agents.codes, "votes": made.agents.votes, "count": made.agents.count}
-        return {"tokens": made.tokens, "lse": made.lse, **votes}
+        return {"tokens": made.tokens, "lse": made.lse, "log_share": made.log_share, **votes}
 
     # refuses bad options before any work
     nobody = results(hisac.Histories(x[:0], values[:0], [0], np.empty((0, book.levels), np.int32)))

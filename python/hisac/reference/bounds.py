@@ -18,6 +18,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
 - precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
   drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX and CUDA, float32 multiplies
   two halves of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
+- A log share is z_a - log sum_a exp z_a: it moves by e_a + max e; with w_a |z_a - max z| <= 1 / e, and M terms, its own
+  rounding adds (2 |z_a - max z| + 2 |share| + 2 M + 16) u.
 - A leaf's sums have a relative error k, its weights' and its accumulation's: its mean v moves by 2 k max|v|, its log
   mass by k, its spread by 4 k R^2, R its longest row.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli:
@@ -313,6 +315,16 @@ def unit_bound(expected: Tokens, width: int = 4096) -> Tokens:
     )
     lse = f / (1 - f) + (_steps(2**24) + 8 + 2 * np.abs(np.nan_to_num(expected.lse, neginf=0.0))) * U
     return Tokens(tokens, lse, mean_x)
+
+
+def log_share_bound(z: Array, e: Array) -> Array:
+    """Of z_a - log sum_a exp z_a, [B, M], as `Compressed.log_share`, where z is wrong by e: z = lse in agents mode."""
+    some = np.isfinite(z)
+    near = np.where(some, z - z.max(1, keepdims=True, initial=-HUGE), 0.0)
+    share = np.where(some, verbs.log_softmax(z, 1), 0.0)
+    rounding = (2 * np.abs(near) + 2 * np.abs(share) + 2 * z.shape[1] + 16) * U
+    bound = e + e.max(1, keepdims=True, initial=0.0) + rounding
+    return np.where(np.abs(share) < HUGE, bound, np.inf)
 
 
 def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:

@@ -357,7 +357,8 @@ def compress(
     """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.
 
     method="leaf": over the behaviours' `leaf_sums`. refine=n: n times p_a <- mean_x_a first, where agent a received
-    mass. missing="token": one more token, the mean v and log count of the behaviours that are `missing`.
+    mass. missing="token": one more token, the mean v and log count of the behaviours that are `missing`. log_share:
+    the equations of `Compressed`.
     """
     return compose.compress(
         _VERBS, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,

@@ -5,9 +5,10 @@
     def test_mine(p):
         assert_tokens_close(mine(**p.route_args()), p.reference(), p)
 
-Strategies draw the sizes and options, and one seed for the arrays: examples are quick to make and shrink to small
-sizes. Codes, votes and agents are integers and are compared exactly; floats within `hisac.reference.bounds`. Needs
-hypothesis.
+`problems()` has absent rows, biases and every option; `problems(hostile=True)` values that break careless kernels;
+`problems(plain=True)` ordinary batches only. Strategies draw the sizes and options, and one seed for the arrays:
+examples are quick to make and shrink to small sizes. Codes, votes and agents are integers and are compared exactly;
+floats within `hisac.reference.bounds`. Needs hypothesis.
 """
 
 

@@ -3,7 +3,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -273,19 +273,31 @@ def problems(
     max_codes: int = 6,
     max_width: int = 12,
     max_agents: int = 9,
-    dtypes: Sequence[str] = DTYPES,
+    dtypes: Sequence[str] | None = None,
     hostile: bool = False,
     gathered: bool = False,
+    plain: bool = False,
 ) -> Problem:
     """Whole problems: ragged or overlapping histories, absent rows and agents, every option. `hostile` puts NaN,
     infinities, subnormals and huge values into every array, and temperatures and counts that make no sense. `gathered`
-    makes x with codes, and v, tables with ids, some of them outside, and x int8 with a scale, now and then each."""
+    makes x with codes, and v, tables with ids, some of them outside, and x int8 with a scale, now and then each.
+
+    `plain` leaves what any system takes: users one after another, each with behaviours, all of them present; finite x
+    and v, float32 unless `dtypes` say another; valid codes; no bias, spread, weights or count. Options are those of
+    `hisac` that are not given, but for the temperature, and budget or fanout."""
+    if plain and (hostile or gathered):
+        raise ValueError("problems: expected plain alone, got it beside hostile or gathered")
+    dtypes = dtypes or (("float32",) if plain else DTYPES)
     book = draw(codebooks(max_levels=max_levels, max_codes=max_codes, max_width=max_width))
-    rows, ragged = draw(spans(max_users=max_users, max_history=max_history))
+    if plain:
+        ragged: Any = np.cumsum([0, *draw(st.lists(st.integers(1, max_history), min_size=1, max_size=max_users))])
+        rows = int(ragged[-1])
+    else:
+        rows, ragged = draw(spans(max_users=max_users, max_history=max_history))
     users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
     agents, wide = draw(st.integers(1, max_agents)), draw(st.integers(1, max_width))
-    dtype, routed_codes = draw(st.sampled_from(dtypes)), draw(st.booleans())
-    leaf = draw(codes(book, rows))
+    dtype, routed_codes = draw(st.sampled_from(dtypes)), not plain and draw(st.booleans())
+    leaf = draw(codes(book, rows, invalid=not plain))
     seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
     rng = np.random.default_rng(seed)
 
@@ -325,7 +337,7 @@ def problems(
     numbers = tuple(draw(st.integers(1, most)) for _ in range(book.levels))
     prototypes = sprinkle(rng, prototypes, share)
     bias = None if bias is None else sprinkle(rng, bias, share)
-    return Problem(
+    problem = Problem(
         book=book,
         histories=Histories(x, v, ragged, leaf, x_ids, v_ids, x_scale, bias, spread, weights),
         prototypes=prototypes,
@@ -344,6 +356,12 @@ def problems(
         dtype=dtype,
         seed=seed,
     )
+    if not plain:
+        return problem
+    bare = problem.histories._replace(bias=None, spread=None, weights=None)
+    options: dict[str, Any] = {"normalize": "agents", "precision": "float32", "mean_x": False, "method": "exact"}
+    options |= {"refine": 0, "missing": "drop", "temperature": float(np.ravel(tau)[0])}
+    return replace(problem, histories=bare, count=None, **options)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

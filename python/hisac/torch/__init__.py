@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs in torch: differentiable functions, and the modules of a ranking model.
 
+    Compressor       a module: histories to tokens, under a learned temperature
+    TargetAttention  a module: candidates attend to their user's tokens, which may be projected once, as KeysValues
+    compress         what Compressor does, as a function: encode, vote and route in one call; returns Compressed
+    encode           x to codes, without gradient
+    vote             histories to interest-agents, without gradient
+    route            histories and agents to tokens
+    attend           candidates' queries, keys and values of tokens to features
+    leaf_sums        histories to a row for each leaf of each user
+    missing          which behaviours `route` takes for absent, though their v is there; without gradient
+    prototypes       codes or agents to what `route` compares x with
+    register         makes a codebook known to an exported program, which else raises UnknownCodebookError
+
+Each has its own page, `help(hisac.torch.route)`. The pages of the modules end with what every nn.Module has.
+
 `torch.ops.hisac.*` stand between torch and the core, so that autograd, torch.compile, torch.export, checkpointing and
 DDP see ordinary operators. They know a codebook by its fingerprint, a constant of the program. The semantic side
 (codebook, x, prototypes) follows neither a module's dtype nor autocast. First derivatives in reverse mode only: double
@@ -8,7 +22,7 @@ backward and forward mode raise. All results are deterministic. Letters are the 
 """
 
 from ..types import Compressed
-from .functions import attend, compress, encode, leaf_sums, log_share, missing, prototypes, route, vote
+from .functions import attend, compress, encode, leaf_sums, missing, prototypes, route, vote
 from .library import UnknownCodebookError, register
 from .modules import Compressor, KeysValues, TargetAttention
 
@@ -22,7 +36,6 @@ __all__ = [
     "compress",
     "encode",
     "leaf_sums",
-    "log_share",
     "missing",
     "prototypes",
     "register",

@@ -192,7 +192,8 @@ def route(
 
     With x_ids, x and codes are tables, and with v_ids v is one, as the weight of an `nn.Embedding`: an id outside is an
     absent behaviour. A table's gradient is the sum over the behaviours of each row, in their order and in float64:
-    dense, or `sparse_grad` COO (not in torch.compile).
+    dense, or with `sparse_grad` COO. Then a table that learns is a leaf (else ValueError), and torch.compile runs the
+    call outside of its graph; fullgraph=True and torch.export refuse it.
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> out = route(Histories(torch.eye(2), v, torch.tensor([0, 2])), torch.eye(2)[None], temperature=0.01)
@@ -205,16 +206,27 @@ def route(
         raise TypeError("route: v expected in the histories, got None")
     p, count = compose.routed(_VERBS, "route", agents, count, book)
     tau = tau_tensor(compose.temperature_of("route", temperature, book, _default_temperature), p.device)
-    _not_sparse_compiled("route", sparse_grad)
+    _check_sparse("route", h, sparse_grad)
     _reverse_mode_only("route", h.x, h.v, p, tau, h.bias, h.spread)
     name = None if book is None else register(book)
     found = torch.ops.hisac.route(name, *_fields(h), p, count, tau, normalize, precision, tokens, mean_x, sparse_grad)
     return Tokens(found[0] if tokens else None, found[1], found[2] if mean_x else None)
 
 
-def _not_sparse_compiled(verb: str, sparse_grad: bool) -> None:
-    if sparse_grad and torch.compiler.is_compiling():
-        raise NotImplementedError(f"{verb}: sparse gradients are not for torch.compile, expected sparse_grad=False")
+def _check_sparse(verb: str, histories: Histories, sparse_grad: bool) -> None:
+    """Raises where an operator of torch made a table: most refuse its COO gradient in the backward, and name nothing.
+    Raises while torch.compile traces too, which then runs the call outside of its graph, or with fullgraph=True tells
+    why it cannot."""
+    if not sparse_grad or not torch.is_grad_enabled():
+        return
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{verb}: sparse gradients are in no compiled graph, expected sparse_grad=False")
+    for name, ids in (("x", histories.x_ids), ("v", histories.v_ids)):
+        table = getattr(histories, name)
+        made_by = None if ids is None or table is None else table.grad_fn
+        if made_by is not None and not isinstance(made_by, torch.autograd.function.BackwardCFunction):  # one's own may
+            got = f"what {made_by.name()} made"
+            raise ValueError(f"{verb}: with sparse_grad {name} expected a leaf, as an nn.Embedding's weight, got {got}")
 
 
 def leaf_sums(book: Codebook, histories: Histories, *, sparse_grad: bool = False) -> Histories:
@@ -233,7 +245,7 @@ def leaf_sums(book: Codebook, histories: Histories, *, sparse_grad: bool = False
     for name in ("v", "codes"):
         if getattr(h, name) is None:
             raise TypeError(f"leaf_sums: {name} expected in the histories, got None")
-    _not_sparse_compiled("leaf_sums", sparse_grad)
+    _check_sparse("leaf_sums", h, sparse_grad)
     _reverse_mode_only("leaf_sums", h.x, h.v, h.bias, h.spread)
     if h.rows is None:
         starts, ends = h.offsets
@@ -261,7 +273,8 @@ def compress(
     precision: Precision = "float32", sparse_grad: bool = False,
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call as `hisac.compress`, with the gradients of its verbs: `vote` without, `route`
-    with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature.
+    with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature. log_share has those
+    of lse in agents mode, and none in history mode, but for bias beside `missing="token"`.
 
     >>> h = Histories(torch.eye(2), torch.ones(2, 1), torch.tensor([0, 2]))
     >>> compress(Codebook([torch.eye(2)]), h, budget=2, temperature=0.1).tokens
@@ -313,12 +326,3 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias = None if bias is None else bias.float()
     return Attended(*torch.ops.hisac.attend(q, keys, values, candidate_offsets, bias, scale))
-
-
-def log_share(agents: Agents) -> Tensor:
-    """The paper's bias of target attention: log(votes_a / sum of votes), [B, M] float32, -inf for an absent agent.
-
-    >>> log_share(Agents(None, torch.tensor([[3, 1, 0]]), None, 0)).exp()
-    tensor([[0.7500, 0.2500, 0.0000]])
-    """
-    return cast(Tensor, (agents.votes / agents.votes.sum(1, keepdim=True).clamp(min=1)).log())

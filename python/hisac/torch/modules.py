@@ -26,6 +26,14 @@ for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed):  # o
 cast(Any, torch.serialization).add_safe_globals([Histories, Agents])  # example inputs are loaded by weights_only
 
 
+def _single(a: Any) -> Any:
+    """A tensor of float64 as float32, in which every verb computes, also as x and v of histories; any other as it
+    is."""
+    if isinstance(a, Histories):
+        return a._replace(x=_single(a.x), v=_single(a.v))
+    return a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a
+
+
 class Compressor(nn.Module):
     """`compress` as a module, under a learned temperature (log tau, [1]).
 
@@ -36,11 +44,23 @@ class Compressor(nn.Module):
         learn_temperature: whether log tau is a parameter. Give it no weight decay
         normalize, precision: as in `hisac.route`
         method, refine, missing: as in `hisac.compress`
-        sparse_grad: COO gradients for tables of x and v, not in torch.compile; v must then be a leaf, such as the
-            weight of an `nn.Embedding(sparse=True)`
+        sparse_grad: COO gradients for tables of x and v, which must then be leaves, such as the weight of an
+            `nn.Embedding(sparse=True)`. Look rows up by that module elsewhere too: a gradient by weight[ids] is dense,
+            and so is its sum with this one. In torch.compile the call is outside of the graph
 
     The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
+
+    What a network takes of the result is finite, and a token without mass gives no gradient. Tokens are zero there and
+    of v's type. lse and log_share are of the module's type. lse is not that of `compress`, which is -inf there. It has
+    one more logit, 0:
+
+        lse_a = log(e^0 + sum_i u_ai) = log(1 + mass)
+
+    It is 0 for a token without mass, rises with the mass, and keeps float32's digits for masses down to 2^-126.
+    log_share is that of `compress`: its -inf tells `attend` that there is no such token. As a feature, take
+    log_share.exp(), the share, which is 0 there. Agents are for verbs, and absent ones have codes of -1: to embed
+    codes, take codes + 1 and padding_idx=0.
 
     >>> compress = Compressor(Codebook([torch.eye(2)], temperature=0.1), budget=2)
     >>> out = compress(Histories(torch.eye(2), torch.randn(2, 3), torch.tensor([0, 2])))
@@ -65,12 +85,15 @@ class Compressor(nn.Module):
         self(Histories(rows, rows, torch.zeros(1, dtype=torch.int64)))  # checks every option
 
     def forward(self, histories: Histories) -> Compressed:
-        """Histories -> Compressed, as `compress`."""
-        return compress(
-            self.book, histories, budget=self.budget, fanout=self.fanout, beam=self.beam,
+        """Histories -> Compressed, as `compress`, but for lse: log(1 + mass). x and v may be float64 too; x is
+        rounded to float32."""
+        made = compress(
+            self.book, _single(histories), budget=self.budget, fanout=self.fanout, beam=self.beam,
             temperature=self.log_tau.float().exp(), normalize=self.normalize, method=self.method, refine=self.refine,
             missing=self.missing, precision=self.precision, sparse_grad=self.sparse_grad,
         )  # fmt: skip
+        lse, share = (t.to(self.log_tau.dtype) for t in (nn.functional.softplus(made.lse), made.log_share))
+        return made._replace(tokens=made.tokens.to(histories.v.dtype), lse=lse, log_share=share)
 
     def get_extra_state(self) -> Tensor:
         """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""
@@ -97,7 +120,14 @@ class Compressor(nn.Module):
 class TargetAttention(nn.Module):
     """Multi-head attention of candidates on cached tokens, with the log-sum-exp of the logits as a feature.
 
-    Softmax hides how similar the best match is: give the scoring net `lse` beside `out`.
+    Softmax hides how similar the best match is: give the scoring net `lse` beside `out`. It is that of `attend`, but 0
+    in place of -inf for a candidate without tokens:
+
+        lse = log sum_m exp z_m     without tokens: log(1 e^0) = 0
+
+    That is as if the candidate's user had one token, of key and value 0, whose share is 1. `out` is 0 there, and so is
+    every gradient. Both come in the module's type; `out` under autocast in autocast's. Candidates and tokens may have
+    another type. Sums of float64 are those of float32.
 
     >>> attention = TargetAttention(6, 3, heads=2, head_width=4)
     >>> cached = attention.keys_values(torch.randn(1, 5, 3))
@@ -118,15 +148,17 @@ class TargetAttention(nn.Module):
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
         """tokens [B, M, W] -> KeysValues, to be passed to `forward` in place of the tokens."""
+        tokens = tokens.to(self.key.weight.dtype)
         keys, values = (f(tokens).unflatten(-1, (self.heads, -1)) for f in (self.key, self.value))
         return KeysValues(keys, values)
 
     def forward(
         self, candidates: Tensor, tokens: Tensor | KeysValues, candidate_offsets: Tensor, *, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """candidates [N, C], tokens [B, M, W] or KeysValues, candidate_offsets [B + 1], bias [B, M], that is `lse` or
-        `log_share` (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]."""
+        """candidates [N, C], tokens [B, M, W] or KeysValues, candidate_offsets [B + 1], bias [B, M], as log_share of
+        a Compressor (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]."""
         keys, values = tokens if isinstance(tokens, KeysValues) else self.keys_values(tokens)
-        q = self.query(candidates).unflatten(-1, (self.heads, -1))
-        out, lse = attend(q, keys, values, candidate_offsets, bias=bias)
-        return out.flatten(1), lse
+        q = self.query(candidates.to(self.query.weight.dtype)).unflatten(-1, (self.heads, -1))
+        out, lse = attend(_single(q), keys, values, candidate_offsets, bias=bias)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0).to(self.query.weight.dtype)
+        return out.flatten(1).to(q.dtype), lse

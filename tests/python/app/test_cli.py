@@ -99,6 +99,10 @@ def test_compress_is_the_definition(book, capsys, rule, normalize):
         np.testing.assert_array_equal(f["count"], agents.count)
         np.testing.assert_allclose(f["tokens"], wanted.tokens, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(f["lse"], wanted.lse, rtol=1e-4, atol=1e-4)
+        share = reference.compress(
+            reference.Codebook(book.centers), histories, **options, temperature=0.5, normalize=normalize
+        ).log_share
+        np.testing.assert_allclose(f["log_share"], share, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(f["users"], np.arange(5))
         assert f["fingerprint"].tolist() == [book.fingerprint]
 

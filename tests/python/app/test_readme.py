@@ -65,12 +65,31 @@ def test_python_blocks_run_in_order(planted, tmp_path, monkeypatch):
     assert shapes == [((7, 1, 16), (7, 1)), ((9, 16), (9, 2)), ((9, 16), (9, 2))]
     assert (found["items"][7] == 0).all() == bool(planted)
     assert hisac.Codebook.load("book.safetensors") == found["book"]
-    assert found["known"].tolist() == [[True] * 2] * 7 + [[False] * 2] * 2
-    assert found["score"].isfinite().all()
+    assert found["score"].isfinite().all() and found["match"][:7].all()
+    assert not found["features"][7:].any() and not found["match"][7:].any()  # of the new user
     modules = [found[name] for name in ("compress", "attention", "network", "embedding")]
     gradients = [p.grad for module in modules for p in module.parameters()]
     assert all(g is not None and g.isfinite().all() and g.any() for g in gradients)
     alone["test_mine"]()
+
+
+def test_the_first_block_takes_a_user_without_behaviours(tmp_path, monkeypatch):
+    """Its candidates get zeros and -inf; the others what they get without that user."""
+    monkeypatch.chdir(tmp_path)
+    (first, *_), found = blocks("python"), []
+    added = {"lengths=[1_000, 2_000]": "lengths=[1_000, 0, 2_000]", "np.array([0, 3, 7])": "np.array([0, 3, 3, 7])"}
+    asked = {"np.array([0, 3, 7])": "np.array([0, 2, 3, 7])"}  # the third candidate is the new user's
+    for change in ({}, added, added | asked):
+        code = first
+        for old, new in change.items():
+            assert code.count(old) == 1
+            code = code.replace(old, new)
+        exec(code, names := {})
+        found.append((names["features"], names["match"]))
+        assert np.isfinite(names["features"]).all()
+    for mine, expected in zip(found[1], found[0], strict=True):
+        np.testing.assert_array_equal(mine, expected)
+    assert not found[2][0][2].any() and found[2][1][2] == -np.inf and np.isfinite(np.delete(found[2][1], 2)).all()
 
 
 def test_the_error_shown_is_the_error():

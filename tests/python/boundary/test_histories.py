@@ -43,9 +43,20 @@ def in_torch(h):
     return h._replace(**{name: torch.from_numpy(a) for name, a in h._asdict().items() if isinstance(a, np.ndarray)})
 
 
+@pytest.mark.parametrize("name, named", [
+    ("ids", "x_ids, v_ids"), ("offset", "offsets"), ("weight", "weights"), ("xids", "x_ids, v_ids"),
+    ("length", "lengths"), ("zz", ", ".join((*FIELDS, "lengths"))),
+])  # fmt: skip
+def test_another_name_is_refused_with_the_nearest_fields(name, named):
+    with pytest.raises(TypeError) as caught:
+        Histories(X, VALUE, OFFSETS, **{name: CODES})
+    found = re.fullmatch(rf"Histories: expected one of the fields (.*), got {name}", str(caught.value))[1]
+    assert found.startswith(named)
+
+
 def test_the_fields_have_one_order_everywhere():
     """In Python, in its constructor, in the C++ header and in the schemas of torch's operators."""
-    assert tuple(inspect.signature(Histories).parameters) == (*FIELDS, "lengths")
+    assert tuple(inspect.signature(Histories).parameters) == (*FIELDS, "lengths", "unknown")
     header = Path(__file__).parents[3] / "cpp/include/hisac/histories.h"
     body = re.search(r"struct Histories \{(.*?)\n\n", header.read_text(encoding="utf-8"), re.DOTALL)[1]
     members = re.sub(r"//.*|\{\}| = 0", "", body)

@@ -166,6 +166,32 @@ def test_rounded_to_nearest_even():
     assert testing.rounded(a, "float32") is not None and testing.rounded([0.1], "float16").dtype == np.float16
 
 
+@given(testing.problems(max_history=16, plain=True))
+def test_plain_problems_are_ordinary(p):
+    h = p.histories
+    assert (np.diff(h.offsets) > 0).all() and h.offsets[0] == 0 and h.offsets[-1] == len(h.x) == len(h.v)
+    assert len(h.offsets) > 1 and h.x.dtype == h.v.dtype == np.float32 and finite(h.x, h.v, p.prototypes)
+    assert ((h.codes >= 0) & (h.codes < p.book.sizes)).all() and 0 < p.temperature < np.inf
+    assert all(a is None for a in (*h[4:], p.count))
+    default = {"book": p.book, "histories": h, "budget": p.budget, "fanout": p.fanout, "temperature": p.temperature}
+    for mine, expected in zip(hisac.compress(**p.compress_args())[:3], hisac.compress(**default)[:3], strict=True):
+        np.testing.assert_array_equal(mine, expected)
+    assert (reference.missing(h, book=p._reference_book) == -np.inf).all()
+    assert p.route_args().keys() == {"histories", "agents", "count", "temperature", "normalize", "precision", "mean_x"}
+    assert (p.reference().lse > -np.inf).any(1).all()
+
+
+@given(testing.problems(max_history=4, plain=True, dtypes=("float16",)))
+def test_plain_problems_of_a_type(p):
+    assert p.histories.x.dtype == p.histories.v.dtype == np.float16
+
+
+@pytest.mark.parametrize("option", ["hostile", "gathered"])
+def test_plain_problems_are_neither_hostile_nor_gathered(option):
+    with pytest.raises(ValueError, match="problems: expected plain alone, got it beside hostile or gathered"):
+        find(testing.problems(plain=True, **{option: True}), lambda p: True)
+
+
 @given(testing.problems(max_history=8))
 def test_to_torch_gives_rows_their_type(p):
     torch = pytest.importorskip("torch")
@@ -377,7 +403,7 @@ def test_close_knows_what_is_not_a_number():
 
 BACK = {"forward": Tokens(np.zeros((0, 1, 1)), np.zeros((0, 1))), "gradients": Tokens(np.zeros((0, 1, 1)), None)}
 BACK |= {"histories": hisac.Histories(np.zeros((0, 1)), np.zeros((0, 1)), np.array([0])), "need": ()}
-BACK |= {"agents": np.zeros((0, 1, 1))}
+BACK |= {"agents": np.zeros((0, 1, 1)), "temperature": 0.1}
 
 
 # ------------------------------------------------------------------------------------------------------ registration

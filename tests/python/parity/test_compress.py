@@ -18,6 +18,16 @@ except ImportError:
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 
 
+def log_of(votes):
+    return np.log(votes.astype(np.float32))
+
+
+def shares(z):
+    """z - log sum exp z; -inf without a number above -inf."""
+    z = z - np.nan_to_num(z.max(1, keepdims=True), neginf=0.0)
+    return z - np.log(np.maximum(np.exp(z).sum(1, keepdims=True), np.float32(1e-30)))
+
+
 def by_hand(book, histories, *, budget, fanout, beam, temperature, normalize, method, refine, missing, precision):
     """The same by the verbs, in NumPy."""
     agents = hisac.vote(book, histories, budget=budget, fanout=fanout, beam=beam)
@@ -34,8 +44,18 @@ def by_hand(book, histories, *, budget, fanout, beam, temperature, normalize, me
         gone = hisac.missing(histories, book=book)
         only = Histories(gone[:, None], histories.v, histories.offsets, v_ids=histories.v_ids)
         last = hisac.route(only, np.zeros((len(p), 1, 1), np.float32), temperature=0.1)
+    share = shares(lse) if normalize == "agents" else shares(np.where(np.isneginf(lse), lse, log_of(agents.votes)))
+    if missing == "token":
+        if normalize == "agents":
+            share = shares(np.concatenate([lse, last.lse], 1))
+        else:
+            options |= {"count": None, "normalize": "agents"}
+            whole = hisac.route(rows, np.zeros_like(p[:, :1]), temperature=1.0, **options).lse
+            whole[np.isneginf(share).all(1)] = -np.inf
+            parts = shares(np.concatenate([whole, last.lse], 1))
+            share = np.concatenate([share + parts[:, :1], parts[:, 1:]], 1)
         tokens, lse = np.concatenate([tokens, last.tokens], 1), np.concatenate([lse, last.lse], 1)
-    return hisac.Compressed(tokens, lse, agents._replace(prototypes=p))
+    return hisac.Compressed(tokens, lse, share, agents._replace(prototypes=p))
 
 
 @given(testing.problems(gathered=True))
@@ -48,6 +68,9 @@ def test_compress_is_composed_of_verbs(p):
         for module in (hisac, pytest.importorskip("hisac.torch")):
             found = module.compress(**tensors)
             found = found._replace(tokens=found.tokens.to(getattr(torch, str(mine.tokens.dtype))))
+            if module is not hisac and p.dtype == "float32":  # torch's exp and log are others than NumPy's
+                np.testing.assert_allclose(found.log_share, mine.log_share, rtol=1e-5, atol=1e-5)
+                found = found._replace(log_share=torch.from_numpy(mine.log_share))
             assert p.dtype != "float32" or flat(found) == flat(mine)
 
 

@@ -177,13 +177,57 @@ def test_a_compiled_program_steps_out_for_sparse_gradients():
     v = wanted(values)
 
     def run(v):
-        histories = Histories(items, v * 1, OFFSETS, x_ids=IDS, v_ids=IDS)
+        histories = Histories(items, v, OFFSETS, x_ids=IDS, v_ids=IDS)
         return hisac_torch.route(histories, p, sparse_grad=True, temperature=0.1).tokens.sum()
 
     torch.compile(run, backend="aot_eager")(v).backward()
     expected = wanted(values)
     run(expected).backward()
-    assert torch.equal(v.grad.to_dense(), expected.grad.to_dense())
+    assert v.grad.is_sparse and torch.equal(v.grad.to_dense(), expected.grad.to_dense())
+    torch.compiler.reset()
+    with pytest.raises(
+        RuntimeError, match="route: sparse gradients are in no compiled graph, expected sparse_grad=False"
+    ):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(v)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(v), run(v))
+
+
+@pytest.mark.parametrize("made", [lambda w: w * 2, lambda w: w.half(), torch.nn.Linear(5, 4)])
+def test_sparse_gradients_are_for_leaves(made):
+    items, values, p = tables()
+    book, v = hisac.Codebook([items[:4].numpy()]), wanted(values)
+    codes = hisac_torch.encode(book, items)
+    histories = Histories(items, made(v), OFFSETS, codes, x_ids=IDS, v_ids=IDS)
+    got = made(v).grad_fn.name()
+    for verb, run in (
+        ("route", lambda h: hisac_torch.route(h, p, sparse_grad=True, temperature=0.1)),
+        ("leaf_sums", lambda h: hisac_torch.leaf_sums(book, h, sparse_grad=True)),
+        ("route", hisac_torch.Compressor(book, budget=2, sparse_grad=True, temperature=0.1)),
+    ):
+        text = f"^{verb}: with sparse_grad v expected a leaf, as an nn.Embedding's weight, got what {got} made$"
+        with pytest.raises(ValueError, match=text):
+            run(histories)
+        with torch.no_grad():
+            run(histories)
+        run(histories._replace(v=histories.v.detach()))
+    with pytest.raises(ValueError, match=r"^route: with sparse_grad x expected a leaf"):
+        hisac_torch.route(histories._replace(x=wanted(items) * 1, v=v), p, sparse_grad=True, temperature=0.1)
+
+
+def test_a_weight_that_is_looked_up_densely_too_has_a_dense_gradient():
+    """As the documentation of Compressor says. SparseAdam takes that of lookups by the module."""
+    items, values, p = tables()
+    embedding = torch.nn.Embedding.from_pretrained(values.clone(), freeze=False, sparse=True)
+    histories = Histories(items, embedding.weight, OFFSETS, x_ids=IDS, v_ids=IDS)
+    for looked_up, sparse in ((lambda ids: embedding.weight[ids], False), (embedding, True)):
+        embedding.zero_grad()
+        tokens = hisac_torch.route(histories, p, sparse_grad=True, temperature=0.1).tokens
+        (tokens.sum() + looked_up(IDS.clamp(0, 6)).sum()).backward()
+        assert embedding.weight.grad.is_sparse == sparse
+    torch.optim.SparseAdam(embedding.parameters()).step()
+    assert embedding.weight.isfinite().all()
 
 
 @BOTH

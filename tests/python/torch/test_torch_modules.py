@@ -36,8 +36,7 @@ class Ranker(torch.nn.Module):
 
     def forward(self, x, v, offsets, candidates, candidate_offsets):
         found = self.compress(Histories(x, v, offsets))
-        out, lse = self.attention(candidates, found.tokens, candidate_offsets, bias=found.lse)
-        lse = lse.clamp(min=-30)  # -inf for a user without a history
+        out, lse = self.attention(candidates, found.tokens, candidate_offsets, bias=found.log_share)
         return self.score(torch.cat([out, lse], 1)).squeeze(1)
 
 
@@ -174,7 +173,7 @@ def test_autocast_leaves_the_semantic_side_alone(ranker, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ranker.compress(Histories(x, project(v), offsets))
         cached = ranker.attention.keys_values(found.tokens)
-        out, lse = ranker.attention(candidates, cached, candidate_offsets, bias=found.lse)
+        out, lse = ranker.attention(candidates, cached, candidate_offsets, bias=found.log_share)
         mixed = hisac_torch.attend(torch.randn(9, 2, 4).bfloat16(), *map(torch.Tensor.float, cached), CANDIDATES)
         scores = ranker(*batch)
     assert [t.dtype for t in (found.tokens, out, mixed.out)] == [torch.bfloat16] * 3
@@ -226,7 +225,8 @@ def test_empty_users_and_empty_batches(ranker, offsets):
     assert out.shape == (n,) and out.isfinite().all() and all(g.isfinite().all() for g in grads)
     found = ranker.compress(Histories(x, v, offsets))
     assert found.tokens.shape == (users, 4, 5) and found.tokens.count_nonzero() == 0
-    assert (found.lse == -math.inf).all() and found.agents.count.tolist() == [0] * users
+    assert (found.lse == 0).all() and (found.log_share == -math.inf).all()
+    assert found.agents.count.tolist() == [0] * users
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
@@ -331,14 +331,13 @@ def test_a_compressor_needs_rows_or_codes_and_takes_either(book):
 def test_cached_keys_and_absent_tokens(ranker, batch):
     x, v, offsets, candidates, candidate_offsets = batch
     attention, found = ranker.attention, ranker.compress(Histories(x, v, offsets))
-    for bias in (found.lse, hisac_torch.log_share(found.agents), None):
+    for bias in (found.log_share, None):
         direct = attention(candidates, found.tokens, candidate_offsets, bias=bias)
         cached = attention(candidates, attention.keys_values(found.tokens), candidate_offsets, bias=bias)
         assert [t.shape for t in direct] == [(9, 8), (9, 2)] and all(map(torch.equal, direct, cached))
-        none = direct[1][4] == -math.inf  # the candidate of the user without a history
-        assert none.all() == (bias is not None) and direct[1][:4].isfinite().all()
-    share = hisac_torch.log_share(found.agents).exp()
-    torch.testing.assert_close(share.sum(1), torch.tensor([1.0, 0.0, 1.0]))
+        none = direct[1][4] == 0  # the candidate of the user without a history
+        assert none.all() == (bias is not None) and direct[1].isfinite().all()
+    torch.testing.assert_close(found.log_share.exp().sum(1), torch.tensor([1.0, 0.0, 1.0]))
 
 
 def test_a_model_learns_and_its_temperature_moves():
