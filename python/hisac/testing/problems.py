@@ -284,7 +284,7 @@ def problems(
 
     `plain` leaves what any system takes: users one after another, each with behaviours, all of them present; finite x
     and v, float32 unless `dtypes` say another; valid codes; no bias, spread, weights or count. Options are those of
-    `hisac` that are not given, but for the temperature, and budget or fanout."""
+    `hisac` that are not given, but for the temperature, and budget, fanout or beam."""
     if plain and (hostile or gathered):
         raise ValueError("problems: expected plain alone, got it beside hostile or gathered")
     dtypes = dtypes or (("float32",) if plain else DTYPES)

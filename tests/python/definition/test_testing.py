@@ -173,7 +173,7 @@ def test_plain_problems_are_ordinary(p):
     assert len(h.offsets) > 1 and h.x.dtype == h.v.dtype == np.float32 and finite(h.x, h.v, p.prototypes)
     assert ((h.codes >= 0) & (h.codes < p.book.sizes)).all() and 0 < p.temperature < np.inf
     assert all(a is None for a in (*h[4:], p.count))
-    default = {"book": p.book, "histories": h, "budget": p.budget, "fanout": p.fanout, "temperature": p.temperature}
+    default = p.vote_args() | {"temperature": p.temperature}
     for mine, expected in zip(hisac.compress(**p.compress_args())[:3], hisac.compress(**default)[:3], strict=True):
         np.testing.assert_array_equal(mine, expected)
     assert (reference.missing(h, book=p._reference_book) == -np.inf).all()
