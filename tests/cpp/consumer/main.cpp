@@ -52,6 +52,7 @@ class Worker {
     context_.executor = &executor;
     params_.vote.budget = M;  // the temperature is the codebook's
     made_.tokens = {{tokens_.data(), DType::float32, M, V}, array(lse_.data(), 1, M)};
+    made_.log_share = array(log_share_.data(), 1, M);
     made_.agents.count = array(&count_, 1);
     const int64_t bounds[] = {0, kLongest};
     const std::vector<int64_t> items(kLongest);
@@ -81,14 +82,14 @@ class Worker {
     in.agents = M;
     in.heads = 1;
     in.candidates = offsets(bounds, 1);
-    in.bias = array(lse_.data(), 1, M);  // -inf where an agent is absent
+    in.bias = array(log_share_.data(), 1, M);  // -inf where an agent is absent
     in.scale = 1 / std::sqrt(static_cast<float>(V));
     return in;
   }
 
   const Catalogue& catalogue_;
   CompressParams params_;
-  std::vector<float> tokens_ = std::vector<float>(M * V), lse_ = std::vector<float>(M);
+  std::vector<float> tokens_ = std::vector<float>(M * V), lse_ = std::vector<float>(M), log_share_ = lse_;
   int32_t count_ = 0;
   Compressed made_;
   Scratch scratch_ = scratch(0);
