@@ -35,6 +35,7 @@ from works_common import (
     has_torch,
 )  # fmt: skip
 from works_route import backward, leaf, real, route
+from works_train import train
 
 NO_OPERATION = ("state/append10", "the variant fp32-grade")
 """Named for later suites; nothing to run yet."""
@@ -321,6 +322,11 @@ WORKS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
     "route/real": (real, {"budget": 200}, {"fit_rows": 4000, "iterations": 3}),
     "backward/10k": (backward, BACKWARD_10K, {"rows": 2000}),
     "backward/10k/agents": (backward, {**BACKWARD_10K, "normalize": "agents"}, {"rows": 2000}),
+    "train/log": (
+        train,
+        {"events": 1_470_000, "items": 100_000, "users": 64, "rows": 1000, "agents": 100},
+        {"events": 60_000, "items": 5_000, "users": 8},
+    ),
     "leaf/100k": (leaf, {"rows": 100_000, "agents": 256, "width": 128, "sizes": CODES}, {"rows": 8000}),
     "vote/1k": (vote, {"rows": 1000, "sizes": CODES, **RULES}, {}),
     "vote/10k": (vote, {"rows": 10_000, "sizes": CODES, **RULES}, {"copies": 2}),

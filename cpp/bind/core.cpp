@@ -168,10 +168,13 @@ void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes
       [&](const Context& context) { return route(context, book, a.params, a.in, a.agents, out); }, book);
 }
 
+/// Rows of a table.
+Ids listed(Call& call, Lent rows, const char* name) { return ids(rows, call, name, "int32 or int64 [U]", true); }
+
 void route_gradients(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle temperature,
                      nb::handle normalize, nb::handle precision, Lent tokens, Lent lse, Lent mean_x, Lent d_tokens,
-                     Lent d_lse, Lent d_mean_x, Lent dx, Lent dv, Lent dbias, Lent dspread, Lent dprototypes,
-                     Lent dtemperature) {
+                     Lent d_lse, Lent d_mean_x, Lent x_rows, Lent v_rows, Lent dx, Lent dv, Lent dbias, Lent dspread,
+                     Lent dprototypes, Lent dtemperature) {
   Call call("route_backward");
   constexpr const char* kMeanX = "float32 [B, M, D]";
   const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, precision);
@@ -184,12 +187,14 @@ void route_gradients(const Codebook* book, const Fields& histories, Lent prototy
   f.mean_x = array<const float, 3>(mean_x, call, "mean_x", kMeanX, true);
   f.d_lse = array<const float, 2>(d_lse, call, "d_lse", "float32 [B, M]", true);
   f.d_mean_x = array<const float, 3>(d_mean_x, call, "d_mean_x", kMeanX, true);
-  const RouteGradients out{array<float, 2>(dx, call, "dx", "float32 [T, D]", true),
-                           array<float, 2>(dv, call, "dv", "float32 [T, V]", true),
+  const RouteGradients out{array<float, 2>(dx, call, "dx", "float32 [T, D], or of the table", true),
+                           array<float, 2>(dv, call, "dv", "float32 [T, V], or of the table", true),
                            array<float, 1>(dbias, call, "dbias", "float32 [T]", true),
                            array<float, 1>(dspread, call, "dspread", "float32 [T]", true),
                            array<float, 3>(dprototypes, call, "dprototypes", "float32 [B, M, D]", true),
-                           array<float, 1>(dtemperature, call, "dtemperature", "float32 [1] or [M]", true)};
+                           array<float, 1>(dtemperature, call, "dtemperature", "float32 [1] or [M]", true),
+                           listed(call, x_rows, "x_rows"),
+                           listed(call, v_rows, "v_rows")};
   run(
       call,
       [&](const Context& context) { return route_backward_workspace(context, book, a.params, a.in, a.agents, f, out); },
@@ -235,8 +240,8 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, L
       [&](const Context& context) { return leaf_sums(context, book, in, out); }, &book);
 }
 
-void leaf_gradients(const Codebook& book, const Fields& histories, const Fields& sums, const Fields& gradients, Lent dv,
-                    Lent dbias) {
+void leaf_gradients(const Codebook& book, const Fields& histories, const Fields& sums, const Fields& gradients,
+                    Lent v_rows, Lent dv, Lent dbias) {
   Call call("leaf_sums_backward");
   Batch batch(call, histories), of_sums(call, sums), of_gradients(call, gradients);
   batch.read_rows(true);
@@ -245,22 +250,12 @@ void leaf_gradients(const Codebook& book, const Fields& histories, const Fields&
   LeafSumsForward f;
   f.sums = of_sums.in;
   of_gradients.read_gradients(f);
-  const LeafSumsGradients out{array<float, 2>(dv, call, "dv", "float32 [T, V]", true),
-                              array<float, 1>(dbias, call, "dbias", "float32 [T]", true)};
+  const LeafSumsGradients out{array<float, 2>(dv, call, "dv", "float32 [T, V], or of the table", true),
+                              array<float, 1>(dbias, call, "dbias", "float32 [T]", true),
+                              listed(call, v_rows, "v_rows")};
   run(
       call, [&](const Context& context) { return leaf_sums_backward_workspace(context, book, in, out); },
       [&](const Context& context) { return leaf_sums_backward(context, book, in, f, out); }, &book);
-}
-
-void sum_of_rows(Lent rows, Lent order, Lent begin, Lent out) {
-  Call call("sum_rows");
-  const auto from = array<const float, 2>(rows, call, "rows", "float32 [T, V]");
-  const auto sorted = array<const int64_t, 1>(order, call, "order", "int64 [N]");
-  const auto groups = array<const int64_t, 1>(begin, call, "begin", "int64 [G + 1]");
-  const auto sums = array<float, 2>(out, call, "sums", "float32 [G, V]");
-  run(
-      call, [](const Context&) { return size_t{0}; },
-      [&](const Context& context) { return sum_rows(context, from, sorted, groups, sums); });
 }
 
 // ---- attend
@@ -332,14 +327,13 @@ void fill(nb::module_& m) {
         "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none());
   m.def("route_backward", route_gradients, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(),
         "temperature"_a, "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none(),
-        "d_tokens"_a.none(), "d_lse"_a.none(), "d_mean_x"_a.none(), "dx"_a.none(), "dv"_a.none(), "dbias"_a.none(),
-        "dspread"_a.none(), "dprototypes"_a.none(), "dtemperature"_a.none());
+        "d_tokens"_a.none(), "d_lse"_a.none(), "d_mean_x"_a.none(), "x_rows"_a.none(), "v_rows"_a.none(), "dx"_a.none(),
+        "dv"_a.none(), "dbias"_a.none(), "dspread"_a.none(), "dprototypes"_a.none(), "dtemperature"_a.none());
   m.def("missing", missing_rows, "book"_a.none(), "histories"_a, "out"_a);
   m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_starts"_a, "out_ends"_a.none(),
         "out_codes"_a, "out_bias"_a, "out_spread"_a, "out_votes"_a);
-  m.def("leaf_sums_backward", leaf_gradients, "book"_a, "histories"_a, "sums"_a, "gradients"_a, "dv"_a.none(),
-        "dbias"_a.none());
-  m.def("sum_rows", sum_of_rows, "rows"_a, "order"_a, "begin"_a, "out"_a);
+  m.def("leaf_sums_backward", leaf_gradients, "book"_a, "histories"_a, "sums"_a, "gradients"_a, "v_rows"_a.none(),
+        "dv"_a.none(), "dbias"_a.none());
   m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a,
         "out"_a, "lse"_a);
   m.def("attend_backward", attend_gradients, "d_out"_a, "d_lse"_a.none(), "out"_a, "lse"_a, "q"_a, "keys"_a, "values"_a,

@@ -25,7 +25,7 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
   X(leaf_sums) X(leaf_sums_workspace)                                          \
   X(leaf_sums_backward) X(leaf_sums_backward_workspace)                        \
   X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
-  X(missing) X(missing_workspace) X(sum_rows) X(log_share)                     \
+  X(missing) X(missing_workspace) X(log_share)                                 \
   X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)
 // clang-format on
 

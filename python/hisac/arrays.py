@@ -243,6 +243,12 @@ def behaviours_of(histories: Histories) -> Any:
     return next(a for a in (x_ids, v_ids, v, x, codes) if a is not None).shape[0]
 
 
+def rows_of(table: Array, listed: Array) -> int:
+    """Rows of the gradient of x or v, of a table as many as are listed."""
+    rows: int = 0 if table is None else len(table if listed is None else listed)
+    return rows
+
+
 def pair_of(verb: str, offsets: Any) -> tuple[Any, Any] | None:
     """Offsets that are (starts, ends); None for any other than a tuple."""
     if not isinstance(offsets, tuple):

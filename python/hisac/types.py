@@ -192,9 +192,9 @@ class RouteGradients(NamedTuple):
     """Gradients of `route`, float32; None where not asked for."""
 
     x: Array
-    """[T, D]."""
+    """[T, D], or the table's with x_ids."""
     v: Array
-    """[T, V]."""
+    """[T, V], or the table's with v_ids."""
     bias: Array
     """[T]."""
     spread: Array
@@ -209,7 +209,7 @@ class LeafGradients(NamedTuple):
     """Gradients of `leaf_sums`, float32; None where not asked for."""
 
     v: Array
-    """[T, V]."""
+    """[T, V], or the table's with v_ids."""
     bias: Array
     """[T]."""
 

@@ -32,6 +32,7 @@ from .arrays import (
     maker,
     number,
     on_host,
+    rows_of,
     take,
     take_histories,
     whole,
@@ -192,6 +193,7 @@ def leaf_sums_backward(
     gradients: Histories,
     *,
     need: Iterable[str] = ("v", "bias"),
+    v_rows: Array = None,
 ) -> LeafGradients:
     """Gradients of `leaf_sums`. With the share s_i = exp(bias_i - bias) of a behaviour in the sum of its leaf:
 
@@ -200,27 +202,26 @@ def leaf_sums_backward(
 
     Args:
         book, histories: those of the call of `leaf_sums`. x is held constant
-        sums: what it returned
-        gradients: those of the sums' x, v, bias and spread, as Histories; each may be None
+        sums, gradients: what it returned, and the gradients of its x, v, bias and spread; each of these may be None
         need: the gradients wanted, of "v" and "bias"
+        v_rows: with v_ids, as in `route_backward`
 
-    Returns LeafGradients, float32, None where not wanted; that of a gathered v is of each behaviour's row, [T, V].
-    Raises ValueError, TypeError.
+    Returns LeafGradients, float32, None where not wanted; with v_ids v's is the table's. Raises ValueError, TypeError.
     """
     verb, wanted = "leaf_sums_backward", _wanted("leaf_sums_backward", need, LeafGradients)
     _check(book, Codebook, f"{verb}: book")
     histories = take_histories(verb, _CODED_ROWS, histories)
     sums = take_histories(verb, _SUMS, sums)
     gradients = take_histories(verb, _OF_SUMS, gradients)
-    size, v = behaviours_of(histories), histories.v
-    shapes = {"v": (size, v.shape[1]), "bias": (size,)}
+    (v_rows,), v = take(verb, "v_rows? U", v_rows), histories.v
+    shapes = {"v": (rows_of(v, v_rows), v.shape[1]), "bias": (behaviours_of(histories),)}
     out = LeafGradients(*(empty(v, shapes[f], FLOAT32) if f in wanted else None for f in LeafGradients._fields))
-    core.leaf_sums_backward(book._core, histories, sums, gradients, *out)
+    core.leaf_sums_backward(book._core, histories, sums, gradients, v_rows, *out)
     return out
 
 
 def missing(histories: Histories, *, book: Codebook | None = None) -> Array:
-    """Which behaviours are missing: absent for `route`, though they have a row of v without a NaN or an infinity.
+    """Which behaviours of the histories are missing: absent for `route`, though they have a v without NaN and infinity.
 
     As the x [T, 1] of another `route`, to one prototype of 0, the result gives the mean v and the log count of the
     missing: that is the token of `compress(missing="token")`.
@@ -298,6 +299,8 @@ def route_backward(
     book: Codebook | None = None,
     precision: Precision = "float32",
     need: Iterable[str] = ("v", "bias", "temperature"),
+    x_rows: Array = None,
+    v_rows: Array = None,
 ) -> RouteGradients:
     """Gradients of `route`. Weights are recomputed, and nothing of size T x M is kept.
 
@@ -305,14 +308,15 @@ def route_backward(
 
     Args:
         histories, agents, count, temperature, normalize, book: those of the call of `route`
-        forward: what it returned
-        gradients: those of it, as Tokens; each field may be None
+        forward, gradients: what it returned, and the gradients of that, as Tokens; each field of these may be None
         precision: as in the forward: x and prototypes are rounded alike. Products with gradients are float32 on the
             CPU, and rounded too on CUDA
         need: the gradients wanted, of "x", "v", "bias", "spread", "prototypes", "temperature"
+        x_rows, v_rows: with ids, [U] int32 or int64: the rows of the table that are wanted, 0 outside it; None: all
 
-    Returns RouteGradients, float32, None where not wanted. Those of gathered x and v are of each behaviour's row,
-    [T, ..], as loaded. That of mean_x does not reach x. Raises ValueError, TypeError, NotImplementedError.
+    Returns RouteGradients, float32, None where not wanted. With ids those of x and v are the tables', [items, D] and
+    [rows, V], or of the rows listed, [U, ..]: sums over the behaviours of all histories, in their order and in float64.
+    That of int8 is its scaled rows'. mean_x's does not reach x. Raises ValueError, TypeError, NotImplementedError.
     """
     verb, wanted = "route_backward", _wanted("route_backward", need, RouteGradients)
     _check(forward, Tokens, f"{verb}: forward")
@@ -320,18 +324,18 @@ def route_backward(
     back = take(verb, "tokens?, lse, mean_x?, d_tokens?, d_lse?, d_mean_x?", *forward, *gradients)
     tree, histories = _rows(verb, book, histories, False)
     prototypes, count, tau = _agents(verb, book, agents, count, temperature)
-    size, v = behaviours_of(histories), histories.v
-    shapes = {
-        "x": (size, prototypes.shape[2]),
-        "v": (size, 0 if v is None else v.shape[1]),
-        "bias": (size,),
-        "spread": (size,),
-        "prototypes": tuple(prototypes.shape),
-        "temperature": (1 if isinstance(tau, float) else math.prod(tau.shape),),
-    }
-    new = maker(prototypes if v is None else v)
-    out = RouteGradients(*(new(shapes[name], FLOAT32) if name in wanted else None for name in RouteGradients._fields))
-    core.route_backward(tree, histories, prototypes, count, tau, normalize, precision, *back, *out)
+    if x_rows is not None or v_rows is not None:
+        x_rows, v_rows = take(verb, "x_rows? U, v_rows? U", x_rows, v_rows)
+    size, (x, v) = behaviours_of(histories), histories[:2]
+    shapes = (
+        (rows_of(x, x_rows), prototypes.shape[2]),
+        (rows_of(v, v_rows), 0 if v is None else v.shape[1]),
+        *((size,), (size,), tuple(prototypes.shape)),
+        (1 if isinstance(tau, float) else math.prod(tau.shape),),
+    )
+    new, each = maker(prototypes if v is None else v), zip(RouteGradients._fields, shapes, strict=True)
+    out = RouteGradients(*[new(shape, FLOAT32) if name in wanted else None for name, shape in each])
+    core.route_backward(tree, histories, prototypes, count, tau, normalize, precision, *back, x_rows, v_rows, *out)
     return out
 
 

@@ -18,12 +18,16 @@ TEST_CASE("route_backward") {
     const Codebook* const book = r.codebook.get();
     const int64_t t = r.in.behaviours(), width = r.agents.prototypes.shape[2];
     const auto sized = [&](const char* name, int64_t n) { return c.has(std::string("grad ") + name) ? n : 0; };
-    Guarded<float> x(sized("x", t * width)), v(sized("v", t * r.in.v.width)), bias(t), spread(t),
+    const int64_t of_x = c.has("x_rows") ? c["x_rows"].count() : r.in.x_ids ? r.in.items() : t;
+    const int64_t of_v = c.has("v_rows") ? c["v_rows"].count() : r.in.v_ids ? r.in.v.rows : t;
+    Guarded<float> x(sized("x", of_x * width)), v(sized("v", of_v * r.in.v.width)), bias(t), spread(t),
         p(r.users * r.seats * width), tau(r.params.temperature.shape[0]);
     RouteGradients out{{}, {}, {bias.data(), {t}}, {spread.data(), {t}}, {}, {tau.data(), {tau.count()}}};
     out.prototypes = {p.data(), {r.users, r.seats, width}};
-    if (x.count()) out.x = {x.data(), {t, width}};
-    if (v.count()) out.v = {v.data(), {t, r.in.v.width}};
+    if (x.count()) out.x = {x.data(), {of_x, width}};
+    if (v.count()) out.v = {v.data(), {of_v, r.in.v.width}};
+    if (c.has("x_rows")) out.x_rows = ids(c["x_rows"].longs.data(), of_x);
+    if (c.has("v_rows")) out.v_rows = ids(c["v_rows"].longs.data(), of_v);
     RouteForward forward{{}, vectors::matrix(c, "lse"),   vectors::cube(c, "mean_x"),
                          {}, vectors::matrix(c, "d_lse"), {}};
     forward.d_mean_x = vectors::cube(c, "d_mean_x");
@@ -57,8 +61,9 @@ TEST_CASE("leaf_sums_backward") {
     forward.sums.spread = vectors::vector(c, "sum spread");
     forward.d_bias = vectors::vector(c, "d_bias");
     forward.d_spread = vectors::vector(c, "d_spread");
-    Guarded<float> v(t * r.in.v.width), bias(t);
-    const LeafSumsGradients out{{v.data(), {t, r.in.v.width}}, {bias.data(), {t}}};
+    const int64_t of_v = r.in.v_ids ? r.in.v.rows : t;
+    Guarded<float> v(of_v * r.in.v.width), bias(t);
+    const LeafSumsGradients out{{v.data(), {of_v, r.in.v.width}}, {bias.data(), {t}}};
     const size_t bytes = leaf_sums_backward_workspace(test::sizing(1), book, r.in, out);
     REQUIRE(test::exactly(
         bytes, nullptr, [&](const Context& context) { return leaf_sums_backward(context, book, r.in, forward, out); }));

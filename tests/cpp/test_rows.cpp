@@ -23,12 +23,32 @@ std::vector<float> drawn(uint64_t seed, int64_t n) {
   return uniform(random, n);
 }
 
+/// The ids of behaviours whose rows are copied out.
+struct Copied {
+  const int64_t* x = nullptr;
+  const int32_t* v = nullptr;
+};
+
+/// The gradient of a table, of those of its rows; without ids they are as they are.
+template <class Id>
+std::vector<float> in_table(const std::vector<float>& rows, const Id* ids, int64_t table, int64_t width) {
+  if (!ids) return rows;
+  std::vector<double> sum(test::size(table * width));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int64_t row = ids[i / test::size(width)];
+    if (row >= 0 && row < table) sum[test::size(row * width) + i % test::size(width)] += double(rows[i]);
+  }
+  std::vector<float> rounded;
+  for (double d : sum) rounded.push_back(static_cast<float>(d));
+  return rounded;
+}
+
 /// Everything that route and its backward return, in order.
 std::vector<float> routed(const Codebook& book, const RouteParams& params, const Histories& in,
-                          const RouteAgents& agents, bool has_mean_x) {
-  const int64_t t = in.behaviours(), m = kAgents;
-  Guarded<float> tokens(kUsers * m * kWide), lse(kUsers * m), mean_x(kUsers * m * kWidth), dv(t * kWide), dbias(t),
-      dspread(t), dx(t * kWidth), dp(kUsers * m * kWidth), dtau(1);
+                          const RouteAgents& agents, bool has_mean_x, const Copied& copied) {
+  const int64_t t = in.behaviours(), m = kAgents, of_x = in.x.rows, of_v = in.v.rows;
+  Guarded<float> tokens(kUsers * m * kWide), lse(kUsers * m), mean_x(kUsers * m * kWidth), dv(of_v * kWide), dbias(t),
+      dspread(t), dx(of_x * kWidth), dp(kUsers * m * kWidth), dtau(1);
   const auto d_mean_x = drawn(13, kUsers * m * kWidth);
   Tokens out{{tokens.data(), DType::float32, kUsers * m, kWide}, {lse.data(), {kUsers, m}}};
   if (has_mean_x) out.mean_x = {mean_x.data(), {kUsers, m, kWidth}};
@@ -37,32 +57,36 @@ std::vector<float> routed(const Codebook& book, const RouteParams& params, const
   const Rows given{tokens.data(), DType::float32, kUsers * m, kWide};
   RouteForward forward{given, {lse.data(), {kUsers, m}}, {}, given, {}, {}};
   RouteGradients gradients{{},
-                           {dv.data(), {t, kWide}},
+                           {dv.data(), {of_v, kWide}},
                            {dbias.data(), {t}},
                            {dspread.data(), {t}},
                            {dp.data(), {kUsers, m, kWidth}},
                            {dtau.data(), {1}}};
   if (has_mean_x) forward.mean_x = {mean_x.data(), {kUsers, m, kWidth}};
   if (has_mean_x) forward.d_mean_x = {d_mean_x.data(), {kUsers, m, kWidth}};
-  if (!has_mean_x) gradients.x = {dx.data(), {t, kWidth}};
+  if (!has_mean_x) gradients.x = {dx.data(), {of_x, kWidth}};
   REQUIRE(test::exactly(
       route_backward_workspace(test::sizing(1), &book, params, in, agents, forward, gradients), nullptr,
       [&](const Context& c) { return route_backward(c, &book, params, in, agents, forward, gradients); }));
   std::vector<float> all;
-  for (Guarded<float>* one : {&tokens, &lse, &mean_x, &dv, &dbias, &dspread, &dx, &dp, &dtau}) {
+  for (Guarded<float>* one : {&tokens, &lse, &mean_x, &dbias, &dspread, &dp, &dtau}) {
     CHECK(one->intact());
-    if (one != (has_mean_x ? &dx : &mean_x))
+    if (has_mean_x || one != &mean_x)
       for (float f : one->values()) all.push_back(f);
   }
+  CHECK((dv.intact() && dx.intact()));
+  for (float f : in_table(dv.values(), copied.v, kValues, kWide)) all.push_back(f);
+  if (has_mean_x) return all;
+  for (float f : in_table(dx.values(), copied.x, kItems, kWidth)) all.push_back(f);
   return all;
 }
 
 /// Everything that leaf_sums, its backward and missing return, in order.
-std::vector<float> summed(const Codebook& book, const Histories& in) {
-  const int64_t t = in.behaviours();
+std::vector<float> summed(const Codebook& book, const Histories& in, const Copied& copied) {
+  const int64_t t = in.behaviours(), of_v = in.v.rows;
   int64_t most = 0;
   for (int64_t b = 0; b < kUsers; ++b) most += in.offsets.end(b) - in.offsets.start(b);
-  Guarded<float> x(most * kWidth), v(most * kWide), bias(most), spread(most), dv(t * kWide), dbias(t), absent(t);
+  Guarded<float> x(most * kWidth), v(most * kWide), bias(most), spread(most), dv(of_v * kWide), dbias(t), absent(t);
   Guarded<int64_t> offsets(kUsers + 1), votes(most);
   Guarded<int32_t> codes(most * 2);
   const LeafSums sums{
@@ -77,7 +101,7 @@ std::vector<float> summed(const Codebook& book, const Histories& in) {
                                 {d.data() + 1, {most, kWide}},
                                 {d.data() + 2, {most}},
                                 {d.data() + 3, {most}}};
-  const LeafSumsGradients gradients{{dv.data(), {t, kWide}}, {dbias.data(), {t}}};
+  const LeafSumsGradients gradients{{dv.data(), {of_v, kWide}}, {dbias.data(), {t}}};
   REQUIRE(test::exactly(leaf_sums_backward_workspace(test::sizing(1), book, in, gradients), nullptr,
                         [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, gradients); }));
   REQUIRE(test::exactly(missing_workspace(test::sizing(1), &book, in), nullptr,
@@ -87,13 +111,16 @@ std::vector<float> summed(const Codebook& book, const Histories& in) {
   for (int64_t end : offsets.values()) all.push_back(static_cast<float>(end));
   for (int64_t i = 0; i < n * 2; ++i) all.push_back(static_cast<float>(codes.data()[i]));
   for (int64_t i = 0; i < n; ++i) all.push_back(static_cast<float>(votes.data()[i]));
-  const std::pair<Guarded<float>*, int64_t> outputs[] = {{&x, n * kWidth}, {&v, n * kWide}, {&bias, n},  {&spread, n},
-                                                         {&dv, t * kWide}, {&dbias, t},     {&absent, t}};
+  const std::pair<Guarded<float>*, int64_t> outputs[] = {{&x, n * kWidth}, {&v, n * kWide}, {&bias, n},
+                                                         {&spread, n},     {&dbias, t},     {&absent, t}};
   for (const auto& [one, count] : outputs) {
     CHECK(one->intact());
     CHECK(std::any_of(one->data(), one->data() + count, [](float f) { return f != 0; }));
     all.insert(all.end(), one->data(), one->data() + count);
   }
+  CHECK(dv.intact());
+  for (float f : in_table(dv.values(), copied.v, kValues, kWide)) all.push_back(f);
+  CHECK(all.back() != 0);
   CHECK(std::count(absent.data(), absent.data() + t, 0.f) > 0);
   return all;
 }
@@ -151,7 +178,8 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.codes = {row_codes.data(), {kRows, 2}};
         in.bias = {bias.data(), {kRows}};
         const RouteAgents agents{{p.data(), {kUsers, kAgents, kWidth}}, {}};
-        const auto copied = routed(book, params, in, agents, mean_x), copied_sums = summed(book, in);
+        const Copied ids{x_ids.data(), v_ids.data()};
+        const auto copied = routed(book, params, in, agents, mean_x, ids), copied_sums = summed(book, in, ids);
         const std::vector<float> none(kRows);
         in.bias = {none.data(), {kRows}};
         in.x = {type ? static_cast<const void*>(bytes.data()) : items.data(), type ? DType::int8 : DType::float32,
@@ -161,37 +189,7 @@ TEST_CASE("gathered rows give the bits of copied ones") {
         in.v_ids = {v_ids.data(), DType::int32, kRows};
         in.codes = {codes.data(), {kItems, 2}};
         if (type) in.x_scale = {scale.data(), {type == 1 ? kItems : 1}};
-        CHECK(same(routed(book, params, in, agents, mean_x), copied));
-        CHECK(same(summed(book, in), copied_sums));
+        CHECK(same(routed(book, params, in, agents, mean_x, {}), copied));
+        CHECK(same(summed(book, in, {}), copied_sums));
       }
-}
-
-TEST_CASE("sum_rows: sums of groups in float64, whatever the order and the workers") {
-  Random random(12);
-  const auto rows = uniform(random, 900 * 130);
-  std::vector<int64_t> order(5000);
-  for (int64_t& i : order) i = random.below(902) - 1;  // -1 and 900 are no rows
-  const std::vector<int64_t> begin{0, 4000, 4000, 4001, 5000};
-  Guarded<float> sums(4 * 130);
-  const auto sum = [&](const Executor* executor, int64_t groups, int64_t width) {
-    return sum_rows(Context{{}, executor}, {rows.data(), {900, 130}}, {order.data(), {5000}}, {begin.data(), {5}},
-                    {sums.data(), {groups, width}});
-  };
-  test::Threads three{3};
-  const Executor executor = three.executor();
-  for (const Executor* e : {static_cast<const Executor*>(nullptr), &executor}) {
-    REQUIRE(sum(e, 4, 130).ok());
-    CHECK(sums.intact());
-    for (size_t g = 0; g < 4; ++g)
-      for (size_t d = 0; d < 130; ++d) {
-        double exact = 0;
-        for (int64_t i = begin[g]; i < begin[g + 1]; ++i)
-          if (const int64_t row = order[test::size(i)]; row >= 0 && row < 900)
-            exact += double(rows[test::size(row * 130) + d]);
-        CHECK(sums.data()[g * 130 + d] == static_cast<float>(exact));
-      }
-  }
-  CHECK(std::string(sum(nullptr, 3, 130).what()) == "sum_rows: begin expected [4], got [5]");
-  CHECK(std::string(sum(nullptr, 4, 129).what()) ==
-        "sum_rows: rows is [900, 130], sums is [4, 129]: V differs (130, 129)");
 }

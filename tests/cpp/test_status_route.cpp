@@ -226,6 +226,8 @@ TEST_CASE("leaf_sums_backward") {
   invalid(spoiled([](Right& r) { r.sums_forward.d_spread.shape[0] = 7; }), of("d_spread expected [6], got [7]"));
   invalid(spoiled([](Right& r) { r.leaf_gradients.v.shape[1] = 3; }), of("dv expected [6, 2], got [6, 3]"));
   invalid(spoiled([](Right& r) { r.leaf_gradients.bias.shape[0] = 5; }), of("dbias expected [6], got [5]"));
+  invalid(spoiled([](Right& r) { r.leaf_gradients.v_rows = ids(r.offsets.data(), 3); }),
+          of("v_rows expected with v_ids, got none"));
 }
 
 TEST_CASE("route_backward") {
@@ -248,13 +250,38 @@ TEST_CASE("route_backward") {
      std::string("route_backward: d_tokens") + kFloats);
   is(spoiled([](Right& r) { r.forward.tokens.dtype = DType::int32; }), Code::wrong_type,
      std::string("route_backward: tokens") + kFloats);
-  const char* const gradients = "route_backward: gradients expected the shapes of their arguments";
+  const char* const gradients = "route_backward: gradients expected the shapes of their arguments, or the rows listed";
   invalid(spoiled([](Right& r) { r.gradients.v = {r.tokens.data(), {6, 3}}; }), gradients);
   invalid(spoiled([](Right& r) { r.gradients.x = {r.tokens.data(), {6, 2}}; }), gradients);
   invalid(spoiled([](Right& r) { r.gradients.bias = {r.tokens.data(), {5}}; }), gradients);
   invalid(spoiled([](Right& r) { r.gradients.spread = {r.tokens.data(), {7}}; }), gradients);
   invalid(spoiled([](Right& r) { r.gradients.temperature = {r.tokens.data(), {4}}; }), gradients);
   invalid(spoiled([](Right& r) { r.gradients.prototypes = {r.tokens.data(), {2, 4, 2}}; }), gradients);
+  const std::vector<int64_t> some(6);
+  invalid(spoiled([&](Right& r) { r.gradients.x_rows = ids(some.data(), 2); }),
+          "route_backward: x_rows expected with x_ids, got none");
+  invalid(spoiled([&](Right& r) { r.gradients.v_rows = ids(some.data(), 2); }),
+          "route_backward: v_rows expected with v_ids, got none");
+  const auto by_ids = [&](Right& r) {
+    r.in.v = {r.v.data(), DType::float32, 4, 2};
+    r.in.v_ids = ids(some.data(), 6);
+    r.gradients.v = {r.tokens.data(), {4, 2}};
+  };
+  CHECK(std::string(spoiled(by_ids).what()) == "");
+  const auto listed = [&](int64_t rows) {
+    return spoiled([&](Right& r) {
+      by_ids(r);
+      r.gradients.v_rows = ids(some.data(), 3);
+      r.gradients.v.shape[0] = rows;
+    });
+  };
+  CHECK(std::string(listed(3).what()) == "");
+  invalid(listed(4), gradients);
+  is(spoiled([&](Right& r) {
+       by_ids(r);
+       r.gradients.v_rows = {some.data(), DType::float32, 4};
+     }),
+     Code::wrong_type, "route_backward: v_rows expected int32 or int64");
   const auto with_mean_x = [](Right& r) { r.forward.mean_x = r.forward.d_mean_x = {r.p.data(), {2, 4, 3}}; };
   CHECK(std::string(spoiled(with_mean_x).what()) == "");
   is(spoiled([&](Right& r) {

@@ -378,9 +378,10 @@ RETURNED = {"tokens": 450, "lse": 451, "mean_x": 452}  # by route, and the seeds
 
 
 def backward_case(
-    name: str, records: dict[str, Any], options: dict[str, Any], stride: int, of: tuple[str, ...] = ("tokens", "lse")
-) -> Case:
-    """of: what has a gradient."""
+    name: str, records: dict[str, Any], options: dict[str, Any], stride: int, of: tuple[str, ...] = ("tokens", "lse"),
+    listed: tuple[str, ...] = (),
+) -> Case:  # fmt: skip
+    """of: what has a gradient. listed: the tables of which only some rows have."""
     args = route_args(records, options)
     forward = reference.route(**args, mean_x="mean_x" in of)
     kind = type_of(records)
@@ -402,6 +403,9 @@ def backward_case(
     args["forward"] = Tokens(*(arrays.get(f) for f in Tokens._fields))
     args["gradients"] = Tokens(*(arrays.get(f"d_{f}") for f in Tokens._fields))
     args["need"] = tuple(need)
+    for f in listed:
+        given[f"{f}_rows"] = Stored(np.array([7, 0, 3, 7, -1, 19, 25, 1, 2**40]))
+        args[f"{f}_rows"] = given[f"{f}_rows"].array()
     found = reference.route_backward(**args)
     limits = bounded(bounds.route_backward_bound, args, fields=need)
     expected = {
@@ -428,6 +432,8 @@ def backward_cases() -> Iterator[Case]:
     for name, records, options in odd_inputs():
         yield backward_case(name, records, options, 7)
         yield backward_case(f"{name}, of mean_x too", records, options, 7, every)
+        if "x_ids" in records:
+            yield backward_case(f"{name}, of listed rows", records, options, 1, listed=("x", "v"))
 
 
 # --------------------------------------------------------------------------------------------------------------- attend

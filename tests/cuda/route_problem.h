@@ -47,6 +47,7 @@ struct Result {
 inline int64_t table(const std::vector<float>& x, int64_t width) {
   return x.empty() ? 0 : static_cast<int64_t>(x.size()) / width;
 }
+inline int64_t count(const std::vector<int64_t>& a) { return static_cast<int64_t>(a.size()); }
 /// Rows of x and codes.
 inline int64_t items(const Problem& p) { return p.x_ids.empty() ? p.rows : std::min(1 + p.rows / 2, p.rows); }
 inline int64_t users(const Problem& p) { return static_cast<int64_t>(p.starts.size()); }
@@ -315,6 +316,38 @@ Result run(const Problem& p, bool clamp, Verb verb) {
 }
 
 /// The longest history, as it is clamped.
+/// Behaviours of all histories; one that several have counts for each.
+inline int64_t all_rows(const Problem& p) {
+  int64_t n = 0;
+  for (size_t i = 0; i < p.starts.size(); ++i) n += std::max<int64_t>(0, std::min(p.ends[i], p.rows) - p.starts[i]);
+  return n;
+}
+
+/// The gradient of a table, of `listed` rows or all, from that of each behaviour's row; without ids as it is.
+template <class T>
+std::vector<T> in_table(const std::vector<T>& rows, const std::vector<int64_t>& ids, int64_t table, int64_t width,
+                        const std::vector<int64_t>& listed) {
+  if (ids.empty() || rows.empty()) return rows;
+  std::vector<T> found;
+  const int64_t n = listed.empty() ? table : static_cast<int64_t>(listed.size());
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t d = 0; d < width; ++d) {
+      const int64_t row = listed.empty() ? r : listed[size(r)];
+      double sum = 0;
+      for (size_t i = 0; i < ids.size() && row >= 0 && row < table; ++i)
+        if (ids[i] == row) sum += double(rows[i * size(width) + size(d)]);
+      found.push_back(static_cast<T>(sum));
+    }
+  return found;
+}
+
+/// Rows of a table of so many: none, so that all are wanted, or some of them and of none.
+inline std::vector<int64_t> some_rows(Random& r, int64_t table) {
+  std::vector<int64_t> rows;
+  for (int64_t n = r.below(2) ? 0 : 1 + r.below(20); n > 0; --n) rows.push_back(r.below(table + 3) - 1);
+  return rows;
+}
+
 inline int64_t longest(const Problem& p) {
   int64_t n = 0;
   for (size_t i = 0; i < p.starts.size(); ++i) n = std::max(n, std::min(p.ends[i], p.rows) - p.starts[i]);

@@ -15,7 +15,7 @@ int64_t entries(const Problem& p, size_t b) {
   for (size_t i = 0; i < b; ++i) rows += std::max<int64_t>(0, std::min(p.ends[i], p.rows) - p.starts[i]);
   return rows;
 }
-int64_t entries(const Problem& p) { return entries(p, p.starts.size()); }
+int64_t entries(const Problem& p) { return test::all_rows(p); }
 
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
@@ -172,9 +172,12 @@ struct Gradients {
 
 /// verb(held, forward, out): `leaf_sums_backward`, on the CPU or on CUDA.
 template <class Verb>
-Gradients gradients_of(const Problem& p, bool clamp, const LeafSums& kept, const Given& given, int wanted, Verb verb) {
+Gradients gradients_of(const Problem& p, bool clamp, const LeafSums& kept, const Given& given, int wanted,
+                       const std::vector<int64_t>& listed, Verb verb) {
   const test::Held held(p, clamp);
-  Guarded<float> v(wanted & 1 ? p.rows * p.values : 0), bias(wanted & 2 ? p.rows : 0);
+  const bool some = !p.v_ids.empty() && !listed.empty();
+  const int64_t of_v = some ? test::count(listed) : test::table(p.v, p.values);
+  Guarded<float> v(wanted & 1 ? of_v * p.values : 0), bias(wanted & 2 ? p.rows : 0);
   LeafSumsForward forward{kept.histories()};
   const int64_t rows = kept.bias.shape[0];
   if (!given.x.empty()) forward.d_x = {given.x.data(), {rows, p.width}};
@@ -182,7 +185,8 @@ Gradients gradients_of(const Problem& p, bool clamp, const LeafSums& kept, const
   if (!given.bias.empty()) forward.d_bias = {given.bias.data(), {rows}};
   if (!given.spread.empty()) forward.d_spread = {given.spread.data(), {rows}};
   LeafSumsGradients out;
-  if (wanted & 1) out.v = {v.data(), {p.rows, p.values}};
+  if (wanted & 1) out.v = {v.data(), {of_v, p.values}};
+  if (some) out.v_rows = ids(listed.data(), of_v);
   if (wanted & 2) out.bias = {bias.data(), {p.rows}};
   const Status status = verb(held, forward, out);
   if (!status.ok()) test::fail("%s", status.what());
@@ -190,12 +194,15 @@ Gradients gradients_of(const Problem& p, bool clamp, const LeafSums& kept, const
   return {v.values(), bias.values()};
 }
 
-Gradients on_cuda(const Problem& p, const LeafSums& kept, const Given& given, int wanted) {
-  return gradients_of(p, false, kept, given, wanted, [&](const auto& h, const auto& forward, const auto& out) {
-    test::Workspace workspace(cuda::leaf_sums_backward_workspace({}, *h.book, h.in, out));
+Gradients on_cuda(const Problem& p, const LeafSums& kept, const Given& given, int wanted,
+                  const std::vector<int64_t>& listed) {
+  return gradients_of(p, false, kept, given, wanted, listed, [&](const auto& h, const auto& forward, const auto& out) {
+    Histories in = h.in;
+    in.rows = entries(p);
+    test::Workspace workspace(cuda::leaf_sums_backward_workspace({}, *h.book, in, out));
     test::Workspace image(test::image_size(p));
     const Context context = test::context_of(p, workspace, image);
-    const Status status = cuda::leaf_sums_backward(context, *h.book, h.in, forward, out);
+    const Status status = cuda::leaf_sums_backward(context, *h.book, in, forward, out);
     if (!workspace.intact()) test::fail("the workspace's end was overwritten");
     return status;
   });
@@ -271,13 +278,20 @@ void check_gradients(const Problem& p, uint64_t seed) {
   fill(&Given::spread, 1);
   int wanted = r.below(2) ? 3 : 1 + static_cast<int>(r.below(2));
   if (!p.values) wanted = 2;
-  const Gradients got = on_cuda(p, own.out, given, wanted);
+  const std::vector<int64_t> listed = test::some_rows(r, test::table(p.v, p.values));
+  const auto in_table = [&](auto& of_rows) {
+    of_rows = test::in_table(of_rows, p.v_ids, test::table(p.v, p.values), p.values, listed);
+  };
+  const Gradients got = on_cuda(p, own.out, given, wanted, listed);
   const Gradients cpu =
-      gradients_of(p, true, own.out, given, wanted, [](const auto& h, const auto& forward, const auto& out) {
+      gradients_of(p, true, own.out, given, wanted, listed, [](const auto& h, const auto& forward, const auto& out) {
         test::Workspace workspace(leaf_sums_backward_workspace(test::sizing(1), *h.book, h.in, out));
         return leaf_sums_backward({workspace.array(), nullptr}, *h.book, h.in, forward, out);
       });
-  const Expected expected = expected_of(test::copied(p), own.out, given);
+  Expected expected = expected_of(test::copied(p), own.out, given);
+  in_table(expected.v);
+  in_table(expected.v_bound);
+  for (size_t i = 0; i < expected.v.size(); ++i) expected.v_bound[i] += std::fabs(expected.v[i]) * 0x1p-24;
   const auto within = [](const char* what, const std::vector<float>& a, const std::vector<double>& b,
                          const std::vector<double>& bound) {
     for (size_t i = 0; i < a.size(); ++i)
@@ -288,8 +302,13 @@ void check_gradients(const Problem& p, uint64_t seed) {
   within("d_bias", got.bias, expected.bias, expected.bias_bound);
   within("the CPU's d_v", cpu.v, expected.v, expected.v_bound);
   within("the CPU's d_bias", cpu.bias, expected.bias, expected.bias_bound);
-  if (!(on_cuda(p, together.out, given_together, wanted) == got)) test::fail("other gradients for sums together");
-  test::check_bits(p, got, [&](const Problem& q) { return on_cuda(q, own.out, given, wanted); });
+  if (!(on_cuda(p, together.out, given_together, wanted, listed) == got))
+    test::fail("other gradients for sums together");
+  test::check_bits(p, got, [&](const Problem& q) {
+    Gradients found = on_cuda(q, own.out, given, wanted, listed);
+    if (!q.gathered()) in_table(found.v);
+    return found;
+  });
 }
 
 void check(const Problem& p, uint64_t seed) {

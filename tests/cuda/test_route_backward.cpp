@@ -15,7 +15,13 @@ constexpr int kAll = (1 << kGradients) - 1;
 struct Problem : test::Problem {
   std::vector<float> tokens, lse, means, d_tokens, d_lse, d_means;  // of the forward; means: of x
   int wanted = kAll;                                                // gradients, a bit each
+  std::vector<int64_t> x_rows, v_rows;                              // of tables; none: all
 };
+
+int64_t of_x(const Problem& p) { return p.x_ids.empty() || p.x_rows.empty() ? test::items(p) : test::count(p.x_rows); }
+int64_t of_v(const Problem& p) {
+  return p.v_ids.empty() || p.v_rows.empty() ? test::table(p.v, p.values) : test::count(p.v_rows);
+}
 
 using Gradients = std::vector<float>[kGradients];
 struct Result {
@@ -64,6 +70,8 @@ Problem random_problem(uint64_t seed) {
   for (float& t : p.temperature) t *= 4;
   p.wanted = r.below(2) ? kAll : 1 + static_cast<int>(r.below(kAll));
   fill_back(r, p);
+  p.x_rows = test::some_rows(r, test::items(p));
+  p.v_rows = test::some_rows(r, test::table(p.v, p.values));
   return p;
 }
 
@@ -134,19 +142,21 @@ Result run(const Problem& p, bool clamp, Verb verb) {
   if (!p.d_lse.empty()) forward.d_lse = {p.d_lse.data(), {b, m}};
   if (p.with_mean_x) forward.d_mean_x = {p.d_means.data(), {b, m, p.width}};
   const auto size = [&](int k, int64_t n) { return p.wanted >> k & 1 ? n : 0; };
-  test::Guarded<float> gradient[] = {test::Guarded<float>(size(kX, p.rows * p.width)),
-                                     test::Guarded<float>(size(kV, p.rows * p.values)),
+  test::Guarded<float> gradient[] = {test::Guarded<float>(size(kX, of_x(p) * p.width)),
+                                     test::Guarded<float>(size(kV, of_v(p) * p.values)),
                                      test::Guarded<float>(size(kBias, p.rows)),
                                      test::Guarded<float>(size(kSpread, p.rows)),
                                      test::Guarded<float>(size(kPrototypes, b * m * p.width)),
                                      test::Guarded<float>(size(kTemperature, taus))};
   RouteGradients out;
-  if (p.wanted & 1 << kX) out.x = {gradient[kX].data(), {p.rows, p.width}};
-  if (p.wanted & 1 << kV) out.v = {gradient[kV].data(), {p.rows, p.values}};
+  if (p.wanted & 1 << kX) out.x = {gradient[kX].data(), {of_x(p), p.width}};
+  if (p.wanted & 1 << kV) out.v = {gradient[kV].data(), {of_v(p), p.values}};
   if (p.wanted & 1 << kBias) out.bias = {gradient[kBias].data(), {p.rows}};
   if (p.wanted & 1 << kSpread) out.spread = {gradient[kSpread].data(), {p.rows}};
   if (p.wanted & 1 << kPrototypes) out.prototypes = {gradient[kPrototypes].data(), {b, m, p.width}};
   if (p.wanted & 1 << kTemperature) out.temperature = {gradient[kTemperature].data(), {taus}};
+  if (!p.x_ids.empty() && !p.x_rows.empty()) out.x_rows = ids(p.x_rows.data(), of_x(p));
+  if (!p.v_ids.empty() && !p.v_rows.empty()) out.v_rows = ids(p.v_rows.data(), of_v(p));
   const Status status = verb(held, params, forward, out);
   if (!status.ok()) test::fail("%s", status.what());
   Result result;
@@ -176,10 +186,12 @@ Result on_cpu(const Problem& p) {
 Result on_cuda(const Problem& p) {
   return run(p, false,
              [&](const test::Held& h, const RouteParams& params, const RouteForward& f, const RouteGradients& out) {
-               test::Workspace workspace(cuda::route_backward_workspace({}, h.book, params, h.in, h.agents, f, out));
+               Histories in = h.in;
+               in.rows = test::all_rows(p);
+               test::Workspace workspace(cuda::route_backward_workspace({}, h.book, params, in, h.agents, f, out));
                test::Workspace image(test::image_size(p));
                const Context context = test::context_of(p, workspace, image);
-               const Status status = cuda::route_backward(context, h.book, params, h.in, h.agents, f, out);
+               const Status status = cuda::route_backward(context, h.book, params, in, h.agents, f, out);
                if (!workspace.intact()) test::fail("the workspace's end was overwritten");
                return status;
              });
@@ -270,8 +282,16 @@ Terms terms_of(const Problem& p) {
   return t;
 }
 
+/// Of rows that were copied out of p's tables, as those of the tables.
+template <class Gradient>
+void in_tables(const Problem& p, Gradient& gradient) {
+  gradient[kX] = test::in_table(gradient[kX], p.x_ids, test::items(p), p.width, p.x_rows);
+  gradient[kV] = test::in_table(gradient[kV], p.v_ids, test::table(p.v, p.values), p.values, p.v_rows);
+}
+
 void compare(const Problem& p, const Result& cpu, const Result& cuda) {
-  const Terms terms = terms_of(copied(p));
+  Terms terms = terms_of(copied(p));
+  in_tables(p, terms.gradient);
   for (int k = 0; k < kGradients; ++k)
     for (size_t i = 0; i < cpu.gradient[k].size(); ++i) {
       const double expected = cpu.gradient[k][i], got = cuda.gradient[k][i],
@@ -287,7 +307,11 @@ void check(Problem p) {
   go_forward(p);
   const Result first = on_cuda(p);
   compare(p, on_cpu(p), first);
-  test::check_bits(p, first, [](const Problem& q) { return on_cuda(q); });
+  test::check_bits(p, first, [&](const Problem& q) {
+    Result result = on_cuda(q);
+    if (!q.gathered()) in_tables(p, result.gradient);
+    return result;
+  });
 }
 
 /// What one user has that is not finite stays with it, and with the temperature.

@@ -113,10 +113,12 @@ Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Use
   if (wanted & 2) bound.d_sum_v = largest(dv);
   bound.d_sum_bias = largest(ds);
   const int64_t t = given.behaviours();
-  Output<float> to_v(t * wide), to_bias(t);
+  TableRows of_v(in, given, given.v_ids, given.v.rows);
+  Output<float> to_v(of_v.count * wide), to_bias(t);
   const auto gradients = [&](int crew) {
     LeafSumsGradients out;
-    if (wanted & 16 && wide) out.v = {to_v[crew], {t, wide}};
+    if (wanted & 16 && wide) out.v = {to_v[crew], {of_v.count, wide}};
+    out.v_rows = of_v.listed;
     if (wanted & 32) out.bias = {to_bias[crew], {t}};
     return out;
   };
@@ -125,7 +127,7 @@ Histories leaf_some(Bytes& in, const Histories& given, const Codes& c, const Use
       [&](const Context& context, int crew) {
         return leaf_sums_backward(context, c.book, given, forward, gradients(crew));
       });
-  to_v.agree(!hostile, bound.d_v());
+  to_v.agree(!hostile, bound.d_v() * of_v.most);
   to_bias.agree(!hostile, bound.d_bias());
   return settled;
 }
@@ -139,8 +141,15 @@ void missing_some(const Histories& given, const Codebook* book, const std::vecto
               return missing(context, book, given, {out[crew], {given.behaviours()}});
             });
   out.equal();
-  for (int64_t i = 0; ledger.first() && i < given.behaviours(); ++i)
-    CHECK(out[0][i] == (laws::missing(given, book, x, v, i) ? 0.f : -std::numeric_limits<float>::infinity()));
+  const auto in_history = [&](int64_t i) {
+    for (int64_t b = 0; b < given.offsets.users; ++b)
+      if (given.offsets.start(b) <= i && i < given.offsets.end(b)) return true;
+    return false;
+  };
+  for (int64_t i = 0; ledger.first() && i < given.behaviours(); ++i) {
+    const bool missing = in_history(i) && laws::missing(given, book, x, v, i);
+    CHECK(out[0][i] == (missing ? 0.f : -std::numeric_limits<float>::infinity()));
+  }
 }
 
 }  // namespace
@@ -266,8 +275,9 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   const bool own = bound.logit() > 60;
   Typed d_tokens(d, of_v, std::max<int64_t>(wide, 1));
   Guarded<float> d_lse(dl), d_mean_x(dm);
-  Output<float> dx(want_x ? t * width : 0), dv(want_v ? t * wide : 0), dbias(t), dspread(t), dp(n * agents * width),
-      dtau(temperature.count());
+  TableRows rows_of_x(in, routed, routed.x_ids, routed.items()), rows_of_v(in, routed, routed.v_ids, routed.v.rows);
+  Output<float> dx(want_x ? rows_of_x.count * width : 0), dv(want_v ? rows_of_v.count * wide : 0), dbias(t), dspread(t),
+      dp(n * agents * width), dtau(temperature.count());
   RouteForward forward{{}, {own ? lse[0] : lse.settled(), {n, m}}, {}, {}, {}, {}};
   if (from_tokens) forward.tokens = {own ? tokens[0] : tokens.settled(), of_v, n * m, wide};
   if (from_tokens) forward.d_tokens = {d_tokens.rows().data, of_v, n * m, wide};
@@ -276,12 +286,14 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (from_lse) forward.d_lse = {d_lse.data(), {n, m}};
   const auto gradients = [&](int crew) {
     RouteGradients g;
-    if (wanted & 1 && want_v) g.v = {dv[crew], {t, wide}};
+    if (wanted & 1 && want_v) g.v = {dv[crew], {rows_of_v.count, wide}};
     if (wanted & 2) g.temperature = {dtau[crew], {temperature.count()}};
     if (wanted & 4) g.bias = {dbias[crew], {t}};
-    if (wanted & 8 && want_x) g.x = {dx[crew], {t, width}};
+    if (wanted & 8 && want_x) g.x = {dx[crew], {rows_of_x.count, width}};
     if (wanted & 16) g.prototypes = {dp[crew], {n, agents, width}};
     if (wanted & 32) g.spread = {dspread[crew], {t}};
+    g.x_rows = rows_of_x.listed;
+    g.v_rows = rows_of_v.listed;
     return g;
   };
   each_crew(
@@ -291,26 +303,12 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
       [&](const Context& context, int crew) {
         return route_backward(context, book, params, routed, to, forward, gradients(crew));
       });
-  dv.agree(!hostile, bound.d_v());
+  dv.agree(!hostile, bound.d_v() * rows_of_v.most);
   dtau.agree(!hostile, bound.d_temperature());
   dbias.agree(!hostile, bound.d_bias());
   dspread.agree(!hostile, bound.d_spread());
-  dx.agree(!hostile, bound.d_x());
+  dx.agree(!hostile, bound.d_x() * rows_of_x.most);
   dp.agree(!hostile, bound.d_prototypes());
-
-  const int64_t groups = in.between(0, 9);
-  Guarded<int64_t> order(in.between(0, 40)), begin(groups + 1);
-  for (int64_t i = 0; i < order.count(); ++i) order.data()[i] = in.byte() % 8 ? in.byte() % (c.rows + 1) : INT64_MIN;
-  for (int64_t g = 0; g <= groups; ++g) begin.data()[g] = in.byte() % 8 ? in.byte() % 44 : INT64_MAX;
-  Guarded<float> rows(vs);
-  Output<float> sums(groups * drawn_width);
-  each_crew([](int) { return size_t{0}; },
-            [&](const Context& context, int crew) {
-              return sum_rows(context, {rows.data(), {c.rows, drawn_width}}, {order.data(), {order.count()}},
-                              {begin.data(), {groups + 1}}, {sums[crew], {groups, drawn_width}});
-            });
-  sums.equal();
-  sums.agree(!hostile, 0);
 }
 
 }  // namespace fuzz

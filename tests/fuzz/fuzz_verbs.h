@@ -73,6 +73,23 @@ struct SomeIds {
   }
 };
 
+/// Rows of the gradient of x or v: one a behaviour, or of a table all, or those that are listed.
+struct TableRows {
+  Guarded<int64_t> some;
+  Ids listed;
+  int64_t count;
+  double most = 1;  // behaviours of all histories that one row sums up, and the rounding of the sum
+
+  TableRows(Bytes& in, const Histories& histories, const Ids& ids, int64_t table)
+      : some(ids && in.flag() ? in.between(0, 9) : 0), count(ids ? table : histories.behaviours()) {
+    if (ids) most = 2 * double(histories.behaviours()) + 1;
+    if (!some.count()) return;
+    for (int64_t i = 0; i < some.count(); ++i) some.data()[i] = in.byte() % 8 ? in.byte() % (table + 1) : INT64_MIN;
+    listed = {some.data(), DType::int64, some.count()};
+    count = some.count();
+  }
+};
+
 /// Weights [T], float32, int64 or none, in exact-size memory.
 struct SomeWeights {
   int64_t count;
@@ -113,7 +130,7 @@ struct Voted {
   bool operator==(const Voted& o) const { return agents == o.agents && count == o.count && votes == o.votes; }
 };
 
-/// leaf_sums, missing, route, their backwards and sum_rows.
+/// leaf_sums, missing, route, their backwards.
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile);
 
 }  // namespace fuzz

@@ -14,9 +14,8 @@
 //   compress                       yes                                       always
 //   leaf_sums, leaf_sums_backward  yes                                       where x is not given
 //   route, route_backward          yes                                       where x or temperature is not given
-//   missing                        none                                      where x is not given
+//   missing                        yes                                       where x is not given
 //   attend, attend_backward        yes                                       never
-//   sum_rows                       none                                      never
 //   fit                            not on CUDA: Code::not_implemented
 //
 // What a verb takes at most. More is refused with Code::not_implemented and the message "expected .., got ..":
@@ -48,8 +47,9 @@
 //                            codebook has at most 2^18 leaves, or if the counters of a vote by fan-out fit in shared
 //                            memory. Otherwise a user with more rows than the workspace is made for has no agents: its
 //                            count is 0.
-//   rows of Histories        `leaf_sums` alone depends on it. The first user whose rows are beyond it, and all users
-//                            after it, have no sums: for `route` their histories are empty.
+//   rows of Histories        `leaf_sums`: the first user whose rows are beyond it, and all users after it, have no
+//                            sums: for `route` their histories are empty. Gradients of tables: the last behaviours of
+//                            a batch with more rows may have gradients of 0, of bias and spread too.
 //   rows of LeafSums         Fewer than all histories have: as with too small `rows`.
 //   codebook_image           Its size, alignment and fingerprint are checked, its bytes are not.
 //
@@ -65,7 +65,7 @@
 //   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
 //   leaf_sums                adds 64 rows in float32, and those sums in float64.
 //   log_share of compress    adds exponentials of float32 in float64, where the CPU's are of float64.
-//   encode, vote, code_prototypes, prototypes and sum_rows have the CPU's bits.
+//   encode, vote, code_prototypes and prototypes have the CPU's bits.
 #pragma once
 #include "status.h"
 

@@ -56,10 +56,11 @@ struct LeafSumsForward {
   Array<const float, 1> d_spread{};  // [S]
 };
 
-/// Null arrays are not computed.
+/// Null arrays are not computed. With v_ids, the gradient of v is that of the table, as of `route_backward`.
 struct LeafSumsGradients {
-  Array<float, 2> v;     // [T, V], of each behaviour's row, also with v_ids
+  Array<float, 2> v;     // [T, V]; with v_ids [rows, V], or [size of v_rows, V]
   Array<float, 1> bias;  // [T]
+  Ids v_rows{};          // rows of the table; null: all
 };
 
 /// With the share s_i = exp(bias_i - bias) of a behaviour in the sum of its leaf,

@@ -66,16 +66,19 @@ struct RouteForward {
   Array<const float, 3> d_mean_x{};  // [B, M, D]; null: 0
 };
 
-/// Null arrays are not computed. With x_ids or v_ids, the gradients of x and v are of each behaviour's row, [T, ..],
-/// not of the rows of the table; sum_rows adds them up by row. With x of int8, the gradient of x is that of scale *
-/// int8. d_mean_x has gradients for bias, spread, prototypes and temperature, and none for x.
+/// Null arrays are not computed. With x_ids or v_ids, the gradients of x and v are of their tables: a row is the sum
+/// over the behaviours of all histories that have it, each in float32, in their order and in float64, rounded once.
+/// x_rows and v_rows, where they are given, list the rows of such a table whose gradients are wanted, in any order; one
+/// outside the table has zeros. With x of int8, the gradient of x is that of scale * int8. d_mean_x has gradients for
+/// bias, spread, prototypes and temperature, and none for x.
 struct RouteGradients {
-  Array<float, 2> x;            // [T, D]
-  Array<float, 2> v;            // [T, V]
+  Array<float, 2> x;            // [T, D]; with x_ids [items, D], or [size of x_rows, D]
+  Array<float, 2> v;            // [T, V]; with v_ids [rows, V], or [size of v_rows, V]
   Array<float, 1> bias;         // [T]
   Array<float, 1> spread;       // [T]
   Array<float, 3> prototypes;   // [B, M, D]
   Array<float, 1> temperature;  // [1] or [M], as the temperature
+  Ids x_rows{}, v_rows{};       // rows of tables; null: all
 };
 
 ///   w_ai = exp(z_ai - lse_a),   dz_ai = w_ai (dtoken_a . (v_i - token_a) + dmean_x_a . (x_i - mean_x_a) + dlse_a)
@@ -87,17 +90,11 @@ size_t route_backward_workspace(const Context& context, const Codebook* book, co
                                 const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                                 const RouteGradients& out) noexcept;
 
-/// out [T]: 0 for a behaviour that is missing, -inf for any other. A behaviour is missing where `route` takes it for
-/// absent, though it has a row of v without a NaN or an infinity. As the x [T, 1] of another `route`, to one prototype
-/// of 0, this gives one more token: the mean v and the log count of a user's missing behaviours. Reads what `route`
-/// reads.
+/// out [T]: 0 for a behaviour that is missing, -inf for any other. One of some history is missing where `route` takes
+/// it for absent, though it has a row of v without a NaN or an infinity. As the x [T, 1] of another `route`, to one
+/// prototype of 0, this gives one more token: the mean v and the log count of a user's missing behaviours. Reads what
+/// `route` reads.
 Status missing(const Context& context, const Codebook* book, const Histories& histories, Array<float, 1> out) noexcept;
 size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept;
-
-/// sums[g] = sum of rows[order[i]] over i in [begin[g], begin[g + 1]), each in float64 and in this order, rounded once:
-/// with behaviours in the order of their ids, the gradient of each row of a table that has any. An order outside
-/// [0, T) adds nothing. rows [T, V], order [any], begin [G + 1], sums [G, V]; needs no workspace.
-Status sum_rows(const Context& context, Array<const float, 2> rows, Array<const int64_t, 1> order,
-                Array<const int64_t, 1> begin, Array<float, 2> sums) noexcept;
 
 }  // namespace hisac

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "base/arena.h"
 #include "base/parallel.h"
@@ -16,6 +17,12 @@ namespace hisac {
 /// goes; else it is -1.
 struct Unit {
   int64_t user, first, last, slot;
+
+  /// Its behaviours [first, second).
+  std::pair<int64_t, int64_t> rows(const Spans& h) const noexcept {
+    const int64_t start = h.start(user);
+    return {start + first * kTile, std::min(start + last * kTile, h.end(user))};
+  }
 };
 
 /// The units of a list of users. Long histories are divided where there are several workers.
@@ -86,7 +93,7 @@ class Units {
 class Waves {
  public:
   void carve(Arena& arena, int64_t users) noexcept {
-    arena.take_into(users, order_, wave_, heap_);
+    arena.take_into(users, order_, wave_, heap_, gap_);
     begin_ = arena.take<int64_t>(users + 2);
   }
 
@@ -97,14 +104,18 @@ class Waves {
     std::sort(order_, order_ + h.users,
               [&](int64_t a, int64_t b) { return h.start(a) != h.start(b) ? h.start(a) < h.start(b) : a < b; });
     count_ = 0;
+    int64_t reach = 0, gap = 0;  // the end of the histories so far; the behaviours before it that are in none
     for (int64_t i = 0; i < h.users; ++i) {
       const int64_t b = order_[i];
+      gap_[b] = gap += std::max<int64_t>(h.start(b) - reach, 0);
+      reach = std::max(reach, h.end(b));
       const bool joins = count_ > 0 && heap_[0].end <= h.start(b);
       if (joins) std::pop_heap(heap_, heap_ + count_);
       wave_[b] = joins ? heap_[count_ - 1].wave : count_++;
       heap_[count_ - 1] = {h.end(b), wave_[b]};
       std::push_heap(heap_, heap_ + count_);
     }
+    behaviours_ = reach - gap;
     std::fill(begin_, begin_ + count_ + 2, int64_t{0});
     for (int64_t b = 0; b < h.users; ++b) ++begin_[wave_[b] + 2];
     for (int64_t w = 0; w < count_; ++w) begin_[w + 2] += begin_[w + 1];
@@ -115,14 +126,19 @@ class Waves {
   const int64_t* users(int64_t wave) const noexcept { return order_ + begin_[wave]; }
   int64_t size(int64_t wave) const noexcept { return begin_[wave + 1] - begin_[wave]; }
 
+  /// How many behaviours are in some history, and how many before a user's start are in none. So i - gap(b) numbers
+  /// those in some history without gaps, i being one of user b's.
+  int64_t behaviours() const noexcept { return behaviours_; }
+  int64_t gap(int64_t user) const noexcept { return gap_[user]; }
+
  private:
   struct WaveEnd {
     int64_t end, wave;
     bool operator<(const WaveEnd& o) const noexcept { return end != o.end ? end > o.end : wave > o.wave; }
   };
 
-  int64_t count_ = 0;
-  int64_t *order_ = nullptr, *wave_ = nullptr, *begin_ = nullptr;
+  int64_t count_ = 0, behaviours_ = 0;
+  int64_t *order_ = nullptr, *wave_ = nullptr, *begin_ = nullptr, *gap_ = nullptr;
   WaveEnd* heap_ = nullptr;
 };
 

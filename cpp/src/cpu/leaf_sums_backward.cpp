@@ -2,12 +2,12 @@
 // What the gradients of leaf sums give to behaviours. Each behaviour finds the sum of its leaf by a binary search,
 // since a user's sums are sorted by leaf. Histories that overlap are processed one after another (Waves).
 #include <cmath>
-#include <cstring>
 
 #include "base/checks.h"
 #include "base/parallel.h"
 #include "codebook/checks.h"
 #include "cpu/histories.h"
+#include "cpu/row_gradient.h"
 #include "cpu/verbs.h"
 
 namespace hisac::cpu {
@@ -22,6 +22,7 @@ class Backward {
         in_(in),
         forward_(forward),
         out_(out),
+        v_gradient_(gradient_of_v(in, out.v_rows, out.v)),
         width_(width_of(&book, in)),
         value_width_(in.v.width),
         loader_(&book, in, width_) {}
@@ -29,23 +30,24 @@ class Backward {
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
     units_.carve(arena, in_.offsets.users);
+    v_gradient_.carve(arena);
     x_ = arena.take<float>(workers_of(context_), width_);
     v_ = arena.take<float>(workers_of(context_), value_width_);
   }
 
   void run() noexcept {
-    const size_t rows = static_cast<size_t>(in_.behaviours());
-    if (out_.v) std::memset(out_.v.data, 0, sizeof(float) * rows * static_cast<size_t>(value_width_));
-    if (out_.bias) std::memset(out_.bias.data, 0, sizeof(float) * rows);
     waves_.plan(in_.offsets);
+    v_gradient_.clear(context_, waves_);
+    fill(context_, out_.bias.data, in_.behaviours());
     for (int64_t wave = 0; wave < waves_.count(); ++wave) {
       units_.plan(in_.offsets, waves_.users(wave), waves_.size(wave), workers_of(context_));
       units_.run(context_, [&](const Unit& unit, int w) {
-        const int64_t start = in_.offsets.start(unit.user), end = in_.offsets.end(unit.user);
-        for (int64_t i = start + unit.first * kTile; i < std::min(start + unit.last * kTile, end); ++i)
-          give(unit.user, i, x_ + w * width_, v_ + w * value_width_);
+        const auto [first, last] = unit.rows(in_.offsets);
+        v_gradient_.note(first, last, waves_.gap(unit.user));
+        for (int64_t i = first; i < last; ++i) give(unit.user, i, x_ + w * width_, v_ + w * value_width_);
       });
     }
+    v_gradient_.finish(context_, waves_);
   }
 
  private:
@@ -70,7 +72,7 @@ class Backward {
     if (s < 0) return;
     const float share = std::exp(loader_.bias_of(i) - f.sums.bias.data[s]);
     const float* const dv = f.d_v ? f.d_v.data + s * value_width_ : nullptr;
-    if (out_.v && dv) k_.add_row(value_width_, dv, share, out_.v.data + i * value_width_);
+    if (v_gradient_ && dv) k_.add_row(value_width_, dv, share, v_gradient_.row(i, waves_.gap(user)));
     if (!out_.bias) return;
     double sum = f.d_bias ? double(f.d_bias.data[s]) : 0, squares = 0;
     const auto difference = [](const float* a, const float* b, int64_t d) { return double(a[d]) - double(b[d]); };
@@ -95,6 +97,7 @@ class Backward {
   const LeafSumsForward* forward_;
   const LeafSumsGradients& out_;
   const simd::Kernels& k_ = simd::kernels();
+  RowGradient v_gradient_;
   int64_t width_, value_width_;
   RowLoader loader_;
   Waves waves_;

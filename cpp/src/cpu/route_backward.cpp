@@ -2,7 +2,8 @@
 // Backward of route. It recomputes a block's weights from the log-sum-exp that the forward returned, so nothing of size
 // T x M is kept. Gradients of rows (v, x, bias) are local to a block. Gradients of agents (prototypes, temperature) are
 // sums over rows, in the tiles and the reduction tree of the forward. Histories that overlap are processed one after
-// another (Waves), so there are no atomics and the bits are the same every time.
+// another (Waves), so there are no atomics and the bits are the same every time. Gradients of tables are summed from
+// those of their rows at the end (RowGradient).
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #include "base/checks.h"
 #include "cpu/route_call.h"
+#include "cpu/row_gradient.h"
 #include "cpu/simd/pack.h"
 #include "cpu/verbs.h"
 
@@ -40,11 +42,15 @@ class Backward : RouteCall {
       : RouteCall(context, book, params, in, to, forward.d_tokens.data, static_cast<bool>(forward.d_mean_x), false),
         forward_(forward),
         out_(out),
+        x_(gradient_of_x(in, out.x_rows, out.x)),
+        v_(gradient_of_v(in, out.v_rows, forward.d_tokens.data ? out.v : Array<float, 2>{})),
         agent_gradients_(out.temperature || out.prototypes) {}
 
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
     units_.carve(arena, in_.offsets.users);
+    x_.carve(arena);
+    v_.carve(arena);
     user_temperature_ = arena.take<float>(out_.temperature ? in_.offsets.users : 0, agents_);
     slots_ = carve_sums(arena, Units::most_slots(workers_));
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
@@ -57,7 +63,7 @@ class Backward : RouteCall {
       one.d_tokens = arena.take<float>(agents_ * columns_);
       one.token = arena.take<float>(columns_);
       one.packed_d_tokens = arena.take<float>(simd::packed_size(columns_, agents_));
-      one.packed_rows = arena.take<float>(gives_v() ? simd::packed_size(agents_, value_width_) : 0);
+      one.packed_rows = arena.take<float>(v_ ? simd::packed_size(agents_, value_width_) : 0);
       one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
       one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
       one.stack = carve_sums(arena, fold_depth(tiles_of(in_.longest)));
@@ -67,14 +73,17 @@ class Backward : RouteCall {
   void run() noexcept {
     const int64_t users = in_.offsets.users;
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, columns_);
-    zero(out_.v.data, in_.behaviours() * in_.v.width);
-    zero(out_.x.data, in_.behaviours() * width_);
-    zero(out_.bias.data, in_.behaviours());
-    zero(out_.spread.data, in_.behaviours());
-    zero(out_.prototypes.data, users * agents_ * width_);
-    if (out_.temperature) zero(user_temperature_, users * agents_);
     waves_.plan(in_.offsets);
+    x_.clear(context_, waves_);
+    v_.clear(context_, waves_);
+    if (!v_) fill(context_, out_.v.data, out_.v.shape[0] * out_.v.shape[1]);
+    fill(context_, out_.bias.data, in_.behaviours());
+    fill(context_, out_.spread.data, in_.behaviours());
+    fill(context_, out_.prototypes.data, users * agents_ * width_);
+    if (out_.temperature) zero(user_temperature_, users * agents_);
     for (int64_t wave = 0; wave < waves_.count(); ++wave) pass(waves_.users(wave), waves_.size(wave));
+    x_.finish(context_, waves_);
+    v_.finish(context_, waves_);
     if (out_.temperature) reduce_temperature();
   }
 
@@ -86,8 +95,6 @@ class Backward : RouteCall {
   Sums* carve_sums(Arena& arena, int64_t n) noexcept {
     return arena.take_each<Sums>(n, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
   }
-
-  bool gives_v() const noexcept { return out_.v && value_width_; }
 
   void pass(const int64_t* users, int64_t n) noexcept {
     units_.plan(in_.offsets, users, n, workers_);
@@ -129,29 +136,34 @@ class Backward : RouteCall {
       w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
     }
     k_.pack_columns(columns_, p.m, w.d_tokens, columns_, w.packed_d_tokens);
-    if (gives_v()) k_.pack_rows(p.m, value_width_, w.d_tokens, columns_, w.packed_rows);
-    if (out_.x) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
+    if (v_) k_.pack_rows(p.m, value_width_, w.d_tokens, columns_, w.packed_rows);
+    if (x_) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
   }
 
   void unit(const Unit& unit, Worker& w) noexcept {
+    const int64_t gap = waves_.gap(unit.user);
+    const auto [begin, end] = unit.rows(in_.offsets);
+    x_.note(begin, end, gap);
+    v_.note(begin, end, gap);
     load_agents(unit.user, w);
     if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
         loader(w.panel.origin), in_.offsets, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
-        [&](Sums sums) { block(w, sums); }, [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
+        [&](Sums sums) { block(w, gap, sums); },
+        [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
     if (unit.slot >= 0)
       std::swap(w.stack[0], slots_[unit.slot]);
     else if (agent_gradients_)
       write_agent_gradients(unit.user, w.stack[0], w.panel);
   }
 
-  void block(Worker& w, Sums sums) noexcept {
+  void block(Worker& w, int64_t gap, Sums sums) noexcept {
     const int n = w.block.n;
     const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(columns_);
     if (n == 0 || m == 0) return;
     simd::Prefetcher& prefetcher = w.block.prefetcher;
-    if (gives_v())
-      prefetcher.add(out_.v.data, w.block.row[0] * value_width_ * 4, (w.block.row[n - 1] + 1) * value_width_ * 4);
+    if (v_)
+      prefetcher.add(v_.row(w.block.row[0], gap), 0, (w.block.row[n - 1] + 1 - w.block.row[0]) * value_width_ * 4);
     prefetcher.distribute(n, 2 * m);
     k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &prefetcher);
     k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
@@ -165,20 +177,19 @@ class Backward : RouteCall {
     k_.route_gradient(n, m, w.z, w.g, ldz,
                       {w.shift, softmax_over_agents ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum,
                        sums, d_distance_of(sums)});
-    if (gives_v()) {
+    if (v_) {
       const int64_t ldo = simd::pad(value_width_);
       k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldo, nullptr);
-      for (int i = 0; i < n; ++i)
-        k_.add_row(value_width_, w.out + i * ldo, 1.f, out_.v.data + w.block.row[i] * value_width_);
+      for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldo, 1.f, v_.row(w.block.row[i], gap));
     }
     if (out_.bias)
       for (int i = 0; i < n; ++i) out_.bias.data[w.block.row[i]] += w.d_bias[i];
     if (out_.spread)
       for (int i = 0; i < n; ++i) out_.spread.data[w.block.row[i]] -= w.row_sum[i] / 2;
-    if (out_.x) {
+    if (x_) {
       k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
-        float* const dx = out_.x.data + w.block.row[i] * width_;
+        float* const dx = x_.row(w.block.row[i], gap);
         k_.add_row(width_, w.out + i * ldx, 1.f, dx);
         k_.add_row(width_, w.block.x + i * ldx, -w.row_sum[i], dx);
       }
@@ -214,6 +225,7 @@ class Backward : RouteCall {
 
   const RouteForward& forward_;
   const RouteGradients& out_;
+  RowGradient x_, v_;
   bool agent_gradients_;
   Waves waves_;
   float* user_temperature_ = nullptr;

@@ -6,6 +6,7 @@
 #include "cuda/device/block.h"
 #include "cuda/device/launcher.h"
 #include "cuda/histories.h"
+#include "cuda/table_gradient.h"
 #include "cuda/verbs.h"
 
 namespace hisac::cuda {
@@ -15,8 +16,9 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 struct LeafBackTask : Behaviours {
   LeafSumsForward forward;
-  ClampedSpans sums;  // of forward
-  LeafSumsGradients out;
+  ClampedSpans sums;      // of forward
+  LeafSumsGradients out;  // of a table v: the scratch
+  TableGradient of_v;
   Chunks chunks;
 };
 
@@ -26,18 +28,17 @@ class LeafBack {
 
   SIMT_DEVICE void run() {
     const int64_t chunk = b / t.chunks.size;
-    const int last = t.norm_of(b) >= 0 ? t.chunks.last[chunk] : 0;
-    SIMT_ROLLED for (int user = static_cast<int>(t.users) - t.chunks.first[chunk]; user < last; user += 32) {
-      const int probe = user + simt::lane();
-      uint32_t users = simt::ballot(probe < last && t.start(probe) <= b && b < t.end(probe));
-      SIMT_ROLLED for (; users; users &= users - 1) give(user + lowest(users));
-    }
+    if (t.norm_of(b) >= 0) t.chunks.each_user(t, b, [&](int64_t user) { give(user); });
     if (t.out.bias.data && simt::lane() == 0) t.out.bias.data[b] = static_cast<float>(d_bias);
-    for (int64_t c = simt::lane(); t.out.v.data && !given && c < t.v.width; c += 32) d_v(c) = 0;
+    const bool has_row = t.out.v.data && !(t.of_v.gathers() && t.chunks.last[chunk] == 0);
+    for (int64_t c = simt::lane(); has_row && !given && c < t.v.width; c += 32) d_v(c) = 0;
   }
 
  private:
-  SIMT_DEVICE float& d_v(int64_t c) const { return t.out.v.data[b * t.v.width + c]; }
+  SIMT_DEVICE float& d_v(int64_t c) const {
+    const int64_t row = t.of_v.gathers() ? b + t.chunks.shift(b / t.chunks.size) : b;
+    return t.out.v.data[row * t.v.width + c];
+  }
 
   /// The row of a user's sum of the behaviour's leaf; -1 where there is none.
   SIMT_DEVICE int64_t find(int64_t user) const {
@@ -88,28 +89,30 @@ class LeafBack {
   double d_bias = 0;
 };
 
-SIMT_KERNEL(kThreads) clear_chunks(SIMT_CONSTANT LeafBackTask t) { t.chunks.clear(); }
-SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT LeafBackTask t) { t.chunks.plan(t); }
 SIMT_KERNEL(kThreads, 4) give_back(SIMT_CONSTANT LeafBackTask t) {
   for (int64_t b = int64_t{simt::block()} * kWarps + simt::warp(); b < t.rows; b += int64_t{simt::blocks()} * kWarps)
     LeafBack(t, b).run();
 }
 
-LeafBackTask describe(const Codebook& book, const Histories& in, Arena& arena) {
+LeafBackTask describe(const Codebook& book, const Histories& in, const LeafSumsGradients& out, Arena& arena) {
   LeafBackTask t;
   static_cast<Behaviours&>(t) = behaviours_of(&book, in, width_of(&book, in));
   t.chunks.size = 32;
   t.chunks.count = static_cast<int>((t.rows + 31) / 32);
+  t.out = out;
+  t.of_v = {in.v_ids, in.v.rows, out.v_rows, out.v, true};
+  t.chunks.reserve_slots(t.of_v.gathers(), in.rows, t.users);
   t.chunks.carve(t.chunks.count, arena);
+  t.of_v.carve(int64_t{t.chunks.most} * t.chunks.size, arena, &t.out.v);
   return t;
 }
 
 }  // namespace
 
 size_t leaf_sums_backward_workspace(const Context&, const Codebook& book, const Histories& histories,
-                                    const LeafSumsGradients&) noexcept {
+                                    const LeafSumsGradients& out) noexcept {
   Arena arena;
-  describe(book, histories, arena);
+  describe(book, histories, out, arena);
   return arena.used();
 }
 
@@ -117,18 +120,18 @@ Status leaf_sums_backward(const Context& context, const Codebook& book, const Hi
                           const LeafSumsForward& forward, const LeafSumsGradients& out) noexcept {
   HISAC_TRY(check_counts("leaf_sums_backward", histories));
   Arena arena(context.workspace);
-  LeafBackTask t = describe(book, histories, arena);
+  LeafBackTask t = describe(book, histories, out, arena);
   HISAC_TRY(arena.check("leaf_sums_backward"));
   HISAC_TRY(place_centers("leaf_sums_backward", context, &book, t));
   t.forward = forward;
   static_cast<Spans&>(t.sums) = forward.sums.offsets;
   t.sums.rows = forward.sums.codes.shape[0];
-  t.out = out;
   Launcher launch("leaf_sums_backward", context);
   const int processors = launch.machine.processors;
-  launch(clear_chunks, processors, kThreads, 0, t);
-  launch(plan_chunks, processors * 2, kThreads, 0, t);
+  launch_clear_chunks(t.chunks, launch);
+  launch_plan_chunks(t, t.chunks, launch);
   launch(give_back, least((t.rows + kWarps - 1) / kWarps, processors * 8), kThreads, 0, t);
+  launch_table_gradients({}, t.of_v, t.chunks, launch);
   return launch.status();
 }
 

@@ -113,16 +113,17 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
   }
 
   SIMT_DEVICE void clear(int from, int to) const {
-    const auto zero = [&](float* p, int64_t width) {
-      if (!p) return;
-      float* const first = p + from * width;
+    const int chunk = work().value_tile;
+    const auto zero = [&](float* p, int64_t width, bool gathers) {
+      if (!p || (gathers && b.chunks.last[chunk] == 0)) return;
+      float* const first = p + (from + (gathers ? b.chunks.shift(chunk) : 0)) * width;
       const int n = static_cast<int>((to - from) * width);  // of a chunk, at most
       SIMT_ROLLED for (int i = simt::thread(); i < n; i += simt::threads()) first[i] = 0;
     };
-    zero(b.out.v.data, b.v.x.width);
-    zero(b.out.x.data, t.x.width);
-    zero(b.out.bias.data, 1);
-    zero(b.out.spread.data, 1);
+    zero(b.out.v.data, b.v.x.width, b.of_v.gathers());
+    zero(b.out.x.data, t.x.width, b.of_x.gathers());
+    zero(b.out.bias.data, 1, false);
+    zero(b.out.spread.data, 1, false);
   }
 
   // ---- rows by agents
@@ -283,8 +284,9 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
         }
   }
 
-  SIMT_DEVICE void put(float* to, int row, int64_t width, int64_t column, float value) const {
-    float& sum = to[int64_t{row} * width + column];
+  /// shift: of the place of a row in `to`.
+  SIMT_DEVICE void put(float* to, int row, int64_t shift, int64_t width, int64_t column, float value) const {
+    float& sum = to[(row + shift) * width + column];
     sum = row >= covered().from && row < covered().to ? sum + value : value;
   }
 
@@ -293,7 +295,7 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
     const uint16_t* left;
     Operand<Q> right;
     float* to;
-    int64_t width;
+    int64_t shift, width;
     int columns, column;  // in shared memory; the first
     bool of_x;
   };
@@ -303,20 +305,21 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
     const int rows = least(end - begin - block * R, R);
     for (int r = simt::thread(); phase == 0 && r < rows; r += simt::threads()) {
       const int behaviour = static_cast<int>(work().start) + begin + block * R + r;
-      if (b.out.bias.data) put(b.out.bias.data, behaviour, 1, 0, sum_of(0, r));
-      if (b.out.spread.data) put(b.out.spread.data, behaviour, 1, 0, -0.5f * sum_of(1, r));
+      if (b.out.bias.data) put(b.out.bias.data, behaviour, 0, 1, 0, sum_of(0, r));
+      if (b.out.spread.data) put(b.out.spread.data, behaviour, 0, 1, 0, -0.5f * sum_of(1, r));
     }
     const int x = phase - outputs_v();
     if (x >= outputs_x()) return;
-    const auto columns_of = [&](const auto& stream, int left, float* to, Step s) -> Output {
+    const auto columns_of = [&](const auto& stream, int left, float* to, const TableGradient& table, Step s) -> Output {
       const int column = s.chunk * stream.g.chunk;
-      return {halves(left), stream.prototypes(s), to, stream.t.x.width, stream.columns(s.chunk), column, x >= 0};
+      const int64_t shift = table.gathers() ? b.chunks.shift(work().value_tile) : 0;
+      return {halves(left), stream.prototypes(s), to, shift, stream.t.x.width, stream.columns(s.chunk), column, x >= 0};
     };
     Output out;
     if (x < 0)
-      out = columns_of(values, b.offset.weights, b.out.v.data, {block + 1, phase});
+      out = columns_of(values, b.offset.weights, b.out.v.data, b.of_v, {block + 1, phase});
     else
-      out = columns_of(*this, b.offset.slopes, b.out.x.data, {block, x});
+      out = columns_of(*this, b.offset.slopes, b.out.x.data, b.of_x, {block, x});
     const int wide = (out.columns + 31) / 32;
     SIMT_ROLLED for (int i = simt::warp(); i < R / 16 * wide; i += g.warps)
         multiply_weights(out, block, rows, i / wide * 16, i % wide * 32);

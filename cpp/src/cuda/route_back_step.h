@@ -99,7 +99,7 @@ SIMT_DEVICE void RouteBack<MT, Q, S, kOverAgents, kAgents>::multiply_weights(con
         if (local >= out.columns || d >= out.width) continue;
         float value = here ? sum[n][2 * r + i] : 0.f;
         if (here && out.of_x) value -= element(t.x.data, t.x.dtype, x_row * t.x.width + d) * scale * weight;
-        put(out.to, behaviour, out.width, d, value);
+        put(out.to, behaviour, out.shift, out.width, d, value);
       }
   }
 }

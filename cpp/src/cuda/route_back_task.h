@@ -10,6 +10,7 @@
 #include "cuda/chunks.h"
 #include "cuda/device/launcher.h"
 #include "cuda/route_task.h"
+#include "cuda/table_gradient.h"
 
 namespace hisac::cuda {
 
@@ -21,7 +22,8 @@ SIMT_BOTH constexpr int rows_of_step(int parts, bool prototypes) {
 struct BackTask {
   Task x, v;  // v: its x is v, of no columns where there is no d_tokens; its prototypes are d_tokens
   RouteForward forward;
-  RouteGradients out;
+  RouteGradients out;  // of a table x or v: the scratch
+  TableGradient of_x, of_v;
   struct Offsets {  // in shared memory, beside those of the streams
     int weights, slopes, sums, row_bias, users;
   } offset = {};

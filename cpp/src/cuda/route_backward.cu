@@ -58,8 +58,6 @@ SIMT_KERNEL(kThreads) pack_gradients(SIMT_CONSTANT BackTask b) {
   }
 }
 
-SIMT_KERNEL(kThreads) plan_chunks(SIMT_CONSTANT ClampedSpans s, SIMT_CONSTANT Chunks chunks) { chunks.plan(s); }
-
 constexpr int kMostThreads1 = 416, kMostThreads2 = 256;  // of one and of two agent tiles a warp: 208 and 256 agents
 
 template <int MT, int Q, int S, bool kOverAgents, bool kAgents>
@@ -154,7 +152,8 @@ size_t lay_out(Launches& l, int warps) {
   return std::max(l.of_rows ? l.rows.x.g.shared_bytes : 0, l.of_prototypes ? l.prototypes.x.g.shared_bytes : 0);
 }
 
-Status plan_geometry(Launches& l, const simt::Machine& machine) {
+/// all_rows: of all histories.
+Status plan_geometry(Launches& l, int64_t all_rows, const simt::Machine& machine) {
   const Task& x = l.rows.x;
   const int most_threads = x.g.mt == 1 ? kMostThreads1 : kMostThreads2, limit = most_threads / 32;
   const int all = x.g.warps_of(x.agents);
@@ -185,6 +184,7 @@ Status plan_geometry(Launches& l, const simt::Machine& machine) {
     c.size = kTile;
     while (c.size > kLeastChunk && b->x.rows / c.size < kChunks / 2) c.size /= 2;
     c.count = static_cast<int>((b->x.rows + c.size - 1) / c.size);
+    c.reserve_slots(b->of_x.gathers() || b->of_v.gathers(), all_rows, b->x.users);
   }
   return {};
 }
@@ -198,6 +198,9 @@ void carve(BackTask& b, Arena& arena) {
   b.v.packed = arena.take<uint16_t>(users * padded * b.v.g.parts * b.v.g.depth);
   arena.take_into(users * padded, b.x.half, b.x.rate, b.agent_lse, b.dz_constant, b.slope);
   b.chunks.carve(chunks, arena);
+  const int64_t slots = int64_t{b.chunks.most} * b.chunks.size;
+  b.of_x.carve(slots, arena, &b.out.x);
+  b.of_v.carve(slots, arena, &b.out.v);
   b.next = arena.take<int32_t>(1);
   b.raw = b.out.temperature ? arena.take<float>(padded * chunks) : nullptr;
   b.total = arena.take<double>(b.out.temperature ? padded : 0);
@@ -221,6 +224,8 @@ Launches describe(const RouteCall& call, const RouteForward& forward, const Rout
   b.x.g.sides = forward.d_mean_x ? 2 : 1;
   b.forward = forward;
   b.out = out;
+  b.of_x = {call.in.x_ids, call.in.items(), out.x_rows, out.x, true};
+  b.of_v = {call.in.v_ids, call.in.v.rows, out.v_rows, out.v, forward.d_tokens.data != nullptr};
   l.rows = l.prototypes = b;
   l.prototypes.x.g.value_tiles = value_tiles_of(b.x.x.width);  // the values beside the rows are columns of x
   l.of_rows = out.v || out.x || out.bias || out.spread || out.temperature;
@@ -232,7 +237,7 @@ Launches describe(const RouteCall& call, const RouteForward& forward, const Rout
 Status prepare(const RouteCall& call, const RouteForward& forward, const RouteGradients& out,
                const simt::Machine& machine, Arena& arena, Launches* l) {
   *l = describe(call, forward, out);
-  HISAC_TRY(plan_geometry(*l, machine));
+  HISAC_TRY(plan_geometry(*l, call.in.rows, machine));
   carve(l->rows, arena);
   BackTask p = l->rows;  // in the same places, with its own geometry
   p.x.g = l->prototypes.x.g;
@@ -276,8 +281,9 @@ Status route_backward(const Context& context, const Codebook* book, const RouteP
   launch_pack_agents(b.x, launch);
   launch(pack_gradients, machine.processors * 8, kThreads, 0, b);
   if (l.of_rows) {
-    launch(plan_chunks, machine.processors * 2, kThreads, 0, ClampedSpans(b.x), b.chunks);
+    launch_plan_chunks(b.x, b.chunks, launch);
     launch_tiles<false>(b, launch);
+    launch_table_gradients(b.of_x, b.of_v, b.chunks, launch);
   }
   if (out.temperature) {
     launch(sum_temperature, machine.processors * 2, kThreads, kFront, b);

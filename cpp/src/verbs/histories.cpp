@@ -116,6 +116,14 @@ Status check_histories(const char* verb, const Codebook* book, Histories& in, in
   return in.codes || rows > 0 ? check_codes(verb, *book, in.codes, in.x_ids ? in.items() : rows) : Status();
 }
 
+Status check_listed(const char* verb, const char* name, const Ids& ids, const Ids& listed) noexcept {
+  if (listed && listed.dtype != DType::int32 && listed.dtype != DType::int64)
+    return Status::error(Code::wrong_type, "%s: %s_rows expected int32 or int64", verb, name);
+  if (listed && !ids)
+    return Status::error(Code::invalid_argument, "%s: %s_rows expected with %s_ids, got none", verb, name, name);
+  return {};
+}
+
 /// Sets a temperature that is not given to that in the head of the codebook's image, on the device of the call.
 static Status state_temperature(const char* verb, const Context& context, const Codebook* book,
                                 RouteParams& params) noexcept {

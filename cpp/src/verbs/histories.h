@@ -23,6 +23,13 @@ Status check_offsets(const char* verb, Histories& histories, Device device) noex
 Status check_histories(const char* verb, const Codebook* book, Histories& histories, int64_t width,
                        Device device) noexcept;
 
+/// Rows of the gradient of x or v: of the table, or as many as are listed, where there are ids; else one a behaviour.
+inline int64_t gradient_rows(const Histories& in, const Ids& ids, int64_t table_rows, const Ids& listed) noexcept {
+  return listed ? listed.size : ids ? table_rows : in.behaviours();
+}
+/// Rows of a table that are listed, where there is a table.
+Status check_listed(const char* verb, const char* name, const Ids& ids, const Ids& listed) noexcept;
+
 /// The same for a call of route or its backward, agents and parameters too. A temperature that is not given becomes
 /// that of the codebook.
 Status check_route(const char* verb, const Context& context, const Codebook* book, RouteParams& params,

@@ -77,9 +77,10 @@ Status leaf_sums_backward(const Context& context, const Codebook& book, const Hi
   Histories in = histories;
   HISAC_TRY(check_in("leaf_sums_backward", book, in, context.device));
   HISAC_TRY(check_forward(book, in, forward, context.device));
-  const int64_t rows = in.behaviours();
+  HISAC_TRY(check_listed("leaf_sums_backward", "v", in.v_ids, out.v_rows));
+  const int64_t rows = gradient_rows(in, in.v_ids, in.v.rows, out.v_rows);
   if (out.v) HISAC_TRY(check_shape("leaf_sums_backward", "dv", {rows, in.v.width}, out.v));
-  if (out.bias) HISAC_TRY(check_shape("leaf_sums_backward", "dbias", {rows}, out.bias));
+  if (out.bias) HISAC_TRY(check_shape("leaf_sums_backward", "dbias", {in.behaviours()}, out.bias));
   return call_backend("leaf_sums_backward", &Backend::leaf_sums_backward, context, book, in, forward, out);
 }
 

@@ -5,8 +5,8 @@ Whatever a kernel does, it must agree with this page: codes, votes and agents ex
 from sizes and rounding. Arrays follow one naming: B users, T behaviours, D semantic width, V value width, L levels,
 M agents a user, N candidates, H heads. Values never raise: invalid codes mean absent, NaN loses, an empty sum is a zero
 token with lse -inf. codebook.py has `Codebook`, `encode` and `fit`; votes.py one user's votes and the rules that keep
-leaves by them; verbs.py the other verbs; state.py what is kept between requests; bounds.py how far a float32 kernel may
-be from all this.
+leaves by them; verbs.py the other verbs; tables.py what ids mean; state.py what is kept between requests;
+bounds.py how far a float32 kernel may be from all this.
 
 Source: HiSAC, arXiv 2602.21009. Semantic IDs and the code tree: its hierarchical codebook; `vote`: hierarchical
 voting (`fanout`), our apportionment (`budget`) and a beam search (`beam`); `route`: soft-routing attention; `attend`:

@@ -38,6 +38,7 @@ import numpy as np
 from .. import _core, compose
 from ..types import Array, Attended, AttendGradients, Histories, LeafGradients, RouteGradients, Tokens
 from . import verbs
+from .tables import gather, of_table
 
 U = 2.0**-24
 U16 = 2.0**-8
@@ -73,7 +74,7 @@ def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
     if "agents" in args:
         agents, count, book = (args.get(name) for name in ("agents", "count", "book"))
         args["agents"], args["count"] = compose.routed(verbs._VERBS, "route", agents, count, book)
-    return args | {"histories": verbs.gather(args["histories"])}
+    return args | {"histories": gather(args["histories"])}
 
 
 def _steps(n: int) -> float:
@@ -105,6 +106,18 @@ def _of_gradients(exact: Any, bounds: tuple[Array, ...], relative: float) -> tup
     """The bounds of the gradients wanted, with a relative error more, as `_in_float32`; None where not wanted."""
     pairs = zip(exact, bounds, strict=True)
     return tuple(None if g is None else _in_float32(g, bound + relative * np.abs(g)) for g, bound in pairs)
+
+
+def _of_table(name: str, g: Array, bound: Array, args: Mapping[str, Any]) -> Array:
+    """The bound of the gradient of x or v, from the gradients and bounds of behaviours' rows: with ids, of sums in
+    float64 that are rounded once."""
+    args = _in_numpy(args)
+    given, rows = args["histories"], args.get(f"{name}_rows")
+    ids = getattr(given, f"{name}_ids")
+    if g is None or ids is None:
+        return bound
+    total, limit, size = (of_table(d, getattr(given, name), ids, rows) for d in (g, bound, np.abs(g)))
+    return _in_float32(total, limit + U * (size + limit) + LEAST)
 
 
 def _weights(z: Array, total: Array, e: Array) -> tuple[Array, Array]:
@@ -273,7 +286,7 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories
 
 def leaf_sums_backward_bound(args: Mapping[str, Any]) -> LeafGradients:
     """args: the arguments of `leaf_sums_backward` -> the largest |difference| of each wanted gradient."""
-    args = _dense(args)
+    given, args = args, _dense(args)
     book, sums, gradients = args["book"], args["sums"], args["gradients"]
     batch = args["histories"]
     dv, dbias = np.zeros((len(batch.v), sums.v.shape[1])), np.zeros(len(batch.v))
@@ -299,7 +312,8 @@ def leaf_sums_backward_bound(args: Mapping[str, Any]) -> LeafGradients:
             np.add.at(dbias, at, (wrong + share * long) * moduli + TINY)
     overlap = (len(verbs.ranges(batch.offsets)) + 1) * U
     exact: Any = verbs.leaf_sums_backward(**args)
-    return LeafGradients(*_of_gradients(exact, (dv, dbias), overlap))
+    of_rows, of_bias = _of_gradients(exact, (dv, dbias), overlap)
+    return LeafGradients(_of_table("v", exact.v, of_rows, given), of_bias)
 
 
 def unit_bound(expected: Tokens, width: int = 4096) -> Tokens:
@@ -329,7 +343,7 @@ def log_share_bound(z: Array, e: Array) -> Array:
 
 def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:
     """args: the arguments of `route_backward`; cuda: on a GPU -> the largest |difference| of each wanted gradient."""
-    args = _dense(args)
+    given, args = args, _dense(args)
     forward, gradients, p = args["forward"], args["gradients"], args["agents"]
     without_x = gradients.mean_x is not None or args["histories"].x is None
     exact: Any = verbs.route_backward(**args | {"need": RouteGradients._fields[without_x:]})
@@ -391,8 +405,10 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
     if np.size(args.get("temperature", 0)) == 1:
         dtau = dtau.sum(keepdims=True)
     need = args.get("need", ("v", "bias", "temperature"))
-    wanted = (g if name in need else None for name, g in zip(RouteGradients._fields, exact, strict=True))
-    return RouteGradients(*_of_gradients(wanted, (dx, dv, dbias, dspread, dp, dtau), overlap))
+    wanted = RouteGradients(*(g if n in need else None for n, g in zip(exact._fields, exact, strict=True)))
+    found = RouteGradients(*_of_gradients(wanted, (dx, dv, dbias, dspread, dp, dtau), overlap))
+    x, v = (_of_table(name, getattr(wanted, name), getattr(found, name), given) for name in "xv")
+    return found._replace(x=x, v=v)
 
 
 def _attend_errors(

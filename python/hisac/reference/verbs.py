@@ -20,6 +20,7 @@ from ..types import (
     Tokens,
 )
 from .codebook import encode, valid_codes
+from .tables import gather, of_table
 from .votes import by_beam, by_budget, by_fanout, leaf_votes, row_votes
 
 MAX_SEATS = 4096  # most agents a user
@@ -91,30 +92,6 @@ def log_softmax(z: Array, axis: int) -> Array:
 def square_distances(x: Array, p: Array) -> Array:
     """x [n, D], p [m, D] -> [n, m] float64."""
     return np.stack([np.square(x - a).sum(1) for a in p], 1) if len(p) else np.zeros((len(x), 0))
-
-
-def gather(histories: Histories) -> Histories:
-    """The same histories without ids and scale: x [T, D], v [T, V], codes [T, L], bias [T].
-
-    int8 rows times their scale are rounded to float32. A behaviour whose id is outside its table gets a bias of NaN,
-    so it is not routed; outside x and codes it gets codes of -1, so it does not vote; outside v a row of NaN, so it is
-    not counted as missing.
-    """
-    x, v, offsets, codes, x_ids, v_ids, x_scale, bias, spread, weights = histories[:-2]
-    if x is not None and x.dtype == np.int8:
-        scale = np.reshape(np.float32(1.0 if x_scale is None else x_scale), (-1, 1))
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = x.astype(np.float32) * scale
-    dense = []
-    for table, ids, nothing in ((x, x_ids, np.nan), (codes, x_ids, -1), (v, v_ids, np.nan)):
-        if ids is not None and table is not None:
-            inside = (ids >= 0) & (ids < len(table))
-            rows = np.full((len(ids), table.shape[1]), nothing)
-            rows[inside] = table[ids[inside]]
-            table, bias = rows, np.where(inside, 0.0 if bias is None else bias, np.nan)
-        dense.append(table)
-    x, codes, v = dense
-    return Histories(x, v, offsets, codes, bias=bias, spread=spread, weights=weights)
 
 
 class History:
@@ -213,15 +190,17 @@ def leaf_sums(book: Any, histories: Histories) -> Histories:
 
 
 def leaf_sums_backward(
-    book: Any, histories: Histories, sums: Histories, gradients: Histories, *, need: Any = ("v", "bias")
-) -> LeafGradients:
+    book: Any, histories: Histories, sums: Histories, gradients: Histories, *, need: Any = ("v", "bias"),
+    v_rows: Array = None,
+) -> LeafGradients:  # fmt: skip
     """Gradients of `leaf_sums`, given the sums that it returned and the gradients of their x, v, bias and spread (each
     may be None). s_i is the share of a behaviour in the sum of its leaf:
 
         s_i = exp(bias_i - bias)        dv_i = s_i dv
         dbias_i = s_i (dv . (v_i - v) + dx . (x_i - x) + dbias + dspread (spread_i + |x_i - x|^2 - spread))
 
-    `need` names the gradients wanted -> LeafGradients. x is held constant.
+    `need` names the gradients wanted -> LeafGradients. x is held constant. With v_ids, v's is that of the table, or of
+    its rows v_rows, as of `route_backward`.
     """
     batch = gather(histories)
     value_width = sums.v.shape[1]
@@ -242,19 +221,22 @@ def leaf_sums_backward(
                 dsum_v[s] @ (h.v[i] - v[s]) + dx[s] @ (h.x[i] - x[s]) + dmass[s]
                 + dspread[s] * (h.spread[i] + far - spread[s])
             )  # fmt: skip
+    dv = of_table(dv, histories.v, histories.v_ids, v_rows)
     return LeafGradients(dv if "v" in need else None, dbias if "bias" in need else None)
 
 
 def missing(histories: Histories, *, book: Any = None) -> Array:
-    """[T]: 0 for a behaviour that is missing, -inf for any other. One is missing where `route` takes it for absent,
-    though it has a row of v without a NaN or an infinity."""
+    """[T]: 0 for a behaviour that is missing, -inf for any other. One of some history is missing where `route` takes it
+    for absent, though it has a row of v without a NaN or an infinity."""
     batch = gather(histories)
-    rows = slice(0, len(batch.v))
+    rows, used = slice(0, len(batch.v)), np.zeros(len(batch.v), bool)
+    for span in ranges(batch.offsets):
+        used[span] = True
     width = book.centers[0].shape[1] if batch.x is None else batch.x.shape[1]
     h = History(0, rows, batch, np.zeros((1, 0, width)), None, 1, book)
     here = np.isfinite(float64(batch.v)).all(1)
     here[h.rows] = False
-    return np.where(here, 0.0, -np.inf)
+    return np.where(here & used, 0.0, -np.inf)
 
 
 def route(
@@ -290,7 +272,7 @@ def route(
 def route_backward(
     histories: Histories, agents: Agents | Array, forward: Tokens, gradients: Tokens, *, count: Array = None,
     temperature: Any = None, normalize: str = "agents", book: Any = None, precision: str = "float32",
-    need: Any = ("v", "bias", "temperature"),
+    need: Any = ("v", "bias", "temperature"), x_rows: Array = None, v_rows: Array = None,
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned and the gradients of that (each may be None).
 
@@ -300,7 +282,8 @@ def route_backward(
         dtau_a = sum_i dz_ai d_ai / tau_a^2            dx_i = sum_a -2 dz_ai (x_i - p_a) / tau_a = -dp_a's terms
         dspread_i = -sum_a dz_ai / tau_a
 
-    `need` names the gradients wanted -> RouteGradients. Those of gathered x and v are of each behaviour's row [T, ..].
+    `need` names the gradients wanted -> RouteGradients. With ids, those of x and v are of the tables: the sums over the
+    behaviours of each row, [items, D] and [rows, V]; or of the rows that x_rows and v_rows list, zeros for one outside.
     That of mean_x reaches bias, spread, prototypes and temperature: with one of x, NotImplementedError.
     """
     prototypes, count = compose.routed(_VERBS, "route_backward", agents, count, book)
@@ -340,6 +323,8 @@ def route_backward(
             dp[b, agent] = -terms.sum(0)
     if np.size(temperature) == 1:
         dtau = dtau.sum(keepdims=True)
+    x, v, _, _, x_ids, v_ids = histories[:6]
+    dx, dv = of_table(dx, x, x_ids, x_rows), of_table(dv, v, v_ids, v_rows)
     every = {"x": dx, "v": dv, "bias": dbias, "spread": dspread, "prototypes": dp, "temperature": dtau}
     return RouteGradients(*(every[name] if name in need else None for name in RouteGradients._fields))
 

@@ -2,7 +2,7 @@
 """The verbs as differentiable functions of tensors, over the operators."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -32,12 +32,33 @@ def rows_of(name: str, t: Tensor | None) -> Any:
     return _jagged(name, t).values() if t is not None and t.is_nested else t
 
 
+def _embeddings(verb: str, histories: Histories) -> Iterator[tuple[str, torch.nn.Embedding]]:
+    """x and v, as far as they are modules, whose weight is the table."""
+    for name, table in zip("xv", histories[:2], strict=True):
+        if isinstance(table, torch.nn.Embedding):
+            if table.max_norm is not None or table.scale_grad_by_freq:
+                raise ValueError(f"{verb}: {name} expected an nn.Embedding without max_norm and scale_grad_by_freq")
+            yield name, table
+
+
+def _sparse(verb: str, histories: Histories, sparse_grad: Any) -> list[bool]:
+    """Whether the gradients of x and v are sparse: as the option says, or an embedding. A list is an answer."""
+    if isinstance(sparse_grad, list):
+        return sparse_grad
+    tables = _embeddings(verb, histories) if isinstance(histories, Histories) else ()
+    found = {name: bool(table.sparse) for name, table in tables}
+    return [bool(sparse_grad) or found.get(name, False) for name in "xv"]
+
+
 def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histories:
     """Histories of dense tensors, offsets as (starts, ends): the rows of jagged nested tensors, whose offsets are taken
     where none are given, and else have to be the same; float32 but for x and v. Of the fields in `unread` only the
     sizes matter. Offsets that are no (starts, ends) state rows, T."""
     if not isinstance(histories, Histories):
         raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
+    if any(isinstance(table, torch.nn.Embedding) for table in histories[:2]):
+        weights: dict[str, Any] = {name: table.weight for name, table in _embeddings(verb, histories)}
+        histories = histories._replace(**weights)
     tensors = [t for t in histories if isinstance(t, Tensor)]
     read: dict[str, Any] = {"offsets": _spans(verb, histories.offsets, tensors)}
     for name, field in histories._asdict().items():
@@ -186,14 +207,14 @@ def route(
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     Of the histories it reads every field but weights; codes only where `book` is given; offsets may be None beside a
-    jagged tensor. agents: those of `vote`, or prototypes [B, M, D] with their count [B]; temperature a number, [1] or
-    [M], or None, the default of `book` -> Tokens. mean_x has no gradient for x (else NotImplementedError).
-    precision="bfloat16" lets products round to bfloat16 where that is faster.
+    jagged tensor; x and v may be `nn.Embedding`s, for their weights. agents: those of `vote`, or prototypes [B, M, D]
+    with their count [B]; temperature a number, [1] or [M], or None, the default of `book` -> Tokens. mean_x has no
+    gradient for x (else NotImplementedError). precision="bfloat16" lets products round to it where that is faster.
 
-    With x_ids, x and codes are tables, and with v_ids v is one, as the weight of an `nn.Embedding`: an id outside is an
-    absent behaviour. A table's gradient is the sum over the behaviours of each row, in their order and in float64:
-    dense, or with `sparse_grad` COO. Then a table that learns is a leaf (else ValueError), and torch.compile runs the
-    call outside of its graph; fullgraph=True and torch.export refuse it.
+    With x_ids, x and codes are tables, and with v_ids v is one: an id outside is an absent behaviour. The gradient of a
+    table is the sum over the behaviours of each row, in their order and in float64: dense, or with `sparse_grad`, and
+    of an `nn.Embedding(sparse=True)` without it, COO of the rows that some history has. Then a table that learns is a
+    leaf (else ValueError), and torch.compile runs the call outside of its graph; fullgraph=True and export refuse.
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> out = route(Histories(torch.eye(2), v, torch.tensor([0, 2])), torch.eye(2)[None], temperature=0.01)
@@ -201,29 +222,30 @@ def route(
     >>> out.tokens.tolist(), v.grad.tolist()
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
+    sparse = _sparse("route", histories, sparse_grad)
     h = flat("route", histories, ("weights", "codes") if book is None else ("weights",))
     if tokens and h.v is None:
         raise TypeError("route: v expected in the histories, got None")
     p, count = compose.routed(_VERBS, "route", agents, count, book)
     tau = tau_tensor(compose.temperature_of("route", temperature, book, _default_temperature), p.device)
-    _check_sparse("route", h, sparse_grad)
+    _check_sparse("route", h, sparse)
     _reverse_mode_only("route", h.x, h.v, p, tau, h.bias, h.spread)
     name = None if book is None else register(book)
-    found = torch.ops.hisac.route(name, *_fields(h), p, count, tau, normalize, precision, tokens, mean_x, sparse_grad)
+    found = torch.ops.hisac.route(name, *_fields(h), p, count, tau, normalize, precision, tokens, mean_x, sparse)
     return Tokens(found[0] if tokens else None, found[1], found[2] if mean_x else None)
 
 
-def _check_sparse(verb: str, histories: Histories, sparse_grad: bool) -> None:
+def _check_sparse(verb: str, histories: Histories, sparse: list[bool]) -> None:
     """Raises where an operator of torch made a table: most refuse its COO gradient in the backward, and name nothing.
     Raises while torch.compile traces too, which then runs the call outside of its graph, or with fullgraph=True tells
     why it cannot."""
-    if not sparse_grad or not torch.is_grad_enabled():
+    if not any(sparse) or not torch.is_grad_enabled():
         return
     if torch.compiler.is_compiling():
         raise NotImplementedError(f"{verb}: sparse gradients are in no compiled graph, expected sparse_grad=False")
-    for name, ids in (("x", histories.x_ids), ("v", histories.v_ids)):
-        table = getattr(histories, name)
-        made_by = None if ids is None or table is None else table.grad_fn
+    tables = zip("xv", histories[:2], (histories.x_ids, histories.v_ids), sparse, strict=True)
+    for name, table, ids, is_sparse in tables:
+        made_by = None if ids is None or table is None or not is_sparse else table.grad_fn
         if made_by is not None and not isinstance(made_by, torch.autograd.function.BackwardCFunction):  # one's own may
             got = f"what {made_by.name()} made"
             raise ValueError(f"{verb}: with sparse_grad {name} expected a leaf, as an nn.Embedding's weight, got {got}")
@@ -241,16 +263,17 @@ def leaf_sums(book: Codebook, histories: Histories, *, sparse_grad: bool = False
     >>> leaf_sums(Codebook([torch.eye(2)]), h).x[:1]
     tensor([[0.5000, 0.5000]])
     """
+    _, sparse = _sparse("leaf_sums", histories, sparse_grad)
     h = flat("leaf_sums", histories)
     for name in ("v", "codes"):
         if getattr(h, name) is None:
             raise TypeError(f"leaf_sums: {name} expected in the histories, got None")
-    _check_sparse("leaf_sums", h, sparse_grad)
+    _check_sparse("leaf_sums", h, [False, sparse])
     _reverse_mode_only("leaf_sums", h.x, h.v, h.bias, h.spread)
     if h.rows is None:
         starts, ends = h.offsets
         h = h._replace(rows=int((ends - starts).sum()))
-    return operators.as_histories(*torch.ops.hisac.leaf_sums(register(book), *_fields(h), sparse_grad))
+    return operators.as_histories(*torch.ops.hisac.leaf_sums(register(book), *_fields(h), sparse))
 
 
 def missing(histories: Histories, *, book: Codebook | None = None) -> Tensor:
@@ -281,10 +304,11 @@ def compress(
     tensor([[[1.],
              [1.]]])
     """
+    sparse: Any = _sparse("compress", histories, sparse_grad)
     h, refine = flat("compress", histories), whole("compress", "refine", refine, 0, 10**6)
     verbs = _VERBS._replace(
-        route=partial(route, sparse_grad=sparse_grad),
-        leaf_sums=partial(leaf_sums, sparse_grad=sparse_grad),
+        route=partial(route, sparse_grad=sparse),
+        leaf_sums=partial(leaf_sums, sparse_grad=sparse),
     )
     return compose.compress(
         verbs, book, h, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,

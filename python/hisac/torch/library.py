@@ -82,29 +82,16 @@ def no_double_backward(ctx: Any, *grads: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- gradients of tables
 
 
-@operator("sum_rows(Tensor rows, Tensor order, Tensor begin) -> Tensor")
-def _sum_rows(rows: Tensor, order: Tensor, begin: Tensor) -> Iterator[Tensor]:
-    sums = rows.new_empty((begin.shape[0] - 1, *rows.shape[1:]))
-    yield sums
-    core.sum_rows(*dense(rows, order, begin), sums)
+def rows_used(ids: Tensor, starts: Tensor, ends: Tensor, size: int) -> Tensor:
+    """The rows of a table that the behaviours of all histories have, ascending, each once: [U] int64."""
+    lengths = ends.long() - starts.long()
+    behind = lengths.cumsum(0)  # a history's last behaviour, among those of all
+    used = torch.repeat_interleave(ends.long() - behind, lengths)
+    found = ids[used + torch.arange(len(used), device=ids.device)]
+    return cast(Tensor, cast(Any, found[(found >= 0) & (found < size)].long()).unique())
 
 
-torch.library.register_autograd("hisac::sum_rows", no_double_backward, lib=library)
-
-
-def table_gradient(d_rows: Tensor, ids: Tensor, size: int, sparse_grad: bool) -> Tensor:
-    """The gradient [size, V] of a table from those of its rows as behaviours had them, [T, V]: the sum over those of
-    one id, in the order of the behaviours and in float64; ids outside the table add nothing. Sparse: coalesced COO."""
-    ids = torch.where((ids >= 0) & (ids < size), ids, size).long()
-    ids, order = ids.sort(stable=True)
-    if sparse_grad:
-        ids, count = cast(Any, ids).unique_consecutive(return_counts=True)
-        ids = ids[ids < size]
-        count = count[: len(ids)]
-    else:
-        count = ids.new_zeros(size + 1).scatter_add(0, ids, torch.ones_like(ids))[:size]
-    begin = torch.nn.functional.pad(count.cumsum(0), (1, 0))
-    sums: Tensor = torch.ops.hisac.sum_rows(d_rows, order, begin)
-    if not sparse_grad:
-        return sums
-    return torch.sparse_coo_tensor(ids[None], sums, (size, *sums.shape[1:]), is_coalesced=True, check_invariants=False)
+def sparse_gradient(d_rows: Tensor, rows: Tensor, size: int) -> Tensor:
+    """The gradient of a table of which only `rows` have one, d_rows [U, V], as coalesced COO."""
+    shape = (size, *d_rows.shape[1:])
+    return torch.sparse_coo_tensor(rows[None], d_rows, shape, is_coalesced=True, check_invariants=False)

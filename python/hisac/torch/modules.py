@@ -31,6 +31,8 @@ def _single(a: Any) -> Any:
     is."""
     if isinstance(a, Histories):
         return a._replace(x=_single(a.x), v=_single(a.v))
+    if isinstance(a, nn.Embedding) and a.weight.dtype == torch.float64:
+        a = a.weight
     return a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a
 
 
@@ -44,9 +46,9 @@ class Compressor(nn.Module):
         learn_temperature: whether log tau is a parameter. Give it no weight decay
         normalize, precision: as in `hisac.route`
         method, refine, missing: as in `hisac.compress`
-        sparse_grad: COO gradients for tables of x and v, which must then be leaves, such as the weight of an
-            `nn.Embedding(sparse=True)`. Look rows up by that module elsewhere too: a gradient by weight[ids] is dense,
-            and so is its sum with this one. In torch.compile the call is outside of the graph
+        sparse_grad: COO gradients for tables of x and v, which must then be leaves, such as weights; an
+            `nn.Embedding(sparse=True)` as x or v needs no option. Look rows up by that module elsewhere too: a gradient
+            by weight[ids] is dense, and so is its sum with this one. In torch.compile the call is outside of the graph
 
     The codebook is no parameter: it stays float32 under `half()`, `bfloat16()`, `double()` and autocast, so codes stay
     the same integers. It travels in the state dict; one of other sizes is refused. Raises ValueError.
@@ -93,7 +95,9 @@ class Compressor(nn.Module):
             missing=self.missing, precision=self.precision, sparse_grad=self.sparse_grad,
         )  # fmt: skip
         lse, share = (t.to(self.log_tau.dtype) for t in (nn.functional.softplus(made.lse), made.log_share))
-        return made._replace(tokens=made.tokens.to(histories.v.dtype), lse=lse, log_share=share)
+        v: Any = histories.v
+        dtype = v.weight.dtype if isinstance(v, nn.Embedding) else v.dtype
+        return made._replace(tokens=made.tokens.to(dtype), lse=lse, log_share=share)
 
     def get_extra_state(self) -> Tensor:
         """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""

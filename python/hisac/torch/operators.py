@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference import MAX_SEATS
 from ..types import Histories, LeafGradients, RouteGradients
-from .library import book_of, core, dense, library, no_double_backward, operator, table_gradient
+from .library import book_of, core, dense, library, no_double_backward, operator, rows_used, sparse_gradient
 
 # A batch of histories is these arguments of an operator: the fields of Histories, starts and ends in place of offsets.
 _BATCH = [name for field in Histories._fields for name in (("starts", "ends") if field == "offsets" else (field,))]
@@ -74,6 +74,11 @@ def _float32(like: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(like.new_empty((0,) if shape is None else shape, dtype=torch.float32) for shape in shapes)
 
 
+def _of_rows(t: Tensor, rows: Tensor | None) -> Any:
+    """The shape of a gradient: that of t, or of those of its rows that are listed."""
+    return t.shape if rows is None else (rows.shape[0], *t.shape[1:])
+
+
 def _some(wanted: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
     return [a if w else None for w, a in zip(wanted, arrays, strict=True)]
 
@@ -84,7 +89,6 @@ _ROUTE_SCHEMA = (
 )
 _ROUTE = [argument.split()[1] for argument in _ROUTE_SCHEMA.split(", ")]
 _ROUTE_WANTED = [_ROUTE.index(name) for name in RouteGradients._fields]
-_ROUTE_TABLES = [(RouteGradients._fields.index(name), _ROUTE.index(name + "_ids")) for name in ("x", "v")]
 _TENSORS = _ROUTE.index("normalize")  # of route: the fingerprint, so many tensors, and its options
 
 
@@ -105,7 +109,7 @@ def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
 
 
 @operator(
-    f"route({_ROUTE_SCHEMA}, bool tokens, bool mean_x, bool sparse_grad) -> (Tensor tokens, Tensor lse, Tensor mean_x)"
+    f"route({_ROUTE_SCHEMA}, bool tokens, bool mean_x, bool[] sparse) -> (Tensor tokens, Tensor lse, Tensor mean_x)"
 )
 def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     v, starts, prototypes = (inputs[_ROUTE.index(name)] for name in ("v", "starts", "prototypes"))
@@ -120,19 +124,19 @@ def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 @operator(
     f"route_backward({_ROUTE_SCHEMA}, Tensor tokens, Tensor lse, Tensor mean_x, Tensor? d_tokens, Tensor? d_lse, "
-    "Tensor? d_mean_x, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? d_mean_x, bool[] need, Tensor? x_rows, Tensor? v_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _route_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
-    *returned, d_tokens, d_lse, d_mean_x, need = inputs[len(_ROUTE) :]
-    n = _behaviours(inputs[1 : 1 + len(_BATCH)])
-    given = [inputs[i] for i in _ROUTE_WANTED]
-    shapes: list[Any] = [(n, *t.shape[1:]) if i < 4 and t is not None else t.shape if t is not None else None
-                         for i, t in enumerate(given)]  # fmt: skip
+    *returned, d_tokens, d_lse, d_mean_x, need, x_rows, v_rows = inputs[len(_ROUTE) :]
+    given = dict(zip(RouteGradients._fields, (inputs[i] for i in _ROUTE_WANTED), strict=True))
+    listed = {"x": x_rows, "v": v_rows}
+    shapes = [None if t is None else _of_rows(t, listed.get(name)) for name, t in given.items()]
     results = _float32(returned[1], _some(need, shapes))
     yield results
     tokens, lse, mean_x = dense(*returned)
     forward = tokens if d_tokens is not None else None, lse, mean_x if d_mean_x is not None else None
-    core.route_backward(*_route_arguments(inputs), *forward, *dense(d_tokens, d_lse, d_mean_x), *_some(need, results))
+    back = *forward, *dense(d_tokens, d_lse, d_mean_x, x_rows, v_rows)
+    core.route_backward(*_route_arguments(inputs), *back, *_some(need, results))
 
 
 @operator(f"missing(int? fingerprint, {_BATCH_SCHEMA}) -> Tensor")
@@ -156,7 +160,7 @@ def as_histories(x: Any, v: Any, starts: Any, ends: Any, codes: Any, bias: Any, 
     return Histories(x, v, (starts, ends), codes, bias=bias, spread=spread, weights=votes)
 
 
-@operator(f"leaf_sums({_LEAF_SCHEMA}, bool sparse_grad) -> ({', '.join('Tensor' for _ in _SUMS)})")
+@operator(f"leaf_sums({_LEAF_SCHEMA}, bool sparse) -> ({', '.join('Tensor' for _ in _SUMS)})")
 def _leaf_sums(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     *batch, _ = inputs
     x, v, starts, rows = (batch[_BATCH.index(name)] for name in ("x", "v", "starts", "rows"))
@@ -172,18 +176,21 @@ def _leaf_sums(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
 
 @operator(
     f"leaf_sums_backward({_LEAF_SCHEMA}, {', '.join(f'Tensor sum_{n}' for n in _SUMS)}, Tensor? d_x, Tensor? d_v, "
-    "Tensor? d_bias, Tensor? d_spread, bool[] need) -> (Tensor, Tensor)"
+    "Tensor? d_bias, Tensor? d_spread, bool[] need, Tensor? v_rows) -> (Tensor, Tensor)"
 )
 def _leaf_sums_backward(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     n = len(_BATCH)
-    batch, sums, (d_x, d_v, d_bias, d_spread, need) = inputs[:n], inputs[n : n + len(_SUMS)], inputs[n + len(_SUMS) :]
-    size = _behaviours(batch)
-    results = _float32(sums[0], _some(need, [(size, sums[1].shape[-1]), (size,)]))
+    batch, sums = inputs[:n], inputs[n : n + len(_SUMS)]
+    d_x, d_v, d_bias, d_spread, need, v_rows = inputs[n + len(_SUMS) :]
+    v = batch[_BATCH.index("v")]
+    results = _float32(sums[0], _some(need, [_of_rows(v, v_rows), (_behaviours(batch),)]))
     yield results
-    d_x, d_v, d_bias, d_spread = dense(d_x, d_v, d_bias, d_spread)
+    d_x, d_v, d_bias, d_spread, v_rows = dense(d_x, d_v, d_bias, d_spread, v_rows)
     gradients = Histories(d_x, d_v, bias=d_bias, spread=d_spread)
     book = book_of(fingerprint)
-    core.leaf_sums_backward(book._core, _histories(batch), as_histories(*sums), gradients, *_some(need, results))
+    core.leaf_sums_backward(
+        book._core, _histories(batch), as_histories(*sums), gradients, v_rows, *_some(need, results)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ attend
@@ -228,7 +235,7 @@ def _refuse(verb: str, needs: dict[str, bool], *names: str) -> None:
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     needs = dict(zip(_ROUTE, ctx.needs_input_grad, strict=False))
     _refuse("route", needs, "x_scale")
-    with_tokens, with_mean_x, ctx.sparse_grad = inputs[-3:]
+    with_tokens, with_mean_x, ctx.sparse = inputs[-3:]
     if with_mean_x and needs["x"]:
         raise NotImplementedError("route: mean_x has no gradient for x, expected x.detach()")
     ctx.mark_non_differentiable(*_unwanted(output, (with_tokens, True, with_mean_x)))
@@ -251,11 +258,20 @@ def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, d_mean_
     tokens, lse, mean_x, *tensors = ctx.saved_tensors
     inputs = [ctx.fingerprint, *tensors, *ctx.options]
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
-    grads = list(torch.ops.hisac.route_backward(*inputs, tokens, lse, mean_x, d_tokens, d_lse, d_mean_x, need))
-    for at, ids in _ROUTE_TABLES:
-        if need[at] and inputs[ids] is not None:
-            grads[at] = table_gradient(grads[at], inputs[ids], inputs[_ROUTE_WANTED[at]].shape[0], ctx.sparse_grad)
+    wanted = zip("xv", ctx.sparse, need[:2], strict=True)
+    rows = [_sparse_rows(name, sparse and needed, inputs[1:]) for name, sparse, needed in wanted]
+    forward = tokens, lse, mean_x, d_tokens, d_lse, d_mean_x
+    grads = list(torch.ops.hisac.route_backward(*inputs, *forward, need, *rows))
+    for at, listed in enumerate(rows):
+        if listed is not None:
+            grads[at] = sparse_gradient(grads[at], listed, inputs[_ROUTE_WANTED[at]].shape[0])
     return _gradients_by_input(ctx, _ROUTE_WANTED, grads)
+
+
+def _sparse_rows(name: str, sparse: bool, batch: Sequence[Any]) -> Tensor | None:
+    """The rows of the table, x or v, of a sparse gradient; None of any other."""
+    table, ids, starts, ends = (batch[_BATCH.index(field)] for field in (name, f"{name}_ids", "starts", "ends"))
+    return rows_used(ids, starts, ends, table.shape[0]) if sparse and ids is not None else None
 
 
 def _leaf_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -265,7 +281,7 @@ def _leaf_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*_unwanted(output, moves))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *map(_tensor, inputs[1 : len(_LEAF)]))
-    ctx.fingerprint, ctx.sparse_grad = inputs[0], inputs[-1]
+    ctx.fingerprint, ctx.sparse = inputs[0], inputs[-1]
     ctx.book = book_of(ctx.fingerprint)  # alive until the backward
 
 
@@ -273,10 +289,10 @@ def _leaf_back(ctx: Any, *d_sums: Tensor | None) -> Any:
     sums, batch = ctx.saved_tensors[: len(_SUMS)], ctx.saved_tensors[len(_SUMS) :]
     need = [ctx.needs_input_grad[i] for i in _LEAF_WANTED]
     given = [d_sums[i] for i in _SUMS_WITH_GRADIENT]
-    grads = list(torch.ops.hisac.leaf_sums_backward(ctx.fingerprint, *batch, *sums, *given, need))
-    v, v_ids = (batch[_BATCH.index(name)] for name in ("v", "v_ids"))
-    if need[0] and v_ids is not None:
-        grads[0] = table_gradient(grads[0], v_ids, v.shape[0], ctx.sparse_grad)
+    rows = _sparse_rows("v", ctx.sparse and need[0], batch)
+    grads = list(torch.ops.hisac.leaf_sums_backward(ctx.fingerprint, *batch, *sums, *given, need, rows))
+    if rows is not None:
+        grads[0] = sparse_gradient(grads[0], rows, batch[_BATCH.index("v")].shape[0])
     return _gradients_by_input(ctx, _LEAF_WANTED, grads)
 
 

@@ -33,6 +33,7 @@ NAMES = [
     *("route/10k/agents", "route/100k/agents", "route/ragged/agents", "route/short/agents", "route/real"),
     *(
         "backward/10k/agents",
+        "train/log",
         "attend/500",
         "call/route",
         "call/vote",
@@ -268,6 +269,7 @@ TINY: dict[str, dict[str, Any]] = {
     "route/real": {"budget": 8, "codes": (4, 6), "value": 4, "fit_rows": 300, "iterations": 1},
     "backward/10k": {"rows": 30, "agents": 6, "width": 8, "value": 4},
     "backward/10k/agents": {"rows": 30, "agents": 6, "width": 8, "value": 4},
+    "train/log": {"events": 200, "items": 30, "users": 3, "rows": 12, "agents": 6, "width": 8, "value": 4},
     "leaf/100k": {"rows": 80, "agents": 6, "width": 8, "sizes": (8, 8), "value": 4},
     "vote/1k": {"rows": 50, "sizes": (8, 8), "fanout": (2, 3), "budget": 5},
     "vote/short": {"users": 5, "short": (3, 9), "sizes": (8, 8), "fanout": (2, 3), "budget": 5},

@@ -234,7 +234,13 @@ def test_the_core_s_own_outputs():
     for call_core, text in (
         (lambda: _core.leaves(book, codes, at(0, wide[:, 0], memory)), "leaves: out {} codes"),
         (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
-        (lambda: _core.sum_rows(rows, np.arange(T), groups, rows[:1]), "sum_rows: sums {} rows"),
+        (
+            lambda: _core.route_backward(
+                None, batch._replace(x=X), PROTOTYPES[:1], None, 1.0, "agents", "float32",
+                None, TOKENS.lse[:1], *[None] * 5, at(0, groups, memory), None, at(0, VALUE, memory), *[None] * 4,
+            ),
+            "route_backward: v_rows {} dv",
+        ),
         (
             lambda: _core.vote(*voted, codes[:1, None], wide[:1, :1], codes[0, :1], X[:1, None]),
             "vote: out count {} out codes",

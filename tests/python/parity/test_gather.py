@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
+from hisac.reference.tables import of_table
 from hisac.testing.problems import sprinkle
 from hisac.types import RouteGradients, Tokens
 from support import by_field, grouped, kinds, with_threads
@@ -64,11 +65,65 @@ def test_route_backward(p):
         mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
         exact = p.by_reference(args)
         testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
-        for name, size in (("v", 2), ("bias", 1), ("spread", 1), ("x", 2)):
+        for name, like in (("x", p.histories.x), ("v", p.histories.v), ("bias", None), ("spread", None)):
             g = getattr(mine, name)
-            assert g is None or (g.shape[0] == behaviours(p) and len(g.shape) == size), name
+            assert g is None or tuple(g.shape) == ((behaviours(p),) if like is None else like.shape), name
     if p.dtype == "float32":
-        assert bits(mine) == bits(hisac.route_backward(**copied(args)))
+        assert bits(mine) == bits(in_tables(hisac.route_backward(**copied(args)), p.histories))
+
+
+@settings(max_examples=MANY)
+@given(PROBLEMS)
+def test_leaf_sums_backward(p):
+    for convert, _ in kinds(p):
+        args = p.leaf_backward_args(hisac.leaf_sums(**convert(p.leaf_args())))
+        mine = with_threads(lambda: hisac.leaf_sums_backward(**convert(args)))  # noqa: B023
+        exact = p.by_reference(args)
+        testing.assert_gradients_close(mine, reference.leaf_sums_backward(**exact), exact)
+        assert tuple(mine.v.shape) == p.histories.v.shape and tuple(mine.bias.shape) == (behaviours(p),)
+    if p.dtype == "float32":
+        assert bits(mine) == bits(in_tables(hisac.leaf_sums_backward(**copied(args)), p.histories))
+
+
+@given(PROBLEMS, st.data())
+def test_rows_that_are_listed(p, data):
+    """Any rows, in any order, twice, outside: those of the whole gradient, to the bit."""
+    rng, listed = np.random.default_rng(p.seed), {}
+    for name in ("x", "v"):
+        table, ids = getattr(p.histories, name), getattr(p.histories, f"{name}_ids")
+        if table is not None and ids is not None:
+            dtype = data.draw(st.sampled_from([np.int32, np.int64]))
+            listed[name] = rng.integers(-2, len(table) + 2, data.draw(st.integers(0, 9))).astype(dtype)
+    for convert, _ in kinds(p):
+        args = convert(p.backward_args(hisac.route(**convert(p.route_args()))))
+        of_leaves = convert(p.leaf_backward_args(hisac.leaf_sums(**convert(p.leaf_args()))))
+        for verb, every in ((hisac.route_backward, args), (hisac.leaf_sums_backward, of_leaves)):
+            rows = {f"{name}_rows": a for name, a in listed.items() if name == "v" or verb is hisac.route_backward}
+            whole = verb(**every)
+            found = with_threads(lambda: verb(**every, **convert(rows)))  # noqa: B023
+            for name in (n for n in listed if f"{n}_rows" in rows):
+                if (g := getattr(whole, name)) is not None:
+                    some = take(bounds.as_numpy(g), listed[name])
+                    assert bits([getattr(found, name)]) == bits([some])
+            others = [name for name in whole._fields if f"{name}_rows" not in rows]
+            assert bits(getattr(found, n) for n in others) == bits(getattr(whole, n) for n in others)
+
+
+def take(table, rows):
+    """Rows of a table, zeros outside."""
+    inside = (rows >= 0) & (rows < len(table))
+    return np.concatenate([table, np.zeros_like(table, shape=(1, *table.shape[1:]))])[np.where(inside, rows, -1)]
+
+
+def in_tables(gradients, h):
+    """Gradients of rows that were copied out, as those of tables: added up in float64, in the order of behaviours."""
+    summed = {}
+    for name in ("x", "v"):
+        g, table, ids = getattr(gradients, name, None), getattr(h, name), getattr(h, f"{name}_ids")
+        if g is not None and ids is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                summed[name] = of_table(g.astype(np.float64), table, ids, None).astype(np.float32)
+    return gradients._replace(**summed)
 
 
 @settings(max_examples=MANY)
@@ -254,7 +309,7 @@ def test_many_tiles_and_overlapping_histories():
     back |= {"gradients": Tokens(np.cos(50 * out.tokens), None), "need": RouteGradients._fields}
     mine = with_threads(lambda: hisac.route_backward(**back))
     testing.assert_gradients_close(mine, reference.route_backward(**back), back)
-    assert bits(mine) == bits(hisac.route_backward(**copied(back)))
+    assert bits(mine) == bits(in_tables(hisac.route_backward(**copied(back)), args["histories"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -320,3 +375,80 @@ def test_refusals(change, kind, text):
         with pytest.raises(kind) as error:
             getattr(hisac, verb)(**grouped(given_))
         assert str(error.value) == f"{verb}: {text}"
+
+
+# ------------------------------------------------------------------------------------------------- gradients of tables
+
+
+def of_events(seed=0, events=5_000, users=40, items=60, width=3, value=70):
+    """Histories that overlap inside a log of events, some events in none; more columns than one pass of sums has."""
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, events - 200, users)
+    ids = np.where(rng.random(events) < 0.3, 4, rng.integers(-1, items + 1, events))  # a hot row; some of none
+    x, v = rng.normal(size=(items, width)).astype("f4"), rng.normal(size=(items, value)).astype("f4")
+    h = hisac.Histories(x, v, (starts, starts + rng.integers(0, 200, users)), x_ids=ids, v_ids=ids)
+    return h, rng.normal(size=(users, 5, width)).astype("f4"), rng
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_behaviours_of_no_history_have_no_gradient(dtype):
+    """What lies in the log around the histories changes no bit, whatever its ids are."""
+    h, p, rng = of_events()
+    h = h._replace(x_ids=h.x_ids.astype(dtype), v_ids=h.v_ids.astype(dtype))
+    forward = hisac.route(h, p, temperature=1.0)
+    gradients = Tokens(rng.normal(size=forward.tokens.shape).astype("f4"), None)
+    back = {"agents": p, "forward": forward, "gradients": gradients, "temperature": 1.0, "need": ("x", "v", "bias")}
+    found = with_threads(lambda: hisac.route_backward(h, **back))
+    used = np.zeros(len(h.x_ids), bool)
+    for start, end in zip(*h.offsets, strict=True):
+        used[start:end] = True
+    assert 0 < used.sum() < len(used) and not found.bias[~used].any()
+    for nothing in (-1, 4, 2**31 - 1):
+        others = np.where(used, h.x_ids, nothing).astype(dtype)
+        assert bits(hisac.route_backward(h._replace(x_ids=others, v_ids=others), **back)) == bits(found)
+    exact = reference.route_backward(h, **back)
+    testing.assert_gradients_close(found, exact, {"histories": h, **back})
+    assert not found.v[~np.isin(np.arange(len(h.v)), h.v_ids[used])].any() and found.v[4].any()
+
+
+def test_scratch_grows_with_the_histories_and_not_with_the_log():
+    """A log of 2^28 events, whose gradients as rows would be 80 GB, of which 100 are in use."""
+    h, p, rng = of_events()
+    n = 2**28
+    ids = np.zeros(n, np.int32)  # pages that nobody reads take no memory
+    ids[n - 100 :] = rng.integers(0, 60, 100)
+    few = h._replace(offsets=(np.array([n - 100]), np.array([n])), x_ids=ids, v_ids=ids)
+    same = few._replace(offsets=[0, 100], x_ids=ids[-100:], v_ids=ids[-100:])
+    forward = hisac.route(same, p[:1], temperature=1.0)
+    back = {"agents": p[:1], "forward": forward, "gradients": Tokens(forward.tokens, None), "temperature": 1.0}
+    back["need"] = ("x", "v")
+    assert bits(hisac.route(few, p[:1], temperature=1.0)) == bits(forward)
+    assert bits(hisac.route_backward(few, **back)) == bits(hisac.route_backward(same, **back))
+
+
+def test_a_hot_row_keeps_its_digits():
+    """100,000 behaviours of one item among a few of others, summed in float64 and rounded once, on any threads."""
+    n, rng = 100_000, np.random.default_rng(0)
+    ids = np.where(rng.random(n) < 0.99, 4, rng.integers(-1, 10, n))
+    x, v = np.zeros((n, 1), np.float32), rng.normal(size=(9, 70)).astype(np.float32)
+    forward = Tokens(np.zeros((1, 1, 70), "f4"), np.zeros((1, 1), "f4"))
+    gradients = Tokens(rng.normal(1, 0.1, (1, 1, 70)).astype(np.float32), None)
+    bias = rng.normal(size=n).astype(np.float32)
+    back = {"agents": np.zeros((1, 1, 1), "f4"), "forward": forward, "gradients": gradients, "need": "v"}
+    back["temperature"] = 1.0
+    h = hisac.Histories(x, v, [0, n], v_ids=ids, bias=bias)
+    found = with_threads(lambda: hisac.route_backward(h, **back)).v
+    rows = hisac.route_backward(h._replace(v=v[ids.clip(0, 8)], v_ids=None), **back).v
+    np.testing.assert_array_equal(found, of_table(rows.astype(np.float64), v, ids, None).astype(np.float32))
+    assert found[4].any() and found.dtype == np.float32
+
+
+@pytest.mark.parametrize("ids", [[], [-1, 9, 7], [7] * 3])
+def test_no_row_of_the_table(ids):
+    h = hisac.Histories(np.zeros((len(ids), 2), "f4"), np.ones((7, 3), "f4"), [0, len(ids)], v_ids=np.array(ids, int))
+    forward = Tokens(np.ones((1, 1, 3), "f4"), np.zeros((1, 1), "f4"))
+    back = {"agents": np.zeros((1, 1, 2), "f4"), "forward": forward, "gradients": forward, "need": "v"}
+    back["temperature"] = 1.0
+    found = hisac.route_backward(h, **back).v
+    assert found.shape == (7, 3) and not found.any()
+    assert hisac.route_backward(h, **back, v_rows=np.array([0, 6])).v.tolist() == [[0] * 3] * 2

@@ -43,13 +43,13 @@ def operator_calls(book):
     p, count = agents[3], agents[2]
     to, agents_mode = (p, count, tau), ("agents", "float32")
     learnt = batch(wanted(x), wanted(v), bias=wanted(bias), spread=wanted(spread)), (wanted(p), count, wanted(tau))
-    returned = ops.route(name, *batch(), *to, *agents_mode, True, True, False)
-    tables = {"x_ids": ids, "v_ids": ids.int()}
+    returned = ops.route(name, *batch(), *to, *agents_mode, True, True, [False] * 2)
+    tables, listed = {"x_ids": ids, "v_ids": ids.int()}, torch.tensor([3, 1, 19, 40])
     some, every = [False, True, True, False, False, True], [True] * 6
     q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
     attention, sharpness = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
     out, out_lse = ops.attend(*attention, sharpness)
-    halves, tokens_only = tuple(t.int() for t in spans), (True, False, False)
+    halves, tokens_only = tuple(t.int() for t in spans), (True, False, [False] * 2)
     int8 = batch(x.to(torch.int8), wanted(v), bias=wanted(bias), x_scale=scale, **tables)
     moving = (
         batch(x, wanted(v), bias=wanted(bias), rows=20),
@@ -72,12 +72,14 @@ def operator_calls(book):
         "leaf_sums table": (name, *moving[1], False),
         "leaf_sums of votes": (name, *batch(x, wanted(v), weights=counts, rows=20), False),
         "leaf_sums of weights": (name, *batch(x, wanted(v), weights=torch.rand(20), rows=20), False),
-        "leaf_sums_backward": (name, *batch(), *sums, *d_sums, [True, True]),
-        "leaf_sums_backward some": (name, *batch(), *sums, None, sums[1], None, None, [True, False]),
+        "leaf_sums_backward": (name, *batch(), *sums, *d_sums, [True, True], None),
+        "leaf_sums_backward table": (name, *batch(**tables), *sums, *d_sums, [True, True], None),
+        "leaf_sums_backward listed": (name, *batch(**tables), *sums, *d_sums, [True, False], listed),
+        "leaf_sums_backward some": (name, *batch(), *sums, None, sums[1], None, None, [True, False], None),
         "route": (name, *learnt[0], *learnt[1], *agents_mode, *tokens_only),
-        "route means": (name, *batch(bias=wanted(bias)), *learnt[1], "history", "float32", False, True, False),
-        "route both": (name, *batch(v=wanted(v), bias=wanted(bias)), *learnt[1], *agents_mode, True, True, False),
-        "route without v": (None, *batch(v=None), p, None, wanted(tau), *agents_mode, False, True, False),
+        "route means": (name, *batch(bias=wanted(bias)), *learnt[1], "history", "float32", False, True, [False] * 2),
+        "route both": (name, *batch(v=wanted(v), bias=wanted(bias)), *learnt[1], *agents_mode, True, True, [False] * 2),
+        "route without v": (None, *batch(v=None), p, None, wanted(tau), *agents_mode, False, True, [False] * 2),
         "route codes": (
             name, *batch(None, wanted(v), bias=None), p, None, wanted(tau), "history", "bfloat16", *tokens_only
         ),
@@ -85,13 +87,17 @@ def operator_calls(book):
             name, *batch(wanted(x), wanted(v), bias=wanted(bias), **tables), *learnt[1], *agents_mode, *tokens_only
         ),
         "route int8": (name, *int8, *to, "history", "float32", *tokens_only),
-        "route_backward": (name, *batch(), *rounded, *returned, returned[0], returned[1], None, every),
-        "route_backward means": (name, *batch(), *rounded, *returned, None, None, returned[2], [False, *every[1:]]),
-        "route_backward gathered": (
-            name, *batch(**tables), *rounded, *returned, returned[0], returned[1], None, every
+        "route_backward": (name, *batch(), *rounded, *returned, returned[0], returned[1], None, every, None, None),
+        "route_backward means": (
+            name, *batch(), *rounded, *returned, None, None, returned[2], [False, *every[1:]], None, None
         ),
-        "sum_rows": (v, torch.tensor([3, 1, 19]), torch.tensor([0, 2, 2, 3])),
-        "route_backward some": (name, *batch(), *rounded, *returned, returned[0], None, None, some),
+        "route_backward gathered": (
+            name, *batch(**tables), *rounded, *returned, returned[0], returned[1], None, every, None, None
+        ),
+        "route_backward listed": (
+            name, *batch(**tables), *rounded, *returned, returned[0], returned[1], None, every, listed, listed[:0]
+        ),
+        "route_backward some": (name, *batch(), *rounded, *returned, returned[0], None, None, some, None, None),
         "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), sharpness),
         "attend_backward": (out, out_lse, out, out_lse, *attention, sharpness),
         "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, sharpness),
