@@ -62,8 +62,9 @@ class Histories(_Fields):
         rows     all users have no more behaviours together; None: counted on the CPU, which on CUDA waits for the GPU
                  where offsets are (starts, ends). State it for CUDA and in traced programs
 
-    An `nn.Embedding` with a padding_idx has a row that stands for no item: give -1 in its place, for instance
-    `ids.masked_fill(ids == padding_idx, -1)`, and it is absent and gets no gradient.
+    In `hisac.torch` x and v may be an `nn.Embedding`, which stands for its weight. A behaviour whose id is its
+    padding_idx has the id -1 then, in x_ids and in v_ids. Beside a bare weight, give -1 in place of padding_idx:
+    `ids.masked_fill(ids == padding_idx, -1)`.
 
     Ids that are padded, [B, T] with a mask, become `x_ids = ids[mask]` with `lengths = mask.sum(1)`.
 

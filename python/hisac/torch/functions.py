@@ -56,9 +56,13 @@ def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histori
     sizes matter. Offsets that are no (starts, ends) state rows, T."""
     if not isinstance(histories, Histories):
         raise TypeError(f"{verb}: histories expected hisac.Histories, got {type(histories).__name__}")
-    if any(isinstance(table, torch.nn.Embedding) for table in histories[:2]):
-        weights: dict[str, Any] = {name: table.weight for name, table in _embeddings(verb, histories)}
-        histories = histories._replace(**weights)
+    padding: list[Tensor] = []  # of each behaviour: whether it stands for none
+    for name, table in _embeddings(verb, histories):
+        weight, ids = table.weight, getattr(histories, f"{name}_ids")
+        fields: dict[str, Any] = {name: weight.float() if weight.dtype == torch.float64 else weight}
+        histories = histories._replace(**fields)
+        if table.padding_idx is not None and isinstance(ids, Tensor):
+            padding.append(rows_of(verb, ids) == table.padding_idx)
     tensors = [t for t in histories if isinstance(t, Tensor)]
     read: dict[str, Any] = {"offsets": _spans(verb, histories.offsets, tensors)}
     for name, field in histories._asdict().items():
@@ -77,6 +81,9 @@ def flat(verb: str, histories: Histories, unread: Sequence[str] = ()) -> Histori
         if field.is_nested and not torch.compiler.is_compiling():
             _check_jagged(verb, name, field, read["offsets"])
         rows = rows_of(verb, field)
+        if name in ("x_ids", "v_ids"):
+            for of_padding in padding:
+                rows = rows.masked_fill(of_padding, -1)
         votes = name == "weights" and not rows.is_floating_point()
         read[name] = rows.long() if votes else rows.float() if name in _FLOAT32 else rows
     if "rows" not in read and tensors and not isinstance(histories.offsets, tuple):
@@ -207,9 +214,10 @@ def route(
         token_a = sum_i u_ai v_i / sum_i u_ai          lse_a = log sum_i u_ai
 
     Of the histories it reads every field but weights; codes only where `book` is given; offsets may be None beside a
-    jagged tensor; x and v may be `nn.Embedding`s, for their weights. agents: those of `vote`, or prototypes [B, M, D]
-    with their count [B]; temperature a number, [1] or [M], or None, the default of `book` -> Tokens. mean_x has no
-    gradient for x (else NotImplementedError). precision="bfloat16" lets products round to it where that is faster.
+    jagged tensor; x and v may be `nn.Embedding`s, for their weights and padding_idx. agents: those of `vote`, or
+    prototypes [B, M, D] with their count [B]; temperature a number, [1] or [M], or None, the default of `book` ->
+    Tokens. mean_x has no gradient for x (else NotImplementedError). precision="bfloat16" lets products round to it
+    where that is faster.
 
     With x_ids, x and codes are tables, and with v_ids v is one: an id outside is an absent behaviour. The gradient of a
     table is the sum over the behaviours of each row, in their order and in float64: dense, or with `sparse_grad`, and

@@ -31,8 +31,6 @@ def _single(a: Any) -> Any:
     is."""
     if isinstance(a, Histories):
         return a._replace(x=_single(a.x), v=_single(a.v))
-    if isinstance(a, nn.Embedding) and a.weight.dtype == torch.float64:
-        a = a.weight
     return a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a
 
 

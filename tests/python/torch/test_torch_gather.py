@@ -326,7 +326,8 @@ def test_a_compressor_takes_tables(sparse):
 
 
 def test_the_padding_row_of_an_embedding():
-    """As the documentation of Histories says: -1 in place of padding_idx is absent, and the row gets no gradient."""
+    """As the documentation of Histories says: -1 in place of padding_idx is absent, and the row gets no gradient; of the
+    module itself its padding_idx is that already."""
     items, _, p = tables()
     book = hisac.Codebook([items[:4].numpy()])
     embedding = torch.nn.Embedding(7, 3, padding_idx=2)
@@ -343,6 +344,17 @@ def test_the_padding_row_of_an_embedding():
         torch.testing.assert_close(verb(h), verb(without), rtol=1e-5, atol=1e-5)
     hisac_torch.route(h, p, temperature=0.1).tokens.sum().backward()
     assert not embedding.weight.grad[2].any() and embedding.weight.grad.any()
+    expected, embedding.weight.grad = embedding.weight.grad, None
+    module = h._replace(v=embedding, x_ids=ids, v_ids=ids.int())
+    for verb in (
+        lambda h: hisac_torch.vote(book, h, budget=4)[:3],
+        lambda h: hisac_torch.route(h, p, book=book, temperature=0.1)[:2],
+        lambda h: hisac_torch.route(hisac_torch.leaf_sums(book, h), p, temperature=0.1)[:2],
+        lambda h: hisac_torch.Compressor(book, budget=4, temperature=0.1)(h)[:3],
+    ):
+        torch.testing.assert_close(verb(module), verb(h), rtol=0, atol=0)
+    hisac_torch.route(module, p, temperature=0.1).tokens.sum().backward()
+    torch.testing.assert_close(embedding.weight.grad, expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
