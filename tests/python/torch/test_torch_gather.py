@@ -326,8 +326,8 @@ def test_a_compressor_takes_tables(sparse):
 
 
 def test_the_padding_row_of_an_embedding():
-    """As the documentation of Histories says: -1 in place of padding_idx is absent, and the row gets no gradient; of the
-    module itself its padding_idx is that already."""
+    """As the documentation of Histories says: -1 in place of padding_idx is absent, and the row gets no gradient. Given
+    the module, padding_idx itself is."""
     items, _, p = tables()
     book = hisac.Codebook([items[:4].numpy()])
     embedding = torch.nn.Embedding(7, 3, padding_idx=2)
