@@ -211,6 +211,20 @@ void missing_rows(const Codebook* book, const Fields& histories, Lent out) {
       [&](const Context& context) { return missing(context, book, batch.in, to); }, book);
 }
 
+/// Of `compress`; by votes in history mode.
+void share_out(Lent lse, Lent votes, Lent out) {
+  Call call("compress");
+  const auto mass = array<const float, 2>(lse, call, "lse", "float32 [B, M]");
+  const auto of_votes = array<const int64_t, 2>(votes, call, "agents' votes", "int64 [B, M]", true);
+  const auto to = array<float, 2>(out, call, "out log_share", "float32 [B, M]");
+  const Normalize normalize = of_votes ? Normalize::history : Normalize::agents;
+  run(
+      call, [](const Context&) { return size_t{0}; },
+      [&](const Context& context) {
+        return call_backend("compress", &Backend::log_share, context, normalize, mass, of_votes, to);
+      });
+}
+
 // ---- leaf sums
 
 /// Where sums lie: offsets [B + 1], or (starts, ends) [B] each.
@@ -330,6 +344,7 @@ void fill(nb::module_& m) {
         "d_tokens"_a.none(), "d_lse"_a.none(), "d_mean_x"_a.none(), "x_rows"_a.none(), "v_rows"_a.none(), "dx"_a.none(),
         "dv"_a.none(), "dbias"_a.none(), "dspread"_a.none(), "dprototypes"_a.none(), "dtemperature"_a.none());
   m.def("missing", missing_rows, "book"_a.none(), "histories"_a, "out"_a);
+  m.def("log_share", share_out, "lse"_a, "votes"_a.none(), "out"_a);
   m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_starts"_a, "out_ends"_a.none(),
         "out_codes"_a, "out_bias"_a, "out_spread"_a, "out_votes"_a);
   m.def("leaf_sums_backward", leaf_gradients, "book"_a, "histories"_a, "sums"_a, "gradients"_a, "v_rows"_a.none(),

@@ -2,6 +2,7 @@
 """The global hierarchical codebook: codewords, the tree of their prefixes, files."""
 
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,8 +20,9 @@ Progress = Callable[[int, int, float], Any]
 class Codebook:
     """L levels of codewords [C_l, D] float32 and the tree of all code prefixes; immutable.
 
-    A leaf is a full code; its prototype is the sum of the codewords on its path. `fingerprint` names the content:
-    agents and files carry it, and mixing two codebooks is an error. Source: HiSAC, global hierarchical codebook.
+    A leaf is a full code; its prototype is the sum of the codewords on its path. `fingerprint` names the codewords:
+    agents and files carry it, and to use the agents of another codebook is an error; codes do not carry it. Codebooks
+    of the same codewords are equal, whatever their temperature and report. Source: HiSAC, global hierarchical codebook.
 
     >>> import numpy as np
     >>> book = Codebook([np.eye(2, dtype=np.float32), np.zeros((3, 2), np.float32)])
@@ -57,7 +59,8 @@ class Codebook:
         the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
         are left out and counted in `report`, and so are rows so large that they would coarsen the grid of the sums: a
         row's largest value is 2^(46 - b) times that of the median row, b the bits of the number of rows. The default
-        `temperature` is 0.05 times the mean squared distance of a row to its leaf, so it follows the scale of x.
+        `temperature` is 0.05 times the mean squared distance of a row to its leaf, so it follows the scale of x;
+        there is none where that is 0.
         progress(level, round, mean squared distance) is called after a round.
         """
         (x,) = take("fit", "x T D", x)
@@ -80,9 +83,15 @@ class Codebook:
 
     @classmethod
     def view(cls, image: Array) -> "Codebook":
-        """A codebook that is an image [bytes] uint8, as `image` of another one, without a copy of its centers: a mapped
-        file, or memory that processes share. The image is kept alive and must not change. One that begins at no
-        multiple of 64 is copied. Raises CorruptFileError."""
+        """A codebook that is an image, the bytes that `image` of another one has, without a copy of its centers: memory
+        that processes share, or a mapped file. The image is kept alive and must not change. One that begins at no
+        multiple of 64 is copied. Raises CorruptFileError.
+
+        image: uint8 [any], or anything with the buffer protocol, such as bytes and mmap. A file of `save` is no image;
+        write one by `path.write_bytes(book.image)`, and map it by `Codebook.view(np.memmap(path, np.uint8, "r"))`.
+        """
+        if isinstance(image, bytes | bytearray | memoryview | mmap.mmap):
+            image = np.frombuffer(image, np.uint8)
         image = np.asarray(take_one("Codebook", "image", image, "any"))
         scratch = _lines(_core.Codebook.view_scratch(image))
         if image.ctypes.data % 64:

@@ -4,8 +4,6 @@
 import operator
 from typing import Any, NamedTuple
 
-import numpy
-
 from .types import Agents, Compressed, Histories
 
 
@@ -30,8 +28,8 @@ class Verbs(NamedTuple):
     """f(book), which torch.compile takes for a constant"""
     default_temperature: Any = operator.attrgetter("temperature")
     """f(book), likewise"""
-    on_host: Any = None
-    """f(a): the same as NumPy's, where NumPy is to compute what is not a verb, for the same bits whatever holds a"""
+    log_share: Any = None
+    """f(lse, votes or None), where it is no composition as below"""
 
 
 def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any) -> tuple[Any, Any]:
@@ -64,7 +62,7 @@ def temperature_of(verb: str, temperature: Any, book: Any, default_of: Any = ope
 def _votes(verbs: Verbs, agents: Agents, lse: Any) -> Any:
     """Those of agents beside lse; 1 each where they have none."""
     if agents.votes is None:
-        return verbs.numbers.ones_like(lse)
+        return verbs.numbers.ones_like(lse, dtype=verbs.numbers.int64)
     if tuple(agents.votes.shape) != tuple(lse.shape):
         expected, got = list(lse.shape), list(agents.votes.shape)
         raise ValueError(f"compress: agents' votes expected {expected}, got {got}")
@@ -74,9 +72,8 @@ def _votes(verbs: Verbs, agents: Agents, lse: Any) -> Any:
 def log_share(verbs: Verbs, lse: Any, votes: Any = None) -> Any:
     """z_a - log sum_a exp z_a, over the tokens of each user, where lse is not -inf: z = lse, or log votes where there
     are some; -inf for any other token. [B, M] -> [B, M]."""
-    if verbs.on_host is not None:
-        alone = verbs._replace(numbers=numpy, on_host=None)
-        return verbs.beside(log_share(alone, verbs.on_host(lse), None if votes is None else verbs.on_host(votes)))
+    if verbs.log_share is not None:
+        return verbs.log_share(lse, votes)
     np, z = verbs.numbers, lse
     if not lse.shape[1]:
         return lse
@@ -103,9 +100,14 @@ def compress(
             got = "neither x nor codes" if h.x is None else "no codes beside x_ids: encode the table once and keep them"
             raise ValueError(f"compress: codes expected, or x to encode, got {got}")
         h = h._replace(codes=verbs.encode(book, h.x))
+    if agents is not None and not budget is fanout is beam is None:
+        raise ValueError("compress: expected either agents or a rule, got both")
     if agents is None:
         agents = verbs.vote(book, h, budget=budget, fanout=fanout, beam=beam)
     prototypes, count = routed(verbs, "compress", agents, None, book)
+    if h.x is not None and h.x.shape[-1] != prototypes.shape[-1]:
+        got, d = list(h.x.shape), prototypes.shape[-1]
+        raise ValueError(f"compress: x is {got}, the codebook has D = {d}: D differs ({got[-1]}, {d})")
     prototypes, rows = verbs.beside(prototypes), h
     options |= {"count": count, "normalize": normalize, "book": book}
     if method == "leaf":

@@ -66,13 +66,18 @@ class Histories(_Fields):
     padding_idx has the id -1 then, in x_ids and in v_ids. Beside a bare weight, give -1 in place of padding_idx:
     `ids.masked_fill(ids == padding_idx, -1)`.
 
-    Ids that are padded, [B, T] with a mask, become `x_ids = ids[mask]` with `lengths = mask.sum(1)`.
+    Ids that are padded, [B, T] with a mask, become `x_ids = ids[mask]` with `lengths = mask.sum(1)`; or, of one shape,
+    `x_ids = ids.flatten()` with -1 for padding and offsets 0, T, 2 T, ..
+
+    Ids outside the table are no error, so ids of another table look like users without behaviours: look at the count of
+    the agents once.
 
     `lengths` [B], in place of offsets: how many rows each user has, from the first row on. Raises ValueError where both
     are given or a length is negative, TypeError where lengths are no whole numbers, or a field has another name.
 
     >>> import numpy as np
-    >>> Histories(np.zeros((3, 2)), np.zeros((3, 4)), lengths=[1, 2]).offsets
+    >>> x, v = np.zeros((3, 2), np.float32), np.zeros((3, 4), np.float32)
+    >>> Histories(x, v, lengths=[1, 2]).offsets
     array([0, 1, 3])
     """
 
@@ -126,30 +131,33 @@ class Agents(NamedTuple):
     """The interest-agents of B users: the leaves their behaviours voted for (paper, hierarchical voting).
 
     Present agents come first, sorted by votes (down) and then code (up); absent ones are code -1 and 0 votes.
+
+        codes        [B, M, L] int32: the agent's leaf, one code a level.
+        votes        [B, M] int64: votes of that leaf.
+        count        [B] int32: how many of the M are present.
+        fingerprint  64 bits that name the codebook; an agent means nothing in another one.
+        prototypes   [B, M, D] float32: what `route` compares x with, zero for absent agents. None where they were not
+                     kept: they follow from the codes and the codebook.
     """
 
     codes: Array
-    """[B, M, L] int32: the agent's leaf, one code a level."""
     votes: Array
-    """[B, M] int64: votes of that leaf."""
     count: Array
-    """[B] int32: how many of the M are present."""
     fingerprint: int
-    """64 bits that name the codebook; an agent means nothing in another one."""
     prototypes: Array = None
-    """[B, M, D] float32: what `route` compares x with, zero for absent agents. None where they were not kept: they
-    follow from the codes and the codebook."""
 
 
 class Tokens(NamedTuple):
-    """A compressed history (paper, soft-routing attention)."""
+    """A compressed history (paper, soft-routing attention).
+
+    tokens  [B, M, V], v's type; None where they are not wanted.
+    lse     [B, M] float32: log of the mass an agent received; -inf where it received none.
+    mean_x  [B, M, D] float32: the mean of x, weighted as the tokens are; None where it is not wanted.
+    """
 
     tokens: Array
-    """[B, M, V], v's type; None where they are not wanted."""
     lse: Array
-    """[B, M] float32: log of the mass an agent received; -inf where it received none."""
     mean_x: Array = None
-    """[B, M, D] float32: the mean of x, weighted as the tokens are; None where it is not wanted."""
 
 
 class Compressed(NamedTuple):
@@ -167,77 +175,90 @@ class Compressed(NamedTuple):
         exp(lse) / (exp(lse) + w)     w = sum e^bias_i over routed behaviours; 0 where no agent has a share
 
     and the agents have theirs times w / (exp(lse) + w).
+
+        tokens     [B, M, V], v's type; [B, M + 1, V] with `missing="token"`.
+        lse        [B, M] or [B, M + 1] float32: log of the mass a token received; -inf where it received none. That of
+                   `hisac.torch.Compressor`, a module, is log(1 + mass), 0 where there is none.
+        log_share  [B, M] or [B, M + 1] float32: its exp sums to 1 over a user's tokens with a share; -inf for any other
+                   token.
+        agents     The interest-agents; their prototypes are those in use, after `refine` rounds.
     """
 
     tokens: Array
-    """[B, M, V], v's type; [B, M + 1, V] with `missing="token"`."""
     lse: Array
-    """[B, M] or [B, M + 1] float32: log of the mass a token received; -inf where it received none. That of
-    `hisac.torch.Compressor`, a module, is log(1 + mass), 0 where there is none."""
     log_share: Array
-    """[B, M] or [B, M + 1] float32: its exp sums to 1 over a user's tokens with a share; -inf for any other token."""
     agents: Agents
-    """The interest-agents; their prototypes are those in use, after `refine` rounds."""
 
 
 class Attended(NamedTuple):
-    """Target attention over the tokens."""
+    """Target attention over the tokens.
+
+    out  [N, H, V], q's type.
+    lse  [N, H] float32: log-sum-exp of the logits, that is how well the best tokens match; -inf without tokens.
+    """
 
     out: Array
-    """[N, H, V], q's type."""
     lse: Array
-    """[N, H] float32: log-sum-exp of the logits, that is how well the best tokens match; -inf without tokens."""
 
 
 class RouteGradients(NamedTuple):
-    """Gradients of `route`, float32; None where not asked for."""
+    """Gradients of `route`, float32; None where not asked for.
+
+    x            [T, D], or the table's with x_ids.
+    v            [T, V], or the table's with v_ids.
+    bias         [T].
+    spread       [T].
+    prototypes   [B, M, D].
+    temperature  [1] or [M], as the temperature.
+    """
 
     x: Array
-    """[T, D], or the table's with x_ids."""
     v: Array
-    """[T, V], or the table's with v_ids."""
     bias: Array
-    """[T]."""
     spread: Array
-    """[T]."""
     prototypes: Array
-    """[B, M, D]."""
     temperature: Array
-    """[1] or [M], as the temperature."""
 
 
 class LeafGradients(NamedTuple):
-    """Gradients of `leaf_sums`, float32; None where not asked for."""
+    """Gradients of `leaf_sums`, float32; None where not asked for.
+
+    v     [T, V], or the table's with v_ids.
+    bias  [T].
+    """
 
     v: Array
-    """[T, V], or the table's with v_ids."""
     bias: Array
-    """[T]."""
 
 
 class AttendGradients(NamedTuple):
-    """Gradients of `attend`, float32."""
+    """Gradients of `attend`, float32.
+
+    q       [N, H, d].
+    keys    [B, M, H, d].
+    values  [B, M, H, V].
+    bias    [B, M]; None where no bias was given.
+    """
 
     q: Array
-    """[N, H, d]."""
     keys: Array
-    """[B, M, H, d]."""
     values: Array
-    """[B, M, H, V]."""
     bias: Array
-    """[B, M]; None where no bias was given."""
 
 
 class FitReport(NamedTuple):
-    """What `fit` saw."""
+    """What `fit` saw.
+
+    rows        Rows that took part.
+    left_out    Rows with a NaN, or with values too large to be summed beside the others (see `Codebook.fit`), which
+                did not.
+    iterations  Rounds a level until nothing moved, or the most allowed.
+    error       Mean squared distance of a row to its quantisation after each level.
+    unused      Codes of each level that no row has.
+    """
 
     rows: int
-    """Rows that took part."""
     left_out: int
-    """Rows with a NaN, or with values too large to be summed beside the others (see `Codebook.fit`), which did not."""
     iterations: tuple[int, ...]
-    """Rounds a level until nothing moved, or the most allowed."""
     error: tuple[float, ...]
-    """Mean squared distance of a row to its quantisation after each level."""
     unused: tuple[int, ...]
-    """Codes of each level that no row has."""

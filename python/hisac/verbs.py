@@ -86,9 +86,10 @@ def vote(
         book: the codebook of the codes
         histories: read are codes [T, L] (a table with x_ids), x_ids, offsets and weights [T]. A row has one vote, or w
             votes where weights are int64: min(w, 2^40 - 1), halved s times where a user's sum is 2^(40 + s - 1) or
-            more. Float weights count relative to the user's largest: rint(2^k w / max w) votes, k = min(24, 40 - bits
-            of the number of rows that vote). A row with an invalid code, an id outside the table, or a weight that is
-            NaN or not above 0 does not vote
+            more. Float weights count relative to the user's largest: rint(2^k q) votes, q = w / max w rounded to
+            float32, k = min(24, 40 - bits of the number of rows that vote); infinity is the largest float32. A row with
+            an invalid code, an id outside the table, or a weight that is NaN or not above 0 does not vote, nor does one
+            past a user's first 2^24 - 1
         budget: M, 1 to 4096
         fanout: (k_1, .., k_L), each at least 1; M is their product, at most 4096
         beam: (k_1, .., k_L), each 1 to 4096; M is k_L. Where the other k_l leave no node with votes out, the agents are
@@ -101,17 +102,13 @@ def vote(
         raise ValueError(f"vote: expected exactly one of budget, fanout and beam, got {given}")
     tree = _check(book, Codebook, "vote: book")._core
     histories = take_histories("vote", _VOTES, histories)
-    levels, fans, beams = tree.levels, [], []
+    fans: list[int] = []
+    beams: list[int] = []
     if beam is not None:
-        beams = [whole("vote", "beam", k) for k in beam]
-        if len(beams) != levels or min(beams) < 1 or max(beams) > 4096:
-            text = f"vote: beam expected one number of 1 to 4096 for each of {levels} levels"
-            raise ValueError(f"{text}, got {tuple(beams)}")
+        beams = _per_level("beam", "of 1 to 4096", beam, tree.levels)
         seats = beams[-1]
     elif fanout is not None:
-        fans = [whole("vote", "fanout", k) for k in fanout]
-        if len(fans) != levels or min(fans) < 1:
-            raise ValueError(f"vote: fanout expected one number >= 1 for each of {levels} levels, got {tuple(fans)}")
+        fans = _per_level("fanout", ">= 1", fanout, tree.levels)
         seats = math.prod(fans)
         if seats > 4096:
             raise ValueError(f"vote: fanout expected a product of 1 to 4096, got {seats}")
@@ -119,10 +116,19 @@ def vote(
         seats = whole("vote", "budget", budget, 1, 4096)
     spans, new = histories.offsets, maker(histories.codes)
     users = spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1
-    agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
+    agents, votes, count = new((users, seats, tree.levels), INT32), new((users, seats), INT64), new((users,), INT32)
     prototypes = new((users, seats, book.width), FLOAT32)
     core.vote(tree, histories, 0 if budget is None else seats, fans, beams, agents, votes, count, prototypes)
     return Agents(agents, votes, count, tree.fingerprint, prototypes)
+
+
+def _per_level(name: str, kind: str, given: Any, levels: int) -> list[int]:
+    """The numbers of a rule, one a level."""
+    if isinstance(given, Iterable):
+        given = tuple(whole("vote", name, k) for k in given)
+        if len(given) == levels and min(given) >= 1 and (name == "fanout" or max(given) <= 4096):
+            return list(given)
+    raise ValueError(f"vote: {name} expected one number {kind} for each of {levels} levels, got {given!r}")
 
 
 def compress(
@@ -142,22 +148,18 @@ def compress(
         method: "exact", or "leaf": `route` takes the `leaf_sums` of the behaviours, which is faster where many of them
             share a leaf
         refine: n rounds of p_a <- mean_x_a first, for agents that received mass
-        missing: "drop", or "token": one more token, the mean v and the log count of the behaviours that are `missing`
+        missing: "drop", or "token": one more token, the last, the mean v and log count of behaviours that are `missing`
 
     Returns Compressed. Raises ValueError, TypeError.
     """
     _check(book, Codebook, "compress: book")
     histories = take_histories("compress", _EVERY, histories)
     refine, v = whole("compress", "refine", refine, 0, 10**6), histories.v
-    verbs = _VERBS._replace(
-        beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np,
-        on_host=None if is_cuda(v) else on_host,
+    verbs = _VERBS._replace(beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np)
+    return compose.compress(
+        verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
+        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
     )  # fmt: skip
-    with np.errstate(over="ignore"):  # masses may be more than 2^1000 apart
-        return compose.compress(
-            verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
-            normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
-        )  # fmt: skip
 
 
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
@@ -252,9 +254,11 @@ def route(
         normalize="agents":  u_ai = exp(bias_i) softmax over present a of (-d_ai / tau)
         token_a = sum_i u_ai v_i / sum_i u_ai     mean_x_a = sum_i u_ai x_i / sum_i u_ai     lse_a = log sum_i u_ai
 
-    A behaviour is absent with an invalid code, |x|^2 of 2^100 and more, a NaN or infinite bias, a spread that is NaN,
-    infinite or negative, or an id outside the table of x or v. Rows gathered by ids give the same bits as rows that are
-    copied out.
+    A behaviour is absent with an invalid code, a NaN in x or |x|^2 of 2^100 and more, a NaN or infinite bias, a spread
+    that is NaN, infinite or negative, or an id outside the table of x or v. An agent is absent past its user's count,
+    where tau is not positive, and with a NaN in p or |p|^2 of 2^100 and more. Both take part in no sum: an absent
+    agent in no softmax. A NaN or an infinity in v makes no behaviour absent, but that column of the tokens of its user.
+    Rows gathered by ids give the same bits as rows that are copied out.
 
     Args:
         histories: every field but weights is read; codes only where `book` is given. Both are needed where x is None. v
@@ -413,19 +417,22 @@ def _as_type(a: Array, like: Array) -> Array:
     return a.to(like.dtype) if is_torch(a) else a.astype(like.dtype, copy=False)
 
 
-_VERBS = compose.Verbs(encode, vote, Codebook.prototypes, _sum_leaves, missing, route, np, _as_type)
+def _log_share(lse: Array, votes: Array) -> Array:
+    """That of `compress`, by the core."""
+    out = empty(lse, tuple(lse.shape), FLOAT32)
+    core.log_share(lse, votes, out)
+    return out
+
+
+_VERBS = compose.Verbs(
+    encode, vote, Codebook.prototypes, _sum_leaves, missing, route, np, _as_type, log_share=_log_share
+)
 
 
 def attend(
-    q: Array,
-    keys: Array,
-    values: Array,
-    candidate_offsets: Array,
-    *,
-    bias: Array = None,
-    scale: float | None = None,
+    q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None,
     out: Attended | None = None,
-) -> Attended:
+) -> Attended:  # fmt: skip
     """Target attention of candidates on their user's tokens (paper, target attention).
 
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
@@ -458,17 +465,9 @@ def attend(
 
 
 def attend_backward(
-    d_out: Array,
-    d_lse: Array,
-    forward: Attended,
-    q: Array,
-    keys: Array,
-    values: Array,
-    candidate_offsets: Array,
-    *,
-    bias: Array = None,
-    scale: float | None = None,
-) -> AttendGradients:
+    d_out: Array, d_lse: Array, forward: Attended, q: Array, keys: Array, values: Array, candidate_offsets: Array, *,
+    bias: Array = None, scale: float | None = None,
+) -> AttendGradients:  # fmt: skip
     """Gradients of `attend`.
 
     Args:
@@ -496,4 +495,6 @@ def _attend_inputs(
         verb, "q N H d, keys B M H d, values B M H V, candidate_offsets, bias?",
         q, keys, values, candidate_offsets, bias,
     )  # fmt: skip
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{verb}: scale expected finite, got {scale}")
     return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)

@@ -283,6 +283,12 @@ TEST_CASE("compress: errors") {
   CHECK(std::string(spoiled([](auto&&...) {}).what()) == "");
   test::invalid(spoiled([](auto&, Histories& in, auto&) { in.x = {}; }),
                 "compress: codes expected, or x to encode, got neither");
+  test::invalid(spoiled([](auto&, Histories& in, auto&) { in.offsets = {}; }), "compress: offsets expected, got none");
+  test::invalid(spoiled([](auto&, Histories& in, auto&) { in.v = {}; }), "compress: v expected for tokens, got none");
+  test::invalid(spoiled([](auto&, Histories& in, auto&) { in.x_ids = hisac::ids<int64_t>(nullptr, 6); }),
+                "compress: x_ids expected [6], got null");
+  test::invalid(spoiled([](auto&, Histories& in, auto&) { in.x.width = 4; }),
+                "compress: x is [6, 4], the codebook has D = 3: D differs (4, 3)");
   const int64_t ids[] = {0, 1, 2, 3, 4, 5};
   test::invalid(spoiled([&](auto&, Histories& in, auto&) { in.x_ids = hisac::ids(ids, 6); }),
                 "compress: codes expected, or x to encode, got no codes beside x_ids: encode the table once and keep "

@@ -171,6 +171,7 @@ TEST_CASE("agents of another codebook") {
     return std::string(text);
   };
   const auto wrong = [&](const char* verb, uint64_t got) {
+    if (got == 0) return std::string(verb) + ": agents expected with the fingerprint of their codebook, got 0";
     return verb + (": agents expected of codebook " + hex(r.book.fingerprint()) + ", got " + hex(got));
   };
   const auto sums = [&] { return prototypes(r.context, r.book, r.seats, {r.p.data(), {2, 4, 3}}); };
@@ -232,10 +233,11 @@ TEST_CASE("attend and attend_backward") {
   is(spoiled([](Right& r) { r.attention.q.dtype = DType::int32; }), Code::wrong_type,
      std::string("attend: q") + kFloats);
   invalid(spoiled([](Right& r) { r.attention.heads = 4; }), "attend: q expected rows for all of H = 4 heads, got 6");
-  const std::string keys = "attend: expected keys [2, 2, 1, 2] as rows, by candidates and q, and as many values, got ";
-  invalid(spoiled([](Right& r) { r.attention.keys.rows = 5; }), keys + "[5, 2] and [4, 3]");
-  invalid(spoiled([](Right& r) { r.attention.keys.width = 3; }), keys + "[4, 3] and [4, 3]");
-  invalid(spoiled([](Right& r) { r.attention.values.rows = 3; }), keys + "[4, 2] and [3, 3]");
+  const std::string keys = "attend: keys expected [2, 2, 1, 2] as rows, got ";
+  invalid(spoiled([](Right& r) { r.attention.keys.rows = 5; }), keys + "[5, 2]");
+  invalid(spoiled([](Right& r) { r.attention.keys.width = 3; }), keys + "[4, 3]");
+  invalid(spoiled([](Right& r) { r.attention.values.rows = 3; }),
+          "attend: values expected [2, 2, 1, 3] as rows, got [3, 3]");
   const int64_t starts[] = {0, 2}, ends[] = {3, 6};
   invalid(spoiled([&](Right& r) { r.attention.candidates = {starts, ends, DType::int64, 2}; }),
           "attend: candidate_offsets expected in order, got a step back at user 1");

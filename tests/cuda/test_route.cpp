@@ -60,7 +60,7 @@ void check_missing(const Problem& p) {
 void check_log_share(uint64_t seed) {
   Random r(seed + 900);
   const int64_t users = r.below(seed ? 40 : 1), seats = 1 + r.below(100);
-  const float scale = std::ldexp(1.f, static_cast<int>(r.below(20)));
+  const float scale = std::ldexp(1.f, static_cast<int>(r.below(110)));
   std::vector<float> lse = test::uniform(r, users * seats);
   std::vector<int64_t> votes(lse.size());
   for (size_t i = 0; i < lse.size(); ++i) {

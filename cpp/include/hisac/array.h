@@ -109,8 +109,9 @@ constexpr DType dtype_of() noexcept {
 /// The same where only integers of 32 and 64 bits will do, such as int64_t, but not size_t.
 template <class T>
 constexpr DType index_type() noexcept {
-  static_assert(!std::is_same_v<T, float> && sizeof(T) >= 4, "int32_t or int64_t");
-  return dtype_of<T>();
+  constexpr bool fits = std::is_integral_v<T> && std::is_signed_v<T> && sizeof(T) >= 4;
+  static_assert(fits, "int32_t or int64_t");
+  return sizeof(T) == 4 ? DType::int32 : DType::int64;
 }
 
 /// array(p, 2, 3): [2, 3].

@@ -2,19 +2,23 @@
 // Target attention: candidates attend to their user's tokens. The caller computes keys and values of the tokens, once a
 // request, by the matrices of the trained model, and may keep them, with the log_share of the tokens, between requests.
 #pragma once
+#include <limits>
+
 #include "array.h"
 #include "context.h"
 #include "status.h"
 
 namespace hisac {
 
+constexpr float kRootScale = std::numeric_limits<float>::quiet_NaN();  // stands for 1 / sqrt(d)
+
 /// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m
 /// User b's candidates are [candidates.start(b), candidates.end(b)); a range that begins before the last one has ended
 /// is an error. There is no count of agents: to leave out absent ones, pass the log_share of `compress` or the lse of
 /// `route` as the bias, where theirs is -inf. A token whose bias or key holds a NaN or an infinity is absent. If q
-/// holds one, all tokens are absent for that candidate. A candidate without tokens has a zero row and an lse of -inf. A
-/// NaN or an infinity in the values of a present token makes that column of `out` NaN or infinite for all candidates of
-/// its user and head that have tokens.
+/// holds one, all tokens are absent for that candidate. A candidate without tokens, or in no user's range, has a zero
+/// row and an lse of -inf. A NaN or an infinity in the values of a present token makes that column of `out` NaN or
+/// infinite for all candidates of its user and head that have tokens.
 struct AttendInputs {
   Rows q;                         // [N * H, d]
   Rows keys;                      // [B * M * H, d], q's type
@@ -22,7 +26,7 @@ struct AttendInputs {
   int64_t agents = 0, heads = 0;  // M, H
   Spans candidates;               // B users, from offsets [B + 1]
   Array<const float, 2> bias;     // [B, M], null: 0, and absent agents take part
-  float scale = 1;                // of q . k, commonly 1 / sqrt(d)
+  float scale = kRootScale;       // of q . k
 };
 
 struct Attended {

@@ -6,8 +6,8 @@
 namespace hisac {
 
 /// The behaviours of B users. The same fields in the same order are `hisac.Histories` in Python. A field whose data is
-/// null is not given: an empty array that is given needs another pointer. Each verb names the fields that it reads. The
-/// sizes of all fields that are given must agree.
+/// null is not given. data() of an empty std::vector may be null: pass any other pointer for an empty array. Each verb
+/// names the fields that it reads. The sizes of all fields that are given must agree.
 ///
 /// With x_ids, x and codes are tables of items, with the same rows: encode a catalogue once, and name the item of each
 /// behaviour. A behaviour whose id is outside the table (-1 for padding) is absent in every verb. With v_ids, v is a
@@ -17,8 +17,16 @@ namespace hisac {
 /// CPU counts them from the offsets. On CUDA the host does not see the offsets: `longest` is then T, and `rows` T for
 /// ragged offsets, else B * longest.
 ///
-/// A service makes its workspace before any request is there: of offsets(users) of array.h, with `longest` and `rows`
-/// stated, or they are T and B * T. It serves every smaller batch.
+/// A service makes its workspace before any request is there. No array need be there for that, but codes, where the
+/// requests have them: else the workspace has room to encode x. `offsets(users)` of array.h names the users, and
+/// `longest` and `rows` are stated (else they are T and B * T). The workspace serves every smaller batch:
+///
+///   Histories largest;
+///   largest.v = rows(static_cast<const float*>(nullptr), 0, V);
+///   largest.codes = codes_of_all_items;
+///   largest.offsets = offsets(64);
+///   largest.longest = largest.rows = 10000;
+///   const size_t bytes = compress_workspace(context, book, params, largest, out);
 struct Histories {
   Rows x{};                         // [T, D], or [items, D] with x_ids; data null: the prototypes of `codes`
   Rows v{};                         // [T, V], or [rows, V] with v_ids

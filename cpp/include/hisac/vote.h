@@ -42,7 +42,7 @@ int64_t seats(const VoteParams& params, int levels) noexcept;
 /// the table of codes, and a user's rows past 2^24 - 1 do not vote. Of the n rows of a user that may, row i has
 ///   1 vote    without weights;
 ///   min(w_i, 2^40 - 1) >> s votes, s the least with sum_i min(w_i, 2^40 - 1) < 2^(40 + s)    with int64 weights;
-///   rint(2^k w_i / max w) votes, k = min(24, 40 - bits of n)    with float32 weights.
+///   rint(2^k q_i) votes, q_i = w_i / max w rounded to float32, k = min(24, 40 - bits of n)    with float32 weights.
 /// A weight that is not above 0, or NaN, is no vote, and n does not count it; infinity is the largest float32. So all
 /// float weights of a user may be scaled by one factor. Votes are integers, so the order of up to 2^24 - 1 rows does
 /// not matter, nor does the number of threads. On the CPU each user is counted by one thread.

@@ -181,7 +181,8 @@ Status read_head(Array<const std::byte, 1> image, ImageHead* out) noexcept {
     return Status::error(Code::corrupt_file, "codebook image: expected at least %zu bytes, got %" PRId64, sizeof head,
                          image.data ? image.shape[0] : 0);
   std::memcpy(&head, image.data, sizeof head);
-  if (std::memcmp(head.magic, ImageHead::kMagic, sizeof head.magic) != 0) return wrong("the bytes are no image");
+  if (std::memcmp(head.magic, ImageHead::kMagic, sizeof head.magic) != 0)
+    return wrong("the bytes are no image; for a file of `save` there is load");
   if (head.version != ImageHead::kVersion)
     return Status::error(Code::corrupt_file, "codebook image: version expected %u, got %u", ImageHead::kVersion,
                          head.version);

@@ -21,8 +21,9 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
       for (int64_t a = 0; a < seats; ++a) most = std::max(most, logit(a));
       if (most > -INFINITY)
         for (int64_t a = 0; a < seats; ++a) sum += std::exp(logit(a) - most);
-      const double total = sum > 0 ? most + std::log(sum) : 0;
-      for (int64_t a = 0; a < seats; ++a) out.data[b * seats + a] = static_cast<float>(logit(a) - total);
+      if (sum == 0) most = 0, sum = 1;  // no token has a share
+      const double total = std::log(sum);
+      for (int64_t a = 0; a < seats; ++a) out.data[b * seats + a] = static_cast<float>(logit(a) - most - total);
     }
   });
   return {};

@@ -196,7 +196,7 @@ class Router : RouteCall {
     std::fill(s.numerator, s.numerator + ldv_ * simd::pad(agents_), 0.f);
   }
 
-  /// Adds a later state, whose denominator and max_logit are overwritten by the factors of `into` and `from`.
+  /// Adds a later state. Its denominator and max_logit then hold the factors of the numerators of both.
   void merge(State& state, State& later, int64_t m) const noexcept {
     const int64_t ld = simd::pad(agents_);
     for (int64_t a = 0; a < m; ++a) {
@@ -208,10 +208,11 @@ class Router : RouteCall {
       later.denominator[a] = f;
       later.max_logit[a] = g;
     }
+    const float *const factor = later.denominator, *const later_factor = later.max_logit;
     for (int64_t d = 0; d < columns_; ++d)
       for (int64_t a = 0; a < m; ++a)
         state.numerator[d * ld + a] =
-            state.numerator[d * ld + a] * later.denominator[a] + later.numerator[d * ld + a] * later.max_logit[a];
+            state.numerator[d * ld + a] * factor[a] + later.numerator[d * ld + a] * later_factor[a];
   }
 
   void write_tokens(int64_t b, const State& s, const Worker& w) const noexcept {

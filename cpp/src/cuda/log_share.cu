@@ -36,9 +36,9 @@ SIMT_KERNEL(kThreads) share_out(Logits logit, Array<float, 2> out) {
     for (int64_t i = begin + simt::lane(); some && i < end; i += 32)
       sum += static_cast<double>(simt::exp2(static_cast<float>(logit(i) - most)));
     for (int m = 16; m; m /= 2) sum += simt::shuffle_xor(sum, m);
-    const double total = some ? most + static_cast<double>(simt::log2(static_cast<float>(sum))) : 0;
+    const double first = some ? most : 0, total = some ? static_cast<double>(simt::log2(static_cast<float>(sum))) : 0;
     for (int64_t i = begin + simt::lane(); i < end; i += 32)
-      out.data[i] = static_cast<float>((logit(i) - total) * kLn2);
+      out.data[i] = static_cast<float>((logit(i) - first - total) * kLn2);
   }
 }
 

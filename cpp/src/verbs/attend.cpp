@@ -2,6 +2,7 @@
 #include "hisac/attend.h"
 
 #include <cmath>
+#include <tuple>
 
 #include "backend.h"
 #include "base/arena.h"
@@ -15,7 +16,8 @@ bool sizes_fit(const AttendInputs& in) noexcept {
          within({in.q.rows, in.candidates.users}, 0, kMostRows);
 }
 
-Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
+/// Checks the inputs, and states their scale.
+Status check(const char* verb, AttendInputs& in, Device device) noexcept {
   HISAC_TRY(check_float(verb, "q", in.q.dtype));
   if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
     return Status::error(Code::wrong_type, "%s: keys and values expected q's type", verb);
@@ -32,13 +34,15 @@ Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
     return Status::error(Code::invalid_argument, "%s: q expected rows for all of H = %" PRId64 " heads, got %" PRId64,
                          verb, in.heads, in.q.rows);
   int64_t rows;
-  if (__builtin_mul_overflow(in.candidates.users * in.heads, in.agents, &rows) || in.keys.rows != rows ||
-      in.values.rows != rows || in.keys.width != in.q.width)
-    return Status::error(
-        Code::invalid_argument, "%s: expected keys %s as rows, by candidates and q, and as many values, got %s and %s",
-        verb, ShapeText({in.candidates.users, in.agents, in.heads, in.q.width}).text,
-        ShapeText({in.keys.rows, in.keys.width}).text, ShapeText({in.values.rows, in.values.width}).text);
+  if (__builtin_mul_overflow(in.candidates.users * in.heads, in.agents, &rows)) rows = -1;
+  for (const auto& [name, given, width] :
+       {std::tuple("keys", &in.keys, in.q.width), std::tuple("values", &in.values, in.values.width)})
+    if (given->rows != rows || given->width != width)
+      return Status::error(Code::invalid_argument, "%s: %s expected %s as rows, got %s", verb, name,
+                           ShapeText({in.candidates.users, in.agents, in.heads, width}).text,
+                           ShapeText({given->rows, given->width}).text);
   if (in.bias) HISAC_TRY(check_shape(verb, "bias", {in.candidates.users, in.agents}, in.bias));
+  if (std::isnan(in.scale)) in.scale = 1 / std::sqrt(static_cast<float>(in.q.width));
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
   HISAC_TRY(check_spans(verb, "candidate_offsets", in.candidates, in.q.rows / in.heads, device));
@@ -56,7 +60,8 @@ size_t attend_workspace(const Context& context, const AttendInputs& inputs) noex
   return backend_workspace(&Backend::attend_workspace, context, inputs);
 }
 
-Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept {
+Status attend(const Context& context, const AttendInputs& given, Attended out) noexcept {
+  AttendInputs inputs = given;
   HISAC_TRY(check("attend", inputs, context.device));
   const int64_t n = inputs.q.rows / inputs.heads;
   if (out.out.rows != inputs.q.rows || out.out.width != inputs.values.width || out.out.dtype != inputs.q.dtype ||
@@ -71,8 +76,9 @@ size_t attend_backward_workspace(const Context& context, const AttendInputs& inp
   return backend_workspace(&Backend::attend_backward_workspace, context, inputs);
 }
 
-Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
+Status attend_backward(const Context& context, const AttendInputs& given, const AttendForward& forward,
                        const AttendGradients& out) noexcept {
+  AttendInputs inputs = given;
   HISAC_TRY(check("attend_backward", inputs, context.device));
   const int64_t n = inputs.q.rows / inputs.heads;
   const auto like = [&](const Rows& rows) {

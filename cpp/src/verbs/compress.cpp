@@ -153,12 +153,20 @@ class Compression {
   int64_t scratch_bytes_ = 0;
 };
 
-Status check(const Codebook& book, const CompressParams& params, const Histories& in) noexcept {
+Status check(const Codebook& book, const CompressParams& params, const Histories& in, const Compressed& out) noexcept {
   HISAC_TRY(check_book("compress", &book));
   HISAC_TRY(check_sizes("compress", in));
   if (!in.codes && (in.x_ids || !in.x.data))
     return Status::error(Code::invalid_argument, "compress: codes expected, or x to encode, got %s",
                          in.x_ids ? "no codes beside x_ids: encode the table once and keep them" : "neither");
+  if (!in.offsets.starts && in.offsets.users == 0 && in.behaviours() > 0)
+    return Status::error(Code::invalid_argument, "compress: offsets expected, got none");
+  if (in.x.data && in.x.width != book.width())
+    return Status::error(Code::invalid_argument,
+                         "compress: x is %s, the codebook has D = %" PRId64 ": D differs (%" PRId64 ", %" PRId64 ")",
+                         ShapeText({in.x.rows, in.x.width}).text, book.width(), in.x.width, book.width());
+  if (out.tokens.tokens.data && !in.v.data && in.behaviours() > 0)
+    return Status::error(Code::invalid_argument, "compress: v expected for tokens, got none");
   if (!params.agents) return check_rule(book, params.vote);
   const auto& c = params.agents->codes.shape;
   return check_shape("compress", "agents' codes", {in.offsets.users, c[1], book.levels()}, params.agents->codes);
@@ -177,7 +185,7 @@ size_t compress_workspace(const Context& context, const Codebook& book, const Co
 
 Status compress(const Context& context, const Codebook& book, const CompressParams& params, const Histories& histories,
                 const Compressed& out) noexcept {
-  HISAC_TRY(check(book, params, histories));
+  HISAC_TRY(check(book, params, histories, out));
   Compression compression(context, book, params, histories, out);
   Arena arena(context.workspace);
   compression.carve(arena);

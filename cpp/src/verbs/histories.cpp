@@ -35,10 +35,13 @@ Status check_rows(const char* verb, const Histories& in, int64_t width) noexcept
 }  // namespace
 
 Status check_sizes(const char* verb, const Histories& in) noexcept {
-  for (const Ids* ids : {&in.x_ids, &in.v_ids})
+  for (const Ids* ids : {&in.x_ids, &in.v_ids}) {
+    const char* const name = ids == &in.x_ids ? "x_ids" : "v_ids";
+    if (!*ids && ids->size)
+      return Status::error(Code::invalid_argument, "%s: %s expected [%" PRId64 "], got null", verb, name, ids->size);
     if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
-      return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb,
-                           ids == &in.x_ids ? "x_ids" : "v_ids");
+      return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb, name);
+  }
   if (in.x_ids && !in.x.data && !in.codes)
     return Status::error(Code::invalid_argument, "%s: x_ids expected with x or codes, got neither", verb);
   const int64_t rows = in.behaviours(), x_rows = in.x_ids ? in.x_ids.size : in.x.rows,

@@ -31,10 +31,10 @@ size_t route_workspace(const Context& context, const Codebook* book, const Route
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
   Histories in = histories;
-  RouteParams stated = params;
-  HISAC_TRY(check_route("route", context, book, stated, in, agents));
+  RouteParams complete = params;
+  HISAC_TRY(check_route("route", context, book, complete, in, agents));
   HISAC_TRY(check_tokens(in, agents, out));
-  return call_backend("route", &Backend::route, context, book, stated, in, agents, out);
+  return call_backend("route", &Backend::route, context, book, complete, in, agents, out);
 }
 
 size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept {

@@ -60,11 +60,11 @@ Status route_backward(const Context& context, const Codebook* book, const RouteP
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
   Histories in = histories;
-  RouteParams stated = params;
-  HISAC_TRY(check_route(kVerb, context, book, stated, in, agents));
+  RouteParams complete = params;
+  HISAC_TRY(check_route(kVerb, context, book, complete, in, agents));
   HISAC_TRY(check_forward(in, agents, forward));
-  HISAC_TRY(check_gradients(stated, in, agents, forward, out));
-  return call_backend(kVerb, &Backend::route_backward, context, book, stated, in, agents, forward, out);
+  HISAC_TRY(check_gradients(complete, in, agents, forward, out));
+  return call_backend(kVerb, &Backend::route_backward, context, book, complete, in, agents, forward, out);
 }
 
 }  // namespace hisac

@@ -13,6 +13,9 @@ namespace {
 
 Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
   if (agents.fingerprint == book.fingerprint()) return {};
+  if (!agents.fingerprint)
+    return Status::error(Code::invalid_argument, "%s: agents expected with the fingerprint of their codebook, got 0",
+                         verb);
   return Status::error(Code::invalid_argument, "%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
                        book.fingerprint(), agents.fingerprint);
 }

@@ -256,7 +256,12 @@ def route(
     temperature a number or [1] or [M], or None, the default of `book` -> Tokens, with mean_x where it is wanted,
     without tokens where these are not wanted or v is None. precision changes no result here: it is how exact an
     implementation has to be (`hisac.reference.bounds`).
+
+    What is absent, of behaviours and of agents, is told by `hisac.route`; an absent agent is in no softmax. Nothing is
+    checked here but normalize: for wrong shapes call `hisac.route`.
     """
+    if normalize not in ("history", "agents"):
+        raise ValueError(f"route: normalize expected 'history' or 'agents', got {normalize!r}")
     prototypes, count = compose.routed(_VERBS, "route", agents, count, book)
     temperature = compose.temperature_of("route", temperature, book)
     users, (m, width) = len(ranges(histories.offsets)), prototypes.shape[1:]

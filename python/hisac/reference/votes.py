@@ -23,7 +23,8 @@ def row_votes(book: Any, codes: Array, weights: Array = None) -> Array:
 
         no weights:       1
         weights int64:    min(w_i, 2^40 - 1) >> s, with the least s for which sum_i min(w_i, 2^40 - 1) < 2^(40 + s)
-        weights float32:  rint(2^k w_i / max w), k = min(24, 40 - bits of n); infinity is the largest float32
+        weights float32:  rint(2^k q_i), q_i = w_i / max w rounded to float32, k = min(24, 40 - bits of n); infinity
+                          is the largest float32
     """
     here = valid_codes(book, codes) & (np.arange(len(codes)) < MAX_VOTERS)
     votes = here.astype(np.int64)

@@ -116,13 +116,16 @@ def _spans(verb: str, offsets: Any, tensors: list[Tensor]) -> tuple[Tensor, Tens
     def tensor(name: str, a: Any, size: str) -> Tensor:
         found = torch.as_tensor(a, device=device)
         if found.ndim != 1 or found.dtype not in (torch.int32, torch.int64):
-            text = f"{verb}: {name} expected int32 or int64 {size}, got {dtype_name(found)} {list(found.shape)}"
+            got = f"{dtype_name(found)} {list(found.shape)}"
+            text = f"{verb}: {name} expected int32 or int64 {size}, got {got}"
             raise TypeError(text) if found.ndim == 1 else ValueError(text)
         return found
 
+    if isinstance(offsets, list) and any(isinstance(a, Tensor) for a in offsets):
+        offsets = tuple(offsets)
     if pair := pair_of(verb, offsets):
         return tensor("starts", pair[0], "[B]"), tensor("ends", pair[1], "[B]")
-    found = tensor("offsets", offsets, "[B + 1]")
+    found = tensor("offsets", offsets, "[B + 1], or a tuple (starts, ends)")
     if found.shape[0] == 0:
         raise ValueError(f"{verb}: offsets expected [B + 1], got an empty array")
     return found[:-1], found[1:]
@@ -222,7 +225,8 @@ def route(
     With x_ids, x and codes are tables, and with v_ids v is one: an id outside is an absent behaviour. The gradient of a
     table is the sum over the behaviours of each row, in their order and in float64: dense, or with `sparse_grad`, and
     of an `nn.Embedding(sparse=True)` without it, COO of the rows that some history has. Then a table that learns is a
-    leaf (else ValueError), and torch.compile runs the call outside of its graph; fullgraph=True and export refuse.
+    leaf (else ValueError), and torch.compile runs the call outside of its graph; fullgraph=True and export refuse it,
+    but for a call under torch.no_grad().
 
     >>> v = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> out = route(Histories(torch.eye(2), v, torch.tensor([0, 2])), torch.eye(2)[None], temperature=0.01)
@@ -250,7 +254,10 @@ def _check_sparse(verb: str, histories: Histories, sparse: list[bool]) -> None:
     if not any(sparse) or not torch.is_grad_enabled():
         return
     if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{verb}: sparse gradients are in no compiled graph, expected sparse_grad=False")
+        text = (
+            "sparse gradients are in no graph, expected torch.no_grad(), or neither sparse_grad nor sparse embeddings"
+        )
+        raise NotImplementedError(f"{verb}: {text}")
     tables = zip("xv", histories[:2], (histories.x_ids, histories.v_ids), sparse, strict=True)
     for name, table, ids, is_sparse in tables:
         made_by = None if ids is None or table is None or not is_sparse else table.grad_fn
@@ -345,13 +352,17 @@ def attend(
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
     q [N, H, d], keys [B, M, H, d], values [B, M, H, V], candidate_offsets [B + 1] or None for jagged q, bias [B, M]
-    (-inf: no such token), scale 1 / sqrt(d) -> Attended.
+    (-inf: no such token), scale 1 / sqrt(d) -> Attended. A candidate in no user's range has a row of zeros and an lse
+    of -inf.
 
     >>> q, keys, values = torch.zeros(3, 1, 4), torch.randn(1, 2, 1, 4), torch.ones(1, 2, 1, 5)
     >>> attend(q, keys, values, torch.tensor([0, 3])).lse.exp().round().flatten()
     tensor([2., 2., 2.])
     """
     candidate_offsets = _jagged("attend", q).offsets() if candidate_offsets is None else candidate_offsets
+    candidate_offsets = torch.as_tensor(candidate_offsets, device=q.device)
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"attend: bias expected floating-point numbers, as log_share, got {dtype_name(bias)}")
     q = rows_of("attend", q)
     _reverse_mode_only("attend", q, keys, values, bias)
     keys, values = keys.to(q.dtype), values.to(q.dtype)  # autocast casts q in a model that caches keys and values

@@ -23,7 +23,12 @@ _books: dict[int, "weakref.WeakValueDictionary[int, Codebook]"] = {}  # every co
 def register(book: Codebook) -> int:
     """Make `book` known to this process while the caller keeps it; returns its fingerprint as an int64.
 
-    Modules and functions do it by themselves; who only runs an exported program has to.
+    Modules and functions do it by themselves; who only runs an exported program has to, after importing hisac.torch:
+
+        import hisac.torch
+        book = hisac.Codebook.load("book.safetensors")  # kept as long as the program
+        hisac.torch.register(book)
+        program = torch.export.load("model.pt2").module()
 
     >>> book = Codebook([torch.eye(2)])
     >>> register(book) % 2**64 == book.fingerprint

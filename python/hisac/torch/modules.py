@@ -43,7 +43,7 @@ class Compressor(nn.Module):
         temperature: the first tau; None: the default of the codebook
         learn_temperature: whether log tau is a parameter. Give it no weight decay
         normalize, precision: as in `hisac.route`
-        method, refine, missing: as in `hisac.compress`
+        method, refine, missing: as in `hisac.compress`; the token of missing="token" is the last of [B, M + 1, V]
         sparse_grad: COO gradients for tables of x and v, which must then be leaves, such as weights; an
             `nn.Embedding(sparse=True)` as x or v needs no option. Look rows up by that module elsewhere too: a gradient
             by weight[ids] is dense, and so is its sum with this one. In torch.compile the call is outside of the graph
@@ -57,7 +57,8 @@ class Compressor(nn.Module):
 
         lse_a = log(e^0 + sum_i u_ai) = log(1 + mass)
 
-    It is 0 for a token without mass, rises with the mass, and keeps float32's digits for masses down to 2^-126.
+    It is 0 for a token without mass, rises with the mass, and keeps float32's digits for masses down to 2^-126. It is a
+    feature, and no bias of TargetAttention.
     log_share is that of `compress`: its -inf tells `attend` that there is no such token. As a feature, take
     log_share.exp(), the share, which is 0 there. Agents are for verbs, and absent ones have codes of -1: to embed
     codes, take codes + 1 and padding_idx=0.
@@ -75,6 +76,8 @@ class Compressor(nn.Module):
         precision: Precision = "float32", sparse_grad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
+        if not isinstance(book, Codebook):
+            raise TypeError(f"Compressor: book expected hisac.Codebook, got {type(book).__name__}")
         self.book, self.budget, self.fanout, self.beam = book, budget, fanout, beam
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
         self.precision, self.sparse_grad = precision, sparse_grad
@@ -158,9 +161,19 @@ class TargetAttention(nn.Module):
         self, candidates: Tensor, tokens: Tensor | KeysValues, candidate_offsets: Tensor, *, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """candidates [N, C], tokens [B, M, W] or KeysValues, candidate_offsets [B + 1], bias [B, M], as log_share of
-        a Compressor (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]."""
+        a Compressor, but not its lse (-inf: no such token; without bias an absent token is one of zeros) ->
+        out [N, H V], lse [N, H]. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
+        if isinstance(tokens, Compressed):
+            raise TypeError("TargetAttention: tokens expected [B, M, W] or KeysValues, got Compressed; give its tokens")
+        offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
+        if offsets.is_cpu and len(offsets) and not torch.compiler.is_compiling():
+            first, last, n = int(offsets[0]), int(offsets[-1]), len(candidates)
+            if (first, last) != (0, n):
+                raise ValueError(
+                    f"TargetAttention: candidate_offsets expected from 0 to N = {n}, got from {first} to {last}"
+                )
         keys, values = tokens if isinstance(tokens, KeysValues) else self.keys_values(tokens)
         q = self.query(candidates.to(self.query.weight.dtype)).unflatten(-1, (self.heads, -1))
-        out, lse = attend(_single(q), keys, values, candidate_offsets, bias=bias)
+        out, lse = attend(_single(q), keys, values, offsets, bias=bias)
         lse = lse.masked_fill(lse == -torch.inf, 0.0).to(self.query.weight.dtype)
         return out.flatten(1).to(q.dtype), lse

@@ -55,8 +55,8 @@ class Worker {
     made_.log_share = array(log_share_.data(), 1, M);
     made_.agents.count = array(&count_, 1);
     const int64_t bounds[] = {0, kLongest};
-    const std::vector<int64_t> items(kLongest);
-    const Histories largest = catalogue.history(items.data(), bounds, kLongest);
+    Histories largest = catalogue.history(nullptr, bounds, 0);
+    largest.longest = largest.rows = kLongest;
     const size_t bytes = std::max(compress_workspace(context_, catalogue.book, params_, largest, made_),
                                   attend_workspace(context_, attention(nullptr, bounds, kMostCandidates)));
     scratch_ = scratch(bytes);
@@ -83,7 +83,6 @@ class Worker {
     in.heads = 1;
     in.candidates = offsets(bounds, 1);
     in.bias = array(log_share_.data(), 1, M);  // -inf where an agent is absent
-    in.scale = 1 / std::sqrt(static_cast<float>(V));
     return in;
   }
 

@@ -77,6 +77,7 @@ def test_a_view_copies_nothing_and_keeps_what_it_needs(tmp_path):
     image = np.frombuffer(mapped, np.uint8)
     view = Codebook.view(image)
     assert view.image.ctypes.data == image.ctypes.data and not view.image.flags.writeable
+    assert Codebook.view(mapped) == Codebook.view(path.read_bytes()) == book
     del image, mapped
     assert view.encode(x).tobytes() == codes.tobytes()
     image = view.image
@@ -147,7 +148,9 @@ def test_what_is_no_image_at_all():
     for image, kind, text in (
         (np.zeros(600, np.float32), TypeError, r"Codebook: image expected uint8 \[any\], got float32 \[600\]"),
         (np.zeros((2, 600), np.uint8), ValueError, r"Codebook: image expected \[any\], got uint8 \[2, 600\]"),
-        (b"hisac", TypeError, "Codebook: image expected a NumPy array"),
+        (b"hisac", CorruptFileError, "codebook image: expected at least 512 bytes, got 5"),
+        ("hisac", TypeError, "Codebook: image expected a NumPy array"),
+        (make().to_bytes() * 9, CorruptFileError, "the bytes are no image; for a file of `save` there is load"),
     ):
         with pytest.raises(kind, match=text):
             Codebook.view(image)

@@ -83,3 +83,23 @@ def test_the_page_of_the_package_begins_with_every_entry():
     """help() of it goes on with hundreds of lines of nn.Module's."""
     for name in hisac_torch.__all__:
         assert f" {name}" in hisac_torch.__doc__.split("Each has its own page")[0], name
+
+
+def test_attention_refuses_what_would_pass_silently():
+    """Lengths in place of offsets left candidates out, and lse as a bias gave a new user tokens."""
+    attention = hisac_torch.TargetAttention(3, 3, heads=1, head_width=2)
+    candidates, tokens = torch.zeros(5, 3), torch.zeros(2, 4, 3)
+    for offsets in ([2, 3], [0, 2, 4], [1, 2, 5], np.array([0, 2, 6])):
+        text = rf"^TargetAttention: candidate_offsets expected from 0 to N = 5, got from {offsets[0]} to {offsets[-1]}$"
+        with pytest.raises(ValueError, match=text):
+            attention(candidates, tokens, offsets)
+    for offsets in ([0, 2, 5], np.array([0, 2, 5]), torch.tensor([0, 2, 5])):
+        assert attention(candidates, tokens, offsets)[0].shape == (5, 2)
+    with pytest.raises(TypeError, match=r"^attend: bias expected floating-point numbers, as log_share, got int64$"):
+        attention(candidates, tokens, [0, 2, 5], bias=torch.zeros(2, 4, dtype=torch.int64))
+    book = hisac.Codebook([np.eye(3, dtype=np.float32)], temperature=1.0)
+    made = hisac_torch.Compressor(book, budget=2)(Histories(torch.eye(3), torch.eye(3), [0, 2, 3]))
+    with pytest.raises(TypeError, match=r"^TargetAttention: tokens expected .*, got Compressed; give its tokens$"):
+        attention(candidates, made, [0, 2, 5])
+    with pytest.raises(TypeError, match=r"^Compressor: book expected hisac.Codebook, got str$"):
+        hisac_torch.Compressor("book.safetensors", budget=2)
