@@ -90,7 +90,8 @@ def score(tokens: Floats, bias: Floats, q: Floats, candidate_offsets: Ints) -> F
 def compress(w: World, starts: Ints, ends: Ints, s: Setting, tau: float, voted: Any = None) -> tuple[Floats, Floats]:
     """Tokens of norm 1 [B, M, D] and log share of votes [B, M] of the histories starts..ends."""
     histories = hisac.Histories(w.x, w.x, (starts, ends), w.codes)
-    made = hisac.compress(w.book, histories, **s.rule, agents=voted, temperature=tau, normalize=s.normalize)
+    rule = s.rule if voted is None else {"agents": voted}
+    made = hisac.compress(w.book, histories, **rule, temperature=tau, normalize=s.normalize)
     return unit(made.tokens), log_share(made.agents.votes)
 
 

@@ -166,7 +166,7 @@ class TargetAttention(nn.Module):
         if isinstance(tokens, Compressed):
             raise TypeError("TargetAttention: tokens expected [B, M, W] or KeysValues, got Compressed; give its tokens")
         offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
-        if offsets.is_cpu and len(offsets) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and offsets.is_cpu and len(offsets):
             first, last, n = int(offsets[0]), int(offsets[-1]), len(candidates)
             if (first, last) != (0, n):
                 raise ValueError(

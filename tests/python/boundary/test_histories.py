@@ -195,8 +195,16 @@ def test_nothing_else_is_taken_for_histories(call, other):
             "offsets expected an array, a list, or a tuple (starts, ends), got a tuple of 3",
         ),
         ({"offsets": (0, 10)}, ValueError, "starts expected int32 or int64 [B], got int64 []"),
-        ({"offsets": torch.tensor(3)}, ValueError, "offsets expected int32 or int64 [B + 1], got int64 []"),
-        ({"offsets": [0.0, 4.0, 10.0]}, TypeError, "offsets expected int32 or int64 [B + 1], got float32 [3]"),
+        (
+            {"offsets": torch.tensor(3)},
+            ValueError,
+            "offsets expected int32 or int64 [B + 1], or a tuple (starts, ends), got int64 []",
+        ),
+        (
+            {"offsets": [0.0, 4.0, 10.0]},
+            TypeError,
+            "offsets expected int32 or int64 [B + 1], or a tuple (starts, ends), got float32 [3]",
+        ),
         ({"offsets": torch.zeros(0, dtype=torch.int64)}, ValueError, "offsets expected [B + 1], got an empty array"),
         ({"offsets": None}, TypeError, "got no offsets, expected them, or a jagged nested tensor"),
         ({"codes": CODES}, TypeError, "codes expected a tensor, got ndarray"),
