@@ -119,7 +119,8 @@ TEST_CASE("a codebook viewed in memory of the caller") {
     CHECK(codes_of(view, x) == codes_of(book, x));
     Codebook moved = std::move(view);
     CHECK(view.empty());
-    moved = std::move(moved);
+    Codebook& same = moved;
+    moved = std::move(same);
     CHECK(moved.fingerprint() == book.fingerprint());
 
     Codebook none;
