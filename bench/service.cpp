@@ -174,7 +174,7 @@ void requests(Service& s, int64_t rows, int calls) {
   const auto of = [&](int i) -> User& { return users[static_cast<size_t>(i) % users.size()]; };
   const auto agents = [&](User& u) { return u.agents(M, s.book, prototypes.data()); };
   const auto whole = [&](User& u) {
-    require(compress(s.context, s.book, params, u.history(), {kept, u.agents(M, s.book)}));
+    require(compress(s.context, s.book, params, u.history(), {kept, {}, u.agents(M, s.book)}));
   };
   const auto score = [&](User&) {
     const Rows keys = hisac::rows(tokens.data(), M * kHeads, V / kHeads);
