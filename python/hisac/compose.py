@@ -106,8 +106,8 @@ def compress(
         agents = verbs.vote(book, h, budget=budget, fanout=fanout, beam=beam)
     prototypes, count = routed(verbs, "compress", agents, None, book)
     if h.x is not None and h.x.shape[-1] != prototypes.shape[-1]:
-        got, d = list(h.x.shape), prototypes.shape[-1]
-        raise ValueError(f"compress: x is {got}, the codebook has D = {d}: D differs ({got[-1]}, {d})")
+        shape, d = list(h.x.shape), prototypes.shape[-1]
+        raise ValueError(f"compress: x is {shape}, the codebook has D = {d}: D differs ({shape[-1]}, {d})")
     prototypes, rows = verbs.beside(prototypes), h
     options |= {"count": count, "normalize": normalize, "book": book}
     if method == "leaf":
