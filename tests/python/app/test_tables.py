@@ -449,7 +449,7 @@ def test_any_batch_gives_the_same_file_in_every_way(tmp_path_factory, histories,
     of, sizes = np.concatenate(histories).astype(int), [len(h) for h in histories]
     name = (lambda i: f"n{99 - i}") if strings else (lambda i: int(1000 - 7 * i))
     order = rng.permutation(10)
-    hisac.Codebook([x[:3], x[:2]]).save(here / "book.safetensors")
+    hisac.Codebook([x[:3], x[:2]], temperature=0.1).save(here / "book.safetensors")
     behaviours = {"offsets": np.r_[0, np.cumsum(sizes)], "x": np.vstack([x, np.full((2, 3), np.nan, "f4")])[of]}
     for key, array in behaviours.items():
         np.save(here / f"{key}.npy", array)
