@@ -21,7 +21,7 @@ sort_slots(SIMT_CONSTANT TableGradient x, SIMT_CONSTANT TableGradient v, SIMT_CO
     const int64_t row = behaviour < t.ids.size ? row_in_table(t.ids, behaviour, t.table) : -1;
     t.key[i] = row < 0 ? t.table : row;
   }
-  simt::sync();  // a warp sorts keys that others wrote, where there are more than kSortThreads
+  simt::sync();                    // a warp sorts keys that others wrote, where there are more than kSortThreads
   const uint32_t* from = nullptr;  // null: the slots as they stand
   for (int p = 0; p < passes; ++p) {
     uint32_t* const to = (passes - p) % 2 ? t.order : t.spare;
