@@ -102,13 +102,12 @@ def vote(
         raise ValueError(f"vote: expected exactly one of budget, fanout and beam, got {given}")
     tree = _check(book, Codebook, "vote: book")._core
     histories = take_histories("vote", _VOTES, histories)
-    fans: list[int] = []
-    beams: list[int] = []
+    levels, fans, beams = tree.levels, [], []
     if beam is not None:
-        beams = _per_level("beam", "of 1 to 4096", beam, tree.levels)
+        beams = _per_level("beam", "of 1 to 4096", beam, levels)
         seats = beams[-1]
     elif fanout is not None:
-        fans = _per_level("fanout", ">= 1", fanout, tree.levels)
+        fans = _per_level("fanout", ">= 1", fanout, levels)
         seats = math.prod(fans)
         if seats > 4096:
             raise ValueError(f"vote: fanout expected a product of 1 to 4096, got {seats}")
@@ -116,7 +115,7 @@ def vote(
         seats = whole("vote", "budget", budget, 1, 4096)
     spans, new = histories.offsets, maker(histories.codes)
     users = spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1
-    agents, votes, count = new((users, seats, tree.levels), INT32), new((users, seats), INT64), new((users,), INT32)
+    agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
     prototypes = new((users, seats, book.width), FLOAT32)
     core.vote(tree, histories, 0 if budget is None else seats, fans, beams, agents, votes, count, prototypes)
     return Agents(agents, votes, count, tree.fingerprint, prototypes)
@@ -124,10 +123,11 @@ def vote(
 
 def _per_level(name: str, kind: str, given: Any, levels: int) -> list[int]:
     """The numbers of a rule, one a level."""
-    if isinstance(given, Iterable):
-        given = tuple(whole("vote", name, k) for k in given)
-        if len(given) == levels and min(given) >= 1 and (name == "fanout" or max(given) <= 4096):
-            return list(given)
+    if hasattr(given, "__iter__"):
+        found = [whole("vote", name, k) for k in given]
+        if len(found) == levels and min(found) >= 1 and (name == "fanout" or max(found) <= 4096):
+            return found
+        given = tuple(found)
     raise ValueError(f"vote: {name} expected one number {kind} for each of {levels} levels, got {given!r}")
 
 
