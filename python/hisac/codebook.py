@@ -38,6 +38,8 @@ class Codebook:
         if temperature is not None and not 0 < temperature < math.inf:
             raise ValueError(f"Codebook: temperature expected finite and > 0, got {temperature}")
         self._core = _core.Codebook([take_one("Codebook", "centers", c) for c in centers], temperature or 0)
+        if temperature is not None and self.temperature is None:
+            raise ValueError(f"Codebook: temperature expected above 0 in float32, got {temperature}")
 
     @classmethod
     def _of(cls, core: _core.Codebook) -> "Codebook":

@@ -100,7 +100,7 @@ def compress(
             got = "neither x nor codes" if h.x is None else "no codes beside x_ids: encode the table once and keep them"
             raise ValueError(f"compress: codes expected, or x to encode, got {got}")
         h = h._replace(codes=verbs.encode(book, h.x))
-    if agents is not None and not budget is fanout is beam is None:
+    if agents is not None and (budget, fanout, beam) != (None, None, None):
         raise ValueError("compress: expected either agents or a rule, got both")
     if agents is None:
         agents = verbs.vote(book, h, budget=budget, fanout=fanout, beam=beam)

@@ -196,6 +196,12 @@ def test_a_temperature_that_is_none(tau):
         make(temperature=tau)
 
 
+def test_a_temperature_that_float32_rounds_to_none():
+    """1e-60 was taken for no temperature."""
+    with pytest.raises(ValueError, match=r"^Codebook: temperature expected above 0 in float32, got 1e-60$"):
+        make(temperature=1e-60)
+
+
 def metadata(data):
     (length,) = struct.unpack_from("<Q", data)
     return json.loads(data[8 : 8 + length])["__metadata__"]
