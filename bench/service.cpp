@@ -170,7 +170,7 @@ void requests(Service& s, int64_t rows, int calls) {
   params.vote.budget = M;
   params.route.normalize = Normalize::history;
   params.route.temperature = array(&temperature, 1);
-  const Tokens kept{{tokens.data(), DType::float32, M, V}, array(lse.data(), 1, M), {}};
+  const Tokens kept{hisac::rows(tokens.data(), M, V), array(lse.data(), 1, M), {}};
   const auto of = [&](int i) -> User& { return users[static_cast<size_t>(i) % users.size()]; };
   const auto agents = [&](User& u) { return u.agents(M, s.book, prototypes.data()); };
   const auto whole = [&](User& u) {
@@ -188,7 +188,7 @@ void requests(Service& s, int64_t rows, int calls) {
     in.scale = 1 / std::sqrt(float(V / kHeads));
     require(attend(
         s.context, in,
-        {{out.data(), DType::float32, kCandidates * kHeads, V / kHeads}, array(out_lse.data(), kCandidates, kHeads)}));
+        {hisac::rows(out.data(), kCandidates * kHeads, V / kHeads), array(out_lse.data(), kCandidates, kHeads)}));
   };
   measure("vote", calls, rows, [&](int i) {
     User& u = of(i);

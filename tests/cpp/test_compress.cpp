@@ -2,6 +2,7 @@
 // `compress` has the bits of the verbs it stands for, for every way through it, in a workspace of exactly its size.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -244,6 +245,56 @@ TEST_CASE("compress: the log of a token's share") {
       run(unwanted);
       CHECK((unwanted.log_share.holds(0x5a) && unwanted.same_tokens(all)));
     }
+  }
+}
+
+/// Whether `mean` [count, width] has the means of `values` that `route` gives agents with these prototypes, by its
+/// definition in float64.
+void check_means(const Batch& b, int64_t user, int64_t count, const float* prototypes, const std::vector<float>& values,
+                 int64_t width, const float* mean) {
+  std::vector<double> sum(test::size(count * width)), mass(test::size(count)), u(test::size(count));
+  for (int64_t i = b.bounds[test::size(user)]; i < b.bounds[test::size(user + 1)]; ++i) {
+    const float* const x = b.x.data() + i * kWidth;
+    if (std::isnan(x[0])) continue;
+    double total = 0;
+    for (int64_t a = 0; a < count; ++a) {
+      double distance = 0;
+      for (int64_t d = 0; d < kWidth; ++d) distance += std::pow(double(x[d]) - double(prototypes[a * kWidth + d]), 2);
+      total += u[test::size(a)] = std::exp(-distance / double(b.tau));
+    }
+    for (int64_t a = 0; a < count; ++a) {
+      const double weight = std::exp(double(b.bias[test::size(i)])) * u[test::size(a)] / total;
+      mass[test::size(a)] += weight;
+      for (int64_t d = 0; d < width; ++d)
+        sum[test::size(a * width + d)] += weight * double(values[test::size(i * width + d)]);
+    }
+  }
+  for (int64_t k = 0; k < count * width; ++k)
+    CHECK(double(mean[k]) == doctest::Approx(sum[test::size(k)] / mass[test::size(k / width)]).epsilon(1e-5));
+}
+
+TEST_CASE("compress: prototypes that are refined, by its own calls") {
+  Random random{75};
+  Batch b(random, {40, 0, 25});
+  Result first(b), second(b);
+  const auto run = [&](const Compressed& out) {
+    test::Workspace workspace(compress_workspace({}, b.book, b.params, b.in, out));
+    REQUIRE(compress({workspace.array(), nullptr}, b.book, b.params, b.in, out).ok());
+  };
+  first.out.tokens.tokens = {};
+  run(first.out);
+  const std::vector<float> voted = first.prototypes.values();
+  Agents refined = first.out.agents;
+  for (int64_t a = 0; a < b.users() * kSeats; ++a)
+    if (first.lse.data()[a] > -INFINITY)
+      std::copy_n(first.mean_x.data() + a * kWidth, kWidth, refined.prototypes.data + a * kWidth);
+  b.params.agents = &refined;
+  run(second.out);
+
+  for (int64_t u = 0; u < b.users(); ++u) {
+    const int64_t count = first.count.data()[u], at = u * kSeats;
+    check_means(b, u, count, voted.data() + at * kWidth, b.x, kWidth, first.prototypes.data() + at * kWidth);
+    check_means(b, u, count, first.prototypes.data() + at * kWidth, b.v, kValues, second.tokens.data() + at * kValues);
   }
 }
 

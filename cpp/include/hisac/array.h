@@ -71,6 +71,8 @@ struct MutableRows {
   void* data = nullptr;
   DType dtype = DType::float32;
   int64_t rows = 0, width = 0;
+
+  operator Rows() const noexcept { return {data, dtype, rows, width}; }
 };
 
 /// User b has the rows [starts[b], ends[b]), int32 or int64. Ragged offsets [B + 1]: starts = offsets, ends =
@@ -120,13 +122,15 @@ Array<T, sizeof...(Sizes)> array(T* data, Sizes... shape) noexcept {
   return {data, {static_cast<int64_t>(shape)...}};
 }
 
-/// Rows of float or int8_t.
+/// Rows of float or int8_t: Rows of a pointer to const, else MutableRows, which convert to Rows.
 template <class T>
-Rows rows(const T* data, int64_t n, int64_t width) noexcept {
-  static_assert(std::is_same_v<T, float> || sizeof(T) == 1, "float or int8_t; name the type of any other");
-  return {data, dtype_of<T>(), n, width};
+auto rows(T* data, int64_t n, int64_t width) noexcept {
+  using Element = std::remove_const_t<T>;
+  static_assert(std::is_same_v<Element, float> || sizeof(T) == 1, "float or int8_t; name the type of any other");
+  return std::conditional_t<std::is_const_v<T>, Rows, MutableRows>{data, dtype_of<Element>(), n, width};
 }
 inline Rows rows(const void* data, DType type, int64_t n, int64_t width) noexcept { return {data, type, n, width}; }
+inline MutableRows rows(void* data, DType type, int64_t n, int64_t width) noexcept { return {data, type, n, width}; }
 
 /// offsets [users + 1], int32_t or int64_t.
 template <class Integer>

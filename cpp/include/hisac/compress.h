@@ -38,6 +38,12 @@ struct Compressed {
 /// set their fingerprint to book.fingerprint(). What a verb would refuse is refused before one writes.
 ///
 /// On the CPU leaf sums are made of some users after others, so that their scratch does not grow with the batch.
+///
+/// What Python's `compress` composes beside this is composed here by the caller:
+///   refine    A call without tokens, with mean_x and the agents' prototypes. Where lse is not -inf, mean_x takes the
+///             place of the prototype. The next call is given these agents.
+///   missing   The token of `missing` (route.h), a Tokens of its own, [B * 1, V] and [B, 1]. With Normalize::agents its
+///             lse is beside `tokens.lse` what a bias of `attend` has to be: shares less a constant of the user.
 Status compress(const Context& context, const Codebook& book, const CompressParams& params, const Histories& histories,
                 const Compressed& out) noexcept;
 /// Takes the same fields as the call. The verbs share the scratch: its size is that of what they hand on, and of the

@@ -51,7 +51,7 @@ class Worker {
   Worker(const Catalogue& catalogue, const Executor& executor) : catalogue_(catalogue) {
     context_.executor = &executor;
     params_.vote.budget = M;  // the temperature is the codebook's
-    made_.tokens = {{tokens_.data(), DType::float32, M, V}, array(lse_.data(), 1, M)};
+    made_.tokens = {rows(tokens_.data(), M, V), array(lse_.data(), 1, M)};
     made_.log_share = array(log_share_.data(), 1, M);
     made_.agents.count = array(&count_, 1);
     const int64_t bounds[] = {0, kLongest};
@@ -69,7 +69,7 @@ class Worker {
     const Histories user = catalogue_.history(items.data(), bounds, bounds[1]);
     if (Status s = compress(context_, catalogue_.book, params_, user, made_); !s.ok()) return s;
     const int64_t all[] = {0, n};
-    return attend(context_, attention(candidates.data(), all, n), {{out, DType::float32, n, V}, array(lse, n, 1)});
+    return attend(context_, attention(candidates.data(), all, n), {rows(out, n, V), array(lse, n, 1)});
   }
   int32_t agents() const { return count_; }
 
