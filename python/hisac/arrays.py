@@ -214,6 +214,23 @@ def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = 
     return number
 
 
+def per_level(verb: str, name: str, given: Any, levels: int, most: float = math.inf) -> tuple[int, ...]:
+    """Whole numbers from 1 on, one a level; a tuple of such numbers is taken as it is."""
+    if type(given) is tuple and len(given) == levels:
+        for k in given:
+            if type(k) is not int or not 1 <= k <= most:
+                break
+        else:
+            return given
+    if hasattr(given, "__iter__"):
+        found = tuple(whole(verb, name, k) for k in given)
+        if len(found) == levels and 1 <= min(found) and max(found) <= most:
+            return found
+        given = found
+    kind = ">= 1" if most == math.inf else f"of 1 to {most}"
+    raise ValueError(f"{verb}: {name} expected one number {kind} for each of {levels} levels, got {given!r}")
+
+
 def take_histories(verb: str, names: str, histories: Histories) -> Histories:
     """The fields that a verb reads, as `take`; "-" stands for one that it does not read, which stays as it is."""
     if not isinstance(histories, Histories):
@@ -245,8 +262,7 @@ def behaviours_of(histories: Histories) -> Any:
 
 def rows_of(table: Array, listed: Array) -> int:
     """Rows of the gradient of x or v, of a table as many as are listed."""
-    rows: int = 0 if table is None else len(table if listed is None else listed)
-    return rows
+    return 0 if table is None else len(table if listed is None else listed)
 
 
 def pair_of(verb: str, offsets: Any) -> tuple[Any, Any] | None:

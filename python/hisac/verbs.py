@@ -32,6 +32,7 @@ from .arrays import (
     maker,
     number,
     on_host,
+    per_level,
     rows_of,
     take,
     take_histories,
@@ -102,12 +103,14 @@ def vote(
         raise ValueError(f"vote: expected exactly one of budget, fanout and beam, got {given}")
     tree = _check(book, Codebook, "vote: book")._core
     histories = take_histories("vote", _VOTES, histories)
-    levels, fans, beams = tree.levels, [], []
+    fans: tuple[int, ...] = ()
+    beams: tuple[int, ...] = ()
+    levels = tree.levels
     if beam is not None:
-        beams = _per_level("beam", "of 1 to 4096", beam, levels)
+        beams = per_level("vote", "beam", beam, levels, 4096)
         seats = beams[-1]
     elif fanout is not None:
-        fans = _per_level("fanout", ">= 1", fanout, levels)
+        fans = per_level("vote", "fanout", fanout, levels)
         seats = math.prod(fans)
         if seats > 4096:
             raise ValueError(f"vote: fanout expected a product of 1 to 4096, got {seats}")
@@ -116,19 +119,9 @@ def vote(
     spans, new = histories.offsets, maker(histories.codes)
     users = spans[0].shape[0] if isinstance(spans, tuple) else spans.shape[0] - 1
     agents, votes, count = new((users, seats, levels), INT32), new((users, seats), INT64), new((users,), INT32)
-    prototypes = new((users, seats, book.width), FLOAT32)
+    prototypes = new((users, seats, tree.width), FLOAT32)
     core.vote(tree, histories, 0 if budget is None else seats, fans, beams, agents, votes, count, prototypes)
     return Agents(agents, votes, count, tree.fingerprint, prototypes)
-
-
-def _per_level(name: str, kind: str, given: Any, levels: int) -> list[int]:
-    """The numbers of a rule, one a level."""
-    if hasattr(given, "__iter__"):
-        found = [whole("vote", name, k) for k in given]
-        if len(found) == levels and min(found) >= 1 and (name == "fanout" or max(found) <= 4096):
-            return found
-        given = tuple(found)
-    raise ValueError(f"vote: {name} expected one number {kind} for each of {levels} levels, got {given!r}")
 
 
 def compress(

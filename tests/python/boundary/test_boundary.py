@@ -452,3 +452,17 @@ def test_nothing_is_written_on_error(wrong):
     with pytest.raises(ValueError, match=r"^route: "):
         route(**{**ROUTE, **wrong}, mean_x=True, out=out)
     assert all((a == 9).all() for a in out)
+
+
+@pytest.mark.parametrize("rule", ["fanout", "beam"])
+def test_numbers_of_a_rule(rule):
+    """Whole numbers of any kind in anything that can be iterated over, once; a number alone is refused."""
+    histories = Histories(offsets=OFFSETS, codes=CODES)
+    expected = hisac.vote(BOOK, histories, **{rule: (1, 2)})
+    for numbers in ([1, 2], (np.int64(1), 2), (True, 2), np.array([1, 2], np.uint8), (n for n in (1, 2)), {1: 0, 2: 0}):
+        found = hisac.vote(BOOK, histories, **{rule: numbers})
+        for mine, same in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(mine, same)
+    for wrong, got in ((2, "2"), ([1, 0], "(1, 0)"), ((n for n in (1, 2, 3)), "(1, 2, 3)")):
+        with pytest.raises(ValueError, match=f"{rule} expected one number .* of 2 levels, got {re.escape(got)}"):
+            hisac.vote(BOOK, histories, **{rule: wrong})
