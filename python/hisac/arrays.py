@@ -175,9 +175,12 @@ def beside(like: Array, a: Array) -> Array:
     return a
 
 
-def copy_of(a: Array) -> Array:
-    """A copy of its own memory."""
-    return a.clone() if is_torch(a) else a.copy()
+def first_rows(a: Array, n: int) -> Array:
+    """The first n rows of a result, without the memory of the others; what NumPy made of it is no longer to be used."""
+    if is_torch(a):
+        return a[:n].clone()
+    a.resize((n, *a.shape[1:]), refcheck=False)
+    return a
 
 
 def give(verb: str, name: str, out: Array, like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:

@@ -23,9 +23,9 @@ from .arrays import (
     NUMBERS,
     behaviours_of,
     beside,
-    copy_of,
     core,
     empty,
+    first_rows,
     give,
     is_cuda,
     is_torch,
@@ -178,7 +178,7 @@ def leaf_sums(book: Codebook, histories: Histories) -> Histories:
     """
     sums = _sum_leaves(book, histories, apart=False)
     used = int(sums.offsets[-1])
-    return Histories(*(a if a is None or a is sums.offsets else copy_of(a[:used]) for a in sums[:-2]))
+    return Histories(*(a if a is None or a is sums.offsets else first_rows(a, used) for a in sums[:-2]))
 
 
 def leaf_sums_backward(
