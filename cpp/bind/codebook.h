@@ -57,15 +57,6 @@ inline nb::bytes serialize_codebook(const Codebook& book) {
   return nb::bytes(bytes.data(), bytes.size());
 }
 
-inline void copy_centers(const Codebook& book, int level, Lent out) {
-  if (level < 0 || level >= book.levels()) throw nb::index_error("Codebook: no such level");
-  Call call("Codebook", kOnlyCpu);
-  const auto to = array<float, 2>(out, call, "out", "float32 [C, D]");
-  if (to.shape[0] != book.size(level) || to.shape[1] != book.width())
-    wrong_value("Codebook", "out", "[C, D]", describe(out));
-  std::copy_n(book.centers(level), book.size(level) * book.width(), to.data);
-}
-
 inline Codebook view_image(Lent image, Lent scratch) {
   Call call("Codebook", kOnlyCpu);
   const auto bytes = array<const uint8_t, 1>(image, call, "image", "uint8 [any]");
@@ -82,6 +73,18 @@ inline size_t view_scratch(Lent image) {
   return Codebook::view_scratch({reinterpret_cast<const std::byte*>(bytes.data), {bytes.shape[0]}});
 }
 
+/// (of(0), .., of(L - 1))
+template <class F>
+nb::tuple each_level(const Codebook& book, F of) {
+  nb::list found;
+  for (int l = 0; l < book.levels(); ++l) found.append(of(l));
+  return nb::tuple(found);
+}
+
+inline nb::tuple sizes_of(const Codebook& book) {
+  return each_level(book, [&](int l) { return book.size(l); });
+}
+
 /// The image, where it lies.
 inline nb::object image_of(nb::handle self) {
   const Array<const std::byte, 1> image = nb::cast<const Codebook&>(self).image();
@@ -89,16 +92,21 @@ inline nb::object image_of(nb::handle self) {
   return nb::cast(nb::ndarray<nb::numpy, const uint8_t>(image.data, 1, &size, self));
 }
 
+/// The centers, where they lie.
+inline nb::tuple centers_of(nb::handle self) {
+  const auto& book = nb::cast<const Codebook&>(self);
+  return each_level(book, [&](int l) {
+    const size_t shape[] = {static_cast<size_t>(book.size(l)), static_cast<size_t>(book.width())};
+    return nb::cast(nb::ndarray<nb::numpy, const float>(book.centers(l), 2, shape, self));
+  });
+}
+
 inline nb::object report_of(const Codebook& book) {
   const FitReport* const report = book.report();
   if (!report) return nb::none();
-  nb::list rounds, errors, unused;
-  for (int l = 0; l < book.levels(); ++l) {
-    rounds.append(report->iterations[l]);
-    errors.append(report->error[l]);
-    unused.append(report->unused[l]);
-  }
-  return nb::make_tuple(report->rows, report->left_out, nb::tuple(rounds), nb::tuple(errors), nb::tuple(unused));
+  const auto each = [&](const auto* of) { return each_level(book, [=](int l) { return of[l]; }); };
+  return nb::make_tuple(report->rows, report->left_out, each(report->iterations), each(report->error),
+                        each(report->unused));
 }
 
 inline Codebook fit_codebook(Lent x, const std::vector<int64_t>& sizes, int iterations, uint64_t seed,
@@ -129,9 +137,7 @@ inline Codebook fit_codebook(Lent x, const std::vector<int64_t>& sizes, int iter
       });
     };
   FitReport report;
-  run(
-      call, [&](const Context& context) { return fit_workspace(context, params, rows_x.rows, rows_x.width); },
-      [&](const Context& context) { return fit(context, params, rows_x, centers, &report); });
+  run(call, with(fit_workspace, params, rows_x.rows, rows_x.width), with(fit, params, rows_x, centers, &report));
   Array<const float, 2> made[kMaxLevels];
   std::copy_n(centers, params.levels, made);
   Codebook book;
@@ -148,15 +154,7 @@ inline void add_codebook(nb::module_& m) {
       .def_static("parse", parse_codebook, "data"_a)
       .def("save", save_codebook, "path"_a)
       .def("serialize", serialize_codebook)
-      .def("copy_centers", copy_centers, "level"_a, "out"_a)
-      .def_prop_ro(
-          "sizes",
-          [](const Codebook& book) {
-            nb::list sizes;
-            for (int l = 0; l < book.levels(); ++l) sizes.append(book.size(l));
-            return nb::tuple(sizes);
-          },
-          nb::sig("def sizes(self) -> tuple[int, ...]"))
+      .def_prop_ro("sizes", sizes_of, nb::sig("def sizes(self) -> tuple[int, ...]"))
       .def_prop_ro("levels", &Codebook::levels)
       .def_prop_ro("width", &Codebook::width)
       .def_prop_ro("fingerprint", &Codebook::fingerprint)
@@ -164,7 +162,9 @@ inline void add_codebook(nb::module_& m) {
       .def_prop_ro("report", report_of,
                    nb::sig("def report(self) -> tuple[int, int, tuple[int, ...], tuple[float, ...], tuple[int, ...]] | "
                            "None"))
-      .def_prop_ro("image", image_of, nb::sig("def image(self) -> typing.Any"));
+      .def_prop_ro("centers", centers_of,
+                   nb::sig("def centers(self) -> tuple[numpy.typing.NDArray[numpy.float32], ...]"))
+      .def_prop_ro("image", image_of, nb::sig("def image(self) -> numpy.typing.NDArray[numpy.uint8]"));
   m.def("fit", fit_codebook, "x"_a, "sizes"_a, "iterations"_a, "seed"_a, "progress"_a.none());
 }
 

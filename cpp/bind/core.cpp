@@ -78,9 +78,7 @@ void encode_codes(const Codebook& book, Lent x, Lent codes) {
   Call call("encode");
   const Rows rows_x = rows(x, call, "x", 2, kX);
   const auto out = array<int32_t, 2>(codes, call, "out", kCodes);
-  run(
-      call, [&](const Context& context) { return encode_workspace(context, book); },
-      [&](const Context& context) { return encode(context, book, rows_x, out); }, &book);
+  run(call, with(encode_workspace, book), with(encode, book, rows_x, out), &book);
 }
 
 void leaf_numbers(const Codebook& book, Lent codes, Lent out) {
@@ -93,9 +91,7 @@ void prototype_rows(const Codebook& book, Lent codes, Lent out) {
   Call call("prototypes");
   const auto from = array<const int32_t, 2>(codes, call, "codes", kCodes);
   const auto to = array<float, 2>(out, call, "out", "float32 [T, D]");
-  run(
-      call, [](const Context&) { return size_t{0}; },
-      [&](const Context& context) { return code_prototypes(context, book, from, to); }, &book);
+  run(call, [](const Context&) { return size_t{0}; }, with(code_prototypes, book, from, to), &book);
 }
 
 void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, const std::vector<int64_t>& fanout,
@@ -115,9 +111,7 @@ void vote_agents(const Codebook& book, const Fields& histories, int64_t budget, 
                    array<int64_t, 2>(out_votes, call, "out votes", "int64 [B, M]"),
                    array<int32_t, 1>(out_count, call, "out count", "int32 [B]"), book.fingerprint(),
                    array<float, 3>(out_prototypes, call, "out prototypes", "float32 [B, M, D]")};
-  run(
-      call, [&](const Context& context) { return vote_workspace(context, book, params, in); },
-      [&](const Context& context) { return vote(context, book, params, in, out); }, &book);
+  run(call, with(vote_workspace, book, params, in), with(vote, book, params, in, out), &book);
 }
 
 // ---- route
@@ -163,9 +157,8 @@ void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes
   if (!tokens.none) out.tokens = rows<MutableRows>(tokens, call, "out tokens", 3, kTokens);
   out.lse = array<float, 2>(lse, call, "out lse", "float32 [B, M]");
   out.mean_x = array<float, 3>(mean_x, call, "out mean_x", "float32 [B, M, D]", true);
-  run(
-      call, [&](const Context& context) { return route_workspace(context, book, a.params, a.in, a.agents, out); },
-      [&](const Context& context) { return route(context, book, a.params, a.in, a.agents, out); }, book);
+  run(call, with(route_workspace, book, a.params, a.in, a.agents, out),
+      with(route, book, a.params, a.in, a.agents, out), book);
 }
 
 /// Rows of a table.
@@ -195,10 +188,8 @@ void route_gradients(const Codebook* book, const Fields& histories, Lent prototy
                            array<float, 1>(dtemperature, call, "dtemperature", "float32 [1] or [M]", true),
                            listed(call, x_rows, "x_rows"),
                            listed(call, v_rows, "v_rows")};
-  run(
-      call,
-      [&](const Context& context) { return route_backward_workspace(context, book, a.params, a.in, a.agents, f, out); },
-      [&](const Context& context) { return route_backward(context, book, a.params, a.in, a.agents, f, out); }, book);
+  run(call, with(route_backward_workspace, book, a.params, a.in, a.agents, f, out),
+      with(route_backward, book, a.params, a.in, a.agents, f, out), book);
 }
 
 void missing_rows(const Codebook* book, const Fields& histories, Lent out) {
@@ -206,9 +197,7 @@ void missing_rows(const Codebook* book, const Fields& histories, Lent out) {
   Batch batch(call, histories);
   batch.read_rows(book);
   const auto to = array<float, 1>(out, call, "out", "float32 [T]");
-  run(
-      call, [&](const Context& context) { return missing_workspace(context, book, batch.in); },
-      [&](const Context& context) { return missing(context, book, batch.in, to); }, book);
+  run(call, with(missing_workspace, book, batch.in), with(missing, book, batch.in, to), book);
 }
 
 /// Of `compress`; by votes in history mode.
@@ -249,9 +238,7 @@ void sum_leaves(const Codebook& book, const Fields& histories, Lent x, Lent v, L
                      array<float, 1>(bias, call, "out bias", "float32 [S]"),
                      array<float, 1>(spread, call, "out spread", "float32 [S]"),
                      array<int64_t, 1>(votes, call, "out votes", "int64 [S]")};
-  run(
-      call, [&](const Context& context) { return leaf_sums_workspace(context, book, in); },
-      [&](const Context& context) { return leaf_sums(context, book, in, out); }, &book);
+  run(call, with(leaf_sums_workspace, book, in), with(leaf_sums, book, in, out), &book);
 }
 
 void leaf_gradients(const Codebook& book, const Fields& histories, const Fields& sums, const Fields& gradients,
@@ -267,9 +254,7 @@ void leaf_gradients(const Codebook& book, const Fields& histories, const Fields&
   const LeafSumsGradients out{array<float, 2>(dv, call, "dv", "float32 [T, V], or of the table", true),
                               array<float, 1>(dbias, call, "dbias", "float32 [T]", true),
                               listed(call, v_rows, "v_rows")};
-  run(
-      call, [&](const Context& context) { return leaf_sums_backward_workspace(context, book, in, out); },
-      [&](const Context& context) { return leaf_sums_backward(context, book, in, f, out); }, &book);
+  run(call, with(leaf_sums_backward_workspace, book, in, out), with(leaf_sums_backward, book, in, f, out), &book);
 }
 
 // ---- attend
@@ -304,9 +289,7 @@ void attend_candidates(Lent q, Lent keys, Lent values, Lent candidate_offsets, L
   const AttendArguments a(call, q, keys, values, candidate_offsets, bias, scale);
   const Attended to{rows<MutableRows>(out, call, "out", 3, "q's type, [N, H, V]"),
                     array<float, 2>(lse, call, "out lse", "float32 [N, H]")};
-  run(
-      call, [&](const Context& context) { return attend_workspace(context, a.in); },
-      [&](const Context& context) { return attend(context, a.in, to); });
+  run(call, with(attend_workspace, a.in), with(attend, a.in, to));
 }
 
 void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent keys, Lent values,
@@ -320,9 +303,7 @@ void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent k
                            array<float, 4>(dkeys, call, "dkeys", "float32 [B, M, H, d]"),
                            array<float, 4>(dvalues, call, "dvalues", "float32 [B, M, H, V]"),
                            array<float, 2>(dbias, call, "dbias", "float32 [B, M]", true)};
-  run(
-      call, [&](const Context& context) { return attend_backward_workspace(context, a.in); },
-      [&](const Context& context) { return attend_backward(context, a.in, forward, to); });
+  run(call, with(attend_backward_workspace, a.in), with(attend_backward, a.in, forward, to));
 }
 
 void fill(nb::module_& m) {

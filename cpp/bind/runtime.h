@@ -141,6 +141,12 @@ void run_on_cuda(int device, const Codebook* book, Workspace workspace, Verb ver
   raise(verb(context));  // puts work on the stream, in whose order the scratch is freed
 }
 
+/// f(context, arguments..) of a context that is not there yet.
+template <class F, class... Arguments>
+auto with(F f, const Arguments&... arguments) {
+  return [&, f](const Context& context) { return f(context, arguments...); };
+}
+
 /// Runs verb(context) where the call's arrays lie, on a CPU without the GIL, with workspace(context) bytes of scratch.
 template <class Workspace, class Verb>
 void run(const Call& call, Workspace workspace, Verb verb, const Codebook* book = nullptr) {

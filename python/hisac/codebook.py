@@ -168,8 +168,7 @@ class Codebook:
     def image(self) -> npt.NDArray[np.uint8]:
         """The codebook as bytes, where they lie, read-only: a head, the centers, and what the verbs read on a GPU. They
         are the same on every machine, and `view` makes a codebook of them."""
-        found: npt.NDArray[np.uint8] = self._core.image
-        return found
+        return self._core.image
 
     @property
     def temperature(self) -> float | None:
@@ -205,10 +204,7 @@ class Codebook:
     @property
     def centers(self) -> tuple[npt.NDArray[np.float32], ...]:
         """The codewords, one array [C_l, D] a level (copies)."""
-        out = tuple(np.empty((size, self.width), np.float32) for size in self.sizes)
-        for level, c in enumerate(out):
-            self._core.copy_centers(level, c)
-        return out
+        return tuple(np.array(c) for c in self._core.centers)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Codebook) and self.fingerprint == other.fingerprint

@@ -466,3 +466,13 @@ def test_numbers_of_a_rule(rule):
     for wrong, got in ((2, "2"), ([1, 0], "(1, 0)"), ((n for n in (1, 2, 3)), "(1, 2, 3)")):
         with pytest.raises(ValueError, match=f"{rule} expected one number .* of 2 levels, got {re.escape(got)}"):
             hisac.vote(BOOK, histories, **{rule: wrong})
+
+
+def test_leaf_sums_keep_the_memory_of_their_rows_alone():
+    behaviours = Histories(X, VALUE, OFFSETS, np.zeros_like(CODES))  # a leaf each
+    for histories in (behaviours, Histories(*(a if a is None else torch.from_numpy(a) for a in behaviours))):
+        for a in hisac.leaf_sums(BOOK, histories)[:-2]:
+            if isinstance(a, np.ndarray):
+                assert a.flags.owndata and a.base is None and a.shape[0] in (B, B + 1)
+            elif a is not None:
+                assert a.untyped_storage().nbytes() == a.nbytes and a.shape[0] in (B, B + 1)
