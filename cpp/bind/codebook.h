@@ -14,7 +14,7 @@ namespace hisac::bind {
 
 using nb::literals::operator""_a;
 
-constexpr const char* kX = "float32, bfloat16 or float16 [T, D]";
+constexpr const char* kEmbeddings = "float32, bfloat16 or float16 [T, D]";
 
 inline void make_codebook(Codebook* self, const std::vector<View>& centers, float temperature) {
   Call call("Codebook", kOnlyCpu);
@@ -112,7 +112,7 @@ inline nb::object report_of(const Codebook& book) {
 inline Codebook fit_codebook(Lent x, const std::vector<int64_t>& sizes, int iterations, uint64_t seed,
                              nb::object progress) {
   Call call("fit", kOnlyCpu);
-  const Rows rows_x = rows(x, call, "x", 2, kX);
+  const Rows rows_x = rows(x, call, "x", 2, kEmbeddings);
   FitParams params;
   Array<float, 2> centers[kMaxLevels];
   if (sizes.size() < 1 || sizes.size() > kMaxLevels)

@@ -76,7 +76,7 @@ bool fits(nb::handle array, nb::typed<nb::tuple, int64_t, nb::ellipsis> shape, n
 
 void encode_codes(const Codebook& book, Lent x, Lent codes) {
   Call call("encode");
-  const Rows rows_x = rows(x, call, "x", 2, kX);
+  const Rows rows_x = rows(x, call, "x", 2, kEmbeddings);
   const auto out = array<int32_t, 2>(codes, call, "out", kCodes);
   run(call, with(encode_workspace, book), with(encode, book, rows_x, out), &book);
 }
