@@ -34,6 +34,7 @@ from works_common import (
     by_role,
     has_torch,
 )  # fmt: skip
+from works_match import match
 from works_route import backward, leaf, real, route
 from works_train import train
 
@@ -340,6 +341,7 @@ WORKS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
         {"rows": 8000, "size": 64, "iterations": 4},
     ),
     "attend/500": (attend, {"candidates": 500, "tokens": 200}, {}),
+    "match/500": (match, {"leaves": 2000, "candidates": 500, "sizes": CODES}, {}),
     # next to nothing to compute: what a call costs, from NumPy as fp32 and from torch as bf16
     "call/route": (route, {"users": 1, "rows": 5, "agents": 4, "width": 8, "value": 8}, {}),
     "call/vote": (vote, {"rows": 5, "sizes": (4, 4), "fanout": (2, 2), "budget": 3}, {}),

@@ -306,6 +306,46 @@ void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent k
   run(call, with(attend_backward_workspace, a.in), with(attend_backward, a.in, forward, to));
 }
 
+// ---- match
+
+struct MatchArguments {
+  Batch batch;
+  MatchInputs in;
+
+  MatchArguments(Call& call, const Fields& sums, Lent codes, Lent rows, Lent offsets) : batch(call, sums) {
+    batch.read_matched();
+    in.sums = batch.in;
+    in.codes = array<const int32_t, 2>(codes, call, "codes", "int32 [N, L], or [items, L] with ids");
+    in.ids = ids(rows, call, "ids", "int32 or int64 [N]", true);
+    in.candidates = spans(offsets, call, "candidate_offsets");
+  }
+};
+
+void match_candidates(const Codebook& book, const Fields& sums, Lent codes, Lent rows_of_codes, Lent candidate_offsets,
+                      Lent v, Lent lse) {
+  Call call("match");
+  const MatchArguments a(call, sums, codes, rows_of_codes, candidate_offsets);
+  const Match to{rows<MutableRows>(v, call, "out v", 3, "the type of the sums' v, [N, L, V]"),
+                 array<float, 2>(lse, call, "out lse", "float32 [N, L]")};
+  run(
+      call, [&](const Context& context) { return match_workspace(context, book, a.in); },
+      [&](const Context& context) { return match(context, book, a.in, to); }, &book);
+}
+
+void match_gradients(const Codebook& book, const Fields& sums, Lent d_v, Lent d_lse, Lent codes, Lent rows_of_codes,
+                     Lent candidate_offsets, Lent dv, Lent dbias) {
+  Call call("match_backward");
+  const MatchArguments a(call, sums, codes, rows_of_codes, candidate_offsets);
+  MatchForward forward;
+  if (!d_v.none) forward.d_v = rows(d_v, call, "d_v", 3, "float32, bfloat16 or float16 [N, L, V]");
+  forward.d_lse = array<const float, 2>(d_lse, call, "d_lse", "float32 [N, L]", true);
+  const MatchGradients to{array<float, 2>(dv, call, "dv", "float32 [S, V]", true),
+                          array<float, 1>(dbias, call, "dbias", "float32 [S]", true)};
+  run(
+      call, [&](const Context& context) { return match_backward_workspace(context, book, a.in); },
+      [&](const Context& context) { return match_backward(context, book, a.in, forward, to); }, &book);
+}
+
 void fill(nb::module_& m) {
   nb::set_leak_warnings(false);  // torch's registry may keep codebooks to the end
   m.attr("VERSION") = HISAC_VERSION;
@@ -334,6 +374,10 @@ void fill(nb::module_& m) {
         "out"_a, "lse"_a);
   m.def("attend_backward", attend_gradients, "d_out"_a, "d_lse"_a.none(), "out"_a, "lse"_a, "q"_a, "keys"_a, "values"_a,
         "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "dq"_a, "dkeys"_a, "dvalues"_a, "dbias"_a.none());
+  m.def("match", match_candidates, "book"_a, "sums"_a, "codes"_a, "ids"_a.none(), "candidate_offsets"_a, "v"_a,
+        "lse"_a);
+  m.def("match_backward", match_gradients, "book"_a, "sums"_a, "d_v"_a.none(), "d_lse"_a.none(), "codes"_a,
+        "ids"_a.none(), "candidate_offsets"_a, "dv"_a.none(), "dbias"_a.none());
 
   m.def("plain", all_plain, "names"_a, "arrays"_a);
   m.def("bfloat16_bits", bfloat16_bits, "source"_a);

@@ -66,6 +66,15 @@ class Batch {
     in.bias = array<const float, 1>(view(kBias), call_, "sums.bias", "float32 [S]");
     in.spread = array<const float, 1>(view(kSpread), call_, "sums.spread", "float32 [S]");
   }
+  /// Leaf sums for `match`: v, offsets, codes and bias. Of ids it sees that there are some.
+  void read_matched() {
+    in.v = rows(view(kV), call_, "sums.v", 2, "float32, bfloat16 or float16 [S, V]");
+    read_spans();
+    in.codes = array<const int32_t, 2>(view(kCodes), call_, "sums.codes", "int32 [S, L]");
+    in.bias = array<const float, 1>(view(kBias), call_, "sums.bias", "float32 [S]", true);
+    if (!field(kXIds).is_none()) in.x_ids = {kUnread, DType::int64, 0};
+    if (!field(kVIds).is_none()) in.v_ids = {kUnread, DType::int64, 0};
+  }
   /// The gradients of leaf sums.
   void read_gradients(LeafSumsForward& f) {
     f.d_x = array<const float, 2>(view(kX), call_, "gradients.x", "float32 [S, D]", true);

@@ -9,6 +9,7 @@
 #include "hisac/encode.h"
 #include "hisac/fit.h"
 #include "hisac/leaf_sums.h"
+#include "hisac/match.h"
 #include "hisac/route.h"
 #include "hisac/vote.h"
 
@@ -27,15 +28,19 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
   X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
   X(missing) X(missing_workspace) X(log_share)                                 \
   X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)
+
+/// Those of the CPU alone.
+#define HISAC_EACH_CPU_VERB(X)                                                 \
+  X(match) X(match_workspace) X(match_backward) X(match_backward_workspace)    \
+  X(fit) X(fit_workspace)
 // clang-format on
 
 /// Functions with the signatures of the public verbs; null where a backend does not have one.
 struct Backend {
 #define HISAC_MEMBER(verb) decltype(&hisac::verb) verb = nullptr;
   HISAC_EACH_VERB(HISAC_MEMBER)
+  HISAC_EACH_CPU_VERB(HISAC_MEMBER)
 #undef HISAC_MEMBER
-  decltype(&hisac::fit) fit = nullptr;
-  decltype(&hisac::fit_workspace) fit_workspace = nullptr;
   /// Makes a device the current one and returns the one before; null on the CPU.
   int (*use_device)(int device) noexcept = nullptr;
 };

@@ -3,6 +3,7 @@
 
     item embeddings --fit--> codebook
     x --encode--> codes --vote--> agents --route--> tokens --attend--> candidates' features
+                  codes, v --leaf_sums--> leaf sums --match--> candidates' features
 
 `compress` is the way from histories to tokens in one call.
 
@@ -17,6 +18,7 @@ import warnings
 from . import _core
 from ._core import VERSION as __version__
 from ._core import CorruptFileError
+from .candidates import attend, attend_backward, match, match_backward, merge
 from .codebook import Codebook
 from .runtime import backends, get_num_threads, set_num_threads
 from .types import (
@@ -27,12 +29,12 @@ from .types import (
     FitReport,
     Histories,
     LeafGradients,
+    Match,
+    MatchGradients,
     RouteGradients,
     Tokens,
 )
 from .verbs import (
-    attend,
-    attend_backward,
     compress,
     encode,
     fit,
@@ -55,6 +57,8 @@ __all__ = [
     "FitReport",
     "Histories",
     "LeafGradients",
+    "Match",
+    "MatchGradients",
     "RouteGradients",
     "Tokens",
     "__version__",
@@ -67,6 +71,9 @@ __all__ = [
     "get_num_threads",
     "leaf_sums",
     "leaf_sums_backward",
+    "match",
+    "match_backward",
+    "merge",
     "missing",
     "route",
     "route_backward",

@@ -11,7 +11,8 @@ import importlib
 import math
 import operator
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -232,6 +233,24 @@ def per_level(verb: str, name: str, given: Any, levels: int, most: float = math.
         given = found
     kind = ">= 1" if most == math.inf else f"of 1 to {most}"
     raise ValueError(f"{verb}: {name} expected one number {kind} for each of {levels} levels, got {given!r}")
+
+
+_Kind = TypeVar("_Kind")
+
+
+def check(given: Any, kind: type[_Kind], name: str) -> _Kind:
+    """`given`; TypeError where it is of another type of hisac."""
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} expected hisac.{kind.__name__}, got {type(given).__name__}")
+    return given
+
+
+def wanted_of(verb: str, need: Iterable[str], gradients: Any) -> tuple[str, ...]:
+    """The names of the gradients that a backward is asked for."""
+    wanted = (need,) if isinstance(need, str) else tuple(need)
+    if not set(wanted) <= set(gradients._fields):
+        raise ValueError(f"{verb}: need expected names of {gradients._fields}, got {wanted}")
+    return wanted
 
 
 def take_histories(verb: str, names: str, histories: Histories) -> Histories:

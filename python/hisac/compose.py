@@ -59,6 +59,17 @@ def temperature_of(verb: str, temperature: Any, book: Any, default_of: Any = ope
     return found
 
 
+def coded(verbs: Verbs, verb: str, book: Any, histories: Histories) -> Histories:
+    """Histories with codes: those of x where there are none."""
+    h = histories
+    if h.codes is not None:
+        return h
+    if h.x is None or h.x_ids is not None:
+        got = "neither x nor codes" if h.x is None else "no codes beside x_ids: encode the table once and keep them"
+        raise ValueError(f"{verb}: codes expected, or x to encode, got {got}")
+    return h._replace(codes=verbs.encode(book, h.x))
+
+
 def _votes(verbs: Verbs, agents: Agents, lse: Any) -> Any:
     """Those of agents beside lse; 1 each where they have none."""
     if agents.votes is None:
@@ -95,11 +106,7 @@ def compress(
             raise ValueError(f"compress: {name} expected {known[0]!r} or {known[1]!r}, got {given!r}")
     h, np = histories, verbs.numbers
     temperature = temperature_of("compress", temperature, book, verbs.default_temperature)
-    if h.codes is None:
-        if h.x is None or h.x_ids is not None:
-            got = "neither x nor codes" if h.x is None else "no codes beside x_ids: encode the table once and keep them"
-            raise ValueError(f"compress: codes expected, or x to encode, got {got}")
-        h = h._replace(codes=verbs.encode(book, h.x))
+    h = coded(verbs, "compress", book, h)
     if agents is not None and (budget, fanout, beam) != (None, None, None):
         raise ValueError("compress: expected either agents or a rule, got both")
     if agents is None:
@@ -136,3 +143,41 @@ def compress(
             share = np.concatenate((share + parts[:, :1], parts[:, 1:]), 1)
         tokens, lse = np.concatenate((tokens, one.tokens), 1), np.concatenate((lse, one.lse), 1)
     return Compressed(tokens, lse, share, agents._replace(prototypes=prototypes))
+
+
+def _check_pairs(a: Any, b: Any) -> None:
+    """Two of the same fields, of out [.., V] and lse [..]."""
+    if len(a) != len(b) or any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
+        raise ValueError(f"merge: b expected the fields of a, {type(a).__name__} of {len(a)}, got {len(b)}")
+    shape = list(a[1].shape)
+    names = getattr(a, "_fields", ("out", "lse"))
+    for i, (name, x, y) in enumerate(zip(names, a, b, strict=True)):
+        if x is None:
+            continue
+        expected = shape if i == 1 else [*shape, *x.shape[-1:]]
+        for who, given in (("a", x), ("b", y)):
+            if list(given.shape) != expected:
+                raise ValueError(f"merge: {who}'s {name} expected {expected}, got {list(given.shape)}")
+
+
+def merge(np: Any, a: Any, b: Any) -> Any:
+    """`hisac.merge`, by numpy or torch. A side whose lse is -inf is not multiplied, so that no gradient is NaN."""
+    _check_pairs(a, b)
+    in_a, in_b = a[1] > -np.inf, b[1] > -np.inf
+    both = in_a & in_b
+    top = np.where(in_a | in_b, np.maximum(a[1], b[1]), 0.0)
+    top = top.detach() if hasattr(top, "detach") else top
+    mass_a, mass_b = np.exp(a[1] - top), np.exp(b[1] - top)
+    total = np.where(both, mass_a + mass_b, 1.0)
+    alone = np.where(in_a, a[1], np.where(in_b, b[1], -np.inf))
+
+    def mean(x: Any, y: Any) -> Any:
+        zero = np.zeros_like(x)
+        x, y = np.where(in_a[..., None], x, zero), np.where(in_b[..., None], y, zero)
+        mixed = (mass_a / total)[..., None] * x + (mass_b / total)[..., None] * y
+        found = np.where(both[..., None], mixed, np.where(in_a[..., None], x, y))
+        return found.to(zero.dtype) if hasattr(found, "detach") else found.astype(zero.dtype, copy=False)
+
+    out = [None if x is None or i == 1 else mean(x, b[i]) for i, x in enumerate(a)]
+    out[1] = np.where(both, top + np.log(total), alone)
+    return getattr(type(a), "_make", tuple)(out)

@@ -201,6 +201,18 @@ class Attended(NamedTuple):
     lse: Array
 
 
+class Match(NamedTuple):
+    """What the leaf sums of a user say of its candidates, on each level of the code tree.
+
+    v    [N, L, V], the type of the sums' v: the mean v of the sums below a candidate's first l codes; 0 without one.
+    lse  [N, L] float32: the log of their mass; -inf without one. That of `hisac.torch.TreeMatch`, a module, is
+         log(1 + mass), 0 without one.
+    """
+
+    v: Array
+    lse: Array
+
+
 class RouteGradients(NamedTuple):
     """Gradients of `route`, float32; None where not asked for.
 
@@ -243,6 +255,17 @@ class AttendGradients(NamedTuple):
     q: Array
     keys: Array
     values: Array
+    bias: Array
+
+
+class MatchGradients(NamedTuple):
+    """Gradients of `match` for its sums, float32; None where not asked for.
+
+    v     [S, V].
+    bias  [S].
+    """
+
+    v: Array
     bias: Array
 
 

@@ -4,14 +4,14 @@
 Arguments, meaning and order are those of `hisac.reference`, which defines each verb; here they run compiled, in float32
 accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL, or on a GPU's current stream.
 All arrays of a call lie in one place, and so do the results: NumPy's beside NumPy's codes (vote) or v (the others),
-tensors beside tensors. `fit` and `Codebook.leaves` are the CPU's.
+tensors beside tensors. `fit`, `Codebook.leaves` and `match` are the CPU's. candidates.py has the verbs of candidates.
 Letters: B users, T behaviours, D semantic width, V value width, L levels, M agents a user, N candidates, H heads.
 """
 
 import math
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from .arrays import (
     NUMBERS,
     behaviours_of,
     beside,
+    check,
     core,
     empty,
     first_rows,
@@ -36,14 +37,13 @@ from .arrays import (
     rows_of,
     take,
     take_histories,
+    wanted_of,
     whole,
 )
 from .codebook import Codebook
 from .types import (
     Agents,
     Array,
-    Attended,
-    AttendGradients,
     Compressed,
     Histories,
     LeafGradients,
@@ -70,7 +70,7 @@ def encode(book: Codebook, x: Array, *, out: Array = None) -> Array:
 
     Returns codes [T, L] int32. Raises ValueError for a wrong shape, TypeError for a wrong type.
     """
-    return _check(book, Codebook, "encode: book").encode(x, out=out)
+    return check(book, Codebook, "encode: book").encode(x, out=out)
 
 
 def vote(
@@ -101,7 +101,7 @@ def vote(
     given = (budget is not None) + (fanout is not None) + (beam is not None)
     if given != 1:
         raise ValueError(f"vote: expected exactly one of budget, fanout and beam, got {given}")
-    tree = _check(book, Codebook, "vote: book")._core
+    tree = check(book, Codebook, "vote: book")._core
     histories = take_histories("vote", _VOTES, histories)
     fans: tuple[int, ...] = ()
     beams: tuple[int, ...] = ()
@@ -145,7 +145,7 @@ def compress(
 
     Returns Compressed. Raises ValueError, TypeError.
     """
-    _check(book, Codebook, "compress: book")
+    check(book, Codebook, "compress: book")
     histories = take_histories("compress", _EVERY, histories)
     refine, v = whole("compress", "refine", refine, 0, 10**6), histories.v
     verbs = _VERBS._replace(beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np)
@@ -203,8 +203,8 @@ def leaf_sums_backward(
 
     Returns LeafGradients, float32, None where not wanted; with v_ids v's is the table's. Raises ValueError, TypeError.
     """
-    verb, wanted = "leaf_sums_backward", _wanted("leaf_sums_backward", need, LeafGradients)
-    _check(book, Codebook, f"{verb}: book")
+    verb, wanted = "leaf_sums_backward", wanted_of("leaf_sums_backward", need, LeafGradients)
+    check(book, Codebook, f"{verb}: book")
     histories = take_histories(verb, _CODED_ROWS, histories)
     sums = take_histories(verb, _SUMS, sums)
     gradients = take_histories(verb, _OF_SUMS, gradients)
@@ -274,7 +274,7 @@ def route(
     prototypes, count, temperature = _agents("route", book, agents, count, temperature)
     v, (users, m, width) = histories.v, prototypes.shape
     like = prototypes if v is None else v
-    given = _NO_TOKENS if out is None else _check(out, Tokens, "route: out")
+    given = _NO_TOKENS if out is None else check(out, Tokens, "route: out")
     made = Tokens(
         give("route", "out tokens", given.tokens, v, (users, m, v.shape[1])) if tokens else None,
         give("route", "out lse", given.lse, like, (users, m), FLOAT32),
@@ -315,9 +315,9 @@ def route_backward(
     [rows, V], or of the rows listed, [U, ..]: sums over the behaviours of all histories, in their order and in float64.
     That of int8 is its scaled rows'. mean_x's does not reach x. Raises ValueError, TypeError, NotImplementedError.
     """
-    verb, wanted = "route_backward", _wanted("route_backward", need, RouteGradients)
-    _check(forward, Tokens, f"{verb}: forward")
-    _check(gradients, Tokens, f"{verb}: gradients")
+    verb, wanted = "route_backward", wanted_of("route_backward", need, RouteGradients)
+    check(forward, Tokens, f"{verb}: forward")
+    check(gradients, Tokens, f"{verb}: gradients")
     back = take(verb, "tokens?, lse, mean_x?, d_tokens?, d_lse?, d_mean_x?", *forward, *gradients)
     tree, histories = _rows(verb, book, histories, False)
     prototypes, count, tau = _agents(verb, book, agents, count, temperature)
@@ -336,14 +336,7 @@ def route_backward(
     return out
 
 
-_Kind = TypeVar("_Kind")
-_NO_TOKENS, _NO_ATTENDED = Tokens(None, None, None), Attended(None, None)
-
-
-def _check(given: Any, kind: type[_Kind], name: str) -> _Kind:
-    if not isinstance(given, kind):
-        raise TypeError(f"{name} expected hisac.{kind.__name__}, got {type(given).__name__}")
-    return given
+_NO_TOKENS = Tokens(None, None, None)
 
 
 def _agents(verb: str, book: Codebook | None, agents: Any, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
@@ -360,13 +353,6 @@ def _agents(verb: str, book: Codebook | None, agents: Any, count: Array, tempera
     return prototypes, count, float(temperature)
 
 
-def _wanted(verb: str, need: Iterable[str], gradients: Any) -> tuple[str, ...]:
-    wanted = (need,) if isinstance(need, str) else tuple(need)
-    if not set(wanted) <= set(gradients._fields):
-        raise ValueError(f"{verb}: need expected names of {gradients._fields}, got {wanted}")
-    return wanted
-
-
 _VOTES = "-, -, offsets B+1, codes T L, x_ids?, -, -, -, -, weights?"
 _CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
 _ROWS = _CODED_ROWS.replace("codes T L", "-")
@@ -379,7 +365,7 @@ _WITHOUT_V = {True: _CODED_ROWS.replace("v T V", "v? T V"), False: _ROWS.replace
 
 def _rows(verb: str, book: Codebook | None, histories: Histories, values: bool = True) -> tuple[Any, Histories]:
     """The codebook and the histories that are routed, as the core takes them; values: v is needed."""
-    tree = None if book is None else _check(book, Codebook, f"{verb}: book")._core
+    tree = None if book is None else check(book, Codebook, f"{verb}: book")._core
     names = _WITHOUT_V[tree is not None] if not values else _ROWS if tree is None else _CODED_ROWS
     return tree, take_histories(verb, names, histories)
 
@@ -387,7 +373,7 @@ def _rows(verb: str, book: Codebook | None, histories: Histories, values: bool =
 def _sum_leaves(book: Codebook, histories: Histories, *, apart: bool = True) -> Histories:
     """Leaf sums in arrays with a row for each row of the histories. apart: where the user's rows are, offsets are
     (starts, ends); else those of all users together."""
-    _check(book, Codebook, "leaf_sums: book")
+    check(book, Codebook, "leaf_sums: book")
     histories = take_histories("leaf_sums", _WEIGHTED, histories)
     x, v, spans = histories[:3]
     starts, ends = map(on_host, spans) if isinstance(spans, tuple) else (on_host(spans)[:-1], on_host(spans)[1:])
@@ -420,74 +406,3 @@ def _log_share(lse: Array, votes: Array) -> Array:
 _VERBS = compose.Verbs(
     encode, vote, Codebook.prototypes, _sum_leaves, missing, route, np, _as_type, log_share=_log_share
 )
-
-
-def attend(
-    q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None,
-    out: Attended | None = None,
-) -> Attended:  # fmt: skip
-    """Target attention of candidates on their user's tokens (paper, target attention).
-
-        z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
-
-    A token is absent where its bias or key holds a NaN or an infinity; for a q that holds one every token is. Without
-    tokens: zero and -inf.
-
-    Args:
-        q: [N, H, d], of one type with keys and values: float32, bfloat16 or float16
-        keys: [B, M, H, d]
-        values: [B, M, H, V]
-        candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
-        bias: [B, M] float32, such as the log_share of tokens
-        scale: None: 1 / sqrt(d)
-        out: Attended to write into
-
-    Returns Attended; its lse tells how well the best tokens match, which softmax attention alone hides. Raises
-    ValueError, TypeError.
-    """
-    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
-        "attend", q, keys, values, candidate_offsets, bias, scale
-    )
-    given = _NO_ATTENDED if out is None else _check(out, Attended, "attend: out")
-    result = Attended(
-        give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
-        give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), FLOAT32),
-    )
-    core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
-    return result
-
-
-def attend_backward(
-    d_out: Array, d_lse: Array, forward: Attended, q: Array, keys: Array, values: Array, candidate_offsets: Array, *,
-    bias: Array = None, scale: float | None = None,
-) -> AttendGradients:  # fmt: skip
-    """Gradients of `attend`.
-
-    Args:
-        d_out, d_lse: the gradients of what it returned; d_lse may be None
-        forward: what it returned
-        q, keys, values, candidate_offsets, bias, scale: those of the call
-
-    Returns AttendGradients, float32. Raises ValueError, TypeError.
-    """
-    verb = "attend_backward"
-    q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
-    _check(forward, Attended, f"{verb}: forward")
-    back = take(verb, "d_out, d_lse?, out, lse", d_out, d_lse, forward.out, forward.lse)
-    gradients = AttendGradients(
-        *(None if a is None else empty(back[0], tuple(a.shape), FLOAT32) for a in (q, keys, values, bias))
-    )
-    core.attend_backward(*back, q, keys, values, offsets, bias, scale, *gradients)
-    return gradients
-
-
-def _attend_inputs(
-    verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
-) -> tuple[Any, ...]:
-    q, keys, values, offsets, bias = take(
-        verb, "q N H d, keys B M H d, values B M H V, candidate_offsets, bias?",
-        q, keys, values, candidate_offsets, bias,
-    )  # fmt: skip
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{verb}: scale expected finite, got {scale}")
-    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)

@@ -40,7 +40,8 @@ TEST_CASE("no verb allocates, serial or in a pool") {
   std::vector<float> prototypes(kUsers * kSeats * kWidth), tokens(kUsers * kSeats * kWidth), lse(kUsers * kSeats),
       mean_x(kUsers * kSeats * kWidth), dv(kRows * kWidth), dx(kRows * kWidth), dbias(kRows), dspread(kRows), dtau(1),
       dp(kUsers * kSeats * kWidth), out(kRows * kWidth), out_lse(kRows), centers(8 * kWidth), sum_x(kRows * kWidth),
-      sum_v(kRows * kWidth), sum_bias(kRows), sum_spread(kRows), absent(kRows);
+      sum_v(kRows * kWidth), sum_bias(kRows), sum_spread(kRows), absent(kRows), node_v(2 * kRows * kWidth),
+      node_lse(2 * kRows);
   const Rows xs = test::rows(x, kWidth), vs = test::rows(v, kWidth);
   Histories in;
   in.x = xs;
@@ -135,6 +136,18 @@ TEST_CASE("no verb allocates, serial or in a pool") {
       check("leaf_sums_backward",
             counted_size([&] { return leaf_sums_backward_workspace(test::sizing(workers), book, in, gradients); }),
             [&](const Context& c) { return leaf_sums_backward(c, book, in, forward, gradients); });
+      const MatchInputs matching{sums.histories(), {sum_codes.data(), {kRows, 2}}, {}, in.offsets};
+      check("match", counted_size([&] { return match_workspace(test::sizing(workers), book, matching); }),
+            [&](const Context& c) {
+              return match(c, book, matching,
+                           {{node_v.data(), DType::float32, 2 * kRows, kWidth}, {node_lse.data(), {kRows, 2}}});
+            });
+      check("match_backward",
+            counted_size([&] { return match_backward_workspace(test::sizing(workers), book, matching); }),
+            [&](const Context& c) {
+              return match_backward(c, book, matching, {test::rows(node_v, kWidth), {node_lse.data(), {kRows, 2}}},
+                                    {{dv.data(), {kRows, kWidth}}, {dbias.data(), {kRows}}});
+            });
     }
     const AttendInputs attention{
         xs, test::rows(prototypes, kWidth), test::rows(prototypes, kWidth), kSeats, 1, in.offsets, {}, 1};

@@ -68,6 +68,17 @@ class Verbs {
          [this](int w) { return leaf_sums_backward_workspace(test::sizing(w), book_, in_, leaf_gradients()); },
          [this](const Context& c) { return leaf_sums_backward(c, book_, in_, leaf_forward(), leaf_gradients()); },
          [this] { return d_leaf_v_.holds(0x5a) && d_leaf_bias_.holds(0x5a); }},
+        {"match", [this](int w) { return match_workspace(test::sizing(w), book_, matching_); },
+         [this](const Context& c) {
+           return match(c, book_, matching_,
+                        {{node_v_.data(), DType::float32, 2 * kRows, kWidth}, {node_lse_.data(), {kRows, 2}}});
+         },
+         [this] { return node_v_.holds(0x5a) && node_lse_.holds(0x5a); }},
+        {"match_backward", [this](int w) { return match_backward_workspace(test::sizing(w), book_, matching_); },
+         [this](const Context& c) {
+           return match_backward(c, book_, matching_, {}, {{d_leaf_v_.data(), {kRows, kWidth}}, {}});
+         },
+         [this] { return d_leaf_v_.holds(0x5a); }},
         {"attend", [this](int w) { return attend_workspace(test::sizing(w), attention_); },
          [this](const Context& c) {
            return attend(c, attention_, {{out_.data(), DType::float32, kRows, kWidth}, {out_lse_.data(), {kRows, 1}}});
@@ -91,7 +102,7 @@ class Verbs {
     for (Guarded<float>* a :
          {&centers_,     &tokens_,   &lse_,     &mean_x_, &d_v_,   &d_tau_,    &d_x_,        &d_p_,
           &d_bias_,      &d_spread_, &absent_,  &sum_x_,  &sum_v_, &sum_bias_, &sum_spread_, &d_leaf_v_,
-          &d_leaf_bias_, &out_,      &out_lse_, &d_q_,    &d_k_,   &d_value_})
+          &d_leaf_bias_, &out_,      &out_lse_, &d_q_,    &d_k_,   &d_value_,  &node_v_,     &node_lse_})
       ok = a->intact() && ok;
     return ok;
   }
@@ -144,6 +155,7 @@ class Verbs {
     return h;
   }();
   RouteAgents to_{{prototypes_.data(), {2, kSeats, kWidth}}, {}};
+  MatchInputs matching_{in_, in_.codes, {}, in_.offsets};
   FitParams fit_ = [] {
     FitParams p;
     p.levels = 1;
@@ -164,7 +176,8 @@ class Verbs {
       d_v_{kRows * kWidth}, d_tau_{1}, d_x_{kRows * kWidth}, d_p_{2 * kSeats * kWidth}, d_bias_{kRows},
       d_spread_{kRows}, absent_{kRows}, sum_x_{kRows * kWidth}, sum_v_{kRows * kWidth}, sum_bias_{kRows},
       sum_spread_{kRows}, d_leaf_v_{kRows * kWidth}, d_leaf_bias_{kRows}, out_{kRows * kWidth}, out_lse_{kRows},
-      d_q_{kRows * kWidth}, d_k_{2 * kSeats * kWidth}, d_value_{2 * kSeats * kWidth};
+      d_q_{kRows * kWidth}, d_k_{2 * kSeats * kWidth}, d_value_{2 * kSeats * kWidth}, node_v_{2 * kRows * kWidth},
+      node_lse_{2 * kRows};
 };
 
 }  // namespace
@@ -361,6 +374,14 @@ TEST_CASE("sizes that no call may have: no workspace suffices, said at once, and
     CHECK(attend_workspace(none, in) == kLimit);
     CHECK(attend_backward_workspace(none, in) == kLimit);
     CHECK(attend(none, in, {}).code() == Code::invalid_argument);
+  }
+  MatchInputs huge_match;
+  for (int64_t* size :
+       {&huge_match.sums.v.width, &huge_match.sums.longest, &huge_match.codes.shape[0], &huge_match.candidates.users}) {
+    *size = kHuge;
+    CHECK(match_workspace(none, book, huge_match) == kLimit);
+    CHECK(match_backward_workspace(none, book, huge_match) == kLimit);
+    *size = 1;
   }
   VoteParams votes;
   votes.budget = 3;

@@ -7,11 +7,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from vectors import Case, Codes, Floats, Integers, Stored, Uniform, Whole, bits, to_bfloat16
+from vector_candidates import attend_cases, match_cases
+from vectors import Case, Codes, Floats, Integers, Stored, Uniform, Whole, bits, number, offsets_of, to_bfloat16
 
 from hisac import reference
 from hisac.reference import bounds
-from hisac.types import Attended, Histories, Tokens
+from hisac.types import Histories, Tokens
 
 NAN, INF = float("nan"), float("inf")
 OPTIONS = {"normalize": ("history", "agents"), "precision": ("float32", "bfloat16")}
@@ -39,14 +40,6 @@ def centers(records: dict[str, Any]) -> list[Any]:
 
 def built(records: dict[str, Any]) -> Any:
     return reference.Codebook(centers(records))
-
-
-def offsets_of(*offsets: int) -> dict[str, Any]:
-    return {"starts": Stored(np.array(offsets[:-1])), "ends": Stored(np.array(offsets[1:]))}
-
-
-def number(*values: Any, kind: Any = np.int64) -> Stored:
-    return Stored(np.array(values, kind))
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
@@ -436,47 +429,6 @@ def backward_cases() -> Iterator[Case]:
             yield backward_case(f"{name}, of listed rows", records, options, 1, listed=("x", "v"))
 
 
-# --------------------------------------------------------------------------------------------------------------- attend
-
-
-def attend_case(name: str, pairs: tuple[int, ...], agents: int, heads: int, key: int, wide: int, stride: int) -> Case:
-    users, n = len(pairs) - 1, pairs[-1]
-    absent = {i: -INF for i in range(agents, 2 * agents - 1)} | {3: NAN}
-    bias = Uniform(503, (users, agents), {i: a for i, a in absent.items() if i < users * agents})
-    records: dict[str, Any] = {
-        "q": Uniform(500, (n, heads, key), scale=3.0),
-        "keys": Uniform(501, (users, agents, heads, key), scale=3.0),
-        "values": Uniform(502, (users, agents, heads, wide)),
-        "bias": bias,
-        "scale": number(0.4, kind=np.float32),
-        **offsets_of(*pairs),
-    }
-    args = {of: records[of].array() for of in ("q", "keys", "values", "bias")}
-    args |= {"candidate_offsets": np.array(pairs), "scale": float(np.float32(0.4))}
-    found = reference.attend(**args)
-    limit = bounds.attend_bound(args)
-    expected = {f: Floats(getattr(found, f), getattr(limit, f), stride=stride) for f in Attended._fields}
-    given = {
-        "given out": Stored(found.out.astype(np.float32)[: 0 if stride > 1 else None]),
-        "given lse": Stored(found.lse.astype(np.float32)[: 0 if stride > 1 else None]),
-        "d_out": Uniform(504, found.out.shape),
-        "d_lse": Uniform(505, found.lse.shape),
-    }
-    if stride > 1:  # forward alone
-        return f"attend/{name}", records | expected
-    forward = Attended(given["given out"].array(), given["given lse"].array())
-    args |= {"d_out": given["d_out"].array(), "d_lse": given["d_lse"].array(), "forward": forward}
-    back, limits = reference.attend_backward(**args), bounds.attend_backward_bound(args)
-    grads = {f"grad {f}": Floats(getattr(back, f), getattr(limits, f)) for f in back._fields}
-    return f"attend/{name}", records | expected | given | grads
-
-
-def attend_cases() -> Iterator[Case]:
-    yield attend_case("long", (0, 650, 700), 21, 2, 7, 9, 17)
-    yield attend_case("two heads", (0, 8, 8, 13), 5, 2, 3, 4, 1)
-    yield attend_case("tails", (0, 11), 19, 1, 17, 21, 1)
-
-
 def cases() -> Iterator[Case]:
     yield from encode_cases()
     yield from vote_cases()
@@ -486,3 +438,4 @@ def cases() -> Iterator[Case]:
     yield from leaf_backward_cases()
     yield from backward_cases()
     yield from attend_cases()
+    yield from match_cases()

@@ -159,6 +159,14 @@ class Stored:
         return TAGS[str(a.dtype)], shape_of(a.shape) + a.tobytes()
 
 
+def offsets_of(*offsets: int) -> dict[str, Any]:
+    return {"starts": Stored(np.array(offsets[:-1])), "ends": Stored(np.array(offsets[1:]))}
+
+
+def number(*values: Any, kind: Any = np.int64) -> Stored:
+    return Stored(np.array(values, kind))
+
+
 @dataclass
 class Integers:
     """Integers that are expected."""

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A context on CUDA: refused before enable_cuda and by `fit`, shapes checked first, then the limits that hisac/cuda.h
-// names, then on the device's kernels: by `code_prototypes` and `compress`, whose own test this is; the other verbs
-// come this way in tests/cuda/test_cuda.py.
+// A context on CUDA: refused before enable_cuda and by `fit` and `match`, shapes checked first, then the limits that
+// hisac/cuda.h names, then on the device's kernels: by `code_prototypes` and `compress`, whose own test this is; the
+// other verbs come this way in tests/cuda/test_cuda.py.
 #include "hisac/compress.h"
 #include "hisac/cuda.h"
 #include "simt_test.h"
@@ -216,6 +216,13 @@ int main(int argc, char** argv) {
   if (const Status status = enable_cuda(); !status.ok()) test::fail("%s", status.what());
   expect(fit(on_device, {}, {}, nullptr, nullptr), Code::not_implemented,
          "fit: expected a context on the CPU, got one on CUDA");
+  MatchInputs none;
+  none.sums.v = rows(cpu.data(), 0, 4);
+  none.sums.codes = none.codes = array(codes, 0, 2);
+  expect(match(on_device, book, none, {{cuda.data(), DType::float32, 0, 4}, array(cuda.data(), 0, 2)}),
+         Code::not_implemented, "match: expected a context on the CPU, got one on CUDA");
+  expect(match_backward(on_device, book, none, {}, {}), Code::not_implemented,
+         "match_backward: expected a context on the CPU, got one on CUDA");
   expect(made(on_device, few), Code::invalid_argument, "prototypes: out expected [3, 4], got [2, 4]");
   expect_limits();
   for (const Method method : {Method::exact, Method::leaf})

@@ -289,7 +289,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   constexpr void (*kParts[])(Bytes&) = {products,        accumulations, pair_products, pair_accumulations,
                                         rows_in_and_out, transposes,    screens,       square_distances,
                                         row_sums,        route_weights, rows,          gradients,
-                                        distances};
+                                        distances,       weighed};
   kParts[in.byte() % 13](in);
   return 0;
 }

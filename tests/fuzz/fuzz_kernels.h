@@ -60,6 +60,7 @@ inline float half_of(const uint32_t* pairs, int64_t d) {
 void row_sums(Bytes& in);
 void route_weights(Bytes& in);
 void rows(Bytes& in);
+void weighed(Bytes& in);
 void gradients(Bytes& in);
 void distances(Bytes& in);
 

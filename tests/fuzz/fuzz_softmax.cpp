@@ -184,6 +184,36 @@ void rows(Bytes& in) {
   }
 }
 
+/// Rows of weight 0 hold a NaN, and so does what may be read beyond the biases.
+void weighed(Bytes& in) {
+  const int64_t n = in.between(1, 64), width = in.between(1, 90), ld = width + in.between(0, 3);
+  const auto biases = with_absent(in, n), rows = in.values(n * width, false);
+  const float scale = std::ldexp(1.f, -static_cast<int>(in.between(0, 20)));
+  auto given = strided(biases, 1, n, n + simd::kLanes, std::nanf(""));
+  Guarded<float> bias(given), from(strided(rows, n, width, ld));
+  for (int64_t i = 0; i < n; ++i)
+    if (std::isinf(biases[test::size(i)])) std::fill_n(from.data() + i * ld, width, std::nanf(""));
+  for (const Kernels* kernels : all()) {
+    const float top = kernels->largest(n, bias.data());
+    CHECK(top == *std::max_element(biases.begin(), biases.end()));
+    if (std::isinf(top)) continue;
+    Guarded<float> sum(width);
+    const float total =
+        kernels->weigh_rows(static_cast<int>(n), width, bias.data(), top, scale, from.data(), ld, sum.data());
+    CHECK(sum.intact());
+    std::vector<Near> weights;
+    for (float x : biases) weights.push_back(near::exp2((Near(x) - Near(top)) * Near(simd::kLog2e)) * Near(scale));
+    close(total, near::sum(weights));
+    for (int64_t d = 0; d < width; ++d) {
+      std::vector<Near> terms;
+      for (int64_t i = 0; i < n; ++i)
+        if (!std::isinf(biases[test::size(i)]))
+          terms.push_back(weights[test::size(i)] * Near(rows[test::size(i * width + d)]));
+      close(sum.data()[d], near::sum(terms));
+    }
+  }
+}
+
 void gradients(Bytes& in) {
   const int64_t n = in.between(1, 64), m = in.between(1, 70), ldz = pad(m);
   auto raw = in.values(n * m, false);

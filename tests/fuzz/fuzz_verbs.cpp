@@ -235,6 +235,7 @@ void run(Bytes in) {
   const uint8_t what = in.byte();
   const bool hostile = what & 1;
   if ((what & 24) == 24) return fit_some(in, hostile);
+  if ((what & 56) == 16) return fuzz::match_some(in, hostile);
   if (what & 2) return attend_some(in, hostile);
   const Codes codes = encode_some(in, hostile);
   const Users u = users(in, codes.rows, in.flag());

@@ -133,4 +133,7 @@ struct Voted {
 /// leaf_sums, missing, route, their backwards.
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile);
 
+/// match and its backward.
+void match_some(Bytes& in, bool hostile);
+
 }  // namespace fuzz

@@ -120,4 +120,19 @@ struct Attend {
   double d_bias() const { return pairs * heads * dz(); }
 };
 
+struct Match {
+  double rows, width, candidates;  // sizes, of all users
+  double v, bias, d_v, d_lse;      // the largest moduli
+  DType type;
+
+  double weight() const { return std::expm1((8 * bias + 16) * kUlp) + steps(rows) * kUlp; }
+  double v_out() const { return 2 * (mean(weight(), v) + rounding(type, v + mean(weight(), v))); }
+  double lse() const { return 2 * (log_sum(weight(), weight()) + (8 + 2 * (bias + std::log(rows + 1))) * kUlp); }
+  /// Of what all candidates give to a sum, on all levels, of which a book has 8 at most.
+  double d_v_out() const { return 2 * 8 * candidates * (2 * weight() + 16 * kUlp) * d_v + 0x1p-100; }
+  double d_bias() const {
+    return 2 * 8 * candidates * (4 * weight() + 32 * kUlp) * (2 * width * v * d_v + d_lse) + 0x1p-100;
+  }
+};
+
 }  // namespace tolerance

@@ -16,7 +16,7 @@
 //   route, route_backward          yes                                       where x or temperature is not given
 //   missing                        yes                                       where x is not given
 //   attend, attend_backward        yes                                       never
-//   fit                            not on CUDA: Code::not_implemented
+//   fit, match, match_backward     not on CUDA: Code::not_implemented
 //
 // What a verb takes at most. More is refused with Code::not_implemented and the message "expected .., got ..":
 //
@@ -71,7 +71,7 @@
 
 namespace hisac {
 
-/// Makes every verb but `fit` take a context on CUDA; not_implemented where there is no device or driver.
+/// Makes every verb but `fit` and `match` take a context on CUDA; not_implemented where there is no device or driver.
 Status enable_cuda() noexcept;
 
 }  // namespace hisac

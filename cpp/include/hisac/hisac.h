@@ -3,6 +3,7 @@
 //
 //   item embeddings --fit--> codebook
 //   x --encode--> codes --vote--> agents --route--> tokens --attend--> candidates' features
+//                 codes, v --leaf_sums--> leaf sums --match--> candidates' features
 //
 // `compress` is the way from x, or codes, to tokens in one call.
 //
@@ -27,6 +28,7 @@
 #include "fit.h"
 #include "histories.h"
 #include "leaf_sums.h"
+#include "match.h"
 #include "pool.h"
 #include "route.h"
 #include "status.h"

@@ -44,6 +44,16 @@ inline Status check_spans(const char* verb, const char* name, const Spans& h, in
   return {};
 }
 
+/// The users' ranges of N candidates, one after another.
+inline Status check_candidates(const char* verb, const Spans& candidates, int64_t n, Device device) noexcept {
+  HISAC_TRY(check_spans(verb, "candidate_offsets", candidates, n, device));
+  for (int64_t b = 1; b < candidates.users && device == Device::cpu; ++b)
+    if (candidates.start(b) < candidates.end(b - 1))
+      return Status::error(Code::invalid_argument,
+                           "%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
+  return {};
+}
+
 inline Status check_float(const char* verb, const char* name, DType type, const char* others = " or float16") noexcept {
   if (type == DType::float32 || type == DType::bfloat16 || type == DType::float16) return {};
   return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16%s", verb, name, others);

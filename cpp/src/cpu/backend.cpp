@@ -8,8 +8,7 @@ namespace hisac::cpu {
 constexpr Backend kBackend = [] {
   Backend backend;
   HISAC_EACH_VERB(HISAC_FILL_VERB)
-  HISAC_FILL_VERB(fit)
-  HISAC_FILL_VERB(fit_workspace)
+  HISAC_EACH_CPU_VERB(HISAC_FILL_VERB)
   return backend;
 }();
 

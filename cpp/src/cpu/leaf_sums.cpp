@@ -19,11 +19,6 @@ constexpr int64_t kCapacity = 16384;   // rows of short histories summed togethe
 constexpr int64_t kRun = 64;           // rows added one by one before their sum joins that of the piece
 constexpr int64_t kPrefetchRows = 12;  // how many rows before its use a row is prefetched
 
-/// The power of two that makes a sum of n weights, each at most 1, at most 1, so that a sum of large v stays finite.
-float scale_of(int64_t n) noexcept {
-  return 1.f / static_cast<float>(uint64_t{1} << bits_of(static_cast<uint64_t>(std::max<int64_t>(n, 1) - 1)));
-}
-
 /// Never less for more users or a longer history, so that a workspace serves smaller batches too.
 int64_t capacity_of(int64_t users, int64_t longest) noexcept {
   const bool many = longest > 0 && users > kCapacity / longest;

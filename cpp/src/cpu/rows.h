@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cstddef>
 
+#include "base/radix_sort.h"
 #include "cpu/simd/kernels.h"
 #include "hisac/array.h"
 
@@ -14,6 +15,11 @@ namespace hisac::cpu {
 inline float load_row(const Rows& rows, int64_t row, float* out) noexcept {
   const std::byte* const source = static_cast<const std::byte*>(rows.data) + row * rows.width * bytes_of(rows.dtype);
   return simd::kernels().load_row(source, rows.dtype, rows.width, out);
+}
+
+/// The power of two that makes a sum of n weights, each at most 1, at most 1, so that a sum of large v stays finite.
+inline float scale_of(int64_t n) noexcept {
+  return 1.f / static_cast<float>(uint64_t{1} << bits_of(static_cast<uint64_t>(n > 1 ? n - 1 : 0)));
 }
 
 /// One row of x or v for each behaviour t in [0, T).

@@ -7,7 +7,6 @@
 namespace hisac::cpu {
 
 HISAC_EACH_VERB(HISAC_DECLARE_VERB)
-HISAC_DECLARE_VERB(fit)
-HISAC_DECLARE_VERB(fit_workspace)
+HISAC_EACH_CPU_VERB(HISAC_DECLARE_VERB)
 
 }  // namespace hisac::cpu

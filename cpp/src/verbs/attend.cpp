@@ -45,12 +45,7 @@ Status check(const char* verb, AttendInputs& in, Device device) noexcept {
   if (std::isnan(in.scale)) in.scale = 1 / std::sqrt(static_cast<float>(in.q.width));
   if (!(std::fabs(in.scale) < INFINITY))
     return Status::error(Code::invalid_argument, "%s: scale expected finite, got %g", verb, double(in.scale));
-  HISAC_TRY(check_spans(verb, "candidate_offsets", in.candidates, in.q.rows / in.heads, device));
-  for (int64_t b = 1; b < in.candidates.users && device == Device::cpu; ++b)
-    if (in.candidates.start(b) < in.candidates.end(b - 1))
-      return Status::error(Code::invalid_argument,
-                           "%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
-  return {};
+  return check_candidates(verb, in.candidates, in.q.rows / in.heads, device);
 }
 
 }  // namespace

@@ -22,6 +22,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   rounding adds (2 |z_a - max z| + 2 |share| + 2 M + 16) u.
 - A leaf's sums have a relative error k, its weights' and its accumulation's: its mean v moves by 2 k max|v|, its log
   mass by k, its spread by 4 k R^2, R its longest row.
+- `match` weighs the sums of a node by exp(bias_i - max bias), within (4 |bias_i - lse| + 8) u, and adds them up as a
+  token's rows; a pair that is merged has two such terms.
 - Gradients are sums of products; each factor's relative error, and the accumulation, multiply the sum of their moduli:
   of x - c and p - c in those of x and of prototypes, since the kernels add up g (p - c) - g (x - c).
   On CUDA (`cuda=True`) these products, and those of `attend`, are of halves too, or rounded with precision="bfloat16".
@@ -36,130 +38,64 @@ from typing import Any
 import numpy as np
 
 from .. import _core, compose
-from ..types import Array, Attended, AttendGradients, Histories, LeafGradients, RouteGradients, Tokens
+from ..types import (
+    Array,
+    Attended,
+    AttendGradients,
+    Histories,
+    LeafGradients,
+    Match,
+    MatchGradients,
+    RouteGradients,
+    Tokens,
+)
 from . import verbs
+from .rounding import (
+    HALVES,
+    HUGE,
+    LEAST,
+    TINY,
+    U16,
+    U,
+    bias_error,
+    in_float32,
+    in_numpy,
+    in_type,
+    log_error,
+    of_gradients,
+    steps,
+    weigh,
+    weighted_sums,
+)
+from .rounding import (
+    as_numpy as as_numpy,
+)
 from .tables import gather, of_table
+from .tree_match import each_node, match_backward
 
-U = 2.0**-24
-U16 = 2.0**-8
-HALVES = 2.0**-15
-HUGE = 2.0**125  # beyond it float32 may overflow
-TINY = 2.0**-125  # below it exp may give 0
-LEAST = 2.0**-149  # what one rounding of a subnormal float32 may cost
-TYPES = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-24), "bfloat16": (2.0**-8, 2.0**-133)}
 OPTIONS = ("agents", "count", "temperature", "book")  # of verbs.each_history
-
-
-def as_numpy(a: Array) -> Array:
-    """Any array as NumPy; torch's bfloat16 as float32."""
-    if hasattr(a, "detach"):
-        a = a.detach().cpu()
-        a = a.float() if str(a.dtype) == "torch.bfloat16" else a
-    return np.asarray(a)
-
-
-def _in_numpy(args: Mapping[str, Any]) -> dict[str, Any]:
-    def convert(a: Any) -> Any:
-        if isinstance(a, tuple):
-            return getattr(a, "_make", tuple)(map(convert, a))  # of a named tuple, one of its kind
-        return as_numpy(a) if hasattr(a, "shape") else a
-
-    return {name: convert(a) for name, a in args.items()}
 
 
 def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `route` or its backward in NumPy, with gathered rows copied out: loading them rounds nothing more
     than the definition does."""
-    args = _in_numpy(args)
+    args = in_numpy(args)
     if "agents" in args:
         agents, count, book = (args.get(name) for name in ("agents", "count", "book"))
         args["agents"], args["count"] = compose.routed(verbs._VERBS, "route", agents, count, book)
     return args | {"histories": gather(args["histories"])}
 
 
-def _steps(n: int) -> float:
-    return 64 + 2 * min(n / 64, 32) + float(np.log2(max(n, 1)))
-
-
-def _bias_error(bias: Array | float) -> Array:
-    """Of a bias in base 2; one of 2^126 and more keeps its sign only."""
-    return np.where(np.abs(bias) < 2 * HUGE, 4 * U * np.abs(bias), np.inf)
-
-
-def _log_error(f: Array) -> Array:
-    """|log S| where |S - 1| <= f."""
-    return np.where(f < 1, -np.log1p(-np.minimum(f, 1 - 1e-12)), np.inf)
-
-
-def _in_type(value: Array, bound: Array, dtype: str) -> Array:
-    """`bound` and the rounding to `dtype`."""
-    relative, least = TYPES[dtype]
-    return bound + relative * (np.abs(value) + bound) + least
-
-
-def _in_float32(value: Array, bound: Array) -> Array:
-    """`bound` of a gradient; NaN where float32 may overflow on the way (a bound holds 2^-18 of the moduli it sums)."""
-    return np.where(np.isfinite(value) & (np.abs(value) < HUGE) & (bound < 2.0**-18 * HUGE), bound, np.nan)
-
-
-def _of_gradients(exact: Any, bounds: tuple[Array, ...], relative: float) -> tuple[Array, ...]:
-    """The bounds of the gradients wanted, with a relative error more, as `_in_float32`; None where not wanted."""
-    pairs = zip(exact, bounds, strict=True)
-    return tuple(None if g is None else _in_float32(g, bound + relative * np.abs(g)) for g, bound in pairs)
-
-
 def _of_table(name: str, g: Array, bound: Array, args: Mapping[str, Any]) -> Array:
     """The bound of the gradient of x or v, from the gradients and bounds of behaviours' rows: with ids, of sums in
     float64 that are rounded once."""
-    args = _in_numpy(args)
+    args = in_numpy(args)
     given, rows = args["histories"], args.get(f"{name}_rows")
     ids = getattr(given, f"{name}_ids")
     if g is None or ids is None:
         return bound
     total, limit, size = (of_table(d, getattr(given, name), ids, rows) for d in (g, bound, np.abs(g)))
-    return _in_float32(total, limit + U * (size + limit) + LEAST)
-
-
-def _weights(z: Array, total: Array, e: Array) -> tuple[Array, Array]:
-    """exp(z - total), 0 where total is -inf; and how much more it may be when z is wrong by e."""
-    mass = np.isfinite(total)
-    gap = np.where(mass, z - np.where(mass, total, 0.0), -np.inf)
-    w, e = np.exp(gap), e + 2 * U * np.where(np.isfinite(gap), np.abs(gap), 0.0) + 8 * U
-    # a large e may bring back what exp took for 0
-    up = np.where(
-        e > 1, np.where(gap + e > 70, np.inf, np.exp(np.minimum(gap + e, 70.0))), w * np.expm1(np.minimum(e, 1.0))
-    )
-    return w, np.where(mass, up, np.where(np.isneginf(total), 0.0, np.nan))
-
-
-def _sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) -> tuple[Array, Array, Array]:
-    """Logits z [n, m] with errors e; values [n, V] of moduli up to size [V], themselves wrong by extra * size ->
-    softmax(z)^T values [m, V], its bound, and the bound of the log-sum-exp [m]."""
-    n, m = z.shape
-    total = verbs.logsumexp(z, 0)
-    mass = np.isfinite(total)
-    bad = ~np.isfinite(values).all(0) | ~np.isfinite(size)
-    values, size = np.where(bad, 0.0, values), np.where(bad, 0.0, size)
-    w, up = _weights(z, total, e)
-    w, up = w / np.where(mass, w.sum(0), 1.0), np.minimum(up, 1e30)  # a huge z leaves no digits for log sum w = 0
-    f = up.sum(0)
-    mean, bound = w.T @ values, np.zeros((m, values.shape[1]))
-    span_low, span_high = values.min(0, initial=np.inf), values.max(0, initial=-np.inf)
-    for a in np.flatnonzero(mass):
-        change = (up[:, a] + w[:, a] * f[a]) / (1 - f[a]) if f[a] < 1 else np.full(n, np.inf)
-        inside = np.maximum(mean[a] - span_low, span_high - mean[a])
-        if f[a] < 0.5:
-            moved = np.minimum(change @ np.abs(values - mean[a]), inside)
-            weighed = np.minimum((w[:, a] + change) @ np.abs(values), size) if extra == 0 else size
-        else:
-            moved, weighed = inside, size
-        bound[a] = moved + (2 * _steps(n) + 8) * U * weighed + (extra + 2 * n * TINY) * size + 2 * (n + 64) * LEAST
-        if np.isinf(e[:, a]).all() or np.isinf(e[z[:, a] > 0, a]).any():
-            bound[a] = np.inf  # every logit overflows to -inf, or one to inf
-    bad = bad | (n * size > HUGE)  # sums may overflow to both infinities
-    worst = np.where(np.isfinite(z), e, 0.0).max(0, initial=0.0)
-    lse = np.where(mass, np.minimum(_log_error(f), worst) + (_steps(n) + 8 + 2 * np.abs(total)) * U, 0.0)
-    return mean, np.where(mass[:, None] & bad, np.nan, bound), lse
+    return in_float32(total, limit + U * (size + limit) + LEAST)
 
 
 def _origin(h: Any) -> Any:
@@ -193,10 +129,10 @@ class _Logits:
         if normalize == "agents":
             log_sum = verbs.logsumexp(t, 1)
             up = np.exp(np.minimum(t - log_sum[:, None] + e, 70.0)) - np.exp(t - log_sum[:, None])
-            off = np.minimum(_log_error(up.sum(1)), e.max(1, initial=0.0))
+            off = np.minimum(log_error(up.sum(1)), e.max(1, initial=0.0))
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
             e = e + off[:, None] + 2 * U * np.abs(t)
-        self.e = e + _bias_error(h.bias)[:, None]
+        self.e = e + bias_error(h.bias)[:, None]
         self.rounding = rounding  # of a weight, and of v
         self.flushed = TINY if rounding else 2 * len(h.x) * LEAST  # a subnormal v counts as 0; or is rounded
 
@@ -229,8 +165,8 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
             wrong = logits.rounding * (2 + logits.rounding)  # of a value, and of its weight, whose sum is not rounded
             for values, kind, to in ((h.v, dtype, tokens), (h.x, "float32", mean_x)):
                 size = np.abs(values).max(0, initial=0.0)
-                mean, bound, off = _sums(logits.z, e, values, size, wrong)
-                to[b, h.agents] = np.where(some, _in_type(mean, bound + logits.flushed, kind), 0.0)
+                mean, bound, off = weighted_sums(logits.z, e, values, size, wrong)
+                to[b, h.agents] = np.where(some, in_type(mean, bound + logits.flushed, kind), 0.0)
             lse[b, h.agents] = off
     wanted = args.get("tokens", True) and v is not None
     return Tokens(tokens if wanted else None, lse, mean_x if args.get("mean_x") else None)
@@ -243,7 +179,7 @@ def _by_leaf(book: Any, kept: Array, codes: Array, h: Any) -> tuple[Array, Array
     mass, share = verbs.logsumexp(alone, 1), np.exp(verbs.log_softmax(alone, 1)).sum(0)
     skew, rounding = np.zeros(len(kept)), 2 * U * np.abs(h.bias - mass[leaf]) + 4 * U
     np.add.at(skew, leaf, share * np.expm1(np.minimum(rounding, 1.0)))
-    return leaf, mass, skew + (_steps(len(h.x)) + 8) * U
+    return leaf, mass, skew + (steps(len(h.x)) + 8) * U
 
 
 def _largest(leaf: Array, count: int, rows: Array) -> Array:
@@ -277,7 +213,7 @@ def leaf_sums_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Histories
             x, v = (4 * skew[:, None] * _largest(leaf, len(mass), np.abs(a)) + 2 * TINY for a in (h.x, h.v))
             spread = 4 * skew * np.square(reach) + U * sums.spread[own] + float64_mean + TINY
             bias = skew + 4 * U * np.abs(np.nan_to_num(mass, neginf=0.0)) + 4 * U
-            parts.append((_in_float32(sums.x[own], x), _in_float32(sums.v[own], v), bias, spread))
+            parts.append((in_float32(sums.x[own], x), in_float32(sums.v[own], v), bias, spread))
     empty = np.zeros((0, sums.x.shape[1])), np.zeros((0, sums.v.shape[1])), np.zeros(0), np.zeros(0)
     x, v, bias, spread = (np.concatenate(every) for every in zip(empty, *parts, strict=True))
     offsets, codes, votes = (np.zeros(a.shape) for a in (sums.offsets, sums.codes, sums.weights))
@@ -312,7 +248,7 @@ def leaf_sums_backward_bound(args: Mapping[str, Any]) -> LeafGradients:
             np.add.at(dbias, at, (wrong + share * long) * moduli + TINY)
     overlap = (len(verbs.ranges(batch.offsets)) + 1) * U
     exact: Any = verbs.leaf_sums_backward(**args)
-    of_rows, of_bias = _of_gradients(exact, (dv, dbias), overlap)
+    of_rows, of_bias = of_gradients(exact, (dv, dbias), overlap)
     return LeafGradients(_of_table("v", exact.v, of_rows, given), of_bias)
 
 
@@ -322,12 +258,12 @@ def unit_bound(expected: Tokens, width: int = 4096) -> Tokens:
     m = expected.lse.shape[1]
     e = ((width + 12) * 16 + 6 * 4) * U / 0.1 + (m + 2 * 40 + 16) * U  # |x - c| + |p - c| <= 4
     f = np.expm1(e)
-    of_means = 2 * f / (1 - f) + (2 * _steps(2**24) + 8) * U
+    of_means = 2 * f / (1 - f) + (2 * steps(2**24) + 8) * U
     tokens, mean_x = (
-        None if a is None else _in_type(a, np.full(a.shape, of_means), "float32")
+        None if a is None else in_type(a, np.full(a.shape, of_means), "float32")
         for a in (expected.tokens, expected.mean_x)
     )
-    lse = f / (1 - f) + (_steps(2**24) + 8 + 2 * np.abs(np.nan_to_num(expected.lse, neginf=0.0))) * U
+    lse = f / (1 - f) + (steps(2**24) + 8 + 2 * np.abs(np.nan_to_num(expected.lse, neginf=0.0))) * U
     return Tokens(tokens, lse, mean_x)
 
 
@@ -359,7 +295,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             logits = _Logits(h, normalize, rounding, cuda)
             total, at, n = verbs.float64(forward.lse[b, h.agents]), rows.start + h.rows, len(h.x)
             mass = np.isfinite(total)
-            w, wrong = _weights(logits.z, total, logits.e)
+            w, wrong = weigh(logits.z, total, logits.e)
             wrong = wrong + TINY * mass
             slope, term, lost, columns = np.zeros(w.shape), np.zeros(w.shape), 0.0, 0
             if gradients.lse is not None:
@@ -374,7 +310,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
                 lost = lost + least * (np.abs(d).sum(1) + np.abs(values).sum(1, keepdims=True))
                 columns += values.shape[1]
             slope, term = np.where(mass, slope, 0.0), np.where(term > HUGE / 8, np.inf, term)
-            long = (columns + _steps(n) + 16) * U + split  # a dot product over columns, then the sums of the forward
+            long = (columns + steps(n) + 16) * U + split  # a dot product over columns, then the sums of the forward
             dz = w * slope
             dz_wrong = wrong * np.abs(slope) + (w + wrong) * (long * term + lost)
             many = (len(h.agents) + 8) * U
@@ -389,7 +325,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             s_wrong = s * np.expm1(np.minimum(logits.e, 70.0)) + TINY * (normalize == "agents")
             dz_wrong = dz_wrong + s * every_wrong + s_wrong * (np.abs(every) + every_wrong)
             dz, dz_wrong = np.abs(dz - s * every), dz_wrong + 4 * U * (np.abs(dz) + s * np.abs(every))
-            accumulate = (_steps(n) + len(p) + m + 16) * U
+            accumulate = (steps(n) + len(p) + m + 16) * U
             d, d_wrong = logits.d, logits.wrong
             off = dz_wrong * (d + d_wrong) + dz * d_wrong + accumulate * dz * d
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)
@@ -406,7 +342,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
         dtau = dtau.sum(keepdims=True)
     need = args.get("need", ("v", "bias", "temperature"))
     wanted = RouteGradients(*(g if n in need else None for n, g in zip(exact._fields, exact, strict=True)))
-    found = RouteGradients(*_of_gradients(wanted, (dx, dv, dbias, dspread, dp, dtau), overlap))
+    found = RouteGradients(*of_gradients(wanted, (dx, dv, dbias, dspread, dp, dtau), overlap))
     x, v = (_of_table(name, getattr(wanted, name), getattr(found, name), given) for name in "xv")
     return found._replace(x=x, v=v)
 
@@ -421,14 +357,14 @@ def _attend_errors(
     e = (
         ((q.shape[2] + 8) * U + split) * abs(scale) * moduli
         + 4 * U * np.where(np.isfinite(z), np.abs(z), 0.0)
-        + _bias_error(shift)
+        + bias_error(shift)
     )
     return z, np.where((moduli > HUGE) | (abs(scale) * moduli > HUGE), np.inf, e)
 
 
 def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool = False) -> Attended:
     """args: the arguments of `attend`; dtype: q's type; cuda: on a GPU -> the largest |difference| of out and lse."""
-    args, split = _in_numpy(args), HALVES * cuda
+    args, split = in_numpy(args), HALVES * cuda
     q, keys, values, bias = args["q"], args["keys"], args["values"].astype(np.float64), args.get("bias")
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
     out, lse = np.zeros((*q.shape[:2], values.shape[3])), np.zeros(q.shape[:2])
@@ -438,10 +374,10 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
             for h in range(q.shape[1]):
                 absent, none = np.isneginf(z[:, h]).all(0), np.isneginf(z[:, h]).all(1)  # tokens, candidates
                 zt, et, some = z[:, h, ~absent].T, e[:, h, ~absent].T, values[b, ~absent, h]
-                mean, bound, off = _sums(
+                mean, bound, off = weighted_sums(
                     np.where(none, 0.0, zt), np.where(none, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
                 )
-                bound = _in_type(mean, bound + TINY * cuda, dtype)
+                bound = in_type(mean, bound + TINY * cuda, dtype)
                 bound[:, ~np.isfinite(some).all(0)] = np.nan  # a value that is not finite spoils its user
                 out[rows, h], lse[rows, h] = np.where(none[:, None], 0.0, bound), np.where(none, 0.0, off)
                 if cuda:  # whose products meet what the CPU leaves out
@@ -453,7 +389,7 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
 
 def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> AttendGradients:
     """args: the arguments of `attend_backward`; cuda: on a GPU -> the largest |difference| of each gradient."""
-    args, split = _in_numpy(args), 2 * HALVES * cuda  # of both factors of a product
+    args, split = in_numpy(args), 2 * HALVES * cuda  # of both factors of a product
     q, keys, values, bias, forward = args["q"], args["keys"], args["values"], args.get("bias"), args["forward"]
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
     dq, dk, dv, db = np.zeros(q.shape), np.zeros(keys.shape), np.zeros(values.shape), np.zeros(keys.shape[:2])
@@ -462,7 +398,7 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
         for b, rows in enumerate(verbs.ranges(args["candidate_offsets"])):
             g, out, total, dl = (verbs.float64(a[rows]) for a in (args["d_out"], forward.out, forward.lse, d_lse))
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
-            w, wrong = _weights(z, total[..., None], e)
+            w, wrong = weigh(z, total[..., None], e)
             wrong = wrong + TINY * (wrong > 0)
             read = verbs.present_values(values, keys, bias, b)
             term = np.einsum("nhv,mhv->nhm", np.abs(g), np.abs(read))
@@ -474,13 +410,59 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
             off = (
                 wrong * np.abs(slope)
                 + (w + wrong) * long * term
-                + ((_steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
+                + ((steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
             )
             dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(verbs.finite(keys[b]))) + TINY
             dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(verbs.finite(q[rows]))) + TINY
-            dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((_steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
+            dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
             db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
             if cuda and not all(np.isfinite(a).all() for a in (q[rows], keys[b], values[b])):
                 dq[rows] = dk[b] = dv[b] = db[b] = np.nan
     exact: Any = verbs.attend_backward(**args)
-    return AttendGradients(*_of_gradients(exact, (dq, dk, dv, db), U))
+    return AttendGradients(*of_gradients(exact, (dq, dk, dv, db), U))
+
+
+def _match_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("book", "sums", "codes", "candidate_offsets", "ids")
+    return {name: args.get(name) for name in names}
+
+
+def match_bound(args: Mapping[str, Any], dtype: str = "float32") -> Match:
+    """args: the arguments of `match`; dtype: the type of the sums' v -> the largest |difference| of v and lse."""
+    args = in_numpy(args)
+    levels, table = len(args["book"].sizes), args["sums"].v
+    size = len(args["codes"] if args.get("ids") is None else args["ids"])
+    v, lse = np.zeros((size, levels, table.shape[1])), np.zeros((size, levels))
+    known: dict[Any, Any] = {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n, level, rows, bias in each_node(**_match_args(args)):
+            if (node := rows.tobytes()) not in known:
+                values = verbs.float64(table[rows])
+                largest = np.abs(values).max(0, initial=0.0)
+                mean, bound, off = weighted_sums(
+                    bias[:, None], 2 * U * np.abs(bias - bias.max())[:, None], values, largest
+                )
+                known[node] = in_type(mean, bound + TINY, dtype)[0], off[0]
+            v[n, level], lse[n, level] = known[node]
+    return Match(v, lse)
+
+
+def match_backward_bound(args: Mapping[str, Any]) -> MatchGradients:
+    """args: the arguments of `match_backward` -> the largest |difference| of each wanted gradient."""
+    args = in_numpy(args)
+    table, gradients = args["sums"].v, args["gradients"]
+    dv, dbias = np.zeros(table.shape), np.zeros(len(table))
+    many = (len(args["candidate_offsets"]) * len(args["book"].sizes) + 4) * U  # nodes that a row is in, of all users
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n, level, rows, bias in each_node(**_match_args(args)):
+            share, wrong = weigh(bias, verbs.logsumexp(bias, 0), 2 * U * np.abs(bias - bias.max()))
+            share, wrong = share / share.sum(), wrong + share * wrong.sum() + TINY
+            d = np.zeros(table.shape[1]) if gradients.v is None else np.abs(verbs.float64(gradients.v[n, level]))
+            d_lse = 0.0 if gradients.lse is None else abs(float(gradients.lse[n, level]))
+            values = np.abs(verbs.float64(table[rows]))
+            moduli = d_lse + values @ d + share @ (values @ d)
+            moduli = np.where(moduli > HUGE, np.inf, moduli)
+            np.add.at(dv, rows, wrong[:, None] * d + many * (share[:, None] * d) + TINY)
+            np.add.at(dbias, rows, wrong * moduli + share * (wrong @ (values @ d)) + many * share * moduli + TINY)
+    exact: Any = match_backward(**args)
+    return MatchGradients(*of_gradients(exact, (dv, dbias), U))

@@ -34,8 +34,10 @@ from .compare import (
     assert_codes_equal,
     assert_gradients_close,
     assert_leaf_sums_close,
+    assert_match_close,
     assert_tokens_close,
 )
+from .matchings import Matching, matchings
 from .problems import (
     DTYPES,
     SPECIAL,
@@ -59,6 +61,7 @@ __all__ = [
     "DTYPES",
     "SPECIAL",
     "Attention",
+    "Matching",
     "Problem",
     "assert_agents_equal",
     "assert_attended_close",
@@ -66,12 +69,14 @@ __all__ = [
     "assert_codes_equal",
     "assert_gradients_close",
     "assert_leaf_sums_close",
+    "assert_match_close",
     "assert_tokens_close",
     "attentions",
     "codebooks",
     "codes",
     "embeddings",
     "generators",
+    "matchings",
     "offsets",
     "problems",
     "rounded",

@@ -7,8 +7,22 @@ from typing import Any
 import numpy as np
 
 from ..reference import bounds
-from ..types import Agents, Array, Attended, AttendGradients, Histories, LeafGradients, RouteGradients, Tokens
+from ..types import (
+    Agents,
+    Array,
+    Attended,
+    AttendGradients,
+    Histories,
+    LeafGradients,
+    Match,
+    MatchGradients,
+    RouteGradients,
+    Tokens,
+)
+from .matchings import Matching
 from .problems import Attention, Problem
+
+_Gradients = RouteGradients | LeafGradients | AttendGradients | MatchGradients
 
 
 def _assert(ok: Array, mine: Array, expected: Array, name: str, bound: Array | None = None) -> None:
@@ -79,18 +93,20 @@ def assert_attended_close(mine: Attended, expected: Attended, within: Attention 
     _assert_fields(mine, expected, within.bound() if isinstance(within, Attention) else within)
 
 
+def assert_match_close(mine: Match, expected: Match, within: Matching | Match) -> None:
+    """v and lse within the bound of a Matching (or one from `bounds.match_bound`)."""
+    _assert_fields(mine, expected, within.bound() if isinstance(within, Matching) else within)
+
+
 def assert_gradients_close(
-    mine: RouteGradients | LeafGradients | AttendGradients,
-    expected: RouteGradients | LeafGradients | AttendGradients,
-    args: Mapping[str, Any],
-    *,
-    cuda: bool = False,
+    mine: _Gradients, expected: _Gradients, args: Mapping[str, Any], *, cuda: bool = False
 ) -> None:
-    """Gradients within the bound that follows from the arguments `args` of `route_backward`, `leaf_sums_backward` or
-    `attend_backward`; cuda: for those of a GPU."""
+    """Gradients within the bound that follows from the arguments `args` of `route_backward`, `leaf_sums_backward`,
+    `attend_backward` or `match_backward`; cuda: for those of a GPU."""
     limits: dict[type, Callable[..., Any]] = {
         RouteGradients: lambda: bounds.route_backward_bound(args, cuda=cuda),
         LeafGradients: lambda: bounds.leaf_sums_backward_bound(args),
         AttendGradients: lambda: bounds.attend_backward_bound(args, cuda=cuda),
+        MatchGradients: lambda: bounds.match_backward_bound(args),
     }
     _assert_fields(mine, expected, limits[type(expected)]())

@@ -59,12 +59,12 @@ def shuffled(rng: np.random.Generator, *arrays: Array) -> tuple[Array, ...]:
 
 def to_torch(args: Any, dtype: str = "float32") -> Any:
     """Arguments, results or arrays as torch tensors; rows (x, v, q, keys, values and their like) get `dtype`, but those
-    of leaf sums, and of their gradients."""
+    of leaf sums, and of their gradients, beside their histories."""
     torch = importlib.import_module("hisac.torch.library").torch  # only that package imports torch
 
     def convert(name: Any, a: Any) -> Any:
         if isinstance(a, tuple) and hasattr(a, "_fields"):
-            of_sums = name in ("sums", "gradients") and isinstance(a, Histories)
+            of_sums = name in ("sums", "gradients") and isinstance(a, Histories) and "histories" in args
             return type(a)(*(convert(of_sums or field, value) for field, value in zip(a._fields, a, strict=True)))
         if isinstance(a, tuple):
             return tuple(convert(name, value) for value in a)
@@ -155,7 +155,7 @@ def _some(rng: np.random.Generator, given: dict[str, Any]) -> dict[str, Any]:
     return {name: a if rng.random() < 0.8 else None for name, a in given.items()}
 
 
-class _Shown:
+class Shown:
     """Arguments that print small arrays only."""
 
     def __repr__(self) -> str:
@@ -175,7 +175,7 @@ class _Shown:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Problem(_Shown):
+class Problem(Shown):
     """Histories and the options of every verb on them; arrays are named as in `hisac`. `dtype` is the type of x and v,
     whose values NumPy holds as float32 when it is bfloat16; x may be int8. `routed_codes`: `route` reads the codes.
     method, refine and missing are options of `compress`."""
@@ -365,7 +365,7 @@ def problems(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attention(_Shown):
+class Attention(Shown):
     """Candidates on the tokens of their users; arrays as in `hisac.attend`, of the type `dtype` as in Problem."""
 
     q: Array

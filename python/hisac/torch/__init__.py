@@ -3,12 +3,15 @@
 
     Compressor       a module: histories to tokens, under a learned temperature
     TargetAttention  a module: candidates attend to their user's tokens, which may be projected once, as KeysValues
+    TreeMatch        a module: what the history says of each candidate, by their codes
     compress         what Compressor does, as a function: encode, vote and route in one call; returns Compressed
     encode           x to codes, without gradient
     vote             histories to interest-agents, without gradient
     route            histories and agents to tokens
     attend           candidates' queries, keys and values of tokens to features
     leaf_sums        histories to a row for each leaf of each user
+    match            leaf sums and candidates' codes to features
+    merge            two results of attend, match or route, of disjoint parts, to that of both
     missing          which behaviours `route` takes for absent, though their v is there; without gradient
     prototypes       codes or agents to what `route` compares x with
     register         makes a codebook known to an exported program, which else raises UnknownCodebookError
@@ -22,20 +25,23 @@ backward and forward mode raise. All results are deterministic. Letters are the 
 """
 
 from ..types import Compressed
-from .functions import attend, compress, encode, leaf_sums, missing, prototypes, route, vote
+from .functions import attend, compress, encode, leaf_sums, match, merge, missing, prototypes, route, vote
 from .library import UnknownCodebookError, register
-from .modules import Compressor, KeysValues, TargetAttention
+from .modules import Compressor, KeysValues, TargetAttention, TreeMatch
 
 __all__ = [
     "Compressed",
     "Compressor",
     "KeysValues",
     "TargetAttention",
+    "TreeMatch",
     "UnknownCodebookError",
     "attend",
     "compress",
     "encode",
     "leaf_sums",
+    "match",
+    "merge",
     "missing",
     "prototypes",
     "register",

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from .. import Codebook, compose
 from ..arrays import NUMBERS, behaviours_of, dtype_name, pair_of, whole
 from ..reference import MAX_SEATS
-from ..types import Agents, Attended, Compressed, Histories, Method, Missing, Normalize, Precision, Tokens
+from ..types import Agents, Attended, Compressed, Histories, Match, Method, Missing, Normalize, Precision, Tokens
 from . import operators as operators  # defines torch.ops.hisac
 from .library import register
 
@@ -238,7 +238,7 @@ def route(
     h = flat("route", histories, ("weights", "codes") if book is None else ("weights",))
     if tokens and h.v is None:
         raise TypeError("route: v expected in the histories, got None")
-    p, count = compose.routed(_VERBS, "route", agents, count, book)
+    p, count = compose.routed(VERBS, "route", agents, count, book)
     tau = tau_tensor(compose.temperature_of("route", temperature, book, _default_temperature), p.device)
     _check_sparse("route", h, sparse)
     _reverse_mode_only("route", h.x, h.v, p, tau, h.bias, h.spread)
@@ -321,7 +321,7 @@ def compress(
     """
     sparse: Any = _sparse("compress", histories, sparse_grad)
     h, refine = flat("compress", histories), whole("compress", "refine", refine, 0, 10**6)
-    verbs = _VERBS._replace(
+    verbs = VERBS._replace(
         route=partial(route, sparse_grad=sparse),
         leaf_sums=partial(leaf_sums, sparse_grad=sparse),
     )
@@ -337,7 +337,7 @@ def _constant(a: Any) -> Any:
     return a.detach() if isinstance(a, Tensor) else a
 
 
-_VERBS = compose.Verbs(
+VERBS = compose.Verbs(
     encode, vote, prototypes, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype), _constant,
     fingerprint=lambda book: register(book) % 2**64, default_temperature=_default_temperature,
 )  # fmt: skip
@@ -369,3 +369,47 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias = None if bias is None else bias.float()
     return Attended(*torch.ops.hisac.attend(q, keys, values, candidate_offsets, bias, scale))
+
+
+def match(
+    book: Codebook, sums: Histories, codes: Tensor, candidate_offsets: Tensor | None, *, ids: Tensor | None = None
+) -> Match:
+    """What the history says of each candidate as `hisac.match`; v and lse have gradients for v and bias of the sums.
+
+        lse = log sum_s exp(bias_s)        v = sum_s exp(bias_s) v_s / sum_s exp(bias_s)        none: v = 0, lse = -inf
+
+    sums are what `leaf_sums` returned; codes [N, L] int32, or a table [items, L] with ids [N]; candidate_offsets
+    [B + 1], or None for jagged codes or ids -> Match. lse is -inf, and has no gradient, where there are no sums;
+    `TreeMatch` has log(1 + mass).
+
+    >>> book, codes = Codebook([torch.eye(2), torch.eye(2)]), torch.tensor([[0, 0], [0, 1]], dtype=torch.int32)
+    >>> sums = leaf_sums(book, Histories(None, torch.tensor([[1.0], [3.0]]), torch.tensor([0, 2]), codes))
+    >>> match(book, sums, codes, torch.tensor([0, 2])).v.squeeze(2)
+    tensor([[2., 1.],
+            [2., 3.]])
+    """
+    h = flat("match", sums, ("x", "x_scale", "spread", "weights"))
+    for name in ("v", "codes"):
+        if getattr(h, name) is None:
+            raise TypeError(f"match: sums.{name} expected in the histories, got None")
+    for name in ("x_ids", "v_ids"):
+        if getattr(h, name) is not None:
+            raise ValueError(f"match: sums expected without ids, got {name}")
+    if candidate_offsets is None:
+        candidate_offsets = _jagged("match", codes if ids is None else ids).offsets()
+    candidate_offsets = torch.as_tensor(candidate_offsets, device=codes.device)
+    codes, ids = rows_of("match", codes), rows_of("match", ids)
+    _reverse_mode_only("match", h.v, h.bias)
+    inputs = h.v, *h.offsets, h.codes, h.bias, codes, ids, candidate_offsets
+    return Match(*torch.ops.hisac.match(register(book), *inputs))
+
+
+def merge(a: Any, b: Any) -> Any:
+    """`hisac.merge` of tensors, with gradients: two pairs (out, lse), of disjoint parts of one softmax or one sum, to
+    that of both. Where an lse is -inf, its side has no part in the result, and no gradient.
+
+    >>> one, none = (torch.ones(1, 2), torch.zeros(1)), (torch.zeros(1, 2), torch.tensor([-torch.inf]))
+    >>> merge(one, one)[1].exp(), merge(one, none)[0]
+    (tensor([2.]), tensor([[1., 1.]]))
+    """
+    return compose.merge(torch, a, b)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import Codebook
-from ..compose import temperature_of
-from ..types import Agents, Attended, Compressed, Histories, Method, Missing, Normalize, Precision, Tokens
-from .functions import attend, compress, tau_tensor
+from ..compose import coded, temperature_of
+from ..types import Agents, Attended, Compressed, Histories, Match, Method, Missing, Normalize, Precision, Tokens
+from .functions import VERBS, attend, compress, leaf_sums, match, tau_tensor
 from .library import register
 
 
@@ -21,7 +21,7 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
-for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed):  # of a saved torch.export program
+for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed, Match):  # of a saved torch.export program
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
 cast(Any, torch.serialization).add_safe_globals([Histories, Agents])  # example inputs are loaded by weights_only
 
@@ -34,7 +34,39 @@ def _single(a: Any) -> Any:
     return a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a
 
 
-class Compressor(nn.Module):
+class _OfBook(nn.Module):
+    """A module of a codebook, which travels in its state dict."""
+
+    def __init__(self, book: Codebook) -> None:
+        super().__init__()
+        if not isinstance(book, Codebook):
+            raise TypeError(f"{type(self).__name__}: book expected hisac.Codebook, got {type(book).__name__}")
+        self.book = book
+
+    def get_extra_state(self) -> Tensor:
+        """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""
+        return torch.frombuffer(bytearray(self.book.to_bytes()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the codebook of a state dict; ValueError where its sizes differ."""
+        book = Codebook.from_bytes(state.cpu().numpy().tobytes())
+        got, expected = ((*b.sizes, b.width) for b in (book, self.book))
+        if got != expected:
+            raise ValueError(f"load_state_dict: codebook (C_1, .., C_L, D) is {got}, expected {expected}")
+        self.book = book
+        register(book)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        register(self.book)
+
+
+def _type_of(v: Any) -> torch.dtype:
+    """Of v of histories."""
+    return cast(torch.dtype, v.weight.dtype if isinstance(v, nn.Embedding) else v.dtype)
+
+
+class Compressor(_OfBook):
     """`compress` as a module, under a learned temperature (log tau, [1]).
 
     Args:
@@ -75,10 +107,8 @@ class Compressor(nn.Module):
         normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
         precision: Precision = "float32", sparse_grad: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__()
-        if not isinstance(book, Codebook):
-            raise TypeError(f"Compressor: book expected hisac.Codebook, got {type(book).__name__}")
-        self.book, self.budget, self.fanout, self.beam = book, budget, fanout, beam
+        super().__init__(book)
+        self.budget, self.fanout, self.beam = budget, fanout, beam
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
         self.precision, self.sparse_grad = precision, sparse_grad
         self.log_tau = nn.Parameter(
@@ -96,26 +126,7 @@ class Compressor(nn.Module):
             missing=self.missing, precision=self.precision, sparse_grad=self.sparse_grad,
         )  # fmt: skip
         lse, share = (t.to(self.log_tau.dtype) for t in (nn.functional.softplus(made.lse), made.log_share))
-        v: Any = histories.v
-        dtype = v.weight.dtype if isinstance(v, nn.Embedding) else v.dtype
-        return made._replace(tokens=made.tokens.to(dtype), lse=lse, log_share=share)
-
-    def get_extra_state(self) -> Tensor:
-        """The codebook's file as uint8, so that `torch.load(weights_only=True)` reads it."""
-        return torch.frombuffer(bytearray(self.book.to_bytes()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the codebook of a state dict; ValueError where its sizes differ."""
-        book = Codebook.from_bytes(state.cpu().numpy().tobytes())
-        got, expected = ((*b.sizes, b.width) for b in (book, self.book))
-        if got != expected:
-            raise ValueError(f"load_state_dict: codebook (C_1, .., C_L, D) is {got}, expected {expected}")
-        self.book = book
-        register(book)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        cast(Any, super()).__setstate__(state)
-        register(self.book)
+        return made._replace(tokens=made.tokens.to(_type_of(histories.v)), lse=lse, log_share=share)
 
     def extra_repr(self) -> str:
         names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "precision"
@@ -177,3 +188,47 @@ class TargetAttention(nn.Module):
         out, lse = attend(_single(q), keys, values, offsets, bias=bias)
         lse = lse.masked_fill(lse == -torch.inf, 0.0).to(self.query.weight.dtype)
         return out.flatten(1).to(q.dtype), lse
+
+
+class TreeMatch(_OfBook):
+    """`match` as a module: features of candidates, from behaviours or their leaf sums.
+
+    On each level of the code tree: the mean v of the user's behaviours below the candidate's first l codes, and, in the
+    place of the log of their mass, which is -inf without one,
+
+        lse = log(e^0 + sum_i e^bias_i) = log(1 + mass)
+
+    Both are 0 for a candidate of which the history says nothing, finite, of the type of v, and have gradients for v and
+    for the biases of behaviours.
+
+    Args:
+        book: the codebook of all codes. It travels in the state dict
+        sparse_grad: a COO gradient for a table v, which must then be a leaf; as in `Compressor`
+
+    >>> book = Codebook([torch.eye(2), torch.eye(2)])
+    >>> codes = torch.tensor([[0, 1], [0, 1], [1, 0]], dtype=torch.int32)
+    >>> history = Histories(None, torch.randn(3, 4), torch.tensor([0, 3]), codes)
+    >>> out = TreeMatch(book)(history, torch.tensor([[0, 0]], dtype=torch.int32), torch.tensor([0, 1]))
+    >>> out.v.shape, out.lse.exp().round()
+    (torch.Size([1, 2, 4]), tensor([[3., 1.]]))
+    """
+
+    def __init__(self, book: Codebook, *, sparse_grad: bool = False) -> None:
+        super().__init__(book)
+        self.sparse_grad = sparse_grad
+
+    def forward(
+        self, histories: Histories, codes: Tensor, candidate_offsets: Tensor | None, *, ids: Tensor | None = None,
+        summed: bool = False,
+    ) -> Match:  # fmt: skip
+        """histories, with their codes, or x to encode, or with `summed` what `leaf_sums` returned; candidates' codes
+        [N, L] int32, or a table of codes with ids [N]; candidate_offsets [B + 1], or None for jagged codes or ids ->
+        Match: v [N, L, V] and lse [N, L], log(1 + mass). x is held constant."""
+        h = _single(histories)
+        if not summed:
+            h = leaf_sums(self.book, coded(VERBS, "TreeMatch", self.book, h), sparse_grad=self.sparse_grad)
+        found, dtype = match(self.book, h, codes, candidate_offsets, ids=ids), _type_of(histories.v)
+        return Match(found.v.to(dtype), nn.functional.softplus(found.lse).to(dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.book!r}, sparse_grad={self.sparse_grad}"

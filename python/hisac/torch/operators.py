@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..reference import MAX_SEATS
-from ..types import Histories, LeafGradients, RouteGradients
+from ..types import Histories, LeafGradients, MatchGradients, RouteGradients
 from .library import book_of, core, dense, library, no_double_backward, operator, rows_used, sparse_gradient
 
 # A batch of histories is these arguments of an operator: the fields of Histories, starts and ends in place of offsets.
@@ -217,6 +217,42 @@ def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     core.attend_backward(*dense(*tensors), scale, *results[:3], None if bias is None else results[3])
 
 
+# ------------------------------------------------------------------------------------------------------ match
+
+_MATCH_SCHEMA = (
+    "int fingerprint, Tensor v, Tensor starts, Tensor ends, Tensor sum_codes, Tensor? bias, Tensor codes, Tensor? ids, "
+    "Tensor candidate_offsets"
+)
+_MATCH = [argument.split()[1] for argument in _MATCH_SCHEMA.split(", ")]
+_MATCH_WANTED = [_MATCH.index(name) for name in MatchGradients._fields]
+
+
+def _match_arguments(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The codebook and the sums for the core; codes, ids and candidate_offsets."""
+    v, starts, ends, sum_codes, bias, *candidates = dense(*inputs[1:])
+    return book_of(inputs[0])._core, Histories(None, v, (starts, ends), sum_codes, bias=bias), candidates
+
+
+@operator(f"match({_MATCH_SCHEMA}) -> (Tensor v, Tensor lse)")
+def _match(*inputs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    v, codes, ids = (inputs[_MATCH.index(name)] for name in ("v", "codes", "ids"))
+    shape = (codes if ids is None else ids).shape[0], codes.shape[-1]
+    results = v.new_empty((*shape, v.shape[-1])), v.new_empty(shape, dtype=torch.float32)
+    yield results
+    book, sums, candidates = _match_arguments(inputs)
+    core.match(book, sums, *candidates, *results)
+
+
+@operator(f"match_backward({_MATCH_SCHEMA}, Tensor? d_v, Tensor? d_lse, bool[] need) -> (Tensor, Tensor)")
+def _match_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
+    *given, d_v, d_lse, need = inputs
+    v = given[_MATCH.index("v")]
+    results = _float32(v, _some(need, [v.shape, v.shape[:1]]))
+    yield results
+    book, sums, candidates = _match_arguments(given)
+    core.match_backward(book, sums, *dense(d_v, d_lse), *candidates, *_some(need, results))
+
+
 # ------------------------------------------------------------------------------------------------------ autograd
 
 
@@ -309,10 +345,23 @@ def _attend_back(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[
     return _gradients_by_input(ctx, (0, 1, 2, 4), grads)
 
 
+def _match_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[1:])
+    ctx.fingerprint, ctx.book = inputs[0], book_of(inputs[0])  # alive until the backward
+
+
+def _match_back(ctx: Any, d_v: Tensor | None, d_lse: Tensor | None) -> Any:
+    need = [ctx.needs_input_grad[i] for i in _MATCH_WANTED]
+    grads = torch.ops.hisac.match_backward(ctx.fingerprint, *ctx.saved_tensors, d_v, d_lse, need)
+    return _gradients_by_input(ctx, _MATCH_WANTED, grads)
+
+
 for _name, _back, _setup in (
     ("route", _route_back, _route_setup),
     ("leaf_sums", _leaf_back, _leaf_setup),
     ("attend", _attend_back, _attend_setup),
+    ("match", _match_back, _match_setup),
 ):
     torch.library.register_autograd(f"hisac::{_name}", _back, setup_context=_setup, lib=library)
     torch.library.register_autograd(f"hisac::{_name}_backward", no_double_backward, lib=library)

@@ -35,6 +35,7 @@ NAMES = [
         "backward/10k/agents",
         "train/log",
         "attend/500",
+        "match/500",
         "call/route",
         "call/vote",
         "call/attend",
@@ -276,6 +277,7 @@ TINY: dict[str, dict[str, Any]] = {
     "encode/2x512": {"rows": 300, "width": 8, "sizes": (16, 16), "sample": 50},
     "fit/512": {"rows": 1200, "width": 8, "size": 16, "iterations": 4, "sample": 60},
     "attend/500": {"candidates": 9, "tokens": 7},
+    "match/500": {"leaves": 12, "candidates": 9, "sizes": (8, 8), "value": 4},
     "request/cold": {"rows": 60, "budget": 6, "candidates": 5, "width": 8, "sizes": (8, 8)},
     "request/cached": {"rows": 60, "budget": 6, "candidates": 5, "width": 8, "sizes": (8, 8)},
 }

@@ -60,13 +60,13 @@ def test_python_blocks_run_in_order(planted, tmp_path, monkeypatch):
             exec(
                 code, alone if "given" in block else found
             )  # the torch block goes on from the first, the property does not
-            shapes.append((found["features"].shape, found["match"].shape))
+            shapes.append((found["features"].shape, found["lse"].shape))
     assert found["made"].tokens.shape == (2, 100, 16) and found["made"].lse.shape == (2, 100)
     assert shapes == [((7, 1, 16), (7, 1)), ((9, 16), (9, 2)), ((9, 16), (9, 2))]
     assert (found["items"][7] == 0).all() == bool(planted)
     assert hisac.Codebook.load("book.safetensors") == found["book"]
-    assert found["score"].isfinite().all() and found["match"][:7].all()
-    assert not found["features"][7:].any() and not found["match"][7:].any()  # of the new user
+    assert found["score"].isfinite().all() and found["lse"][:7].all()
+    assert not found["features"][7:].any() and not found["lse"][7:].any()  # of the new user
     modules = [found[name] for name in ("compress", "attention", "network", "embedding")]
     gradients = [p.grad for module in modules for p in module.parameters()]
     assert all(g is not None and g.isfinite().all() and g.any() for g in gradients)
@@ -85,7 +85,7 @@ def test_the_first_block_takes_a_user_without_behaviours(tmp_path, monkeypatch):
             assert code.count(old) == 1
             code = code.replace(old, new)
         exec(code, names := {})
-        found.append((names["features"], names["match"]))
+        found.append((names["features"], names["lse"]))
         assert np.isfinite(names["features"]).all()
     for mine, expected in zip(found[1], found[0], strict=True):
         np.testing.assert_array_equal(mine, expected)

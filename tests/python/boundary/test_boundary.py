@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hisac
-from hisac import Attended, Codebook, Histories, Tokens
+from hisac import Attended, Codebook, Histories, Match, Tokens
 from support import by_field
 
 torch = pytest.importorskip("torch")
@@ -69,6 +69,16 @@ def attend_backward(d_out, d_lse, out, lse, **rest):
     return hisac.attend_backward(d_out, d_lse, Attended(out, lse), **rest)
 
 
+def match(codes, candidate_offsets, ids, **sums):
+    sums = Histories(**{name.removeprefix("sums."): a for name, a in sums.items()})
+    return hisac.match(BOOK, sums, codes, candidate_offsets, ids=ids)
+
+
+def match_backward(d_v, d_lse, codes, candidate_offsets, ids, **sums):
+    sums = Histories(**{name.removeprefix("sums."): a for name, a in sums.items()})
+    return hisac.match_backward(BOOK, sums, Match(d_v, d_lse), codes, candidate_offsets, ids=ids)
+
+
 BACK = {"d_tokens": normal(B, M, V), "d_lse": normal(B, M), "d_mean_x": normal(B, M, D)}
 BACK |= TOKENS._asdict()
 ROWS = {"x": X, "v": VALUE, "offsets": OFFSETS, "codes": CODES, "bias": BIAS, "spread": WEIGHTS}
@@ -76,6 +86,8 @@ SUMS = hisac.leaf_sums(BOOK, Histories(**ROWS))
 LEAF_BACK = {"sums.x": SUMS.x, "sums.v": SUMS.v, "sums.bias": SUMS.bias}
 LEAF_BACK |= {f"gradients.{name}": normal(*getattr(SUMS, name).shape) for name in ("x", "v", "bias")}
 RETURN = {"d_out": normal(N, H, V), "d_lse": normal(N, H), "out": ATTENDED.out, "lse": ATTENDED.lse}
+MATCH = {"sums.v": SUMS.v, "offsets": SUMS.offsets, "sums.codes": SUMS.codes, "sums.bias": SUMS.bias, "codes": CODES}
+MATCH |= {"candidate_offsets": ATTEND["candidate_offsets"], "ids": np.arange(N)}
 CALLS = {  # verb: the function and all its array arguments
     "Codebook": (lambda centers: Codebook([centers]).centers, {"centers": X}),
     "fit": (lambda x: Codebook.fit(x, (3, 2)).centers, {"x": X}),
@@ -91,6 +103,8 @@ CALLS = {  # verb: the function and all its array arguments
     "compress": (partial(by_field(hisac.compress), BOOK, budget=M, missing="token", temperature=0.1), ROWS),
     "attend": (hisac.attend, {**ATTEND, **LIKES}),
     "attend_backward": (attend_backward, {**RETURN, **ATTEND, **LIKES}),
+    "match": (match, MATCH),
+    "match_backward": (match_backward, {"d_v": normal(N, 2, V), "d_lse": normal(N, 2), **MATCH}),
 }
 TOLD = {"agents": "prototypes"}  # what messages call an argument: here those that are no Agents
 ARGUMENTS = [(verb, name) for verb, (_, arrays) in CALLS.items() for name in arrays]

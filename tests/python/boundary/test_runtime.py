@@ -39,6 +39,8 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
     }
     attend = {"q": normal(users, 2, 4), "keys": normal(users, agents, 2, 4), "values": normal(users, agents, 2, 3)}
     attend["candidate_offsets"] = np.arange(users + 1)
+    sums = hisac.leaf_sums(book, Histories(x, route["v"], offsets, codes, bias=route["bias"]))
+    match = {"codes": codes[:users].copy(), "candidate_offsets": np.arange(users + 1)}
     tokens, attended = by_field(partial(hisac.route, temperature=0.1))(**route), hisac.attend(**attend)
     return book, {
         "Codebook": (lambda centers: Codebook([centers]), {"centers": x[:8].copy()}),
@@ -55,6 +57,11 @@ def world(rows, users=4, width=16, sizes=(8, 8), agents=20):
         "attend_backward": (
             partial(hisac.attend_backward, forward=attended),
             {"d_out": attended[0], "d_lse": attended[1], **attend},
+        ),
+        "match": (partial(hisac.match, book, sums), match),
+        "match_backward": (
+            partial(hisac.match_backward, book, sums, hisac.match(book, sums, **match)),
+            match,
         ),
     }
 

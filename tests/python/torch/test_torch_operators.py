@@ -59,6 +59,10 @@ def operator_calls(book):
     sums = ops.leaf_sums(name, *batch(weights=counts, rows=20), False)
     d_sums = sums[0], sums[1], sums[5], sums[6]
     rounded = (*to, "agents", "bfloat16")
+    asked, of_table = codes[[0, 3, 3, 9, 0, 11, 12, 19, 9]], torch.tensor([0, 3, 3, 9, -1, 11, 12, 19, 40])
+    own = sums[2], sums[3], sums[4]
+    matching = (sums[1], *own, sums[5], asked, None, CANDIDATES)
+    d_match = torch.randn(9, 2, 5), torch.randn(9, 2)
     return {
         "encode": (name, x),
         "vote budget": (name, *voted(), 4, [], []),
@@ -100,6 +104,13 @@ def operator_calls(book):
         "route_backward some": (name, *batch(), *rounded, *returned, returned[0], None, None, some, None, None),
         "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), sharpness),
         "attend_backward": (out, out_lse, out, out_lse, *attention, sharpness),
+        "match": (name, wanted(sums[1]), *own, wanted(sums[5]), asked, None, CANDIDATES),
+        "match table": (name, wanted(sums[1]).bfloat16(), *own, None, codes, of_table, CANDIDATES.int()),
+        "match_backward": (name, *matching, *d_match, [True, True]),
+        "match_backward some": (name, *matching, d_match[0], None, [False, True]),
+        "match_backward table": (
+            name, *matching[:5], codes, of_table.int(), CANDIDATES, None, d_match[1], [True, False]
+        ),
         "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, sharpness),
     }  # fmt: skip
 
@@ -168,10 +179,11 @@ def test_double_backward_raises(graph):
     """The gradients of sums depend on saved tensors only: `once_differentiable` would be silent there."""
     x, v = rows()
     v, tau, q = wanted(v), wanted(torch.tensor([0.5])), torch.randn(9, 2, 4, requires_grad=True)
-    keys, p = wanted(torch.randn(3, 5, 2, 4)), torch.zeros(3, 2, 8)
+    keys, p, codes = wanted(torch.randn(3, 5, 2, 4)), torch.zeros(3, 2, 8), torch.zeros(20, 2, dtype=torch.int32)
     cases = {
         (v, tau): lambda: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).tokens.sum(),
         (q, keys): lambda: hisac_torch.attend(q, keys, keys, CANDIDATES).out.sum(),
+        (v,): lambda: hisac_torch.match(make_book(), Histories(None, v, OFFSETS, codes), codes, OFFSETS).v.sum(),
     }
     for inputs, function in cases.items():
         with pytest.raises(NotImplementedError, match="double backward is not supported"):
@@ -181,12 +193,13 @@ def test_double_backward_raises(graph):
 def test_forward_mode_raises():
     x, v = rows()
     q, keys, tau = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.tensor([0.5])
-    p = torch.zeros(3, 2, 8)
+    p, codes = torch.zeros(3, 2, 8), torch.zeros(20, 2, dtype=torch.int32)
     cases = [
         (lambda v: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=0.1).tokens, v),
         (lambda x: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=0.1).lse, x),
         (lambda tau: hisac_torch.route(Histories(x, v, OFFSETS), p, temperature=tau).lse, tau),
         (lambda q: hisac_torch.attend(q, keys, keys, CANDIDATES).lse, q),
+        (lambda v: hisac_torch.match(make_book(), Histories(None, v, OFFSETS, codes), codes, OFFSETS).v, v),
     ]
     for function, at in cases:
         with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):

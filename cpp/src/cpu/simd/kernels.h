@@ -148,6 +148,13 @@ struct Kernels {
   void (*attend_gradient)(int n, int64_t m, const float* w, float* g, int64_t ldz, const float* offset,
                           float* column_sum) = nullptr;
 
+  /// The largest of x [n], which has no NaN; -inf for none. x may be read up to kLanes elements further.
+  float (*largest)(int64_t n, const float* x) = nullptr;
+  /// sum [width] = sum_i w_i rows_i over n <= kBlock rows (stride ld), w_i = scale e^(bias_i - shift); returns sum_i
+  /// w_i. A row of weight 0 is left out, whatever it holds. bias may be read up to kLanes elements further.
+  float (*weigh_rows)(int n, int64_t width, const float* bias, float shift, float scale, const float* rows, int64_t ld,
+                      float* sum) = nullptr;
+
   /// Columns of one row of products that may be the nearest, in any order; returns how many. See Screen.
   int64_t (*screen)(int64_t m, const float* z, Screen& row, int32_t* out) = nullptr;
   /// sum over d of (a_d - b_d)^2 in float64, in any order.

@@ -126,6 +126,8 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.row_softmax = row_softmax;
   k.row_weights = row_weights;
   k.attend_gradient = attend_gradient;
+  k.largest = largest;
+  k.weigh_rows = weigh_rows;
   k.screen = screen;
   k.square_distance = square_distance;
 #if defined(HISAC_BF16)

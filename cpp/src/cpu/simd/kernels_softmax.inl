@@ -209,3 +209,52 @@ static void attend_gradient(int n, int64_t m, const float* w, float* g, int64_t 
     store(column_sum + j, sum);
   }
 }
+
+// ---- match
+
+template <int... I>
+HISAC_INLINE vi lane_numbers(Lanes<I...>) {
+  return vi{I...};
+}
+
+/// The first n lanes of x, and -inf in the others.
+HISAC_INLINE vf first_lanes(vf x, int64_t n) {
+  const vi here = lane_numbers(typename Count<W>::lanes()) < static_cast<int32_t>(n < W ? n : W);
+  return (vf)(((vi)x & here) | ((vi)splat(-kInfinity) & ~here));
+}
+
+static float largest(int64_t n, const float* x) {
+  vf most = splat(-kInfinity);
+  for (int64_t i = 0; i < n; i += W) most = larger(first_lanes(load(x + i), n - i), most);
+  return largest_of(most);
+}
+
+/// `across` vectors of the columns of weigh_rows; of the last one only the first `have` columns are there.
+template <int across>
+HISAC_INLINE void weigh_columns(int n, const float* w, const float* rows, int64_t ld, float* sum, size_t have = W) {
+  vf total[across] = {};
+  for (int i = 0; i < n; ++i) {
+    if (w[i] == 0) continue;
+#pragma GCC unroll 4
+    for (int a = 0; a < across; ++a)
+      total[a] += w[i] * (have == W ? load(rows + i * ld + a * W) : load_partial(rows + i * ld + a * W, have));
+  }
+#pragma GCC unroll 4
+  for (int a = 0; a < across; ++a) __builtin_memcpy(sum + a * W, &total[a], (a + 1 < across ? W : have) * 4);
+}
+
+static float weigh_rows(int n, int64_t width, const float* bias, float shift, float scale, const float* rows,
+                        int64_t ld, float* sum) {
+  float w[kBlock];
+  vf total = {};
+  for (int i = 0; i < n; i += W) {
+    const vf x = exp2v((first_lanes(load(bias + i), n - i) - shift) * kLog2e) * scale;
+    store(w + i, x);
+    total += x;
+  }
+  int64_t d = 0;
+  for (; d + 4 * W <= width; d += 4 * W) weigh_columns<4>(n, w, rows + d, ld, sum + d);
+  for (; d + W <= width; d += W) weigh_columns<1>(n, w, rows + d, ld, sum + d);
+  if (d < width) weigh_columns<1>(n, w, rows + d, ld, sum + d, static_cast<size_t>(width - d));
+  return sum_of(total);
+}

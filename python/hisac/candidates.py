@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of candidates: `attend` to their user's tokens, `match` with its leaf sums, and `merge` of what they give.
+
+Arrays, places and letters are those of `hisac.verbs`. `match` is the CPU's.
+"""
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from . import compose
+from .arrays import FLOAT32, check, core, empty, give, is_torch, take, take_histories, wanted_of
+from .codebook import Codebook
+from .types import Array, Attended, AttendGradients, Histories, Match, MatchGradients
+
+_NO_ATTENDED, _NO_MATCH = Attended(None, None), Match(None, None)
+_SUMS = "-, sums.v S V, offsets B+1, sums.codes S L, -, -, -, sums.bias?, -, -"
+_CANDIDATES = "codes N L, ids? N, candidate_offsets"
+_Pair = TypeVar("_Pair", bound=tuple[Any, ...])
+
+
+def attend(
+    q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None,
+    out: Attended | None = None,
+) -> Attended:  # fmt: skip
+    """Target attention of candidates on their user's tokens (paper, target attention).
+
+        z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
+
+    A token is absent where its bias or key holds a NaN or an infinity; for a q that holds one every token is. Without
+    tokens: zero and -inf.
+
+    Args:
+        q: [N, H, d], of one type with keys and values: float32, bfloat16 or float16
+        keys: [B, M, H, d]
+        values: [B, M, H, V]
+        candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
+        bias: [B, M] float32, such as the log_share of tokens
+        scale: None: 1 / sqrt(d)
+        out: Attended to write into
+
+    Returns Attended; its lse tells how well the best tokens match, which softmax attention alone hides. Raises
+    ValueError, TypeError.
+    """
+    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
+        "attend", q, keys, values, candidate_offsets, bias, scale
+    )
+    given = _NO_ATTENDED if out is None else check(out, Attended, "attend: out")
+    result = Attended(
+        give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
+        give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), FLOAT32),
+    )
+    core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
+    return result
+
+
+def attend_backward(
+    d_out: Array, d_lse: Array, forward: Attended, q: Array, keys: Array, values: Array, candidate_offsets: Array, *,
+    bias: Array = None, scale: float | None = None,
+) -> AttendGradients:  # fmt: skip
+    """Gradients of `attend`.
+
+    Args:
+        d_out, d_lse: the gradients of what it returned; d_lse may be None
+        forward: what it returned
+        q, keys, values, candidate_offsets, bias, scale: those of the call
+
+    Returns AttendGradients, float32. Raises ValueError, TypeError.
+    """
+    verb = "attend_backward"
+    q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    check(forward, Attended, f"{verb}: forward")
+    back = take(verb, "d_out, d_lse?, out, lse", d_out, d_lse, forward.out, forward.lse)
+    gradients = AttendGradients(
+        *(None if a is None else empty(back[0], tuple(a.shape), FLOAT32) for a in (q, keys, values, bias))
+    )
+    core.attend_backward(*back, q, keys, values, offsets, bias, scale, *gradients)
+    return gradients
+
+
+def _attend_inputs(
+    verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
+) -> tuple[Any, ...]:
+    q, keys, values, offsets, bias = take(
+        verb, "q N H d, keys B M H d, values B M H V, candidate_offsets, bias?",
+        q, keys, values, candidate_offsets, bias,
+    )  # fmt: skip
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{verb}: scale expected finite, got {scale}")
+    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
+
+
+def match(
+    book: Codebook, sums: Histories, codes: Array, candidate_offsets: Array, *, ids: Array = None,
+    out: Match | None = None,
+) -> Match:  # fmt: skip
+    """What the history says of each candidate (tree match). On level l, of the user's leaf sums s below the candidate's
+    first l codes,
+
+        lse = log sum_s exp(bias_s)        v = sum_s exp(bias_s) v_s / sum_s exp(bias_s)        none: v = 0, lse = -inf
+
+    A sum is absent with an invalid code or a bias that is NaN or infinite, as that of a leaf which only votes. Votes do
+    not enter; a time decay belongs into the biases of behaviours.
+
+    Args:
+        book: the codebook of the codes
+        sums: what `leaf_sums` returns, of B users. Read are v [S, V] float32, bfloat16 or float16, offsets, codes
+            [S, L] and bias [S], which may be None: 0. A user's rows are sorted by code, each leaf once; of others the
+            results are not specified, but finite where v is
+        codes: [N, L] int32, the candidates' semantic IDs; or those of a table [items, L] with ids. A candidate with an
+            invalid code has no sums on any level
+        candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
+        ids: [N] int32 or int64: candidate n has the codes of row ids[n]. One whose id is outside has no sums
+        out: Match to write into
+
+    Returns Match. Raises ValueError, TypeError.
+    """
+    tree, sums, codes, ids, offsets = _match_inputs("match", book, sums, codes, ids, candidate_offsets)
+    shape = (codes if ids is None else ids).shape[0], codes.shape[1]
+    given = _NO_MATCH if out is None else check(out, Match, "match: out")
+    result = Match(
+        give("match", "out v", given.v, sums.v, (*shape, sums.v.shape[1])),
+        give("match", "out lse", given.lse, sums.v, shape, FLOAT32),
+    )
+    core.match(tree, sums, codes, ids, offsets, *result)
+    return result
+
+
+def match_backward(
+    book: Codebook, sums: Histories, gradients: Match, codes: Array, candidate_offsets: Array, *, ids: Array = None,
+    need: Iterable[str] = ("v", "bias"),
+) -> MatchGradients:  # fmt: skip
+    """Gradients of `match` for its sums. With the share s_i = exp(bias_i - lse) of a sum, added up over candidates in
+    the order of their index, and over levels,
+
+        dv_i = s_i dv        dbias_i = s_i (dlse + dv . (v_i - v))
+
+    Args:
+        book, sums, codes, candidate_offsets, ids: those of the call of `match`
+        gradients: those of what it returned; each of its fields may be None
+        need: the gradients wanted, of "v" and "bias"
+
+    Returns MatchGradients, float32, None where not wanted. Raises ValueError, TypeError.
+    """
+    verb, wanted = "match_backward", wanted_of("match_backward", need, MatchGradients)
+    tree, sums, codes, ids, offsets = _match_inputs(verb, book, sums, codes, ids, candidate_offsets)
+    d_v, d_lse = take(verb, "d_v?, d_lse?", *check(gradients, Match, f"{verb}: gradients"))
+    shapes = {"v": tuple(sums.v.shape), "bias": tuple(sums.v.shape[:1])}
+    out = MatchGradients(*(empty(sums.v, shapes[f], FLOAT32) if f in wanted else None for f in MatchGradients._fields))
+    core.match_backward(tree, sums, d_v, d_lse, codes, ids, offsets, *out)
+    return out
+
+
+def _match_inputs(
+    verb: str, book: Codebook, sums: Histories, codes: Array, ids: Array, candidate_offsets: Array
+) -> tuple[Any, ...]:
+    tree = check(book, Codebook, f"{verb}: book")._core
+    return tree, take_histories(verb, _SUMS, sums), *take(verb, _CANDIDATES, codes, ids, candidate_offsets)
+
+
+def merge(a: _Pair, b: _Pair) -> _Pair:
+    """Two pairs (out, lse), of disjoint parts of one softmax or one sum -> that of both. With m = max(lse_a, lse_b),
+
+        lse = m + log(exp(lse_a - m) + exp(lse_b - m))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+    Where one lse is -inf, the result is the other pair, bit for bit; where both are, 0 and -inf. Associative up to
+    rounding.
+
+    Args:
+        a, b: of one type: Attended, Match, Tokens, whose mean_x is merged as its tokens are, or tuples. lse has any
+            shape, out that of lse and a width. Tensors may have gradients, which then reach the result
+
+    Returns the same type as a, out of the type of a's. Raises ValueError for a wrong shape.
+    """
+    merged: _Pair = compose.merge(sys.modules["torch"] if is_torch(a[1]) else np, a, b)
+    return merged
