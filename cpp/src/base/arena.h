@@ -107,4 +107,22 @@ class Arena {
   size_t used_ = 0, capacity_ = 0;
 };
 
+/// The bytes that a call takes: all of its scratch is what its `carve` takes.
+template <class Call>
+size_t workspace_of(Call call) noexcept {
+  Arena arena;
+  call.carve(arena);
+  return arena.used();
+}
+
+/// Runs a call in the workspace that its caller lends.
+template <class Call>
+Status run_call(const char* verb, const Context& context, Call call) noexcept {
+  Arena arena(context.workspace);
+  call.carve(arena);
+  const Status status = arena.check(verb);
+  if (status.ok()) call.run();
+  return status;
+}
+
 }  // namespace hisac
