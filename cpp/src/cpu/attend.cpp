@@ -23,47 +23,61 @@ struct Head {
   float *keys = nullptr, *values = nullptr;                // [M, d], [M, V]
   float *packed_keys = nullptr, *packed_values = nullptr;  // for q . k [d, M] and w values [M, V]
   float* bias = nullptr;                                   // [pad(M)] base 2; -inf: absent
-
-  void carve(Arena& arena, const AttendInputs& in) noexcept {
-    keys = arena.take<float>(in.agents * in.q.width);
-    values = arena.take<float>(in.agents * in.values.width);
-    packed_keys = arena.take<float>(simd::packed_size(in.q.width, in.agents));
-    packed_values = arena.take<float>(simd::packed_size(in.agents, in.values.width));
-    bias = arena.take<float>(simd::pad(in.agents));
-  }
-
-  void load(const AttendInputs& in, int64_t b, int64_t h) noexcept {
-    const simd::Kernels& k = simd::kernels();
-    std::fill(bias, bias + simd::pad(in.agents), -INFINITY);
-    for (int64_t m = 0; m < in.agents; ++m) {
-      const int64_t row = (b * in.agents + m) * in.heads + h;
-      const float squares = load_row(in.keys, row, keys + m * in.q.width);
-      load_row(in.values, row, values + m * in.values.width);
-      const float x = in.bias ? in.bias.data[b * in.agents + m] : 0.f;
-      if (std::isfinite(x) && finite(keys + m * in.q.width, in.q.width, squares)) {
-        bias[m] = simd::base2(x);
-      } else {  // absent: 0 times what it holds could be NaN
-        std::fill(keys + m * in.q.width, keys + (m + 1) * in.q.width, 0.f);
-        std::fill(values + m * in.values.width, values + (m + 1) * in.values.width, 0.f);
-      }
-    }
-    k.pack_columns(in.q.width, in.agents, keys, in.q.width, packed_keys);
-    k.pack_rows(in.agents, in.values.width, values, in.values.width, packed_values);
-  }
 };
 
-/// Loads n candidates of one head as [n, stride] with zero padding. Where `present` [n] is wanted, a row that holds a
-/// NaN or an infinity is not present and becomes zero.
-void load_candidates(const Rows& rows, int64_t heads, int64_t first, int n, int64_t h, float* out,
-                     bool* present = nullptr) noexcept {
-  for (int i = 0; i < n; ++i) {
-    float* const row = out + i * simd::pad(rows.width);
-    const float squares = load_row(rows, (first + i) * heads + h, row);
-    if (!present) continue;
-    present[i] = finite(row, rows.width, squares);
-    if (!present[i]) std::fill(row, row + rows.width, 0.f);
+/// What `attend` and its backward share.
+struct AttendCall {
+  AttendCall(const Context& context, const AttendInputs& in) noexcept : context_(context), in_(in) {}
+
+  void carve_head(Arena& arena, Head& head) const noexcept {
+    head.keys = arena.take<float>(m_ * d_);
+    head.values = arena.take<float>(m_ * v_);
+    head.packed_keys = arena.take<float>(simd::packed_size(d_, m_));
+    head.packed_values = arena.take<float>(simd::packed_size(m_, v_));
+    head.bias = arena.take<float>(ldm_);
   }
-}
+
+  void load_head(int64_t b, int64_t h, Head& head) const noexcept {
+    std::fill_n(head.bias, ldm_, -INFINITY);
+    for (int64_t m = 0; m < m_; ++m) {
+      float *const key = head.keys + m * d_, *const value = head.values + m * v_;
+      const float squares = load_row(in_.keys, token(b, m, h), key);
+      load_row(in_.values, token(b, m, h), value);
+      const float bias = in_.bias ? in_.bias.data[b * m_ + m] : 0.f;
+      if (std::isfinite(bias) && finite(key, d_, squares)) {
+        head.bias[m] = simd::base2(bias);
+      } else {  // absent: 0 times what it holds could be NaN
+        std::fill_n(key, d_, 0.f);
+        std::fill_n(value, v_, 0.f);
+      }
+    }
+    k_.pack_columns(d_, m_, head.keys, d_, head.packed_keys);
+    k_.pack_rows(m_, v_, head.values, v_, head.packed_values);
+  }
+
+  /// Loads n candidates of one head as [n, stride] with zero padding. Where `present` [n] is wanted, a row that holds a
+  /// NaN or an infinity is not present and becomes zero.
+  void load_candidates(const Rows& rows, int64_t first, int n, int64_t h, float* out,
+                       bool* present = nullptr) const noexcept {
+    for (int i = 0; i < n; ++i) {
+      float* const row = out + i * simd::pad(rows.width);
+      const float squares = load_row(rows, candidate(first + i, h), row);
+      if (!present) continue;
+      present[i] = finite(row, rows.width, squares);
+      if (!present[i]) std::fill_n(row, rows.width, 0.f);
+    }
+  }
+
+  /// The row of a user's token, and of a candidate, for one head.
+  int64_t token(int64_t b, int64_t m, int64_t h) const noexcept { return (b * m_ + m) * in_.heads + h; }
+  int64_t candidate(int64_t i, int64_t h) const noexcept { return i * in_.heads + h; }
+
+  const Context& context_;
+  const AttendInputs& in_;
+  const simd::Kernels& k_ = simd::kernels();
+  const int64_t m_ = in_.agents, d_ = in_.q.width, v_ = in_.values.width;
+  const int64_t ldm_ = simd::pad(m_), ldd_ = simd::pad(d_), ldv_ = simd::pad(v_);
+};
 
 // ---- forward
 
@@ -72,46 +86,65 @@ struct ForwardWorker {
   float *q = nullptr, *z = nullptr, *lse = nullptr, *out = nullptr;
 };
 
-struct Forward {
-  ForwardWorker* worker = nullptr;
-  int64_t* unit = nullptr;  // [B + 1] units before a user
+class Forward : AttendCall {
+ public:
+  Forward(const Context& context, const AttendInputs& in, const Attended& out) noexcept
+      : AttendCall(context, in), out_(out) {}
 
-  void carve(Arena& arena, const AttendInputs& in, int workers) noexcept {
-    unit = arena.take<int64_t>(in.candidates.users + 1);
-    worker = arena.take_each<ForwardWorker>(workers, [&](ForwardWorker& one) {
-      one.head.carve(arena, in);
-      one.q = arena.take<float>(simd::kBlock * simd::pad(in.q.width));
-      one.z = arena.take<float>(simd::kBlock * simd::pad(in.agents));
+  void carve(Arena& arena) noexcept {
+    unit_ = arena.take<int64_t>(in_.candidates.users + 1);
+    worker_ = arena.take_each<ForwardWorker>(workers_of(context_), [&](ForwardWorker& one) {
+      carve_head(arena, one.head);
+      one.q = arena.take<float>(simd::kBlock * ldd_);
+      one.z = arena.take<float>(simd::kBlock * ldm_);
       one.lse = arena.take<float>(simd::kBlock);
-      one.out = arena.take<float>(simd::kBlock * simd::pad(in.values.width));
+      one.out = arena.take<float>(simd::kBlock * ldv_);
     });
   }
-};
 
-void attend_span(const AttendInputs& in, const Attended& out, int64_t first, int64_t last, int64_t h,
-                 ForwardWorker& w) noexcept {
-  const simd::Kernels& k = simd::kernels();
-  const int64_t ldq = simd::pad(in.q.width), ldz = simd::pad(in.agents), ldv = simd::pad(in.values.width);
-  const int64_t bytes = bytes_of(out.out.dtype);
-  for (int64_t i = first; i < last; i += simd::kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(simd::kBlock, last - i));
-    bool present[simd::kBlock];
-    load_candidates(in.q, in.heads, i, n, h, w.q, present);
-    k.matmul(n, in.q.width, in.agents, w.q, ldq, w.head.packed_keys, w.z, ldz, nullptr);
-    k.row_softmax(n, in.agents, w.z, ldz, in.scale * simd::kLog2e, w.head.bias, w.lse);
-    k.matmul(n, in.agents, in.values.width, w.z, ldz, w.head.packed_values, w.out, ldv, nullptr);
-    for (int j = 0; j < n; ++j) {
-      const int64_t row = (i + j) * in.heads + h;
-      if (!present[j]) {
-        std::fill(w.out + j * ldv, w.out + (j + 1) * ldv, 0.f);
-        w.lse[j] = -INFINITY;
+  void run() noexcept {
+    const Spans& candidates = in_.candidates;
+    std::fill_n(static_cast<std::byte*>(out_.out.data), out_.out.rows * v_ * bytes_of(out_.out.dtype), std::byte{0});
+    std::fill_n(out_.lse.data, out_.out.rows, -INFINITY);
+    unit_[0] = 0;
+    for (int64_t b = 0; b < candidates.users; ++b)
+      unit_[b + 1] = unit_[b] + (candidates.end(b) - candidates.start(b) + kSpan - 1) / kSpan * in_.heads;
+    parallel_for(context_, unit_[candidates.users], [&](int64_t begin, int64_t end, int worker) {
+      ForwardWorker& w = worker_[worker];
+      int64_t loaded = -1;
+      for (int64_t u = begin; u < end; ++u) {  // spans of one head are consecutive
+        const int64_t b = std::upper_bound(unit_, unit_ + candidates.users + 1, u) - unit_ - 1;
+        const int64_t spans = (unit_[b + 1] - unit_[b]) / in_.heads;
+        const int64_t h = (u - unit_[b]) / spans, span = (u - unit_[b]) % spans;
+        if (loaded != b * in_.heads + h) load_head(b, h, w.head);
+        loaded = b * in_.heads + h;
+        const int64_t first = candidates.start(b) + span * kSpan, last = std::min(first + kSpan, candidates.end(b));
+        for (int64_t i = first; i < last; i += simd::kBlock)
+          block(i, static_cast<int>(std::min<int64_t>(simd::kBlock, last - i)), h, w);
       }
-      k.store_row(static_cast<std::byte*>(out.out.data) + row * in.values.width * bytes, out.out.dtype, in.values.width,
-                  w.out + j * ldv, 1.f);
-      out.lse.data[row] = w.lse[j] * simd::kLn2;
+    });
+  }
+
+ private:
+  void block(int64_t first, int n, int64_t h, ForwardWorker& w) const noexcept {
+    const DType type = out_.out.dtype;
+    bool present[simd::kBlock];
+    load_candidates(in_.q, first, n, h, w.q, present);
+    k_.matmul(n, d_, m_, w.q, ldd_, w.head.packed_keys, w.z, ldm_, nullptr);
+    k_.row_softmax(n, m_, w.z, ldm_, in_.scale * simd::kLog2e, w.head.bias, w.lse);
+    k_.matmul(n, m_, v_, w.z, ldm_, w.head.packed_values, w.out, ldv_, nullptr);
+    for (int i = 0; i < n; ++i) {
+      if (!present[i]) continue;  // zeros and -inf are there
+      const int64_t row = candidate(first + i, h);
+      k_.store_row(static_cast<std::byte*>(out_.out.data) + row * v_ * bytes_of(type), type, v_, w.out + i * ldv_, 1.f);
+      out_.lse.data[row] = w.lse[i] * simd::kLn2;
     }
   }
-}
+
+  const Attended& out_;
+  ForwardWorker* worker_ = nullptr;
+  int64_t* unit_ = nullptr;  // [B + 1] units before a user
+};
 
 // ---- backward
 
@@ -126,49 +159,50 @@ struct BackwardWorker {
   Sums* stack = nullptr;
 };
 
-class Backward {
+class Backward : AttendCall {
  public:
-  Backward(const AttendInputs& in, const AttendForward* forward, const AttendGradients* out, int workers) noexcept
-      : in_(in), forward_(forward), out_(out), k_(simd::kernels()), workers_(workers) {}
+  Backward(const Context& context, const AttendInputs& in, const AttendForward* forward,
+           const AttendGradients* out) noexcept
+      : AttendCall(context, in), forward_(forward), out_(out) {}
 
   void carve(Arena& arena) noexcept {
-    head_bias_ = arena.take<float>(in_.candidates.users * in_.heads, in_.agents);
-    const int64_t block = simd::kBlock;
-    worker_ = arena.take_each<BackwardWorker>(workers_, [&](BackwardWorker& one) {
-      one.head.carve(arena, in_);
-      one.packed_rows = arena.take<float>(simd::packed_size(in_.agents, in_.q.width));
-      one.packed_columns = arena.take<float>(simd::packed_size(in_.values.width, in_.agents));
-      arena.take_into(block * simd::pad(in_.q.width), one.q, one.dq);
-      arena.take_into(block * simd::pad(in_.values.width), one.d_out, one.out);
-      arena.take_into(block * simd::pad(in_.agents), one.z, one.g);
+    head_bias_ = arena.take<float>(in_.candidates.users * in_.heads, m_);
+    const int64_t block = simd::kBlock, depth = fold_depth(tiles_of(in_.q.rows / std::max<int64_t>(1, in_.heads)));
+    worker_ = arena.take_each<BackwardWorker>(workers_of(context_), [&](BackwardWorker& one) {
+      carve_head(arena, one.head);
+      one.packed_rows = arena.take<float>(simd::packed_size(m_, d_));
+      one.packed_columns = arena.take<float>(simd::packed_size(v_, m_));
+      arena.take_into(block * ldd_, one.q, one.dq);
+      arena.take_into(block * ldv_, one.d_out, one.out);
+      arena.take_into(block * ldm_, one.z, one.g);
       arena.take_into(block, one.lse, one.offset);
-      const int depth = fold_depth(tiles_of(in_.q.rows / std::max<int64_t>(1, in_.heads)));
       one.stack = arena.take_each<Sums>(depth, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
     });
   }
 
-  void run(const Context& context) noexcept {
-    std::fill_n(out_->q.data, in_.q.rows * in_.q.width, 0.f);
-    for (int w = 0; w < workers_; ++w) {
-      std::fill(worker_[w].q, worker_[w].q + simd::kBlock * simd::pad(in_.q.width), 0.f);
-      std::fill(worker_[w].d_out, worker_[w].d_out + simd::kBlock * simd::pad(in_.values.width), 0.f);
+  void run() noexcept {
+    const int64_t users = in_.candidates.users;
+    std::fill_n(out_->q.data, in_.q.rows * d_, 0.f);
+    for (int w = 0; w < workers_of(context_); ++w) {
+      std::fill_n(worker_[w].q, simd::kBlock * ldd_, 0.f);
+      std::fill_n(worker_[w].d_out, simd::kBlock * ldv_, 0.f);
     }
-    parallel_for(context, in_.candidates.users * in_.heads, [&](int64_t begin, int64_t end, int w) {
+    parallel_for(context_, users * in_.heads, [&](int64_t begin, int64_t end, int w) {
       for (int64_t u = begin; u < end; ++u) head(u / in_.heads, u % in_.heads, worker_[w]);
     });
-    for (int64_t b = 0; out_->bias && b < in_.candidates.users; ++b)
-      for (int64_t m = 0; m < in_.agents; ++m) {
+    for (int64_t b = 0; out_->bias && b < users; ++b)
+      for (int64_t m = 0; m < m_; ++m) {
         float total = 0;
-        for (int64_t h = 0; h < in_.heads; ++h) total += head_bias_[(b * in_.heads + h) * in_.agents + m];
-        out_->bias.data[b * in_.agents + m] = total;
+        for (int64_t h = 0; h < in_.heads; ++h) total += head_bias_[(b * in_.heads + h) * m_ + m];
+        out_->bias.data[b * m_ + m] = total;
       }
   }
 
  private:
   void head(int64_t b, int64_t h, BackwardWorker& w) noexcept {
-    w.head.load(in_, b, h);
-    k_.pack_rows(in_.agents, in_.q.width, w.head.keys, in_.q.width, w.packed_rows);
-    k_.pack_columns(in_.values.width, in_.agents, w.head.values, in_.values.width, w.packed_columns);
+    load_head(b, h, w.head);
+    k_.pack_rows(m_, d_, w.head.keys, d_, w.packed_rows);
+    k_.pack_columns(v_, m_, w.head.values, v_, w.packed_columns);
     const int64_t start = in_.candidates.start(b), count = in_.candidates.end(b) - start;
     std::fill_n(w.stack[0], sum_floats(), 0.f);
     fold(
@@ -180,57 +214,45 @@ class Backward {
         },
         [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
     const Sums keys = w.stack[0], values = values_of(keys), bias = bias_of(keys);
-    for (int64_t m = 0; m < in_.agents; ++m) {
-      const int64_t row = (b * in_.agents + m) * in_.heads + h;
-      k_.store_row(out_->keys.data + row * in_.q.width, DType::float32, in_.q.width, keys + m * simd::pad(in_.q.width),
-                   in_.scale);
-      k_.store_row(out_->values.data + row * in_.values.width, DType::float32, in_.values.width,
-                   values + m * simd::pad(in_.values.width), 1.f);
-      head_bias_[(b * in_.heads + h) * in_.agents + m] = bias[m];
+    for (int64_t m = 0; m < m_; ++m) {
+      const int64_t row = token(b, m, h);
+      k_.store_row(out_->keys.data + row * d_, DType::float32, d_, keys + m * ldd_, in_.scale);
+      k_.store_row(out_->values.data + row * v_, DType::float32, v_, values + m * ldv_, 1.f);
     }
+    std::copy_n(bias, m_, head_bias_ + (b * in_.heads + h) * m_);
   }
 
   void block(int64_t first, int n, int64_t h, BackwardWorker& w, Sums sums) noexcept {
-    const int64_t ldq = simd::pad(in_.q.width), ldz = simd::pad(in_.agents), ldv = simd::pad(in_.values.width);
     bool present[simd::kBlock];
-    load_candidates(in_.q, in_.heads, first, n, h, w.q, present);
-    load_candidates(forward_->d_out, in_.heads, first, n, h, w.d_out);
-    load_candidates(forward_->out, in_.heads, first, n, h, w.out);
+    load_candidates(in_.q, first, n, h, w.q, present);
+    load_candidates(forward_->d_out, first, n, h, w.d_out);
+    load_candidates(forward_->out, first, n, h, w.out);
     for (int i = 0; i < n; ++i) {
-      const int64_t row = (first + i) * in_.heads + h;
+      const int64_t row = candidate(first + i, h);
       const float lse = forward_->lse.data[row];
       double dot = 0;
-      for (int64_t c = 0; c < in_.values.width; ++c) dot += double(w.d_out[i * ldv + c]) * w.out[i * ldv + c];
+      for (int64_t c = 0; c < v_; ++c) dot += double(w.d_out[i * ldv_ + c]) * w.out[i * ldv_ + c];
+      const double d_lse = forward_->d_lse ? double(forward_->d_lse.data[row]) : 0;
       w.lse[i] = lse == -INFINITY ? lse : simd::base2(lse);
-      w.offset[i] = lse == -INFINITY
-                        ? 0.f
-                        : static_cast<float>((forward_->d_lse ? double(forward_->d_lse.data[row]) : 0.0) - dot);
+      w.offset[i] = lse == -INFINITY ? 0.f : static_cast<float>(d_lse - dot);
     }
-    k_.matmul(n, in_.q.width, in_.agents, w.q, ldq, w.head.packed_keys, w.z, ldz, nullptr);
-    k_.row_weights(n, in_.agents, w.z, ldz, in_.scale * simd::kLog2e, w.head.bias, w.lse);
-    k_.matmul(n, in_.values.width, in_.agents, w.d_out, ldv, w.packed_columns, w.g, ldz, nullptr);
-    k_.attend_gradient(n, in_.agents, w.z, w.g, ldz, w.offset, bias_of(sums));
-    k_.matmul(n, in_.agents, in_.q.width, w.g, ldz, w.packed_rows, w.dq, ldq, nullptr);
+    k_.matmul(n, d_, m_, w.q, ldd_, w.head.packed_keys, w.z, ldm_, nullptr);
+    k_.row_weights(n, m_, w.z, ldm_, in_.scale * simd::kLog2e, w.head.bias, w.lse);
+    k_.matmul(n, v_, m_, w.d_out, ldv_, w.packed_columns, w.g, ldm_, nullptr);
+    k_.attend_gradient(n, m_, w.z, w.g, ldm_, w.offset, bias_of(sums));
+    k_.matmul(n, m_, d_, w.g, ldm_, w.packed_rows, w.dq, ldd_, nullptr);
     for (int i = 0; i < n; ++i)
-      k_.store_row(out_->q.data + ((first + i) * in_.heads + h) * in_.q.width, DType::float32, in_.q.width,
-                   w.dq + i * ldq, in_.scale);
-    k_.accumulate(n, in_.agents, in_.q.width, w.g, ldz, w.q, ldq, sums, ldq);
-    k_.accumulate(n, in_.agents, in_.values.width, w.z, ldz, w.d_out, ldv, values_of(sums), ldv);
+      k_.store_row(out_->q.data + candidate(first + i, h) * d_, DType::float32, d_, w.dq + i * ldd_, in_.scale);
+    k_.accumulate(n, m_, d_, w.g, ldm_, w.q, ldd_, sums, ldd_);
+    k_.accumulate(n, m_, v_, w.z, ldm_, w.d_out, ldv_, values_of(sums), ldv_);
   }
 
-  float* values_of(Sums sums) const noexcept { return sums + simd::pad(in_.agents) * simd::pad(in_.q.width); }
-  float* bias_of(Sums sums) const noexcept {
-    return values_of(sums) + simd::pad(in_.agents) * simd::pad(in_.values.width);
-  }
-  int64_t sum_floats() const noexcept {
-    return simd::pad(in_.agents) * (simd::pad(in_.q.width) + simd::pad(in_.values.width) + 1);
-  }
+  float* values_of(Sums sums) const noexcept { return sums + ldm_ * ldd_; }
+  float* bias_of(Sums sums) const noexcept { return values_of(sums) + ldm_ * ldv_; }
+  int64_t sum_floats() const noexcept { return ldm_ * (ldd_ + ldv_ + 1); }
 
-  const AttendInputs& in_;
   const AttendForward* forward_;
   const AttendGradients* out_;
-  const simd::Kernels& k_;
-  int workers_;
   float* head_bias_ = nullptr;
   BackwardWorker* worker_ = nullptr;
 };
@@ -238,54 +260,20 @@ class Backward {
 }  // namespace
 
 size_t attend_workspace(const Context& context, const AttendInputs& inputs) noexcept {
-  Arena arena;
-  Forward().carve(arena, inputs, workers_of(context));
-  return arena.used();
+  return workspace_of(Forward(context, inputs, {}));
 }
 
 Status attend(const Context& context, const AttendInputs& inputs, Attended out) noexcept {
-  Arena arena(context.workspace);
-  Forward forward;
-  forward.carve(arena, inputs, workers_of(context));
-  HISAC_TRY(arena.check("attend"));
-  std::fill_n(static_cast<std::byte*>(out.out.data), out.out.rows * inputs.values.width * bytes_of(out.out.dtype),
-              std::byte{0});
-  std::fill(out.lse.data, out.lse.data + out.out.rows, -INFINITY);
-  forward.unit[0] = 0;
-  for (int64_t b = 0; b < inputs.candidates.users; ++b)
-    forward.unit[b + 1] =
-        forward.unit[b] + (inputs.candidates.end(b) - inputs.candidates.start(b) + kSpan - 1) / kSpan * inputs.heads;
-  parallel_for(context, forward.unit[inputs.candidates.users], [&](int64_t begin, int64_t end, int worker) {
-    ForwardWorker& w = forward.worker[worker];
-    int64_t loaded = -1;
-    for (int64_t u = begin; u < end; ++u) {  // spans of one head are consecutive
-      const int64_t b =
-          std::upper_bound(forward.unit, forward.unit + inputs.candidates.users + 1, u) - forward.unit - 1;
-      const int64_t spans = (forward.unit[b + 1] - forward.unit[b]) / inputs.heads;
-      const int64_t h = (u - forward.unit[b]) / spans, span = (u - forward.unit[b]) % spans;
-      if (loaded != b * inputs.heads + h) w.head.load(inputs, b, h);
-      loaded = b * inputs.heads + h;
-      const int64_t first = inputs.candidates.start(b) + span * kSpan;
-      attend_span(inputs, out, first, std::min(first + kSpan, inputs.candidates.end(b)), h, w);
-    }
-  });
-  return {};
+  return run_call("attend", context, Forward(context, inputs, out));
 }
 
 size_t attend_backward_workspace(const Context& context, const AttendInputs& inputs) noexcept {
-  Arena arena;
-  Backward(inputs, nullptr, nullptr, workers_of(context)).carve(arena);
-  return arena.used();
+  return workspace_of(Backward(context, inputs, nullptr, nullptr));
 }
 
 Status attend_backward(const Context& context, const AttendInputs& inputs, const AttendForward& forward,
                        const AttendGradients& out) noexcept {
-  Backward backward(inputs, &forward, &out, workers_of(context));
-  Arena arena(context.workspace);
-  backward.carve(arena);
-  HISAC_TRY(arena.check("attend_backward"));
-  backward.run(context);
-  return {};
+  return run_call("attend_backward", context, Backward(context, inputs, &forward, &out));
 }
 
 }  // namespace hisac::cpu

@@ -109,19 +109,12 @@ class Backward {
 
 size_t leaf_sums_backward_workspace(const Context& context, const Codebook& book, const Histories& histories,
                                     const LeafSumsGradients& out) noexcept {
-  Arena arena;
-  Backward(context, book, histories, nullptr, out).carve(arena);
-  return arena.used();
+  return workspace_of(Backward(context, book, histories, nullptr, out));
 }
 
 Status leaf_sums_backward(const Context& context, const Codebook& book, const Histories& histories,
                           const LeafSumsForward& forward, const LeafSumsGradients& out) noexcept {
-  Backward backward(context, book, histories, &forward, out);
-  Arena arena(context.workspace);
-  backward.carve(arena);
-  HISAC_TRY(arena.check("leaf_sums_backward"));
-  backward.run();
-  return {};
+  return run_call("leaf_sums_backward", context, Backward(context, book, histories, &forward, out));
 }
 
 }  // namespace hisac::cpu

@@ -6,10 +6,8 @@ namespace hisac::cpu {
 
 Status code_prototypes(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
                        Array<float, 2> out) noexcept {
-  constexpr int64_t kChunk = 256;
-  parallel_for(context, (codes.shape[0] + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin * kChunk; i < end * kChunk && i < codes.shape[0]; ++i)
-      book.prototype(codes.data + i * book.levels(), out.data + i * book.width());
+  parallel_pieces(context, codes.shape[0], 256, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) book.prototype(codes.data + i * book.levels(), out.data + i * book.width());
   });
   return {};
 }

@@ -246,19 +246,12 @@ class Router : RouteCall {
 
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                        const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept {
-  Arena arena;
-  Router(context, book, params, histories, agents, out).carve(arena);
-  return arena.used();
+  return workspace_of(Router(context, book, params, histories, agents, out));
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
              const RouteAgents& agents, Tokens out) noexcept {
-  Router router(context, book, params, histories, agents, out);
-  Arena arena(context.workspace);
-  router.carve(arena);
-  HISAC_TRY(arena.check("route"));
-  router.run();
-  return {};
+  return run_call("route", context, Router(context, book, params, histories, agents, out));
 }
 
 }  // namespace hisac::cpu

@@ -238,20 +238,13 @@ class Backward : RouteCall {
 size_t route_backward_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                                 const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                                 const RouteGradients& out) noexcept {
-  Arena arena;
-  Backward(context, book, params, histories, agents, forward, out).carve(arena);
-  return arena.used();
+  return workspace_of(Backward(context, book, params, histories, agents, forward, out));
 }
 
 Status route_backward(const Context& context, const Codebook* book, const RouteParams& params,
                       const Histories& histories, const RouteAgents& agents, const RouteForward& forward,
                       const RouteGradients& out) noexcept {
-  Backward backward(context, book, params, histories, agents, forward, out);
-  Arena arena(context.workspace);
-  backward.carve(arena);
-  HISAC_TRY(arena.check("route_backward"));
-  backward.run();
-  return {};
+  return run_call("route_backward", context, Backward(context, book, params, histories, agents, forward, out));
 }
 
 }  // namespace hisac::cpu

@@ -11,11 +11,9 @@ namespace hisac::cpu {
 constexpr int64_t kAhead = 8;  // slots
 
 void fill(const Context& context, float* p, int64_t n, float value) noexcept {
-  constexpr int64_t kPiece = int64_t{1} << 16;
   if (!p) return;
-  parallel_for(context, (n + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end, int) {
-    std::fill(p + begin * kPiece, p + std::min(end * kPiece, n), value);
-  });
+  parallel_pieces(context, n, int64_t{1} << 16,
+                  [&](int64_t begin, int64_t end, int) { std::fill(p + begin, p + end, value); });
 }
 
 void RowGradient::clear(const Context& context, const Waves& waves) noexcept {
