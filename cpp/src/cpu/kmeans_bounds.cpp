@@ -42,11 +42,9 @@ void KMeansBounds::start(const Level& level, int64_t rows) noexcept {
   std::fill(group_drift_, group_drift_ + kGroups, 0.f);
   const int64_t panels = (level.size + simd::kPanel - 1) / simd::kPanel;
   const int64_t panels_per_group = (panels + kGroups - 1) / kGroups;
-  int64_t panel = 0;
   groups_ = 0;
-  simd::for_panels(level.size, [&](int64_t first, int64_t) {
+  for (int64_t first = 0, panel = 0; first < level.size; first += simd::panel_width(level.size, first))
     if (panel++ % panels_per_group == 0) first_[groups_++] = first;
-  });
   first_[groups_] = level.size;
 }
 

@@ -115,7 +115,8 @@ class Router : RouteCall {
     for (int i = 0; i < n; ++i)
       w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents && w.lse[i] > -INFINITY ? w.lse[i] : 0.f);
     if (operands_ != Operands::float32) round_values(w);
-    simd::for_panels(m, [&](int64_t first, int64_t width) {
+    for (int64_t first = 0, width; first < m; first += width) {
+      width = simd::panel_width(m, first);
       if (!softmax_over_agents) products(w, first, width, width);
       const float* const z = softmax_over_agents ? w.z + first : w.z;
       const int64_t ldz = softmax_over_agents ? ld : width;
@@ -142,7 +143,7 @@ class Router : RouteCall {
           k_.accumulate_bf16x3(simd::pairs_of(n), columns_, width, w.values_bf16.hi, w.values_bf16.lo, ldv_,
                                w.e_bf16.hi, w.e_bf16.lo, width, sum, ld);
       }
-    });
+    }
   }
 
   /// After a user's last block: queues its tokens and the next user's prototypes, of present agents alone.

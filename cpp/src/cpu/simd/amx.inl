@@ -137,30 +137,25 @@ static void multiply_panels(int64_t n, int64_t k2, int64_t m, int64_t first, int
       configured = height;
     }
     const Bf16Matrix left = {a.hi + i * a.ld + first, a.lo + i * a.ld + first, a.ld};
-    float* out = z + i * ldz;
-    Bf16Matrix panel = b;
-    for (int64_t rest = pad(m) / kLanes; rest > 0;) {
-      const int64_t group = panels ? panel_group(rest) : rest, width = group * kLanes;
+    for (int64_t from = 0, width; from < m; from += width) {
+      width = panels ? panel_width(m, from) : pad(m);
+      Bf16Matrix panel = b.offset_by(k2 * from);
       if (panels) panel.ld = width;
       for (int64_t column = 0; column < width;) {
         const Bf16Matrix right = panel.offset_by(first * panel.ld + column);
+        float* const out = z + i * ldz + from + column;
+        const auto run = [&](auto block, int r) __attribute__((always_inline)) {
+          block.run(steps, depth, height, left.offset_by(r * height * a.ld), right, out + r * height * ldz, ldz, update,
+                    prefetcher);
+        };
         const bool pair = width - column >= 32;
-        if (pair && tiles == 1)
-          Block<Tiles, bf16x3, 1, 2>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
-        for (int r = 0; pair && r + 2 <= tiles; r += 2)
-          Block<Tiles, bf16x3, 2, 2>::run(steps, depth, height, left.offset_by(r * height * a.ld), right,
-                                          out + r * height * ldz, ldz, update, prefetcher);
-        if (!pair && tiles == 1)
-          Block<Tiles, bf16x3, 1, 1>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
-        if (!pair && tiles == 2)
-          Block<Tiles, bf16x3, 2, 1>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
-        if (!pair && tiles == 4)
-          Block<Tiles, bf16x3, 4, 1>::run(steps, depth, height, left, right, out, ldz, update, prefetcher);
+        if (pair && tiles == 1) run(Block<Tiles, bf16x3, 1, 2>(), 0);
+        for (int r = 0; pair && r + 2 <= tiles; r += 2) run(Block<Tiles, bf16x3, 2, 2>(), r);
+        if (!pair && tiles == 1) run(Block<Tiles, bf16x3, 1, 1>(), 0);
+        if (!pair && tiles == 2) run(Block<Tiles, bf16x3, 2, 1>(), 0);
+        if (!pair && tiles == 4) run(Block<Tiles, bf16x3, 4, 1>(), 0);
         column += pair ? 32 : 16;
-        out += pair ? 32 : 16;
       }
-      rest -= group;
-      if (rest > 0) panel = panel.offset_by(k2 * width);
     }
   }
 }

@@ -5,6 +5,8 @@
 // padding, which a loop may read and write. Matrices on the right of a product are packed (pack.h). Logits are in
 // base 2.
 #pragma once
+#include <utility>
+
 #include "hisac/array.h"
 
 namespace hisac::simd {

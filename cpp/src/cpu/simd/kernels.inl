@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner loops, once, over a vector of W floats. Each isa_*.cpp defines W and includes this file, all but
-// isa_baseline.cpp inside a target region. Everything is in an unnamed namespace and uses nothing from std::. So no
+// isa_baseline.cpp inside a target region. Everything is in an unnamed namespace and calls nothing of std::. So no
 // instruction of such a region can reach a weak symbol that another translation unit may pick
 // (tests/python/test_package.py checks that).
 //
@@ -35,6 +35,28 @@ HISAC_INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loos
 HISAC_INLINE vf_half load_half(const float* p) { return *reinterpret_cast<const vf_half*>(p); }
 HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
 
+/// The lanes of the next vector of a row of which `left` elements remain.
+HISAC_INLINE size_t lanes_of(int64_t left) { return static_cast<size_t>(left < W ? left : W); }
+
+/// The first n <= W elements at p, and zeros; nothing else is read.
+template <class V, class T>
+HISAC_INLINE V load_first(const T* p, size_t n) {
+  V x = {};
+  if (n == W)
+    __builtin_memcpy(&x, p, sizeof x);
+  else
+    __builtin_memcpy(&x, p, n * sizeof *p);
+  return x;
+}
+/// Writes the first n <= W elements.
+template <class V, class T>
+HISAC_INLINE void store_first(T* p, V x, size_t n) {
+  if (n == W)
+    __builtin_memcpy(p, &x, sizeof x);
+  else
+    __builtin_memcpy(p, &x, n * sizeof *p);
+}
+
 /// The larger or the smaller; b where a is NaN. GCC makes a compare and a blend of a > b ? a : b, of more latency.
 #if defined(__x86_64__) && W > 4
 HISAC_INLINE vf larger(vf a, vf b) {
@@ -52,33 +74,29 @@ HISAC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 HISAC_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 #endif
 
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using lanes = Lanes<I...>;
-};
+template <class V>
+constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+/// 0, 1, .. of the lanes of V.
+template <class V>
+using LanesOf = std::make_integer_sequence<int, kLanesOf<V>>;
 
 /// Lanes i and i ^ step swap.
 template <int step, class V, int... I>
-HISAC_INLINE V crossed(V x, Lanes<I...>) {
+HISAC_INLINE V crossed(V x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, (I ^ step)...);
 }
 
 /// op over all lanes, in every lane.
 template <int step, class V, class Op>
 HISAC_INLINE V folded(V x, Op op) {
-  x = op(x, crossed<step>(x, typename Count<static_cast<int>(sizeof(V) / sizeof(x[0]))>::lanes()));
+  x = op(x, crossed<step>(x, LanesOf<V>()));
   if constexpr (step > 1) x = folded<step / 2>(x, op);
   return x;
 }
 
 template <class V>
 HISAC_INLINE auto sum_of(V x) {
-  return folded<static_cast<int>(sizeof(V) / sizeof(x[0]) / 2)>(
-      x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
+  return folded<kLanesOf<V> / 2>(x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
 }
 
 HISAC_INLINE float largest_of(vf x) { return folded<W / 2>(x, larger)[0]; }

@@ -62,8 +62,8 @@ static Rounded round_bf16(int64_t width, const float* src, const float* shift, u
   for (; d + W <= width; d += W)
     *reinterpret_cast<vh_loose*>(dst + d / 2) = round(shift ? load(src + d) - load(shift + d) : load(src + d));
   if (d < width) {
-    const size_t have = static_cast<size_t>(width - d);
-    const vh rounded = round(load_partial(src + d, have) - (shift ? load_partial(shift + d, have) : vf{}));
+    const size_t have = lanes_of(width - d);
+    const vh rounded = round(load_first<vf>(src + d, have) - (shift ? load_first<vf>(shift + d, have) : vf{}));
     __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
   }
   return {sum_of(squares), sum_of(errors)};

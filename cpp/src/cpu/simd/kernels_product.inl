@@ -38,25 +38,22 @@ HISAC_INLINE void matmul_tile(int64_t k, const T* a, int64_t lda, const T* b, in
 template <class T>
 static void matmul(int n, int64_t k, int64_t m, const T* a, int64_t lda, const T* packed, float* z, int64_t ldz,
                    Prefetcher* prefetcher) {
-  for (int64_t left = pad(m) / kLanes; left > 0;) {
-    const int64_t group = panel_group(left);
-    left -= group;
-    const int64_t width = group * kLanes;
+  for (int64_t first = 0, width; first < m; first += width) {
+    width = panel_width(m, first);
+    const T* const panel = packed + k * first;
     for (int64_t column = 0; column < width;) {
       const int64_t vectors = tile_vectors((width - column) / W);
       for (int i = 0; i < n; i += kRows) {
         if (prefetcher) prefetcher->prefetch(kRows * vectors * W);
         const T* x = a + i * lda;
-        float* out = z + i * ldz + column;
-        if (kAcross == 4 && vectors == 4) matmul_tile<kRows, 4>(k, x, lda, packed + column, width, out, ldz);
-        if (vectors == 3) matmul_tile<kRows, 3>(k, x, lda, packed + column, width, out, ldz);
-        if (vectors == 2) matmul_tile<kRows, 2>(k, x, lda, packed + column, width, out, ldz);
-        if (vectors == 1) matmul_tile<kRows, 1>(k, x, lda, packed + column, width, out, ldz);
+        float* out = z + i * ldz + first + column;
+        if (kAcross == 4 && vectors == 4) matmul_tile<kRows, 4>(k, x, lda, panel + column, width, out, ldz);
+        if (vectors == 3) matmul_tile<kRows, 3>(k, x, lda, panel + column, width, out, ldz);
+        if (vectors == 2) matmul_tile<kRows, 2>(k, x, lda, panel + column, width, out, ldz);
+        if (vectors == 1) matmul_tile<kRows, 1>(k, x, lda, panel + column, width, out, ldz);
       }
       column += vectors * W;
     }
-    packed += k * width;
-    z += width;
   }
 }
 

@@ -3,7 +3,7 @@
 
 /// a0 b0 a1 b1 .. of the lower (offset = 0) or upper (offset = W / 2) halves.
 template <int offset, int... I>
-HISAC_INLINE vf interleave(vf a, vf b, Lanes<I...>) {
+HISAC_INLINE vf interleave(vf a, vf b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (offset + I / 2 + I % 2 * W)...);
 }
 
@@ -14,8 +14,8 @@ HISAC_INLINE void transpose(vf* x) {
   for (int round = 1; round < W; round *= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; ++i) {
-      y[2 * i] = interleave<0>(x[i], x[i + W / 2], typename Count<W>::lanes());
-      y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2], typename Count<W>::lanes());
+      y[2 * i] = interleave<0>(x[i], x[i + W / 2], LanesOf<vf>());
+      y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2], LanesOf<vf>());
     }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) x[i] = y[i];
@@ -35,47 +35,34 @@ static void transpose(int64_t w, const float* src, int64_t ld, float* dst, int64
 /// Packs panels. read(j, d, have) returns `have` <= W elements of column j from row d on, and zeros after them.
 template <class Read>
 HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
-  int64_t j0 = 0;
-  for (int64_t left = pad(m) / kLanes; left > 0;) {
-    const int64_t group = panel_group(left), width = group * kLanes;
-    left -= group;
-    for (int64_t j = j0; j < j0 + width; j += W)
+  for (int64_t first = 0, width; first < m; first += width) {
+    width = panel_width(m, first);
+    for (int64_t j = first; j < first + width; j += W)
       for (int64_t d = 0; d < k; d += W) {
         vf x[W] = {};
-        const size_t have = static_cast<size_t>(k - d < W ? k - d : W);
+        const size_t have = lanes_of(k - d);
         for (int i = 0; i < W && j + i < m; ++i) x[i] = read(j + i, d, have);
         transpose(x);
-        for (size_t i = 0; i < have; ++i) store(out + (d + static_cast<int64_t>(i)) * width + (j - j0), x[i]);
+        float* const to = out + k * first + d * width + (j - first);
+        for (int i = 0; i < static_cast<int>(have); ++i) store(to + i * width, x[i]);
       }
-    out += k * width;
-    j0 += width;
   }
-}
-
-HISAC_INLINE vf load_partial(const float* p, size_t have) {
-  if (have >= W) return load(p);
-  vf x = {};
-  __builtin_memcpy(&x, p, have * 4);
-  return x;
 }
 
 static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
   pack(k, m, out, [=](int64_t j, int64_t d, size_t have) __attribute__((always_inline)) {
-    return load_partial(columns + j * ld + d, have);
+    return load_first<vf>(columns + j * ld + d, have);
   });
 }
 
 static void pack_rows(int64_t k, int64_t m, const float* rows, int64_t ld, float* out) {
-  int64_t j0 = 0;
-  for (int64_t left = pad(m) / kLanes; left > 0;) {
-    const int64_t group = panel_group(left), width = group * kLanes;
-    left -= group;
-    const size_t have = static_cast<size_t>(m - j0 < width ? m - j0 : width);
+  for (int64_t first = 0, width; first < m; first += width) {
+    width = panel_width(m, first);
+    const size_t have = static_cast<size_t>(m - first < width ? m - first : width);
     for (int64_t d = 0; d < k; ++d, out += width) {
-      __builtin_memcpy(out, rows + d * ld + j0, have * 4);
+      __builtin_memcpy(out, rows + d * ld + first, have * 4);
       __builtin_memset(out + have, 0, (static_cast<size_t>(width) - have) * 4);
     }
-    j0 += width;
   }
 }
 
@@ -121,12 +108,9 @@ HISAC_INLINE float load_row_of(int64_t width, float* dst, Read read) {
     }
   }
   for (; d < width; d += W) {
-    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
+    const size_t have = lanes_of(width - d);
     const vf x = read(d, have);
-    if (have == W)
-      store(dst + d, x);
-    else
-      __builtin_memcpy(dst + d, &x, have * 4);
+    store_first(dst + d, x, have);
     squares[0] += x * x;
   }
   return sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
@@ -137,21 +121,16 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   const uint16_t* const halves = static_cast<const uint16_t*>(src);
   if (type == DType::float32)
     return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
-      return load_partial(floats + d, have);
+      return load_first<vf>(floats + d, have);
     });
   return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
-    vh raw = {};
-    if (have == W)
-      raw = *reinterpret_cast<const vh_loose*>(halves + d);
-    else
-      __builtin_memcpy(&raw, halves + d, have * 2);
-    return widen(raw, type);
+    return widen(load_first<vh>(halves + d, have), type);
   });
 }
 
 static float subtract_row(int64_t width, const float* origin, float* row) {
   return load_row_of(width, row, [=](int64_t d, size_t have) __attribute__((always_inline)) {
-    return load_partial(row + d, have) - load_partial(origin + d, have);
+    return load_first<vf>(row + d, have) - load_first<vf>(origin + d, have);
   });
 }
 
@@ -164,22 +143,14 @@ static float load_int8(const int8_t* __restrict src, float scale, int64_t width,
 static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
   float* const out = static_cast<float*>(dst);
   uint16_t* const half = static_cast<uint16_t*>(dst);
-  int64_t d = 0;
-  for (; d + W <= width; d += W) {
-    const vf x = load(src + d) * scale;
+  for (int64_t d = 0; d < width; d += W) {
+    const size_t have = lanes_of(width - d);
+    const vf x = load_first<vf>(src + d, have) * scale;
     if (type == DType::float32)
-      store(out + d, x);
+      store_first(out + d, x, have);
     else
-      *reinterpret_cast<vh_loose*>(half + d) = narrow(x, type);
+      store_first(half + d, narrow(x, type), have);
   }
-  if (d == width) return;
-  const size_t have = static_cast<size_t>(width - d);
-  const vf x = load_partial(src + d, have) * scale;
-  const vh raw = narrow(x, type);
-  if (type == DType::float32)
-    __builtin_memcpy(out + d, &x, have * 4);
-  else
-    __builtin_memcpy(half + d, &raw, have * 2);
 }
 
 /// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
@@ -212,10 +183,9 @@ static void pair_rows_bf16(int64_t width, const float* even, const float* odd, u
 
 static void bf16_remainder(int64_t width, const float* src, float* dst) {
   for (int64_t d = 0; d < width; d += W) {
-    const size_t have = static_cast<size_t>(width - d < W ? width - d : W);
-    const vf x = within_bfloat16(load_partial(src + d, have));
-    const vf remainder = x - widen(narrow_flushed(x), DType::bfloat16);
-    __builtin_memcpy(dst + d, &remainder, have * 4);
+    const size_t have = lanes_of(width - d);
+    const vf x = within_bfloat16(load_first<vf>(src + d, have));
+    store_first(dst + d, x - widen(narrow_flushed(x), DType::bfloat16), have);
   }
 }
 
@@ -223,8 +193,8 @@ static void pack_bf16(int64_t k, int64_t m, const float* columns, int64_t ld, ui
   const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
     const int64_t left = k - 2 * pair;
     const float* const p = columns + j * ld + 2 * pair;
-    const vh half[2] = {narrow_flushed(load_partial(p, static_cast<size_t>(left))),
-                        narrow_flushed(left > W ? load_partial(p + W, static_cast<size_t>(left - W)) : vf{})};
+    const vh half[2] = {narrow_flushed(load_first<vf>(p, lanes_of(left))),
+                        narrow_flushed(left > W ? load_first<vf>(p + W, lanes_of(left - W)) : vf{})};
     vf x;
     __builtin_memcpy(&x, half, sizeof x);
     return x;

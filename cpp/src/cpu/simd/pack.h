@@ -6,21 +6,13 @@
 
 namespace hisac::simd {
 
-/// The next panel's columns in units of kLanes when `left` units remain: 3, but 2 where 3 would leave a panel of 1.
-constexpr int64_t panel_group(int64_t left) { return left == 2 || left == 4 ? 2 : left == 1 ? 1 : 3; }
-
 constexpr int64_t kPanel = 48;  // columns of the widest panel
 
-/// body(first column, width) for each panel of m columns; a packed [k, m] has its panel at k * first.
-template <class Body>
-void for_panels(int64_t m, Body body) {
-  int64_t first = 0;
-  for (int64_t left = pad(m) / kLanes; left > 0;) {
-    const int64_t group = panel_group(left);
-    left -= group;
-    body(first, group * kLanes);
-    first += group * kLanes;
-  }
+/// The columns of the panel of m columns that begins at column `first`: 48, but 32 where 48 would leave a panel of 16.
+/// A packed [k, m] has the panel at k * first.
+constexpr int64_t panel_width(int64_t m, int64_t first) {
+  const int64_t left = pad(m) - first;
+  return left == 64 ? 32 : left < kPanel ? left : kPanel;
 }
 
 /// Floats of a packed [k, m].
