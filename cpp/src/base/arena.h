@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "base/checks.h"
 #include "hisac/context.h"
-#include "hisac/status.h"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -93,11 +93,8 @@ class Arena {
 
   Status check(const char* verb) const noexcept {
     if (!aligned())
-      return Status::error(Code::invalid_argument, "%s: workspace expected aligned to 64 bytes, got address %p", verb,
-                           static_cast<void*>(base_));
-    if (used_ > capacity_)
-      return Status::error(Code::invalid_argument, "%s: workspace expected at least %zu bytes, got %zu", verb, used_,
-                           capacity_);
+      return invalid("%s: workspace expected aligned to 64 bytes, got address %p", verb, static_cast<void*>(base_));
+    if (used_ > capacity_) return invalid("%s: workspace expected at least %zu bytes, got %zu", verb, used_, capacity_);
     return {};
   }
 
@@ -120,9 +117,9 @@ template <class Call>
 Status run_call(const char* verb, const Context& context, Call call) noexcept {
   Arena arena(context.workspace);
   call.carve(arena);
-  const Status status = arena.check(verb);
-  if (status.ok()) call.run();
-  return status;
+  HISAC_TRY(arena.check(verb));
+  call.run();
+  return {};
 }
 
 }  // namespace hisac

@@ -17,6 +17,9 @@ namespace hisac {
     if (Status s_ = (expression); !s_.ok()) return s_; \
   } while (0)
 
+/// The error of an argument.
+__attribute__((format(printf, 1, 2))) Status invalid(const char* format, ...) noexcept;
+
 constexpr int64_t kMostWidth = int64_t{1} << 20;   // of D, V, d and H
 constexpr int64_t kMostAgents = int64_t{1} << 24;  // of a user
 constexpr int64_t kMostRows = int64_t{1} << 40;    // of T, B and N: a product of two sizes stays within int64
@@ -31,16 +34,14 @@ inline bool within(std::initializer_list<int64_t> sizes, int64_t least, int64_t 
 /// Every [start, end) lies in [0, rows) with start <= end. On a device the ranges cannot be read and are not checked.
 inline Status check_spans(const char* verb, const char* name, const Spans& h, int64_t rows, Device device) noexcept {
   if (h.users < 0 || (h.users > 0 && (!h.starts || !h.ends)))
-    return Status::error(Code::invalid_argument, "%s: %s expected for %" PRId64 " users, got none", verb, name,
-                         h.users);
+    return invalid("%s: %s expected for %" PRId64 " users, got none", verb, name, h.users);
   if (h.dtype != DType::int32 && h.dtype != DType::int64)
     return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb, name);
   for (int64_t b = 0; b < h.users && device == Device::cpu; ++b)
     if (h.start(b) < 0 || h.end(b) < h.start(b) || h.end(b) > rows)
-      return Status::error(Code::invalid_argument,
-                           "%s: %s expected 0 <= start <= end <= %" PRId64 " for every user, got [%" PRId64 ", %" PRId64
-                           ") for user %" PRId64,
-                           verb, name, rows, h.start(b), h.end(b), b);
+      return invalid("%s: %s expected 0 <= start <= end <= %" PRId64 " for every user, got [%" PRId64 ", %" PRId64
+                     ") for user %" PRId64,
+                     verb, name, rows, h.start(b), h.end(b), b);
   return {};
 }
 
@@ -49,8 +50,7 @@ inline Status check_candidates(const char* verb, const Spans& candidates, int64_
   HISAC_TRY(check_spans(verb, "candidate_offsets", candidates, n, device));
   for (int64_t b = 1; b < candidates.users && device == Device::cpu; ++b)
     if (candidates.start(b) < candidates.end(b - 1))
-      return Status::error(Code::invalid_argument,
-                           "%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
+      return invalid("%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
   return {};
 }
 
@@ -80,8 +80,7 @@ bool has_shape(const Array<T, N>& array, const int64_t (&expected)[N]) noexcept 
 template <class T, int N>
 Status check_shape(const char* verb, const char* name, const int64_t (&expected)[N], const Array<T, N>& got) noexcept {
   if (has_shape(got, expected)) return {};
-  return Status::error(Code::invalid_argument, "%s: %s expected %s, got %s", verb, name, ShapeText(expected).text,
-                       ShapeText(got.shape).text);
+  return invalid("%s: %s expected %s, got %s", verb, name, ShapeText(expected).text, ShapeText(got.shape).text);
 }
 
 }  // namespace hisac

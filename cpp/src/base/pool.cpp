@@ -14,6 +14,8 @@
 #include <chrono>
 #include <new>
 
+#include "base/checks.h"
+
 namespace hisac {
 namespace {
 
@@ -203,8 +205,7 @@ ThreadPool::~ThreadPool() {
 }
 
 Status ThreadPool::resize(int workers) noexcept {
-  if (workers < 1 || workers > kMostWorkers)
-    return Status::error(Code::invalid_argument, "threads: expected 1 to %d, got %d", kMostWorkers, workers);
+  if (workers < 1 || workers > kMostWorkers) return invalid("threads: expected 1 to %d, got %d", kMostWorkers, workers);
   const Turn turn(&turn_);
   if (workers == workers_) return {};
   workers_ = workers;

@@ -4,6 +4,8 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "base/checks.h"
+
 namespace hisac {
 
 Status Status::error(Code code, const char* format, ...) noexcept {
@@ -14,6 +16,15 @@ Status Status::error(Code code, const char* format, ...) noexcept {
   std::vsnprintf(status.what_, sizeof status.what_, format, args);
   va_end(args);
   return status;
+}
+
+Status invalid(const char* format, ...) noexcept {
+  char what[sizeof(Status)];  // longer than a message may be
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(what, sizeof what, format, args);
+  va_end(args);
+  return Status::error(Code::invalid_argument, "%s", what);
 }
 
 }  // namespace hisac

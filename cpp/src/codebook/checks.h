@@ -9,7 +9,7 @@ namespace hisac {
 
 inline Status check_book(const char* verb, const Codebook* book) noexcept {
   if (book && !book->empty()) return {};
-  return Status::error(Code::invalid_argument, "%s: codebook expected, got an empty one", verb);
+  return invalid("%s: codebook expected, got an empty one", verb);
 }
 
 /// D of a batch: that of x, or of the codebook where x is not given; 0 where there is neither.

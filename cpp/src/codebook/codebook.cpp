@@ -17,25 +17,21 @@ namespace {
 
 Status check_centers(const Array<const float, 2>* centers, int levels) noexcept {
   if (levels < 1 || levels > kMaxLevels)
-    return Status::error(Code::invalid_argument, "Codebook: expected 1 to %d levels, got %d", kMaxLevels, levels);
+    return invalid("Codebook: expected 1 to %d levels, got %d", kMaxLevels, levels);
   const int64_t width = centers[0].shape[1];
-  if (width < 1 || width > (1 << 20))
-    return Status::error(Code::invalid_argument, "Codebook: expected a width of 1 to 2^20, got %" PRId64, width);
+  if (width < 1 || width > (1 << 20)) return invalid("Codebook: expected a width of 1 to 2^20, got %" PRId64, width);
   for (int l = 0; l < levels; ++l) {
     const int64_t size = centers[l].shape[0];
     if (centers[l].shape[1] != width)
-      return Status::error(Code::invalid_argument,
-                           "Codebook: centers of level %d are [%" PRId64 ", %" PRId64 "], level 0 has D = %" PRId64
-                           ": D differs",
-                           l, size, centers[l].shape[1], width);
+      return invalid("Codebook: centers of level %d are [%" PRId64 ", %" PRId64 "], level 0 has D = %" PRId64
+                     ": D differs",
+                     l, size, centers[l].shape[1], width);
     if (size < 1 || size > (1 << 20))
-      return Status::error(Code::invalid_argument, "Codebook: expected 1 to 2^20 codes at level %d, got %" PRId64, l,
-                           size);
+      return invalid("Codebook: expected 1 to 2^20 codes at level %d, got %" PRId64, l, size);
     for (int64_t i = 0; i < size * width; ++i)
       if (!std::isfinite(centers[l].data[i]))
-        return Status::error(Code::invalid_argument,
-                             "Codebook: expected finite centers, got %g at [%" PRId64 ", %" PRId64 "] of level %d",
-                             double(centers[l].data[i]), i / width, i % width, l);
+        return invalid("Codebook: expected finite centers, got %g at [%" PRId64 ", %" PRId64 "] of level %d",
+                       double(centers[l].data[i]), i / width, i % width, l);
   }
   return {};
 }
@@ -43,15 +39,13 @@ Status check_centers(const Array<const float, 2>* centers, int levels) noexcept 
 /// What stands beside the centers.
 Status check_notes(int levels, const FitReport* report, float temperature) noexcept {
   if (!(temperature >= 0 && std::isfinite(temperature)))
-    return Status::error(Code::invalid_argument, "Codebook: temperature expected finite and > 0, or 0 for none, got %g",
-                         double(temperature));
+    return invalid("Codebook: temperature expected finite and > 0, or 0 for none, got %g", double(temperature));
   if (!report) return {};
   bool right = report->rows > 0 && report->left_out >= 0;
   for (int l = 0; l < levels; ++l)
     right = right && report->iterations[l] >= 0 && report->error[l] >= 0 && std::isfinite(report->error[l]) &&
             report->unused[l] >= 0;
-  return right ? Status()
-               : Status::error(Code::invalid_argument, "Codebook: expected the report of a fit, got another");
+  return right ? Status() : invalid("Codebook: expected the report of a fit, got another");
 }
 
 /// The strides of a body, and whether it is wide. An error above 2^64 leaves, whose numbers have 64 bits.
@@ -62,7 +56,7 @@ Status count_leaves(const CodebookImage& layout, Codebook::Body* body) noexcept 
     body->stride[l] = static_cast<uint64_t>(leaves);
     leaves *= static_cast<uint64_t>(layout.level[l].size);
     if (leaves > kMost + static_cast<unsigned __int128>(l == 0))
-      return Status::error(Code::invalid_argument, "Codebook: expected at most 2^64 leaves, got more");
+      return invalid("Codebook: expected at most 2^64 leaves, got more");
   }
   body->wide = leaves > kMost / 2;
   return {};
@@ -143,8 +137,8 @@ Status Codebook::view(Array<const std::byte, 1> image, Array<std::byte, 1> scrat
   ImageHead head;
   HISAC_TRY(read_head(image, &head));
   if (reinterpret_cast<uintptr_t>(image.data) % 64)
-    return Status::error(Code::invalid_argument, "codebook image: expected aligned to 64 bytes, got address %p",
-                         static_cast<const void*>(image.data));
+    return invalid("codebook image: expected aligned to 64 bytes, got address %p",
+                   static_cast<const void*>(image.data));
   const CodebookImage layout(head);
   HISAC_TRY(check_parts(layout, head, image.data));
   Array<const float, 2> centers[kMaxLevels];
@@ -156,9 +150,8 @@ Status Codebook::view(Array<const std::byte, 1> image, Array<std::byte, 1> scrat
   if (parts.ok()) parts = count_leaves(layout, &body);
   if (!parts.ok()) return Status::error(Code::corrupt_file, "codebook image: %s", parts.what());
   if (!scratch.data || scratch.shape[0] < scratch_bytes(layout) || reinterpret_cast<uintptr_t>(scratch.data) % 64)
-    return Status::error(Code::invalid_argument,
-                         "codebook image: scratch expected [%" PRId64 "] aligned to 64 bytes, got [%" PRId64 "] at %p",
-                         scratch_bytes(layout), scratch.shape[0], static_cast<void*>(scratch.data));
+    return invalid("codebook image: scratch expected [%" PRId64 "] aligned to 64 bytes, got [%" PRId64 "] at %p",
+                   scratch_bytes(layout), scratch.shape[0], static_cast<void*>(scratch.data));
   Codebook made;
   made.body_ = pack(body, layout, image.data, scratch.data);
   *out = std::move(made);
@@ -201,8 +194,7 @@ Status leaves(const Codebook& book, Array<const int32_t, 2> codes, Array<int64_t
   HISAC_TRY(check_book("leaves", &book));
   HISAC_TRY(check_codes("leaves", book, codes, codes.shape[0]));
   HISAC_TRY(check_shape("leaves", "out", {codes.shape[0]}, out));
-  if (book.body().wide)
-    return Status::error(Code::invalid_argument, "leaves: expected fewer than 2^63 leaves in the codebook, got more");
+  if (book.body().wide) return invalid("leaves: expected fewer than 2^63 leaves in the codebook, got more");
   for (int64_t i = 0; i < codes.shape[0]; ++i) {
     const int32_t* const c = codes.data + i * book.levels();
     out.data[i] = book.valid(c) ? static_cast<int64_t>(book.leaf(c)) : -1;

@@ -230,7 +230,7 @@ Status Codebook::serialize(Array<std::byte, 1> out) const noexcept {
   HISAC_TRY(check_book("serialize", this));
   const size_t need = file_size();
   if (out.shape[0] < 0 || static_cast<size_t>(out.shape[0]) != need)
-    return Status::error(Code::invalid_argument, "serialize: out expected %zu bytes, got %" PRId64, need, out.shape[0]);
+    return invalid("serialize: out expected %zu bytes, got %" PRId64, need, out.shape[0]);
   std::byte* p = out.data;
   emit(*this, [&](const void* data, size_t bytes) {
     std::memcpy(p, data, bytes);

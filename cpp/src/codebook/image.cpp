@@ -214,17 +214,14 @@ Status check_device_image(const char* verb, const Context& context, const Codebo
   const auto& image = context.codebook_image;
   const int64_t bytes = book.image().shape[0];
   if (!image.bytes.data || image.bytes.shape[0] != bytes)
-    return Status::error(Code::invalid_argument,
-                         "%s: context.codebook_image expected [%" PRId64 "] on CUDA, got [%" PRId64 "]", verb, bytes,
-                         image.bytes.data ? image.bytes.shape[0] : 0);
+    return invalid("%s: context.codebook_image expected [%" PRId64 "] on CUDA, got [%" PRId64 "]", verb, bytes,
+                   image.bytes.data ? image.bytes.shape[0] : 0);
   if (reinterpret_cast<uintptr_t>(image.bytes.data) % 64)
-    return Status::error(Code::invalid_argument,
-                         "%s: context.codebook_image expected aligned to 64 bytes, got address %p", verb,
-                         static_cast<const void*>(image.bytes.data));
+    return invalid("%s: context.codebook_image expected aligned to 64 bytes, got address %p", verb,
+                   static_cast<const void*>(image.bytes.data));
   if (image.fingerprint != book.fingerprint())
-    return Status::error(Code::invalid_argument,
-                         "%s: context.codebook_image expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
-                         book.fingerprint(), image.fingerprint);
+    return invalid("%s: context.codebook_image expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
+                   book.fingerprint(), image.fingerprint);
   return {};
 }
 

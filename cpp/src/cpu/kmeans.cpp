@@ -45,8 +45,6 @@ float largest_of(const float* x, int64_t n) noexcept {
   return largest;
 }
 
-using Worker = KMeansBounds::Scratch;
-
 struct Fit {
   const Context& context;
   const FitParams& params;
@@ -66,7 +64,7 @@ struct Fit {
   int64_t slots = 0;
   float* level_memory = nullptr;
   float* new_centers = nullptr;  // [C, D]
-  Worker* worker = nullptr;
+  KMeansBounds::Scratch* worker = nullptr;
 
   Fit(const Context& c, const FitParams& p, int64_t rows_, int64_t width_) noexcept
       : context(c), params(p), rows(rows_), width(width_), workers(workers_of(c)) {
@@ -82,21 +80,15 @@ struct Fit {
     arena.take_into(largest, count, picked);
     table = arena.take<int64_t>(slots);
     level_memory = arena.take<float>(Level::floats(largest, width));
-    worker = arena.take_each<Worker>(workers, [&](Worker& one) { one.carve(arena, width, largest); });
-  }
-
-  template <class Work>
-  void for_chunks(Work work) noexcept {
-    parallel_for(context, (n + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end, int w) {
-      work(begin * kChunk, std::min(end * kChunk, n), worker[w]);
-    });
+    worker = arena.take_each<KMeansBounds::Scratch>(
+        workers, [&](KMeansBounds::Scratch& one) { one.carve(arena, width, largest); });
   }
 
   /// r = the rows that take part. Their values are below kFitLimit, and not so much larger than the median row's that
   /// the unit of the sums would be coarser than 2^-16 of that row.
   void gather(Rows x) noexcept {
     n = rows;
-    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+    parallel_pieces(context, n, kChunk, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         float* const row = r + i * width;
         load_row(x, i, row);
@@ -137,10 +129,10 @@ struct Fit {
 
   /// Assigns nearest codes. Rows whose code changes update the sums and the counts of both codes.
   void assign(const Level& level, int bits) noexcept {
-    for_chunks([&](int64_t begin, int64_t end, Worker& w) {
+    parallel_pieces(context, n, kChunk, [&](int64_t begin, int64_t end, int w) {
       std::copy(bounds.assigned + begin, bounds.assigned + end, previous + begin);
       for (int64_t part = begin; part < end; part += KMeansBounds::kPart)
-        bounds.assign(level, r, part, std::min(end, part + KMeansBounds::kPart), w);
+        bounds.assign(level, r, part, std::min(end, part + KMeansBounds::kPart), worker[w]);
     });
     const int64_t columns = workers == 1 ? width : kColumns, slices = (width + columns - 1) / columns;
     const int64_t groups = workers == 1 ? 1 : std::min<int64_t>(level.size, (4 * workers + slices - 1) / slices);
@@ -174,7 +166,7 @@ struct Fit {
 
   /// distance = the square distance of each row to its code; returns the mean, summed in row order.
   double measure_distances(const Level& level) noexcept {
-    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+    parallel_pieces(context, n, kChunk, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; i += 4) {
         const float *row[4], *center[4];
         double square[4];
@@ -260,7 +252,7 @@ struct Fit {
 
   /// The bits for which units of 2^-bits keep every sum below 2^62, given |r| < 2^exponent and n rows.
   int fixed_point_bits() noexcept {
-    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+    parallel_pieces(context, n, kChunk, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) distance[i] = largest_of(r + i * width, width);
     });
     return 61 - exponent_of(*std::max_element(distance, distance + n)) - bits_of(static_cast<uint64_t>(n));
@@ -295,7 +287,7 @@ struct Fit {
     }
     if (!settled) assign(level, bits);
     report->error[l] = measure_distances(level);
-    for_chunks([&](int64_t begin, int64_t end, Worker&) {
+    parallel_pieces(context, n, kChunk, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end && l + 1 < params.levels; ++i)
         simd::kernels().add_row(width, level.centers + bounds.assigned[i] * width, -1.f, r + i * width);
     });
@@ -307,9 +299,7 @@ struct Fit {
 }  // namespace
 
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept {
-  Arena arena;
-  Fit(context, params, rows, width).carve(arena);
-  return arena.used();
+  return workspace_of(Fit(context, params, rows, width));
 }
 
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
@@ -320,9 +310,7 @@ Status fit(const Context& context, const FitParams& params, Rows x, const Array<
   HISAC_TRY(arena.check("fit"));
   state.gather(x);
   if (state.n == 0)
-    return Status::error(Code::invalid_argument,
-                         "fit: x is [%" PRId64 ", %" PRId64 "] without a usable row, expected at least one", x.rows,
-                         x.width);
+    return invalid("fit: x is [%" PRId64 ", %" PRId64 "] without a usable row, expected at least one", x.rows, x.width);
   *report = {};
   report->rows = state.n;
   report->left_out = x.rows - state.n;

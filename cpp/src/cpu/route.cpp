@@ -90,11 +90,10 @@ class Router : RouteCall {
 
   void unit(const Unit& unit, Worker& w) noexcept {
     load_agents(unit.user, w);
-    if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
         loader(w.panel.origin), in_.offsets, unit, w.block, w.stack, [&](State& s) { reset(s); },
         [&](State& s) { block(w, s); }, [&](State& state, State& later) { merge(state, later, w.panel.m); });
-    if (unit.slot >= 0)
+    if (unit.slot >= 0)  // the worker goes on with the memory of the slot
       std::swap(w.stack[0], slots_[unit.slot]);
     else
       write_tokens(unit.user, w.stack[0], w);

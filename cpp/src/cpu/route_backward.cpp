@@ -6,7 +6,6 @@
 // those of their rows at the end (RowGradient).
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "base/checks.h"
@@ -80,7 +79,7 @@ class Backward : RouteCall {
     fill(context_, out_.bias.data, in_.behaviours());
     fill(context_, out_.spread.data, in_.behaviours());
     fill(context_, out_.prototypes.data, users * agents_ * width_);
-    if (out_.temperature) zero(user_temperature_, users * agents_);
+    if (out_.temperature) std::fill_n(user_temperature_, users * agents_, 0.f);
     for (int64_t wave = 0; wave < waves_.count(); ++wave) pass(waves_.users(wave), waves_.size(wave));
     x_.finish(context_, waves_);
     v_.finish(context_, waves_);
@@ -88,10 +87,6 @@ class Backward : RouteCall {
   }
 
  private:
-  static void zero(float* p, int64_t n) noexcept {
-    if (p) std::memset(p, 0, sizeof(float) * static_cast<size_t>(n));
-  }
-
   Sums* carve_sums(Arena& arena, int64_t n) noexcept {
     return arena.take_each<Sums>(n, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
   }
@@ -146,12 +141,11 @@ class Backward : RouteCall {
     x_.note(begin, end, gap);
     v_.note(begin, end, gap);
     load_agents(unit.user, w);
-    if (unit.slot >= 0) std::swap(w.stack[0], slots_[unit.slot]);
     fold_rows(
-        loader(w.panel.origin), in_.offsets, unit, w.block, w.stack, [&](Sums sums) { zero(sums, sum_floats()); },
-        [&](Sums sums) { block(w, gap, sums); },
+        loader(w.panel.origin), in_.offsets, unit, w.block, w.stack,
+        [&](Sums sums) { std::fill_n(sums, sum_floats(), 0.f); }, [&](Sums sums) { block(w, gap, sums); },
         [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
-    if (unit.slot >= 0)
+    if (unit.slot >= 0)  // the worker goes on with the memory of the slot
       std::swap(w.stack[0], slots_[unit.slot]);
     else if (agent_gradients_)
       write_agent_gradients(unit.user, w.stack[0], w.panel);

@@ -16,8 +16,8 @@ Status check_encode(const Codebook& book, const Rows& x, const Array<int32_t, 2>
   HISAC_TRY(check_book("encode", &book));
   HISAC_TRY(check_float("encode", "x", x.dtype));
   if (x.width != book.width())
-    return Status::error(Code::invalid_argument, "encode: x is %s, the codebook has D = %" PRId64 ": D differs",
-                         ShapeText({x.rows, x.width}).text, book.width());
+    return invalid("encode: x is %s, the codebook has D = %" PRId64 ": D differs", ShapeText({x.rows, x.width}).text,
+                   book.width());
   return check_codes("encode", book, codes, x.rows);
 }
 

@@ -19,16 +19,13 @@ Status check_rows(const char* verb, const Histories& in, int64_t width) noexcept
   const bool int8 = in.x.data && in.x.dtype == DType::int8;
   if (in.x.data && !int8) HISAC_TRY(check_float(verb, "x", in.x.dtype, ", float16 or int8"));
   if (in.v.data || in.v.width) HISAC_TRY(check_float(verb, "v", in.v.dtype));
-  if (!in.v.data && in.v.width && in.behaviours() > 0)
-    return Status::error(Code::invalid_argument, "%s: v expected, got none", verb);
-  if (in.x_scale && !int8)
-    return Status::error(Code::invalid_argument, "%s: x_scale expected with x of int8, got another", verb);
+  if (!in.v.data && in.v.width && in.behaviours() > 0) return invalid("%s: v expected, got none", verb);
+  if (in.x_scale && !int8) return invalid("%s: x_scale expected with x of int8, got another", verb);
   if (in.x_scale && in.x_scale.shape[0] != 1 && in.x_scale.shape[0] != in.x.rows)
-    return Status::error(Code::invalid_argument, "%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb,
-                         in.x.rows, in.x_scale.shape[0]);
+    return invalid("%s: x_scale expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb, in.x.rows,
+                   in.x_scale.shape[0]);
   if (!within({width}, 1, kMostWidth) || !within({in.v.width}, in.v.data ? 1 : 0, kMostWidth))
-    return Status::error(Code::invalid_argument, "%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64,
-                         verb, width, in.v.width);
+    return invalid("%s: expected D and V of 1 to 2^20, got %" PRId64 " and %" PRId64, verb, width, in.v.width);
   return {};
 }
 
@@ -37,27 +34,23 @@ Status check_rows(const char* verb, const Histories& in, int64_t width) noexcept
 Status check_sizes(const char* verb, const Histories& in) noexcept {
   for (const Ids* ids : {&in.x_ids, &in.v_ids}) {
     const char* const name = ids == &in.x_ids ? "x_ids" : "v_ids";
-    if (!*ids && ids->size)
-      return Status::error(Code::invalid_argument, "%s: %s expected [%" PRId64 "], got null", verb, name, ids->size);
+    if (!*ids && ids->size) return invalid("%s: %s expected [%" PRId64 "], got null", verb, name, ids->size);
     if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
       return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb, name);
   }
-  if (in.x_ids && !in.x.data && !in.codes)
-    return Status::error(Code::invalid_argument, "%s: x_ids expected with x or codes, got neither", verb);
+  if (in.x_ids && !in.x.data && !in.codes) return invalid("%s: x_ids expected with x or codes, got neither", verb);
   const int64_t rows = in.behaviours(), x_rows = in.x_ids ? in.x_ids.size : in.x.rows,
                 v_rows = in.v_ids ? in.v_ids.size : in.v.rows, items = in.x_ids ? in.items() : rows;
   if ((in.x_ids || in.x.data) && (in.v_ids || in.v.data) && x_rows != v_rows)
-    return Status::error(Code::invalid_argument, "%s: x%s is %s, v%s is %s: T differs (%" PRId64 ", %" PRId64 ")", verb,
-                         in.x_ids ? "_ids" : "", extent(in.x, in.x_ids).text, in.v_ids ? "_ids" : "",
-                         extent(in.v, in.v_ids).text, x_rows, v_rows);
+    return invalid("%s: x%s is %s, v%s is %s: T differs (%" PRId64 ", %" PRId64 ")", verb, in.x_ids ? "_ids" : "",
+                   extent(in.x, in.x_ids).text, in.v_ids ? "_ids" : "", extent(in.v, in.v_ids).text, x_rows, v_rows);
   if (in.codes) HISAC_TRY(check_shape(verb, "codes", {items, in.codes.shape[1]}, in.codes));
   if (in.bias) HISAC_TRY(check_shape(verb, "bias", {rows}, in.bias));
   if (in.spread) HISAC_TRY(check_shape(verb, "spread", {rows}, in.spread));
   if (in.weights && in.weights.dtype != DType::float32 && in.weights.dtype != DType::int64)
     return Status::error(Code::wrong_type, "%s: weights expected float32 or int64", verb);
   if (in.weights && in.weights.size != rows)
-    return Status::error(Code::invalid_argument, "%s: weights expected [%" PRId64 "], got [%" PRId64 "]", verb, rows,
-                         in.weights.size);
+    return invalid("%s: weights expected [%" PRId64 "], got [%" PRId64 "]", verb, rows, in.weights.size);
   return {};
 }
 
@@ -96,8 +89,7 @@ Status check_offsets(const char* verb, Histories& in, Device device) noexcept {
   for (const auto& [name, given, most] :
        {std::tuple("longest", in.longest, counted.longest), std::tuple("rows", in.rows, counted.rows)})
     if (given < 0 || (device == Device::cpu && given && given < most))
-      return Status::error(Code::invalid_argument, "%s: %s expected at least %" PRId64 ", got %" PRId64, verb, name,
-                           given < 0 ? 0 : most, given);
+      return invalid("%s: %s expected at least %" PRId64 ", got %" PRId64, verb, name, given < 0 ? 0 : most, given);
   in = stated(in, device);
   return {};
 }
@@ -106,13 +98,11 @@ Status check_histories(const char* verb, const Codebook* book, Histories& in, in
   const int64_t rows = in.behaviours();
   HISAC_TRY(check_sizes(verb, in));
   if (!in.x.data && !book && rows > 0)
-    return Status::error(Code::invalid_argument,
-                         "%s: codes and their codebook expected where x is not given, got no codebook", verb);
+    return invalid("%s: codes and their codebook expected where x is not given, got no codebook", verb);
   HISAC_TRY(check_rows(verb, in, width));
   if (!within({in.offsets.users, rows}, 0, kMostRows))
-    return Status::error(Code::invalid_argument,
-                         "%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
-                         in.offsets.users, rows);
+    return invalid("%s: expected at most 2^40 users and behaviours, got %" PRId64 " and %" PRId64, verb,
+                   in.offsets.users, rows);
   HISAC_TRY(check_offsets(verb, in, device));
   if (!book) return {};
   HISAC_TRY(check_book(verb, book));
@@ -122,8 +112,7 @@ Status check_histories(const char* verb, const Codebook* book, Histories& in, in
 Status check_listed(const char* verb, const char* name, const Ids& ids, const Ids& listed) noexcept {
   if (listed && listed.dtype != DType::int32 && listed.dtype != DType::int64)
     return Status::error(Code::wrong_type, "%s: %s_rows expected int32 or int64", verb, name);
-  if (listed && !ids)
-    return Status::error(Code::invalid_argument, "%s: %s_rows expected with %s_ids, got none", verb, name, name);
+  if (listed && !ids) return invalid("%s: %s_rows expected with %s_ids, got none", verb, name, name);
   return {};
 }
 
@@ -132,8 +121,8 @@ static Status state_temperature(const char* verb, const Context& context, const 
                                 RouteParams& params) noexcept {
   if (params.temperature) return {};
   if (!book || !(book->temperature() > 0))
-    return Status::error(Code::invalid_argument, "%s: temperature expected, since %s, got none", verb,
-                         book ? "the codebook has no default one" : "there is no codebook with a default one");
+    return invalid("%s: temperature expected, since %s, got none", verb,
+                   book ? "the codebook has no default one" : "there is no codebook with a default one");
   const std::byte* image = book->image().data;
   if (context.device != Device::cpu) {
     HISAC_TRY(check_device_image(verb, context, *book));
@@ -147,24 +136,21 @@ Status check_route(const char* verb, const Context& context, const Codebook* boo
                    const RouteAgents& agents) noexcept {
   const auto& p = agents.prototypes.shape;
   if (in.x.data && in.x.width != p[2])
-    return Status::error(Code::invalid_argument, "%s: prototypes is %s, x is %s: D differs (%" PRId64 ", %" PRId64 ")",
-                         verb, ShapeText(p).text, ShapeText({in.x.rows, in.x.width}).text, p[2], in.x.width);
+    return invalid("%s: prototypes is %s, x is %s: D differs (%" PRId64 ", %" PRId64 ")", verb, ShapeText(p).text,
+                   ShapeText({in.x.rows, in.x.width}).text, p[2], in.x.width);
   HISAC_TRY(check_histories(verb, book, in, p[2], context.device));
   if (!in.x.data && book && in.codes && book->width() != p[2])
-    return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
-                         verb, ShapeText(p).text, book->width());
+    return invalid("%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs", verb, ShapeText(p).text,
+                   book->width());
   if (p[0] != in.offsets.users)
-    return Status::error(Code::invalid_argument,
-                         "%s: prototypes is %s, offsets name %" PRId64 " users: B differs (%" PRId64 ", %" PRId64 ")",
-                         verb, ShapeText(p).text, in.offsets.users, p[0], in.offsets.users);
-  if (p[1] > kMostAgents)
-    return Status::error(Code::invalid_argument, "%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
+    return invalid("%s: prototypes is %s, offsets name %" PRId64 " users: B differs (%" PRId64 ", %" PRId64 ")", verb,
+                   ShapeText(p).text, in.offsets.users, p[0], in.offsets.users);
+  if (p[1] > kMostAgents) return invalid("%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
   if (agents.count) HISAC_TRY(check_shape(verb, "count", {p[0]}, agents.count));
   HISAC_TRY(state_temperature(verb, context, book, params));
   const int64_t temperatures = params.temperature.shape[0];
   if (temperatures != 1 && temperatures != p[1])
-    return Status::error(Code::invalid_argument, "%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]",
-                         verb, p[1], temperatures);
+    return invalid("%s: temperature expected [1] or [%" PRId64 "], got [%" PRId64 "]", verb, p[1], temperatures);
   return {};
 }
 

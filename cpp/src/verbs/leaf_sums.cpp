@@ -24,10 +24,9 @@ Status check_out(const Codebook& book, const Histories& in, const LeafSums& out,
                     out.offsets.users == users && out.x.shape[1] == width && out.v.shape[1] == in.v.width &&
                     out.codes.shape[1] == levels;
   if (fits) return {};
-  return Status::error(Code::invalid_argument,
-                       "leaf_sums: out expected of %" PRId64 " users, with at least %" PRId64 " rows of x [%" PRId64
-                       "], v [%" PRId64 "], codes [%" PRId64 "], bias, spread and votes",
-                       users, rows, width, in.v.width, levels);
+  return invalid("leaf_sums: out expected of %" PRId64 " users, with at least %" PRId64 " rows of x [%" PRId64
+                 "], v [%" PRId64 "], codes [%" PRId64 "], bias, spread and votes",
+                 users, rows, width, in.v.width, levels);
 }
 
 /// The sums of the same histories, float32, and their gradients.
@@ -40,9 +39,8 @@ Status check_forward(const Codebook& book, const Histories& in, const LeafSumsFo
   HISAC_TRY(check_codes(kVerb, book, s.codes, rows));
   if (s.offsets.users != in.offsets.users || s.x.rows != rows || s.x.width != width || s.v.rows != rows ||
       s.v.width != value_width || !has_shape(s.bias, {rows}) || !has_shape(s.spread, {rows}))
-    return Status::error(
-        Code::invalid_argument, "%s: sums expected of %" PRId64 " users, x %s, v %s, bias and spread %s", kVerb,
-        in.offsets.users, ShapeText({rows, width}).text, ShapeText({rows, value_width}).text, ShapeText({rows}).text);
+    return invalid("%s: sums expected of %" PRId64 " users, x %s, v %s, bias and spread %s", kVerb, in.offsets.users,
+                   ShapeText({rows, width}).text, ShapeText({rows, value_width}).text, ShapeText({rows}).text);
   HISAC_TRY(check_spans(kVerb, "offsets of sums", s.offsets, rows, device));
   if (f.d_x) HISAC_TRY(check_shape(kVerb, "d_x", {rows, width}, f.d_x));
   if (f.d_v) HISAC_TRY(check_shape(kVerb, "d_v", {rows, value_width}, f.d_v));

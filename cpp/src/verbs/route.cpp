@@ -14,8 +14,8 @@ Status check_tokens(const Histories& in, const RouteAgents& agents, const Tokens
   if (tokens.data && tokens.dtype != in.v.dtype)
     return Status::error(Code::wrong_type, "route: tokens expected of v's type, got another");
   if (tokens.data && (tokens.rows != users * m || tokens.width != in.v.width))
-    return Status::error(Code::invalid_argument, "route: tokens expected %s, got %s",
-                         ShapeText({users * m, in.v.width}).text, ShapeText({tokens.rows, tokens.width}).text);
+    return invalid("route: tokens expected %s, got %s", ShapeText({users * m, in.v.width}).text,
+                   ShapeText({tokens.rows, tokens.width}).text);
   HISAC_TRY(check_shape("route", "lse", {users, m}, out.lse));
   return out.mean_x ? check_shape("route", "mean_x", {users, m, p[2]}, out.mean_x) : Status();
 }

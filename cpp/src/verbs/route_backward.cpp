@@ -15,8 +15,8 @@ Status check_forward(const Histories& in, const RouteAgents& agents, const Route
   const bool has_tokens = f.d_tokens.data && in.v.width;
   if ((has_tokens && (!fits(f.d_tokens) || !fits(f.tokens))) || !has_shape(f.lse, {users, m}) ||
       (f.d_lse && !has_shape(f.d_lse, {users, m})))
-    return Status::error(Code::invalid_argument, "%s: expected tokens and d_tokens %s, lse and d_lse %s", kVerb,
-                         ShapeText({users, m, in.v.width}).text, ShapeText({users, m}).text);
+    return invalid("%s: expected tokens and d_tokens %s, lse and d_lse %s", kVerb,
+                   ShapeText({users, m, in.v.width}).text, ShapeText({users, m}).text);
   if (f.d_mean_x) HISAC_TRY(check_shape(kVerb, "d_mean_x", {users, m, width}, f.d_mean_x));
   if (f.d_mean_x) HISAC_TRY(check_shape(kVerb, "mean_x", {users, m, width}, f.mean_x));
   if (!has_tokens) return {};
@@ -29,18 +29,15 @@ Status check_gradients(const RouteParams& params, const Histories& in, const Rou
   const int64_t users = in.offsets.users, m = agents.prototypes.shape[1], width = agents.prototypes.shape[2],
                 t = in.behaviours(), x_rows = gradient_rows(in, in.x_ids, in.items(), out.x_rows),
                 v_rows = gradient_rows(in, in.v_ids, in.v.rows, out.v_rows);
-  if (out.x && !in.x.data)
-    return Status::error(Code::invalid_argument, "%s: a gradient of x expected x, got none", kVerb);
-  if (out.v && !in.v.width)
-    return Status::error(Code::invalid_argument, "%s: a gradient of v expected v, got none", kVerb);
+  if (out.x && !in.x.data) return invalid("%s: a gradient of x expected x, got none", kVerb);
+  if (out.v && !in.v.width) return invalid("%s: a gradient of v expected v, got none", kVerb);
   HISAC_TRY(check_listed(kVerb, "x", in.x_ids, out.x_rows));
   HISAC_TRY(check_listed(kVerb, "v", in.v_ids, out.v_rows));
   if ((out.v && !has_shape(out.v, {v_rows, in.v.width})) || (out.x && !has_shape(out.x, {x_rows, width})) ||
       (out.bias && !has_shape(out.bias, {t})) || (out.spread && !has_shape(out.spread, {t})) ||
       (out.temperature && !has_shape(out.temperature, {params.temperature.shape[0]})) ||
       (out.prototypes && !has_shape(out.prototypes, {users, m, width})))
-    return Status::error(Code::invalid_argument,
-                         "%s: gradients expected the shapes of their arguments, or the rows listed", kVerb);
+    return invalid("%s: gradients expected the shapes of their arguments, or the rows listed", kVerb);
   if (out.x && f.d_mean_x) return Status::error(Code::not_implemented, "%s: mean_x has no gradient for x", kVerb);
   return {};
 }

@@ -13,11 +13,9 @@ namespace {
 
 Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
   if (agents.fingerprint == book.fingerprint()) return {};
-  if (!agents.fingerprint)
-    return Status::error(Code::invalid_argument, "%s: agents expected with the fingerprint of their codebook, got 0",
-                         verb);
-  return Status::error(Code::invalid_argument, "%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb,
-                       book.fingerprint(), agents.fingerprint);
+  if (!agents.fingerprint) return invalid("%s: agents expected with the fingerprint of their codebook, got 0", verb);
+  return invalid("%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb, book.fingerprint(),
+                 agents.fingerprint);
 }
 
 }  // namespace
@@ -26,25 +24,21 @@ Status check_rule(const Codebook& book, const VoteParams& params) noexcept {
   const auto given = [](const int64_t* k) { return std::any_of(k, k + kMaxLevels, [](int64_t n) { return n != 0; }); };
   const bool fanout = given(params.fanout), beam = given(params.beam);
   if (const int rules = (params.budget != 0) + fanout + beam; rules != 1)
-    return Status::error(Code::invalid_argument, "vote: expected exactly one of budget, fanout and beam, got %d",
-                         rules);
+    return invalid("vote: expected exactly one of budget, fanout and beam, got %d", rules);
   if (params.budget) {
     if (params.budget >= 1 && params.budget <= kMaxSeats) return {};
-    return Status::error(Code::invalid_argument, "vote: budget expected 1 to %" PRId64 ", got %" PRId64, kMaxSeats,
-                         params.budget);
+    return invalid("vote: budget expected 1 to %" PRId64 ", got %" PRId64, kMaxSeats, params.budget);
   }
   const int64_t* const k = beam ? params.beam : params.fanout;
   int64_t product = 1;
   for (int l = 0; l < kMaxLevels; ++l) {
     if ((l < book.levels()) != (k[l] != 0) || k[l] < 0 || (beam && k[l] > kMaxSeats))
-      return Status::error(Code::invalid_argument, "vote: %s for each of %d levels",
-                           beam ? "beam expected one number of 1 to 4096" : "fanout expected one number >= 1",
-                           book.levels());
+      return invalid("vote: %s for each of %d levels",
+                     beam ? "beam expected one number of 1 to 4096" : "fanout expected one number >= 1", book.levels());
     if (k[l]) product = k[l] > kMaxSeats ? kMaxSeats + 1 : std::min(product * k[l], kMaxSeats + 1);
   }
   if (product <= kMaxSeats || beam) return {};
-  return Status::error(Code::invalid_argument, "vote: fanout expected a product of at most %" PRId64 ", got more",
-                       kMaxSeats);
+  return invalid("vote: fanout expected a product of at most %" PRId64 ", got more", kMaxSeats);
 }
 
 int64_t seats(const VoteParams& params, int levels) noexcept {
