@@ -39,20 +39,26 @@ HISAC_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
 HISAC_INLINE size_t lanes_of(int64_t left) { return static_cast<size_t>(left < W ? left : W); }
 
 /// The first n <= W elements at p, and zeros; nothing else is read.
-template <class V, class T>
-HISAC_INLINE V load_first(const T* p, size_t n) {
-  V x = {};
-  if (n == W)
-    __builtin_memcpy(&x, p, sizeof x);
-  else
-    __builtin_memcpy(&x, p, n * sizeof *p);
+HISAC_INLINE vf load_first(const float* p, size_t n) {
+  if (n == W) return load(p);
+  vf x = {};
+  __builtin_memcpy(&x, p, n * sizeof *p);
+  return x;
+}
+HISAC_INLINE vh load_first(const uint16_t* p, size_t n) {
+  if (n == W) return *reinterpret_cast<const vh_loose*>(p);
+  vh x = {};
+  __builtin_memcpy(&x, p, n * sizeof *p);
   return x;
 }
 /// Writes the first n <= W elements.
-template <class V, class T>
-HISAC_INLINE void store_first(T* p, V x, size_t n) {
+HISAC_INLINE void store_first(float* p, vf x, size_t n) {
+  if (n == W) return store(p, x);
+  __builtin_memcpy(p, &x, n * sizeof *p);
+}
+HISAC_INLINE void store_first(uint16_t* p, vh x, size_t n) {
   if (n == W)
-    __builtin_memcpy(p, &x, sizeof x);
+    *reinterpret_cast<vh_loose*>(p) = x;
   else
     __builtin_memcpy(p, &x, n * sizeof *p);
 }

@@ -50,22 +50,16 @@ static double square_distance(int64_t width, const float* a, const float* b) {
 
 #if defined(HISAC_BF16)
 static Rounded round_bf16(int64_t width, const float* src, const float* shift, uint32_t* dst) {
+  uint16_t* const halves = reinterpret_cast<uint16_t*>(dst);
   vf squares = {}, errors = {};
-  const auto round = [&](vf x) __attribute__((always_inline)) {
+  each_vector(width, [&](int64_t d, size_t have) __attribute__((always_inline)) {
+    const vf given = load_first(src + d, have), x = shift ? given - load_first(shift + d, have) : given;
     const vh rounded = narrow_flushed(x);
     const vf error = x - widen(rounded, DType::bfloat16);
     squares += x * x;
     errors += error * error;
-    return rounded;
-  };
-  int64_t d = 0;
-  for (; d + W <= width; d += W)
-    *reinterpret_cast<vh_loose*>(dst + d / 2) = round(shift ? load(src + d) - load(shift + d) : load(src + d));
-  if (d < width) {
-    const size_t have = lanes_of(width - d);
-    const vh rounded = round(load_first<vf>(src + d, have) - (shift ? load_first<vf>(shift + d, have) : vf{}));
-    __builtin_memcpy(dst + d / 2, &rounded, (have + 1) / 2 * 4);
-  }
+    store_first(halves + d, rounded, (have + 1) / 2 * 2);
+  });
   return {sum_of(squares), sum_of(errors)};
 }
 #endif

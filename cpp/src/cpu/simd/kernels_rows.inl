@@ -51,7 +51,7 @@ HISAC_INLINE void pack(int64_t k, int64_t m, float* out, Read read) {
 
 static void pack_columns(int64_t k, int64_t m, const float* columns, int64_t ld, float* out) {
   pack(k, m, out, [=](int64_t j, int64_t d, size_t have) __attribute__((always_inline)) {
-    return load_first<vf>(columns + j * ld + d, have);
+    return load_first(columns + j * ld + d, have);
   });
 }
 
@@ -94,6 +94,14 @@ HISAC_INLINE vh narrow(vf x, DType type) {
   return __builtin_convertvector(half | (sign >> 16), vh);
 }
 
+/// f(d, have) for each vector of a row, the last of which may not be whole.
+template <class F>
+HISAC_INLINE void each_vector(int64_t width, F f) {
+  int64_t d = 0;
+  for (; d + W <= width; d += W) f(d, W);
+  if (d < width) f(d, lanes_of(width - d));
+}
+
 /// Four independent sums, so that additions need not wait for one another. read(d, have): the elements from d on.
 template <class Read>
 HISAC_INLINE float load_row_of(int64_t width, float* dst, Read read) {
@@ -121,16 +129,16 @@ static float load_row(const void* src, DType type, int64_t width, float* dst) {
   const uint16_t* const halves = static_cast<const uint16_t*>(src);
   if (type == DType::float32)
     return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
-      return load_first<vf>(floats + d, have);
+      return load_first(floats + d, have);
     });
   return load_row_of(width, dst, [=](int64_t d, size_t have) __attribute__((always_inline)) {
-    return widen(load_first<vh>(halves + d, have), type);
+    return widen(load_first(halves + d, have), type);
   });
 }
 
 static float subtract_row(int64_t width, const float* origin, float* row) {
   return load_row_of(width, row, [=](int64_t d, size_t have) __attribute__((always_inline)) {
-    return load_first<vf>(row + d, have) - load_first<vf>(origin + d, have);
+    return load_first(row + d, have) - load_first(origin + d, have);
   });
 }
 
@@ -141,16 +149,15 @@ static float load_int8(const int8_t* __restrict src, float scale, int64_t width,
 }
 
 static void store_row(void* dst, DType type, int64_t width, const float* src, float scale) {
-  float* const out = static_cast<float*>(dst);
-  uint16_t* const half = static_cast<uint16_t*>(dst);
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t have = lanes_of(width - d);
-    const vf x = load_first<vf>(src + d, have) * scale;
-    if (type == DType::float32)
-      store_first(out + d, x, have);
-    else
-      store_first(half + d, narrow(x, type), have);
-  }
+  float* const floats = static_cast<float*>(dst);
+  uint16_t* const halves = static_cast<uint16_t*>(dst);
+  if (type == DType::float32)
+    return each_vector(width, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+      store_first(floats + d, load_first(src + d, have) * scale, have);
+    });
+  each_vector(width, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+    store_first(halves + d, narrow(load_first(src + d, have) * scale, type), have);
+  });
 }
 
 /// Two vectors rounded to bfloat16, the first in the lower halves; ties away from zero.
@@ -182,19 +189,18 @@ static void pair_rows_bf16(int64_t width, const float* even, const float* odd, u
 }
 
 static void bf16_remainder(int64_t width, const float* src, float* dst) {
-  for (int64_t d = 0; d < width; d += W) {
-    const size_t have = lanes_of(width - d);
-    const vf x = within_bfloat16(load_first<vf>(src + d, have));
+  each_vector(width, [=](int64_t d, size_t have) __attribute__((always_inline)) {
+    const vf x = within_bfloat16(load_first(src + d, have));
     store_first(dst + d, x - widen(narrow_flushed(x), DType::bfloat16), have);
-  }
+  });
 }
 
 static void pack_bf16(int64_t k, int64_t m, const float* columns, int64_t ld, uint32_t* out) {
   const auto read = [=](int64_t j, int64_t pair, size_t) __attribute__((always_inline)) {
     const int64_t left = k - 2 * pair;
     const float* const p = columns + j * ld + 2 * pair;
-    const vh half[2] = {narrow_flushed(load_first<vf>(p, lanes_of(left))),
-                        narrow_flushed(left > W ? load_first<vf>(p + W, lanes_of(left - W)) : vf{})};
+    const vh half[2] = {narrow_flushed(load_first(p, lanes_of(left))),
+                        narrow_flushed(left > W ? load_first(p + W, lanes_of(left - W)) : vf{})};
     vf x;
     __builtin_memcpy(&x, half, sizeof x);
     return x;
