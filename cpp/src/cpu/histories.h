@@ -98,25 +98,6 @@ class RowLoader {
   const float* origin_;
 };
 
-/// Loads a unit's rows tile by tile and block by block: stack[0] = the merge of all tiles' states. reset(state) empties
-/// a state, body(state) adds the block to it, and merge(into, from) adds a later state to an earlier one.
-template <class State, class Reset, class Body, class Merge>
-void fold_rows(const RowLoader& loader, const Spans& h, const Unit& unit, Block& block, State* stack, Reset reset,
-               Body body, Merge merge) {
-  const int64_t start = h.start(unit.user), end = h.end(unit.user);
-  reset(stack[0]);
-  const auto tile = [&](int64_t t, State& state) {
-    reset(state);
-    const int64_t last = std::min(start + (t + 1) * kTile, end);
-    for (int64_t i = start + t * kTile; i < last; i += simd::kBlock) {
-      loader.load(i, std::min(i + simd::kBlock, last), block);
-      block.last = i + simd::kBlock >= end;
-      body(state);
-    }
-  };
-  fold(unit.first, unit.last, stack, tile, merge);
-}
-
 /// The present agents of one user, packed for products with x. Distances do not depend on the origin, but |x|^2 + |p|^2
 /// - 2 x . p loses the digits of large terms. So, unless products round to bfloat16, prototypes and rows are taken from
 /// an origin among them: in each dimension the median of the first five present prototypes (of the first where there

@@ -4,7 +4,6 @@
 // agents mode the logits of all panels are computed first, and each row's log-sum-exp over agents is subtracted from
 // them. From there on both modes are one softmax over rows, so agents far from every row keep exact tokens too.
 #include <cmath>
-#include <utility>
 
 #include "base/checks.h"
 #include "cpu/route_call.h"
@@ -65,17 +64,12 @@ class Router : RouteCall {
   /// Reads every history once.
   void run() noexcept {
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, columns_);
-    units_.plan(in_.offsets, nullptr, in_.offsets.users, workers_);
-    units_.run(
-        context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
-        [&](int64_t b, State* states, int64_t shared, int w) {
-          load_agents(b, worker_[w]);
-          fold_all(shared, states, [&](State& state, State& later) { merge(state, later, worker_[w].panel.m); });
-          write_tokens(b, states[0], worker_[w]);
-        });
+    run_units(*this, nullptr, in_.offsets.users, slots_, worker_);
   }
 
  private:
+  friend RouteCall;
+
   State* carve_states(Arena& arena, int64_t n) noexcept {
     return arena.take_each<State>(n, [&](State& s) {
       arena.take_into(simd::pad(agents_), s.max_logit, s.denominator);
@@ -83,20 +77,9 @@ class Router : RouteCall {
     });
   }
 
-  void load_agents(int64_t b, Worker& w) const noexcept {
-    w.user = b;
-    load_panel(b, w.panel);
-  }
-
-  void unit(const Unit& unit, Worker& w) noexcept {
-    load_agents(unit.user, w);
-    fold_rows(
-        loader(w.panel.origin), in_.offsets, unit, w.block, w.stack, [&](State& s) { reset(s); },
-        [&](State& s) { block(w, s); }, [&](State& state, State& later) { merge(state, later, w.panel.m); });
-    if (unit.slot >= 0)  // the worker goes on with the memory of the slot
-      std::swap(w.stack[0], slots_[unit.slot]);
-    else
-      write_tokens(unit.user, w.stack[0], w);
+  void begin(const Unit& unit, Worker& w) const noexcept {
+    w.user = unit.user;
+    load_panel(unit.user, w.panel);
   }
 
   void block(Worker& w, State& state) noexcept {
@@ -197,8 +180,8 @@ class Router : RouteCall {
   }
 
   /// Adds a later state. Its denominator and max_logit then hold the factors of the numerators of both.
-  void merge(State& state, State& later, int64_t m) const noexcept {
-    const int64_t ld = simd::pad(agents_);
+  void merge(State& state, State& later, const Worker& w) const noexcept {
+    const int64_t m = w.panel.m, ld = simd::pad(agents_);
     for (int64_t a = 0; a < m; ++a) {
       const float max_logit = std::max(state.max_logit[a], later.max_logit[a]);
       const float safe = max_logit == -INFINITY ? 0.f : max_logit;
@@ -215,7 +198,8 @@ class Router : RouteCall {
             state.numerator[d * ld + a] * factor[a] + later.numerator[d * ld + a] * later_factor[a];
   }
 
-  void write_tokens(int64_t b, const State& s, const Worker& w) const noexcept {
+  /// Writes the tokens of user b.
+  void finish(int64_t b, const State& s, const Worker& w) const noexcept {
     const AgentPanel& panel = w.panel;
     const int64_t token = value_width_ * bytes_of(in_.v.dtype);
     std::byte* const tokens = static_cast<std::byte*>(out_.tokens.data) + b * agents_ * token;

@@ -6,7 +6,6 @@
 // those of their rows at the end (RowGradient).
 #include <cfloat>
 #include <cmath>
-#include <utility>
 
 #include "base/checks.h"
 #include "cpu/route_call.h"
@@ -22,6 +21,7 @@ namespace {
 using Sums = float*;
 
 struct Worker {
+  int64_t gap = 0;  // of the user (Waves)
   AgentPanel panel;
   Block block;
   float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
@@ -42,8 +42,7 @@ class Backward : RouteCall {
         forward_(forward),
         out_(out),
         x_(gradient_of_x(in, out.x_rows, out.x)),
-        v_(gradient_of_v(in, out.v_rows, forward.d_tokens.data ? out.v : Array<float, 2>{})),
-        agent_gradients_(out.temperature || out.prototypes) {}
+        v_(gradient_of_v(in, out.v_rows, forward.d_tokens.data ? out.v : Array<float, 2>{})) {}
 
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
@@ -80,27 +79,18 @@ class Backward : RouteCall {
     fill(context_, out_.spread.data, in_.behaviours());
     fill(context_, out_.prototypes.data, users * agents_ * width_);
     if (out_.temperature) std::fill_n(user_temperature_, users * agents_, 0.f);
-    for (int64_t wave = 0; wave < waves_.count(); ++wave) pass(waves_.users(wave), waves_.size(wave));
+    for (int64_t wave = 0; wave < waves_.count(); ++wave)
+      run_units(*this, waves_.users(wave), waves_.size(wave), slots_, worker_);
     x_.finish(context_, waves_);
     v_.finish(context_, waves_);
     if (out_.temperature) reduce_temperature();
   }
 
  private:
+  friend RouteCall;
+
   Sums* carve_sums(Arena& arena, int64_t n) noexcept {
     return arena.take_each<Sums>(n, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
-  }
-
-  void pass(const int64_t* users, int64_t n) noexcept {
-    units_.plan(in_.offsets, users, n, workers_);
-    units_.run(
-        context_, slots_, [&](const Unit& u, int w) { unit(u, worker_[w]); },
-        [&](int64_t b, Sums* states, int64_t shared, int w) {
-          if (!agent_gradients_) return;
-          load_panel(b, worker_[w].panel);
-          fold_all(shared, states, [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
-          write_agent_gradients(b, states[0], worker_[w].panel);
-        });
   }
 
   /// to [columns] = row `row` of v's part and of x's, as far as they have gradients.
@@ -135,24 +125,20 @@ class Backward : RouteCall {
     if (x_) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
   }
 
-  void unit(const Unit& unit, Worker& w) noexcept {
-    const int64_t gap = waves_.gap(unit.user);
-    const auto [begin, end] = unit.rows(in_.offsets);
-    x_.note(begin, end, gap);
-    v_.note(begin, end, gap);
+  void begin(const Unit& unit, Worker& w) noexcept {
+    const auto [first, last] = unit.rows(in_.offsets);
+    w.gap = waves_.gap(unit.user);
+    x_.note(first, last, w.gap);
+    v_.note(first, last, w.gap);
     load_agents(unit.user, w);
-    fold_rows(
-        loader(w.panel.origin), in_.offsets, unit, w.block, w.stack,
-        [&](Sums sums) { std::fill_n(sums, sum_floats(), 0.f); }, [&](Sums sums) { block(w, gap, sums); },
-        [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
-    if (unit.slot >= 0)  // the worker goes on with the memory of the slot
-      std::swap(w.stack[0], slots_[unit.slot]);
-    else if (agent_gradients_)
-      write_agent_gradients(unit.user, w.stack[0], w.panel);
   }
 
-  void block(Worker& w, int64_t gap, Sums sums) noexcept {
+  void reset(Sums sums) const noexcept { std::fill_n(sums, sum_floats(), 0.f); }
+  void merge(Sums sums, Sums later, const Worker&) const noexcept { k_.add_row(sum_floats(), later, 1.f, sums); }
+
+  void block(Worker& w, Sums sums) noexcept {
     const int n = w.block.n;
+    const int64_t gap = w.gap;
     const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(columns_);
     if (n == 0 || m == 0) return;
     simd::Prefetcher& prefetcher = w.block.prefetcher;
@@ -195,7 +181,10 @@ class Backward : RouteCall {
   float* d_distance_x_of(Sums sums) const noexcept { return sums + 2 * simd::pad(agents_); }
   int64_t sum_floats() const noexcept { return simd::pad(agents_) * (out_.prototypes ? 2 + simd::pad(width_) : 2); }
 
-  void write_agent_gradients(int64_t b, Sums sums, const AgentPanel& panel) const noexcept {
+  /// Writes the gradients of the agents of user b.
+  void finish(int64_t b, Sums sums, const Worker& w) const noexcept {
+    if (!out_.temperature && !out_.prototypes) return;
+    const AgentPanel& panel = w.panel;
     const float *const d_distance = d_distance_of(sums), *const d_distance_x = d_distance_x_of(sums);
     for (int64_t j = 0; j < panel.m; ++j) {
       const int64_t a = panel.index[j];
@@ -220,7 +209,6 @@ class Backward : RouteCall {
   const RouteForward& forward_;
   const RouteGradients& out_;
   RowGradient x_, v_;
-  bool agent_gradients_;
   Waves waves_;
   float* user_temperature_ = nullptr;
   Sums* slots_ = nullptr;
