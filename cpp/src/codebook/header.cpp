@@ -41,13 +41,10 @@ class Parser {
 
   uint64_t number() noexcept {
     skip();
-    const char* const begin = p_;
     uint64_t value = 0;
-    for (; p_ < end_ && *p_ >= '0' && *p_ <= '9'; ++p_) {
-      if (p_ - begin >= 18) return failed_ = true, 0;
-      value = value * 10 + static_cast<uint64_t>(*p_ - '0');
-    }
-    if (p_ == begin) failed_ = true;
+    const auto [next, error] = std::from_chars(p_, end_, value);
+    if (error != std::errc() || next - p_ > 18) failed_ = true;  // sums and products of such numbers do not wrap
+    p_ = next;
     return value;
   }
 

@@ -17,9 +17,6 @@ float median(float a, float b, float c, float d, float e) noexcept {
   return median(std::max(std::min(a, b), std::min(c, d)), std::min(std::max(a, b), std::max(c, d)), e);
 }
 
-/// x with the rows of codes where it is not given.
-Rows items_of(const Histories& in) noexcept { return {in.x.data, in.x.dtype, in.items(), in.x.width}; }
-
 }  // namespace
 
 void Block::carve(Arena& arena, int64_t width, int64_t columns, Operands operands) noexcept {
@@ -51,7 +48,8 @@ RowLoader::RowLoader(const Codebook* book, const Histories& histories, int64_t w
       width_(width),
       value_width_(value_width),
       columns_(columns),
-      x_(items_of(histories), histories.x_ids, histories.x_scale),
+      x_({histories.x.data, histories.x.dtype, histories.items(), histories.x.width}, histories.x_ids,
+         histories.x_scale),
       v_(histories.v, histories.v_ids),
       operands_(operands),
       origin_(origin) {}

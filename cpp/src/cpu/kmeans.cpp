@@ -228,9 +228,9 @@ struct Fit {
   /// Gives codes without rows new centers: the rows farthest from theirs, then copies of the lowest used code, which
   /// are never assigned.
   void reseed_empty_codes(const Level& level, float* out) noexcept {
-    int64_t empty = 0, used = 0;
+    const int64_t empty = std::count(count, count + level.size, int64_t{0});
+    int64_t used = 0;
     while (count[used] == 0) ++used;
-    for (int64_t c = 0; c < level.size; ++c) empty += count[c] == 0;
     if (empty == 0) return;
     measure_distances(level);
     int64_t candidates = 0;

@@ -103,10 +103,9 @@ class Backward : RouteCall {
   void load_agents(int64_t b, Worker& w) const noexcept {
     AgentPanel& p = w.panel;
     load_panel(b, p);
-    for (int64_t j = 0; j < simd::pad(agents_); ++j) {
-      w.lse[j] = INFINITY;
-      w.offset[j] = w.rate[j] = 0;
-    }
+    std::fill_n(w.lse, simd::pad(agents_), INFINITY);
+    std::fill_n(w.offset, simd::pad(agents_), 0.f);
+    std::fill_n(w.rate, simd::pad(agents_), 0.f);
     for (int64_t j = 0; j < p.m; ++j) {
       const int64_t a = p.index[j], row = b * agents_ + a;
       float* const d = w.d_tokens + j * columns_;

@@ -32,8 +32,7 @@ Status check_rows(const char* verb, const Histories& in, int64_t width) noexcept
 }  // namespace
 
 Status check_sizes(const char* verb, const Histories& in) noexcept {
-  for (const Ids* ids : {&in.x_ids, &in.v_ids}) {
-    const char* const name = ids == &in.x_ids ? "x_ids" : "v_ids";
+  for (const auto& [name, ids] : {std::tuple("x_ids", &in.x_ids), std::tuple("v_ids", &in.v_ids)}) {
     if (!*ids && ids->size) return invalid("%s: %s expected [%" PRId64 "], got null", verb, name, ids->size);
     if (*ids && ids->dtype != DType::int32 && ids->dtype != DType::int64)
       return Status::error(Code::wrong_type, "%s: %s expected int32 or int64", verb, name);

@@ -77,9 +77,8 @@ Status vote(const Context& context, const Codebook& book, const VoteParams& para
   HISAC_TRY(check_vote(book, params, in, out, context.device));
   HISAC_TRY(call_backend("vote", &Backend::vote, context, book, params, in, out));
   if (!out.prototypes) return {};
-  const auto& c = out.codes.shape;
-  return code_prototypes(context, book, {out.codes.data, {c[0] * c[1], c[2]}},
-                         {out.prototypes.data, {c[0] * c[1], book.width()}});
+  out.fingerprint = book.fingerprint();
+  return prototypes(context, book, out, out.prototypes);
 }
 
 Status prototypes(const Context& context, const Codebook& book, const Agents& agents, Array<float, 3> out) noexcept {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The choice of inner loops: the best table that the processor runs, or the one that HISAC_ISA names.
+#include <array>
 #include <cstdlib>
 #include <cstring>
 
@@ -55,18 +56,16 @@ void choose(const Kernels& table) noexcept { chosen() = &table; }
 const char* active_isa() noexcept { return simd::kernels().name; }
 
 const char* available_isas() noexcept {
-  static const struct Names {
-    char text[64];
-    Names() noexcept {
-      const simd::Kernels* tables[simd::kMostTables];
-      text[0] = 0;
-      for (int i = 0, n = simd::supported(tables); i < n; ++i) {
-        if (i) std::strcat(text, " ");
-        std::strcat(text, tables[i]->name);
-      }
+  static const auto names = [] {
+    std::array<char, 64> text{};
+    const simd::Kernels* tables[simd::kMostTables];
+    for (int i = 0, n = simd::supported(tables); i < n; ++i) {
+      if (i) std::strcat(text.data(), " ");
+      std::strcat(text.data(), tables[i]->name);
     }
-  } names;
-  return names.text;
+    return text;
+  }();
+  return names.data();
 }
 
 }  // namespace hisac
