@@ -65,9 +65,8 @@ class Units {
   void run(const Context& context, State* slots, Work work, Merge merge) const {
     run(context, work);
     if (slot_[n_] == 0) return;  // no user is shared: the workers are not woken again
-    parallel_for(context, n_, [&](int64_t begin, int64_t end, int w) {
-      for (int64_t i = begin; i < end; ++i)
-        if (const int64_t shared = slot_[i + 1] - slot_[i]; shared > 0) merge(user(i), slots + slot_[i], shared, w);
+    parallel_each(context, n_, [&](int64_t i, int w) {
+      if (const int64_t shared = slot_[i + 1] - slot_[i]; shared > 0) merge(user(i), slots + slot_[i], shared, w);
     });
   }
 

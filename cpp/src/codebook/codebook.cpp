@@ -23,15 +23,14 @@ Status check_centers(const Array<const float, 2>* centers, int levels) noexcept 
   for (int l = 0; l < levels; ++l) {
     const int64_t size = centers[l].shape[0];
     if (centers[l].shape[1] != width)
-      return invalid("Codebook: centers of level %d are [%" PRId64 ", %" PRId64 "], level 0 has D = %" PRId64
-                     ": D differs",
-                     l, size, centers[l].shape[1], width);
+      return invalid("Codebook: centers of level %d are %s, level 0 has D = %" PRId64 ": D differs", l,
+                     ShapeText(centers[l].shape).text, width);
     if (size < 1 || size > (1 << 20))
       return invalid("Codebook: expected 1 to 2^20 codes at level %d, got %" PRId64, l, size);
     for (int64_t i = 0; i < size * width; ++i)
       if (!std::isfinite(centers[l].data[i]))
-        return invalid("Codebook: expected finite centers, got %g at [%" PRId64 ", %" PRId64 "] of level %d",
-                       double(centers[l].data[i]), i / width, i % width, l);
+        return invalid("Codebook: expected finite centers, got %g at %s of level %d", double(centers[l].data[i]),
+                       ShapeText({i / width, i % width}).text, l);
   }
   return {};
 }

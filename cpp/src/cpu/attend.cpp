@@ -167,7 +167,7 @@ class Backward : AttendCall {
 
   void carve(Arena& arena) noexcept {
     head_bias_ = arena.take<float>(in_.candidates.users * in_.heads, m_);
-    const int64_t block = simd::kBlock, depth = fold_depth(tiles_of(in_.q.rows / std::max<int64_t>(1, in_.heads)));
+    const int64_t block = simd::kBlock, depth = fold_depth(tiles_of(in_.q.rows / in_.heads));
     worker_ = arena.take_each<BackwardWorker>(workers_of(context_), [&](BackwardWorker& one) {
       carve_head(arena, one.head);
       one.packed_rows = arena.take<float>(simd::packed_size(m_, d_));
@@ -187,9 +187,8 @@ class Backward : AttendCall {
       std::fill_n(worker_[w].q, simd::kBlock * ldd_, 0.f);
       std::fill_n(worker_[w].d_out, simd::kBlock * ldv_, 0.f);
     }
-    parallel_for(context_, users * in_.heads, [&](int64_t begin, int64_t end, int w) {
-      for (int64_t u = begin; u < end; ++u) head(u / in_.heads, u % in_.heads, worker_[w]);
-    });
+    parallel_each(context_, users * in_.heads,
+                  [&](int64_t u, int w) { head(u / in_.heads, u % in_.heads, worker_[w]); });
     for (int64_t b = 0; out_->bias && b < users; ++b)
       for (int64_t m = 0; m < m_; ++m) {
         float total = 0;

@@ -137,9 +137,8 @@ struct Fit {
     const int64_t columns = workers == 1 ? width : kColumns, slices = (width + columns - 1) / columns;
     const int64_t groups = workers == 1 ? 1 : std::min<int64_t>(level.size, (4 * workers + slices - 1) / slices);
     const int64_t codes = (level.size + groups - 1) / groups;
-    parallel_for(context, slices * groups, [&](int64_t begin, int64_t end, int) {
-      for (int64_t unit = begin; unit < end; ++unit)
-        update_sums(unit % slices * columns, columns, unit / slices * codes, codes, std::ldexp(1.0, bits));
+    parallel_each(context, slices * groups, [&](int64_t unit, int) {
+      update_sums(unit % slices * columns, columns, unit / slices * codes, codes, std::ldexp(1.0, bits));
     });
   }
 

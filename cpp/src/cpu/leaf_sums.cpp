@@ -106,17 +106,14 @@ class LeafSummer {
   }
 
   void sum_users() noexcept {
-    parallel_for(context_, n_, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) group_rows(i);
-    });
+    parallel_each(context_, n_, [&](int64_t i, int) { group_rows(i); });
     parallel_pieces(context_, start_[n_], kPiece, [&](int64_t begin, int64_t end, int w) {
       int64_t i = std::upper_bound(start_, start_ + n_ + 1, begin) - start_ - 1;
       for (; i < n_ && start_[i] < end; ++i) sum_pieces(i, begin - start_[i], end - start_[i], worker_[w]);
     });
-    parallel_for(context_, n_, [&](int64_t begin, int64_t end, int w) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t g = 0; g < leaves_[i]; ++g)
-          if (pieces_of(i, g) > 1) write_leaf(i, g, worker_[w]);
+    parallel_each(context_, n_, [&](int64_t i, int w) {
+      for (int64_t g = 0; g < leaves_[i]; ++g)
+        if (pieces_of(i, g) > 1) write_leaf(i, g, worker_[w]);
     });
   }
 
