@@ -142,17 +142,16 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
     }
     const int64_t found = simd::kernels().screen(size, z, screen, s.survivors);
     float* const lower = lower_ + tile_row[j] * kGroups;
-    if (found == 0) {
-      lower[g] = lower_distance(2 * double(screen.low) + row.squares);
-      continue;
-    }
     for (int64_t c = 0; c < found; ++c) {
       z[s.survivors[c]] = -INFINITY;
       s.survivors[c] += static_cast<int32_t>(first);
     }
-    screen.threshold = -INFINITY;
-    simd::kernels().screen(size, z, screen, s.survivors + found);
+    if (found > 0) {  // the bound of the other codes
+      screen.threshold = -INFINITY;
+      simd::kernels().screen(size, z, screen, s.survivors + found);
+    }
     lower[g] = lower_distance(2 * double(screen.low) + row.squares);
+    if (found == 0) continue;
     int64_t candidates = found;
     if (row.best >= 0) s.survivors[candidates++] = row.best;
     const float* const x = r + tile_row[j] * level.width;
