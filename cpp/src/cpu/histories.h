@@ -1,79 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loads a user's behaviours and agents for `route`. Absent rows, prototypes in place of x, and spreads are handled
-// here, as types, scales and ids are in rows.h. The kernels read float32 tiles of present rows, each with a norm and a
-// bias.
+// Loads a user's behaviours. Absent rows, prototypes in place of x, biases and spreads are handled here, as types,
+// scales and ids are in rows.h.
 #pragma once
-#include <algorithm>
 #include <cfloat>
+#include <cmath>
 
-#include "base/arena.h"
-#include "base/schedule.h"
 #include "codebook/body.h"
 #include "cpu/rows.h"
 #include "cpu/simd/kernels.h"
-#include "hisac/route.h"
+#include "hisac/histories.h"
 
 namespace hisac::cpu {
 
-/// The operands of products. bf16: x and prototypes are rounded to bfloat16, and their norms are those of the rounded.
-/// bf16x3: each is a sum hi + lo of two bfloat16, multiplied in three products (amx.h).
-enum class Operands { float32, bf16, bf16x3 };
-
-/// Elements of bfloat16; of bf16x3 both parts.
-struct Bf16Operand {
-  uint32_t *hi = nullptr, *lo = nullptr;
-
-  void carve(Arena& arena, int64_t size, Operands operands) noexcept {
-    if (operands != Operands::float32) hi = arena.take<uint32_t>(size);
-    if (operands == Operands::bf16x3) lo = arena.take<uint32_t>(size);
-  }
-};
-
-/// The operands of route on this ISA: float32 where the ISA has no faster ones, or where bf16x3 is not allowed.
-Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept;
-
-/// Up to kBlock present rows of one user.
-struct Block {
-  int n = 0;
-  float* x = nullptr;           // [kBlock, pad(D)] x less the origin; padding columns stay zero
-  float* values = nullptr;      // [kBlock, pad(columns)] v, and behind it x itself, as far as they are averaged
-  float* norm = nullptr;        // [kBlock] |x|^2 + spread
-  float* bias = nullptr;        // [kBlock] natural logarithm
-  Bf16Operand x_bf16;           // [kBlock, pad((D + 1) / 2)] x in bfloat16
-  float* remainder = nullptr;   // [D] scratch: what rounding to bfloat16 leaves of a row
-  int64_t* row = nullptr;       // [kBlock] the row in x and v
-  simd::Prefetcher prefetcher;  // the rows after this block
-  bool last = false;            // the last block of its user
-
-  /// columns: of the values.
-  void carve(Arena& arena, int64_t width, int64_t columns, Operands operands) noexcept;
-  void clear_padding(int64_t width, int64_t columns) noexcept;
-};
-
 class RowLoader {
  public:
-  /// width: D. book null: codes are not read. A block's values have `value_width` columns of v (V, or 0), the others of
-  /// `columns` are x. origin [D] is subtracted from the x of blocks; null: zero.
-  RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands, int64_t value_width,
-            int64_t columns, const float* origin = nullptr) noexcept;
-  /// For rows without blocks.
+  /// width: D. book null: codes are not read.
   RowLoader(const Codebook* book, const Histories& histories, int64_t width) noexcept
-      : RowLoader(book, histories, width, Operands::float32, 0, 0) {}
+      : book_(histories.codes ? book : nullptr),
+        in_(histories),
+        width_(width),
+        x_({histories.x.data, histories.x.dtype, histories.items(), histories.x.width}, histories.x_ids,
+           histories.x_scale),
+        v_(histories.v, histories.v_ids) {}
 
-  /// Loads rows [begin, end) of x and v as a block without the absent ones.
-  void load(int64_t begin, int64_t end, Block& block) const noexcept;
+  /// Whether ids, codes, bias and spread let a row be present; its |x|^2 may still be too large.
+  bool may_be_present(int64_t row) const noexcept {
+    if (!x_.has(row) || (v_ && !v_.has(row))) return false;
+    const float spread = spread_of(row);
+    return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX &&  // false for NaN
+           (!book_ || book_->valid(codes_of(row)));
+  }
   /// x [D] = a row, *norm = its sum of squares; false for an absent row.
   bool load_x(int64_t row, float* x, float* norm) const noexcept {
     return may_be_present(row) && load_x_unchecked(row, x, norm);
   }
-  /// Whether ids, codes, bias and spread let a row be present; its |x|^2 may still be too large.
-  bool may_be_present(int64_t row) const noexcept;
   /// load_x of a row that may be present.
-  bool load_x_unchecked(int64_t row, float* x, float* norm) const noexcept;
+  bool load_x_unchecked(int64_t row, float* x, float* norm) const noexcept {
+    if (x_) {
+      *norm = x_.load(row, x);
+    } else {
+      book_->prototype(codes_of(row), x);
+      *norm = simd::kernels().load_row(x, DType::float32, width_, x);
+    }
+    return below_limit(*norm, x, width_);
+  }
+  /// A row that may be present where x is of bfloat16; else null.
+  const std::byte* x_as_bfloat16(int64_t row) const noexcept { return x_.as_bfloat16(row); }
+  /// Loads v [V] of a row that may be present.
+  void load_v(int64_t row, float* v) const noexcept { v_.load(row, v); }
   /// sum [V] += factor times v of a present row; scratch [V].
   void add_v(int64_t row, float factor, float* sum, float* scratch) const noexcept {
     v_.add(row, factor, sum, scratch);
   }
+  float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
+  float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
+  /// [L] of a row that may be present, where codes are read.
+  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + x_.number(row) * in_.codes.shape[1]; }
+
   /// Prefetches a row that may be present. Always inlined, as RowSource::prefetch.
   __attribute__((always_inline)) void prefetch(int64_t row) const noexcept {
     x_.prefetch(row);
@@ -81,54 +64,17 @@ class RowLoader {
     if (!x_) __builtin_prefetch(codes_of(row));
     if (in_.bias) __builtin_prefetch(in_.bias.data + row);
   }
-  /// Loads v [V] of a row that may be present.
-  void load_v(int64_t row, float* v) const noexcept { v_.load(row, v); }
-  float bias_of(int64_t row) const noexcept { return in_.bias ? in_.bias.data[row] : 0.f; }
-  float spread_of(int64_t row) const noexcept { return in_.spread ? in_.spread.data[row] : 0.f; }
-  /// [L] of a row that may be present, where codes are read.
-  const int32_t* codes_of(int64_t row) const noexcept { return in_.codes.data + x_.number(row) * in_.codes.shape[1]; }
+  /// Queues x and v of the rows [begin, end).
+  void queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept {
+    x_.queue_rows(begin, end, prefetcher);
+    v_.queue_rows(begin, end, prefetcher);
+  }
 
  private:
   const Codebook* book_;
   const Histories& in_;
-  const simd::Kernels& k_;
-  int64_t width_, value_width_, columns_;
+  int64_t width_;
   RowSource x_, v_;  // x_ without data: the rows of codes
-  Operands operands_;
-  const float* origin_;
 };
-
-/// The present agents of one user, packed for products with x. Distances do not depend on the origin, but |x|^2 + |p|^2
-/// - 2 x . p loses the digits of large terms. So, unless products round to bfloat16, prototypes and rows are taken from
-/// an origin among them: in each dimension the median of the first five present prototypes (of the first where there
-/// are fewer), which one far prototype does not move.
-struct AgentPanel {
-  int64_t m = 0;
-  int32_t* index = nullptr;              // [M] the agent of a column
-  float* packed = nullptr;               // [D, m]
-  Bf16Operand packed_bf16;               // [(D + 1) / 2, m] in place of packed
-  uint32_t* rounding_scratch = nullptr;  // [(D + 1) / 2]; null: prototypes are not rounded
-  float* remainders = nullptr;           // [M, D] of bf16x3: what rounding leaves of rows
-  float* origin = nullptr;               // [D]; null: zero
-  float* rows = nullptr;                 // [m, D] the present prototypes, less the origin
-  float* norm = nullptr;                 // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
-  float* rate = nullptr;                 // [pad(M)] log2(e) / tau
-
-  void carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool round_to_bf16) noexcept;
-  void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;
-};
-
-/// The present agents of user b by count alone, clamped to [0, M].
-inline int64_t count_of(const RouteAgents& agents, int64_t b) noexcept {
-  const int64_t m = agents.prototypes.shape[1];
-  return agents.count ? std::clamp<int64_t>(agents.count.data[b], 0, m) : m;
-}
-
-inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {
-  return params.temperature.data[params.temperature.shape[0] == 1 ? 0 : agent];
-}
-
-/// The shift of a row's base-2 logits, which are 0 or less. It is finite, so that no logit becomes +inf or NaN.
-inline float row_shift_of(float bias, float row_lse) noexcept { return std::min(simd::base2(bias) - row_lse, FLT_MAX); }
 
 }  // namespace hisac::cpu

@@ -7,9 +7,10 @@
 #include <cfloat>
 #include <cmath>
 
-#include "base/checks.h"
+#include "base/arena.h"
 #include "base/parallel.h"
 #include "base/radix_sort.h"
+#include "base/reduction_tree.h"
 #include "codebook/checks.h"
 #include "cpu/histories.h"
 #include "cpu/row_votes.h"

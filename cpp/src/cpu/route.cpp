@@ -83,7 +83,7 @@ class Router : RouteCall {
   }
 
   void block(Worker& w, State& state) noexcept {
-    const int n = w.block.n;
+    const int n = w.block.n, pairs = (n + 1) / 2;
     const int64_t m = w.panel.m, ld = simd::pad(agents_);
     if (n == 0 || m == 0) return;
     if (w.block.last) prefetch_next_user(w);
@@ -119,11 +119,11 @@ class Router : RouteCall {
           k_.accumulate(n, columns_, width, w.block.values, ldv_, w.e, width, sum, ld);
           break;
         case Operands::bf16:
-          k_.accumulate_bf16(simd::pairs_of(n), columns_, width, w.values_bf16.hi, ldv_, w.e_bf16.hi, width, sum, ld);
+          k_.accumulate_bf16(pairs, columns_, width, w.values_bf16.hi, ldv_, w.e_bf16.hi, width, sum, ld);
           break;
         case Operands::bf16x3:
-          k_.accumulate_bf16x3(simd::pairs_of(n), columns_, width, w.values_bf16.hi, w.values_bf16.lo, ldv_,
-                               w.e_bf16.hi, w.e_bf16.lo, width, sum, ld);
+          k_.accumulate_bf16x3(pairs, columns_, width, w.values_bf16.hi, w.values_bf16.lo, ldv_, w.e_bf16.hi,
+                               w.e_bf16.lo, width, sum, ld);
       }
     }
   }

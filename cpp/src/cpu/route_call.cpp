@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/histories.h"
+#include "cpu/route_call.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -40,48 +40,17 @@ Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept {
   return allow_bf16x3 && k.matmul_bf16x3 ? Operands::bf16x3 : Operands::float32;
 }
 
-RowLoader::RowLoader(const Codebook* book, const Histories& histories, int64_t width, Operands operands,
-                     int64_t value_width, int64_t columns, const float* origin) noexcept
-    : book_(histories.codes ? book : nullptr),
-      in_(histories),
-      k_(simd::kernels()),
-      width_(width),
-      value_width_(value_width),
-      columns_(columns),
-      x_({histories.x.data, histories.x.dtype, histories.items(), histories.x.width}, histories.x_ids,
-         histories.x_scale),
-      v_(histories.v, histories.v_ids),
-      operands_(operands),
-      origin_(origin) {}
-
-bool RowLoader::may_be_present(int64_t row) const noexcept {
-  if (!x_.has(row) || (v_ && !v_.has(row))) return false;
-  const float spread = spread_of(row);
-  return std::fabs(bias_of(row)) <= FLT_MAX && spread >= 0 && spread <= FLT_MAX &&  // false for NaN
-         (!book_ || book_->valid(codes_of(row)));
-}
-
-bool RowLoader::load_x_unchecked(int64_t row, float* x, float* norm) const noexcept {
-  if (x_) {
-    *norm = x_.load(row, x);
-  } else {
-    book_->prototype(codes_of(row), x);
-    *norm = k_.load_row(x, DType::float32, width_, x);
-  }
-  return below_limit(*norm, x, width_);
-}
-
-void RowLoader::load(int64_t begin, int64_t end, Block& block) const noexcept {
+void RouteCall::load_block(int64_t begin, int64_t end, const float* origin, Block& block) const noexcept {
   const int64_t ldx = simd::pad(width_), ldv = simd::pad(columns_);
   int n = 0;
   for (int64_t row = begin; row < end; ++row) {
     float *const x = block.x + n * ldx, *const values = block.values + n * ldv;
-    if (!load_x(row, x, block.norm + n)) continue;
-    if (value_width_) v_.load(row, values);
+    if (!loader_.load_x(row, x, block.norm + n)) continue;
+    if (value_width_) loader_.load_v(row, values);
     if (columns_ > value_width_) std::copy_n(x, width_, values + value_width_);
-    if (origin_) block.norm[n] = k_.subtract_row(width_, origin_, x);
+    if (origin) block.norm[n] = k_.subtract_row(width_, origin, x);
     const int64_t offset = n * simd::pad(simd::pairs_of(width_));
-    if (const auto* const given = operands_ == Operands::bf16 ? x_.as_bfloat16(row) : nullptr) {
+    if (const auto* const given = operands_ == Operands::bf16 ? loader_.x_as_bfloat16(row) : nullptr) {
       std::memcpy(block.x_bf16.hi + offset, given, static_cast<size_t>(2 * width_));
     } else if (operands_ == Operands::bf16) {
       k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
@@ -91,14 +60,13 @@ void RowLoader::load(int64_t begin, int64_t end, Block& block) const noexcept {
       k_.bf16_remainder(width_, x, block.remainder);
       k_.round_bf16(width_, block.remainder, nullptr, block.x_bf16.lo + offset);
     }
-    block.norm[n] += spread_of(row);
-    block.bias[n] = bias_of(row);
+    block.norm[n] += loader_.spread_of(row);
+    block.bias[n] = loader_.bias_of(row);
     block.row[n++] = row;
   }
   block.n = n;
   block.prefetcher.clear();
-  for (const RowSource* rows : {&x_, &v_})
-    rows->queue_rows(end, std::min(end + simd::kBlock, in_.behaviours()), block.prefetcher);
+  loader_.queue_rows(end, std::min(end + simd::kBlock, in_.behaviours()), block.prefetcher);
 }
 
 void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool round_to_bf16) noexcept {
