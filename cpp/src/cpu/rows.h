@@ -3,6 +3,7 @@
 // squares, and has the same bits whether it was gathered by id or read in order.
 #pragma once
 #include <cfloat>
+#include <cmath>
 #include <cstddef>
 
 #include "base/radix_sort.h"
@@ -34,7 +35,11 @@ class RowSource {
   int64_t number(int64_t t) const noexcept { return ids_ ? ids_[t] : t; }
 
   /// out [width] = the existing row of behaviour t; returns its sum of squares.
-  float load(int64_t t, float* out) const noexcept;
+  float load(int64_t t, float* out) const noexcept {
+    if (rows_.dtype != DType::int8) return k_.load_row(row(t), rows_.dtype, rows_.width, out);
+    const float scale = !scale_ ? 1.f : scale_.data[scale_.shape[0] == 1 ? 0 : number(t)];
+    return k_.load_int8(reinterpret_cast<const int8_t*>(row(t)), scale, rows_.width, out);
+  }
 
   /// The existing row of behaviour t where x is of bfloat16; else null.
   const std::byte* as_bfloat16(int64_t t) const noexcept {
@@ -42,7 +47,14 @@ class RowSource {
   }
 
   /// sum [width] += factor times the existing row of behaviour t; scratch [width].
-  void add(int64_t t, float factor, float* sum, float* scratch) const noexcept;
+  void add(int64_t t, float factor, float* sum, float* scratch) const noexcept {
+    const float* source = scratch;
+    if (rows_.dtype == DType::float32)
+      source = reinterpret_cast<const float*>(row(t));
+    else
+      load(t, scratch);
+    k_.add_row(rows_.width, source, factor, sum);
+  }
 
   /// Prefetches the row of behaviour t. Always inlined: GCC drops a call to a function that only prefetches.
   __attribute__((always_inline)) void prefetch(int64_t t) const noexcept {
@@ -53,7 +65,11 @@ class RowSource {
   }
 
   /// Queues the rows of behaviours [begin, end), one span each at most.
-  void queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept;
+  void queue_rows(int64_t begin, int64_t end, simd::Prefetcher& prefetcher) const noexcept {
+    if (!ids_) return prefetcher.add(rows_.data, begin * bytes_, end * bytes_);
+    for (int64_t t = begin; t < end; ++t)
+      if (has(t)) prefetcher.add(rows_.data, number(t) * bytes_, (number(t) + 1) * bytes_);
+  }
 
  private:
   const std::byte* row(int64_t t) const noexcept {
@@ -68,16 +84,21 @@ class RowSource {
 };
 
 /// |x|^2 < 2^100, summed in float64.
-bool below_limit_in_float64(const float* x, int64_t width) noexcept;
+inline bool below_limit_in_float64(const float* x, int64_t width) noexcept {
+  double squares = 0;
+  for (int64_t d = 0; d < width; ++d) squares += double(x[d]) * x[d];
+  return squares < 0x1p100;
+}
 /// Whether |x|^2 < 2^100; false for NaN. norm: |x|^2 in float32, whose error could decide only within a factor of 2.
 inline bool below_limit(float norm, const float* x, int64_t width) noexcept {
   return norm < 0x1p99f || (norm < 0x1p101f && below_limit_in_float64(x, width));
 }
-/// No NaN, no infinity.
-bool finite(const float* x, int64_t width) noexcept;
-/// The same, given the sum of squares, which decides unless it overflows.
+/// No NaN, no infinity. squares: their sum, which decides unless it overflows.
 inline bool finite(const float* x, int64_t width, float squares) noexcept {
-  return squares <= FLT_MAX || finite(x, width);
+  bool ok = true;
+  if (squares <= FLT_MAX) return ok;
+  for (int64_t d = 0; d < width; ++d) ok &= std::fabs(x[d]) <= FLT_MAX;
+  return ok;
 }
 
 }  // namespace hisac::cpu
