@@ -64,14 +64,10 @@ class Parser {
   bool failed_ = false;
 };
 
-constexpr int kMostNumbers = 2 + 3 * kMaxLevels;  // of a report
-
 /// A header, and which parts of it have come.
 struct Parsed : FileHeader {
   bool format = false, has_fingerprint = false, level[kMaxLevels] = {};
-  char version_text[32] = {};
-  double report_numbers[kMostNumbers];
-  int reported = 0;  // of these
+  std::string_view version, fit;
 };
 
 /// As many numbers as there are in the text, none of them negative or infinite, a space between any two. Their count; 0
@@ -101,9 +97,7 @@ Status parse_metadata(Parser& in, Parsed* h) noexcept {
       if (value != "hisac.codebook") return corrupt("metadata format expected hisac.codebook, got another");
       h->format = true;
     } else if (key == "version") {
-      std::memset(h->version_text, 0, sizeof h->version_text);
-      for (size_t i = 0; i < value.size() && i < 20; ++i)  // for the message, so plain ASCII
-        h->version_text[i] = value[i] >= ' ' && value[i] <= '~' ? value[i] : '?';
+      h->version = value;
     } else if (key == "fingerprint") {
       if (!is_hex16(value)) return corrupt("metadata fingerprint expected 16 hex digits");
       std::from_chars(value.data(), value.data() + value.size(), h->fingerprint, 16);
@@ -114,8 +108,7 @@ Status parse_metadata(Parser& in, Parsed* h) noexcept {
         return corrupt("metadata temperature expected a number of float32");
       h->temperature = static_cast<float>(temperature);
     } else if (key == "fit") {
-      h->reported = take_numbers(value, h->report_numbers, kMostNumbers);
-      if (!h->reported) return corrupt("metadata fit expected numbers");
+      h->fit = value;
     }
   } while (in.take(','));
   in.expect('}');
@@ -163,18 +156,23 @@ Status parse_header(const char* begin, const char* end, Parsed* h) noexcept {
   } while (!in.failed() && in.take(','));
   in.expect('}');
   if (in.failed() || !in.at_end()) return corrupt("the header is not the JSON that the format needs");
-  if (!h->format || !h->has_fingerprint || !h->version_text[0])
+  if (!h->format || !h->has_fingerprint || h->version.empty())
     return corrupt("metadata expected format, version and fingerprint");
-  if (std::strcmp(h->version_text, "1") != 0)
-    return Status::error(Code::corrupt_file, "codebook file: version expected 1, got %s", h->version_text);
-  return {};
+  if (h->version == "1") return {};
+  char text[21] = {};  // plain ASCII
+  for (size_t i = 0; i < h->version.size() && i < 20; ++i)
+    text[i] = h->version[i] >= ' ' && h->version[i] <= '~' ? h->version[i] : '?';
+  return Status::error(Code::corrupt_file, "codebook file: version expected 1, got %s", text);
 }
 
-/// The report of the numbers that have come, if any.
+/// The report, if one has come.
 Status take_report(Parsed* h) noexcept {
-  if (!h->reported) return {};
-  bool right = h->reported == 2 + 3 * h->levels;
-  const double* next = h->report_numbers;
+  double numbers[2 + 3 * kMaxLevels];
+  if (!h->fit.data()) return {};
+  const int count = take_numbers(h->fit, numbers, 2 + 3 * kMaxLevels);
+  if (!count) return corrupt("metadata fit expected numbers");
+  bool right = count == 2 + 3 * h->levels;
+  const double* next = numbers;
   const auto whole = [&](auto most) {
     const double n = right ? *next++ : 0;
     right = right && n <= static_cast<double>(most) && n == std::floor(n);
