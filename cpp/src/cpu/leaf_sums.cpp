@@ -237,7 +237,7 @@ class LeafSummer {
         sum.squares += double(weight) * (double(norm) + double(loader_.spread_of(row)));
         if (added++ == 0) clear(x, v);
         if (e != origin) k_.add_row(width_, w.x, weight, x);  // its difference is zero
-        loader_.add_v(row, weight, v, w.v);
+        loader_.v_source.add(row, weight, v, w.v);
       }
       sum.present += added;
       if (later && added) add_sums(x, v, sum);

@@ -78,7 +78,7 @@ class Backward {
     const auto difference = [](const float* a, const float* b, int64_t d) { return double(a[d]) - double(b[d]); };
     if (dv) {
       const float* const mean = static_cast<const float*>(f.sums.v.data) + s * value_width_;
-      loader_.load_v(i, v);
+      loader_.v_source.load(i, v);
       for (int64_t c = 0; c < value_width_; ++c) sum += double(dv[c]) * difference(v, mean, c);
     }
     const float* const mean = static_cast<const float*>(f.sums.x.data) + s * width_;

@@ -46,11 +46,11 @@ void RouteCall::load_block(int64_t begin, int64_t end, const float* origin, Bloc
   for (int64_t row = begin; row < end; ++row) {
     float *const x = block.x + n * ldx, *const values = block.values + n * ldv;
     if (!loader_.load_x(row, x, block.norm + n)) continue;
-    if (value_width_) loader_.load_v(row, values);
+    if (value_width_) loader_.v_source.load(row, values);
     if (columns_ > value_width_) std::copy_n(x, width_, values + value_width_);
     if (origin) block.norm[n] = k_.subtract_row(width_, origin, x);
     const int64_t offset = n * simd::pad(simd::pairs_of(width_));
-    if (const auto* const given = operands_ == Operands::bf16 ? loader_.x_as_bfloat16(row) : nullptr) {
+    if (const auto* const given = operands_ == Operands::bf16 ? loader_.x_source.as_bfloat16(row) : nullptr) {
       std::memcpy(block.x_bf16.hi + offset, given, static_cast<size_t>(2 * width_));
     } else if (operands_ == Operands::bf16) {
       k_.round_bf16(width_, x, nullptr, block.x_bf16.hi + offset);
@@ -66,7 +66,8 @@ void RouteCall::load_block(int64_t begin, int64_t end, const float* origin, Bloc
   }
   block.n = n;
   block.prefetcher.clear();
-  loader_.queue_rows(end, std::min(end + simd::kBlock, in_.behaviours()), block.prefetcher);
+  for (const RowSource* source : {&loader_.x_source, &loader_.v_source})
+    source->queue_rows(end, std::min(end + simd::kBlock, in_.behaviours()), block.prefetcher);
 }
 
 void AgentPanel::carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool round_to_bf16) noexcept {

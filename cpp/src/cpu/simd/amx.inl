@@ -136,7 +136,7 @@ static void multiply_panels(int64_t n, int64_t k2, int64_t m, int64_t first, int
       Tiles::configure(c);
       configured = height;
     }
-    const Bf16Matrix left = {a.hi + i * a.ld + first, a.lo + i * a.ld + first, a.ld};
+    const Bf16Matrix left = a.offset_by(i * a.ld + first);
     for (int64_t from = 0, width; from < m; from += width) {
       width = panels ? panel_width(m, from) : pad(m);
       Bf16Matrix panel = b.offset_by(k2 * from);
