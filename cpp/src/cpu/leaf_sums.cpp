@@ -51,14 +51,7 @@ struct Worker {
 class LeafSummer {
  public:
   LeafSummer(const Context& context, const Codebook& book, const Histories& in, const LeafSums& out) noexcept
-      : context_(context),
-        book_(book),
-        in_(in),
-        out_(out),
-        width_(width_of(&book, in)),
-        value_width_(in.v.width),
-        capacity_(capacity_of(in.offsets.users, in.longest)),
-        loader_(&book, in, width_) {}
+      : context_(context), book_(book), in_(in), out_(out) {}
 
   void carve(Arena& arena) noexcept {
     const int64_t users = in_.offsets.users;
@@ -311,8 +304,9 @@ class LeafSummer {
   const Histories& in_;
   const LeafSums out_;
   const simd::Kernels& k_ = simd::kernels();
-  int64_t width_, value_width_, capacity_;
-  RowLoader loader_;
+  const int64_t width_ = width_of(&book_, in_), value_width_ = in_.v.width;
+  const int64_t capacity_ = capacity_of(in_.offsets.users, in_.longest);
+  const RowLoader loader_{&book_, in_, width_};
   int64_t first_ = 0, n_ = 0;  // the users whose leaves are summed, from which on and how many
   int64_t base_ = 0;           // the rows of all users before them
   // of the i-th of them: the offset of its rows and leaves, and the number of its leaves

@@ -17,15 +17,7 @@ class Backward {
  public:
   Backward(const Context& context, const Codebook& book, const Histories& in, const LeafSumsForward* forward,
            const LeafSumsGradients& out) noexcept
-      : context_(context),
-        book_(book),
-        in_(in),
-        forward_(forward),
-        out_(out),
-        v_gradient_(gradient_of_v(in, out.v_rows, out.v)),
-        width_(width_of(&book, in)),
-        value_width_(in.v.width),
-        loader_(&book, in, width_) {}
+      : context_(context), book_(book), in_(in), forward_(forward), out_(out) {}
 
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
@@ -97,9 +89,9 @@ class Backward {
   const LeafSumsForward* forward_;
   const LeafSumsGradients& out_;
   const simd::Kernels& k_ = simd::kernels();
-  RowGradient v_gradient_;
-  int64_t width_, value_width_;
-  RowLoader loader_;
+  const int64_t width_ = width_of(&book_, in_), value_width_ = in_.v.width;
+  const RowLoader loader_{&book_, in_, width_};
+  RowGradient v_gradient_ = gradient_of_v(in_, out_.v_rows, out_.v);
   Waves waves_;
   Units units_;
   float *x_ = nullptr, *v_ = nullptr;  // [workers, D], [workers, V]

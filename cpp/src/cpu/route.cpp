@@ -39,9 +39,7 @@ class Router : RouteCall {
  public:
   Router(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
          const RouteAgents& to, const Tokens& out) noexcept
-      : RouteCall(context, book, params, in, to, out.tokens.data, static_cast<bool>(out.mean_x), true),
-        out_(out),
-        ldv_(simd::pad(columns_)) {}
+      : RouteCall(context, book, params, in, to, out.tokens.data, static_cast<bool>(out.mean_x), true), out_(out) {}
 
   void carve(Arena& arena) noexcept {
     units_.carve(arena, in_.offsets.users);
@@ -221,7 +219,7 @@ class Router : RouteCall {
   }
 
   const Tokens& out_;
-  int64_t ldv_;  // pad(columns)
+  const int64_t ldv_ = simd::pad(columns_);
   State* slots_ = nullptr;
   Worker* worker_ = nullptr;
 };

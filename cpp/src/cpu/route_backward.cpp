@@ -40,9 +40,7 @@ class Backward : RouteCall {
            const RouteAgents& to, const RouteForward& forward, const RouteGradients& out) noexcept
       : RouteCall(context, book, params, in, to, forward.d_tokens.data, static_cast<bool>(forward.d_mean_x), false),
         forward_(forward),
-        out_(out),
-        x_(gradient_of_x(in, out.x_rows, out.x)),
-        v_(gradient_of_v(in, out.v_rows, forward.d_tokens.data ? out.v : Array<float, 2>{})) {}
+        out_(out) {}
 
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
@@ -207,7 +205,8 @@ class Backward : RouteCall {
 
   const RouteForward& forward_;
   const RouteGradients& out_;
-  RowGradient x_, v_;
+  RowGradient x_ = gradient_of_x(in_, out_.x_rows, out_.x);
+  RowGradient v_ = gradient_of_v(in_, out_.v_rows, forward_.d_tokens.data ? out_.v : Array<float, 2>{});
   Waves waves_;
   float* user_temperature_ = nullptr;
   Sums* slots_ = nullptr;

@@ -97,11 +97,8 @@ struct RouteCall {
         params_(params),
         in_(in),
         to_(to),
-        agents_(to.prototypes.shape[1]),
-        width_(to.prototypes.shape[2]),
         value_width_(with_v ? in.v.width : 0),
         columns_(value_width_ + (with_x ? width_ : 0)),
-        workers_(workers_of(context)),
         operands_(operands_of(params, allow_bf16x3)),
         loader_(book, in, width_) {}
 
@@ -157,11 +154,11 @@ struct RouteCall {
   const Histories& in_;
   const RouteAgents& to_;
   const simd::Kernels& k_ = simd::kernels();
-  int64_t agents_, width_, value_width_;  // value_width: V, or 0
-  int64_t columns_;                       // of the values: of v, and then of x
-  int workers_;
-  Operands operands_;
-  RowLoader loader_;
+  const int workers_ = workers_of(context_);
+  const int64_t agents_ = to_.prototypes.shape[1], width_ = to_.prototypes.shape[2];
+  const int64_t value_width_, columns_;  // V, or 0; columns of the values: of v, and then of x
+  const Operands operands_;
+  const RowLoader loader_;
   Units units_;
 };
 

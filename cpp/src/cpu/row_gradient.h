@@ -15,12 +15,7 @@ class RowGradient {
   /// not wanted. table_rows: of the table, where there are ids.
   RowGradient(const Histories& in, const Ids& ids, int64_t table_rows, const Ids& rows,
               const Array<float, 2>& out) noexcept
-      : ids_(ids),
-        rows_(rows),
-        table_rows_(table_rows),
-        slots_(std::min(in.rows, in.behaviours())),
-        out_(out),
-        row_(out.data) {}
+      : ids_(ids), rows_(rows), table_rows_(table_rows), slots_(std::min(in.rows, in.behaviours())), out_(out) {}
 
   explicit operator bool() const noexcept { return out_ && out_.shape[1] > 0; }
 
@@ -56,7 +51,7 @@ class RowGradient {
   Ids ids_, rows_;
   int64_t table_rows_, slots_;
   Array<float, 2> out_;
-  float* row_;
+  float* row_ = out_.data;
   uint64_t *key_ = nullptr, *spare_key_ = nullptr;  // [slots] rows of the table; table_rows_: none
   int64_t *slot_ = nullptr, *spare_slot_ = nullptr;
 };
