@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "cpu/simd/pack.h"
 
@@ -25,8 +26,8 @@ float lower_distance(double square) noexcept {
 void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
   row = arena.take<Row>(kPart);
   screened = arena.take<uint32_t>(kPart * screened_width(width));
-  tile = arena.take<uint32_t>(NearestScratch::rows * screened_width(width));
-  scores = arena.take<float>(NearestScratch::rows * simd::pad(largest_size));
+  tile = arena.take<uint32_t>(kScreenRows * screened_width(width));
+  scores = arena.take<float>(kScreenRows * simd::pad(largest_size));
   survivors = arena.take<int32_t>(2 * (largest_size + 1));
 }
 
@@ -100,21 +101,21 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
     const simd::Rounded sums = screened(level, x, s.screened + undecided[j] * row_width);
     row.squares = double(sums.squares) * shrink - underflow;
     if (screen_of(level, sums, &row.screen)) continue;
-    for (int64_t c = 0; c < level.size; ++c) s.survivors[c] = static_cast<int32_t>(c);
+    std::iota(s.survivors, s.survivors + level.size, 0);
     row.best = closest(level, x, s.survivors, level.size);
     row.groups = 0;
     upper_[i] = INFINITY;
     std::fill_n(lower, groups_, 0.f);
   }
   for (int g = 0; g < groups_; ++g) {
-    int64_t tile_row[NearestScratch::rows];
+    int64_t tile_row[kScreenRows];
     int n = 0;
     for (int j = 0; j < rows; ++j) {
       if (s.row[undecided[j]].groups >> g & 1) {
         std::copy_n(s.screened + undecided[j] * row_width, row_width, s.tile + n * row_width);
         tile_row[n++] = begin + undecided[j];
       }
-      if (n == NearestScratch::rows || (n > 0 && j + 1 == rows)) {
+      if (n == kScreenRows || (n > 0 && j + 1 == rows)) {
         scan_group(level, r, g, tile_row, n, begin, s);
         n = 0;
       }

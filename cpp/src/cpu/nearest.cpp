@@ -8,11 +8,8 @@
 // All but the last are at most `error` n_c below. Where a product might overflow, every code survives.
 #include "cpu/nearest.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#include "cpu/simd/pack.h"
 
 namespace hisac::cpu {
 
@@ -24,13 +21,6 @@ void square_distances(const float* const (&r)[4], const float* const (&c)[4], in
       total[i] += step * step;
     }
   std::memcpy(out, total, sizeof total);
-}
-
-void NearestScratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
-  r = arena.take<float>(rows * width);
-  screened = arena.take<uint32_t>(rows * screened_width(width));
-  scores = arena.take<float>(rows * simd::pad(largest_size));
-  survivors = arena.take<int32_t>(largest_size);
 }
 
 bool screen_of(const Level& level, simd::Rounded sums, simd::Screen* out) noexcept {
@@ -85,23 +75,6 @@ void products(const Level& level, int n, const uint32_t* rows, int64_t first, in
     k.matmul_bf16(n, width, size, rows, width, reinterpret_cast<const uint32_t*>(packed), z, ldz, nullptr);
   else
     k.matmul(n, width, size, reinterpret_cast<const float*>(rows), width, packed, z, ldz, nullptr);
-}
-
-void nearest(const Level& level, int n, NearestScratch& s, int32_t* codes, int64_t stride) noexcept {
-  const simd::Kernels& k = simd::kernels();
-  const int64_t ld = simd::pad(level.size), width = level.width;
-  simd::Rounded sums[NearestScratch::rows];
-  for (int i = 0; i < n; ++i) sums[i] = screened(level, s.r + i * width, s.screened + i * screened_width(width));
-  products(level, n, s.screened, 0, level.size, s.scores, ld);
-  for (int i = 0; i < n; ++i) {
-    simd::Screen row;
-    int64_t found = level.size;
-    if (screen_of(level, sums[i], &row))
-      found = k.screen(level.size, s.scores + i * ld, row, s.survivors);
-    else
-      for (int64_t c = 0; c < found; ++c) s.survivors[c] = static_cast<int32_t>(c);
-    codes[i * stride] = found == 1 ? s.survivors[0] : closest(level, s.r + i * width, s.survivors, found);
-  }
 }
 
 }  // namespace hisac::cpu

@@ -8,6 +8,9 @@
 
 namespace hisac::cpu {
 
+/// Rows that are screened together, so that their scores and a panel stay in L1 for codebooks of a usual size.
+constexpr int kScreenRows = 16;
+
 /// The definition of four square distances: the sum over d in index order of (r_d - c_d)^2 in float64. Four at once,
 /// because the additions of one depend on each other.
 void square_distances(const float* const (&r)[4], const float* const (&c)[4], int64_t width, double* out) noexcept;
@@ -29,19 +32,5 @@ inline int64_t screened_width(int64_t width) noexcept {
 }
 /// dst = r as products take it.
 simd::Rounded screened(const Level& level, const float* r, uint32_t* dst) noexcept;
-
-/// A worker's scratch for blocks of rows.
-struct NearestScratch {
-  static constexpr int rows = 16;  // of a block, so that scores and a panel stay in L1 for codebooks of a usual size
-  float* r = nullptr;              // [rows, width] the residuals
-  uint32_t* screened = nullptr;    // [rows, screened_width] the residuals as products take them
-  float* scores = nullptr;         // [rows, pad(C)]
-  int32_t* survivors = nullptr;    // [C]
-
-  void carve(Arena& arena, int64_t width, int64_t largest_size) noexcept;
-};
-
-/// codes[i * stride] = the nearest code of residual i for n rows of scratch.
-void nearest(const Level& level, int n, NearestScratch& scratch, int32_t* codes, int64_t stride) noexcept;
 
 }  // namespace hisac::cpu
