@@ -213,13 +213,13 @@ static void attend_gradient(int n, int64_t m, const float* w, float* g, int64_t 
 // ---- match
 
 template <int... I>
-HISAC_INLINE vi lane_numbers(Lanes<I...>) {
+HISAC_INLINE vi lane_numbers(std::integer_sequence<int, I...>) {
   return vi{I...};
 }
 
 /// The first n lanes of x, and -inf in the others.
 HISAC_INLINE vf first_lanes(vf x, int64_t n) {
-  const vi here = lane_numbers(typename Count<W>::lanes()) < static_cast<int32_t>(n < W ? n : W);
+  const vi here = lane_numbers(LanesOf<vi>()) < static_cast<int32_t>(n < W ? n : W);
   return (vf)(((vi)x & here) | ((vi)splat(-kInfinity) & ~here));
 }
 
@@ -237,7 +237,7 @@ HISAC_INLINE void weigh_columns(int n, const float* w, const float* rows, int64_
     if (w[i] == 0) continue;
 #pragma GCC unroll 4
     for (int a = 0; a < across; ++a)
-      total[a] += w[i] * (have == W ? load(rows + i * ld + a * W) : load_partial(rows + i * ld + a * W, have));
+      total[a] += w[i] * (have == W ? load(rows + i * ld + a * W) : load_first(rows + i * ld + a * W, have));
   }
 #pragma GCC unroll 4
   for (int a = 0; a < across; ++a) __builtin_memcpy(sum + a * W, &total[a], (a + 1 < across ? W : have) * 4);
@@ -255,6 +255,6 @@ static float weigh_rows(int n, int64_t width, const float* bias, float shift, fl
   int64_t d = 0;
   for (; d + 4 * W <= width; d += 4 * W) weigh_columns<4>(n, w, rows + d, ld, sum + d);
   for (; d + W <= width; d += W) weigh_columns<1>(n, w, rows + d, ld, sum + d);
-  if (d < width) weigh_columns<1>(n, w, rows + d, ld, sum + d, static_cast<size_t>(width - d));
+  if (d < width) weigh_columns<1>(n, w, rows + d, ld, sum + d, lanes_of(width - d));
   return sum_of(total);
 }
