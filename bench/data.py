@@ -12,6 +12,7 @@ NORMAL = "random normal vectors"
 CLUSTERED = "clustered codes"
 NEAR = "clustered codes, x near their prototypes"
 MIXTURE = "a mixture of Gaussian mixtures"
+INTERESTS = "120 of 2,400 clusters, items near their centers, codes of a fit"
 JOURNEY = "longest household of Complete Journey, 64-d text embeddings, random values"
 """What a work's inputs are, as its rows say."""
 
@@ -63,6 +64,21 @@ def items(rng: np.random.Generator, rows: int, width: int) -> Array:
     b = a * 64 + rng.integers(0, 64, rows)
     x = top[a] + low[b] + 0.35 * rng.standard_normal((rows, width), dtype=np.float32)
     return (x / np.sqrt(width)).astype(np.float32)
+
+
+def interests(rng: np.random.Generator, count: int, rows: int, width: int) -> tuple[Array, Array]:
+    """Unit vectors of items [count, width] in 2,400 clusters of 300 groups; and a history, items [rows] of 120 clusters
+    with Zipf-like shares."""
+    top = rng.standard_normal((300, width), dtype=np.float32)
+    low = 0.6 * rng.standard_normal((2400, width), dtype=np.float32)
+    of = np.sort(rng.integers(0, 2400, count))
+    x = top[of // 8] + low[of] + 0.5 * rng.standard_normal((count, width), dtype=np.float32)
+    first, size = np.searchsorted(of, np.arange(2400)), np.bincount(of, minlength=2400)
+    liked = rng.permutation(np.flatnonzero(size))[:120]
+    share = 1 / np.arange(1, len(liked) + 1) ** 0.8
+    of_row = rng.choice(liked, rows, p=share / share.sum())
+    at = first[of_row] + rng.integers(0, size[of_row])
+    return x / np.linalg.norm(x, axis=1, keepdims=True), at
 
 
 class Household(NamedTuple):

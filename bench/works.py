@@ -36,6 +36,7 @@ from works_common import (
 )  # fmt: skip
 from works_match import match
 from works_route import backward, leaf, real, route
+from works_sparse import sparse
 from works_train import train
 
 NO_OPERATION = ("state/append10", "the variant fp32-grade")
@@ -308,6 +309,7 @@ ROUTE_10K: dict[str, Any] = {"users": 1, "rows": 10_000, "agents": 200, "width":
 ROUTE_100K: dict[str, Any] = {"users": 1, "rows": 100_000, "agents": 256, "width": 128}
 ROUTE_RAGGED: dict[str, Any] = {"users": 64, "rows": 1720, "agents": 200, "width": 128}
 ROUTE_SHORT: dict[str, Any] = {"users": 4096, "rows": 110, "agents": 200, "width": 64, "short": (20, 200)}
+QUICK_FIT: dict[str, Any] = {"items": 3000, "sizes": (64, 64), "iterations": 2}
 BACKWARD_10K: dict[str, Any] = {"rows": 10_000, "agents": 200, "width": 128}
 
 WORKS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
@@ -323,6 +325,10 @@ WORKS: dict[str, tuple[Build, dict[str, Any], dict[str, Any]]] = {
     "route/real": (real, {"budget": 200}, {"fit_rows": 4000, "iterations": 3}),
     "backward/10k": (backward, BACKWARD_10K, {"rows": 2000}),
     "backward/10k/agents": (backward, {**BACKWARD_10K, "normalize": "agents"}, {"rows": 2000}),
+    "sparse/1k": (sparse, {"rows": 1000, "budget": 200, "few": (16, 32)}, QUICK_FIT),
+    "sparse/10k": (sparse, {"rows": 10_000, "budget": 200, "few": (16, 32)}, {**QUICK_FIT, "rows": 2000}),
+    "sparse/10k/many": (sparse, {"rows": 10_000, "budget": 1000, "few": (32,)}, {**QUICK_FIT, "rows": 3000}),
+    "sparse/100k": (sparse, {"rows": 100_000, "budget": 256, "few": (32,)}, {**QUICK_FIT, "rows": 5000}),
     "train/log": (
         train,
         {"events": 1_470_000, "items": 100_000, "users": 64, "rows": 1000, "agents": 100},

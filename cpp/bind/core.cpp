@@ -123,8 +123,8 @@ struct RouteArguments {
   const Histories& in = batch.in;
   RouteAgents agents;
 
-  RouteArguments(Call& call, const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle tau,
-                 nb::handle normalize, nb::handle precision)
+  RouteArguments(Call& call, const Codebook* book, const Fields& histories, Lent prototypes, Lent count, Lent codes,
+                 Lent lists, nb::handle tau, nb::handle normalize, int64_t sparse, nb::handle precision)
       : batch(call, histories) {
     batch.read_rows(book);
     params.normalize = static_cast<Normalize>(either(call, "normalize", normalize, "history", "agents"));
@@ -132,7 +132,10 @@ struct RouteArguments {
     agents.prototypes = array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]");
     if (agents.prototypes.shape[2] > kMostWidth)
       wrong_value(call, "prototypes", "float32 [B, M, D], D at most 2^20", describe(prototypes));
+    params.sparse = sparse;
     agents.count = array<const int32_t, 1>(count, call, "count", "int32 [B]", true);
+    agents.codes = array<const int32_t, 3>(codes, call, "agents.codes", "int32 [B, M, L]", true);
+    agents.lists = array<const int32_t, 3>(lists, call, "agents.lists", "int32 [B, C_1, K]", true);
     if (PyFloat_Check(tau.ptr()) || PyLong_Check(tau.ptr())) {
       temperature_ = static_cast<float>(nb::cast<double>(tau));
       if (!(temperature_ > 0) || !(temperature_ <= 3.4028234e38f))
@@ -149,10 +152,20 @@ struct RouteArguments {
   View hold_;
 };
 
-void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle temperature,
-                  nb::handle normalize, nb::handle precision, Lent tokens, Lent lse, Lent mean_x) {
+void nearest_agents(const Codebook& book, Lent prototypes, Lent count, Lent out) {
+  Call call("agent_lists");
+  const RouteAgents agents{array<const float, 3>(prototypes, call, "prototypes", "float32 [B, M, D]"),
+                           array<const int32_t, 1>(count, call, "count", "int32 [B]", true)};
+  const auto to = array<int32_t, 3>(out, call, "out", "int32 [B, C_1, K]");
+  run(call, with(agent_lists_workspace, book, agents), with(agent_lists, book, agents, to), &book);
+}
+
+void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, Lent codes, Lent lists,
+                  nb::handle temperature, nb::handle normalize, int64_t sparse, nb::handle precision, Lent tokens,
+                  Lent lse, Lent mean_x) {
   Call call("route");
-  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, precision);
+  const RouteArguments a(call, book, histories, prototypes, count, codes, lists, temperature, normalize, sparse,
+                         precision);
   Tokens out;
   if (!tokens.none) out.tokens = rows<MutableRows>(tokens, call, "out tokens", 3, kTokens);
   out.lse = array<float, 2>(lse, call, "out lse", "float32 [B, M]");
@@ -164,13 +177,14 @@ void route_tokens(const Codebook* book, const Fields& histories, Lent prototypes
 /// Rows of a table.
 Ids listed(Call& call, Lent rows, const char* name) { return ids(rows, call, name, "int32 or int64 [U]", true); }
 
-void route_gradients(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, nb::handle temperature,
-                     nb::handle normalize, nb::handle precision, Lent tokens, Lent lse, Lent mean_x, Lent d_tokens,
-                     Lent d_lse, Lent d_mean_x, Lent x_rows, Lent v_rows, Lent dx, Lent dv, Lent dbias, Lent dspread,
-                     Lent dprototypes, Lent dtemperature) {
+void route_gradients(const Codebook* book, const Fields& histories, Lent prototypes, Lent count, Lent codes, Lent lists,
+                     nb::handle temperature, nb::handle normalize, int64_t sparse, nb::handle precision, Lent tokens,
+                     Lent lse, Lent mean_x, Lent d_tokens, Lent d_lse, Lent d_mean_x, Lent x_rows, Lent v_rows, Lent dx,
+                     Lent dv, Lent dbias, Lent dspread, Lent dprototypes, Lent dtemperature) {
   Call call("route_backward");
   constexpr const char* kMeanX = "float32 [B, M, D]";
-  const RouteArguments a(call, book, histories, prototypes, count, temperature, normalize, precision);
+  const RouteArguments a(call, book, histories, prototypes, count, codes, lists, temperature, normalize, sparse,
+                         precision);
   RouteForward f;
   if (!d_tokens.none) {
     f.tokens = rows(tokens, call, "tokens", 3, kTokens);
@@ -358,12 +372,15 @@ void fill(nb::module_& m) {
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);
   m.def("vote", vote_agents, "book"_a, "histories"_a, "budget"_a, "fanout"_a, "beam"_a, "out_codes"_a, "out_votes"_a,
         "out_count"_a, "out_prototypes"_a);
-  m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "temperature"_a,
-        "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none());
+  m.def("agent_lists", nearest_agents, "book"_a, "prototypes"_a, "count"_a.none(), "out"_a);
+  m.def("route", route_tokens, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(), "codes"_a.none(),
+        "lists"_a.none(), "temperature"_a, "normalize"_a.none(), "sparse"_a, "precision"_a.none(), "tokens"_a.none(),
+        "lse"_a, "mean_x"_a.none());
   m.def("route_backward", route_gradients, "book"_a.none(), "histories"_a, "prototypes"_a, "count"_a.none(),
-        "temperature"_a, "normalize"_a.none(), "precision"_a.none(), "tokens"_a.none(), "lse"_a, "mean_x"_a.none(),
-        "d_tokens"_a.none(), "d_lse"_a.none(), "d_mean_x"_a.none(), "x_rows"_a.none(), "v_rows"_a.none(), "dx"_a.none(),
-        "dv"_a.none(), "dbias"_a.none(), "dspread"_a.none(), "dprototypes"_a.none(), "dtemperature"_a.none());
+        "codes"_a.none(), "lists"_a.none(), "temperature"_a, "normalize"_a.none(), "sparse"_a, "precision"_a.none(),
+        "tokens"_a.none(), "lse"_a, "mean_x"_a.none(), "d_tokens"_a.none(), "d_lse"_a.none(), "d_mean_x"_a.none(),
+        "x_rows"_a.none(), "v_rows"_a.none(), "dx"_a.none(), "dv"_a.none(), "dbias"_a.none(), "dspread"_a.none(),
+        "dprototypes"_a.none(), "dtemperature"_a.none());
   m.def("missing", missing_rows, "book"_a.none(), "histories"_a, "out"_a);
   m.def("log_share", share_out, "lse"_a, "votes"_a.none(), "out"_a);
   m.def("leaf_sums", sum_leaves, "book"_a, "histories"_a, "out_x"_a, "out_v"_a, "out_starts"_a, "out_ends"_a.none(),

@@ -23,7 +23,7 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
 /// The verbs that a backend has, by the names of the public ones, and what they are made of.
 #define HISAC_EACH_VERB(X)                                                     \
   X(encode) X(encode_workspace) X(code_prototypes) X(vote) X(vote_workspace)   \
-  X(leaf_sums) X(leaf_sums_workspace)                                          \
+  X(leaf_sums) X(leaf_sums_workspace) X(agent_lists) X(agent_lists_workspace)  \
   X(leaf_sums_backward) X(leaf_sums_backward_workspace)                        \
   X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
   X(missing) X(missing_workspace) X(log_share)                                 \

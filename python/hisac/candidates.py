@@ -166,8 +166,10 @@ def merge(a: _Pair, b: _Pair) -> _Pair:
 
         lse = m + log(exp(lse_a - m) + exp(lse_b - m))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-    Where one lse is -inf, the result is the other pair, bit for bit; where both are, 0 and -inf. Associative up to
-    rounding.
+    Where one lse is -inf, the result is the other pair, bit for bit; where both are, 0 and -inf; an lse of NaN or inf
+    gives NaN. Associative up to rounding. Not of what the modules TreeMatch and TargetAttention return: their lse is
+    log(1 + mass), or 0 where there is nothing. Merge results of `match` or `attend`, or give TargetAttention all
+    tokens, one after another, with their biases.
 
     Args:
         a, b: of one type: Attended, Match, Tokens, whose mean_x is merged as its tokens are, or tuples. lse has any

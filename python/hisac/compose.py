@@ -4,7 +4,7 @@
 import operator
 from typing import Any, NamedTuple
 
-from .types import Agents, Compressed, Histories
+from .types import Agents, Compressed, Histories, RouteAgents
 
 
 class Verbs(NamedTuple):
@@ -13,6 +13,7 @@ class Verbs(NamedTuple):
     encode: Any
     vote: Any
     prototypes: Any
+    agent_lists: Any
     leaf_sums: Any
     missing: Any
     route: Any
@@ -32,20 +33,29 @@ class Verbs(NamedTuple):
     """f(lse, votes or None), where it is no composition as below"""
 
 
-def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any) -> tuple[Any, Any]:
-    """What `route` takes, prototypes and count, of Agents, or of bare prototypes with their count. Those that Agents
-    have not kept are made."""
+def routed(verbs: Verbs, verb: str, agents: Any, count: Any, book: Any, sparse: int | None = None) -> RouteAgents:
+    """What `route` takes of Agents, or of bare prototypes with their count. What Agents have not kept is made. Sparse
+    routing needs codes too: bare prototypes have those of `encode`."""
+    if sparse is not None and book is None:
+        raise TypeError(f"{verb}: book expected beside sparse, got none")
+    if isinstance(agents, RouteAgents):
+        if count is not None:
+            raise TypeError(f"{verb}: count expected None beside RouteAgents, which have their own")
+        return agents
     if not isinstance(agents, Agents):
-        return agents, count
+        if sparse is None:
+            return RouteAgents(agents, count)
+        users, m, width = agents.shape
+        codes = verbs.encode(book, verbs.constant(agents).reshape((users * m, width)))
+        return RouteAgents(agents, count, codes.reshape((users, m, codes.shape[1])))
     if count is not None:
         raise TypeError(f"{verb}: count expected None beside Agents, which have their own")
     if book is not None and int(agents.fingerprint) != (wanted := verbs.fingerprint(book)):
         raise ValueError(f"{verb}: agents expected of codebook {wanted:016x}, got {int(agents.fingerprint):016x}")
-    if agents.prototypes is not None:
-        return agents.prototypes, agents.count
-    if book is None:
+    if agents.prototypes is None and book is None:
         raise TypeError(f"{verb}: agents expected with prototypes, or with the book that makes them")
-    return verbs.prototypes(book, agents), agents.count
+    prototypes = verbs.prototypes(book, agents) if agents.prototypes is None else agents.prototypes
+    return RouteAgents(prototypes, agents.count, *((agents.codes, agents.lists) if sparse is not None else ()))
 
 
 def temperature_of(verb: str, temperature: Any, book: Any, default_of: Any = operator.attrgetter("temperature")) -> Any:
@@ -98,7 +108,7 @@ def log_share(verbs: Verbs, lse: Any, votes: Any = None) -> Any:
 
 def compress(
     verbs: Verbs, book: Any, histories: Histories, *, agents: Agents | None, budget: Any, fanout: Any, beam: Any,
-    temperature: Any, normalize: str, method: str, refine: int, missing: str, **options: Any,
+    temperature: Any, normalize: str, method: str, refine: int, missing: str, sparse: int | None, **options: Any,
 ) -> Compressed:  # fmt: skip
     """`vote`, then `route`; see `hisac.compress`. `options` go to `route`."""
     for name, given, known in (("method", method, ("exact", "leaf")), ("missing", missing, ("drop", "token"))):
@@ -111,21 +121,26 @@ def compress(
         raise ValueError("compress: expected either agents or a rule, got both")
     if agents is None:
         agents = verbs.vote(book, h, budget=budget, fanout=fanout, beam=beam)
-    prototypes, count = routed(verbs, "compress", agents, None, book)
-    if h.x is not None and h.x.shape[-1] != prototypes.shape[-1]:
-        shape, d = list(h.x.shape), prototypes.shape[-1]
+    to = routed(verbs, "compress", agents, None, book, sparse)
+    if h.x is not None and h.x.shape[-1] != to.prototypes.shape[-1]:
+        shape, d = list(h.x.shape), to.prototypes.shape[-1]
         raise ValueError(f"compress: x is {shape}, the codebook has D = {d}: D differs ({shape[-1]}, {d})")
-    prototypes, rows = verbs.beside(prototypes), h
-    options |= {"count": count, "normalize": normalize, "book": book}
-    if method == "leaf":
-        rows, options["book"] = verbs.leaf_sums(book, h), None
     if refine:
-        prototypes = verbs.constant(prototypes)
+        to = to._replace(prototypes=verbs.constant(to.prototypes))
+        if sparse is not None and to.lists is None:  # of the prototypes before any round
+            lists = verbs.agent_lists(book, agents._replace(prototypes=to.prototypes), sparse).lists
+            to = to._replace(lists=lists)
+    to, rows = RouteAgents(*(a if a is None else verbs.beside(a) for a in to)), h
+    options |= {"normalize": normalize, "book": book, "sparse": sparse}
+    if method == "leaf":
+        rows = verbs.leaf_sums(book, h)
+        options["book"] = None if sparse is None else book
     for _ in range(refine):
-        fixed = verbs.constant(rows), prototypes
+        fixed = verbs.constant(rows), to
         found = verbs.route(*fixed, temperature=verbs.constant(temperature), tokens=False, mean_x=True, **options)
-        prototypes = np.where((found.lse > -np.inf)[..., None], found.mean_x, prototypes)
-    tokens, lse, _ = verbs.route(rows, prototypes, temperature=temperature, **options)
+        kept = np.where((found.lse > -np.inf)[..., None], found.mean_x, to.prototypes)
+        to = to._replace(prototypes=kept)
+    tokens, lse, _ = verbs.route(rows, to, temperature=temperature, **options)
     tokens = verbs.as_type(tokens, h.v)  # that of leaf sums is float32
     votes = None if normalize == "agents" else _votes(verbs, agents, lse)
     share = log_share(verbs, lse, votes)
@@ -136,17 +151,20 @@ def compress(
         if votes is None:
             share = log_share(verbs, np.concatenate((lse, one.lse), 1))
         else:
-            options |= {"count": None, "normalize": "agents"}
-            whole = verbs.route(rows, np.zeros_like(prototypes[:, :1]), temperature=1.0, tokens=False, **options).lse
+            options |= {"normalize": "agents", "sparse": None}
+            whole = verbs.route(rows, np.zeros_like(to.prototypes[:, :1]), temperature=1.0, tokens=False, **options).lse
             whole = np.where((share > -np.inf).any(1)[:, None], whole, -np.inf)
             parts = log_share(verbs, np.concatenate((whole, one.lse), 1))
             share = np.concatenate((share + parts[:, :1], parts[:, 1:]), 1)
         tokens, lse = np.concatenate((tokens, one.tokens), 1), np.concatenate((lse, one.lse), 1)
-    return Compressed(tokens, lse, share, agents._replace(prototypes=prototypes))
+    kept = agents.lists if sparse is None else to.lists
+    return Compressed(tokens, lse, share, agents._replace(prototypes=to.prototypes, lists=kept))
 
 
 def _check_pairs(a: Any, b: Any) -> None:
     """Two of the same fields, of out [.., V] and lse [..]."""
+    if type(a) is not type(b):
+        raise TypeError(f"merge: b expected {type(a).__name__}, as a, got {type(b).__name__}")
     if len(a) != len(b) or any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
         raise ValueError(f"merge: b expected the fields of a, {type(a).__name__} of {len(a)}, got {len(b)}")
     shape = list(a[1].shape)
@@ -163,7 +181,7 @@ def _check_pairs(a: Any, b: Any) -> None:
 def merge(np: Any, a: Any, b: Any) -> Any:
     """`hisac.merge`, by numpy or torch. A side whose lse is -inf is not multiplied, so that no gradient is NaN."""
     _check_pairs(a, b)
-    in_a, in_b = a[1] > -np.inf, b[1] > -np.inf
+    in_a, in_b = a[1] != -np.inf, b[1] != -np.inf  # NaN is, and spoils the result
     both = in_a & in_b
     top = np.where(in_a | in_b, np.maximum(a[1], b[1]), 0.0)
     top = top.detach() if hasattr(top, "detach") else top

@@ -138,6 +138,8 @@ class Agents(NamedTuple):
         fingerprint  64 bits that name the codebook; an agent means nothing in another one.
         prototypes   [B, M, D] float32: what `route` compares x with, zero for absent agents. None where they were not
                      kept: they follow from the codes and the codebook.
+        lists        [B, C_1, K] int32: those of `agent_lists`, for sparse routing. None where they were not kept: they
+                     follow from the codebook and the prototypes, those before any round of `refine`.
     """
 
     codes: Array
@@ -145,6 +147,22 @@ class Agents(NamedTuple):
     count: Array
     fingerprint: int
     prototypes: Array = None
+    lists: Array = None
+
+
+class RouteAgents(NamedTuple):
+    """What `route` reads of the agents of B users.
+
+    prototypes  [B, M, D] float32.
+    count       [B] int32: how many of the M are present; None: all.
+    codes       [B, M, L] int32, of sparse routing alone, which reads those of level 1.
+    lists       [B, C_1, K] int32, K >= min(k, M), of sparse routing alone; None: they are made.
+    """
+
+    prototypes: Array
+    count: Array = None
+    codes: Array = None
+    lists: Array = None
 
 
 class Tokens(NamedTuple):

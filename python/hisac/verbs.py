@@ -128,7 +128,7 @@ def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Iterable[int] | None = None,
     beam: Iterable[int] | None = None, agents: Agents | None = None, temperature: Any = None,
     normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
-    precision: Precision = "float32",
+    sparse: int | None = None, precision: Precision = "float32",
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call: `encode`, where there are no codes; `vote`, or agents that are given; `route`.
 
@@ -137,10 +137,11 @@ def compress(
         histories: every field is read. With x_ids, codes are needed: encode the table once
         budget, fanout, beam: as in `vote`; one of them, unless there are agents
         agents: those of an earlier vote. Their prototypes are used where they have them
-        temperature, normalize, precision: as in `route`
+        temperature, normalize, sparse, precision: as in `route`
         method: "exact", or "leaf": `route` takes the `leaf_sums` of the behaviours, which is faster where many of them
             share a leaf
-        refine: n rounds of p_a <- mean_x_a first, for agents that received mass
+        refine: n rounds of p_a <- mean_x_a first, for agents that received mass. With sparse, lists stay those of the
+            prototypes before the first round, and come back with the agents
         missing: "drop", or "token": one more token, the last, the mean v and log count of behaviours that are `missing`
 
     Returns Compressed. Raises ValueError, TypeError.
@@ -151,8 +152,32 @@ def compress(
     verbs = _VERBS._replace(beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np)
     return compose.compress(
         verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
-        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+        normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
     )  # fmt: skip
+
+
+def agent_lists(book: Codebook, agents: Agents, k: int) -> Agents:
+    """The agents with their lists for sparse routing, to be kept with them: for each codeword of level 1 the k present
+    agents that are nearest to it, by the square distance of the codeword and the prototype.
+
+    Exact: ties go to the earlier agent, and every backend and the reference agree. Lists depend on agents alone, not on
+    behaviours or temperatures; `route` makes those that it needs where there are none.
+
+    Args:
+        book: the codebook of the agents, whose C_1 codewords of level 1 are meant
+        agents: those of `vote`; the prototypes are used where they have them
+        k: >= 1
+
+    Returns Agents with lists [B, C_1, min(k, M)] int32, nearest first, -1 past the present agents. Raises ValueError,
+    TypeError.
+    """
+    verb, tree = "agent_lists", check(book, Codebook, "agent_lists: book")._core
+    to = compose.routed(_VERBS, verb, check(agents, Agents, f"{verb}: agents"), None, book)
+    prototypes, count = take(verb, "prototypes B M D, count?", *to[:2])
+    users, m, _ = prototypes.shape
+    lists = empty(prototypes, (users, book.sizes[0], min(whole(verb, "k", k, 1, 2**31 - 1), m)), INT32)
+    core.agent_lists(tree, prototypes, count, lists)
+    return agents._replace(prototypes=prototypes, lists=lists)
 
 
 def leaf_sums(book: Codebook, histories: Histories) -> Histories:
@@ -235,8 +260,8 @@ def missing(histories: Histories, *, book: Codebook | None = None) -> Array:
 
 def route(
     histories: Histories, agents: Agents | Array, *, count: Array = None, temperature: Any = None,
-    normalize: Normalize = "agents", book: Codebook | None = None, precision: Precision = "float32",
-    tokens: bool = True, mean_x: bool = False, out: Tokens | None = None,
+    normalize: Normalize = "agents", book: Codebook | None = None, sparse: int | None = None,
+    precision: Precision = "float32", tokens: bool = True, mean_x: bool = False, out: Tokens | None = None,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates its user's whole history by semantic similarity.
 
@@ -250,18 +275,28 @@ def route(
     A behaviour is absent with an invalid code, a NaN in x or |x|^2 of 2^100 and more, a NaN or infinite bias, a spread
     that is NaN, infinite or negative, or an id outside the table of x or v. An agent is absent past its user's count,
     where tau is not positive, and with a NaN in p or |p|^2 of 2^100 and more. Both take part in no sum: an absent
-    agent in no softmax. A NaN or an infinity in v makes no behaviour absent, but that column of the tokens of its user.
-    Rows gathered by ids give the same bits as rows that are copied out.
+    agent in no softmax. A NaN or an infinity in v makes no behaviour absent; it makes that column of the tokens to
+    which the behaviour is routed NaN or infinite. Rows gathered by ids give the bits of rows that are copied out.
+
+    With `sparse` = k behaviour i is routed to few agents alone, by c, its code of level 1: those whose own code of
+    level 1 is c, and the k present agents nearest to the codeword of c (`agent_lists`). For any other agent u_ai is 0,
+    and the softmax over agents is over these. Only users whom that saves work are routed so, all others to all agents:
+    where m > k and n (m - k) > g (m + 48 k). n are the user's rows, absent ones too; g the different codes of level 1
+    among them that are in range; m the agents below the count with |p|^2 < 2^100, whatever their temperature. CUDA has
+    the same results without the saving.
 
     Args:
         histories: every field but weights is read; codes only where `book` is given. Both are needed where x is None. v
             may be None without tokens
-        agents: those of `vote`, or bare prototypes [B, M, D] float32
+        agents: those of `vote`, RouteAgents, or bare prototypes [B, M, D] float32; for sparse routing these are given
+            the codes that `encode` gives prototypes. Lists that agents have are used as they are, the first k of each:
+            an entry that is no present agent is passed over
         count: [B] int32, with bare prototypes: how many are present; None: M each
         temperature: tau, a number > 0, or float32 [1] or [M]; an entry that is not positive empties its tokens. None:
             the default of the codebook, an error where it has none or is not given
         normalize: "history" or "agents"
         book: the codebook of the codes
+        sparse: k >= 1, with book and codes; None: every behaviour is routed to every agent
         precision: "float32", or "bfloat16": x, prototypes, weights and v may be rounded to bfloat16 where the processor
             multiplies that faster (AVX512-BF16 on AMD, AMX, CUDA), and not elsewhere; sums stay float32.
             `hisac.reference.bounds` has the error of both
@@ -271,7 +306,7 @@ def route(
     Returns Tokens. Raises ValueError, TypeError.
     """
     tree, histories = _rows("route", book, histories, tokens)
-    prototypes, count, temperature = _agents("route", book, agents, count, temperature)
+    prototypes, count, codes, lists, tau, k = _agents("route", book, agents, count, temperature, sparse)
     v, (users, m, width) = histories.v, prototypes.shape
     like = prototypes if v is None else v
     given = _NO_TOKENS if out is None else check(out, Tokens, "route: out")
@@ -280,7 +315,7 @@ def route(
         give("route", "out lse", given.lse, like, (users, m), FLOAT32),
         give("route", "out mean_x", given.mean_x, like, (users, m, width), FLOAT32) if mean_x else None,
     )
-    core.route(tree, histories, prototypes, count, temperature, normalize, precision, *made)
+    core.route(tree, histories, prototypes, count, codes, lists, tau, normalize, k, precision, *made)
     return made
 
 
@@ -294,6 +329,7 @@ def route_backward(
     temperature: Any = None,
     normalize: Normalize = "agents",
     book: Codebook | None = None,
+    sparse: int | None = None,
     precision: Precision = "float32",
     need: Iterable[str] = ("v", "bias", "temperature"),
     x_rows: Array = None,
@@ -304,7 +340,7 @@ def route_backward(
         w_ai = exp(z_ai - lse_a)     dz_ai = w_ai (dtoken_a . (v_i - token_a) + dmean_x_a . (x_i - mean_x_a) + dlse_a)
 
     Args:
-        histories, agents, count, temperature, normalize, book: those of the call of `route`
+        histories, agents, count, temperature, normalize, book, sparse: those of the call of `route`
         forward, gradients: what it returned, and the gradients of that, as Tokens; each field of these may be None
         precision: as in the forward: x and prototypes are rounded alike. Products with gradients are float32 on the
             CPU, and rounded too on CUDA
@@ -320,7 +356,7 @@ def route_backward(
     check(gradients, Tokens, f"{verb}: gradients")
     back = take(verb, "tokens?, lse, mean_x?, d_tokens?, d_lse?, d_mean_x?", *forward, *gradients)
     tree, histories = _rows(verb, book, histories, False)
-    prototypes, count, tau = _agents(verb, book, agents, count, temperature)
+    prototypes, *to, tau, k = _agents(verb, book, agents, count, temperature, sparse)
     if x_rows is not None or v_rows is not None:
         x_rows, v_rows = take(verb, "x_rows? U, v_rows? U", x_rows, v_rows)
     size, (x, v) = behaviours_of(histories), histories[:2]
@@ -332,27 +368,40 @@ def route_backward(
     )
     new, each = maker(prototypes if v is None else v), zip(RouteGradients._fields, shapes, strict=True)
     out = RouteGradients(*[new(shape, FLOAT32) if name in wanted else None for name, shape in each])
-    core.route_backward(tree, histories, prototypes, count, tau, normalize, precision, *back, x_rows, v_rows, *out)
+    core.route_backward(tree, histories, prototypes, *to, tau, normalize, k, precision, *back, x_rows, v_rows, *out)
     return out
 
 
 _NO_TOKENS = Tokens(None, None, None)
 
 
-def _agents(verb: str, book: Codebook | None, agents: Any, count: Array, temperature: Any) -> tuple[Array, Array, Any]:
-    """Prototypes, count and temperature, borrowed."""
-    prototypes, count = take(verb, "prototypes B M D, count?", *compose.routed(_VERBS, verb, agents, count, book))
+def _agents(
+    verb: str, book: Codebook | None, agents: Any, count: Array, temperature: Any, sparse: int | None
+) -> tuple[Any, ...]:
+    """Prototypes, count, codes and lists of the agents, and the temperature, borrowed; k of sparse routing, or 0."""
+    if sparse is None:
+        if isinstance(agents, tuple):
+            agents, count, *_ = compose.routed(_VERBS, verb, agents, count, book)
+        k, codes, lists = 0, None, None
+        prototypes, count = take(verb, "prototypes B M D, count?", agents, count)
+    else:
+        k = whole(verb, "sparse", sparse, 1, 2**31 - 1)
+        to = compose.routed(_VERBS, verb, agents, count, book, sparse)
+        prototypes, count, codes, lists = take(verb, _AGENTS, *to)
     if temperature is None:
         temperature = compose.temperature_of(verb, None, book)
     if not isinstance(temperature, NUMBERS):
-        return prototypes, count, *take(verb, "temperature", temperature)
-    if is_cuda(prototypes):  # kernels read it where the data is
+        (temperature,) = take(verb, "temperature", temperature)
+    elif is_cuda(prototypes):  # kernels read it where the data is
         if not 0 < temperature < math.inf:
             raise ValueError(f"{verb}: temperature expected finite and > 0, got {temperature}")
-        return prototypes, count, number(float(temperature), prototypes)
-    return prototypes, count, float(temperature)
+        temperature = number(float(temperature), prototypes)
+    else:
+        temperature = float(temperature)
+    return prototypes, count, codes, lists, temperature, k
 
 
+_AGENTS = "prototypes B M D, count?, agents.codes?, agents.lists?"
 _VOTES = "-, -, offsets B+1, codes T L, x_ids?, -, -, -, -, weights?"
 _CODED_ROWS = "x? T D, v T V, offsets B+1, codes T L, x_ids?, v_ids?, x_scale?, bias?, spread?, -"
 _ROWS = _CODED_ROWS.replace("codes T L", "-")
@@ -404,5 +453,5 @@ def _log_share(lse: Array, votes: Array) -> Array:
 
 
 _VERBS = compose.Verbs(
-    encode, vote, Codebook.prototypes, _sum_leaves, missing, route, np, _as_type, log_share=_log_share
+    encode, vote, Codebook.prototypes, agent_lists, _sum_leaves, missing, route, np, _as_type, log_share=_log_share
 )

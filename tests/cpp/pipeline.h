@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole path, encode to attend and back, through the public headers, each verb in a workspace of exactly its size.
 #pragma once
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <utility>
@@ -19,6 +20,8 @@ struct Options {
   bool together = false;   // all users' leaf sums; otherwise each user's lie where its rows do
   bool whole = false;      // weights are int64
   bool fanout = false, beam = false, without_x = false, without_v = false;
+  int64_t sparse = 0;
+  bool lists = false;  // that are kept with the agents
 };
 
 /// Random numbers of a type, within [-1, 1).
@@ -174,12 +177,19 @@ inline Results run(const Problem& p, const hisac::Executor* executor) {
   r.keep("sum_codes", sum_codes);
   r.keep("sum_votes", sum_votes);
 
-  const Codebook* const book = o.over_sums ? nullptr : &p.book;
+  const Codebook* const book = o.over_sums && !o.sparse ? nullptr : &p.book;
   const Histories routed = o.over_sums ? sums.histories() : in;
   const int64_t wide = routed.v.width, of_tokens = o.tokens ? wide : 0, of_mean_x = o.mean_x ? d : 0;
   const DType type = routed.v.dtype;
-  RouteParams routing{o.normalize, {p.temperature.data(), {1}}, o.precision};
+  RouteParams routing{o.normalize, {p.temperature.data(), {1}}, o.precision, o.sparse};
   RouteAgents agents{{prototypes.data(), {users, m, d}}, {count.data(), {users}}};
+  const int64_t nodes = p.book.size(0), k = std::min(o.sparse, m);
+  Guarded<int32_t> lists(users * nodes * k);
+  r.call("agent_lists", agent_lists_workspace(test::sizing(workers), p.book, agents), executor,
+         [&](const Context& c) { return agent_lists(c, p.book, agents, {lists.data(), {users, nodes, k}}); });
+  r.keep("lists", lists);
+  if (o.sparse) agents.codes = {agent_codes.data(), {users, m, levels}};
+  if (o.lists) agents.lists = {lists.data(), {users, nodes, k}};
   Guarded<std::byte> tokens(users * m * of_tokens * bytes_of(type));
   Guarded<float> lse(users * m), mean_x(users * m * of_mean_x);
   Tokens returned{{}, {lse.data(), {users, m}}};

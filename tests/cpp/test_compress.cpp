@@ -96,15 +96,16 @@ void by_hand(const Batch& b, Method method, Result& r) {
       array(leaf.data(), t, 2),   array(bias.data(), t),       array(spread.data(), t),
       array(votes.data(), t)};
   const Codebook* book = &b.book;
+  const RouteParams& route_params = b.params.route;
   if (method == Method::leaf) {
     REQUIRE(test::exactly(leaf_sums_workspace({}, b.book, in), nullptr,
                           [&](const Context& c) { return leaf_sums(c, b.book, in, sums); }));
     in = sums.histories();
-    book = nullptr;
+    if (!route_params.sparse) book = nullptr;
   }
   REQUIRE(
-      test::exactly(route_workspace({}, book, b.params.route, in, r.out.agents, r.out.tokens), nullptr,
-                    [&](const Context& c) { return route(c, book, b.params.route, in, r.out.agents, r.out.tokens); }));
+      test::exactly(route_workspace({}, book, route_params, in, r.out.agents, r.out.tokens), nullptr,
+                    [&](const Context& c) { return route(c, book, route_params, in, r.out.agents, r.out.tokens); }));
 }
 
 }  // namespace
@@ -146,8 +147,12 @@ TEST_CASE("compress: the bits of its verbs") {
     REQUIRE(test::exactly(encode_workspace({}, b.book), nullptr, [&](const Context& c) {
       return encode(c, b.book, b.in.x, array(codes.data(), b.bounds.back(), 2));
     }));
-    for (const Method method : {Method::exact, Method::leaf}) {
+    for (int way = 0; way < 4; ++way) {
+      const Method method = way % 2 ? Method::leaf : Method::exact;
+      const int64_t sparse = way / 2;
       CAPTURE(static_cast<int>(method));
+      CAPTURE(sparse);
+      b.params.route.sparse = sparse;
       Result expected(b);
       by_hand(b, method, expected);
       b.params.method = method;
@@ -298,6 +303,26 @@ TEST_CASE("compress: prototypes that are refined, by its own calls") {
   }
 }
 
+TEST_CASE("compress: lists of the agents, where they are wanted") {
+  Random random{76};
+  Batch b(random, {3000, 0, 400});
+  for (const int64_t sparse : {0, 1, 3}) {
+    b.params.route.sparse = sparse;
+    const int64_t n = b.users() * b.book.size(0) * 3;
+    Guarded<int32_t> lists(n, 77), later(n);
+    Result plain(b), with(b);
+    with.out.agents.lists = array(lists.data(), b.users(), b.book.size(0), 3);
+    for (Result* const r : {&plain, &with})
+      REQUIRE(test::exactly(compress_workspace({}, b.book, b.params, b.in, r->out), nullptr,
+                            [&](const Context& c) { return compress(c, b.book, b.params, b.in, r->out); }));
+    CHECK((with.same_tokens(plain) && with.same_agents(plain)));
+    REQUIRE(test::exactly(agent_lists_workspace({}, b.book, with.out.agents), nullptr, [&](const Context& c) {
+      return agent_lists(c, b.book, with.out.agents, array(later.data(), b.users(), b.book.size(0), 3));
+    }));
+    CHECK((lists.intact() && lists.values() == later.values()));
+  }
+}
+
 TEST_CASE("compress: a workspace made before the batch is there") {
   Random random{72};
   const Batch b(random, {300, 20, 0, 500});
@@ -367,11 +392,18 @@ TEST_CASE("compress: errors") {
   float prototypes[36] = {};
   const Agents old{array(codes, 2, 6, 2), array(votes, 1, 12), array(count, 2), 77,
                    array<float>(prototypes, 2, 6, kWidth)};
+  Agents unmarked = old;  // without the fingerprint of their codebook, which prototypes need not have
+  unmarked.fingerprint = 0;
   test::invalid(spoiled([&](CompressParams& params, auto&, auto&) {
-                  params.agents = &old;
+                  params.agents = &unmarked;
                   params.route.normalize = Normalize::history;
                 }),
                 "compress: agents' votes expected [2, 6], got [1, 12]");
-  const std::string refused = spoiled([&](CompressParams& params, auto&, auto&) { params.agents = &foreign; }).what();
-  CHECK(refused.find("prototypes: agents expected of codebook ") == 0);
+  for (const Agents* const kept : {&foreign, &old}) {
+    const std::string refused = spoiled([&](CompressParams& params, auto&, auto&) { params.agents = kept; }).what();
+    CHECK(refused.find("compress: agents expected of codebook ") == 0);
+  }
+  int32_t lists[48] = {};
+  test::invalid(spoiled([&](auto&, auto&, Compressed& out) { out.agents.lists = array(lists, 2, 4, 6); }),
+                "compress: agents' lists expected [2, 6, 6], got [2, 4, 6]");
 }

@@ -177,8 +177,18 @@ def options_record(options: dict[str, Any]) -> Stored:
     return number(*(choices.index(options.get(name, choices[0])) for name, choices in OPTIONS.items()))
 
 
+def sparse_records(args: dict[str, Any]) -> dict[str, Any]:
+    """What a C++ caller of sparse routing gives beside the rest."""
+    if args.get("sparse") is None:
+        return {}
+    users, m, width = args["agents"].shape
+    codes = reference.encode(args["book"], args["agents"].reshape(-1, width)).reshape(users, m, -1)
+    return {"sparse": number(args["sparse"]), "agent_codes": Stored(codes)}
+
+
 def route_case(name: str, records: dict[str, Any], options: dict[str, Any], stride: int = 1) -> Case:
     args = route_args(records, options)
+    records = records | sparse_records(args)
     found = reference.route(**args)
     fields = [f for f in Tokens._fields if getattr(found, f) is not None]
     limits = bounded(bounds.route_bound, args, type_of(records), fields=fields)
@@ -263,6 +273,9 @@ def route_cases() -> Iterator[Case]:
             options = mode | {"precision": precision}
             yield route_case(f"tails {normalize} {precision}", tails, options, 9)
             yield route_case(f"tails {normalize} {precision} mean_x", tails, options | means, 9)
+        few = usual(4500, 3, 21, 20, 5, offsets_of(0, 4400, 4400, 4500)) | {"temperature": tau}
+        for k in (1, 4):
+            yield route_case(f"sparse {k} {normalize}", few, mode | means | {"sparse": k}, 3)
         # logits that rise within a tile, so that sums made before are scaled down
         rising = usual(300, 1, 5, 6, 5, offsets_of(0, 300)) | {"temperature": number(0.3, kind=np.float32)}
         rising["bias"] = Uniform(415, (300,), {i: -9.0 - 30.0 * (i < 100) for i in range(200)})
@@ -376,6 +389,7 @@ def backward_case(
 ) -> Case:  # fmt: skip
     """of: what has a gradient. listed: the tables of which only some rows have."""
     args = route_args(records, options)
+    records = records | sparse_records(args)
     forward = reference.route(**args, mean_x="mean_x" in of)
     kind = type_of(records)
 
@@ -419,8 +433,10 @@ def backward_cases() -> Iterator[Case]:
         yield backward_case(f"without v {normalize}", without(small(), "v"), mode, 7, every[1:])
         long = usual(2400, 2, 5, 6, 5, offsets_of(0, 2300, 2400)) | {"temperature": number(0.9, kind=np.float32)}
         tails = usual(50, 1, 17, 35, 19, offsets_of(0, 50)) | {"temperature": number(3, kind=np.float32)}
+        few = usual(2400, 2, 21, 6, 5, offsets_of(0, 2300, 2400)) | {"temperature": number(3, kind=np.float32)}
         for some in (every[:2], every):
             yield backward_case(f"long {normalize}, of {' '.join(some)}", long, mode, 97, some)
+            yield backward_case(f"sparse {normalize}, of {' '.join(some)}", few, mode | {"sparse": 2}, 97, some)
             yield backward_case(f"tails {normalize}, of {' '.join(some)}", tails, mode, 7, some)
     for name, records, options in odd_inputs():
         yield backward_case(name, records, options, 7)

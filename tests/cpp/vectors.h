@@ -322,6 +322,11 @@ struct Routing {
     agents.prototypes = cube(c, "prototypes");
     if (c.has("count")) agents.count = {c["count"].ints.data(), {c["count"].count()}};
     if (in.codes) codebook = std::make_unique<hisac::Codebook>(book(c));
+    if (c.has("sparse")) {
+      params.sparse = c["sparse"].longs[0];
+      const std::vector<int64_t>& shape = c["agent_codes"].shape;
+      agents.codes = {c["agent_codes"].ints.data(), {shape[0], shape[1], shape[2]}};
+    }
     users = in.offsets.users;
     seats = agents.prototypes.shape[1];
   }

@@ -140,6 +140,11 @@ inline uint32_t bits_of(float x) {
   std::memcpy(&u, &x, 4);
   return u;
 }
+inline uint64_t bits_of(double x) {
+  uint64_t u;
+  std::memcpy(&u, &x, 8);
+  return u;
+}
 inline float float_of(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);

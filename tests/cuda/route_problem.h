@@ -19,7 +19,7 @@ struct Problem {
   std::vector<float> spread, scale;
   std::vector<int64_t> x_ids, v_ids;
   VoteWeights weights;
-  std::vector<int32_t> count, codes;
+  std::vector<int32_t> count, codes, own, lists;  // own, lists: of agents, for sparse routing
   std::shared_ptr<Codebook> book;
   bool narrow = false;  // int32 offsets and ids
   bool codes_only = false;
@@ -266,7 +266,11 @@ class Held {
     if (!p.bias.empty()) in.bias = {p.bias.data(), {p.rows}};
     if (!p.x_ids.empty()) in.x_ids = {array(x_ids, narrow_x_ids, 0), type, p.rows};
     if (!p.v_ids.empty()) in.v_ids = {array(v_ids, narrow_v_ids, 0), type, p.rows};
+    if (!p.own.empty()) agents.codes = {p.own.data(), {users(p), p.agents, 2}};
     if (!p.book) return;
+    const int64_t lists = users(p) * p.book->size(0);
+    if (!p.lists.empty())
+      agents.lists = {p.lists.data(), {users(p), p.book->size(0), static_cast<int64_t>(p.lists.size()) / lists}};
     in.codes = {p.codes.data(), {items(p), p.book->levels()}};
     in.weights = p.weights.array();
     book = p.book.get();
@@ -354,14 +358,18 @@ inline int64_t longest(const Problem& p) {
   return n;
 }
 
-/// Bytes of the codebook's image, where it is needed.
-inline size_t image_size(const Problem& p) { return p.codes_only ? static_cast<size_t>(p.book->image().shape[0]) : 0; }
+inline size_t image_bytes(const Problem& p) { return static_cast<size_t>(p.book->image().shape[0]); }
+/// Those of the codebook's image, where it is needed.
+inline size_t image_size(const Problem& p) {
+  return p.codes_only || (p.params.sparse && p.lists.empty()) ? image_bytes(p) : 0;
+}
 
 inline Context context_of(const Problem& p, Workspace& workspace, Workspace& image) {
   Context context{workspace.array(), nullptr, Device::cuda};
-  if (!p.codes_only) return context;
-  std::memcpy(image.array().data, p.book->image().data, image_size(p));
-  context.codebook_image = {image.array(), p.book->fingerprint()};
+  const Array<std::byte, 1> bytes = image.array();
+  if (bytes.shape[0] == 0) return context;
+  std::memcpy(bytes.data, p.book->image().data, image_bytes(p));
+  context.codebook_image = {bytes, p.book->fingerprint()};
   return context;
 }
 

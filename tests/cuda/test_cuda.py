@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hisac
-from hisac import Histories, RouteGradients, Tokens, arrays
+from hisac import Histories, RouteGradients, Tokens, arrays, testing
 
 torch = pytest.importorskip("torch")
 from cuda_places import on_gpu  # noqa: E402
@@ -123,7 +123,7 @@ def test_missing(problem, on_cuda, kind):
 
 @pytest.mark.parametrize("options", [
     {"method": "leaf"}, {"missing": "token"}, {"refine": 2}, {"normalize": "history"},
-    {"normalize": "history", "missing": "token"},
+    {"normalize": "history", "missing": "token"}, {"sparse": 1}, {"sparse": 1, "normalize": "history"},
 ])  # fmt: skip
 def test_compress(problem, on_cuda, options):
     run = functools.partial(hisac.compress, problem["book"], budget=M, **options)
@@ -153,6 +153,25 @@ def test_gradients(problem, on_cuda, place, normalize):
     arguments = h.offsets, agents.count, candidates
     cpu = loss(*map(torch.from_numpy, arguments), **{name: torch.from_numpy(a) for name, a in leaves.items()})
     assert_near(on_cuda(loss, *arguments, **leaves), cpu, 1e-3)
+
+
+def test_sparse_routing(problem, on_cuda):
+    """Through torch: lists, and tokens and gradients by them."""
+    h, agents, book = problem["histories"], problem["agents"], problem["book"]
+
+    def loss(x, v, offsets, codes, agents, sparse=1):
+        v = v.detach().clone().requires_grad_()
+        kept = ht.agent_lists(book, agents, 2)
+        out = ht.route(Histories(x, v, offsets, codes), kept, book=book, sparse=sparse)
+        out.tokens.sin().sum().backward()
+        return [kept.lists, out.tokens, out.lse, v.grad]
+
+    inputs = (*h[:4], agents)
+    cpu, dense = (loss(*testing.to_torch(inputs), sparse=sparse) for sparse in (1, None))
+    mine = on_cuda(loss, *inputs)
+    assert_near(mine, cpu, 1e-3)
+    np.testing.assert_array_equal(numbers(mine[0]), numbers(cpu[0]))
+    assert not np.allclose(numbers(mine[1]), numbers(dense[1]), atol=0.01)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

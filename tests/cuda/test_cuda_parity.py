@@ -18,6 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the refe
 PLACED = settings(suppress_health_check=list(HealthCheck))  # the place is one for all examples
 HOSTILE = st.booleans()
 PROBLEMS = HOSTILE.flatmap(lambda hostile: testing.problems(hostile=hostile, gathered=True))
+LONG = {"sparse": True, "gathered": True, "max_users": 3, "max_history": 150, "max_agents": 40, "max_codes": 4}
+SPARSE = HOSTILE.flatmap(lambda hostile: testing.problems(hostile=hostile, **LONG))
 
 
 @PLACED
@@ -49,6 +51,69 @@ def test_route_backward(p, on_cuda):
     args = p.backward_args(hisac.route(**testing.to_torch(p.route_args(), p.dtype)))
     mine = on_cuda(hisac.route_backward, **testing.to_torch(args, p.dtype))
     exact = p.by_reference(args)
+    testing.assert_gradients_close(mine, reference.route_backward(**exact), exact, cuda=True)
+
+
+def agents_of(p):
+    """A problem's agents with codes, those of `encode`."""
+    users, m, width = p.prototypes.shape
+    codes = hisac.encode(p.book, p.prototypes.reshape(users * m, width)).reshape(users, m, p.book.levels)
+    count = np.full(users, m, np.int32) if p.count is None else p.count
+    return hisac.Agents(codes, np.ones((users, m), np.int64), count, p.book.fingerprint, p.prototypes)
+
+
+@PLACED
+@given(p=SPARSE, k=st.integers(1, 45))
+def test_agent_lists(p, k, on_cuda):
+    agents = agents_of(p)
+    expected = reference.agent_lists(**p.by_reference({"book": p.book}), agents=agents, k=k).lists
+    mine = on_cuda(hisac.agent_lists, p.book, testing.to_torch({"agents": agents})["agents"], k).lists
+    np.testing.assert_array_equal(bounds.as_numpy(mine), expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, 1e15])
+def test_agent_lists_of_near_ties(shift, on_cuda):
+    """Distances that float32 cannot tell apart, and equal ones."""
+    rng = np.random.default_rng(3)
+    centers = (shift + rng.normal(size=(9, 5))).astype(np.float32)
+    p = np.float32(shift) + rng.normal(size=(1, 1, 5)) + 1e-7 * rng.integers(-2, 3, (2, 80, 5))
+    book, count = hisac.Codebook([centers]), np.array([80, 41], np.int32)
+    agents = hisac.Agents(np.zeros((2, 80, 1), np.int32), None, count, book.fingerprint, p.astype(np.float32))
+    for k in (1, 7, 40, 80):
+        expected = reference.agent_lists(reference.Codebook([centers]), agents, k).lists
+        mine = on_cuda(hisac.agent_lists, book, agents, k).lists
+        np.testing.assert_array_equal(bounds.as_numpy(mine), expected)
+
+
+def lists_of(p, seed):
+    """Arguments of `route` with lists and codes of agents that no verb made; or with neither, which are made then."""
+    args, (users, m, _) = p.route_args(), p.prototypes.shape
+    if seed % 2:
+        return args
+    rng = np.random.default_rng(seed)
+    lists = rng.integers(-2, m + 2, (users, p.book.sizes[0], min(p.sparse, m) + 2)).astype(np.int32)
+    lists = testing.sprinkle(rng, lists, 0.1, np.array([-(2**31), 2**31 - 1]))
+    codes = rng.integers(-1, p.book.sizes[0] + 1, (users, m, p.book.levels)).astype(np.int32)
+    return args | {"agents": hisac.RouteAgents(p.prototypes, p.count, codes, lists), "count": None}
+
+
+@PLACED
+@given(p=SPARSE, seed=st.integers(0, 2**32 - 1))
+def test_sparse_route(p, seed, on_cuda):
+    args = lists_of(p, seed)
+    mine, exact = on_cuda(hisac.route, **testing.to_torch(args, p.dtype)), p.by_reference(args)
+    testing.assert_tokens_close(mine, reference.route(**exact), bounds.route_bound(exact, p.dtype, cuda=True))
+
+
+@PLACED
+@given(p=SPARSE, seed=st.integers(0, 2**32 - 1))
+def test_sparse_route_backward(p, seed, on_cuda):
+    args = lists_of(p, seed)
+    back = p.backward_args(hisac.route(**testing.to_torch(args, p.dtype))) | {
+        name: args[name] for name in ("agents", "count")
+    }
+    mine = on_cuda(hisac.route_backward, **testing.to_torch(back, p.dtype))
+    exact = p.by_reference(back)
     testing.assert_gradients_close(mine, reference.route_backward(**exact), exact, cuda=True)
 
 

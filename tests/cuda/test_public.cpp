@@ -67,6 +67,15 @@ void expect_limits() {
   by_code.codes = codes;
   expect(forward(&book, by_code, agents), Code::invalid_argument,
          "route: context.codebook_image expected [1920] on CUDA, got [0]");
+  Histories coded = in;
+  coded.codes = codes;
+  const RouteAgents coded_agents{agents.prototypes, {}, {code, {1, 2, 1}}};
+  params.sparse = 1;
+  expect(forward(&book, coded, coded_agents), Code::invalid_argument,
+         "route: context.codebook_image expected [1920] on CUDA, got [0]");
+  params.sparse = 0;
+  expect(agent_lists(on_device, book, agents, {code, {1, 1, 1}}), Code::invalid_argument,
+         "agent_lists: context.codebook_image expected [1920] on CUDA, got [0]");
 
   test::name("limits of route_backward and missing");
   const auto backward = [&](const Histories& h, const RouteAgents& to) {
@@ -148,8 +157,8 @@ void expect_limits() {
 
 /// `compress` there and on the CPU, with a temperature or with the codebook's, which the device reads in the image: the
 /// same agents, tokens and shares near each other.
-void expect_compress(Method method, Normalize normalize, bool given) {
-  test::name("compress %d, %d, %d", static_cast<int>(method), static_cast<int>(normalize), given);
+void expect_compress(Method method, Normalize normalize, bool given, int sparse) {
+  test::name("compress %d, %d, %d, %d", static_cast<int>(method), static_cast<int>(normalize), given, sparse);
   constexpr int64_t kRows = 290, kWidth = 8, kValues = 5, kSeats = 6, kUsers = 3;
   Random r(5);
   Codebook book;
@@ -170,6 +179,7 @@ void expect_compress(Method method, Normalize normalize, bool given) {
   if (given) params.route.temperature = array(&tau, 1);
   params.method = method;
   params.route.normalize = normalize;
+  params.route.sparse = sparse;
   test::Guarded<std::byte> image(test::image_of(book));
   std::vector<float> tokens[2], shares[2];
   std::vector<int32_t> codes[2];
@@ -227,7 +237,8 @@ int main(int argc, char** argv) {
   expect_limits();
   for (const Method method : {Method::exact, Method::leaf})
     for (const Normalize normalize : {Normalize::history, Normalize::agents})
-      for (const bool given : {true, false}) expect_compress(method, normalize, given);
+      for (const bool given : {true, false})
+        for (const int sparse : {0, 1}) expect_compress(method, normalize, given, sparse);
   test::Guarded<std::byte> image(test::image_of(book));
   Context context = on_device;
   context.codebook_image = {{image.data(), {image.count()}}, book.fingerprint()};

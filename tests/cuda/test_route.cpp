@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // `route` of cuda/route.cu, run by the emulator, beside the CPU's: values within the bound of split products,
 // everything bit-identical for any order of threads, any machine and any batch around a user, and for rows of x and v
-// gathered, scaled or made of codes instead of copied. And `missing` of cuda/missing.cu, exactly; and
-// `log_share` of cuda/log_share.cu.
-#include "route_problem.h"
+// gathered, scaled or made of codes instead of copied. And `missing` of cuda/missing.cu and
+// `agent_lists` of cuda/agent_lists.cu, exactly; and `log_share` of cuda/log_share.cu.
+#include "sparse_problem.h"
 
 namespace {
 
@@ -105,6 +105,11 @@ int main(int argc, char** argv) {
     if (seed % 2) test::gather(seed, p);
     check(p);
     check_log_share(seed);
+    if (seed % 3) continue;
+    test::name("sparse route %llu", static_cast<unsigned long long>(seed));
+    test::make_sparse(seed, p);
+    check(p);
+    check_lists(p);
   }
   return test::done();
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // `route_backward` of cuda/route_backward.cu, run by the emulator, beside the CPU's: every gradient within a share of
 // the sum of its terms' moduli, the same bits for any order of threads and any machine, and no user spoilt by another.
-#include "route_problem.h"
+#include "sparse_problem.h"
 
 namespace {
 
@@ -229,6 +229,7 @@ Terms terms_of(const Problem& p) {
     std::vector<int64_t> agents;
     for (int64_t a = 0; a < count; ++a)
       if (p.temperature[taus == 1 ? 0 : test::size(a)] > 0) agents.push_back(a);
+    const std::vector<char> routed = test::routed(p, u);
     for (int64_t i = p.starts[test::size(u)]; i < std::min(p.rows, p.ends[test::size(u)]); ++i) {
       if (!test::is_present(p, i)) continue;
       const double bias = element(p.bias, i), spread = element(p.spread, i);
@@ -241,15 +242,17 @@ Terms terms_of(const Problem& p) {
         for (int64_t k = 0; k < p.width; ++k) d += std::pow(double(x[k]) - double(q[k]), 2);
         const double tau = p.temperature[taus == 1 ? 0 : test::size(agents[j])];
         far[j] = std::pow(std::sqrt(test::norm_of(x, p.width)) + std::sqrt(test::norm_of(q, p.width)), 2) + spread;
-        z[j] = -d / tau;
+        const int32_t node = p.params.sparse ? p.codes[test::size(2 * i)] : 0;
+        z[j] = routed[test::size(node * p.agents + agents[j])] ? -d / tau : -HUGE_VAL;
         reach = std::max(reach, far[j] / tau);
         max_logit = std::max(max_logit, z[j]);
       }
-      for (const double y : z) total += std::exp(y - max_logit);
+      for (const double y : z) total += max_logit > -HUGE_VAL ? std::exp(y - max_logit) : 0;
       const bool softmax_over_agents = p.params.normalize == Normalize::agents;
-      const double lse = softmax_over_agents ? max_logit + std::log(total) : 0;
+      const double lse = softmax_over_agents && max_logit > -HUGE_VAL ? max_logit + std::log(total) : 0;
       for (size_t j = 0; j < agents.size(); ++j) {
         const int64_t a = u * p.agents + agents[j];
+        if (!(std::fabs(element(p.lse, a)) < HUGE_VAL)) continue;  // no behaviour is routed to it
         largest = std::max(largest, std::fabs(bias) + std::fabs(element(p.lse, a)));
         const double w = std::exp(z[j] - lse + bias - element(p.lse, a));
         for (int64_t c = 0; c < p.values; ++c)
@@ -314,6 +317,14 @@ void check(Problem p) {
   });
 }
 
+/// A problem, and the same with sparse routing.
+void check_both(uint64_t seed, Problem p) {
+  check(p);
+  test::name("sparse route_backward %llu", static_cast<unsigned long long>(seed));
+  test::make_sparse(seed, p);
+  check(p);
+}
+
 /// What one user has that is not finite stays with it, and with the temperature.
 void check_spoilt(Normalize normalize) {
   Random r(3);
@@ -365,13 +376,15 @@ int main(int argc, char** argv) {
     const bool tiles = seed == 11;
     simt::options.machine = {tiles ? 1 : 2, tiles ? size_t{80} << 10 : sizes[seed % 3]};
     if (tiles)
-      for (const Normalize n : {Normalize::history, Normalize::agents}) check(several_tiles(n));
+      for (const Normalize n : {Normalize::history, Normalize::agents}) check_both(seed, several_tiles(n));
     else if (seed == 8)
       for (const bool mean_x : {false, true}) check(wide_problem(mean_x));
     else if (seed == 9)
       check(many_users());
     else if (seed == 16)
       for (const Normalize n : {Normalize::history, Normalize::agents}) check_spoilt(n);
+    else if (seed % 3 == 1)
+      check_both(seed, random_problem(seed));
     else
       check(random_problem(seed));
   }

@@ -202,6 +202,9 @@ void rows_in_and_out(Bytes& in) {
     Guarded<float> sums(added);
     kernels->add_row(width, row.data(), scale, sums.data());
     CHECK(sums.intact());
+    Guarded<float> blended(added);
+    kernels->blend_row(width, 0.5f, row.data(), scale, blended.data());
+    CHECK(blended.intact());
     for (int64_t d = 0; d < width; ++d) {
       const float x = truth[test::size(d)], start = added[test::size(d)];
       CHECK(same(row.data()[d], x));
@@ -209,6 +212,7 @@ void rows_in_and_out(Bytes& in) {
       if (!std::isnan(x))  // what was read is written back
         CHECK(std::memcmp(back.data() + d * bytes, source.data() + d * bytes, test::size(bytes)) == 0);
       if (std::fabs(x) < 0x1p120f) close(sums.data()[d], Near(start) + Near(scale) * Near(x));
+      if (std::fabs(x) < 0x1p120f) close(blended.data()[d], Near(0.5f) * Near(start) + Near(scale) * Near(x));
     }
   }
 }
@@ -268,6 +272,30 @@ void screens(Bytes& in) {
   }
 }
 
+/// The k-th smallest, and the columns below a limit, whatever is in the padding.
+void selections(Bytes& in) {
+  const int64_t m = in.between(1, 100);
+  auto values = in.values(m, in.flag());
+  for (float& x : values) x = in.byte() % 8 == 0 ? values[0] : in.byte() % 16 && !std::isnan(x) ? std::fabs(x) : kInf;
+  if (std::isnan(values[0])) values[0] = 0;
+  for (float& x : values) x = std::isnan(x) ? 1 : std::fabs(x);
+  std::vector<float> sorted(values);
+  std::sort(sorted.begin(), sorted.end());
+  const auto finite = static_cast<int64_t>(std::lower_bound(sorted.begin(), sorted.end(), kInf) - sorted.begin());
+  const float most = in.flag() ? sorted[test::size(in.between(0, m - 1))] : in.value(true);
+  std::vector<int32_t> below;
+  for (int64_t j = 0; j < m; ++j)
+    if (values[test::size(j)] <= most) below.push_back(static_cast<int32_t>(j));
+  Guarded<float> d(strided(values, 1, m, pad(m), kInf));
+  const int64_t k = in.between(1, std::max<int64_t>(finite, 1));
+  for (const Kernels* kernels : all()) {
+    if (finite) CHECK(kernels->kth_smallest(m, d.data(), k) == sorted[test::size(k - 1)]);
+    Guarded<int32_t> out(static_cast<int64_t>(below.size()));
+    CHECK(kernels->columns_below(m, d.data(), most, out.data()) == out.count());
+    CHECK(out.intact() && out.values() == below);
+  }
+}
+
 void square_distances(Bytes& in) {
   const int64_t width = in.between(1, 70);
   const auto a = in.values(width, false), b = in.values(width, false);
@@ -289,7 +317,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   constexpr void (*kParts[])(Bytes&) = {products,        accumulations, pair_products, pair_accumulations,
                                         rows_in_and_out, transposes,    screens,       square_distances,
                                         row_sums,        route_weights, rows,          gradients,
-                                        distances,       weighed};
-  kParts[in.byte() % 13](in);
+                                        distances,       selections,    weighed};
+  kParts[in.byte() % (sizeof kParts / sizeof kParts[0])](in);
   return 0;
 }

@@ -10,6 +10,7 @@
 namespace fuzz {
 namespace {
 
+using hisac::agent_lists;
 using hisac::missing;
 using hisac::route;
 
@@ -152,6 +153,37 @@ void missing_some(const Histories& given, const Codebook* book, const std::vecto
   }
 }
 
+/// The lists of agents, held against their definition; and what sparse routing takes of agents, now and then.
+struct SomeLists {
+  int64_t k;
+  Output<int32_t> lists;
+  Guarded<int32_t> own, any;
+
+  SomeLists(Bytes& in, const Codebook& book, RouteAgents& to, RouteParams& params, bool with_book)
+      : k(std::min<int64_t>(in.between(1, 6), to.prototypes.shape[1])),
+        lists(users(to) * book.size(0) * k),
+        own(users(to) * to.prototypes.shape[1] * book.levels()),
+        any(lists.crew[0].count()) {
+    const int64_t nodes = book.size(0), m = to.prototypes.shape[1];
+    each_crew([&](int workers) { return agent_lists_workspace(test::sizing(workers), book, to); },
+              [&](const Context& context, int crew) {
+                return agent_lists(context, book, to, {lists[crew], {users(to), nodes, k}});
+              });
+    lists.equal();
+    for (int64_t b = 0; b < users(to); ++b)
+      for (int64_t c = 0; c < nodes; ++c) CHECK(laws::nearest_agents(book, to, b, c, k) == list_of(b * nodes + c));
+    for (int64_t i = 0; i < own.count(); ++i) own.data()[i] = static_cast<int32_t>(in.byte() % (nodes + 2)) - 1;
+    for (int64_t i = 0; i < any.count(); ++i)
+      any.data()[i] = in.byte() % 16 ? static_cast<int32_t>(in.byte() % (m + 2)) - 1 : INT32_MIN;
+    if (!with_book || !in.flag()) return;
+    params.sparse = in.between(1, k > 0 && in.flag() ? k : 9);
+    to.codes = {own.data(), {users(to), m, book.levels()}};
+    if (params.sparse <= k && in.flag()) to.lists = {any.data(), {users(to), nodes, k}};
+  }
+  static int64_t users(const RouteAgents& to) { return to.prototypes.shape[0]; }
+  std::vector<int32_t> list_of(int64_t i) { return {lists[0] + i * k, lists[0] + (i + 1) * k}; }
+};
+
 }  // namespace
 
 void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
@@ -210,6 +242,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
     inputs.x = {};
     inputs.x_scale = {};
   }
+  SomeLists lists(in, c.book, to, params, book != nullptr);
   double path = 0;  // of a code, no prototype is longer
   for (int l = 0; l < c.levels; ++l) path += longest_of(c.book.centers(l), c.book.size(l), width);
   tolerance::Leaf leaf{double(longest),
@@ -227,7 +260,7 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
   if (inputs.codes) {
     const Histories sums = leaf_some(in, inputs, c, u, leaf, hostile);
     if (over_sums) routed = sums;
-    if (over_sums && in.flag()) book = nullptr;
+    if (over_sums && !params.sparse && in.flag()) book = nullptr;
   }
 
   const int64_t m = agents, t = routed.behaviours();
@@ -258,7 +291,8 @@ void route_some(Bytes& in, const Codes& c, const Users& u, bool hostile) {
                                params.precision == Precision::bfloat16 ? tolerance::kRounded
                                : simd::kernels().matmul_bf16x3         ? tolerance::kBf16x3
                                                                        : 0,
-                               of_v};
+                               of_v,
+                               params.sparse ? double(std::min(longest, c.book.size(0))) : 0};
   const auto returned = [&](int crew) {
     Tokens out{{}, {lse[crew], {n, m}}};
     if (has_tokens) out.tokens = {tokens[crew], of_v, n * m, wide};

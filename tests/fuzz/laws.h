@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What encode, vote, leaf_sums and missing promise of any input, in a form that is not how they compute it.
+// What encode, vote, agent_lists, leaf_sums and missing promise of any input, in a form that is not how they compute
+// it.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -33,6 +34,27 @@ inline void nearest(const hisac::Codebook& book, const float* x, const int32_t* 
     for (int64_t c = 0; c < book.size(l); ++c) CHECK(c < codes[l] ? !(distance(c) <= least) : !(distance(c) < least));
     for (size_t d = 0; d < left.size(); ++d) left[d] -= book.centers(l)[test::size(codes[l] * book.width()) + d];
   }
+}
+
+/// The list of user b for code c of level 1: by a sort of all present agents.
+inline std::vector<int32_t> nearest_agents(const hisac::Codebook& book, const hisac::RouteAgents& agents, int64_t b,
+                                           int64_t c, int64_t k) {
+  const int64_t m = agents.prototypes.shape[1], width = book.width();
+  std::vector<std::pair<double, int32_t>> found;
+  for (int64_t a = 0; a < m && (!agents.count || a < agents.count.data[b]); ++a) {
+    const float* const p = agents.prototypes.data + (b * m + a) * width;
+    double square = 0, distance = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      const double step = double(book.centers(0)[c * width + d]) - double(p[d]);
+      square += double(p[d]) * double(p[d]);
+      distance += step * step;
+    }
+    if (square < 0x1p100) found.emplace_back(distance, static_cast<int32_t>(a));
+  }
+  std::sort(found.begin(), found.end());
+  std::vector<int32_t> out(test::size(k), -1);
+  for (size_t i = 0; i < out.size() && i < found.size(); ++i) out[i] = found[i].second;
+  return out;
 }
 
 /// Whether behaviour i is missing: absent in route, though it has a row of v without a NaN or an infinity. x, v: the

@@ -56,8 +56,10 @@ struct Route {
   bool softmax_over_agents;                           // Normalize::agents
   double coarse;                                      // kRounded, kBf16x3 or 0: of x, prototypes, weights and v
   DType type;
+  double groups;  // of rows in sparse routing, each of which is scaled and added; else 0
 
   double far() const { return x + std::max(x, p); }
+  double all_steps() const { return steps(rows) + 6 * groups; }
   double square() const { return far() * far() + spread; }
   /// Of a weight, as an error of its logit.
   double logit() const {
@@ -67,19 +69,19 @@ struct Route {
     if (softmax_over_agents) e = 2 * e + (agents + 8 + 6 * r + 4 * std::log(agents + 1)) * kUlp;
     return e + (4 * r + 8 * bias + 2 * std::log(rows + 1) + 16) * kUlp + 2 * coarse;
   }
-  double sums() const { return (2 * steps(rows) + 8) * kUlp + coarse + rows * 0x1p-124; }
+  double sums() const { return (2 * all_steps() + 8) * kUlp + coarse + rows * 0x1p-124; }
   double mean_of(double size) const { return mean(std::expm1(logit()), size) + sums() * size; }
   double mean_x() const { return 2 * (mean_of(x) + rounding(DType::float32, x + mean_of(x))); }
   double tokens() const { return 2 * (mean_of(v) + rounding(type, v + mean_of(v))); }
   double lse() const {
     const double e = logit(), size = square() / tau + bias + std::log(rows + 1);
-    return 2 * (log_sum(std::expm1(e), e) + (steps(rows) + 8 + 2 * size) * kUlp);
+    return 2 * (log_sum(std::expm1(e), e) + (all_steps() + 8 + 2 * size) * kUlp);
   }
 
   /// Backward, from given tokens, lse and means of x. A column of weights sums to (1 + f)^2 at most, a row of them to
   /// as much for each agent; `slope` bounds what multiplies a weight in dz.
   double f() const {
-    return std::expm1(logit()) + 2 * coarse + (value_width + 2 * width + 2 * steps(rows) + agents + 64) * kUlp;
+    return std::expm1(logit()) + 2 * coarse + (value_width + 2 * width + 2 * all_steps() + agents + 64) * kUlp;
   }
   double mass() const { return (1 + f()) * (1 + f()); }
   double dz() const {

@@ -29,19 +29,21 @@ struct CompressParams {
 struct Compressed {
   Tokens tokens{};              // with Method::leaf of float32, whatever the type of v
   Array<float, 2> log_share{};  // [B, M]; null: not wanted
-  Agents agents{};              // those that the histories voted for; null arrays are not wanted
+  Agents agents{};  // those that the histories voted for, and their lists (agent_lists); null arrays are not wanted
 };
 
 /// `encode`, where the histories have no codes; `vote`, or the agents that are given; `prototypes`; `leaf_sums` with
 /// Method::leaf; `route`. Each verb means what its own header says. Reads every field of the histories. With x_ids,
 /// codes are needed: encode the table once. No array of `out` need be given but tokens.lse. To use the agents again,
-/// set their fingerprint to book.fingerprint(). What a verb would refuse is refused before one writes.
+/// set their fingerprint to book.fingerprint(); those of another codebook are refused. What a verb would refuse is
+/// refused before one writes.
 ///
 /// On the CPU leaf sums are made of some users after others, so that their scratch does not grow with the batch.
 ///
 /// What Python's `compress` composes beside this is composed here by the caller:
-///   refine    A call without tokens, with mean_x and the agents' prototypes. Where lse is not -inf, mean_x takes the
-///             place of the prototype. The next call is given these agents.
+///   refine    A call without tokens, with mean_x, the agents' prototypes and, for sparse routing, their lists. Where
+///             lse is not -inf, mean_x takes the place of the prototype. The next call is given these agents, so that
+///             lists stay those of the first prototypes.
 ///   missing   The token of `missing` (route.h), a Tokens of its own, [B * 1, V] and [B, 1]. With Normalize::agents its
 ///             lse is beside `tokens.lse` what a bias of `attend` has to be: shares less a constant of the user.
 Status compress(const Context& context, const Codebook& book, const CompressParams& params, const Histories& histories,

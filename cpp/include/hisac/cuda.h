@@ -13,10 +13,16 @@
 //   vote                           yes                                       for prototypes
 //   compress                       yes                                       always
 //   leaf_sums, leaf_sums_backward  yes                                       where x is not given
-//   route, route_backward          yes                                       where x or temperature is not given
+//   route, route_backward          yes                                       where x or temperature is not given, and
+//                                                                            for sparse routing without lists
+//   agent_lists                    yes                                       always
 //   missing                        yes                                       where x is not given
 //   attend, attend_backward        yes                                       never
 //   fit, match, match_backward     not on CUDA: Code::not_implemented
+//
+// Sparse routing (RouteParams::sparse) has the CPU's meaning, and its integers, but not its saving: all behaviours are
+// multiplied by all agents, and a mask then hides the agents to which a behaviour is not routed. The mask is in the
+// workspace, B C_1 M / 8 bytes.
 //
 // What a verb takes at most. More is refused with Code::not_implemented and the message "expected .., got ..":
 //
@@ -65,7 +71,7 @@
 //   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
 //   leaf_sums                adds 64 rows in float32, and those sums in float64.
 //   log_share of compress    adds exponentials of float32 in float64, where the CPU's are of float64.
-//   encode, vote, code_prototypes and prototypes have the CPU's bits.
+//   encode, vote, agent_lists, code_prototypes and prototypes have the CPU's bits.
 #pragma once
 #include "status.h"
 

@@ -36,6 +36,7 @@ struct Match {
 /// A node that several candidates of a user share is summed once. The bits do not depend on the number of workers, the
 /// order of the candidates or the other users.
 Status match(const Context& context, const Codebook& book, const MatchInputs& inputs, Match out) noexcept;
+/// Before the sums are there, state sums.longest and sums.rows.
 size_t match_workspace(const Context& context, const Codebook& book, const MatchInputs& inputs) noexcept;
 
 /// Gradients of what `match` returned. Null: 0.

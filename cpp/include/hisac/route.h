@@ -21,11 +21,24 @@ enum class Precision : int32_t { float32, bfloat16 };
 /// An agent is absent past count[b], or where its tau is not positive, or |p|^2 is not below 2^100. A behaviour is
 /// absent where its codes are out of range, |x|^2 is not below 2^100, its bias is NaN or infinite, its spread is not in
 /// [0, FLT_MAX], or an id of its x or v is outside the table. A NaN or an infinity in v does not make it absent: that
-/// column of the tokens of its user's present agents is then NaN or infinite.
+/// column of the tokens to which it is routed is then NaN or infinite.
+///
+/// Sparse routing, k = sparse > 0: behaviour i is routed to few agents alone, by c, its code of level 1. These are the
+/// agents whose own code of level 1 is c, and the k present agents nearest to the codeword of c (agent_lists). For any
+/// other agent u_ai is 0, and the softmax over agents is over these. So in history mode lse is a lower bound of that
+/// with sparse = 0, and in agents mode sum_a exp(lse_a) is still the mass of the behaviours. An agent to which no
+/// behaviour is routed has an empty sum. It needs a book, and codes of the histories and of the agents.
+///
+/// A user is routed sparsely only where that saves work, where m > k and n (m - k) > g (m + 48 k): n are the rows of
+/// the user, absent ones too; g the different codes of level 1 among them that are in range; m the agents below count
+/// with |p|^2 below 2^100, whatever their temperature. Any other user is routed as with sparse = 0. Cost of the lists:
+/// g m D a user, which is more than the routing where most behaviours have a code of their own, as in a codebook of one
+/// level.
 struct RouteParams {
   Normalize normalize = Normalize::agents;  // history: the paper's reading
   Array<const float, 1> temperature{};      // [1] or [M]; null: the codebook's default, an error where it has none
   Precision precision = Precision::float32;
+  int64_t sparse = 0;  // k; 0: behaviours are routed to all agents
 };
 
 /// The agents of B users; those of `vote` are such, where their prototypes were wanted. Give the count with bare
@@ -33,11 +46,11 @@ struct RouteParams {
 struct RouteAgents {
   Array<const float, 3> prototypes{};  // [B, M, D]
   Array<const int32_t, 1> count{};     // [B], null: M each
+  Array<const int32_t, 3> codes{};     // [B, M, L], of sparse routing, which reads those of level 1
+  Array<const int32_t, 3> lists{};     // [B, C_1, K], K >= min(k, M), of sparse routing, which reads the first k of
+                                       // each and passes over what is no present agent; null: they are made
 };
-inline Agents::operator RouteAgents() const noexcept {
-  return {{prototypes.data, {prototypes.shape[0], prototypes.shape[1], prototypes.shape[2]}},
-          {count.data, {count.shape[0]}}};
-}
+inline Agents::operator RouteAgents() const noexcept { return {prototypes, count, codes, lists}; }
 
 struct Tokens {
   MutableRows tokens{};      // [B * M, V], v's type; data null: not wanted
@@ -55,6 +68,15 @@ Status route(const Context& context, const Codebook* book, const RouteParams& pa
              const RouteAgents& agents, Tokens out) noexcept;
 size_t route_workspace(const Context& context, const Codebook* book, const RouteParams& params,
                        const Histories& histories, const RouteAgents& agents, const Tokens& out) noexcept;
+
+/// For each codeword of level 1 the K = shape[2] of `out` present agents that are nearest to it: by the square distance
+/// of the codeword and the prototype, both float32, summed in float64 in the order of dimensions; nearest first, of
+/// equals the earlier agent; -1 in what is left where fewer are present. Here an agent is present below count[b] with
+/// |p|^2 below 2^100. Lists depend on agents alone: make them once, and keep them with the agents. Reads prototypes and
+/// count. Cost: C_1 M D a user.
+Status agent_lists(const Context& context, const Codebook& book, const RouteAgents& agents,
+                   Array<int32_t, 3> out) noexcept;
+size_t agent_lists_workspace(const Context& context, const Codebook& book, const RouteAgents& agents) noexcept;
 
 /// What `route` returned, and the gradients of it. d_tokens has the type of tokens.
 struct RouteForward {

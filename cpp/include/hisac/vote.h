@@ -31,6 +31,7 @@ struct Agents {
   Array<int32_t, 1> count;       // [B]
   uint64_t fingerprint = 0;      // the codebook's; 0: not kept, which `prototypes` of agents refuses
   Array<float, 3> prototypes{};  // [B, M, D], what `route` compares x with; zero for an absent agent; null: not wanted
+  Array<int32_t, 3> lists{};     // [B, C_1, K], of `agent_lists` (hisac/route.h) and `compress`; not read by `vote`
 
   operator RouteAgents() const noexcept;  // as `route` takes them; hisac/route.h
 };

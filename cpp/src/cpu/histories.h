@@ -51,6 +51,13 @@ class RowLoader {
     return in_.codes.data + x_source.number(row) * in_.codes.shape[1];
   }
 
+  /// The code of level 1 of a row; nodes() of one whose code or id is invalid. Where there is a book.
+  int64_t node_of(int64_t row) const noexcept {
+    const int64_t node = x_source.has(row) ? *codes_of(row) : -1;
+    return node >= 0 && node < nodes() ? node : nodes();
+  }
+  int64_t nodes() const noexcept { return book_->body().size[0]; }
+
   /// Prefetches a row that may be present. Always inlined, as RowSource::prefetch.
   __attribute__((always_inline)) void prefetch(int64_t row) const noexcept {
     x_source.prefetch(row);

@@ -16,22 +16,31 @@
 namespace hisac::cpu {
 namespace {
 
-/// Sums over a range of rows, by present agent: [pad(M)] of dlogit times logit, [pad(M)] of gradients of distances and,
-/// where prototypes have a gradient, [pad(M), pad(D)] of gradients of distances times x.
+/// Sums over a range of rows, by agent of a panel: [pad(M)] of dlogit times logit, [pad(M)] of gradients of distances
+/// and, where prototypes have a gradient, [pad(M), pad(D)] of gradients of distances times x.
 using Sums = float*;
 
-struct Worker {
-  int64_t gap = 0;  // of the user (Waves)
+/// The agents of a panel, and what rows need of them.
+struct Side {
   AgentPanel panel;
-  Block block;
-  float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
   float *lse = nullptr, *offset = nullptr, *rate = nullptr;  // [pad(M)]
-  float *d_tokens = nullptr, *token = nullptr;               // [M, columns], [columns] of the values
+  float* d_tokens = nullptr;                                 // [M, columns]
   float* packed_d_tokens = nullptr;                          // [columns, M]
   float* packed_rows = nullptr;                              // [M, V], for dv
   float* packed_prototypes = nullptr;                        // [M, D], for dx
-  float* out = nullptr;                                      // [kBlock, pad(max(V, D))]
+};
+
+struct Worker : Side {  // of all present agents
+  int64_t gap = 0;      // of the user (Waves)
+  Block block;
+  float *z = nullptr, *g = nullptr, *row_lse = nullptr, *shift = nullptr, *d_bias = nullptr, *row_sum = nullptr;
+  float* token = nullptr;  // [columns] of the values
+  float* out = nullptr;    // [kBlock, pad(max(V, D))]
   Sums* stack = nullptr;
+  bool sparse = false;
+  Groups groups;
+  Side list;           // the agents of one group
+  Sums sum = nullptr;  // of one group
 };
 
 class Backward : RouteCall {
@@ -45,30 +54,31 @@ class Backward : RouteCall {
   void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.offsets.users);
     units_.carve(arena, in_.offsets.users);
+    carve_order(arena);
     x_.carve(arena);
     v_.carve(arena);
     user_temperature_ = arena.take<float>(out_.temperature ? in_.offsets.users : 0, agents_);
     slots_ = carve_sums(arena, Units::most_slots(workers_));
     const int64_t columns = simd::pad(agents_), block = simd::kBlock;
     worker_ = arena.take_each<Worker>(workers_, [&](Worker& one) {
-      one.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
+      carve_side(arena, one);
       one.block.carve(arena, width_, columns_, operands_);
       arena.take_into(block * columns, one.z, one.g);
       arena.take_into(block, one.row_lse, one.shift, one.d_bias, one.row_sum);
-      arena.take_into(columns, one.lse, one.offset, one.rate);
-      one.d_tokens = arena.take<float>(agents_ * columns_);
       one.token = arena.take<float>(columns_);
-      one.packed_d_tokens = arena.take<float>(simd::packed_size(columns_, agents_));
-      one.packed_rows = arena.take<float>(v_ ? simd::packed_size(agents_, value_width_) : 0);
-      one.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
       one.out = arena.take<float>(block * simd::pad(std::max(width_, value_width_)));
       one.stack = carve_sums(arena, fold_depth(tiles_of(in_.longest)));
+      if (!params_.sparse) return;
+      one.groups.carve(arena, agents_, width_);
+      carve_side(arena, one.list);
+      one.sum = arena.take<float>(sum_floats());
     });
   }
 
   void run() noexcept {
     const int64_t users = in_.offsets.users;
     for (int w = 0; w < workers_; ++w) worker_[w].block.clear_padding(width_, columns_);
+    sort_rows();
     waves_.plan(in_.offsets);
     x_.clear(context_, waves_);
     v_.clear(context_, waves_);
@@ -87,6 +97,15 @@ class Backward : RouteCall {
  private:
   friend RouteCall;
 
+  void carve_side(Arena& arena, Side& side) noexcept {
+    side.panel.carve(arena, agents_, width_, Operands::float32, operands_ == Operands::bf16);
+    arena.take_into(simd::pad(agents_), side.lse, side.offset, side.rate);
+    side.d_tokens = arena.take<float>(agents_ * columns_);
+    side.packed_d_tokens = arena.take<float>(simd::packed_size(columns_, agents_));
+    side.packed_rows = arena.take<float>(v_ ? simd::packed_size(agents_, value_width_) : 0);
+    side.packed_prototypes = arena.take<float>(out_.x ? simd::packed_size(agents_, width_) : 0);
+  }
+
   Sums* carve_sums(Arena& arena, int64_t n) noexcept {
     return arena.take_each<Sums>(n, [&](Sums& sums) { sums = arena.take<float>(sum_floats()); });
   }
@@ -99,11 +118,11 @@ class Backward : RouteCall {
 
   /// Loads and packs what the user's rows need of its agents.
   void load_agents(int64_t b, Worker& w) const noexcept {
-    AgentPanel& p = w.panel;
-    load_panel(b, p);
-    std::fill_n(w.lse, simd::pad(agents_), INFINITY);
-    std::fill_n(w.offset, simd::pad(agents_), 0.f);
-    std::fill_n(w.rate, simd::pad(agents_), 0.f);
+    load_user(b, w);
+    const AgentPanel& p = w.panel;
+    std::fill_n(w.lse, p.m, INFINITY);
+    std::fill_n(w.offset, p.m, 0.f);
+    std::fill_n(w.rate, p.m, 0.f);
     for (int64_t j = 0; j < p.m; ++j) {
       const int64_t a = p.index[j], row = b * agents_ + a;
       float* const d = w.d_tokens + j * columns_;
@@ -117,9 +136,30 @@ class Backward : RouteCall {
       w.offset[j] = static_cast<float>((forward_.d_lse ? double(forward_.d_lse.data[row]) : 0.0) - dot);
       w.rate[j] = std::min(2 / temperature_of(params_, a), FLT_MAX);
     }
-    k_.pack_columns(columns_, p.m, w.d_tokens, columns_, w.packed_d_tokens);
-    if (v_) k_.pack_rows(p.m, value_width_, w.d_tokens, columns_, w.packed_rows);
-    if (x_) k_.pack_rows(p.m, width_, p.rows, width_, w.packed_prototypes);
+    pack(w);
+  }
+
+  /// Takes m of the user's agents.
+  void select(const Side& all, const int32_t* columns, int64_t m, Side& side) const noexcept {
+    side.panel.select(all.panel, columns, m, width_);
+    for (int64_t j = 0; j < m; ++j) {
+      const int32_t from = columns[j];
+      std::copy_n(all.d_tokens + from * columns_, columns_, side.d_tokens + j * columns_);
+      side.lse[j] = all.lse[from];
+      side.offset[j] = all.offset[from];
+      side.rate[j] = all.rate[from];
+    }
+    pack(side);
+  }
+
+  void pack(Side& side) const noexcept {
+    const int64_t m = side.panel.m;
+    std::fill(side.lse + m, side.lse + simd::pad(m), INFINITY);
+    std::fill(side.offset + m, side.offset + simd::pad(m), 0.f);
+    std::fill(side.rate + m, side.rate + simd::pad(m), 0.f);
+    k_.pack_columns(columns_, m, side.d_tokens, columns_, side.packed_d_tokens);
+    if (v_) k_.pack_rows(m, value_width_, side.d_tokens, columns_, side.packed_rows);
+    if (x_) k_.pack_rows(m, width_, side.panel.rows, width_, side.packed_prototypes);
   }
 
   void begin(const Unit& unit, Worker& w) noexcept {
@@ -130,33 +170,59 @@ class Backward : RouteCall {
     load_agents(unit.user, w);
   }
 
-  void reset(Sums sums) const noexcept { std::fill_n(sums, sum_floats(), 0.f); }
+  void reset(Sums sums, const Worker&) const noexcept { std::fill_n(sums, sum_floats(), 0.f); }
   void merge(Sums sums, Sums later, const Worker&) const noexcept { k_.add_row(sum_floats(), later, 1.f, sums); }
+  void block(Worker& w, Sums sums) noexcept { add_block(w, w, sums); }
 
-  void block(Worker& w, Sums sums) noexcept {
+  void tile(const int64_t* rows, int64_t n, Worker& w, Sums sums) noexcept {
+    w.groups.visit(
+        loader_, rows, n,
+        [&](const int64_t* own, int64_t size, int64_t next, const int32_t* columns, int64_t m) {
+          select(w, columns, m, w.list);
+          std::fill_n(w.sum, simd::pad(m), 0.f);
+          std::fill_n(d_distance_of(w.sum), simd::pad(m), 0.f);
+          if (out_.prototypes) std::fill_n(d_distance_x_of(w.sum), simd::pad(m) * simd::pad(width_), 0.f);
+          each_block(own, size, next, w, [&] { add_block(w, w.list, w.sum); });
+          for (int64_t j = 0; j < m; ++j) {
+            const int64_t to = columns[j], row = simd::pad(width_);
+            sums[to] += w.sum[j];
+            d_distance_of(sums)[to] += d_distance_of(w.sum)[j];
+            if (out_.prototypes)
+              k_.add_row(width_, d_distance_x_of(w.sum) + j * row, 1.f, d_distance_x_of(sums) + to * row);
+          }
+        },
+        [&](const int64_t* masked, int64_t size) {
+          each_block(masked, size, 0, w, [&] { add_block(w, w, sums, true); });
+        });
+  }
+
+  /// Adds what the block's rows and a side's agents are to one another, as far as the rows are not masked.
+  void add_block(Worker& w, const Side& side, Sums sums, bool masked = false) noexcept {
     const int n = w.block.n;
     const int64_t gap = w.gap;
-    const int64_t m = w.panel.m, ldz = simd::pad(agents_), ldx = simd::pad(width_), ldv = simd::pad(columns_);
+    const int64_t m = side.panel.m, ldz = simd::pad(m), ldx = simd::pad(width_), ldv = simd::pad(columns_);
     if (n == 0 || m == 0) return;
     simd::Prefetcher& prefetcher = w.block.prefetcher;
-    if (v_)
+    if (v_ && !w.sparse)
       prefetcher.add(v_.row(w.block.row[0], gap), 0, (w.block.row[n - 1] + 1 - w.block.row[0]) * value_width_ * 4);
+    for (int i = 0; v_ && w.sparse && i < n; ++i) prefetcher.add(v_.row(w.block.row[i], gap), 0, value_width_ * 4);
     prefetcher.distribute(n, 2 * m);
-    k_.matmul(n, width_, m, w.block.x, ldx, w.panel.packed, w.z, ldz, &prefetcher);
-    k_.distance_logits(n, m, w.z, ldz, w.block.norm, w.panel.norm, w.panel.rate);
+    k_.matmul(n, width_, m, w.block.x, ldx, side.panel.packed, w.z, ldz, &prefetcher);
+    if (masked) w.groups.hide(w.block, 0, m, w.z, ldz);
+    k_.distance_logits(n, m, w.z, ldz, w.block.norm, side.panel.norm, side.panel.rate);
     const bool softmax_over_agents = params_.normalize == Normalize::agents;
     if (softmax_over_agents) k_.row_lse(n, m, w.z, ldz, w.row_lse);
     for (int i = 0; i < n; ++i) {
       if (softmax_over_agents && w.row_lse[i] == -INFINITY) w.row_lse[i] = 0;
       w.shift[i] = row_shift_of(w.block.bias[i], softmax_over_agents ? w.row_lse[i] : 0.f);
     }
-    k_.matmul(n, columns_, m, w.block.values, ldv, w.packed_d_tokens, w.g, ldz, &prefetcher);
+    k_.matmul(n, columns_, m, w.block.values, ldv, side.packed_d_tokens, w.g, ldz, &prefetcher);
     k_.route_gradient(n, m, w.z, w.g, ldz,
-                      {w.shift, softmax_over_agents ? w.row_lse : nullptr, w.lse, w.offset, w.rate, w.d_bias, w.row_sum,
-                       sums, d_distance_of(sums)});
+                      {w.shift, softmax_over_agents ? w.row_lse : nullptr, side.lse, side.offset, side.rate, w.d_bias,
+                       w.row_sum, sums, d_distance_of(sums)});
     if (v_) {
       const int64_t ldo = simd::pad(value_width_);
-      k_.matmul(n, m, value_width_, w.z, ldz, w.packed_rows, w.out, ldo, nullptr);
+      k_.matmul(n, m, value_width_, w.z, ldz, side.packed_rows, w.out, ldo, nullptr);
       for (int i = 0; i < n; ++i) k_.add_row(value_width_, w.out + i * ldo, 1.f, v_.row(w.block.row[i], gap));
     }
     if (out_.bias)
@@ -164,7 +230,7 @@ class Backward : RouteCall {
     if (out_.spread)
       for (int i = 0; i < n; ++i) out_.spread.data[w.block.row[i]] -= w.row_sum[i] / 2;
     if (x_) {
-      k_.matmul(n, m, width_, w.g, ldz, w.packed_prototypes, w.out, ldx, nullptr);
+      k_.matmul(n, m, width_, w.g, ldz, side.packed_prototypes, w.out, ldx, nullptr);
       for (int i = 0; i < n; ++i) {
         float* const dx = x_.row(w.block.row[i], gap);
         k_.add_row(width_, w.out + i * ldx, 1.f, dx);

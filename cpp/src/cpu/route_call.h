@@ -1,99 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call of `route` or of its backward. The kernels read float32 tiles of present rows, each with a norm and a bias,
-// and the present agents, packed.
+// A call of `route` or of its backward.
 #pragma once
 #include <algorithm>
-#include <cfloat>
 #include <utility>
 
-#include "base/arena.h"
 #include "base/parallel.h"
 #include "base/schedule.h"
+#include "cpu/groups.h"
 #include "cpu/histories.h"
-#include "hisac/route.h"
 
 namespace hisac::cpu {
 
-/// The operands of products. bf16: x and prototypes are rounded to bfloat16, and their norms are those of the rounded.
-/// bf16x3: each is a sum hi + lo of two bfloat16, multiplied in three products (amx.h).
-enum class Operands { float32, bf16, bf16x3 };
-
-/// Elements of bfloat16; of bf16x3 both parts.
-struct Bf16Operand {
-  uint32_t *hi = nullptr, *lo = nullptr;
-
-  void carve(Arena& arena, int64_t size, Operands operands) noexcept {
-    if (operands != Operands::float32) hi = arena.take<uint32_t>(size);
-    if (operands == Operands::bf16x3) lo = arena.take<uint32_t>(size);
-  }
-};
-
-/// The operands of route on this ISA: float32 where the ISA has no faster ones, or where bf16x3 is not allowed.
-Operands operands_of(const RouteParams& params, bool allow_bf16x3) noexcept;
-
-/// Up to kBlock present rows of one user.
-struct Block {
-  int n = 0;
-  float* x = nullptr;           // [kBlock, pad(D)] x less the origin; padding columns stay zero
-  float* values = nullptr;      // [kBlock, pad(columns)] v, and behind it x itself, as far as they are averaged
-  float* norm = nullptr;        // [kBlock] |x|^2 + spread
-  float* bias = nullptr;        // [kBlock] natural logarithm
-  Bf16Operand x_bf16;           // [kBlock, pad((D + 1) / 2)] x in bfloat16
-  float* remainder = nullptr;   // [D] scratch: what rounding to bfloat16 leaves of a row
-  int64_t* row = nullptr;       // [kBlock] the row in x and v
-  simd::Prefetcher prefetcher;  // the rows after this block
-  bool last = false;            // the last block of its user
-
-  /// columns: of the values.
-  void carve(Arena& arena, int64_t width, int64_t columns, Operands operands) noexcept;
-  void clear_padding(int64_t width, int64_t columns) noexcept;
-};
-
-/// The present agents of one user, packed for products with x. Distances do not depend on the origin, but |x|^2 + |p|^2
-/// - 2 x . p loses the digits of large terms. So, unless products round to bfloat16, prototypes and rows are taken from
-/// an origin among them: in each dimension the median of the first five present prototypes (of the first where there
-/// are fewer), which one far prototype does not move.
-struct AgentPanel {
-  int64_t m = 0;
-  int32_t* index = nullptr;              // [M] the agent of a column
-  float* packed = nullptr;               // [D, m]
-  Bf16Operand packed_bf16;               // [(D + 1) / 2, m] in place of packed
-  uint32_t* rounding_scratch = nullptr;  // [(D + 1) / 2]; null: prototypes are not rounded
-  float* remainders = nullptr;           // [M, D] of bf16x3: what rounding leaves of rows
-  float* origin = nullptr;               // [D]; null: zero
-  float* rows = nullptr;                 // [m, D] the present prototypes, less the origin
-  float* norm = nullptr;                 // [pad(M)] |p|^2; padding: +inf, so that its logits are -inf
-  float* rate = nullptr;                 // [pad(M)] log2(e) / tau
-
-  void carve(Arena& arena, int64_t agents, int64_t width, Operands operands, bool round_to_bf16) noexcept;
-  void load(const RouteParams& params, const float* prototypes, int64_t agents, int64_t width, int64_t count) noexcept;
-};
-
-/// The present agents of user b by count alone, clamped to [0, M].
-inline int64_t count_of(const RouteAgents& agents, int64_t b) noexcept {
-  const int64_t m = agents.prototypes.shape[1];
-  return agents.count ? std::clamp<int64_t>(agents.count.data[b], 0, m) : m;
-}
-
-inline float temperature_of(const RouteParams& params, int64_t agent) noexcept {
-  return params.temperature.data[params.temperature.shape[0] == 1 ? 0 : agent];
-}
-
-/// The shift of a row's base-2 logits, which are 0 or less. It is finite, so that no logit becomes +inf or NaN.
-inline float row_shift_of(float bias, float row_lse) noexcept { return std::min(simd::base2(bias) - row_lse, FLT_MAX); }
-
 /// What `route` and its backward share: the inputs and their sizes, and the way through the rows. Of a Call, which has
 /// one,
-///   begin(unit, worker)            is called before the rows of a unit
-///   reset(state)                   empties a state
+///   begin(unit, worker)            is called before the rows of a unit; it calls load_user
+///   reset(state, worker)           empties a state
 ///   block(worker, state)           adds worker.block to a state
+///   tile(rows, n, worker, state)   adds a tile of a user that is routed sparsely: n rows in the order of CodeOrder
 ///   merge(state, later, worker)    adds a later state to an earlier one
 ///   finish(user, state, worker)    gets the state of all rows of a user
+/// A worker has `panel`, all present agents of its user, `block`, `stack`, `groups`, and `sparse`, whether the user is
+/// routed sparsely.
 struct RouteCall {
   /// with_v, with_x: which of them are averaged.
   RouteCall(const Context& context, const Codebook* book, const RouteParams& params, const Histories& in,
             const RouteAgents& to, bool with_v, bool with_x, bool allow_bf16x3) noexcept
       : context_(context),
+        book_(book),
         params_(params),
         in_(in),
         to_(to),
@@ -118,7 +51,7 @@ struct RouteCall {
             call.finish(unit.user, worker.stack[0], worker);
         },
         [&](int64_t user, State* states, int64_t shared, int w) {
-          load_panel(user, workers[w].panel);
+          load_user(user, workers[w]);
           fold_all(shared, states, [&](State& state, State& later) { call.merge(state, later, workers[w]); });
           call.finish(user, states[0], workers[w]);
         });
@@ -128,13 +61,14 @@ struct RouteCall {
   template <class Call, class Worker>
   void fold_rows(Call& call, const Unit& unit, Worker& worker) noexcept {
     const int64_t start = in_.offsets.start(unit.user), end = in_.offsets.end(unit.user);
-    call.reset(worker.stack[0]);
+    call.reset(worker.stack[0], worker);
     fold(
         unit.first, unit.last, worker.stack,
         [&](int64_t t, auto& state) {
-          call.reset(state);
-          const int64_t last = std::min(start + (t + 1) * kTile, end);
-          for (int64_t i = start + t * kTile; i < last; i += simd::kBlock) {
+          call.reset(state, worker);
+          const int64_t first = start + t * kTile, last = std::min(first + kTile, end);
+          if (worker.sparse) return call.tile(order_.of(unit.user) + t * kTile, last - first, worker, state);
+          for (int64_t i = first; i < last; i += simd::kBlock) {
             load_block(i, std::min(i + simd::kBlock, last), worker.panel.origin, worker.block);
             worker.block.last = i + simd::kBlock >= end;
             call.block(worker, state);
@@ -143,13 +77,41 @@ struct RouteCall {
         [&](auto& state, auto& later) { call.merge(state, later, worker); });
   }
 
+  /// body() for each block of n listed rows, which `next` rows follow, once it is loaded.
+  template <class Worker, class Body>
+  void each_block(const int64_t* rows, int64_t n, int64_t next, Worker& worker, Body body) const noexcept {
+    worker.block.last = false;
+    for (int64_t i = 0; i < n; i += simd::kBlock) {
+      const int64_t taken = std::min<int64_t>(simd::kBlock, n - i), after = n - i - taken + next;
+      const int64_t ahead = std::min(after, std::max<int64_t>(taken, 16));  // a group after this one may be small too
+      load_listed(rows + i, taken, ahead, worker.panel.origin, worker.block);
+      body();
+    }
+  }
+
+  void carve_order(Arena& arena) noexcept {
+    if (params_.sparse) order_.carve(arena, in_, book_->size(0), workers_);
+  }
+  void sort_rows() noexcept {
+    if (params_.sparse) order_.sort(context_, loader_, in_, to_, params_.sparse);
+  }
+
   /// Loads the rows [begin, end) as a block without the absent ones. origin [D] is subtracted from x; null: zero.
   void load_block(int64_t begin, int64_t end, const float* origin, Block& block) const noexcept;
-  void load_panel(int64_t b, AgentPanel& panel) const noexcept {
-    panel.load(params_, to_.prototypes.data + b * agents_ * width_, agents_, width_, count_of(to_, b));
+  /// The same of n listed rows; `next` rows follow in the list, which are loaded next.
+  void load_listed(const int64_t* rows, int64_t n, int64_t next, const float* origin, Block& block) const noexcept;
+  /// Loads a row behind those of a block, if it is present.
+  void load_row_into(Block& block, int64_t row, const float* origin) const noexcept;
+
+  /// Loads the agents of user b.
+  template <class Worker>
+  void load_user(int64_t b, Worker& worker) const noexcept {
+    worker.panel.load(params_, to_.prototypes.data + b * agents_ * width_, width_, count_of(to_, b));
+    worker.sparse = worker.groups.load(book_, to_, order_, in_.offsets, b, worker.panel, params_.sparse);
   }
 
   const Context& context_;
+  const Codebook* const book_;
   const RouteParams& params_;
   const Histories& in_;
   const RouteAgents& to_;
@@ -159,6 +121,7 @@ struct RouteCall {
   const int64_t value_width_, columns_;  // V, or 0; columns of the values: of v, and then of x
   const Operands operands_;
   const RowLoader loader_;
+  CodeOrder order_;  // of sparse routing
   Units units_;
 };
 

@@ -142,15 +142,18 @@ inline Status check_columns(const char* verb, const char* name, int64_t columns)
                        kMostColumns, columns);
 }
 
-/// Where the levels' centers lie in the codebook's image; needed where there is no x.
-inline Status place_centers(const char* verb, const Context& context, const Codebook* book, Behaviours& t) {
-  if (t.x.data || t.levels == 0) return {};
-  HISAC_TRY(check_device_image(verb, context, *book));
-  const CodebookImage image(*book);
+/// Where the levels' centers lie in the codebook's image.
+inline Status place_centers(const char* verb, const Context& context, const Codebook& book, Behaviours& t) {
+  HISAC_TRY(check_device_image(verb, context, book));
+  const CodebookImage image(book);
   t.center_pitch = image.pitch;
-  for (int l = 0; l < t.levels; ++l)
+  for (int l = 0; l < image.levels; ++l)
     t.centers[l] = reinterpret_cast<const float*>(context.codebook_image.bytes.data + image.level[l].pitched);
   return {};
+}
+/// The same where there is no x; else they are not needed.
+inline Status place_centers(const char* verb, const Context& context, const Codebook* book, Behaviours& t) {
+  return t.x.data || t.levels == 0 ? Status() : place_centers(verb, context, *book, t);
 }
 
 }  // namespace hisac::cuda

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// `route` in four launches: agents packed, work planned, tiles, users with several units merged.
+// `route` in four launches: agents packed, work planned, tiles, users with several units merged. Sparse routing has two
+// more, which make its mask.
 #include <algorithm>
 
+#include "cuda/agent_lists.h"
 #include "cuda/device/block.h"
 #include "cuda/route_back_task.h"
 #include "cuda/route_merge.h"
@@ -139,7 +141,8 @@ void carve(Task& t, Arena& arena) {
 }
 
 /// All of a call.
-Status prepare(const RouteCall& call, const Tokens& out, const simt::Machine& machine, Arena& arena, Task* t) {
+Status prepare(const RouteCall& call, const Tokens& out, const simt::Machine& machine, Arena& arena, Task* t,
+               ListTask* lists) {
   *t = describe_route(call);
   t->out = out;
   t->g.v_tiles = out.tokens.data ? value_tiles_of(t->v.width) : 0;
@@ -147,6 +150,8 @@ Status prepare(const RouteCall& call, const Tokens& out, const simt::Machine& ma
   t->g.value_tiles = std::max(1, t->g.value_tiles);  // lse has to come from one
   HISAC_TRY(plan_geometry(*t, machine));
   carve(*t, arena);
+  *lists = describe_masks(call, machine, arena);
+  t->masks = lists->masks;
   return {};
 }
 
@@ -164,6 +169,7 @@ Task describe_route(const RouteCall& call) {
   t.temperature = params.temperature.data;
   t.per_agent = params.temperature.shape[0] != 1;
   t.softmax_over_agents = params.normalize == Normalize::agents;
+  if (masks_agents(call)) t.mask_words = static_cast<int>((t.agents + 31) / 32);
   Geometry& g = t.g;
   const bool exact = t.x.dtype == DType::bfloat16 && (t.v.dtype == DType::bfloat16 || !t.v.data);
   g.parts = params.precision == Precision::bfloat16 ? 1 : 2;
@@ -195,6 +201,7 @@ void lay_out_stream(Task& t, int warps, SharedLayout& shared) {
   g.offset.codes = shared.take(2 * n * 4 * t.levels);
   g.offset.half = shared.take(2 * n * 4);
   g.offset.shift = shared.take(2 * n * 4);
+  g.offset.node = shared.take(t.mask_words ? 2 * n * 4 : 0);
   g.offset.norm = shared.take(n * 4);
   g.offset.cross = shared.take(t.softmax_over_agents ? 2 * warps * n * 4 : 0);
   g.offset.row_lse = shared.take(!t.softmax_over_agents ? 0 : g.agent_tiles > 1 ? 2 * kTile * 4 : n * 4);
@@ -220,8 +227,9 @@ size_t route_workspace(const Context&, const Codebook* book, const RouteParams& 
   simt::Machine machine;
   if (const auto e = simt::machine(&machine); e != decltype(e){}) return 0;
   Task task;
+  ListTask lists;
   Arena arena;
-  return prepare({book, params, histories, agents}, out, machine, arena, &task).ok() ? arena.used() : 0;
+  return prepare({book, params, histories, agents}, out, machine, arena, &task, &lists).ok() ? arena.used() : 0;
 }
 
 Status route(const Context& context, const Codebook* book, const RouteParams& params, const Histories& histories,
@@ -232,12 +240,15 @@ Status route(const Context& context, const Codebook* book, const RouteParams& pa
   Launcher launch("route", context);
   HISAC_TRY(launch.status());
   Task t;
+  ListTask lists;
   Arena arena(context.workspace);
-  HISAC_TRY(prepare(call, out, launch.machine, arena, &t));
+  HISAC_TRY(prepare(call, out, launch.machine, arena, &t, &lists));
   HISAC_TRY(place_centers("route", context, book, t));
+  if (lists.masking && !agents.lists) HISAC_TRY(place_centers("route", context, *book, lists));
   HISAC_TRY(arena.check("route"));
   if (t.users == 0) return {};
   launch_pack_agents(t, launch);
+  launch_lists(lists, launch);
   launch_plan_units(t, launch);
   launch(t.softmax_over_agents ? tiles_kernel<true>(t.g) : tiles_kernel<false>(t.g), t.g.blocks, t.g.threads(),
          t.g.shared_bytes, t);

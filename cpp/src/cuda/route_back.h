@@ -229,6 +229,7 @@ class RouteBack : RouteLogits<MT, Q, S, rows_of_step(Q, kAgents), true> {
 
   /// z: logits in base 2, 0 or less.
   SIMT_DEVICE void logits(int block) {
+    SIMT_UNLESS_PLANTED(73, this->hide(z, block, tile));
     SIMT_EACH (h, MT)
       SIMT_EACH (r, 2) {
         const float rate = agent(1, h, r);

@@ -4,6 +4,7 @@
 // several units merged.
 #include <algorithm>
 
+#include "cuda/agent_lists.h"
 #include "cuda/device/block.h"
 #include "cuda/route_back_step.h"
 #include "cuda/route_merge.h"
@@ -119,6 +120,7 @@ SIMT_KERNEL(kThreads) merge_back_units(SIMT_CONSTANT BackTask b) {
 /// The two kernels, where they are wanted: with the same tiles of agents, for they share what is packed.
 struct Launches {
   BackTask rows, prototypes;
+  ListTask lists;
   bool of_rows = false, of_prototypes = false;
 };
 
@@ -218,7 +220,7 @@ Launches describe(const RouteCall& call, const RouteForward& forward, const Rout
   b.v.v_ids = {};
   b.v.scale = b.v.bias = b.v.spread = nullptr;
   b.v.codes = nullptr;
-  b.v.levels = 0;
+  b.v.levels = b.v.mask_words = 0;
   b.v.softmax_over_agents = false;
   b.v.g.depth = depth_of(b.v.x.width);
   b.x.g.sides = forward.d_mean_x ? 2 : 1;
@@ -239,6 +241,8 @@ Status prepare(const RouteCall& call, const RouteForward& forward, const RouteGr
   *l = describe(call, forward, out);
   HISAC_TRY(plan_geometry(*l, call.in.rows, machine));
   carve(l->rows, arena);
+  l->lists = describe_masks(call, machine, arena);
+  l->rows.x.masks = l->lists.masks;
   BackTask p = l->rows;  // in the same places, with its own geometry
   p.x.g = l->prototypes.x.g;
   p.v.g = l->prototypes.v.g;
@@ -277,8 +281,10 @@ Status route_backward(const Context& context, const Codebook* book, const RouteP
   if (!l.of_rows && !l.of_prototypes) return {};
   HISAC_TRY(place_centers("route_backward", context, book, l.rows.x));
   HISAC_TRY(place_centers("route_backward", context, book, l.prototypes.x));
+  if (l.lists.masking && !agents.lists) HISAC_TRY(place_centers("route_backward", context, *book, l.lists));
   const BackTask &b = l.rows, &p = l.prototypes;
   launch_pack_agents(b.x, launch);
+  launch_lists(l.lists, launch);
   launch(pack_gradients, machine.processors * 8, kThreads, 0, b);
   if (l.of_rows) {
     launch_plan_chunks(b.x, b.chunks, launch);

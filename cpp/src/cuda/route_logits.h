@@ -11,7 +11,7 @@ class RouteLogits : protected RouteStream<MT, Q, S, R, kBack> {
   using Base = RouteStream<MT, Q, S, R, kBack>;
 
  protected:
-  using Base::g, Base::floats, Base::agent;
+  using Base::t, Base::g, Base::floats, Base::agent;
   using typename Base::Step;
   using Products = float[MT][R / 8][4];
 
@@ -40,6 +40,23 @@ class RouteLogits : protected RouteStream<MT, Q, S, R, kBack> {
             }
         }
     this->multiply_step(z, s);
+  }
+
+  /// z = -inf where sparse routing does not route a row to an agent of a tile.
+  SIMT_DEVICE void hide(Products& z, int block, int tile) const {
+    if (!t.mask_words) return;
+    const int q = simt::lane() & 3, first = tile * g.tile_agents + simt::warp() * 16 * MT, word = first / 32;
+    SIMT_EACH (n, R / 8)
+      SIMT_EACH (i, 2) {
+        const int32_t node = this->node_of(block & 1, n * 8 + 2 * q + i);
+        const int64_t mask = int64_t{this->work().unit.user} * t.sizes[0] + node;
+        const bool any = node >= 0 && word < t.mask_words;
+        const uint32_t agents = any ? t.masks[mask * t.mask_words + word] >> (first % 32 + simt::lane() / 4) : 0;
+        SIMT_EACH (h, MT)
+          SIMT_EACH (r, 2)
+            if (!(agents >> (16 * h + 8 * r) & 1)) z[h][n][2 * r + i] = -kInfinity;
+        simt::sync_warp();  // one column after another, for want of registers
+      }
   }
 
   /// The log-sum-exp over agents of a step's rows. While tiles of agents are added, it is the rows' largest logits, and

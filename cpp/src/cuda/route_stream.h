@@ -67,6 +67,10 @@ struct RouteStream {
   }
   /// A float of a row, in one of two buffers. offset: that of scale, bias, spread, half or shift.
   SIMT_DEVICE float& term_of(int offset, int buffer, int row) const { return floats(offset)[buffer * kRows + row]; }
+  /// The code of level 1 of a row that is present, or -1; for sparse routing.
+  SIMT_DEVICE int32_t& node_of(int buffer, int row) const {
+    return reinterpret_cast<int32_t*>(simt::shared() + g.offset.node)[buffer * kRows + row];
+  }
   SIMT_DEVICE int32_t* raw_codes(int buffer, int row) const {
     return reinterpret_cast<int32_t*>(simt::shared() + g.offset.codes) + (buffer * kRows + row) * t.levels;
   }
@@ -255,6 +259,7 @@ struct RouteStream {
       if (lane == 0) {
         term_of(g.offset.half, kind, r) = here ? -0.5f * (squares + spread) : 0.f;
         term_of(g.offset.shift, kind, r) = here ? base2(bias) : -kInfinity;
+        if (t.mask_words) node_of(kind, r) = here ? *raw_codes(buffer, r) : -1;
       }
     }
   }

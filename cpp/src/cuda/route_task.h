@@ -45,8 +45,8 @@ struct Geometry {
   int workers = 0;                   // what the plan cuts for
   int levels = 0;                    // of a block's stack
   struct Offsets {                   // in shared memory
-    int prototypes, x, v, raw_x, raw_v, ids, scale, bias, spread, codes, half, shift, norm, cross, row_lse, agents,
-        work;
+    int prototypes, x, v, raw_x, raw_v, ids, scale, bias, spread, codes, half, shift, node, norm, cross, row_lse,
+        agents, work;
   } offset = {};
   size_t shared_bytes = 0;
 
@@ -75,6 +75,7 @@ struct Task : Behaviours {
   const float* temperature = nullptr;
   bool per_agent = false;  // temperature [M]
   bool softmax_over_agents = false;
+  int mask_words = 0;  // of agents, in a mask of sparse routing; 0: none
   Geometry g;
   // workspace
   Plan* plan = nullptr;
@@ -82,6 +83,7 @@ struct Task : Behaviours {
   SharedUser* shared = nullptr;              // [4 workers]
   uint16_t* packed = nullptr;                // [B, agent_tiles, sides, parts, tile_agents, depth]
   float *half = nullptr, *rate = nullptr;    // [B, agent_tiles * tile_agents] -|p|^2 / 2, 2 log2(e) / tau
+  const uint32_t* masks = nullptr;           // [B, C_1, mask_words]
   float *stack = nullptr, *slots = nullptr;  // [blocks, levels], [8 workers, agent_tiles, value_tiles] states
   Tokens out;
 

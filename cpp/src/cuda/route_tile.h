@@ -88,6 +88,7 @@ class RouteTile : RouteLogits<MT, Q, S> {
       if (has_rows(after(s))) prepare(after(s));
       multiply(z, s);
       if (s.chunk + 1 == g.chunks) {
+        SIMT_UNLESS_PLANTED(72, this->hide(z, s.block, tile()));
         logits(s.block & 1);
         if (kOverAgents) subtract_row_lse(s.block, a == g.agent_tiles);
         if (!kOverAgents || a == g.agent_tiles) {

@@ -50,10 +50,12 @@ class Compression {
       give(agents_.count, {users_});
     }
     given_prototypes_ = params_.agents && agents_.prototypes;
+    makes_lists_ = !params_.agents && agents_.lists;
     give(agents_.prototypes, {users_, seats_, book_.width()});
     size_t most = encodes ? encode_workspace(context_, book_) : 0;
     const auto need = [&](size_t bytes) { most = std::max(most, bytes); };
     if (!params_.agents) need(vote_workspace(context_, book_, params_.vote, in_));
+    if (makes_lists_) need(agent_lists_workspace(context_, book_, agents_));
     if (params_.method == Method::leaf) {
       const int64_t rows =
           context_.device == Device::cpu ? std::max(in_.longest, std::min(in_.rows, kGroupRows)) : in_.rows;
@@ -68,7 +70,7 @@ class Compression {
       need(leaf_sums_workspace(context_, book_, in_));
       Histories sums = sums_.histories();
       sums.longest = in_.longest;
-      need(route_workspace(context_, nullptr, params_.route, sums, agents_, tokens_));
+      need(route_workspace(context_, book_of_sums(), params_.route, sums, agents_, tokens_));
     } else {
       need(route_workspace(context_, &book_, params_.route, in_, agents_, tokens_));
     }
@@ -80,6 +82,10 @@ class Compression {
   Status check() noexcept {
     if (codes_) HISAC_TRY(check_encode(book_, in_.x, {codes_, {in_.codes.shape[0], in_.codes.shape[1]}}));
     if (!params_.agents) HISAC_TRY(check_vote(book_, params_.vote, in_, agents_, context_.device));
+    if (makes_lists_)
+      HISAC_TRY(check_shape("compress", "agents' lists",
+                            {users_, book_.size(0), std::clamp<int64_t>(agents_.lists.shape[2], 0, seats_)},
+                            agents_.lists));
     HISAC_TRY(check_route("route", context_, &book_, params_.route, in_, agents_));
     Histories routed = in_;
     if (params_.method == Method::leaf) routed.v.dtype = DType::float32;
@@ -96,6 +102,7 @@ class Compression {
       HISAC_TRY(vote(context_, book_, params_.vote, in_, agents_));
     else if (!given_prototypes_)
       HISAC_TRY(prototypes(context_, book_, agents_, agents_.prototypes));
+    if (makes_lists_) HISAC_TRY(agent_lists(context_, book_, agents_, agents_.lists));
     HISAC_TRY(route_users());
     if (!log_share_) return {};
     return call_backend("compress", &Backend::log_share, context_, params_.route.normalize, tokens_.lse, agents_.votes,
@@ -134,10 +141,18 @@ class Compression {
     out.tokens.rows = users * seats_;
     out.lse = {out.lse.data + row, {users, seats_}};
     if (out.mean_x) out.mean_x = {out.mean_x.data + row * width, {users, seats_, width}};
-    const RouteAgents agents{{agents_.prototypes.data + row * width, {users, seats_, width}},
-                             {agents_.count.data ? agents_.count.data + first : nullptr, {users}}};
-    return route(context_, nullptr, params_.route, sums.histories(), agents, out);
+    RouteAgents agents{{agents_.prototypes.data + row * width, {users, seats_, width}},
+                       {agents_.count.data ? agents_.count.data + first : nullptr, {users}},
+                       {agents_.codes.data + row * book_.levels(), {users, seats_, book_.levels()}}};
+    if (agents_.lists) {
+      const int64_t nodes = agents_.lists.shape[1], k = agents_.lists.shape[2];
+      agents.lists = {agents_.lists.data + first * nodes * k, {users, nodes, k}};
+    }
+    return route(context_, book_of_sums(), params_.route, sums.histories(), agents, out);
   }
+
+  /// The codes of leaf sums are valid, and read by sparse routing alone.
+  const Codebook* book_of_sums() const noexcept { return params_.route.sparse ? &book_ : nullptr; }
 
   Context context_;
   const Codebook& book_;
@@ -149,7 +164,7 @@ class Compression {
   LeafSums sums_{};
   int64_t users_, seats_;
   int32_t* codes_ = nullptr;
-  bool given_prototypes_ = false;
+  bool given_prototypes_ = false, makes_lists_ = false;
   int64_t scratch_bytes_ = 0;
 };
 
@@ -168,6 +183,7 @@ Status check(const Codebook& book, const CompressParams& params, const Histories
   if (out.tokens.tokens.data && !in.v.data && in.behaviours() > 0)
     return Status::error(Code::invalid_argument, "compress: v expected for tokens, got none");
   if (!params.agents) return check_rule(book, params.vote);
+  if (params.agents->fingerprint) HISAC_TRY(check_fingerprint("compress", book, *params.agents));
   const auto& c = params.agents->codes.shape;
   return check_shape("compress", "agents' codes", {in.offsets.users, c[1], book.levels()}, params.agents->codes);
 }

@@ -131,6 +131,22 @@ static Status state_temperature(const char* verb, const Context& context, const 
   return {};
 }
 
+/// What sparse routing needs beside the rest.
+static Status check_sparse(const char* verb, const Codebook* book, int64_t sparse, const RouteAgents& agents) noexcept {
+  const auto& p = agents.prototypes.shape;
+  if (sparse < 0)
+    return Status::error(Code::invalid_argument, "%s: sparse expected 0 or more, got %" PRId64, verb, sparse);
+  if (sparse == 0) return {};
+  if (!book) return Status::error(Code::invalid_argument, "%s: book expected beside sparse, got none", verb);
+  if (book->width() != p[2])
+    return Status::error(Code::invalid_argument, "%s: prototypes is %s, the codebook has D = %" PRId64 ": D differs",
+                         verb, ShapeText(p).text, book->width());
+  HISAC_TRY(check_shape(verb, "agents' codes", {p[0], p[1], book->levels()}, agents.codes));
+  if (!agents.lists) return {};
+  const int64_t k = std::max(agents.lists.shape[2], std::min(sparse, p[1]));
+  return check_shape(verb, "agents' lists", {p[0], book->size(0), k}, agents.lists);
+}
+
 Status check_route(const char* verb, const Context& context, const Codebook* book, RouteParams& params, Histories& in,
                    const RouteAgents& agents) noexcept {
   const auto& p = agents.prototypes.shape;
@@ -146,6 +162,7 @@ Status check_route(const char* verb, const Context& context, const Codebook* boo
                    ShapeText(p).text, in.offsets.users, p[0], in.offsets.users);
   if (p[1] > kMostAgents) return invalid("%s: expected at most 2^24 agents, got %" PRId64, verb, p[1]);
   if (agents.count) HISAC_TRY(check_shape(verb, "count", {p[0]}, agents.count));
+  HISAC_TRY(check_sparse(verb, book, params.sparse, agents));
   HISAC_TRY(state_temperature(verb, context, book, params));
   const int64_t temperatures = params.temperature.shape[0];
   if (temperatures != 1 && temperatures != p[1])

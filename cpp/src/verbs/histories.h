@@ -35,6 +35,9 @@ Status check_listed(const char* verb, const char* name, const Ids& ids, const Id
 Status check_route(const char* verb, const Context& context, const Codebook* book, RouteParams& params,
                    Histories& histories, const RouteAgents& agents) noexcept;
 
+/// Agents of this codebook.
+Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept;
+
 /// What `encode`, `vote` and `route` check before they write; `compress` asks before the first of them.
 Status check_rule(const Codebook& book, const VoteParams& params) noexcept;
 Status check_encode(const Codebook& book, const Rows& x, const Array<int32_t, 2>& codes) noexcept;

@@ -37,6 +37,27 @@ Status route(const Context& context, const Codebook* book, const RouteParams& pa
   return call_backend("route", &Backend::route, context, book, complete, in, agents, out);
 }
 
+size_t agent_lists_workspace(const Context& context, const Codebook& book, const RouteAgents& agents) noexcept {
+  const auto& p = agents.prototypes.shape;
+  if (book.empty() || !within({p[0]}, 0, kMostRows) || !within({p[1]}, 0, kMostAgents)) return Arena::kLimit;
+  return backend_workspace(&Backend::agent_lists_workspace, context, book, agents);
+}
+
+Status agent_lists(const Context& context, const Codebook& book, const RouteAgents& agents,
+                   Array<int32_t, 3> out) noexcept {
+  constexpr const char* kVerb = "agent_lists";
+  HISAC_TRY(check_book(kVerb, &book));
+  const auto& p = agents.prototypes.shape;
+  HISAC_TRY(check_shape(kVerb, "prototypes", {p[0], p[1], book.width()}, agents.prototypes));
+  if (!within({p[0]}, 0, kMostRows) || !within({p[1]}, 0, kMostAgents))
+    return Status::error(Code::invalid_argument, "%s: expected at most 2^40 users and 2^24 agents, got %s", kVerb,
+                         ShapeText(p).text);
+  if (agents.count) HISAC_TRY(check_shape(kVerb, "count", {p[0]}, agents.count));
+  const int64_t k = std::clamp<int64_t>(out.shape[2], 0, p[1]);
+  HISAC_TRY(check_shape(kVerb, "out", {p[0], book.size(0), k}, out));
+  return call_backend(kVerb, &Backend::agent_lists, context, book, agents, out);
+}
+
 size_t missing_workspace(const Context& context, const Codebook* book, const Histories& histories) noexcept {
   const int64_t width = width_of(book, histories);
   if (!sizes_fit(histories, width, 0)) return Arena::kLimit;

@@ -9,16 +9,12 @@
 #include "verbs/histories.h"
 
 namespace hisac {
-namespace {
-
 Status check_fingerprint(const char* verb, const Codebook& book, const Agents& agents) noexcept {
   if (agents.fingerprint == book.fingerprint()) return {};
   if (!agents.fingerprint) return invalid("%s: agents expected with the fingerprint of their codebook, got 0", verb);
   return invalid("%s: agents expected of codebook %016" PRIx64 ", got %016" PRIx64, verb, book.fingerprint(),
                  agents.fingerprint);
 }
-
-}  // namespace
 
 Status check_rule(const Codebook& book, const VoteParams& params) noexcept {
   const auto given = [](const int64_t* k) { return std::any_of(k, k + kMaxLevels, [](int64_t n) { return n != 0; }); };

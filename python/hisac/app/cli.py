@@ -97,6 +97,7 @@ def make_parser() -> Parser:
     rule.add_argument("--beam", type=numbers, metavar="K,K", help="most voted nodes kept a level; the last is M")
     p.add_argument("--temperature", type=float, metavar="TAU", help="softness of routing (default: the codebook's)")
     p.add_argument("--normalize", choices=("history", "agents"), default="agents", help="default: agents")
+    p.add_argument("--sparse", type=whole, metavar="K", help="route a behaviour to K agents near its code, if faster")
     p.add_argument("-o", "--out", required=True, metavar="TOKENS", help="tokens to write, .npz or .safetensors")
 
     p = verb("inspect", commands.inspect, "the health of a codebook: use of codes, dead codes, collisions, error")

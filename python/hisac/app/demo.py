@@ -10,7 +10,7 @@ import hisac
 from . import explain, files, protocol, trial
 from .progress import fit_progress, progress
 from .protocol import FITTED_WEEKS, TEST_WEEKS, VALIDATION_WEEKS, Auc, Events, Floats, Ints, Requests, gauc, user_aucs
-from .trial import SETTINGS, SIZES, Costs, World, budget, fan_out
+from .trial import SETTINGS, SIZES, Costs, World, budget, fan_out, few
 
 CODES = (64, 128)  # with the fit on purchases, the best of a few on validation weeks
 LONG = 10_000
@@ -100,7 +100,10 @@ def make_rows(found: dict[str, Quality], cost: Costs, long: Costs, resamples: in
 
     blocks = [[row(name, SIZES[-1]) for name in FLOORS]]
     blocks += [[row(name, m) for name in (f"most recent {m}", fan_out(m).name, budget(m).name)] for m in SIZES]
-    return [*blocks, [timed(name) for name in ("full history", fan_out(SIZES[-1]).name, budget(SIZES[-1]).name)]]
+    most = SIZES[-1]
+    blocks[-1].append(row(few(most).name, most))
+    names = "full history", *(make(most).name for make in (fan_out, budget, few))
+    return [*blocks, [timed(name) for name in names]]
 
 
 def table(blocks: list[list[Row]]) -> str:
@@ -194,6 +197,7 @@ def run(*, quick: bool, png: str, seed: int) -> None:
         f"{kind} {', '.join(f'{taus[make(m).name]:g}' for m in SIZES)}"
         for kind, make in (("fan-out", fan_out), ("budget", budget))
     )
+    chosen += f"; {few(SIZES[-1]).name} {taus[few(SIZES[-1]).name]:g}"
     print(
         f"\n{len(test.user)} requests of {tested_on}, {len(np.unique(test.user))} households,"
         f" {len(test.item):,} candidates: {protocol.NEGATIVES} popularity-matched negatives for each item bought.\n"

@@ -19,6 +19,7 @@ from .protocol import Events, Floats, Ints, Requests, gauc, popularity, repeat_c
 
 SIZES = (50, 100, 200)
 FANOUTS = {50: (10, 5), 100: (20, 5), 200: (20, 10)}
+SPARSE = 32
 SHARPNESS = 20.0
 CHUNK = 64  # requests whose padded histories are in memory at once
 
@@ -26,12 +27,13 @@ Advance = Callable[[int], None]
 
 
 class Setting(NamedTuple):
-    """A way to compress: seats, voting rule and normalisation."""
+    """A way to compress: seats, voting rule, normalisation and sparse routing."""
 
     name: str
     seats: int
     normalize: hisac.types.Normalize
     rule: dict[str, Any]
+    sparse: int | None = None
 
 
 def fan_out(m: int) -> Setting:
@@ -44,7 +46,12 @@ def budget(m: int) -> Setting:
     return Setting(f"budget {m}, agents", m, "agents", {"budget": m})
 
 
-SETTINGS = [make(m) for m in SIZES for make in (fan_out, budget)]
+def few(m: int) -> Setting:
+    """The same, where each behaviour meets few of the agents."""
+    return Setting(f"budget {m}, agents, sparse {SPARSE}", m, "agents", {"budget": m}, SPARSE)
+
+
+SETTINGS = [*(make(m) for m in SIZES for make in (fan_out, budget)), few(SIZES[-1])]
 
 
 class World(NamedTuple):
@@ -91,7 +98,7 @@ def compress(w: World, starts: Ints, ends: Ints, s: Setting, tau: float, voted: 
     """Tokens of norm 1 [B, M, D] and log share of votes [B, M] of the histories starts..ends."""
     histories = hisac.Histories(w.x, w.x, (starts, ends), w.codes)
     rule = s.rule if voted is None else {"agents": voted}
-    made = hisac.compress(w.book, histories, **rule, temperature=tau, normalize=s.normalize)
+    made = hisac.compress(w.book, histories, **rule, temperature=tau, normalize=s.normalize, sparse=s.sparse)
     return unit(made.tokens), log_share(made.agents.votes)
 
 

@@ -15,6 +15,8 @@ terms, each run scaled and added to its tile's 32, the tiles merged in pairs:
   is a token whose v is x.
 - Accumulation adds (2 c(T) + 8) u times the mean of |v|, and the result is rounded to v's type.
 - lse moves by -log(1 - f), and never by more than the largest e; its own sum and rounding add (c(T) + 8 + 2 |lse|) u.
+- Sparse routing adds a run for each group, the rows of one code of level 1 in a tile, which is scaled and added to the
+  tile's sum: 6 G roundings for G groups.
 - precision="bfloat16" rounds x, p, the weights and v by U16 = 2^-8 each: |x - p| moves by U16 (|x| + |p|), as if p
   drifted; the relative error of every weight grows by U16, and that of v is U16. On AMX and CUDA, float32 multiplies
   two halves of bfloat16 each, whose products err by at most 2^-15 sum |x p|; weights and v by 2^-15.
@@ -73,7 +75,7 @@ from .rounding import (
 from .tables import gather, of_table
 from .tree_match import each_node, match_backward
 
-OPTIONS = ("agents", "count", "temperature", "book")  # of verbs.each_history
+OPTIONS = ("agents", "temperature", "book", "sparse")  # of verbs.each_history
 
 
 def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +83,8 @@ def _dense(args: Mapping[str, Any]) -> dict[str, Any]:
     than the definition does."""
     args = in_numpy(args)
     if "agents" in args:
-        agents, count, book = (args.get(name) for name in ("agents", "count", "book"))
-        args["agents"], args["count"] = compose.routed(verbs._VERBS, "route", agents, count, book)
+        given = (args.pop(name, None) for name in ("agents", "count"))
+        args["agents"] = compose.routed(verbs._VERBS, "route", *given, *map(args.get, ("book", "sparse")))
     return args | {"histories": gather(args["histories"])}
 
 
@@ -123,17 +125,20 @@ class _Logits:
         if rounding == HALVES:
             e = e + HALVES * near + 2 * np.sqrt(width) * TINY * np.sqrt(near)  # 2 sum |x p| <= near / 2
         self.wrong = e  # of d
-        t, e = -self.d / h.tau, e / h.tau
+        t, e = np.where(h.listed, -self.d / h.tau, -np.inf), e / h.tau
         e = np.where((far / h.tau > HUGE) | (h.tau < 2.0**-126) | np.isnan(e), np.inf, e)  # inf / inf: p lost, tau inf
+        e = np.where(h.listed, e, 0.0)
         self.z, self.share = h.logits(normalize)
         if normalize == "agents":
             log_sum = verbs.logsumexp(t, 1)
+            log_sum = np.where(np.isfinite(log_sum), log_sum, 0.0)  # of a row that is routed to no agent
             up = np.exp(np.minimum(t - log_sum[:, None] + e, 70.0)) - np.exp(t - log_sum[:, None])
             off = np.minimum(log_error(up.sum(1)), e.max(1, initial=0.0))
             off = off + (t.shape[1] + 8 + 4 * np.abs(log_sum)) * U
-            e = e + off[:, None] + 2 * U * np.abs(t)
+            e = e + off[:, None] + 2 * U * np.where(h.listed, np.abs(t), 0.0)
         self.e = e + bias_error(h.bias)[:, None]
         self.rounding = rounding  # of a weight, and of v
+        self.more = 0 if cuda else 6 * h.groups  # roundings of a sum: each group ends a run, and is scaled and added
         self.flushed = TINY if rounding else 2 * len(h.x) * LEAST  # a subnormal v counts as 0; or is rounded
 
 
@@ -155,7 +160,7 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
     """args: the arguments of `route`; dtype: v's type; cuda: on a GPU -> the largest |difference| of tokens, lse and
     mean_x, where these are wanted."""
     args = _dense(args)
-    p, v, normalize = args["agents"], args["histories"].v, args.get("normalize", "agents")
+    p, v, normalize = args["agents"].prototypes, args["histories"].v, args.get("normalize", "agents")
     value_width = 0 if v is None else v.shape[1]
     tokens, lse, mean_x = np.zeros((*p.shape[:2], value_width)), np.zeros(p.shape[:2]), np.zeros(p.shape)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -165,7 +170,7 @@ def route_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool =
             wrong = logits.rounding * (2 + logits.rounding)  # of a value, and of its weight, whose sum is not rounded
             for values, kind, to in ((h.v, dtype, tokens), (h.x, "float32", mean_x)):
                 size = np.abs(values).max(0, initial=0.0)
-                mean, bound, off = weighted_sums(logits.z, e, values, size, wrong)
+                mean, bound, off = weighted_sums(logits.z, e, values, size, wrong, logits.more)
                 to[b, h.agents] = np.where(some, in_type(mean, bound + logits.flushed, kind), 0.0)
             lse[b, h.agents] = off
     wanted = args.get("tokens", True) and v is not None
@@ -280,7 +285,7 @@ def log_share_bound(z: Array, e: Array) -> Array:
 def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> RouteGradients:
     """args: the arguments of `route_backward`; cuda: on a GPU -> the largest |difference| of each wanted gradient."""
     given, args = args, _dense(args)
-    forward, gradients, p = args["forward"], args["gradients"], args["agents"]
+    forward, gradients, p = args["forward"], args["gradients"], args["agents"].prototypes
     without_x = gradients.mean_x is not None or args["histories"].x is None
     exact: Any = verbs.route_backward(**args | {"need": RouteGradients._fields[without_x:]})
     normalize, rounding, (m, width) = args.get("normalize", "agents"), _rounding(args, cuda), p.shape[1:]
@@ -310,7 +315,8 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
                 lost = lost + least * (np.abs(d).sum(1) + np.abs(values).sum(1, keepdims=True))
                 columns += values.shape[1]
             slope, term = np.where(mass, slope, 0.0), np.where(term > HUGE / 8, np.inf, term)
-            long = (columns + steps(n) + 16) * U + split  # a dot product over columns, then the sums of the forward
+            way = steps(n) + logits.more
+            long = (columns + way + 16) * U + split  # a dot product over columns, then the sums of the forward
             dz = w * slope
             dz_wrong = wrong * np.abs(slope) + (w + wrong) * (long * term + lost)
             many = (len(h.agents) + 8) * U
@@ -325,7 +331,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
             s_wrong = s * np.expm1(np.minimum(logits.e, 70.0)) + TINY * (normalize == "agents")
             dz_wrong = dz_wrong + s * every_wrong + s_wrong * (np.abs(every) + every_wrong)
             dz, dz_wrong = np.abs(dz - s * every), dz_wrong + 4 * U * (np.abs(dz) + s * np.abs(every))
-            accumulate = (steps(n) + len(p) + m + 16) * U
+            accumulate = (way + len(p) + m + 16) * U
             d, d_wrong = logits.d, logits.wrong
             off = dz_wrong * (d + d_wrong) + dz * d_wrong + accumulate * dz * d
             np.add.at(dtau, h.agents, off.sum(0) / h.tau**2 + TINY)

@@ -78,10 +78,14 @@ def weigh(z: Array, total: Array, e: Array) -> tuple[Array, Array]:
     return w, np.where(mass, up, np.where(np.isneginf(total), 0.0, np.nan))
 
 
-def weighted_sums(z: Array, e: Array, values: Array, size: Array, extra: float = 0.0) -> tuple[Array, Array, Array]:
-    """Logits z [n, m] with errors e; values [n, V] of moduli up to size [V], themselves wrong by extra * size ->
-    softmax(z)^T values [m, V], its bound, and the bound of the log-sum-exp [m]."""
+def weighted_sums(
+    z: Array, e: Array, values: Array, size: Array, extra: float = 0.0, more: int = 0
+) -> tuple[Array, Array, Array]:
+    """Logits z [n, m] with errors e; values [n, V] of moduli up to size [V], themselves wrong by extra * size; so many
+    roundings more than c(n) on the way into a sum -> softmax(z)^T values [m, V], its bound, and the bound of the
+    log-sum-exp [m]."""
     n, m = z.shape
+    way = steps(n) + more
     total = verbs.logsumexp(z, 0)
     mass = np.isfinite(total)
     bad = ~np.isfinite(values).all(0) | ~np.isfinite(size)
@@ -99,10 +103,10 @@ def weighted_sums(z: Array, e: Array, values: Array, size: Array, extra: float =
             weighed = np.minimum((w[:, a] + change) @ np.abs(values), size) if extra == 0 else size
         else:
             moved, weighed = inside, size
-        bound[a] = moved + (2 * steps(n) + 8) * U * weighed + (extra + 2 * n * TINY) * size + 2 * (n + 64) * LEAST
-        if np.isinf(e[:, a]).all() or np.isinf(e[z[:, a] > 0, a]).any():
+        bound[a] = moved + (2 * way + 8) * U * weighed + (extra + 2 * n * TINY) * size + 2 * (n + 64) * LEAST
+        if np.isinf(e[np.isfinite(z[:, a]), a]).all() or np.isinf(e[z[:, a] > 0, a]).any():
             bound[a] = np.inf  # every logit overflows to -inf, or one to inf
     bad = bad | (n * size > HUGE)  # sums may overflow to both infinities
     worst = np.where(np.isfinite(z), e, 0.0).max(0, initial=0.0)
-    lse = np.where(mass, np.minimum(log_error(f), worst) + (steps(n) + 8 + 2 * np.abs(total)) * U, 0.0)
+    lse = np.where(mass, np.minimum(log_error(f), worst) + (way + 8 + 2 * np.abs(total)) * U, 0.0)
     return mean, np.where(mass[:, None] & bad, np.nan, bound), lse

@@ -92,15 +92,17 @@ def merge(a: Any, b: Any) -> Any:
 
         lse = m + log(exp(lse_a - m) + exp(lse_b - m))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-    Where one lse is -inf, the result is the other pair; where both are, 0 and -inf. Pairs are `Attended`, `Match`,
-    `Tokens`, whose mean_x is merged as its tokens are, or tuples; out has the shape of lse, and a width.
+    Where one lse is -inf, the result is the other pair; where both are, 0 and -inf; NaN or inf gives NaN. Pairs are
+    `Attended`, `Match`, `Tokens`, whose mean_x is merged as its tokens are, or tuples; out has the shape of lse, and a
+    width.
     """
     lse_a, lse_b = float64(a[1]), float64(b[1])
     both = np.stack([lse_a, lse_b])
+    both = np.where(both == np.inf, np.nan, both)
     share = np.exp(log_softmax(both, 0))[..., None]
 
     def mean(x: Array, y: Array) -> Array:
-        return None if x is None else np.where(share > 0, share * np.stack([float64(x), float64(y)]), 0.0).sum(0)
+        return None if x is None else np.where(share == 0, 0.0, share * np.stack([float64(x), float64(y)])).sum(0)
 
     merged = [logsumexp(both, 0) if i == 1 else mean(*pair) for i, pair in enumerate(zip(a, b, strict=True))]
     return getattr(type(a), "_make", tuple)(merged)

@@ -16,15 +16,16 @@ from ..types import (
     Compressed,
     Histories,
     LeafGradients,
+    RouteAgents,
     RouteGradients,
     Tokens,
 )
 from .codebook import encode, valid_codes
+from .lists import ABSENT_NORM, agent_lists, listed
 from .tables import gather, of_table
 from .votes import by_beam, by_budget, by_fanout, leaf_votes, row_votes
 
 MAX_SEATS = 4096  # most agents a user
-ABSENT_NORM = 2.0**100  # a row whose |x|^2 is not below is absent
 
 
 def ranges(offsets: Any) -> list[slice]:
@@ -96,19 +97,20 @@ def square_distances(x: Array, p: Array) -> Array:
 
 class History:
     """One user's rows as `route` sees them: present rows x, v, bias and spread, as indices `rows`; the agents p and
-    temperatures tau that are present, as indices `agents`."""
+    temperatures tau that are present, as indices `agents`; which of the rows are routed to which of the agents, listed
+    [rows, agents]; and, where not each to each, the number of groups of rows with one code of level 1."""
 
     def __init__(
-        self, b: int, rows: slice, batch: Histories, prototypes: Array, count: Array, temperature: Any, book: Any
+        self, b: int, rows: slice, batch: Histories, to: RouteAgents, temperature: Any, book: Any, sparse: int | None
     ) -> None:
-        m = prototypes.shape[1]
+        m = to.prototypes.shape[1]
         x = float64(book.prototypes(batch.codes[rows]) if batch.x is None else batch.x[rows])
         v = np.zeros((len(x), 0)) if batch.v is None else float64(batch.v[rows])
         given = batch.bias, batch.spread
         bias, spread = (np.zeros(len(x)) if a is None else float64(a[rows]) for a in given)
         tau = np.broadcast_to(float64(temperature), (m,))
-        p = float64(prototypes[b])
-        present = m if count is None else min(max(int(count[b]), 0), m)
+        p = float64(to.prototypes[b])
+        present = m if to.count is None else min(max(int(to.count[b]), 0), m)
         with np.errstate(over="ignore", invalid="ignore"):
             ok = (np.square(x).sum(1) < ABSENT_NORM) & np.isfinite(bias)
             self.agents = np.flatnonzero((np.arange(m) < present) & (np.square(p).sum(1) < ABSENT_NORM) & (tau > 0))
@@ -118,11 +120,18 @@ class History:
         self.rows = np.flatnonzero(ok)
         self.p, self.tau = p[self.agents], tau[self.agents]
         self.x, self.v, self.bias, self.spread = x[ok], v[ok], bias[ok], spread[ok]
+        self.listed, self.groups = np.ones((len(self.x), len(self.p)), bool), 0
+        if sparse is not None:
+            codes = batch.codes[rows]
+            self.listed = listed(book, codes, to, b, sparse)[np.ix_(self.rows, self.agents)]
+            self.groups = 0 if self.listed.all() else len(np.unique(codes[ok, 0]))
 
     def logits(self, normalize: str) -> tuple[Array, Array]:
-        """The logits z [n, m] whose softmax over the n rows gives each agent its weights; and, for the backward, the
-        shares s [n, m] of the softmax over agents (zero in history mode)."""
+        """The logits z [n, m] whose softmax over the n rows gives each agent its weights, -inf where the row is not
+        routed to the agent; and, for the backward, the shares s [n, m] of the softmax over agents (zero in history
+        mode)."""
         z = -(square_distances(self.x, self.p) + self.spread[:, None]) / self.tau
+        z = np.where(self.listed, z, -np.inf)
         s = np.zeros_like(z)
         if normalize == "agents":
             z = log_softmax(z, 1)
@@ -131,21 +140,21 @@ class History:
 
 
 def each_history(
-    histories: Histories, prototypes: Array, count: Array, temperature: Any, book: Any
+    histories: Histories, to: RouteAgents, temperature: Any, book: Any, sparse: int | None = None
 ) -> Iterator[tuple[int, slice, History]]:
     """The users of a batch as (b, rows, History)."""
     if histories.x is None and (histories.codes is None or book is None):
         raise ValueError("codes and book expected where x is not given, got none")
     batch = gather(histories)
     for b, rows in enumerate(ranges(batch.offsets)):
-        yield b, rows, History(b, rows, batch, prototypes, count, temperature, book)
+        yield b, rows, History(b, rows, batch, to, temperature, book, sparse)
 
 
 def each_row(book: Any, histories: Histories) -> Iterator[tuple[slice, History]]:
     """The users of a batch, without agents, as (rows, History)."""
     width = book.centers[0].shape[1] if histories.x is None else histories.x.shape[1]
     users = len(ranges(histories.offsets))
-    for _, rows, h in each_history(histories, np.zeros((users, 0, width)), None, 1, book):
+    for _, rows, h in each_history(histories, RouteAgents(np.zeros((users, 0, width))), 1, book):
         yield rows, h
 
 
@@ -233,7 +242,7 @@ def missing(histories: Histories, *, book: Any = None) -> Array:
     for span in ranges(batch.offsets):
         used[span] = True
     width = book.centers[0].shape[1] if batch.x is None else batch.x.shape[1]
-    h = History(0, rows, batch, np.zeros((1, 0, width)), None, 1, book)
+    h = History(0, rows, batch, RouteAgents(np.zeros((1, 0, width))), 1, book, None)
     here = np.isfinite(float64(batch.v)).all(1)
     here[h.rows] = False
     return np.where(here & used, 0.0, -np.inf)
@@ -241,7 +250,8 @@ def missing(histories: Histories, *, book: Any = None) -> Array:
 
 def route(
     histories: Histories, agents: Agents | Array, *, count: Array = None, temperature: Any = None,
-    normalize: str = "agents", book: Any = None, precision: str = "float32", tokens: bool = True, mean_x: bool = False,
+    normalize: str = "agents", book: Any = None, sparse: int | None = None, precision: str = "float32",
+    tokens: bool = True, mean_x: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention: each agent aggregates the whole history by semantic similarity.
 
@@ -257,27 +267,32 @@ def route(
     without tokens where these are not wanted or v is None. precision changes no result here: it is how exact an
     implementation has to be (`hisac.reference.bounds`).
 
+    sparse: a behaviour is routed to the agents of lists.py alone, u_ai = 0 for others, and the softmax over agents is
+    over these. Needs `book` and codes. None: to all.
+
     What is absent, of behaviours and of agents, is told by `hisac.route`; an absent agent is in no softmax. Nothing is
     checked here but normalize: for wrong shapes call `hisac.route`.
     """
     if normalize not in ("history", "agents"):
         raise ValueError(f"route: normalize expected 'history' or 'agents', got {normalize!r}")
-    prototypes, count = compose.routed(_VERBS, "route", agents, count, book)
+    to = compose.routed(_VERBS, "route", agents, count, book, sparse)
     temperature = compose.temperature_of("route", temperature, book)
-    users, (m, width) = len(ranges(histories.offsets)), prototypes.shape[1:]
+    users, (m, width) = len(ranges(histories.offsets)), to.prototypes.shape[1:]
     value_width = 0 if histories.v is None else histories.v.shape[1]
     token, lse, mean = np.zeros((users, m, value_width)), np.full((users, m), -np.inf), np.zeros((users, m, width))
-    for b, _, h in each_history(histories, prototypes, count, temperature, book):
+    for b, _, h in each_history(histories, to, temperature, book, sparse):
         z, _ = h.logits(normalize)
         w = np.exp(log_softmax(z, 0))
-        token[b, h.agents], lse[b, h.agents], mean[b, h.agents] = w.T @ h.v, logsumexp(z, 0), w.T @ h.x
+        lse[b, h.agents], mean[b, h.agents] = logsumexp(z, 0), w.T @ h.x
+        empty = np.isneginf(lse[b, h.agents])[:, None]  # whatever v is
+        token[b, h.agents] = np.where(empty, 0.0, w.T @ h.v)
     return Tokens(token if tokens and histories.v is not None else None, lse, mean if mean_x else None)
 
 
 def route_backward(
     histories: Histories, agents: Agents | Array, forward: Tokens, gradients: Tokens, *, count: Array = None,
-    temperature: Any = None, normalize: str = "agents", book: Any = None, precision: str = "float32",
-    need: Any = ("v", "bias", "temperature"), x_rows: Array = None, v_rows: Array = None,
+    temperature: Any = None, normalize: str = "agents", book: Any = None, sparse: int | None = None,
+    precision: str = "float32", need: Any = ("v", "bias", "temperature"), x_rows: Array = None, v_rows: Array = None,
 ) -> RouteGradients:  # fmt: skip
     """Gradients of `route`, given what it returned and the gradients of that (each may be None).
 
@@ -291,18 +306,18 @@ def route_backward(
     behaviours of each row, [items, D] and [rows, V]; or of the rows that x_rows and v_rows list, zeros for one outside.
     That of mean_x reaches bias, spread, prototypes and temperature: with one of x, NotImplementedError.
     """
-    prototypes, count = compose.routed(_VERBS, "route_backward", agents, count, book)
+    to = compose.routed(_VERBS, "route_backward", agents, count, book, sparse)
     temperature = compose.temperature_of("route_backward", temperature, book)
     batch = gather(histories)
     rows_of = batch.codes if batch.v is None and batch.x is None else batch.x if batch.v is None else batch.v
-    size, (m, width), value_width = len(rows_of), prototypes.shape[1:], 0 if batch.v is None else batch.v.shape[1]
+    size, (m, width), value_width = len(rows_of), to.prototypes.shape[1:], 0 if batch.v is None else batch.v.shape[1]
     if batch.x is None and "x" in need:
         raise ValueError("route_backward: a gradient of x expected x, got none")
     if gradients.mean_x is not None and "x" in need:
         raise NotImplementedError("route_backward: mean_x has no gradient for x")
     dv, dbias, dspread, dx = np.zeros((size, value_width)), np.zeros(size), np.zeros(size), np.zeros((size, width))
-    dtau, dp = np.zeros(m), np.zeros(prototypes.shape)
-    for b, rows, h in each_history(histories, prototypes, count, temperature, book):
+    dtau, dp = np.zeros(m), np.zeros(to.prototypes.shape)
+    for b, rows, h in each_history(histories, to, temperature, book, sparse):
         z, s = h.logits(normalize)
         total = float64(forward.lse[b, h.agents])
         mass = np.isfinite(total)
@@ -335,14 +350,15 @@ def route_backward(
 
 
 _VERBS = compose.Verbs(
-    encode, vote, lambda book, agents: book.prototypes(agents), leaf_sums, missing, route, np, lambda a, like: a
-)
+    encode, vote, lambda book, agents: book.prototypes(agents), agent_lists, leaf_sums, missing, route, np,
+    lambda a, like: a,
+)  # fmt: skip
 
 
 def compress(
     book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, beam: Any = None,
     agents: Agents | None = None, temperature: Any = None, normalize: str = "agents", method: str = "exact",
-    refine: int = 0, missing: str = "drop", precision: str = "float32",
+    refine: int = 0, missing: str = "drop", sparse: int | None = None, precision: str = "float32",
 ) -> Compressed:  # fmt: skip
     """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.
 
@@ -352,7 +368,7 @@ def compress(
     """
     return compose.compress(
         _VERBS, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
-        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+        normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
     )  # fmt: skip
 
 

@@ -43,17 +43,20 @@ def assert_codes_equal(mine: Array, expected: Array, name: str = "codes") -> Non
 
 
 def assert_agents_equal(mine: Agents, expected: Agents) -> None:
-    """Codes, votes and counts equal in every cell, of the same codebook, and prototypes, where both have kept them, to
-    the bit."""
+    """Codes, votes and counts equal in every cell, of the same codebook, and prototypes and lists, where both have kept
+    them, to the bit."""
     for name, a, b in zip(("codes", "votes", "count"), mine[:3], expected[:3], strict=True):
         assert_codes_equal(a, b, name)
     assert int(mine.fingerprint) == int(expected.fingerprint), (
         f"fingerprint: expected {expected.fingerprint}, got {mine.fingerprint}"
     )
-    if mine.prototypes is not None and expected.prototypes is not None:
-        a, b = bounds.as_numpy(mine.prototypes), bounds.as_numpy(expected.prototypes)
-        assert a.shape == b.shape, f"prototypes: expected shape {list(b.shape)}, got {list(a.shape)}"
-        _assert(a == b, a, b, "prototypes")
+    for name in ("prototypes", "lists"):
+        a, b = getattr(mine, name), getattr(expected, name)
+        if a is None or b is None:
+            continue
+        a, b = bounds.as_numpy(a), bounds.as_numpy(b)
+        assert a.shape == b.shape, f"{name}: expected shape {list(b.shape)}, got {list(a.shape)}"
+        _assert(a == b, a, b, name)
 
 
 def assert_close(mine: Array, expected: Array, bound: Array, name: str) -> None:

@@ -107,16 +107,20 @@ def embeddings(
 
 
 @st.composite
-def offsets(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> Array:
-    """Ragged offsets [B + 1], int32 or int64, with empty users; sometimes none at all."""
-    lengths = draw(st.lists(st.integers(0, max_history), max_size=max_users))
+def offsets(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64, long: bool = False) -> Array:
+    """Ragged offsets [B + 1], int32 or int64, with empty users; sometimes none at all. long: a user who has at least
+    half of the most."""
+    lengths = draw(st.lists(st.integers(0, max_history), max_size=max_users - long))
+    if long:
+        lengths.insert(draw(st.integers(0, len(lengths))), draw(st.integers(max_history // 2, max_history)))
     return np.cumsum([0, *lengths], dtype=draw(st.sampled_from([np.int64, np.int32])))
 
 
 @st.composite
-def spans(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64) -> tuple[int, Any]:
-    """(T, offsets): ragged offsets over all T rows or only a middle part, or (starts, ends) that overlap."""
-    row = draw(offsets(max_users=max_users, max_history=max_history))
+def spans(draw: st.DrawFn, *, max_users: int = 4, max_history: int = 64, long: bool = False) -> tuple[int, Any]:
+    """(T, offsets): ragged offsets over all T rows or only a middle part, or (starts, ends) that overlap. long: as in
+    offsets."""
+    row = draw(offsets(max_users=max_users, max_history=max_history, long=long))
     before, after = (draw(st.integers(0, 3)), draw(st.integers(0, 3))) if draw(st.booleans()) else (0, 0)
     rows = int(row[-1]) + before + after
     if draw(st.booleans()):
@@ -178,7 +182,7 @@ class Shown:
 class Problem(Shown):
     """Histories and the options of every verb on them; arrays are named as in `hisac`. `dtype` is the type of x and v,
     whose values NumPy holds as float32 when it is bfloat16; x may be int8. `routed_codes`: `route` reads the codes.
-    method, refine and missing are options of `compress`."""
+    method, refine and missing are options of `compress`; sparse is None unless it was asked for."""
 
     book: Codebook
     histories: Histories
@@ -187,6 +191,7 @@ class Problem(Shown):
     count: Array | None
     temperature: Any
     normalize: str
+    sparse: int | None
     precision: str
     mean_x: bool
     method: str
@@ -217,11 +222,11 @@ class Problem(Shown):
         """The arguments of `route`, in NumPy; `to_torch(p.route_args(), p.dtype)` has them as tensors."""
         names = ("histories", "count", "temperature", "normalize", "precision", "mean_x")
         args = {"agents": self.prototypes} | {name: getattr(self, name) for name in names}
-        return args | ({"book": self.book} if self.routed_codes else {})
+        return args | ({"book": self.book, "sparse": self.sparse} if self.routed_codes else {})
 
     def compress_args(self) -> dict[str, Any]:
         """The arguments of `compress`, in NumPy."""
-        names = "normalize", "method", "refine", "missing", "precision"
+        names = "normalize", "method", "refine", "missing", "sparse", "precision"
         tau = self.temperature if np.size(self.temperature) == 1 else self.temperature[:1]  # M is that of `vote`
         return self.vote_args() | {name: getattr(self, name) for name in names} | {"temperature": tau}
 
@@ -276,27 +281,31 @@ def problems(
     dtypes: Sequence[str] | None = None,
     hostile: bool = False,
     gathered: bool = False,
+    sparse: bool = False,
     plain: bool = False,
 ) -> Problem:
     """Whole problems: ragged or overlapping histories, absent rows and agents, every option. `hostile` puts NaN,
     infinities, subnormals and huge values into every array, and temperatures and counts that make no sense. `gathered`
     makes x with codes, and v, tables with ids, some of them outside, and x int8 with a scale, now and then each.
+    `sparse` makes the routing sparse, and a long history and many agents; that saves work, so that a user is routed
+    sparsely, where the bounds allow for histories of 100 and more, 15 agents and few codes.
 
     `plain` leaves what any system takes: users one after another, each with behaviours, all of them present; finite x
     and v, float32 unless `dtypes` say another; valid codes; no bias, spread, weights or count. Options are those of
     `hisac` that are not given, but for the temperature, and budget, fanout or beam."""
-    if plain and (hostile or gathered):
-        raise ValueError("problems: expected plain alone, got it beside hostile or gathered")
+    if plain and (hostile or gathered or sparse):
+        raise ValueError("problems: expected plain alone, got it beside hostile, gathered or sparse")
     dtypes = dtypes or (("float32",) if plain else DTYPES)
     book = draw(codebooks(max_levels=max_levels, max_codes=max_codes, max_width=max_width))
     if plain:
         ragged: Any = np.cumsum([0, *draw(st.lists(st.integers(1, max_history), min_size=1, max_size=max_users))])
         rows = int(ragged[-1])
     else:
-        rows, ragged = draw(spans(max_users=max_users, max_history=max_history))
+        rows, ragged = draw(spans(max_users=max_users, max_history=max_history, long=sparse))
     users = len(ragged[0]) if isinstance(ragged, tuple) else len(ragged) - 1
-    agents, wide = draw(st.integers(1, max_agents)), draw(st.integers(1, max_width))
-    dtype, routed_codes = draw(st.sampled_from(dtypes)), not plain and draw(st.booleans())
+    agents = draw(st.integers(1 + sparse * (max_agents // 2), max_agents))
+    wide = draw(st.integers(1, max_width))
+    dtype, routed_codes = draw(st.sampled_from(dtypes)), not plain and (sparse or draw(st.booleans()))
     leaf = draw(codes(book, rows, invalid=not plain))
     seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([0.02, 0.2])) if hostile else 0.0
     rng = np.random.default_rng(seed)
@@ -308,6 +317,9 @@ def problems(
     x = scale * (np.asarray(book.prototypes(leaf)) + noise(rows, book.width) * draw(st.sampled_from([0.2, 0.0, 1.0])))
     leaves = rng.integers(0, np.array(book.sizes), (users, agents, book.levels))
     prototypes = scale * (np.asarray(book.prototypes(leaves.astype(np.int32))) + 0.1 * noise(users, agents, book.width))
+    if sparse:  # agents that are equally near to every codeword
+        twin = np.where(rng.random((users, agents)) < 0.2, rng.integers(0, agents, (users, agents)), np.arange(agents))
+        prototypes = np.take_along_axis(prototypes, twin[:, :, None], 1)
     bias = None if draw(st.booleans()) else sprinkle(rng, 3 * noise(rows), 0.1, SPECIAL[:3])
     spread = None
     if draw(st.integers(0, 3)) == 0:
@@ -345,6 +357,7 @@ def problems(
         count=count,
         temperature=tau,
         normalize=draw(st.sampled_from(["history", "agents"])),
+        sparse=draw(st.sampled_from([1, 1, 2, 3, max_agents])) if sparse else None,
         precision=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
         mean_x=draw(st.booleans()),
         method=draw(st.sampled_from(["exact", "leaf"])),

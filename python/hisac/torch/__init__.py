@@ -7,6 +7,7 @@
     compress         what Compressor does, as a function: encode, vote and route in one call; returns Compressed
     encode           x to codes, without gradient
     vote             histories to interest-agents, without gradient
+    agent_lists      agents to agents with lists, which sparse routing else makes; without gradient
     route            histories and agents to tokens
     attend           candidates' queries, keys and values of tokens to features
     leaf_sums        histories to a row for each leaf of each user
@@ -25,7 +26,19 @@ backward and forward mode raise. All results are deterministic. Letters are the 
 """
 
 from ..types import Compressed
-from .functions import attend, compress, encode, leaf_sums, match, merge, missing, prototypes, route, vote
+from .functions import (
+    agent_lists,
+    attend,
+    compress,
+    encode,
+    leaf_sums,
+    match,
+    merge,
+    missing,
+    prototypes,
+    route,
+    vote,
+)
 from .library import UnknownCodebookError, register
 from .modules import Compressor, KeysValues, TargetAttention, TreeMatch
 
@@ -36,6 +49,7 @@ __all__ = [
     "TargetAttention",
     "TreeMatch",
     "UnknownCodebookError",
+    "agent_lists",
     "attend",
     "compress",
     "encode",

@@ -13,7 +13,19 @@ from torch.autograd import forward_ad
 from .. import Codebook, compose
 from ..arrays import NUMBERS, behaviours_of, dtype_name, pair_of, whole
 from ..reference import MAX_SEATS
-from ..types import Agents, Attended, Compressed, Histories, Match, Method, Missing, Normalize, Precision, Tokens
+from ..types import (
+    Agents,
+    Attended,
+    Compressed,
+    Histories,
+    Match,
+    Method,
+    Missing,
+    Normalize,
+    Precision,
+    RouteAgents,
+    Tokens,
+)
 from . import operators as operators  # defines torch.ops.hisac
 from .library import register
 
@@ -41,7 +53,7 @@ def _embeddings(verb: str, histories: Histories) -> Iterator[tuple[str, torch.nn
             yield name, table
 
 
-def _sparse(verb: str, histories: Histories, sparse_grad: Any) -> list[bool]:
+def _sparse_grads(verb: str, histories: Histories, sparse_grad: Any) -> list[bool]:
     """Whether the gradients of x and v are sparse: as the option says, or an embedding. A list is an answer."""
     if isinstance(sparse_grad, list):
         return sparse_grad
@@ -206,10 +218,24 @@ def prototypes(book: Codebook, codes: Tensor | Agents) -> Tensor:
     return cast(Tensor, torch.ops.hisac.prototypes(name, codes))
 
 
+def agent_lists(book: Codebook, agents: Agents, k: int) -> Agents:
+    """The agents with their lists for sparse routing, as `hisac.agent_lists`, without gradient.
+
+    >>> found = vote(Codebook([torch.eye(2)]), Histories(codes=torch.zeros(1, 1).int(), offsets=[0, 1]), budget=2)
+    >>> agent_lists(Codebook([torch.eye(2)]), found, 1).lists.tolist()
+    [[[0], [0]]]
+    """
+    to = compose.routed(VERBS, "agent_lists", agents, None, book)
+    k = whole("agent_lists", "k", k, 1, 2**31 - 1)
+    lists = torch.ops.hisac.agent_lists(register(book), to.prototypes.detach(), to.count, k)
+    return agents._replace(prototypes=to.prototypes, lists=lists)
+
+
 def route(
-    histories: Histories, agents: Agents | Tensor, *, count: Tensor | None = None,
+    histories: Histories, agents: Agents | RouteAgents | Tensor, *, count: Tensor | None = None,
     temperature: float | Tensor | None = None, normalize: Normalize = "agents", book: Codebook | None = None,
-    precision: Precision = "float32", tokens: bool = True, mean_x: bool = False, sparse_grad: bool = False,
+    sparse: int | None = None, precision: Precision = "float32", tokens: bool = True, mean_x: bool = False,
+    sparse_grad: bool = False,
 ) -> Tokens:  # fmt: skip
     """Soft-routing attention as `hisac.route`; what it returns has gradients for v, bias, spread, x, prototypes and
     temperature.
@@ -220,7 +246,7 @@ def route(
     jagged tensor; x and v may be `nn.Embedding`s, for their weights and padding_idx. agents: those of `vote`, or
     prototypes [B, M, D] with their count [B]; temperature a number, [1] or [M], or None, the default of `book` ->
     Tokens. mean_x has no gradient for x (else NotImplementedError). precision="bfloat16" lets products round to it
-    where that is faster.
+    where that is faster. sparse = k: sparse routing, with `book` and codes; lists of agents have no gradient.
 
     With x_ids, x and codes are tables, and with v_ids v is one: an id outside is an absent behaviour. The gradient of a
     table is the sum over the behaviours of each row, in their order and in float64: dense, or with `sparse_grad`, and
@@ -234,20 +260,22 @@ def route(
     >>> out.tokens.tolist(), v.grad.tolist()
     ([[[1.0], [2.0]]], [[1.0], [1.0]])
     """
-    sparse = _sparse("route", histories, sparse_grad)
+    sparse_grads = _sparse_grads("route", histories, sparse_grad)
+    k = 0 if sparse is None else whole("route", "sparse", sparse, 1, 2**31 - 1)
     h = flat("route", histories, ("weights", "codes") if book is None else ("weights",))
     if tokens and h.v is None:
         raise TypeError("route: v expected in the histories, got None")
-    p, count = compose.routed(VERBS, "route", agents, count, book)
-    tau = tau_tensor(compose.temperature_of("route", temperature, book, _default_temperature), p.device)
-    _check_sparse("route", h, sparse)
-    _reverse_mode_only("route", h.x, h.v, p, tau, h.bias, h.spread)
-    name = None if book is None else register(book)
-    found = torch.ops.hisac.route(name, *_fields(h), p, count, tau, normalize, precision, tokens, mean_x, sparse)
+    to = compose.routed(VERBS, "route", agents, count, book, sparse)
+    to = to if k else RouteAgents(*to[:2])
+    tau = tau_tensor(compose.temperature_of("route", temperature, book, _default_temperature), to.prototypes.device)
+    _check_sparse_grads("route", h, sparse_grads)
+    _reverse_mode_only("route", h.x, h.v, to.prototypes, tau, h.bias, h.spread)
+    options = tau, normalize, k, precision, tokens, mean_x, sparse_grads
+    found = torch.ops.hisac.route(None if book is None else register(book), *_fields(h), *to, *options)
     return Tokens(found[0] if tokens else None, found[1], found[2] if mean_x else None)
 
 
-def _check_sparse(verb: str, histories: Histories, sparse: list[bool]) -> None:
+def _check_sparse_grads(verb: str, histories: Histories, sparse: list[bool]) -> None:
     """Raises where an operator of torch made a table: most refuse its COO gradient in the backward, and name nothing.
     Raises while torch.compile traces too, which then runs the call outside of its graph, or with fullgraph=True tells
     why it cannot."""
@@ -278,12 +306,12 @@ def leaf_sums(book: Codebook, histories: Histories, *, sparse_grad: bool = False
     >>> leaf_sums(Codebook([torch.eye(2)]), h).x[:1]
     tensor([[0.5000, 0.5000]])
     """
-    _, sparse = _sparse("leaf_sums", histories, sparse_grad)
+    _, sparse = _sparse_grads("leaf_sums", histories, sparse_grad)
     h = flat("leaf_sums", histories)
     for name in ("v", "codes"):
         if getattr(h, name) is None:
             raise TypeError(f"leaf_sums: {name} expected in the histories, got None")
-    _check_sparse("leaf_sums", h, [False, sparse])
+    _check_sparse_grads("leaf_sums", h, [False, sparse])
     _reverse_mode_only("leaf_sums", h.x, h.v, h.bias, h.spread)
     if h.rows is None:
         starts, ends = h.offsets
@@ -308,7 +336,7 @@ def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
     beam: Sequence[int] | None = None, agents: Agents | None = None, temperature: float | Tensor | None = None,
     normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
-    precision: Precision = "float32", sparse_grad: bool = False,
+    sparse: int | None = None, precision: Precision = "float32", sparse_grad: bool = False,
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call as `hisac.compress`, with the gradients of its verbs: `vote` without, `route`
     with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature. log_share has those
@@ -319,15 +347,15 @@ def compress(
     tensor([[[1.],
              [1.]]])
     """
-    sparse: Any = _sparse("compress", histories, sparse_grad)
+    sparse_grads: Any = _sparse_grads("compress", histories, sparse_grad)
     h, refine = flat("compress", histories), whole("compress", "refine", refine, 0, 10**6)
     verbs = VERBS._replace(
-        route=partial(route, sparse_grad=sparse),
-        leaf_sums=partial(leaf_sums, sparse_grad=sparse),
+        route=partial(route, sparse_grad=sparse_grads),
+        leaf_sums=partial(leaf_sums, sparse_grad=sparse_grads),
     )
     return compose.compress(
         verbs, book, h, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
-        normalize=normalize, method=method, refine=refine, missing=missing, precision=precision,
+        normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
     )  # fmt: skip
 
 
@@ -338,8 +366,8 @@ def _constant(a: Any) -> Any:
 
 
 VERBS = compose.Verbs(
-    encode, vote, prototypes, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype), _constant,
-    fingerprint=lambda book: register(book) % 2**64, default_temperature=_default_temperature,
+    encode, vote, prototypes, agent_lists, leaf_sums, missing, route, torch, lambda a, like: a.to(like.dtype),
+    _constant, fingerprint=lambda book: register(book) % 2**64, default_temperature=_default_temperature,
 )  # fmt: skip
 
 
@@ -406,7 +434,8 @@ def match(
 
 def merge(a: Any, b: Any) -> Any:
     """`hisac.merge` of tensors, with gradients: two pairs (out, lse), of disjoint parts of one softmax or one sum, to
-    that of both. Where an lse is -inf, its side has no part in the result, and no gradient.
+    that of both. Where an lse is -inf, its side has no part in the result, and no gradient. Not of what the modules
+    TreeMatch and TargetAttention return, whose lse is finite where there is nothing.
 
     >>> one, none = (torch.ones(1, 2), torch.zeros(1)), (torch.zeros(1, 2), torch.tensor([-torch.inf]))
     >>> merge(one, one)[1].exp(), merge(one, none)[0]

@@ -9,7 +9,19 @@ from torch import Tensor, nn
 
 from .. import Codebook
 from ..compose import coded, temperature_of
-from ..types import Agents, Attended, Compressed, Histories, Match, Method, Missing, Normalize, Precision, Tokens
+from ..types import (
+    Agents,
+    Attended,
+    Compressed,
+    Histories,
+    Match,
+    Method,
+    Missing,
+    Normalize,
+    Precision,
+    RouteAgents,
+    Tokens,
+)
 from .functions import VERBS, attend, compress, leaf_sums, match, tau_tensor
 from .library import register
 
@@ -21,7 +33,8 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
-for _type in (Histories, Agents, Tokens, Attended, KeysValues, Compressed, Match):  # of a saved torch.export program
+# of a saved torch.export program
+for _type in (Histories, Agents, RouteAgents, Tokens, Attended, KeysValues, Compressed, Match):
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
 cast(Any, torch.serialization).add_safe_globals([Histories, Agents])  # example inputs are loaded by weights_only
 
@@ -66,6 +79,14 @@ def _type_of(v: Any) -> torch.dtype:
     return cast(torch.dtype, v.weight.dtype if isinstance(v, nn.Embedding) else v.dtype)
 
 
+def _check_all_asked(module: str, offsets: Tensor, candidates: Tensor) -> None:
+    """No candidate is left out, as far as the CPU can tell."""
+    if not torch.compiler.is_compiling() and offsets.is_cpu and len(offsets):
+        first, last, n = int(offsets[0]), int(offsets[-1]), len(candidates)
+        if (first, last) != (0, n):
+            raise ValueError(f"{module}: candidate_offsets expected from 0 to N = {n}, got from {first} to {last}")
+
+
 class Compressor(_OfBook):
     """`compress` as a module, under a learned temperature (log tau, [1]).
 
@@ -74,7 +95,7 @@ class Compressor(_OfBook):
         budget, fanout, beam: the rule of `hisac.vote`, one of them
         temperature: the first tau; None: the default of the codebook
         learn_temperature: whether log tau is a parameter. Give it no weight decay
-        normalize, precision: as in `hisac.route`
+        normalize, sparse, precision: as in `hisac.route`
         method, refine, missing: as in `hisac.compress`; the token of missing="token" is the last of [B, M + 1, V]
         sparse_grad: COO gradients for tables of x and v, which must then be leaves, such as weights; an
             `nn.Embedding(sparse=True)` as x or v needs no option. Look rows up by that module elsewhere too: a gradient
@@ -105,12 +126,12 @@ class Compressor(_OfBook):
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
         beam: Sequence[int] | None = None, temperature: float | None = None, learn_temperature: bool = True,
         normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
-        precision: Precision = "float32", sparse_grad: bool = False,
+        sparse: int | None = None, precision: Precision = "float32", sparse_grad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(book)
         self.budget, self.fanout, self.beam = budget, fanout, beam
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
-        self.precision, self.sparse_grad = precision, sparse_grad
+        self.sparse, self.precision, self.sparse_grad = sparse, precision, sparse_grad
         self.log_tau = nn.Parameter(
             tau_tensor(temperature_of("Compressor", temperature, book)).log(), learn_temperature
         )
@@ -123,13 +144,13 @@ class Compressor(_OfBook):
         made = compress(
             self.book, _single(histories), budget=self.budget, fanout=self.fanout, beam=self.beam,
             temperature=self.log_tau.float().exp(), normalize=self.normalize, method=self.method, refine=self.refine,
-            missing=self.missing, precision=self.precision, sparse_grad=self.sparse_grad,
+            missing=self.missing, sparse=self.sparse, precision=self.precision, sparse_grad=self.sparse_grad,
         )  # fmt: skip
         lse, share = (t.to(self.log_tau.dtype) for t in (nn.functional.softplus(made.lse), made.log_share))
         return made._replace(tokens=made.tokens.to(_type_of(histories.v)), lse=lse, log_share=share)
 
     def extra_repr(self) -> str:
-        names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "precision"
+        names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "sparse", "precision"
         return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
@@ -177,12 +198,7 @@ class TargetAttention(nn.Module):
         if isinstance(tokens, Compressed):
             raise TypeError("TargetAttention: tokens expected [B, M, W] or KeysValues, got Compressed; give its tokens")
         offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
-        if not torch.compiler.is_compiling() and offsets.is_cpu and len(offsets):
-            first, last, n = int(offsets[0]), int(offsets[-1]), len(candidates)
-            if (first, last) != (0, n):
-                raise ValueError(
-                    f"TargetAttention: candidate_offsets expected from 0 to N = {n}, got from {first} to {last}"
-                )
+        _check_all_asked("TargetAttention", offsets, candidates)
         keys, values = tokens if isinstance(tokens, KeysValues) else self.keys_values(tokens)
         q = self.query(candidates.to(self.query.weight.dtype)).unflatten(-1, (self.heads, -1))
         out, lse = attend(_single(q), keys, values, offsets, bias=bias)
@@ -223,8 +239,11 @@ class TreeMatch(_OfBook):
     ) -> Match:  # fmt: skip
         """histories, with their codes, or x to encode, or with `summed` what `leaf_sums` returned; candidates' codes
         [N, L] int32, or a table of codes with ids [N]; candidate_offsets [B + 1], or None for jagged codes or ids ->
-        Match: v [N, L, V] and lse [N, L], log(1 + mass). x is held constant."""
-        h = _single(histories)
+        Match: v [N, L, V] and lse [N, L], log(1 + mass). x is held constant. Raises ValueError where the users' ranges
+        leave candidates out (on the CPU)."""
+        h, asked = _single(histories), codes if ids is None else ids
+        if candidate_offsets is not None:
+            _check_all_asked("TreeMatch", torch.as_tensor(candidate_offsets, device=asked.device), asked)
         if not summed:
             h = leaf_sums(self.book, coded(VERBS, "TreeMatch", self.book, h), sparse_grad=self.sparse_grad)
         found, dtype = match(self.book, h, codes, candidate_offsets, ids=ids), _type_of(histories.v)

@@ -62,6 +62,14 @@ def _prototypes(fingerprint: int, codes: Tensor) -> Iterator[Tensor]:
     core.prototypes(book._core, codes.contiguous().view(-1, codes.shape[-1]), found.view(-1, book.width))
 
 
+@operator("agent_lists(int fingerprint, Tensor prototypes, Tensor? count, int k) -> Tensor")
+def _agent_lists(fingerprint: int, prototypes: Tensor, count: Tensor | None, k: int) -> Iterator[Tensor]:
+    book, (users, m, _) = book_of(fingerprint), prototypes.shape
+    found = prototypes.new_empty((users, book.sizes[0], min(k, m)), dtype=torch.int32)
+    yield found
+    core.agent_lists(book._core, *dense(prototypes, count), found)
+
+
 # ------------------------------------------------------------------------------------------------------ route
 
 
@@ -84,8 +92,8 @@ def _some(wanted: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
 
 
 _ROUTE_SCHEMA = (
-    f"int? fingerprint, {_BATCH_SCHEMA}, Tensor prototypes, Tensor? count, Tensor temperature, str normalize, "
-    "str precision"
+    f"int? fingerprint, {_BATCH_SCHEMA}, Tensor prototypes, Tensor? count, Tensor? agent_codes, Tensor? agent_lists, "
+    "Tensor temperature, str normalize, int sparse, str precision"
 )
 _ROUTE = [argument.split()[1] for argument in _ROUTE_SCHEMA.split(", ")]
 _ROUTE_WANTED = [_ROUTE.index(name) for name in RouteGradients._fields]
@@ -109,7 +117,8 @@ def _route_arguments(inputs: Sequence[Any]) -> list[Any]:
 
 
 @operator(
-    f"route({_ROUTE_SCHEMA}, bool tokens, bool mean_x, bool[] sparse) -> (Tensor tokens, Tensor lse, Tensor mean_x)"
+    f"route({_ROUTE_SCHEMA}, bool tokens, bool mean_x, bool[] sparse_grad)"
+    " -> (Tensor tokens, Tensor lse, Tensor mean_x)"
 )
 def _route(*inputs: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     v, starts, prototypes = (inputs[_ROUTE.index(name)] for name in ("v", "starts", "prototypes"))
@@ -271,7 +280,7 @@ def _refuse(verb: str, needs: dict[str, bool], *names: str) -> None:
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     needs = dict(zip(_ROUTE, ctx.needs_input_grad, strict=False))
     _refuse("route", needs, "x_scale")
-    with_tokens, with_mean_x, ctx.sparse = inputs[-3:]
+    with_tokens, with_mean_x, ctx.sparse_grad = inputs[-3:]
     if with_mean_x and needs["x"]:
         raise NotImplementedError("route: mean_x has no gradient for x, expected x.detach()")
     ctx.mark_non_differentiable(*_unwanted(output, (with_tokens, True, with_mean_x)))
@@ -294,7 +303,7 @@ def _route_back(ctx: Any, d_tokens: Tensor | None, d_lse: Tensor | None, d_mean_
     tokens, lse, mean_x, *tensors = ctx.saved_tensors
     inputs = [ctx.fingerprint, *tensors, *ctx.options]
     need = [ctx.needs_input_grad[i] for i in _ROUTE_WANTED]
-    wanted = zip("xv", ctx.sparse, need[:2], strict=True)
+    wanted = zip("xv", ctx.sparse_grad, need[:2], strict=True)
     rows = [_sparse_rows(name, sparse and needed, inputs[1:]) for name, sparse, needed in wanted]
     forward = tokens, lse, mean_x, d_tokens, d_lse, d_mean_x
     grads = list(torch.ops.hisac.route_backward(*inputs, *forward, need, *rows))

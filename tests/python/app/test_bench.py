@@ -48,7 +48,7 @@ ROW = {
     *("work", "variant", "dtype", "threads", "median_ms", "peer", "ratio_to_best_peer"),
     *("error", "gflops", "share_of_peak", "data"),
 }
-DATA = {data.UNIT, data.NORMAL, data.CLUSTERED, data.NEAR, data.MIXTURE, data.JOURNEY}
+DATA = {data.UNIT, data.NORMAL, data.CLUSTERED, data.NEAR, data.MIXTURE, data.INTERESTS, data.JOURNEY}
 
 
 def variant(name: str, result: float = 0.0, role: str = "peer", **more: Any) -> harness.Variant:

@@ -73,35 +73,27 @@ def test_encode_is_the_verb(book, capsys):
 
 @pytest.mark.parametrize("rule", [("--budget", "6"), ("--fanout", "3,2"), ("--beam", "3,6")])
 @pytest.mark.parametrize("normalize", ["history", "agents"])
-def test_compress_is_the_definition(book, capsys, rule, normalize):
-    command = (
-        "compress",
-        "book.safetensors",
-        "--x",
-        "events.npy",
-        *rule,
-        "--normalize",
-        normalize,
-        "--temperature",
-        "0.5",
-    )
+@pytest.mark.parametrize("sparse", [None, 1])
+def test_compress_is_the_definition(book, capsys, rule, normalize, sparse):
+    command = ("compress", "book.safetensors", "--x", "events.npy", *rule, "--normalize", normalize)
+    command += ("--temperature", "0.5", *(() if sparse is None else ("--sparse", str(sparse))))
     out = done(capsys, *command, "--offsets", "offsets.npy", "-o", "tokens.npz")
     assert out.startswith("tokens.npz: tokens [5, 6, 4] float32 of 90 behaviours; agents a user: ")
     x, offsets = np.load("events.npy"), np.load("offsets.npy")
     options = {"--budget": {"budget": 6}, "--fanout": {"fanout": (3, 2)}, "--beam": {"beam": (3, 6)}}[rule[0]]
     histories = hisac.Histories(x, x, offsets, book.encode(x))
     agents = reference.vote(reference.Codebook(book.centers), histories, **options)
-    p = reference.Codebook(book.centers).prototypes(agents)
-    wanted = reference.route(histories, p, count=agents.count, temperature=0.5, normalize=normalize)
+    exact = reference.Codebook(book.centers)
+    routing = {"temperature": 0.5, "normalize": normalize, "book": exact, "sparse": sparse}
+    wanted = reference.route(histories, agents, **routing)
     with np.load("tokens.npz") as f:
         np.testing.assert_array_equal(f["codes"], agents.codes)
         np.testing.assert_array_equal(f["votes"], agents.votes)
         np.testing.assert_array_equal(f["count"], agents.count)
         np.testing.assert_allclose(f["tokens"], wanted.tokens, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(f["lse"], wanted.lse, rtol=1e-4, atol=1e-4)
-        share = reference.compress(
-            reference.Codebook(book.centers), histories, **options, temperature=0.5, normalize=normalize
-        ).log_share
+        routing.pop("book")
+        share = reference.compress(exact, histories, **options, **routing).log_share
         np.testing.assert_allclose(f["log_share"], share, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(f["users"], np.arange(5))
         assert f["fingerprint"].tolist() == [book.fingerprint]
@@ -281,6 +273,11 @@ def replaced(command, old, new):
         (
             (*COMPRESS, "--fanout", "2,2"),
             "python -m hisac compress: argument --fanout: not allowed with argument --budget "
+            "(see python -m hisac compress --help)",
+        ),
+        (
+            (*COMPRESS, "--sparse", "0"),
+            "python -m hisac compress: argument --sparse: expected a number from 1 to 1,000,000, got '0' "
             "(see python -m hisac compress --help)",
         ),
         (

@@ -200,8 +200,8 @@ def test_tokens_score_as_the_formula_says(world, asked, setting):
     book = reference.Codebook(world.book.centers)
     histories = Histories(world.x, world.x, (few.starts, few.ends), world.codes)
     agents = reference.vote(book, histories, **setting.rule)
-    options = {"count": agents.count, "temperature": 0.5, "normalize": setting.normalize}
-    made = reference.route(histories, book.prototypes(agents), **options)
+    options = {"temperature": 0.5, "normalize": setting.normalize, "book": book, "sparse": setting.sparse}
+    made = reference.route(histories, agents, **options)
     for n in range(0, len(q), 17):
         b = int(np.searchsorted(few.candidate_offsets, n, side="right") - 1)
         live = slice(0, agents.count[b])
@@ -280,11 +280,12 @@ def test_the_table_has_every_row_and_column(world, asked):
         "pays at",
     ):
         assert head in lines[0]
-    names = [line[:28].split("  ")[0] for line in lines[1:] if not line.startswith("---")]
+    names = [line[:37].strip().split("  ")[0] for line in lines[1:] if not line.startswith("---")]
     wanted = ["full history", "repeat count, then full", "repeat count", "popularity"]
     for m, fan in ((50, "10x5"), (100, "20x5"), (200, "20x10")):
         wanted += [f"most recent {m}", f"fan-out {fan}, history", f"budget {m}, agents"]
-    wanted += ["10k*: full history", "10k*: fan-out 20x10, history", "10k*: budget 200, agents"]
+    few = "budget 200, agents, sparse 32"
+    wanted += [few, "10k*: full history", "10k*: fan-out 20x10, history", "10k*: budget 200, agents", f"10k*: {few}"]
     assert names == wanted
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 140
     for block in blocks[1:4]:

@@ -236,10 +236,14 @@ def test_the_core_s_own_outputs():
         (lambda: _core.prototypes(book, codes, at(40, X, memory)), "prototypes: out {} codes"),
         (
             lambda: _core.route_backward(
-                None, batch._replace(x=X), PROTOTYPES[:1], None, 1.0, "agents", "float32",
+                None, batch._replace(x=X), PROTOTYPES[:1], *[None] * 3, 1.0, "agents", 0, "float32",
                 None, TOKENS.lse[:1], *[None] * 5, at(0, groups, memory), None, at(0, VALUE, memory), *[None] * 4,
             ),
             "route_backward: v_rows {} dv",
+        ),
+        (
+            lambda: _core.agent_lists(book, at(0, PROTOTYPES[:1], memory), None, at(0, CODES[None], memory)),
+            "agent_lists: out {} prototypes",
         ),
         (
             lambda: _core.vote(*voted, codes[:1, None], wide[:1, :1], codes[0, :1], X[:1, None]),
@@ -379,7 +383,7 @@ def test_the_core_checks_widths_itself():
     """As torch's operators call it."""
     wide, v, offsets = np.empty((0, 2**57 + 1024), "f4"), np.empty((0, 3), "f4"), np.zeros(3, int)
     out = np.empty((2, 0, 3), "f4"), np.empty((2, 0), "f4")
-    options = [None, 1.0, "history", "float32"]
+    options = [None, None, None, 1.0, "history", 0, "float32"]
     with pytest.raises(ValueError, match=r"^route: x expected .* of at most 2\^20 numbers, got float32 \[0, 144"):
         _core.route(None, Histories(wide, v, offsets), np.empty((2, 0, 1), "f4"), *options, *out, None)
     with pytest.raises(ValueError, match=r"^route: prototypes expected .* D at most 2\^20, got float32 \[2, 0, 144"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hisac import Histories, Tokens, reference, testing
+from hisac import Histories, RouteAgents, Tokens, reference, testing
 from support import by_field, grouped
 
 problem = testing.problems(max_history=24)
@@ -61,7 +61,7 @@ def test_tokens_lie_in_the_hull_of_the_present_rows(p):
 
 def history_args(args):
     """The arguments of `reference.each_history` from those of `route`."""
-    args = args | {"prototypes": args["agents"]}
+    args = args | {"to": RouteAgents(args["agents"], args.get("count"))}
     return [args.get(name) for name in inspect.signature(reference.each_history).parameters]
 
 

@@ -188,7 +188,7 @@ def test_plain_problems_of_a_type(p):
 
 @pytest.mark.parametrize("option", ["hostile", "gathered"])
 def test_plain_problems_are_neither_hostile_nor_gathered(option):
-    with pytest.raises(ValueError, match="problems: expected plain alone, got it beside hostile or gathered"):
+    with pytest.raises(ValueError, match="problems: expected plain alone, got it beside hostile, gathered or sparse"):
         find(testing.problems(plain=True, **{option: True}), lambda p: True)
 
 
@@ -341,7 +341,8 @@ def test_codes_are_compared_exactly():
 
 @pytest.mark.parametrize("field", Agents._fields)
 def test_agents_are_compared_exactly(field):
-    agents = Agents(np.int32([[[0, 1]]]), np.array([[3]]), np.int32([1]), 2**63 + 1, np.float32([[[0, 0.5]]]))
+    prototypes, lists = np.float32([[[0, 0.5]]]), np.int32([[[0], [-1]]])
+    agents = Agents(np.int32([[[0, 1]]]), np.array([[3]]), np.int32([1]), 2**63 + 1, prototypes, lists)
     testing.assert_agents_equal(agents, agents)
     with pytest.raises(AssertionError, match=f"^{field}"):
         testing.assert_agents_equal(agents._replace(**{field: getattr(agents, field) + 1}), agents)

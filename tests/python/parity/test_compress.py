@@ -28,17 +28,20 @@ def shares(z):
     return z - np.log(np.maximum(np.exp(z).sum(1, keepdims=True), np.float32(1e-30)))
 
 
-def by_hand(book, histories, *, budget, fanout, beam, temperature, normalize, method, refine, missing, precision):
+def by_hand(
+    book, histories, *, budget, fanout, beam, temperature, normalize, method, refine, missing, sparse, precision
+):
     """The same by the verbs, in NumPy."""
     agents = hisac.vote(book, histories, budget=budget, fanout=fanout, beam=beam)
     p, rows, route_book = book.prototypes(agents), histories, book
     if method == "leaf":
-        rows, route_book = hisac.leaf_sums(book, histories), None
-    options = {"count": agents.count, "normalize": normalize, "book": route_book, "precision": precision}
+        rows, route_book = hisac.leaf_sums(book, histories), None if sparse is None else book
+    options = {"normalize": normalize, "book": route_book, "sparse": sparse, "precision": precision}
+    given = agents if sparse is None else hisac.agent_lists(book, agents, sparse)  # those of the first prototypes
     for _ in range(refine):
-        found = hisac.route(rows, p, temperature=temperature, mean_x=True, **options)
+        found = hisac.route(rows, given._replace(prototypes=p), temperature=temperature, mean_x=True, **options)
         p = np.where(np.isneginf(found.lse)[..., None], p, found.mean_x)
-    tokens, lse, _ = hisac.route(rows, p, temperature=temperature, **options)
+    tokens, lse, _ = hisac.route(rows, given._replace(prototypes=p), temperature=temperature, **options)
     tokens = tokens.astype(histories.v.dtype)
     if missing == "token":
         gone = hisac.missing(histories, book=book)
@@ -49,13 +52,14 @@ def by_hand(book, histories, *, budget, fanout, beam, temperature, normalize, me
         if normalize == "agents":
             share = shares(np.concatenate([lse, last.lse], 1))
         else:
-            options |= {"count": None, "normalize": "agents"}
+            options |= {"normalize": "agents", "sparse": None}
             whole = hisac.route(rows, np.zeros_like(p[:, :1]), temperature=1.0, **options).lse
             whole[np.isneginf(share).all(1)] = -np.inf
             parts = shares(np.concatenate([whole, last.lse], 1))
             share = np.concatenate([share + parts[:, :1], parts[:, 1:]], 1)
         tokens, lse = np.concatenate([tokens, last.tokens], 1), np.concatenate([lse, last.lse], 1)
-    return hisac.Compressed(tokens, lse, share, agents._replace(prototypes=p))
+    lists = given.lists if refine else None
+    return hisac.Compressed(tokens, lse, share, agents._replace(prototypes=p, lists=lists))
 
 
 def assert_composed(mine, expected):
@@ -64,7 +68,10 @@ def assert_composed(mine, expected):
     assert flat(mine._replace(log_share=None)) == flat(expected._replace(log_share=None))
 
 
-@given(testing.problems(gathered=True))
+SPARSE = testing.problems(gathered=True, sparse=True, max_users=3, max_history=150, max_agents=20, max_codes=4)
+
+
+@given(testing.problems(gathered=True) | SPARSE)
 def test_compress_is_composed_of_verbs(p):
     args = p.compress_args()
     mine = with_threads(lambda: hisac.compress(**args))

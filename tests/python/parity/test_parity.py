@@ -21,7 +21,7 @@ except ImportError:
     torch = None
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
-VERBS = """fit encode vote leaf_sums leaf_sums_backward missing route route_backward compress attend
+VERBS = """fit encode vote agent_lists leaf_sums leaf_sums_backward missing route route_backward compress attend
     attend_backward""".split()
 
 

@@ -93,6 +93,10 @@ def test_attention_refuses_what_would_pass_silently():
         text = rf"^TargetAttention: candidate_offsets expected from 0 to N = 5, got from {offsets[0]} to {offsets[-1]}$"
         with pytest.raises(ValueError, match=text):
             attention(candidates, tokens, offsets)
+        tree, book = hisac_torch.TreeMatch, hisac.Codebook([torch.eye(3)])
+        history = Histories(torch.eye(3), torch.zeros(3, 1), [0, 1, 3])
+        with pytest.raises(ValueError, match=text.replace("TargetAttention", "TreeMatch")):
+            tree(book)(history, torch.zeros(5, 1, dtype=torch.int32), offsets)
     for offsets in ([0, 2, 5], np.array([0, 2, 5]), torch.tensor([0, 2, 5])):
         assert attention(candidates, tokens, offsets)[0].shape == (5, 2)
     with pytest.raises(TypeError, match=r"^attend: bias expected floating-point numbers, as log_share, got int64$"):

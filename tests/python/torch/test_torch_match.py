@@ -332,3 +332,23 @@ def test_merge_of_tokens_takes_mean_x_and_types_along():
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             hisac_torch.merge(one, other._replace(**change))
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_an_lse_that_is_no_mass_spoils_a_merge(odd):
+    ones = np.ones((1, 2), np.float32)
+    for merge, pair in (
+        (hisac.merge, lambda lse: (ones, np.float32([lse]))),
+        (reference.merge, lambda lse: (ones, np.float32([lse]))),
+        (hisac_torch.merge, lambda lse: (torch.from_numpy(ones), torch.tensor([lse]))),
+    ):
+        for a, b in ((odd, 0.0), (0.0, odd), (odd, odd)):
+            with np.errstate(invalid="ignore"):
+                out, lse = merge(pair(a), pair(b))
+            assert np.isnan(np.asarray(out)).all() and np.isnan(np.asarray(lse)).all()
+
+
+def test_a_merge_is_of_one_type():
+    match = hisac.Match(np.ones((1, 2), np.float32), np.zeros(1, np.float32))
+    with pytest.raises(TypeError, match=r"^merge: b expected Match, as a, got tuple$"):
+        hisac.merge(match, tuple(match))

@@ -41,8 +41,13 @@ def operator_calls(book):
 
     agents = ops.vote(name, *voted(), 4, [], [])
     p, count = agents[3], agents[2]
-    to, agents_mode = (p, count, tau), ("agents", "float32")
-    learnt = batch(wanted(x), wanted(v), bias=wanted(bias), spread=wanted(spread)), (wanted(p), count, wanted(tau))
+    to, agents_mode = (p, count, None, None, tau), ("agents", 0, "float32")
+    learnt = (
+        batch(wanted(x), wanted(v), bias=wanted(bias), spread=wanted(spread)),
+        (wanted(p), count, None, None, wanted(tau)),
+    )
+    lists = ops.agent_lists(name, p, count, 1)
+    few = (wanted(p), count, agents[0], lists, wanted(tau)), ("agents", 1, "float32")
     returned = ops.route(name, *batch(), *to, *agents_mode, True, True, [False] * 2)
     tables, listed = {"x_ids": ids, "v_ids": ids.int()}, torch.tensor([3, 1, 19, 40])
     some, every = [False, True, True, False, False, True], [True] * 6
@@ -58,7 +63,7 @@ def operator_calls(book):
     counts = torch.arange(20) % 3
     sums = ops.leaf_sums(name, *batch(weights=counts, rows=20), False)
     d_sums = sums[0], sums[1], sums[5], sums[6]
-    rounded = (*to, "agents", "bfloat16")
+    rounded = (*to, "agents", 0, "bfloat16")
     asked, of_table = codes[[0, 3, 3, 9, 0, 11, 12, 19, 9]], torch.tensor([0, 3, 3, 9, -1, 11, 12, 19, 40])
     own = sums[2], sums[3], sums[4]
     matching = (sums[1], *own, sums[5], asked, None, CANDIDATES)
@@ -80,17 +85,24 @@ def operator_calls(book):
         "leaf_sums_backward table": (name, *batch(**tables), *sums, *d_sums, [True, True], None),
         "leaf_sums_backward listed": (name, *batch(**tables), *sums, *d_sums, [True, False], listed),
         "leaf_sums_backward some": (name, *batch(), *sums, None, sums[1], None, None, [True, False], None),
+        "agent_lists": (name, p, count, 2),
+        "route sparse": (name, *learnt[0], *few[0], *few[1], *tokens_only),
+        "route_backward sparse": (
+            name, *batch(), p, count, agents[0], lists, tau, *few[1], *returned, returned[0], returned[1], None, every,
+            None, None,
+        ),
         "route": (name, *learnt[0], *learnt[1], *agents_mode, *tokens_only),
-        "route means": (name, *batch(bias=wanted(bias)), *learnt[1], "history", "float32", False, True, [False] * 2),
+        "route means": (name, *batch(bias=wanted(bias)), *learnt[1], "history", 0, "float32", False, True, [False] * 2),
         "route both": (name, *batch(v=wanted(v), bias=wanted(bias)), *learnt[1], *agents_mode, True, True, [False] * 2),
-        "route without v": (None, *batch(v=None), p, None, wanted(tau), *agents_mode, False, True, [False] * 2),
+        "route without v": (None, *batch(v=None), p, *[None] * 3, wanted(tau), *agents_mode, False, True, [False] * 2),
         "route codes": (
-            name, *batch(None, wanted(v), bias=None), p, None, wanted(tau), "history", "bfloat16", *tokens_only
+            name, *batch(None, wanted(v), bias=None), p, *[None] * 3, wanted(tau), "history", 0, "bfloat16",
+            *tokens_only,
         ),
         "route gathered": (
             name, *batch(wanted(x), wanted(v), bias=wanted(bias), **tables), *learnt[1], *agents_mode, *tokens_only
         ),
-        "route int8": (name, *int8, *to, "history", "float32", *tokens_only),
+        "route int8": (name, *int8, *to, "history", 0, "float32", *tokens_only),
         "route_backward": (name, *batch(), *rounded, *returned, returned[0], returned[1], None, every, None, None),
         "route_backward means": (
             name, *batch(), *rounded, *returned, None, None, returned[2], [False, *every[1:]], None, None

@@ -125,6 +125,8 @@ struct Kernels {
   void (*transpose)(int64_t w, const float* src, int64_t ld, float* dst, int64_t ldd) = nullptr;
   /// row -= origin; returns the sum of squares of what is left.
   float (*subtract_row)(int64_t width, const float* origin, float* row) = nullptr;
+  /// dst = factor * dst + by * src
+  void (*blend_row)(int64_t width, float factor, const float* src, float by, float* dst) = nullptr;
   /// dst += factor * src
   void (*add_row)(int64_t width, const float* src, float factor, float* dst) = nullptr;
 
@@ -161,6 +163,10 @@ struct Kernels {
   int64_t (*screen)(int64_t m, const float* z, Screen& row, int32_t* out) = nullptr;
   /// sum over d of (a_d - b_d)^2 in float64, in any order.
   double (*square_distance)(int64_t width, const float* a, const float* b) = nullptr;
+  /// The k-th smallest of d [m], which are 0 or more, k of them finite; d is padded with +inf.
+  float (*kth_smallest)(int64_t m, const float* d, int64_t k) = nullptr;
+  /// out = the columns j < m of d_j <= most, ascending; returns how many. NaN is none.
+  int64_t (*columns_below)(int64_t m, const float* d, float most, int32_t* out) = nullptr;
 
   // Products of bfloat16. A 32-bit element holds two consecutive elements of the contraction, the even one in the low
   // half. These are null where the ISA does not run them faster than float32. Denormals count as zero. Rounding is to

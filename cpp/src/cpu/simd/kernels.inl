@@ -142,6 +142,7 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.store_row = store_row;
   k.transpose = transpose;
   k.subtract_row = subtract_row;
+  k.blend_row = blend_row;
   k.add_row = add_row;
   k.distance_logits = distance_logits;
   k.row_lse = row_lse;
@@ -154,6 +155,8 @@ constexpr Kernels HISAC_ISA_TABLE = [] {
   k.weigh_rows = weigh_rows;
   k.screen = screen;
   k.square_distance = square_distance;
+  k.kth_smallest = kth_smallest;
+  k.columns_below = columns_below;
 #if defined(HISAC_BF16)
   k.matmul_bf16 = matmul<uint32_t>;
   k.pack_bf16 = pack_bf16;

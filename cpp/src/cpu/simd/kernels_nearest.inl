@@ -48,6 +48,53 @@ static double square_distance(int64_t width, const float* a, const float* b) {
   return sum_of(sum[0] + sum[1]) + total;
 }
 
+/// Bisects the bits of the floats, which are ordered as they are.
+static float kth_smallest(int64_t m, const float* d, int64_t k) {
+  vf smallest = splat(kInfinity), largest = {};
+  for (int64_t j = 0; j < m; j += W) {
+    const vf x = load(d + j);
+    smallest = smaller(x, smallest);
+    largest = larger(x < kInfinity ? x : vf{}, largest);
+  }
+  const auto bits = [](float x) __attribute__((always_inline)) {
+    int32_t b;
+    __builtin_memcpy(&b, &x, 4);
+    return b;
+  };
+  int32_t low = bits(smallest_of(smallest)), high = bits(largest_of(largest));
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    vi within = {};
+    for (int64_t j = 0; j < m; j += W) within -= (vi)load(d + j) <= middle;
+    const int64_t count = sum_of(within);
+    if (count < k) {
+      low = middle + 1;
+    } else {
+      high = middle;
+      if (count == k) break;
+    }
+  }
+  largest = vf{};  // of those that are within
+  for (int64_t j = 0; j < m; j += W) {
+    const vf x = load(d + j);
+    largest = larger((vi)x <= high ? x : vf{}, largest);
+  }
+  return largest_of(largest);
+}
+
+static int64_t columns_below(int64_t m, const float* d, float most, int32_t* out) {
+  vu bit;
+  for (int l = 0; l < W; ++l) bit[l] = 1u << l;
+  int64_t count = 0;
+  for (int64_t j = 0; j < m; j += W) {
+    uint32_t lanes = folded<W / 2>((vu)(load(d + j) <= most) & bit,
+                                   [](vu a, vu b) __attribute__((always_inline)) { return a | b; })[0];
+    if (m - j < W) lanes &= (1u << (m - j)) - 1;
+    for (; lanes; lanes &= lanes - 1) out[count++] = static_cast<int32_t>(j + __builtin_ctz(lanes));
+  }
+  return count;
+}
+
 #if defined(HISAC_BF16)
 static Rounded round_bf16(int64_t width, const float* src, const float* shift, uint32_t* dst) {
   uint16_t* const halves = reinterpret_cast<uint16_t*>(dst);

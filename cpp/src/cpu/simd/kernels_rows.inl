@@ -209,6 +209,12 @@ static void pack_bf16(int64_t k, int64_t m, const float* columns, int64_t ld, ui
 }
 #endif
 
+static void blend_row(int64_t width, float factor, const float* src, float by, float* dst) {
+  int64_t d = 0;
+  for (; d + W <= width; d += W) store(dst + d, factor * load(dst + d) + by * load(src + d));
+  for (; d < width; ++d) dst[d] = factor * dst[d] + by * src[d];
+}
+
 static void add_row(int64_t width, const float* src, float factor, float* dst) {
   int64_t d = 0;
   for (; d + W <= width; d += W) store(dst + d, load(dst + d) + factor * load(src + d));

@@ -138,6 +138,7 @@ SIMT_DEVICE float exp2(float x) {  // within 2 ulp; results below 2^-126 are 0
   return y;
 }
 SIMT_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+SIMT_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 SIMT_DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
 SIMT_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 SIMT_DEVICE float smaller(float a, float b) { return fminf(a, b); }  // a NaN loses
