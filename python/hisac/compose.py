@@ -108,7 +108,8 @@ def log_share(verbs: Verbs, lse: Any, votes: Any = None) -> Any:
 
 def compress(
     verbs: Verbs, book: Any, histories: Histories, *, agents: Agents | None, budget: Any, fanout: Any, beam: Any,
-    temperature: Any, normalize: str, method: str, refine: int, missing: str, sparse: int | None, **options: Any,
+    temperature: Any, normalize: str, method: str, refine: int, missing: str, sparse: int | None, mean_x: bool,
+    **options: Any,
 ) -> Compressed:  # fmt: skip
     """`vote`, then `route`; see `hisac.compress`. `options` go to `route`."""
     for name, given, known in (("method", method, ("exact", "leaf")), ("missing", missing, ("drop", "token"))):
@@ -140,7 +141,7 @@ def compress(
         found = verbs.route(*fixed, temperature=verbs.constant(temperature), tokens=False, mean_x=True, **options)
         kept = np.where((found.lse > -np.inf)[..., None], found.mean_x, to.prototypes)
         to = to._replace(prototypes=kept)
-    tokens, lse, _ = verbs.route(rows, to, temperature=temperature, **options)
+    tokens, lse, mean = verbs.route(rows, to, temperature=temperature, mean_x=mean_x, **options)
     tokens = verbs.as_type(tokens, h.v)  # that of leaf sums is float32
     votes = None if normalize == "agents" else _votes(verbs, agents, lse)
     share = log_share(verbs, lse, votes)
@@ -157,8 +158,9 @@ def compress(
             parts = log_share(verbs, np.concatenate((whole, one.lse), 1))
             share = np.concatenate((share + parts[:, :1], parts[:, 1:]), 1)
         tokens, lse = np.concatenate((tokens, one.tokens), 1), np.concatenate((lse, one.lse), 1)
+        mean = np.concatenate((mean, np.zeros_like(mean[:, :1])), 1) if mean_x else None
     kept = agents.lists if sparse is None else to.lists
-    return Compressed(tokens, lse, share, agents._replace(prototypes=to.prototypes, lists=kept))
+    return Compressed(tokens, lse, share, agents._replace(prototypes=to.prototypes, lists=kept), mean)
 
 
 def _check_pairs(a: Any, b: Any) -> None:

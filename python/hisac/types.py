@@ -200,12 +200,15 @@ class Compressed(NamedTuple):
         log_share  [B, M] or [B, M + 1] float32: its exp sums to 1 over a user's tokens with a share; -inf for any other
                    token.
         agents     The interest-agents; their prototypes are those in use, after `refine` rounds.
+        mean_x     [B, M, D] or [B, M + 1, D] float32: the mean of x, weighted as the tokens are: tokens in the space of
+                   the embeddings. Zero for the extra token. None where it is not wanted.
     """
 
     tokens: Array
     lse: Array
     log_share: Array
     agents: Agents
+    mean_x: Array = None
 
 
 class Attended(NamedTuple):

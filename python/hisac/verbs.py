@@ -128,7 +128,7 @@ def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Iterable[int] | None = None,
     beam: Iterable[int] | None = None, agents: Agents | None = None, temperature: Any = None,
     normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
-    sparse: int | None = None, precision: Precision = "float32",
+    sparse: int | None = None, precision: Precision = "float32", mean_x: bool = False,
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call: `encode`, where there are no codes; `vote`, or agents that are given; `route`.
 
@@ -142,6 +142,7 @@ def compress(
             share a leaf
         refine: n rounds of p_a <- mean_x_a first, for agents that received mass. With sparse, lists stay those of the
             prototypes before the first round, and come back with the agents
+        mean_x: whether it is wanted beside the tokens
         missing: "drop", or "token": one more token, the last, the mean v and log count of behaviours that are `missing`
 
     Returns Compressed. Raises ValueError, TypeError.
@@ -153,6 +154,7 @@ def compress(
     return compose.compress(
         verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
+        mean_x=mean_x,
     )  # fmt: skip
 
 

@@ -359,6 +359,7 @@ def compress(
     book: Any, histories: Histories, *, budget: int | None = None, fanout: Any = None, beam: Any = None,
     agents: Agents | None = None, temperature: Any = None, normalize: str = "agents", method: str = "exact",
     refine: int = 0, missing: str = "drop", sparse: int | None = None, precision: str = "float32",
+    mean_x: bool = False,
 ) -> Compressed:  # fmt: skip
     """From histories to tokens, composed of the verbs above (compose.py): `vote`, or the agents given, then `route`.
 
@@ -369,6 +370,7 @@ def compress(
     return compose.compress(
         _VERBS, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
+        mean_x=mean_x,
     )  # fmt: skip
 
 

@@ -226,7 +226,7 @@ class Problem(Shown):
 
     def compress_args(self) -> dict[str, Any]:
         """The arguments of `compress`, in NumPy."""
-        names = "normalize", "method", "refine", "missing", "sparse", "precision"
+        names = "normalize", "method", "refine", "missing", "sparse", "precision", "mean_x"
         tau = self.temperature if np.size(self.temperature) == 1 else self.temperature[:1]  # M is that of `vote`
         return self.vote_args() | {name: getattr(self, name) for name in names} | {"temperature": tau}
 

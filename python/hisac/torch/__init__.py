@@ -4,6 +4,8 @@
     Compressor       a module: histories to tokens, under a learned temperature
     TargetAttention  a module: candidates attend to their user's tokens, which may be projected once, as KeysValues
     TreeMatch        a module: what the history says of each candidate, by their codes
+    Similarity       a module: how similar candidates are to their user's tokens
+    parameter_groups parameters for an optimiser, temperatures and sharpnesses apart
     compress         what Compressor does, as a function: encode, vote and route in one call; returns Compressed
     encode           x to codes, without gradient
     vote             histories to interest-agents, without gradient
@@ -40,12 +42,13 @@ from .functions import (
     vote,
 )
 from .library import UnknownCodebookError, register
-from .modules import Compressor, KeysValues, TargetAttention, TreeMatch
+from .modules import Compressor, KeysValues, Similarity, TargetAttention, TreeMatch, parameter_groups
 
 __all__ = [
     "Compressed",
     "Compressor",
     "KeysValues",
+    "Similarity",
     "TargetAttention",
     "TreeMatch",
     "UnknownCodebookError",
@@ -57,6 +60,7 @@ __all__ = [
     "match",
     "merge",
     "missing",
+    "parameter_groups",
     "prototypes",
     "register",
     "route",

@@ -336,7 +336,7 @@ def compress(
     book: Codebook, histories: Histories, *, budget: int | None = None, fanout: Sequence[int] | None = None,
     beam: Sequence[int] | None = None, agents: Agents | None = None, temperature: float | Tensor | None = None,
     normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
-    sparse: int | None = None, precision: Precision = "float32", sparse_grad: bool = False,
+    sparse: int | None = None, precision: Precision = "float32", mean_x: bool = False, sparse_grad: bool = False,
 ) -> Compressed:  # fmt: skip
     """Histories -> tokens in one call as `hisac.compress`, with the gradients of its verbs: `vote` without, `route`
     with. Refined prototypes are constants; method="leaf" has gradients for v, bias and temperature. log_share has those
@@ -356,6 +356,7 @@ def compress(
     return compose.compress(
         verbs, book, h, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
+        mean_x=mean_x,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of a ranking model: histories to tokens, candidates that attend to them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -96,7 +97,8 @@ class Compressor(_OfBook):
         temperature: the first tau; None: the default of the codebook
         learn_temperature: whether log tau is a parameter. Give it no weight decay
         normalize, sparse, precision: as in `hisac.route`
-        method, refine, missing: as in `hisac.compress`; the token of missing="token" is the last of [B, M + 1, V]
+        method, refine, missing, mean_x: as in `hisac.compress`; the token of missing="token" is the last of
+            [B, M + 1, V]
         sparse_grad: COO gradients for tables of x and v, which must then be leaves, such as weights; an
             `nn.Embedding(sparse=True)` as x or v needs no option. Look rows up by that module elsewhere too: a gradient
             by weight[ids] is dense, and so is its sum with this one. In torch.compile the call is outside of the graph
@@ -126,12 +128,12 @@ class Compressor(_OfBook):
         self, book: Codebook, *, budget: int | None = None, fanout: Sequence[int] | None = None,
         beam: Sequence[int] | None = None, temperature: float | None = None, learn_temperature: bool = True,
         normalize: Normalize = "agents", method: Method = "exact", refine: int = 0, missing: Missing = "drop",
-        sparse: int | None = None, precision: Precision = "float32", sparse_grad: bool = False,
+        sparse: int | None = None, precision: Precision = "float32", mean_x: bool = False, sparse_grad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(book)
         self.budget, self.fanout, self.beam = budget, fanout, beam
         self.normalize, self.method, self.refine, self.missing = normalize, method, refine, missing
-        self.sparse, self.precision, self.sparse_grad = sparse, precision, sparse_grad
+        self.sparse, self.precision, self.mean_x, self.sparse_grad = sparse, precision, mean_x, sparse_grad
         self.log_tau = nn.Parameter(
             tau_tensor(temperature_of("Compressor", temperature, book)).log(), learn_temperature
         )
@@ -144,13 +146,14 @@ class Compressor(_OfBook):
         made = compress(
             self.book, _single(histories), budget=self.budget, fanout=self.fanout, beam=self.beam,
             temperature=self.log_tau.float().exp(), normalize=self.normalize, method=self.method, refine=self.refine,
-            missing=self.missing, sparse=self.sparse, precision=self.precision, sparse_grad=self.sparse_grad,
+            missing=self.missing, sparse=self.sparse, precision=self.precision, mean_x=self.mean_x,
+            sparse_grad=self.sparse_grad,
         )  # fmt: skip
         lse, share = (t.to(self.log_tau.dtype) for t in (nn.functional.softplus(made.lse), made.log_share))
         return made._replace(tokens=made.tokens.to(_type_of(histories.v)), lse=lse, log_share=share)
 
     def extra_repr(self) -> str:
-        names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "sparse", "precision"
+        names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "sparse", "precision", "mean_x"
         return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
@@ -204,6 +207,73 @@ class TargetAttention(nn.Module):
         out, lse = attend(_single(q), keys, values, offsets, bias=bias)
         lse = lse.masked_fill(lse == -torch.inf, 0.0).to(self.query.weight.dtype)
         return out.flatten(1).to(q.dtype), lse
+
+
+class Similarity(nn.Module):
+    """How similar a candidate is to its user's tokens: log-sum-exp of sharp cosines, for each of several sharpnesses s.
+
+        out = log sum_m exp(bias_m + s (cos(candidate, token_m) - 1))       without tokens: -2 s, the least there can be
+
+    With log_share as the bias it is between -2 s and 0: near 0 where all of the history is like the candidate, about
+    log_share of the only token that is. Softmax attention does not tell this. Give it a scoring network in the space
+    of the embeddings (candidates' x, tokens' mean_x) and in that of the values, by a module for each.
+
+    Args:
+        sharpness: the first s, one a feature; they are learned. `parameter_groups` gives them a rate of their own
+
+    >>> out = Similarity((5.0, 20.0))(torch.eye(3), torch.eye(3)[None], torch.tensor([0, 3]))
+    >>> out.shape, (out < 0.02).all().item()
+    (torch.Size([3, 2]), True)
+    """
+
+    def __init__(self, sharpness: Sequence[float] = (5.0, 20.0)) -> None:
+        super().__init__()
+        given = [float(s) for s in sharpness]
+        if not given or not all(0 < s < math.inf for s in given):
+            raise ValueError(f"Similarity: sharpness expected finite numbers > 0, got {sharpness!r}")
+        self.log_sharpness = nn.Parameter(torch.tensor(given).log())
+
+    def forward(
+        self, candidates: Tensor, tokens: Tensor, candidate_offsets: Tensor, *, bias: Tensor | None = None
+    ) -> Tensor:
+        """candidates [N, W], tokens [B, M, W], candidate_offsets [B + 1], bias [B, M], as log_share of a Compressor
+        (-inf: no such token) -> [N, number of sharpnesses], in the module's type. A vector of zeros has a cosine of 0
+        with every other. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
+        offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
+        _check_all_asked("Similarity", offsets, candidates)
+        s = self.log_sharpness.float().exp()
+        q, keys = (nn.functional.normalize(a.float(), dim=-1) for a in (candidates, tokens))
+        q, keys = q[:, None] * s[:, None], keys[:, :, None].expand(-1, -1, len(s), -1)
+        nothing = keys.new_zeros((*keys.shape[:-1], 1))
+        lse = attend(q, keys, nothing, offsets, bias=bias, scale=1.0).lse
+        return torch.where(lse > -torch.inf, lse - s, -2 * s).to(self.log_sharpness.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.log_sharpness)} sharpnesses"
+
+
+def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0, faster: float = 10.0) -> list[Any]:
+    """Groups for an optimiser of torch.optim: the log temperatures of Compressors and the log sharpnesses of
+    Similarities learn `faster` times as fast, without decay; all other parameters at lr, with weight_decay. On the rate
+    of the weights a temperature hardly moves from where it begins.
+
+    >>> model = nn.ModuleList([nn.Linear(2, 2), Similarity()])
+    >>> [(group["lr"], len(group["params"])) for group in parameter_groups(model, 0.01)]
+    [(0.01, 2), (0.1, 1)]
+    """
+    of_scale = {
+        id(p)
+        for m in model.modules()
+        for p in m.parameters(recurse=False)
+        if (isinstance(m, Compressor) and p is m.log_tau) or isinstance(m, Similarity)
+    }
+    every = [p for p in model.parameters() if p.requires_grad]
+    slow, quick = [p for p in every if id(p) not in of_scale], [p for p in every if id(p) in of_scale]
+    groups = [
+        {"params": slow, "lr": lr, "weight_decay": weight_decay},
+        {"params": quick, "lr": faster * lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class TreeMatch(_OfBook):

@@ -270,6 +270,7 @@ TINY: dict[str, dict[str, Any]] = {
     "route/real": {"budget": 8, "codes": (4, 6), "value": 4, "fit_rows": 300, "iterations": 1},
     "backward/10k": {"rows": 30, "agents": 6, "width": 8, "value": 4},
     "backward/10k/agents": {"rows": 30, "agents": 6, "width": 8, "value": 4},
+    "sparse/1k": {"rows": 60, "budget": 9, "few": (2,), "width": 8, "value": 4, "items": 90, "sizes": (8, 8)},
     "train/log": {"events": 200, "items": 30, "users": 3, "rows": 12, "agents": 6, "width": 8, "value": 4},
     "leaf/100k": {"rows": 80, "agents": 6, "width": 8, "sizes": (8, 8), "value": 4},
     "vote/1k": {"rows": 50, "sizes": (8, 8), "fanout": (2, 3), "budget": 5},

@@ -29,7 +29,7 @@ def shares(z):
 
 
 def by_hand(
-    book, histories, *, budget, fanout, beam, temperature, normalize, method, refine, missing, sparse, precision
+    book, histories, *, budget, fanout, beam, temperature, normalize, method, refine, missing, sparse, precision, mean_x
 ):
     """The same by the verbs, in NumPy."""
     agents = hisac.vote(book, histories, budget=budget, fanout=fanout, beam=beam)
@@ -41,7 +41,8 @@ def by_hand(
     for _ in range(refine):
         found = hisac.route(rows, given._replace(prototypes=p), temperature=temperature, mean_x=True, **options)
         p = np.where(np.isneginf(found.lse)[..., None], p, found.mean_x)
-    tokens, lse, _ = hisac.route(rows, given._replace(prototypes=p), temperature=temperature, **options)
+    to = given._replace(prototypes=p)
+    tokens, lse, mean = hisac.route(rows, to, temperature=temperature, mean_x=mean_x, **options)
     tokens = tokens.astype(histories.v.dtype)
     if missing == "token":
         gone = hisac.missing(histories, book=book)
@@ -58,8 +59,9 @@ def by_hand(
             parts = shares(np.concatenate([whole, last.lse], 1))
             share = np.concatenate([share + parts[:, :1], parts[:, 1:]], 1)
         tokens, lse = np.concatenate([tokens, last.tokens], 1), np.concatenate([lse, last.lse], 1)
+        mean = np.concatenate([mean, np.zeros_like(mean[:, :1])], 1) if mean_x else None
     lists = given.lists if refine else None
-    return hisac.Compressed(tokens, lse, share, agents._replace(prototypes=p, lists=lists))
+    return hisac.Compressed(tokens, lse, share, agents._replace(prototypes=p, lists=lists), mean)
 
 
 def assert_composed(mine, expected):
