@@ -4,7 +4,7 @@
 import numpy as np
 
 import hisac
-from hisac import testing
+from hisac import reference, testing
 from hisac.reference import bounds
 
 try:
@@ -50,3 +50,24 @@ def with_threads(call):
         hisac.set_num_threads(threads)
     assert all(flat(r) == flat(results[0]) for r in results[1:])
     return results[0]
+
+
+def check_backward(p):
+    """The gradients of `route` meet the definition, whatever the threads."""
+    for convert, _ in kinds(p):
+        args = p.backward_args(hisac.route(**convert(p.route_args())))
+        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
+        exact = p.by_reference(args)
+        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+
+
+def check_one_by_one(p):
+    """`route` of one user alone has the bits of the batch."""
+    args, out = p.route_args(), hisac.route(**p.route_args())
+    offsets = p.histories.offsets
+    starts, ends = offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
+    for b in range(len(starts)):
+        alone = p.histories._replace(offsets=(starts[b : b + 1], ends[b : b + 1]))
+        one = {"histories": alone, "agents": p.prototypes[b : b + 1]}
+        one |= {"count": None if p.count is None else p.count[b : b + 1]}
+        assert flat(hisac.route(**args | one)) == flat(tuple(None if a is None else a[b : b + 1] for a in out))

@@ -132,13 +132,13 @@ struct Worker {
 
 class Forward {
  public:
-  Forward(const Codebook& book, const MatchInputs& in, const Match* out) noexcept
-      : book_(book), in_(in), out_(out), levels_(book.levels()), width_(in.sums.v.width) {}
+  Forward(const Context& context, const Codebook& book, const MatchInputs& in, const Match& out) noexcept
+      : context_(context), book_(book), in_(in), out_(out), levels_(book.levels()), width_(in.sums.v.width) {}
 
-  void carve(Arena& arena, int workers) noexcept {
+  void carve(Arena& arena) noexcept {
     const Rows& v = in_.sums.v;
     int64_t* const node = arena.take<int64_t>(in_.size(), levels_);
-    worker_ = arena.take_each<Worker>(workers, [&](Worker& one) {
+    worker_ = arena.take_each<Worker>(workers_of(context_), [&](Worker& one) {
       one.user.carve(arena, book_, in_, node, nullptr);
       if (v.dtype != DType::float32) one.rows = arena.take<float>(simd::kBlock, width_);
       one.run = arena.take<float>(width_);
@@ -147,14 +147,14 @@ class Forward {
     });
   }
 
-  void run(const Context& context) noexcept {
+  void run() noexcept {
     int64_t end = 0;
     for (int64_t b = 0; b < in_.candidates.users; ++b) {
       clear(end, in_.candidates.start(b));
       end = in_.candidates.end(b);
     }
     clear(end, in_.size());
-    parallel_for(context, in_.candidates.users, [&](int64_t begin, int64_t last, int w) {
+    parallel_for(context_, in_.candidates.users, [&](int64_t begin, int64_t last, int w) {
       for (int64_t b = begin; b < last; ++b) user(b, worker_[w]);
     });
   }
@@ -227,13 +227,14 @@ class Forward {
 
   size_t bytes() const noexcept { return static_cast<size_t>(width_ * bytes_of(in_.sums.v.dtype)); }
   std::byte* v_of(int64_t n, int64_t level) const noexcept {
-    return static_cast<std::byte*>(out_->v.data) + (n * levels_ + level) * static_cast<int64_t>(bytes());
+    return static_cast<std::byte*>(out_.v.data) + (n * levels_ + level) * static_cast<int64_t>(bytes());
   }
-  float& lse_of(int64_t n, int64_t level) const noexcept { return out_->lse.data[n * levels_ + level]; }
+  float& lse_of(int64_t n, int64_t level) const noexcept { return out_.lse.data[n * levels_ + level]; }
 
+  const Context& context_;
   const Codebook& book_;
   const MatchInputs& in_;
-  const Match* out_;
+  const Match& out_;
   const simd::Kernels& k_ = simd::kernels();
   int64_t levels_, width_;
   Worker* worker_ = nullptr;
@@ -242,18 +243,11 @@ class Forward {
 }  // namespace
 
 size_t match_workspace(const Context& context, const Codebook& book, const MatchInputs& inputs) noexcept {
-  Arena arena;
-  Forward(book, inputs, nullptr).carve(arena, workers_of(context));
-  return arena.used();
+  return workspace_of(Forward(context, book, inputs, {}));
 }
 
 Status match(const Context& context, const Codebook& book, const MatchInputs& inputs, const Match out) noexcept {
-  Forward forward(book, inputs, &out);
-  Arena arena(context.workspace);
-  forward.carve(arena, workers_of(context));
-  HISAC_TRY(arena.check("match"));
-  forward.run(context);
-  return {};
+  return run_call("match", context, Forward(context, book, inputs, out));
 }
 
 }  // namespace hisac::cpu

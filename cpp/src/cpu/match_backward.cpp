@@ -35,26 +35,33 @@ struct Worker {
 
 class Backward {
  public:
-  Backward(const Codebook& book, const MatchInputs& in, const MatchForward* forward, const MatchGradients* out) noexcept
-      : book_(book), in_(in), forward_(forward), out_(out), levels_(book.levels()), width_(in.sums.v.width) {}
+  Backward(const Context& context, const Codebook& book, const MatchInputs& in, const MatchForward* forward,
+           const MatchGradients* out) noexcept
+      : context_(context),
+        book_(book),
+        in_(in),
+        forward_(forward),
+        out_(out),
+        levels_(book.levels()),
+        width_(in.sums.v.width) {}
 
-  void carve(Arena& arena, int workers) noexcept {
+  void carve(Arena& arena) noexcept {
     waves_.carve(arena, in_.sums.offsets.users);
     int64_t* const node = arena.take<int64_t>(in_.size(), levels_);
     int64_t* const next = arena.take<int64_t>(in_.size(), levels_);
-    worker_ = arena.take_each<Worker>(workers, [&](Worker& one) {
+    worker_ = arena.take_each<Worker>(workers_of(context_), [&](Worker& one) {
       one.user.carve(arena, book_, in_, node, next);
       arena.take_into(width_, one.row, one.d_v, one.sum);
       arena.take_into(in_.sums.longest, one.weight, one.dot);
     });
   }
 
-  void run(const Context& context) noexcept {
-    fill(context, out_->v.data, out_->v ? in_.sums.v.rows * width_ : 0);
-    fill(context, out_->bias.data, out_->bias ? in_.sums.v.rows : 0);
+  void run() noexcept {
+    fill(context_, out_->v.data, out_->v ? in_.sums.v.rows * width_ : 0);
+    fill(context_, out_->bias.data, out_->bias ? in_.sums.v.rows : 0);
     waves_.plan(in_.sums.offsets);
     for (int64_t wave = 0; wave < waves_.count(); ++wave)
-      parallel_for(context, waves_.size(wave), [&](int64_t begin, int64_t end, int w) {
+      parallel_for(context_, waves_.size(wave), [&](int64_t begin, int64_t end, int w) {
         for (int64_t i = begin; i < end; ++i) user(waves_.users(wave)[i], worker_[w]);
       });
   }
@@ -111,6 +118,7 @@ class Backward {
     return d_lse;
   }
 
+  const Context& context_;
   const Codebook& book_;
   const MatchInputs& in_;
   const MatchForward* forward_;
@@ -124,19 +132,12 @@ class Backward {
 }  // namespace
 
 size_t match_backward_workspace(const Context& context, const Codebook& book, const MatchInputs& inputs) noexcept {
-  Arena arena;
-  Backward(book, inputs, nullptr, nullptr).carve(arena, workers_of(context));
-  return arena.used();
+  return workspace_of(Backward(context, book, inputs, nullptr, nullptr));
 }
 
 Status match_backward(const Context& context, const Codebook& book, const MatchInputs& inputs,
                       const MatchForward& forward, const MatchGradients& out) noexcept {
-  Backward backward(book, inputs, &forward, &out);
-  Arena arena(context.workspace);
-  backward.carve(arena, workers_of(context));
-  HISAC_TRY(arena.check("match_backward"));
-  backward.run(context);
-  return {};
+  return run_call("match_backward", context, Backward(context, book, inputs, &forward, &out));
 }
 
 }  // namespace hisac::cpu

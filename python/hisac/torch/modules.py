@@ -261,12 +261,8 @@ def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0, 
     >>> [(group["lr"], len(group["params"])) for group in parameter_groups(model, 0.01)]
     [(0.01, 2), (0.1, 1)]
     """
-    of_scale = {
-        id(p)
-        for m in model.modules()
-        for p in m.parameters(recurse=False)
-        if (isinstance(m, Compressor) and p is m.log_tau) or isinstance(m, Similarity)
-    }
+    scaled = [m for m in model.modules() if isinstance(m, Compressor | Similarity)]
+    of_scale = {id(p) for m in scaled for p in m.parameters(recurse=False)}
     every = [p for p in model.parameters() if p.requires_grad]
     slow, quick = [p for p in every if id(p) not in of_scale], [p for p in every if id(p) in of_scale]
     groups = [

@@ -13,7 +13,7 @@ import hisac
 from hisac import reference, testing
 from hisac.reference import bounds
 from hisac.types import Histories, RouteGradients, Tokens
-from support import flat, kinds, with_threads
+from support import check_backward, check_one_by_one, flat, kinds, with_threads
 
 try:
     import torch
@@ -90,14 +90,6 @@ def test_route_backward(p):
 @given(testing.problems(hostile=True))
 def test_route_backward_hostile(p):
     check_backward(p)
-
-
-def check_backward(p):
-    for convert, _ in kinds(p):
-        args = p.backward_args(hisac.route(**convert(p.route_args())))
-        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
-        exact = p.by_reference(args)
-        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
 
 
 @given(testing.problems(), st.sets(st.sampled_from(RouteGradients._fields)))
@@ -181,14 +173,7 @@ def test_sums_of_equal_rows_keep_their_digits(rows):
 
 @given(testing.problems())
 def test_route_ragged_equals_one_by_one(p):
-    args, out = p.route_args(), hisac.route(**p.route_args())
-    offsets = p.histories.offsets
-    starts, ends = offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
-    for b in range(len(starts)):
-        alone = p.histories._replace(offsets=(starts[b : b + 1], ends[b : b + 1]))
-        one = {"histories": alone, "agents": p.prototypes[b : b + 1]}
-        one |= {"count": None if p.count is None else p.count[b : b + 1]}
-        assert flat(hisac.route(**args | one)) == flat(tuple(None if a is None else a[b : b + 1] for a in out))
+    check_one_by_one(p)
 
 
 @given(testing.problems(hostile=True), st.data())

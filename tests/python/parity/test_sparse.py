@@ -11,7 +11,7 @@ import hisac
 from hisac import Agents, Histories, RouteAgents, reference, testing
 from hisac.reference import bounds
 from hisac.reference.lists import listed
-from support import flat, kinds, with_threads
+from support import check_backward, check_one_by_one, flat, kinds, with_threads
 
 try:
     import torch
@@ -104,11 +104,7 @@ def test_route(p):
 
 @given(PROBLEMS)
 def test_route_backward(p):
-    for convert, _ in kinds(p):
-        args = p.backward_args(hisac.route(**convert(p.route_args())))
-        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
-        exact = p.by_reference(args)
-        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+    check_backward(p)
 
 
 @given(PROBLEMS)
@@ -162,14 +158,7 @@ def test_a_behaviour_is_shared_out_whole(p):
 
 @given(PROBLEMS)
 def test_route_ragged_equals_one_by_one(p):
-    args, out = p.route_args(), hisac.route(**p.route_args())
-    offsets = p.histories.offsets
-    starts, ends = offsets if isinstance(offsets, tuple) else (offsets[:-1], offsets[1:])
-    for b in range(len(starts)):
-        alone = p.histories._replace(offsets=(starts[b : b + 1], ends[b : b + 1]))
-        one = {"histories": alone, "agents": p.prototypes[b : b + 1]}
-        one |= {"count": None if p.count is None else p.count[b : b + 1]}
-        assert flat(hisac.route(**args | one)) == flat(tuple(None if a is None else a[b : b + 1] for a in out))
+    check_one_by_one(p)
 
 
 @pytest.mark.parametrize("refine", [0, 2])
