@@ -273,50 +273,75 @@ void leaf_gradients(const Codebook& book, const Fields& histories, const Fields&
 
 // ---- attend
 
+/// [R, ..] as [1, R, ..], for tokens with offsets.
+template <class T, int N>
+Array<T, N + 1> as_one_user(const Array<T, N>& a) noexcept {
+  Array<T, N + 1> one{a.data, {1}};
+  std::copy_n(a.shape, N, one.shape + 1);
+  return one;
+}
+
+/// Of users' tokens: [B, M, ..], or [R, ..] with offsets.
+template <class T, int N>
+Array<T, N> token_array(Lent given, bool ragged, Call& call, const char* name, const char* of_users,
+                        const char* of_rows) {
+  return ragged ? as_one_user(array<T, N - 1>(given, call, name, of_rows, true))
+                : array<T, N>(given, call, name, of_users, true);
+}
+
 struct AttendArguments {
   AttendInputs in;
+  bool ragged;
 
-  AttendArguments(Call& call, Lent q, Lent keys, Lent values, Lent offsets, Lent bias, float scale) {
+  AttendArguments(Call& call, Lent q, Lent keys, Lent values, Lent offsets, Lent bias, Lent tokens, int64_t most,
+                  float scale)
+      : ragged(!tokens.none) {
+    const int dims = 4 - ragged;
     in.q = rows(q, call, "q", 3, "float32, bfloat16 or float16 [N, H, d]");
-    in.keys = rows(keys, call, "keys", 4, "q's type, [B, M, H, d]");
-    in.values = rows(values, call, "values", 4, "q's type, [B, M, H, V]");
-    in.bias = array<const float, 2>(bias, call, "bias", "float32 [B, M]", true);
+    in.keys = rows(keys, call, "keys", dims, ragged ? "q's type, [R, H, d]" : "q's type, [B, M, H, d]");
+    in.values = rows(values, call, "values", dims, ragged ? "q's type, [R, H, V]" : "q's type, [B, M, H, V]");
+    in.bias = token_array<const float, 2>(bias, ragged, call, "bias", "float32 [B, M]", "float32 [R]");
     in.scale = scale;
     const int64_t* const k = keys.tensor.shape;
     const int64_t* const w = values.tensor.shape;
-    in.agents = k[1];
+    in.agents = ragged ? most : k[1];
     in.heads = q.tensor.shape[1];
-    if (k[2] != in.heads || k[0] != w[0] || k[1] != w[1] || k[2] != w[2] || k[3] != q.tensor.shape[2])
-      throw nb::value_error((std::string(call) +
-                             ": expected q [N, H, d], keys [B, M, H, d] and values [B, M, H, V], got " + describe(q) +
-                             ", " + describe(keys) + " and " + describe(values))
+    if (k[dims - 2] != in.heads || !std::equal(k, k + dims - 1, w) || k[dims - 1] != q.tensor.shape[2])
+      throw nb::value_error((std::string(call) + ": expected q [N, H, d], keys " +
+                             (ragged ? "[R, H, d] and values [R, H, V]" : "[B, M, H, d] and values [B, M, H, V]") +
+                             ", got " + describe(q) + ", " + describe(keys) + " and " + describe(values))
                                 .c_str());
     in.candidates = spans(offsets, call, "candidate_offsets");
-    if (in.candidates.users != k[0])
+    if (ragged) {
+      in.tokens = spans(tokens, call, "token_offsets");
+    } else if (in.candidates.users != k[0]) {
       wrong_value(call, "candidate_offsets", "[" + std::to_string(k[0] + 1) + "]", describe(offsets));
+    }
   }
 };
 
-void attend_candidates(Lent q, Lent keys, Lent values, Lent candidate_offsets, Lent bias, float scale, Lent out,
-                       Lent lse) {
+void attend_candidates(Lent q, Lent keys, Lent values, Lent candidate_offsets, Lent bias, Lent token_offsets,
+                       int64_t longest, float scale, Lent out, Lent lse) {
   Call call("attend");
-  const AttendArguments a(call, q, keys, values, candidate_offsets, bias, scale);
+  const AttendArguments a(call, q, keys, values, candidate_offsets, bias, token_offsets, longest, scale);
   const Attended to{rows<MutableRows>(out, call, "out", 3, "q's type, [N, H, V]"),
                     array<float, 2>(lse, call, "out lse", "float32 [N, H]")};
   run(call, with(attend_workspace, a.in), with(attend, a.in, to));
 }
 
 void attend_gradients(Lent d_out, Lent d_lse, Lent out, Lent lse, Lent q, Lent keys, Lent values,
-                      Lent candidate_offsets, Lent bias, float scale, Lent dq, Lent dkeys, Lent dvalues, Lent dbias) {
+                      Lent candidate_offsets, Lent bias, Lent token_offsets, int64_t longest, float scale, Lent dq,
+                      Lent dkeys, Lent dvalues, Lent dbias) {
   Call call("attend_backward");
-  const AttendArguments a(call, q, keys, values, candidate_offsets, bias, scale);
+  const AttendArguments a(call, q, keys, values, candidate_offsets, bias, token_offsets, longest, scale);
   const AttendForward forward{
       rows(d_out, call, "d_out", 3, "[N, H, V]"), array<const float, 2>(d_lse, call, "d_lse", "float32 [N, H]", true),
       rows(out, call, "out", 3, "[N, H, V]"), array<const float, 2>(lse, call, "lse", "float32 [N, H]")};
-  const AttendGradients to{array<float, 3>(dq, call, "dq", "float32 [N, H, d]"),
-                           array<float, 4>(dkeys, call, "dkeys", "float32 [B, M, H, d]"),
-                           array<float, 4>(dvalues, call, "dvalues", "float32 [B, M, H, V]"),
-                           array<float, 2>(dbias, call, "dbias", "float32 [B, M]", true)};
+  const AttendGradients to{
+      array<float, 3>(dq, call, "dq", "float32 [N, H, d]"),
+      token_array<float, 4>(dkeys, a.ragged, call, "dkeys", "float32 [B, M, H, d]", "float32 [R, H, d]"),
+      token_array<float, 4>(dvalues, a.ragged, call, "dvalues", "float32 [B, M, H, V]", "float32 [R, H, V]"),
+      token_array<float, 2>(dbias, a.ragged, call, "dbias", "float32 [B, M]", "float32 [R]")};
   run(call, with(attend_backward_workspace, a.in), with(attend_backward, a.in, forward, to));
 }
 
@@ -387,10 +412,11 @@ void fill(nb::module_& m) {
         "out_codes"_a, "out_bias"_a, "out_spread"_a, "out_votes"_a);
   m.def("leaf_sums_backward", leaf_gradients, "book"_a, "histories"_a, "sums"_a, "gradients"_a, "v_rows"_a.none(),
         "dv"_a.none(), "dbias"_a.none());
-  m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(), "scale"_a,
-        "out"_a, "lse"_a);
+  m.def("attend", attend_candidates, "q"_a, "keys"_a, "values"_a, "candidate_offsets"_a, "bias"_a.none(),
+        "token_offsets"_a.none(), "longest"_a, "scale"_a, "out"_a, "lse"_a);
   m.def("attend_backward", attend_gradients, "d_out"_a, "d_lse"_a.none(), "out"_a, "lse"_a, "q"_a, "keys"_a, "values"_a,
-        "candidate_offsets"_a, "bias"_a.none(), "scale"_a, "dq"_a, "dkeys"_a, "dvalues"_a, "dbias"_a.none());
+        "candidate_offsets"_a, "bias"_a.none(), "token_offsets"_a.none(), "longest"_a, "scale"_a, "dq"_a, "dkeys"_a,
+        "dvalues"_a, "dbias"_a.none());
   m.def("match", match_candidates, "book"_a, "sums"_a, "codes"_a, "ids"_a.none(), "candidate_offsets"_a, "v"_a,
         "lse"_a);
   m.def("match_backward", match_gradients, "book"_a, "sums"_a, "d_v"_a.none(), "d_lse"_a.none(), "codes"_a,

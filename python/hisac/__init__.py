@@ -18,7 +18,7 @@ import warnings
 from . import _core
 from ._core import VERSION as __version__
 from ._core import CorruptFileError
-from .candidates import attend, attend_backward, match, match_backward, merge
+from .candidates import attend, attend_backward, match, match_backward, merge, recent
 from .codebook import Codebook
 from .runtime import backends, get_num_threads, set_num_threads
 from .types import (
@@ -31,6 +31,7 @@ from .types import (
     LeafGradients,
     Match,
     MatchGradients,
+    Recent,
     RouteAgents,
     RouteGradients,
     Tokens,
@@ -61,6 +62,7 @@ __all__ = [
     "LeafGradients",
     "Match",
     "MatchGradients",
+    "Recent",
     "RouteAgents",
     "RouteGradients",
     "Tokens",
@@ -79,6 +81,7 @@ __all__ = [
     "match_backward",
     "merge",
     "missing",
+    "recent",
     "route",
     "route_backward",
     "set_num_threads",

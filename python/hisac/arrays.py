@@ -218,6 +218,15 @@ def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = 
     return number
 
 
+def most_tokens(verb: str, token_offsets: Array, longest: int | None) -> int:
+    """`longest` as the core takes it, 0 where it is not known."""
+    if longest is None:
+        return 0
+    if token_offsets is None:
+        raise ValueError(f"{verb}: longest expected beside token_offsets, got {longest} without")
+    return whole(verb, "longest", longest, 0)
+
+
 def per_level(verb: str, name: str, given: Any, levels: int, most: float = math.inf) -> tuple[int, ...]:
     """Whole numbers from 1 on, one a level; a tuple of such numbers is taken as it is."""
     if type(given) is tuple and len(given) == levels:

@@ -12,9 +12,23 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import compose
-from .arrays import FLOAT32, check, core, empty, give, is_torch, take, take_histories, wanted_of
+from .arrays import (
+    FLOAT32,
+    behaviours_of,
+    check,
+    core,
+    empty,
+    give,
+    is_torch,
+    most_tokens,
+    pair_of,
+    take,
+    take_histories,
+    wanted_of,
+    whole,
+)
 from .codebook import Codebook
-from .types import Array, Attended, AttendGradients, Histories, Match, MatchGradients
+from .types import Array, Attended, AttendGradients, Histories, Match, MatchGradients, Recent
 
 _NO_ATTENDED, _NO_MATCH = Attended(None, None), Match(None, None)
 _SUMS = "-, sums.v S V, offsets B+1, sums.codes S L, -, -, -, sums.bias?, -, -"
@@ -24,7 +38,7 @@ _Pair = TypeVar("_Pair", bound=tuple[Any, ...])
 
 def attend(
     q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None,
-    out: Attended | None = None,
+    token_offsets: Array = None, longest: int | None = None, out: Attended | None = None,
 ) -> Attended:  # fmt: skip
     """Target attention of candidates on their user's tokens (paper, target attention).
 
@@ -35,62 +49,68 @@ def attend(
 
     Args:
         q: [N, H, d], of one type with keys and values: float32, bfloat16 or float16
-        keys: [B, M, H, d]
-        values: [B, M, H, V]
+        keys: [B, M, H, d]; with token_offsets [R, H, d]
+        values: [B, M, H, V]; with token_offsets [R, H, V]
         candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
-        bias: [B, M] float32, such as the log_share of tokens
+        bias: [B, M] float32, such as the log_share of tokens; with token_offsets [R]
         scale: None: 1 / sqrt(d)
+        token_offsets: [B + 1] int32 or int64: user b has the tokens token_offsets[b] .. [b + 1], such as recent
+            behaviours. None: M each
+        longest: the most tokens of a user, where it is known; with token_offsets
         out: Attended to write into
 
     Returns Attended; its lse tells how well the best tokens match, which softmax attention alone hides. Raises
     ValueError, TypeError.
     """
-    q, keys, values, candidate_offsets, bias, scale = _attend_inputs(
-        "attend", q, keys, values, candidate_offsets, bias, scale
-    )
+    arrays, options = _attend_inputs("attend", q, keys, values, candidate_offsets, bias, token_offsets, longest, scale)
+    q, values = arrays[0], arrays[2]
     given = _NO_ATTENDED if out is None else check(out, Attended, "attend: out")
     result = Attended(
-        give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[3])),
+        give("attend", "out", given.out, q, (q.shape[0], q.shape[1], values.shape[-1])),
         give("attend", "out lse", given.lse, q, (q.shape[0], q.shape[1]), FLOAT32),
     )
-    core.attend(q, keys, values, candidate_offsets, bias, scale, *result)
+    core.attend(*arrays, *options, *result)
     return result
 
 
 def attend_backward(
     d_out: Array, d_lse: Array, forward: Attended, q: Array, keys: Array, values: Array, candidate_offsets: Array, *,
-    bias: Array = None, scale: float | None = None,
+    bias: Array = None, scale: float | None = None, token_offsets: Array = None, longest: int | None = None,
 ) -> AttendGradients:  # fmt: skip
     """Gradients of `attend`.
 
     Args:
         d_out, d_lse: the gradients of what it returned; d_lse may be None
         forward: what it returned
-        q, keys, values, candidate_offsets, bias, scale: those of the call
+        q, keys, values, candidate_offsets, bias, scale, token_offsets, longest: those of the call
 
     Returns AttendGradients, float32. Raises ValueError, TypeError.
     """
     verb = "attend_backward"
-    q, keys, values, offsets, bias, scale = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, scale)
+    arrays, options = _attend_inputs(verb, q, keys, values, candidate_offsets, bias, token_offsets, longest, scale)
     check(forward, Attended, f"{verb}: forward")
     back = take(verb, "d_out, d_lse?, out, lse", d_out, d_lse, forward.out, forward.lse)
     gradients = AttendGradients(
-        *(None if a is None else empty(back[0], tuple(a.shape), FLOAT32) for a in (q, keys, values, bias))
+        *(None if arrays[i] is None else empty(back[0], tuple(arrays[i].shape), FLOAT32) for i in (0, 1, 2, 4))
     )
-    core.attend_backward(*back, q, keys, values, offsets, bias, scale, *gradients)
+    core.attend_backward(*back, *arrays, *options, *gradients)
     return gradients
 
 
 def _attend_inputs(
-    verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, scale: float | None
-) -> tuple[Any, ...]:
-    q, keys, values, offsets, bias = take(
-        verb, "q N H d, keys B M H d, values B M H V, candidate_offsets, bias?",
-        q, keys, values, candidate_offsets, bias,
+    verb: str, q: Array, keys: Array, values: Array, candidate_offsets: Array, bias: Array, token_offsets: Array,
+    longest: int | None, scale: float | None,
+) -> tuple[tuple[Any, ...], tuple[int, float]]:  # fmt: skip
+    """The arrays in the order of the core, and its (longest, scale)."""
+    shape = "B M" if token_offsets is None else "R"
+    arrays = take(
+        verb, f"q N H d, keys {shape} H d, values {shape} H V, candidate_offsets, bias?, token_offsets?",
+        q, keys, values, candidate_offsets, bias, token_offsets,
     )  # fmt: skip
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{verb}: scale expected finite, got {scale}")
-    return q, keys, values, offsets, bias, 1 / math.sqrt(q.shape[2] or 1) if scale is None else float(scale)
+    width = arrays[0].shape[2] or 1
+    return arrays, (most_tokens(verb, token_offsets, longest), 1 / math.sqrt(width) if scale is None else float(scale))
 
 
 def match(
@@ -161,6 +181,30 @@ def _match_inputs(
     return tree, take_histories(verb, _SUMS, sums), *take(verb, _CANDIDATES, codes, ids, candidate_offsets)
 
 
+def recent(histories: Histories, n: int) -> Recent:
+    """Each user's n most recent behaviours apart from the older ones, for candidates that attend to the tokens of the
+    older and, raw, to the recent (joined tokens). The shares of both are of one whole:
+
+        share of behaviour i = exp(bias_i) / sum of exp(bias) over the user's behaviours
+
+    A behaviour counts whether or not it is absent, but for a bias that is NaN or infinite: give padding a bias of -inf.
+
+    Args:
+        histories: in the order of time, the latest last. Read are offsets and bias
+        n: how many; of fewer all are recent
+
+    Returns Recent. Raises ValueError, TypeError.
+
+    >>> recent(Histories(v=np.zeros((6, 1)), offsets=np.array([0, 4, 6])), 3).rows
+    array([1, 2, 3, 4, 5])
+    """
+    n = whole("recent", "n", n, 0)
+    h = take_histories("recent", "-, -, offsets B+1, -, -, -, -, bias? T, -, -", histories)
+    starts, ends = pair_of("recent", h.offsets) or (h.offsets[:-1], h.offsets[1:])
+    numbers = sys.modules["torch"] if is_torch(starts) else np
+    return compose.recent(numbers, attend, histories, starts, ends, h.bias, behaviours_of(h), n)
+
+
 def merge(a: _Pair, b: _Pair) -> _Pair:
     """Two pairs (out, lse), of disjoint parts of one softmax or one sum -> that of both. With m = max(lse_a, lse_b),
 
@@ -168,8 +212,8 @@ def merge(a: _Pair, b: _Pair) -> _Pair:
 
     Where one lse is -inf, the result is the other pair, bit for bit; where both are, 0 and -inf; an lse of NaN or inf
     gives NaN. Associative up to rounding. Not of what the modules TreeMatch and TargetAttention return: their lse is
-    log(1 + mass), or 0 where there is nothing. Merge results of `match` or `attend`, or give TargetAttention all
-    tokens, one after another, with their biases.
+    log(1 + mass), or 0 where there is nothing. Merge results of `match` or `attend`; TargetAttention joins several
+    sets of tokens itself.
 
     Args:
         a, b: of one type: Attended, Match, Tokens, whose mean_x is merged as its tokens are, or tuples. lse has any

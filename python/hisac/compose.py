@@ -4,7 +4,7 @@
 import operator
 from typing import Any, NamedTuple
 
-from .types import Agents, Compressed, Histories, RouteAgents
+from .types import Agents, Compressed, Histories, Recent, RouteAgents
 
 
 class Verbs(NamedTuple):
@@ -161,6 +161,43 @@ def compress(
         mean = np.concatenate((mean, np.zeros_like(mean[:, :1])), 1) if mean_x else None
     kept = agents.lists if sparse is None else to.lists
     return Compressed(tokens, lse, share, agents._replace(prototypes=to.prototypes, lists=kept), mean)
+
+
+def recent(np: Any, attend: Any, histories: Histories, starts: Any, ends: Any, bias: Any, most: int, n: int) -> Recent:
+    """`hisac.recent`, by numpy or torch and their `attend`: a candidate of zeros has the log of its tokens' mass as its
+    log-sum-exp. Users have the behaviours [starts, ends) of at most T = `most`, and bias [T] or None."""
+    starts, ends = np.asarray(starts, dtype=np.int64), np.asarray(ends, dtype=np.int64)
+    if bool(((starts < 0) | (ends < starts) | (ends > most)).any()):
+        raise ValueError(f"recent: offsets expected 0 <= start <= end <= {most} for every user, got others")
+    cut = np.maximum(starts, ends - n)
+    count_of = np.asarray(ends - starts, dtype=np.float32)
+
+    def rows_of(first: Any, last: Any) -> tuple[Any, Any]:
+        count = last - first
+        zero = count.new_zeros(1) if hasattr(count, "new_zeros") else np.zeros(1, np.int64)
+        offsets = np.concatenate((zero, np.cumsum(count, 0)))
+        steps = _repeat(np, first - offsets[:-1], count)
+        return steps + np.cumsum(np.ones_like(steps), 0) - 1, offsets
+
+    def log_mass(rows: Any, offsets: Any) -> Any:
+        if bias is None:
+            count = np.asarray(offsets[1:] - offsets[:-1], dtype=np.float32)
+            return np.where(count > 0, np.log(np.where(count > 0, count, 1.0)), -np.inf)
+        zeros, q = np.zeros_like(bias[rows])[:, None, None], np.zeros_like(count_of)[:, None, None]
+        users = np.arange(len(starts) + 1)
+        return attend(q, zeros, zeros, users, bias=bias[rows], token_offsets=offsets, scale=1.0).lse[:, 0]
+
+    rows, offsets = rows_of(cut, ends)
+    old, new = log_mass(*rows_of(starts, cut)), log_mass(rows, offsets)
+    total = np.logaddexp(old, new)
+    total = np.where(total > -np.inf, total, 0.0)
+    own = np.zeros_like(count_of[:1]) if bias is None else np.where(np.isfinite(bias[rows]), bias[rows], -np.inf)
+    share = own - _repeat(np, total, offsets[1:] - offsets[:-1])
+    return Recent(histories._replace(offsets=(starts, cut)), rows, offsets, share, old - total)
+
+
+def _repeat(np: Any, a: Any, counts: Any) -> Any:
+    return (np.repeat_interleave if hasattr(np, "repeat_interleave") else np.repeat)(a, counts)
 
 
 def _check_pairs(a: Any, b: Any) -> None:

@@ -211,6 +211,25 @@ class Compressed(NamedTuple):
     mean_x: Array = None
 
 
+class Recent(NamedTuple):
+    """Histories without their most recent behaviours, and these by themselves; see `hisac.recent`.
+
+    Fields:
+        older        The histories, but for the most recent behaviours of each user: their offsets are (starts, ends).
+        rows         [R] int64: which of the T behaviours are recent, user by user, the latest last.
+        offsets      [B + 1] int64: user b has rows[offsets[b]] .. [b + 1], the token_offsets of `attend`.
+        log_share    [R] float32: the log of the share of its user's history that a recent behaviour is.
+        older_share  [B] float32: the log of the share that the older ones are; -inf where there are none. Add it to the
+                     log_share of their tokens: then all biases of a user are logs of numbers that sum to 1.
+    """
+
+    older: Histories
+    rows: Array
+    offsets: Array
+    log_share: Array
+    older_share: Array
+
+
 class Attended(NamedTuple):
     """Target attention over the tokens.
 

@@ -241,6 +241,32 @@ TEST_CASE("attend and attend_backward") {
   const int64_t starts[] = {0, 2}, ends[] = {3, 6};
   invalid(spoiled([&](Right& r) { r.attention.candidates = {starts, ends, DType::int64, 2}; }),
           "attend: candidate_offsets expected in order, got a step back at user 1");
+  const auto tokens = [&](std::vector<int64_t> from, std::vector<int64_t> to, int64_t most,
+                          const std::string& message) {
+    invalid(spoiled([&](Right& r) {
+              r.attention.tokens = {from.data(), to.data(), DType::int64, static_cast<int64_t>(from.size())};
+              r.attention.agents = most;
+            }),
+            message);
+  };
+  CHECK(std::string(spoiled([&](Right& r) {
+                      r.attention.tokens = {starts, starts + 1, DType::int64, 1};
+                      r.attention.candidates = {starts, ends, DType::int64, 1};
+                      r.attention.agents = 0;
+                    }).what()) == "");
+  tokens({0, 1}, {1, 5}, 4,
+         "attend: token_offsets expected 0 <= start <= end <= 4 for every user, got [1, 5) for user 1");
+  tokens({0, 1}, {1, 5}, 0,
+         "attend: token_offsets expected 0 <= start <= end <= 4 for every user, got [1, 5) for user 1");
+  tokens({0, 1}, {2, 3}, 4, "attend: token_offsets expected in order, got a step back at user 1");
+  tokens({0, 1}, {1, 4}, 2, "attend: token_offsets expected at most M = 2 tokens a user, got 3");
+  tokens({0}, {1}, 4, "attend: token_offsets expected for 2 users, got 1");
+  invalid(spoiled([&](Right& r) {
+            r.attention.tokens.starts = starts;
+            r.attention.tokens.users = 2;
+            r.attention.agents = 0;
+          }),
+          "attend: token_offsets expected for 2 users, got none");
   const char* const out = "attend: out expected [6, 1, 3] of q's type and lse [6, 1]";
   invalid(spoiled([](Right& r) { r.attended.out.rows = 5; }), out);
   invalid(spoiled([](Right& r) { r.attended.lse.shape[0] = 5; }), out);

@@ -16,10 +16,13 @@ struct Problem {
   DType type = DType::float32;
   float scale = 1;
   std::vector<float> q, k, v, bias, d_out, d_lse;
-  int64_t no_mass = -1;  // a candidate's head whose lse the backward is told is -inf
-  bool narrow = false;   // int32 offsets
-  bool d_bias = true;    // wanted
+  int64_t no_mass = -1;                           // a candidate's head whose lse the backward is told is -inf
+  bool narrow = false;                            // int32 offsets
+  bool d_bias = true;                             // wanted
+  std::vector<int64_t> token_starts, token_ends;  // of tokens that differ in number
   int64_t users() const { return static_cast<int64_t>(starts.size()); }
+  bool ragged() const { return !token_starts.empty(); }
+  int64_t token_rows() const { return ragged() ? static_cast<int64_t>(k.size()) / (heads * width) : users() * tokens; }
   int64_t token(int64_t b, int64_t m, int64_t h) const { return (b * tokens + m) * heads + h; }
 };
 
@@ -131,7 +134,9 @@ Result run(const Problem& p, bool clean, const Result* first, Forward attend, Ba
   test::Guarded<int32_t> narrow_starts(std::vector<int32_t>(starts.begin(), starts.end())),
       narrow_ends(std::vector<int32_t>(ends.begin(), ends.end()));
   test::Guarded<float> bias(p.bias), d_lse(p.d_lse);
-  const int64_t n = p.candidates, h = p.heads, b = p.users(), rows = b * p.tokens * h;
+  const int64_t n = p.candidates, h = p.heads, b = p.users(), rows = p.token_rows() * h;
+  const int64_t groups = p.ragged() ? 1 : b, each = p.ragged() ? p.token_rows() : p.tokens;
+  test::Guarded<int64_t> token_starts(p.token_starts), token_ends(p.token_ends);
   AttendInputs in;
   in.q = {q.data(), p.type, n * h, p.width};
   in.keys = {k.data(), p.type, rows, p.width};
@@ -141,7 +146,8 @@ Result run(const Problem& p, bool clean, const Result* first, Forward attend, Ba
   in.candidates = {p.narrow ? (void*)narrow_starts.data() : (void*)wide_starts.data(),
                    p.narrow ? (void*)narrow_ends.data() : (void*)wide_ends.data(),
                    p.narrow ? DType::int32 : DType::int64, b};
-  if (!p.bias.empty()) in.bias = {bias.data(), {b, p.tokens}};
+  if (p.ragged()) in.tokens = {token_starts.data(), token_ends.data(), DType::int64, b};
+  if (!p.bias.empty()) in.bias = {bias.data(), {groups, each}};
   in.scale = p.scale;
   const int64_t bytes = p.type == DType::float32 ? 4 : 2;
   test::Guarded<std::byte> out(n * h * p.values * bytes);
@@ -160,10 +166,10 @@ Result run(const Problem& p, bool clean, const Result* first, Forward attend, Ba
                       {given_lse.data(), {n, h}}};
   if (!p.d_lse.empty()) given.d_lse = {d_lse.data(), {n, h}};
   AttendGradients gradients{{d_q.data(), {n, h, p.width}},
-                            {d_k.data(), {b, p.tokens, h, p.width}},
-                            {d_v.data(), {b, p.tokens, h, p.values}},
+                            {d_k.data(), {groups, each, h, p.width}},
+                            {d_v.data(), {groups, each, h, p.values}},
                             {}};
-  if (in.bias && p.d_bias) gradients.bias = {d_bias.data(), {b, p.tokens}};
+  if (in.bias && p.d_bias) gradients.bias = {d_bias.data(), {groups, each}};
   status = backward(in, given, gradients);
   if (!status.ok()) test::fail("%s", status.what());
   if (!out.intact() || !lse.intact() || !d_q.intact() || !d_k.intact() || !d_v.intact() || !d_bias.intact())
@@ -345,6 +351,62 @@ void check_alone(const Problem& p, int64_t b, Result cpu, Result cuda) {
   if (!(on_cuda(o, cpu) == cuda)) test::fail("user %lld has other bits alone", static_cast<long long>(b));
 }
 
+/// Rows [first, first + n) of `from` behind those of `to`.
+void append(std::vector<float>& to, const std::vector<float>& from, int64_t first, int64_t n) {
+  if (!from.empty()) to.insert(to.end(), from.begin() + first, from.begin() + first + n);
+}
+
+/// Tokens that differ in number have the bits of tokens that are absent by their bias; those of nobody no gradient.
+void check_ragged(Problem padded) {
+  Random r(simt::options.seed + 5);
+  const int64_t users = padded.users(), most = padded.tokens, key = padded.heads * padded.width,
+                value = padded.heads * padded.values;
+  if (padded.bias.empty()) padded.bias.resize(test::size(users * most));
+  Problem p = padded;
+  p.k.clear(), p.v.clear(), p.bias.clear();
+  std::vector<bool> nobody;
+  const auto add = [&](int64_t from, int64_t n, bool somebody) {
+    append(p.k, padded.k, from * key, n * key);
+    append(p.v, padded.v, from * value, n * value);
+    append(p.bias, padded.bias, from, n);
+    nobody.insert(nobody.end(), test::size(n), !somebody);
+  };
+  for (int64_t b = 0; b < users; ++b) {
+    add(b * most, std::min(most, r.below(3)), false);
+    const int64_t n = r.below(most + 1);
+    p.token_starts.push_back(static_cast<int64_t>(nobody.size()));
+    add(b * most, n, true);
+    p.token_ends.push_back(static_cast<int64_t>(nobody.size()));
+    std::fill_n(padded.bias.begin() + b * most + n, most - n, -INFINITY);
+  }
+  const Result cpu = on_cpu(padded);
+  Result expected = on_cuda(padded, cpu), found = on_cuda(p, cpu);
+  Result rows{found.out, found.lse, found.d_q, {}, {}, {}};
+  for (int64_t b = 0; b < users; ++b) {
+    const int64_t first = p.token_starts[test::size(b)], n = p.token_ends[test::size(b)] - first;
+    Result &e = expected, user;
+    append(user.d_k, e.d_k, b * most * key, n * key);
+    append(user.d_v, e.d_v, b * most * value, n * value);
+    if (p.d_bias) append(user.d_bias, e.d_bias, b * most, n);
+    Result mine;
+    append(mine.d_k, found.d_k, first * key, n * key);
+    append(mine.d_v, found.d_v, first * value, n * value);
+    if (p.d_bias) append(mine.d_bias, found.d_bias, first, n);
+    if (!(mine == user)) test::fail("user %lld's tokens by offsets have other bits", static_cast<long long>(b));
+  }
+  expected.d_k.clear(), expected.d_v.clear(), expected.d_bias.clear();
+  if (!(rows == expected)) test::fail("tokens by offsets give other bits");
+  for (size_t i = 0; i < nobody.size(); ++i) {
+    if (!nobody[i]) continue;
+    const auto none = [&](const std::vector<float>& a, int64_t wide) {
+      return std::all_of(a.begin() + int64_t(i) * wide, a.begin() + int64_t(i + 1) * wide,
+                         [](float x) { return x == 0; });
+    };
+    if (!none(found.d_k, key) || !none(found.d_v, value) || (p.d_bias && !none(found.d_bias, 1)))
+      test::fail("a token of nobody has a gradient");
+  }
+}
+
 void check(const Problem& p) {
   const Result cpu = on_cpu(p), first = on_cuda(p, cpu);
   const Bounds e = bounds(p, cpu);
@@ -367,6 +429,7 @@ void check(const Problem& p) {
   simt::options.seed += 18;
   simt::options.machine = {1, size_t{72} << 10};  // other tiles, where rows are wide
   if (!(on_cuda(p, cpu) == first)) test::fail("other bits for another order of threads and another machine");
+  if (p.users() > 0 && p.tokens > 0 && simt::options.seed % 2 == 0) check_ragged(p);
   if (p.users() > 1) check_alone(p, static_cast<int64_t>(simt::options.seed) % p.users(), cpu, first);
   simt::options = kept;
 }

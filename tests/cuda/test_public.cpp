@@ -139,7 +139,7 @@ void expect_limits() {
                            {{nullptr, {rows, 1, d}}, {nullptr, {1, 2, 1, d}}, {nullptr, {1, 2, 1, v}}, {}});
   };
   expect(refused(kMany, 4, 4, DType::float32, false), Code::not_implemented,
-         "attend: expected N, B, M, H, d and V up to 2^30 on CUDA, got one of 1073741825");
+         "attend: expected N, B, M, R, H, d and V up to 2^30 on CUDA, got one of 1073741825");
   const auto takes = [&](int64_t d, int64_t v, DType type, bool back) {  // as far as to ask for a workspace
     return std::strstr(refused(3, d, v, type, back).what(), "workspace expected at least") != nullptr;
   };

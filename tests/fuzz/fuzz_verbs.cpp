@@ -147,8 +147,17 @@ void attend_some(Bytes& in, bool hostile) {
       values(in.values(n * tokens * heads * value_width, hostile), type, value_width),
       d_out(in.values(pairs * heads * value_width, hostile), type, value_width);
   Guarded<float> bias(in.values(n * tokens, hostile)), d_lse(in.values(pairs * heads, hostile));
+  const bool ragged = in.flag();
+  const int64_t groups = ragged ? 1 : n, each = ragged ? n * tokens : tokens;
+  Users of_tokens;
+  for (int64_t at = 0; ragged && n > static_cast<int64_t>(of_tokens.starts.size());) {
+    of_tokens.starts.push_back(at = std::min(each, at + in.byte() % 2));
+    of_tokens.ends.push_back(at = std::min(each, at + in.byte() % (tokens + 1)));
+  }
   AttendInputs inputs{q.rows(), keys.rows(), values.rows(), tokens, heads, u.spans(), {}, in.value(false)};
-  if (in.flag()) inputs.bias = {bias.data(), {n, tokens}};
+  if (ragged) inputs.tokens = of_tokens.spans();
+  if (ragged && in.flag()) inputs.agents = 0;
+  if (in.flag()) inputs.bias = {bias.data(), {groups, each}};
   const int64_t bytes = type == DType::float32 ? 4 : 2;
   const tolerance::Attend bound{double(pairs),
                                 double(tokens),
@@ -177,10 +186,10 @@ void attend_some(Bytes& in, bool hostile) {
   each_crew([&](int workers) { return attend_backward_workspace(test::sizing(workers), inputs); },
             [&](const Context& context, int crew) {
               AttendGradients g{{dq[crew], {pairs, heads, key}},
-                                {dk[crew], {n, tokens, heads, key}},
-                                {dv[crew], {n, tokens, heads, value_width}},
+                                {dk[crew], {groups, each, heads, key}},
+                                {dv[crew], {groups, each, heads, value_width}},
                                 {}};
-              if (inputs.bias) g.bias = {db[crew], {n, tokens}};
+              if (inputs.bias) g.bias = {db[crew], {groups, each}};
               return attend_backward(context, inputs,
                                      {d_out.rows(),
                                       {d_lse.data(), {pairs, heads}},

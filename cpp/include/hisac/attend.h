@@ -14,19 +14,23 @@ constexpr float kRootScale = std::numeric_limits<float>::quiet_NaN();  // stands
 
 /// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m
 /// User b's candidates are [candidates.start(b), candidates.end(b)); a range that begins before the last one has ended
-/// is an error. There is no count of agents: to leave out absent ones, pass the log_share of `compress` or the lse of
-/// `route` as the bias, where theirs is -inf. A token whose bias or key holds a NaN or an infinity is absent. If q
-/// holds one, all tokens are absent for that candidate. A candidate without tokens, or in no user's range, has a zero
-/// row and an lse of -inf. A NaN or an infinity in the values of a present token makes that column of `out` NaN or
-/// infinite for all candidates of its user and head that have tokens.
+/// is an error. User b's tokens are the rows [b M, (b + 1) M) of keys and values, or, where tokens differ in number as
+/// recent behaviours do, [tokens.start(b), tokens.end(b)), in order too. On a device a user's tokens after the first M
+/// are left out, and ranges that overlap give wrong gradients. There is no count of agents: to leave out
+/// absent ones, pass the log_share of `compress` or the lse of `route` as the bias, where theirs is -inf. A token whose
+/// bias or key holds a NaN or an infinity is absent. If q holds one, all tokens are absent for that candidate. A
+/// candidate without tokens, or in no user's range, has a zero row and an lse of -inf. A NaN or an infinity in the
+/// values of a present token makes that column of `out` NaN or infinite for all candidates of its user and head that
+/// have tokens.
 struct AttendInputs {
   Rows q;                         // [N * H, d]
-  Rows keys;                      // [B * M * H, d], q's type
-  Rows values;                    // [B * M * H, V], q's type
-  int64_t agents = 0, heads = 0;  // M, H
+  Rows keys;                      // [B * M * H, d], q's type; with `tokens` [R * H, d]
+  Rows values;                    // [B * M * H, V], q's type; with `tokens` [R * H, V]
+  int64_t agents = 0, heads = 0;  // M, H; with `tokens`, M is the most that a user has, 0: unknown
   Spans candidates;               // B users, from offsets [B + 1]
-  Array<const float, 2> bias;     // [B, M], null: 0, and absent agents take part
+  Array<const float, 2> bias;     // [B, M], with `tokens` [1, R]; null: 0, and absent agents take part
   float scale = kRootScale;       // of q . k
+  Spans tokens = {};              // B users; starts null: user b has the rows [b M, (b + 1) M)
 };
 
 struct Attended {
@@ -47,9 +51,9 @@ struct AttendForward {
 /// float32; bias null: not computed.
 struct AttendGradients {
   Array<float, 3> q;       // [N, H, d]
-  Array<float, 4> keys;    // [B, M, H, d]
-  Array<float, 4> values;  // [B, M, H, V]
-  Array<float, 2> bias;    // [B, M]
+  Array<float, 4> keys;    // [B, M, H, d]; with `tokens` [1, R, H, d], zero for rows of no user
+  Array<float, 4> values;  // [B, M, H, V], [1, R, H, V]
+  Array<float, 2> bias;    // [B, M], [1, R]
 };
 
 /// w = exp(z - lse), dz = w (dout . values - dout . out + dlse), recomputed; deterministic.

@@ -45,12 +45,13 @@ inline Status check_spans(const char* verb, const char* name, const Spans& h, in
   return {};
 }
 
-/// The users' ranges of N candidates, one after another.
-inline Status check_candidates(const char* verb, const Spans& candidates, int64_t n, Device device) noexcept {
-  HISAC_TRY(check_spans(verb, "candidate_offsets", candidates, n, device));
-  for (int64_t b = 1; b < candidates.users && device == Device::cpu; ++b)
-    if (candidates.start(b) < candidates.end(b - 1))
-      return invalid("%s: candidate_offsets expected in order, got a step back at user %" PRId64, verb, b);
+/// The users' ranges of n candidates or tokens, one after another.
+inline Status check_in_order(const char* verb, const char* name, const Spans& spans, int64_t n,
+                             Device device) noexcept {
+  HISAC_TRY(check_spans(verb, name, spans, n, device));
+  for (int64_t b = 1; b < spans.users && device == Device::cpu; ++b)
+    if (spans.start(b) < spans.end(b - 1))
+      return invalid("%s: %s expected in order, got a step back at user %" PRId64, verb, name, b);
   return {};
 }
 

@@ -20,6 +20,7 @@ constexpr int64_t kSpan = 512;  // candidates of one unit of the forward
 
 /// One user's head, packed.
 struct Head {
+  int64_t tokens = 0;                                      // m, at most M
   float *keys = nullptr, *values = nullptr;                // [M, d], [M, V]
   float *packed_keys = nullptr, *packed_values = nullptr;  // for q . k [d, M] and w values [M, V]
   float* bias = nullptr;                                   // [pad(M)] base 2; -inf: absent
@@ -38,12 +39,14 @@ struct AttendCall {
   }
 
   void load_head(int64_t b, int64_t h, Head& head) const noexcept {
+    const int64_t first = first_token(b);
+    head.tokens = in_.tokens.starts ? in_.tokens.end(b) - first : m_;
     std::fill_n(head.bias, ldm_, -INFINITY);
-    for (int64_t m = 0; m < m_; ++m) {
+    for (int64_t m = 0; m < head.tokens; ++m) {
       float *const key = head.keys + m * d_, *const value = head.values + m * v_;
-      const float squares = load_row(in_.keys, token(b, m, h), key);
-      load_row(in_.values, token(b, m, h), value);
-      const float bias = in_.bias ? in_.bias.data[b * m_ + m] : 0.f;
+      const float squares = load_row(in_.keys, (first + m) * in_.heads + h, key);
+      load_row(in_.values, (first + m) * in_.heads + h, value);
+      const float bias = in_.bias ? in_.bias.data[first + m] : 0.f;
       if (std::isfinite(bias) && finite(key, d_, squares)) {
         head.bias[m] = simd::base2(bias);
       } else {  // absent: 0 times what it holds could be NaN
@@ -51,8 +54,8 @@ struct AttendCall {
         std::fill_n(value, v_, 0.f);
       }
     }
-    k_.pack_columns(d_, m_, head.keys, d_, head.packed_keys);
-    k_.pack_rows(m_, v_, head.values, v_, head.packed_values);
+    k_.pack_columns(d_, head.tokens, head.keys, d_, head.packed_keys);
+    k_.pack_rows(head.tokens, v_, head.values, v_, head.packed_values);
   }
 
   /// Loads n candidates of one head as [n, stride] with zero padding. Where `present` [n] is wanted, a row that holds a
@@ -68,8 +71,8 @@ struct AttendCall {
     }
   }
 
-  /// The row of a user's token, and of a candidate, for one head.
-  int64_t token(int64_t b, int64_t m, int64_t h) const noexcept { return (b * m_ + m) * in_.heads + h; }
+  int64_t first_token(int64_t b) const noexcept { return in_.tokens.starts ? in_.tokens.start(b) : b * m_; }
+  /// The row of a candidate for one head.
   int64_t candidate(int64_t i, int64_t h) const noexcept { return i * in_.heads + h; }
 
   const Context& context_;
@@ -130,9 +133,10 @@ class Forward : AttendCall {
     const DType type = out_.out.dtype;
     bool present[simd::kBlock];
     load_candidates(in_.q, first, n, h, w.q, present);
-    k_.matmul(n, d_, m_, w.q, ldd_, w.head.packed_keys, w.z, ldm_, nullptr);
-    k_.row_softmax(n, m_, w.z, ldm_, in_.scale * simd::kLog2e, w.head.bias, w.lse);
-    k_.matmul(n, m_, v_, w.z, ldm_, w.head.packed_values, w.out, ldv_, nullptr);
+    const int64_t m = w.head.tokens;
+    k_.matmul(n, d_, m, w.q, ldd_, w.head.packed_keys, w.z, ldm_, nullptr);
+    k_.row_softmax(n, m, w.z, ldm_, in_.scale * simd::kLog2e, w.head.bias, w.lse);
+    k_.matmul(n, m, v_, w.z, ldm_, w.head.packed_values, w.out, ldv_, nullptr);
     for (int i = 0; i < n; ++i) {
       if (!present[i]) continue;  // zeros and -inf are there
       const int64_t row = candidate(first + i, h);
@@ -166,7 +170,8 @@ class Backward : AttendCall {
       : AttendCall(context, in), forward_(forward), out_(out) {}
 
   void carve(Arena& arena) noexcept {
-    head_bias_ = arena.take<float>(in_.candidates.users * in_.heads, m_);
+    rows_ = in_.keys.rows / std::max<int64_t>(1, in_.heads);  // a workspace may be asked for before H is checked
+    head_bias_ = arena.take<float>(in_.heads, rows_);
     const int64_t block = simd::kBlock, depth = fold_depth(tiles_of(in_.q.rows / in_.heads));
     worker_ = arena.take_each<BackwardWorker>(workers_of(context_), [&](BackwardWorker& one) {
       carve_head(arena, one.head);
@@ -183,25 +188,29 @@ class Backward : AttendCall {
   void run() noexcept {
     const int64_t users = in_.candidates.users;
     std::fill_n(out_->q.data, in_.q.rows * d_, 0.f);
+    if (in_.tokens.starts) {  // rows of no user
+      std::fill_n(out_->keys.data, in_.keys.rows * d_, 0.f);
+      std::fill_n(out_->values.data, in_.keys.rows * v_, 0.f);
+      std::fill_n(head_bias_, in_.keys.rows, 0.f);
+    }
     for (int w = 0; w < workers_of(context_); ++w) {
       std::fill_n(worker_[w].q, simd::kBlock * ldd_, 0.f);
       std::fill_n(worker_[w].d_out, simd::kBlock * ldv_, 0.f);
     }
     parallel_each(context_, users * in_.heads,
                   [&](int64_t u, int w) { head(u / in_.heads, u % in_.heads, worker_[w]); });
-    for (int64_t b = 0; out_->bias && b < users; ++b)
-      for (int64_t m = 0; m < m_; ++m) {
-        float total = 0;
-        for (int64_t h = 0; h < in_.heads; ++h) total += head_bias_[(b * in_.heads + h) * m_ + m];
-        out_->bias.data[b * m_ + m] = total;
-      }
+    for (int64_t row = 0; out_->bias && row < rows_; ++row) {
+      float total = 0;
+      for (int64_t h = 0; h < in_.heads; ++h) total += head_bias_[h * rows_ + row];
+      out_->bias.data[row] = total;
+    }
   }
 
  private:
   void head(int64_t b, int64_t h, BackwardWorker& w) noexcept {
     load_head(b, h, w.head);
-    k_.pack_rows(m_, d_, w.head.keys, d_, w.packed_rows);
-    k_.pack_columns(v_, m_, w.head.values, v_, w.packed_columns);
+    k_.pack_rows(w.head.tokens, d_, w.head.keys, d_, w.packed_rows);
+    k_.pack_columns(v_, w.head.tokens, w.head.values, v_, w.packed_columns);
     const int64_t start = in_.candidates.start(b), count = in_.candidates.end(b) - start;
     std::fill_n(w.stack[0], sum_floats(), 0.f);
     fold(
@@ -213,12 +222,13 @@ class Backward : AttendCall {
         },
         [&](Sums sums, Sums later) { k_.add_row(sum_floats(), later, 1.f, sums); });
     const Sums keys = w.stack[0], values = values_of(keys), bias = bias_of(keys);
-    for (int64_t m = 0; m < m_; ++m) {
-      const int64_t row = token(b, m, h);
+    const int64_t first = first_token(b);
+    for (int64_t m = 0; m < w.head.tokens; ++m) {
+      const int64_t row = (first + m) * in_.heads + h;
       k_.store_row(out_->keys.data + row * d_, DType::float32, d_, keys + m * ldd_, in_.scale);
       k_.store_row(out_->values.data + row * v_, DType::float32, v_, values + m * ldv_, 1.f);
     }
-    std::copy_n(bias, m_, head_bias_ + (b * in_.heads + h) * m_);
+    std::copy_n(bias, w.head.tokens, head_bias_ + h * rows_ + first);
   }
 
   void block(int64_t first, int n, int64_t h, BackwardWorker& w, Sums sums) noexcept {
@@ -235,15 +245,16 @@ class Backward : AttendCall {
       w.lse[i] = lse == -INFINITY ? lse : simd::base2(lse);
       w.offset[i] = lse == -INFINITY ? 0.f : static_cast<float>(d_lse - dot);
     }
-    k_.matmul(n, d_, m_, w.q, ldd_, w.head.packed_keys, w.z, ldm_, nullptr);
-    k_.row_weights(n, m_, w.z, ldm_, in_.scale * simd::kLog2e, w.head.bias, w.lse);
-    k_.matmul(n, v_, m_, w.d_out, ldv_, w.packed_columns, w.g, ldm_, nullptr);
-    k_.attend_gradient(n, m_, w.z, w.g, ldm_, w.offset, bias_of(sums));
-    k_.matmul(n, m_, d_, w.g, ldm_, w.packed_rows, w.dq, ldd_, nullptr);
+    const int64_t m = w.head.tokens;
+    k_.matmul(n, d_, m, w.q, ldd_, w.head.packed_keys, w.z, ldm_, nullptr);
+    k_.row_weights(n, m, w.z, ldm_, in_.scale * simd::kLog2e, w.head.bias, w.lse);
+    k_.matmul(n, v_, m, w.d_out, ldv_, w.packed_columns, w.g, ldm_, nullptr);
+    k_.attend_gradient(n, m, w.z, w.g, ldm_, w.offset, bias_of(sums));
+    k_.matmul(n, m, d_, w.g, ldm_, w.packed_rows, w.dq, ldd_, nullptr);
     for (int i = 0; i < n; ++i)
       k_.store_row(out_->q.data + candidate(first + i, h) * d_, DType::float32, d_, w.dq + i * ldd_, in_.scale);
-    k_.accumulate(n, m_, d_, w.g, ldm_, w.q, ldd_, sums, ldd_);
-    k_.accumulate(n, m_, v_, w.z, ldm_, w.d_out, ldv_, values_of(sums), ldv_);
+    k_.accumulate(n, m, d_, w.g, ldm_, w.q, ldd_, sums, ldd_);
+    k_.accumulate(n, m, v_, w.z, ldm_, w.d_out, ldv_, values_of(sums), ldv_);
   }
 
   float* values_of(Sums sums) const noexcept { return sums + ldm_ * ldd_; }
@@ -252,7 +263,8 @@ class Backward : AttendCall {
 
   const AttendForward* forward_;
   const AttendGradients* out_;
-  float* head_bias_ = nullptr;
+  int64_t rows_ = 0;            // of keys, a head
+  float* head_bias_ = nullptr;  // [H, R]
   BackwardWorker* worker_ = nullptr;
 };
 

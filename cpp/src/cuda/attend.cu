@@ -56,8 +56,19 @@ SIMT_KERNEL(kWide) plan_units(SIMT_CONSTANT Task t) {
     *list.head = {static_cast<int32_t>(units & 0xffffffff), static_cast<int32_t>(units >> 32), 0};
 }
 
-/// Eight lanes a candidate's head: -lse in base 2, no weight where there are no tokens; dlse - dout . out.
+SIMT_DEVICE void clear(float* out, int64_t n) {
+  const int64_t step = int64_t{simt::blocks()} * kWide;
+  for (int64_t i = int64_t{simt::block()} * kWide + simt::thread(); out && i < n; i += step) out[i] = 0;
+}
+
+/// Eight lanes a candidate's head: -lse in base 2, no weight where there are no tokens; dlse - dout . out. Tokens of
+/// nobody have gradients of zero.
 SIMT_KERNEL(kWide) candidate_terms(SIMT_CONSTANT Task t) {
+  if (t.token_spans.starts) {
+    SIMT_UNLESS_PLANTED(74, clear(t.gradients.keys.data, t.token_rows * t.heads * t.keys.width));
+    SIMT_UNLESS_PLANTED(75, clear(t.gradients.values.data, t.token_rows * t.heads * t.values.width));
+    SIMT_UNLESS_PLANTED(76, clear(t.gradients.bias.data, t.token_rows));
+  }
   const int64_t rows = t.rows * t.heads, step = int64_t{simt::blocks()} * (kWide / 8);
   for (int64_t first = int64_t{simt::block()} * (kWide / 8); first < rows; first += step) {
     const int64_t row = first + simt::thread() / 8;
@@ -83,26 +94,31 @@ attend_tiles(SIMT_CONSTANT Task t) {
 
 /// Spans' sums in their order, in float64; a bias is all heads'.
 SIMT_KERNEL(kWide) sum_spans(SIMT_CONSTANT Task t) {
-  const int64_t keys = int64_t{t.tokens} * t.heads * t.keys.width, each = t.slot_floats();
+  const int64_t key = int64_t{t.heads} * t.keys.width, value = int64_t{t.heads} * t.values.width;  // of a token
+  const int64_t keys = t.tokens * key, each = t.slot_floats();
   const int64_t pieces = (each + kWide - 1) / kWide;
   for (int64_t i = simt::block(); i < t.spans.head->shared * pieces; i += simt::blocks()) {
     const SharedUser s = t.spans.shared[i / pieces];
     const int64_t e = i % pieces * kWide + simt::thread();
-    if (e >= each) continue;
-    float* const out = e < keys ? t.gradients.keys.data + s.user * keys + e
-                                : t.gradients.values.data + s.user * (each - keys) + (e - keys);
+    const int64_t first = t.first_token(s.user), tokens = t.tokens_of(s.user);
+    if (e < keys ? e >= tokens * key : e - keys >= tokens * value) continue;  // past the user's last token
+    float* const out =
+        e < keys ? t.gradients.keys.data + first * key + e : t.gradients.values.data + first * value + (e - keys);
     const float* const slots = t.slots + s.slot * each + e;
     double sum = static_cast<double>(*out);
     for (int64_t k = 0; k < s.count - 1; ++k) SIMT_UNLESS_PLANTED(59, sum += static_cast<double>(slots[k * each]));
     *out = static_cast<float>(sum);
   }
-  const int64_t biases = t.gradients.bias.data ? t.users * t.tokens : 0, step = int64_t{simt::blocks()} * kWide;
-  for (int64_t i = int64_t{simt::block()} * kWide + simt::thread(); i < biases; i += step) {
-    const int64_t b = i / t.tokens, m = i % t.tokens;
-    double sum = 0;
-    for (int64_t k = t.spans.before[b] * int64_t{t.heads}; k < t.spans.before[b + 1] * int64_t{t.heads}; ++k)
-      sum += static_cast<double>(t.biases[k * t.tokens + m]);
-    t.gradients.bias.data[i] = static_cast<float>(sum);
+  const int64_t users = t.gradients.bias.data ? t.users : 0;
+  for (int b = simt::block(); b < users; b += simt::blocks()) {
+    const int64_t first = t.first_token(b);
+    for (int m = simt::thread(); m < t.tokens_of(b); m += kWide) {
+      double sum = 0;
+      for (int h = 0; h < t.heads; ++h) sum += static_cast<double>(t.biases[h * t.token_rows + first + m]);
+      for (int64_t k = t.spans.before[b] - b; k < t.spans.before[b + 1] - b - 1; ++k)  // slots
+        for (int h = 0; h < t.heads; ++h) sum += static_cast<double>(t.slot_biases[(k * t.heads + h) * t.tokens + m]);
+      t.gradients.bias.data[first + m] = static_cast<float>(sum);
+    }
   }
 }
 
@@ -118,6 +134,8 @@ Task describe(const AttendInputs& in) {
   t.values = Matrix(in.values);
   static_cast<Spans&>(t) = in.candidates;
   t.rows = in.q.rows / std::max<int64_t>(1, in.heads);  // a workspace may be asked for before H is checked
+  static_cast<Spans&>(t.token_spans) = in.tokens;
+  t.token_rows = t.token_spans.rows = in.keys.rows / std::max<int64_t>(1, in.heads);
   t.tokens = static_cast<int>(in.agents);
   t.heads = static_cast<int>(in.heads);
   t.bias = in.bias.data;
@@ -161,15 +179,16 @@ void carve(Task& t, Arena& arena, bool gradients) {
   t.shift = arena.take<float>(t.rows * t.heads);
   t.slope = arena.take<float>(t.rows * t.heads);
   t.slots = arena.take<float>(most * t.slot_floats());
-  t.biases = arena.take<float>(t.bias ? (t.users + most) * t.heads * t.tokens : 0);
+  t.biases = arena.take<float>(t.bias ? t.token_rows * t.heads : 0);
+  t.slot_biases = arena.take<float>(t.bias ? most * t.heads * t.tokens : 0);
 }
 
 Status check_limits(const char* verb, const AttendInputs& in) {
-  const int64_t most =
-      std::max({in.q.rows / in.heads, in.candidates.users, in.agents, in.heads, in.q.width, in.values.width});
+  const int64_t most = std::max({in.q.rows / in.heads, in.keys.rows / in.heads, in.candidates.users, in.agents,
+                                 in.heads, in.q.width, in.values.width});
   if (most <= 1 << 30) return {};
   return Status::error(Code::not_implemented,
-                       "%s: expected N, B, M, H, d and V up to 2^30 on CUDA, got one of %" PRId64, verb, most);
+                       "%s: expected N, B, M, R, H, d and V up to 2^30 on CUDA, got one of %" PRId64, verb, most);
 }
 
 /// Both verbs: `run(launch)` gives each launch to `launch(kernel, blocks a processor, threads, shared bytes)`.

@@ -55,7 +55,9 @@ struct Matrix {
 
 struct Task : ClampedSpans {  // of candidates
   Matrix q, keys, values, d_out;
-  int tokens = 0, heads = 0;
+  ClampedSpans token_spans;   // without starts user b has the rows from b M on
+  int tokens = 0, heads = 0;  // M, the most that a user has
+  int64_t token_rows = 0;
   const float* bias = nullptr;
   float scale = 1, rate = 1;  // rate: of q . k in base 2
   float spread = 0;           // 2^spread is at least 2 M
@@ -66,12 +68,21 @@ struct Task : ClampedSpans {  // of candidates
   size_t shared_bytes = 0;
   // workspace
   List tiles, spans;
-  float *shift = nullptr, *slope = nullptr;   // [N, H] -lse in base 2, dlse - dout . out
-  float *slots = nullptr, *biases = nullptr;  // [N / kSpan, M H (d + V)], [spans, H, M]
+  float *shift = nullptr, *slope = nullptr;         // [N, H] -lse in base 2, dlse - dout . out
+  float* slots = nullptr;                           // [N / kSpan, M H (d + V)]
+  float *biases = nullptr, *slot_biases = nullptr;  // [H, R], [N / kSpan, H, M]
   Attended result;
   AttendForward forward;  // of the backward, with its gradients
   AttendGradients gradients;
 
+  SIMT_DEVICE int64_t first_token(int b) const {
+    return token_spans.starts ? token_spans.start(b) : int64_t{b} * tokens;
+  }
+  SIMT_DEVICE int tokens_of(int b) const {
+    if (!token_spans.starts) return tokens;
+    const int64_t n = token_spans.length(b);
+    return n < tokens ? static_cast<int>(n) : tokens;
+  }
   SIMT_BOTH int64_t slot_floats() const { return int64_t{tokens} * heads * (keys.width + values.width); }
   SIMT_BOTH int column_tiles(Pass pass) const {
     const int widest = keys.width > values.width ? keys.width : values.width;

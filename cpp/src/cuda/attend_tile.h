@@ -28,7 +28,7 @@ class AttendTile {
   static constexpr int kNone = 1 << 30;                               // a column past every matrix
 
   struct Work {
-    int32_t found, user, head, kept, kept_rows, streamed, streamed_rows, column, slot, span;
+    int32_t found, user, head, token, kept, kept_rows, streamed, streamed_rows, column, slot;  // token: the first's row
   };
 
  public:
@@ -58,7 +58,7 @@ class AttendTile {
   /// The warp's first row: where there are few candidates, heads spread them over the warps.
   SIMT_DEVICE int warp_row() const { return ((simt::warp() + work().head) & (t.warps - 1)) * 16; }
   SIMT_DEVICE int64_t row_of(bool tokens, int i) const {
-    return (tokens ? int64_t{work().user} * t.tokens + i : i) * t.heads + work().head;
+    return (tokens ? int64_t{work().token} + i : i) * t.heads + work().head;
   }
 
   SIMT_DEVICE void take() const {
@@ -72,14 +72,15 @@ class AttendTile {
     const Unit u = list.unit[unit];
     const int tile = static_cast<int>(item % tiles);
     w.user = u.user;
+    w.token = u.user < 0 ? 0 : static_cast<int>(t.first_token(u.user));
+    const int tokens = u.user < 0 ? 0 : t.tokens_of(u.user);
     w.head = static_cast<int>(item / tiles % t.heads);
     w.column = tile % columns * (kTokens ? kColumns / 2 : kColumns);
-    const int first = tile / columns * 16 * t.warps, count = least(t.tokens - first, 16 * t.warps);
+    const int first = tile / columns * 16 * t.warps, count = least(tokens - first, 16 * t.warps);
     w.kept = kTokens ? first : u.first;
     w.kept_rows = kTokens ? count : u.last - u.first;
     w.streamed = kTokens ? u.first : 0;
-    w.streamed_rows = kTokens ? u.last - u.first : t.tokens;
-    w.span = static_cast<int>(unit);
+    w.streamed_rows = kTokens ? u.last - u.first : tokens;
     if (kTokens) w.slot = unit == t.spans.before[u.user] ? -1 : static_cast<int>(unit) - u.user - 1;
   }
 
@@ -101,7 +102,7 @@ class AttendTile {
 
   // ---- rows from memory to operands
 
-  SIMT_DEVICE float bias(int token) const { return t.bias ? t.bias[int64_t{work().user} * t.tokens + token] : 0.f; }
+  SIMT_DEVICE float bias(int token) const { return t.bias ? t.bias[work().token + token] : 0.f; }
 
   /// Eight neighbours as they lie in memory, zero past the matrix.
   SIMT_DEVICE void read(const Matrix& m, int64_t row, int column, bool valid, uint32_t (&word)[kWords]) const {
@@ -213,6 +214,7 @@ class AttendTile {
   SIMT_DEVICE void item() {
     const Work& w = work();
     if (w.user < 0) return nobody();
+    if (kTokens && w.kept_rows <= 0) return;  // the user has fewer than M tokens
     const bool active = warp_row() < w.kept_rows;
     SIMT_EACH (n, kColumns / 8)
       SIMT_EACH (i, 4) sum[n][i] = 0;
@@ -373,18 +375,21 @@ class AttendTile {
 
   SIMT_DEVICE void end_tokens() {
     const Work& w = work();
-    const int64_t keys = int64_t{t.tokens} * t.heads * t.keys.width;
-    float* const d_keys = w.slot < 0 ? t.gradients.keys.data + w.user * keys : t.slots + w.slot * t.slot_floats();
+    const int64_t first = int64_t{w.token} * t.heads;
+    const bool in_place = w.slot < 0;
+    float* const slot = t.slots + w.slot * t.slot_floats();
+    float* const d_keys = in_place ? t.gradients.keys.data + first * t.keys.width : slot;
     float* const d_values =
-        w.slot < 0 ? t.gradients.values.data + int64_t{w.user} * t.tokens * t.heads * t.values.width : d_keys + keys;
+        in_place ? t.gradients.values.data + first * t.values.width : slot + int64_t{t.tokens} * t.heads * t.keys.width;
+    float* const d_bias = in_place ? t.biases + w.head * t.token_rows + w.token
+                                   : t.slot_biases + (int64_t{w.slot} * t.heads + w.head) * t.tokens;
     SIMT_EACH (r, 2) mass[r] = over_quad(mass[r]);
     each([&](int row, int r, int c, float x) {
       const int64_t out = int64_t{row} * t.heads + w.head;
       const int column = w.column + c % (kColumns / 2);
       if (c < kColumns / 2 && column < t.keys.width) d_keys[out * t.keys.width + column] = x * t.scale;
       if (c >= kColumns / 2 && column < t.values.width) d_values[out * t.values.width + column] = x;
-      if (c == 0 && w.column == 0 && t.gradients.bias.data)
-        t.biases[(int64_t{w.span} * t.heads + w.head) * t.tokens + row] = mass[r];
+      if (c == 0 && w.column == 0 && t.gradients.bias.data) d_bias[row] = mass[r];
     });
   }
 

@@ -42,7 +42,7 @@ Status check(const char* verb, const Codebook& book, MatchInputs& in, Device dev
   if (in.candidates.users != sums.offsets.users)
     return invalid("%s: offsets of sums name %" PRId64 " users, candidate_offsets %" PRId64 ": B differs", verb,
                    sums.offsets.users, in.candidates.users);
-  return check_candidates(verb, in.candidates, in.size(), device);
+  return check_in_order(verb, "candidate_offsets", in.candidates, in.size(), device);
 }
 
 }  // namespace

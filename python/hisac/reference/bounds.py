@@ -354,7 +354,7 @@ def route_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Rout
 
 
 def _attend_errors(
-    q: Array, keys: Array, bias: Array | None, b: int, rows: slice, scale: float, split: float
+    q: Array, keys: Any, bias: Any, b: int, rows: slice, scale: float, split: float
 ) -> tuple[Array, Array]:
     """One user's logits [n, H, M] and their errors; split: of a product, relative."""
     z = verbs.attend_logits(q, keys, bias, b, rows, scale)
@@ -373,13 +373,15 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
     args, split = in_numpy(args), HALVES * cuda
     q, keys, values, bias = args["q"], args["keys"], args["values"].astype(np.float64), args.get("bias")
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
-    out, lse = np.zeros((*q.shape[:2], values.shape[3])), np.zeros(q.shape[:2])
+    out, lse = np.zeros((*q.shape[:2], values.shape[-1])), np.zeros(q.shape[:2])
+    spans = verbs.ranges(args["candidate_offsets"])
+    _, keys, values, bias = verbs.tokens_of(len(spans), args.get("token_offsets"), keys, values, bias)
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, rows in enumerate(verbs.ranges(args["candidate_offsets"])):
+        for b, rows in enumerate(spans):
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             for h in range(q.shape[1]):
                 absent, none = np.isneginf(z[:, h]).all(0), np.isneginf(z[:, h]).all(1)  # tokens, candidates
-                zt, et, some = z[:, h, ~absent].T, e[:, h, ~absent].T, values[b, ~absent, h]
+                zt, et, some = z[:, h, ~absent].T, e[:, h, ~absent].T, values[b][~absent, h]
                 mean, bound, off = weighted_sums(
                     np.where(none, 0.0, zt), np.where(none, 0.0, et), some, np.abs(some).max(0, initial=0.0), 2 * split
                 )
@@ -387,8 +389,8 @@ def attend_bound(args: Mapping[str, Any], dtype: str = "float32", *, cuda: bool 
                 bound[:, ~np.isfinite(some).all(0)] = np.nan  # a value that is not finite spoils its user
                 out[rows, h], lse[rows, h] = np.where(none[:, None], 0.0, bound), np.where(none, 0.0, off)
                 if cuda:  # whose products meet what the CPU leaves out
-                    odd = ~np.isfinite(q[rows, h]).all(1) | ~np.isfinite(keys[b, :, h]).all()
-                    spoilt = odd[:, None] | ~np.isfinite(values[b, :, h]).all(0)
+                    odd = ~np.isfinite(q[rows, h]).all(1) | ~np.isfinite(keys[b][:, h]).all()
+                    spoilt = odd[:, None] | ~np.isfinite(values[b][:, h]).all(0)
                     out[rows, h][spoilt] = lse[rows, h][odd] = np.nan
     return Attended(out, lse)
 
@@ -398,10 +400,12 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
     args, split = in_numpy(args), 2 * HALVES * cuda  # of both factors of a product
     q, keys, values, bias, forward = args["q"], args["keys"], args["values"], args.get("bias"), args["forward"]
     scale = 1 / np.sqrt(q.shape[2]) if args.get("scale") is None else args["scale"]
-    dq, dk, dv, db = np.zeros(q.shape), np.zeros(keys.shape), np.zeros(values.shape), np.zeros(keys.shape[:2])
+    dq, dk, dv, db = np.zeros(q.shape), np.zeros(keys.shape), np.zeros(values.shape), np.zeros(keys.shape[:-2])
     d_lse = np.zeros(forward.lse.shape) if args["d_lse"] is None else args["d_lse"]
+    spans = verbs.ranges(args["candidate_offsets"])
+    at, keys, values, bias = verbs.tokens_of(len(spans), args.get("token_offsets"), keys, values, bias)
     with np.errstate(over="ignore", invalid="ignore"):
-        for b, rows in enumerate(verbs.ranges(args["candidate_offsets"])):
+        for b, rows in enumerate(spans):
             g, out, total, dl = (verbs.float64(a[rows]) for a in (args["d_out"], forward.out, forward.lse, d_lse))
             z, e = _attend_errors(q, keys, bias, b, rows, scale, split)
             w, wrong = weigh(z, total[..., None], e)
@@ -416,14 +420,14 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
             off = (
                 wrong * np.abs(slope)
                 + (w + wrong) * long * term
-                + ((steps(max(len(g), 1)) + keys.shape[1] + 16) * U + split) * dz
+                + ((steps(max(len(g), 1)) + len(keys[b]) + 16) * U + split) * dz
             )
             dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(verbs.finite(keys[b]))) + TINY
-            dk[b] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(verbs.finite(q[rows]))) + TINY
-            dv[b] = np.einsum("nhm,nhv->mhv", wrong + ((steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
-            db[b] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
+            dk[at[b]] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(verbs.finite(q[rows]))) + TINY
+            dv[at[b]] = np.einsum("nhm,nhv->mhv", wrong + ((steps(len(g)) + 8) * U + split) * w, np.abs(g)) + TINY
+            db[at[b]] = off.sum((0, 1)) + q.shape[1] * U * dz.sum((0, 1)) + TINY
             if cuda and not all(np.isfinite(a).all() for a in (q[rows], keys[b], values[b])):
-                dq[rows] = dk[b] = dv[b] = db[b] = np.nan
+                dq[rows] = dk[at[b]] = dv[at[b]] = db[at[b]] = np.nan
     exact: Any = verbs.attend_backward(**args)
     return AttendGradients(*of_gradients(exact, (dq, dk, dv, db), U))
 

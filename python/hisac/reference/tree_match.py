@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of `match`, what the leaf sums of a user say of each candidate, of its gradients, and of `merge`."""
+"""The definition of `match`, what the leaf sums of a user say of each candidate, of its gradients, and of
+`merge` and `recent`."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ..types import Array, Histories, Match, MatchGradients
+from ..types import Array, Histories, Match, MatchGradients, Recent
 from .codebook import valid_codes
 from .verbs import float64, log_softmax, logsumexp, ranges
 
@@ -85,6 +86,27 @@ def match_backward(
             slope = slope + (values - share @ values) @ dv
         d_bias[rows] += share * slope
     return MatchGradients(d_sum if "v" in need else None, d_bias if "bias" in need else None)
+
+
+def recent(histories: Histories, n: int) -> Recent:
+    """Each user's last n behaviours apart from the older ones. With N = the sum of exp(bias) over a user's behaviours
+    whose bias is finite, log_share_i = bias_i - log N, and the older ones' share is the sum of theirs.
+    """
+    spans = ranges(histories.offsets)
+    bias = np.zeros(max((s.stop for s in spans), default=0)) if histories.bias is None else float64(histories.bias)
+    bias = np.where(np.isfinite(bias), bias, -np.inf)
+    cut = [max(s.start, s.stop - n) for s in spans]
+    rows = [np.arange(c, s.stop) for c, s in zip(cut, spans, strict=True)]
+    whole = [logsumexp(bias[s], 0) for s in spans]
+    share = [bias[r] - (w if w > -np.inf else 0.0) for r, w in zip(rows, whole, strict=True)]
+    older = [
+        logsumexp(bias[s.start : c], 0) - (w if w > -np.inf else 0.0) for s, c, w in zip(spans, cut, whole, strict=True)
+    ]
+    starts = np.array([s.start for s in spans], np.int64)
+    return Recent(
+        histories._replace(offsets=(starts, np.array(cut, np.int64))), np.concatenate([np.zeros(0, np.int64), *rows]),
+        np.cumsum([0, *map(len, rows)]), np.concatenate([np.zeros(0), *share]), np.array(older),
+    )  # fmt: skip
 
 
 def merge(a: Any, b: Any) -> Any:

@@ -374,18 +374,25 @@ def compress(
     )  # fmt: skip
 
 
-def present_tokens(keys: Array, bias: Array, b: int) -> Array:
+def tokens_of(users: int, token_offsets: Array, *arrays: Array) -> tuple[Any, ...]:
+    """Where each user's tokens are in arrays [B, M, ..], or, with token_offsets, [R, ..]; then the arrays, user by
+    user."""
+    at: list[Any] = list(range(users)) if token_offsets is None else ranges(token_offsets)
+    return at, *(None if a is None else [a[i] for i in at] for a in arrays)
+
+
+def present_tokens(keys: Any, bias: Any, b: int) -> Array:
     """Of one user [M, H]: whether its bias and its key hold neither NaN nor an infinity."""
     present: Array = np.isfinite(keys[b]).all(2)
     return present if bias is None else present & np.isfinite(float64(bias[b]))[:, None]
 
 
-def present_values(values: Array, keys: Array, bias: Array, b: int) -> Array:
+def present_values(values: Any, keys: Any, bias: Any, b: int) -> Array:
     """One user's values [M, H, V], zero for absent tokens."""
     return np.where(present_tokens(keys, bias, b)[..., None], float64(values[b]), 0.0)
 
 
-def attend_logits(q: Array, keys: Array, bias: Array, b: int, rows: slice, scale: float) -> Array:
+def attend_logits(q: Array, keys: Any, bias: Any, b: int, rows: slice, scale: float) -> Array:
     """One user's logits [n, H, M], -inf where a token is absent: its bias, its key or q is NaN or infinite."""
     z = scale * np.einsum("nhd,mhd->nhm", finite(q[rows]), finite(keys[b]))
     z = z if bias is None else z + finite(bias[b])
@@ -393,18 +400,21 @@ def attend_logits(q: Array, keys: Array, bias: Array, b: int, rows: slice, scale
 
 
 def attend(
-    q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None
-) -> Attended:
+    q: Array, keys: Array, values: Array, candidate_offsets: Array, *, bias: Array = None, scale: float | None = None,
+    token_offsets: Array = None, longest: int | None = None,
+) -> Attended:  # fmt: skip
     """Target attention of each candidate on its user's tokens.
 
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
     q [N, H, d], keys [B, M, H, d], values [B, M, H, V], candidate_offsets [B + 1], bias [B, M]; scale 1 / sqrt(d)
-    -> Attended. A token whose bias or key holds a NaN or an infinity is absent, and for a q that holds one every token
-    is. No present token: zero and -inf.
+    -> Attended. With token_offsets [B + 1] keys are [R, H, d], values [R, H, V] and bias [R], user by user; `longest`
+    is for compiled kernels. A token whose bias or key holds a NaN or an infinity is absent, and for a q that holds one
+    every token is. No present token: zero and -inf.
     """
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    out, lse = np.zeros((*q.shape[:2], values.shape[3])), np.full(q.shape[:2], -np.inf)
+    out, lse = np.zeros((*q.shape[:2], values.shape[-1])), np.full(q.shape[:2], -np.inf)
+    _, keys, values, bias = tokens_of(len(ranges(candidate_offsets)), token_offsets, keys, values, bias)
     for b, rows in enumerate(ranges(candidate_offsets)):
         z = attend_logits(q, keys, bias, b, rows, scale)
         lse[rows] = logsumexp(z, 2)
@@ -416,7 +426,7 @@ def attend(
 
 def attend_backward(
     d_out: Array, d_lse: Array, forward: Attended, q: Array, keys: Array, values: Array, candidate_offsets: Array, *,
-    bias: Array = None, scale: float | None = None,
+    bias: Array = None, scale: float | None = None, token_offsets: Array = None, longest: int | None = None,
 ) -> AttendGradients:  # fmt: skip
     """Gradients of `attend`, given what it returned.
 
@@ -429,6 +439,7 @@ def attend_backward(
     dq, dk, dv = np.zeros(q.shape), np.zeros(keys.shape), np.zeros(values.shape)
     db = None if bias is None else np.zeros(np.shape(bias))
     d_lse = np.zeros(forward.lse.shape) if d_lse is None else d_lse
+    at, keys, values, bias = tokens_of(len(ranges(candidate_offsets)), token_offsets, keys, values, bias)
     for b, rows in enumerate(ranges(candidate_offsets)):
         g, out, total, dl = (float64(a[rows]) for a in (d_out, forward.out, forward.lse, d_lse))
         some, z = np.isfinite(total), attend_logits(q, keys, bias, b, rows, scale)
@@ -436,8 +447,8 @@ def attend_backward(
         dw = np.einsum("nhv,mhv->nhm", g, present_values(values, keys, bias, b))
         dz = w * (dw + np.where(some, dl - (g * out).sum(2), 0.0)[..., None])
         dq[rows] = scale * np.einsum("nhm,mhd->nhd", dz, finite(keys[b]))
-        dk[b] = scale * np.einsum("nhm,nhd->mhd", dz, finite(q[rows]))
-        dv[b] = np.einsum("nhm,nhv->mhv", w, g)
+        dk[at[b]] = scale * np.einsum("nhm,nhd->mhd", dz, finite(q[rows]))
+        dv[at[b]] = np.einsum("nhm,nhv->mhv", w, g)
         if db is not None:
-            db[b] = dz.sum((0, 1))
+            db[at[b]] = dz.sum((0, 1))
     return AttendGradients(dq, dk, dv, db)

@@ -389,6 +389,8 @@ class Attention(Shown):
     scale: float | None
     dtype: str
     seed: int
+    token_offsets: Array | None = None
+    longest: int | None = None
 
     def attend_args(self) -> dict[str, Any]:
         """The arguments of `attend`, in NumPy."""
@@ -418,8 +420,10 @@ def attentions(
     max_candidates: int = 9,
     dtypes: Sequence[str] = DTYPES,
     hostile: bool = False,
+    ragged: bool = False,
 ) -> Attention:
-    """Attention problems: users without candidates, absent tokens, candidates outside every range."""
+    """Attention problems: users without candidates, absent tokens, candidates outside every range. `ragged`: users have
+    tokens by token_offsets, some none, and there are tokens of nobody."""
     rows, row = draw(
         spans(max_users=max_users, max_history=max_candidates).filter(lambda h: isinstance(h[1], np.ndarray))
     )
@@ -432,8 +436,14 @@ def attentions(
     def noise(by: float, *shape: int) -> Array:
         return sprinkle(rng, (by * rng.normal(size=shape)).astype(np.float32), share)
 
-    q, k = noise(scale, rows, h, d), noise(scale, users, m, h, d)
-    v, bias = noise(size, users, m, h, wide), noise(scale, users, m)
+    tokens: tuple[int, ...] = users, m
+    offsets = longest = None
+    if ragged:
+        offsets = np.cumsum(rng.integers(0, m + 1, users + 1)).astype(row.dtype)
+        tokens = (int(offsets[-1]) + draw(st.integers(0, 2)),)
+        longest = draw(st.sampled_from([None, m, int(np.diff(offsets).max(initial=0))]))
+    q, k = noise(scale, rows, h, d), noise(scale, *tokens, h, d)
+    v, bias = noise(size, *tokens, h, wide), noise(scale, *tokens)
     return Attention(
         q=rounded(q, dtype),
         keys=rounded(k, dtype),
@@ -443,4 +453,6 @@ def attentions(
         scale=draw(st.sampled_from([None, 0.3, 1.0])),
         dtype=dtype,
         seed=seed,
+        token_offsets=offsets,
+        longest=longest,
     )

@@ -3,6 +3,7 @@
 
     Compressor       a module: histories to tokens, under a learned temperature
     TargetAttention  a module: candidates attend to their user's tokens, which may be projected once, as KeysValues
+    TokenSet         tokens with their biases, of which TargetAttention joins several
     TreeMatch        a module: what the history says of each candidate, by their codes
     Similarity       a module: how similar candidates are to their user's tokens
     parameter_groups parameters for an optimiser, temperatures and sharpnesses apart
@@ -14,6 +15,7 @@
     attend           candidates' queries, keys and values of tokens to features
     leaf_sums        histories to a row for each leaf of each user
     match            leaf sums and candidates' codes to features
+    recent           histories without their most recent behaviours, and these by themselves
     merge            two results of attend, match or route, of disjoint parts, to that of both
     missing          which behaviours `route` takes for absent, though their v is there; without gradient
     prototypes       codes or agents to what `route` compares x with
@@ -28,6 +30,7 @@ backward and forward mode raise. All results are deterministic. Letters are the 
 """
 
 from ..types import Compressed
+from .candidates import KeysValues, Similarity, TargetAttention, TokenSet, parameter_groups
 from .functions import (
     agent_lists,
     attend,
@@ -38,11 +41,12 @@ from .functions import (
     merge,
     missing,
     prototypes,
+    recent,
     route,
     vote,
 )
 from .library import UnknownCodebookError, register
-from .modules import Compressor, KeysValues, Similarity, TargetAttention, TreeMatch, parameter_groups
+from .modules import Compressor, TreeMatch
 
 __all__ = [
     "Compressed",
@@ -50,6 +54,7 @@ __all__ = [
     "KeysValues",
     "Similarity",
     "TargetAttention",
+    "TokenSet",
     "TreeMatch",
     "UnknownCodebookError",
     "agent_lists",
@@ -62,6 +67,7 @@ __all__ = [
     "missing",
     "parameter_groups",
     "prototypes",
+    "recent",
     "register",
     "route",
     "vote",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import Codebook, compose
-from ..arrays import NUMBERS, behaviours_of, dtype_name, pair_of, whole
+from ..arrays import NUMBERS, behaviours_of, dtype_name, most_tokens, pair_of, whole
 from ..reference import MAX_SEATS
 from ..types import (
     Agents,
@@ -23,6 +23,7 @@ from ..types import (
     Missing,
     Normalize,
     Precision,
+    Recent,
     RouteAgents,
     Tokens,
 )
@@ -374,15 +375,16 @@ VERBS = compose.Verbs(
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, candidate_offsets: Tensor | None, *, bias: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, token_offsets: Tensor | None = None, longest: int | None = None,
 ) -> Attended:  # fmt: skip
     """Target attention as `hisac.attend`; out and lse have gradients for q, keys, values and bias.
 
         z_m = scale q . k_m + bias_m        out = softmax(z) values        lse = log sum_m exp z_m
 
     q [N, H, d], keys [B, M, H, d], values [B, M, H, V], candidate_offsets [B + 1] or None for jagged q, bias [B, M]
-    (-inf: no such token), scale 1 / sqrt(d) -> Attended. A candidate in no user's range has a row of zeros and an lse
-    of -inf.
+    (-inf: no such token), scale 1 / sqrt(d) -> Attended. With token_offsets [B + 1], for tokens that differ in number:
+    keys [R, H, d], values [R, H, V], bias [R]; on a GPU state the `longest` then. A candidate in no user's range has a
+    row of zeros and an lse of -inf.
 
     >>> q, keys, values = torch.zeros(3, 1, 4), torch.randn(1, 2, 1, 4), torch.ones(1, 2, 1, 5)
     >>> attend(q, keys, values, torch.tensor([0, 3])).lse.exp().round().flatten()
@@ -397,7 +399,10 @@ def attend(
     keys, values = keys.to(q.dtype), values.to(q.dtype)  # autocast casts q in a model that caches keys and values
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     bias = None if bias is None else bias.float()
-    return Attended(*torch.ops.hisac.attend(q, keys, values, candidate_offsets, bias, scale))
+    most = most_tokens("attend", token_offsets, longest)
+    token_offsets = None if token_offsets is None else torch.as_tensor(token_offsets, device=q.device)
+    inputs = q, keys, values, candidate_offsets, bias, token_offsets, most, scale
+    return Attended(*torch.ops.hisac.attend(*inputs))
 
 
 def match(
@@ -431,6 +436,22 @@ def match(
     _reverse_mode_only("match", h.v, h.bias)
     inputs = h.v, *h.offsets, h.codes, h.bias, codes, ids, candidate_offsets
     return Match(*torch.ops.hisac.match(register(book), *inputs))
+
+
+def recent(histories: Histories, n: int) -> Recent:
+    """Each user's n most recent behaviours apart from the older ones, as `hisac.recent`; the shares have gradients for
+    bias. Look the recent ones up by their `rows`; in a traced program their number is not known.
+
+    >>> found = recent(Histories(v=torch.zeros(6, 1), offsets=torch.tensor([0, 4, 6])), 3)
+    >>> found.rows, found.offsets, found.older_share.exp()
+    (tensor([1, 2, 3, 4, 5]), tensor([0, 3, 5]), tensor([0.2500, 0.0000]))
+    """
+    h = histories
+    tensors = [t for t in h if isinstance(t, Tensor)]
+    h = flat("recent", h) if any(t.is_nested for t in tensors) else h
+    starts, ends = h.offsets if isinstance(h.offsets, tuple) else _spans("recent", h.offsets, tensors)
+    bias = None if h.bias is None else rows_of("recent", h.bias).float()
+    return compose.recent(torch, attend, h, starts, ends, bias, behaviours_of(h), whole("recent", "n", n, 0))
 
 
 def merge(a: Any, b: Any) -> Any:

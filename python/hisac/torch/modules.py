@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of a ranking model: histories to tokens, candidates that attend to them."""
+"""The modules that have a codebook: histories to tokens, and what a history says of each candidate."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +19,24 @@ from ..types import (
     Missing,
     Normalize,
     Precision,
+    Recent,
     RouteAgents,
     Tokens,
 )
-from .functions import VERBS, attend, compress, leaf_sums, match, tau_tensor
+from .functions import VERBS, compress, leaf_sums, match, tau_tensor
 from .library import register
 
-
-class KeysValues(NamedTuple):
-    """The tokens of a request, projected once for all its candidates: keys [B, M, H, d], values [B, M, H, V]."""
-
-    keys: Tensor
-    values: Tensor
-
-
 # of a saved torch.export program
-for _type in (Histories, Agents, RouteAgents, Tokens, Attended, KeysValues, Compressed, Match):
+for _type in (Histories, Agents, RouteAgents, Tokens, Attended, Compressed, Match, Recent):
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
 cast(Any, torch.serialization).add_safe_globals([Histories, Agents])  # example inputs are loaded by weights_only
 
 
-def _single(a: Any) -> Any:
+def single(a: Any) -> Any:
     """A tensor of float64 as float32, in which every verb computes, also as x and v of histories; any other as it
     is."""
     if isinstance(a, Histories):
-        return a._replace(x=_single(a.x), v=_single(a.v))
+        return a._replace(x=single(a.x), v=single(a.v))
     return a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a
 
 
@@ -80,7 +72,7 @@ def _type_of(v: Any) -> torch.dtype:
     return cast(torch.dtype, v.weight.dtype if isinstance(v, nn.Embedding) else v.dtype)
 
 
-def _check_all_asked(module: str, offsets: Tensor, candidates: Tensor) -> None:
+def check_all_asked(module: str, offsets: Tensor, candidates: Tensor) -> None:
     """No candidate is left out, as far as the CPU can tell."""
     if not torch.compiler.is_compiling() and offsets.is_cpu and len(offsets):
         first, last, n = int(offsets[0]), int(offsets[-1]), len(candidates)
@@ -144,7 +136,7 @@ class Compressor(_OfBook):
         """Histories -> Compressed, as `compress`, but for lse: log(1 + mass). x and v may be float64 too; x is
         rounded to float32."""
         made = compress(
-            self.book, _single(histories), budget=self.budget, fanout=self.fanout, beam=self.beam,
+            self.book, single(histories), budget=self.budget, fanout=self.fanout, beam=self.beam,
             temperature=self.log_tau.float().exp(), normalize=self.normalize, method=self.method, refine=self.refine,
             missing=self.missing, sparse=self.sparse, precision=self.precision, mean_x=self.mean_x,
             sparse_grad=self.sparse_grad,
@@ -155,121 +147,6 @@ class Compressor(_OfBook):
     def extra_repr(self) -> str:
         names = "budget", "fanout", "beam", "normalize", "method", "refine", "missing", "sparse", "precision", "mean_x"
         return ", ".join([repr(self.book), *(f"{name}={getattr(self, name)!r}" for name in names)])
-
-
-class TargetAttention(nn.Module):
-    """Multi-head attention of candidates on cached tokens, with the log-sum-exp of the logits as a feature.
-
-    Softmax hides how similar the best match is: give the scoring net `lse` beside `out`. It is that of `attend`, but 0
-    in place of -inf for a candidate without tokens:
-
-        lse = log sum_m exp z_m     without tokens: log(1 e^0) = 0
-
-    That is as if the candidate's user had one token, of key and value 0, whose share is 1. `out` is 0 there, and so is
-    every gradient. Both come in the module's type; `out` under autocast in autocast's. Candidates and tokens may have
-    another type. Sums of float64 are those of float32.
-
-    >>> attention = TargetAttention(6, 3, heads=2, head_width=4)
-    >>> cached = attention.keys_values(torch.randn(1, 5, 3))
-    >>> out, lse = attention(torch.randn(7, 6), cached, torch.tensor([0, 7]))
-    >>> out.shape, lse.shape
-    (torch.Size([7, 8]), torch.Size([7, 2]))
-    """
-
-    def __init__(
-        self, candidate_width: int, token_width: int, *, heads: int = 4, head_width: int = 16,
-        value_width: int | None = None, bias: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(candidate_width, heads * head_width, bias=bias)
-        self.key = nn.Linear(token_width, heads * head_width, bias=bias)
-        self.value = nn.Linear(token_width, heads * (value_width or head_width), bias=bias)
-
-    def keys_values(self, tokens: Tensor) -> KeysValues:
-        """tokens [B, M, W] -> KeysValues, to be passed to `forward` in place of the tokens."""
-        tokens = tokens.to(self.key.weight.dtype)
-        keys, values = (f(tokens).unflatten(-1, (self.heads, -1)) for f in (self.key, self.value))
-        return KeysValues(keys, values)
-
-    def forward(
-        self, candidates: Tensor, tokens: Tensor | KeysValues, candidate_offsets: Tensor, *, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """candidates [N, C], tokens [B, M, W] or KeysValues, candidate_offsets [B + 1], bias [B, M], as log_share of
-        a Compressor, but not its lse (-inf: no such token; without bias an absent token is one of zeros) ->
-        out [N, H V], lse [N, H]. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
-        if isinstance(tokens, Compressed):
-            raise TypeError("TargetAttention: tokens expected [B, M, W] or KeysValues, got Compressed; give its tokens")
-        offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
-        _check_all_asked("TargetAttention", offsets, candidates)
-        keys, values = tokens if isinstance(tokens, KeysValues) else self.keys_values(tokens)
-        q = self.query(candidates.to(self.query.weight.dtype)).unflatten(-1, (self.heads, -1))
-        out, lse = attend(_single(q), keys, values, offsets, bias=bias)
-        lse = lse.masked_fill(lse == -torch.inf, 0.0).to(self.query.weight.dtype)
-        return out.flatten(1).to(q.dtype), lse
-
-
-class Similarity(nn.Module):
-    """How similar a candidate is to its user's tokens: log-sum-exp of sharp cosines, for each of several sharpnesses s.
-
-        out = log sum_m exp(bias_m + s (cos(candidate, token_m) - 1))       without tokens: -2 s, the least there can be
-
-    With log_share as the bias it is between -2 s and 0: near 0 where all of the history is like the candidate, about
-    log_share of the only token that is. Softmax attention does not tell this. Give it a scoring network in the space
-    of the embeddings (candidates' x, tokens' mean_x) and in that of the values, by a module for each.
-
-    Args:
-        sharpness: the first s, one a feature; they are learned. `parameter_groups` gives them a rate of their own
-
-    >>> out = Similarity((5.0, 20.0))(torch.eye(3), torch.eye(3)[None], torch.tensor([0, 3]))
-    >>> out.shape, (out < 0.02).all().item()
-    (torch.Size([3, 2]), True)
-    """
-
-    def __init__(self, sharpness: Sequence[float] = (5.0, 20.0)) -> None:
-        super().__init__()
-        given = [float(s) for s in sharpness]
-        if not given or not all(0 < s < math.inf for s in given):
-            raise ValueError(f"Similarity: sharpness expected finite numbers > 0, got {sharpness!r}")
-        self.log_sharpness = nn.Parameter(torch.tensor(given).log())
-
-    def forward(
-        self, candidates: Tensor, tokens: Tensor, candidate_offsets: Tensor, *, bias: Tensor | None = None
-    ) -> Tensor:
-        """candidates [N, W], tokens [B, M, W], candidate_offsets [B + 1], bias [B, M], as log_share of a Compressor
-        (-inf: no such token) -> [N, number of sharpnesses], in the module's type. A vector of zeros has a cosine of 0
-        with every other. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
-        offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
-        _check_all_asked("Similarity", offsets, candidates)
-        s = self.log_sharpness.float().exp()
-        q, keys = (nn.functional.normalize(a.float(), dim=-1) for a in (candidates, tokens))
-        q, keys = q[:, None] * s[:, None], keys[:, :, None].expand(-1, -1, len(s), -1)
-        nothing = keys.new_zeros((*keys.shape[:-1], 1))
-        lse = attend(q, keys, nothing, offsets, bias=bias, scale=1.0).lse
-        return torch.where(lse > -torch.inf, lse - s, -2 * s).to(self.log_sharpness.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.log_sharpness)} sharpnesses"
-
-
-def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0, faster: float = 10.0) -> list[Any]:
-    """Groups for an optimiser of torch.optim: the log temperatures of Compressors and the log sharpnesses of
-    Similarities learn `faster` times as fast, without decay; all other parameters at lr, with weight_decay. On the rate
-    of the weights a temperature hardly moves from where it begins.
-
-    >>> model = nn.ModuleList([nn.Linear(2, 2), Similarity()])
-    >>> [(group["lr"], len(group["params"])) for group in parameter_groups(model, 0.01)]
-    [(0.01, 2), (0.1, 1)]
-    """
-    scaled = [m for m in model.modules() if isinstance(m, Compressor | Similarity)]
-    of_scale = {id(p) for m in scaled for p in m.parameters(recurse=False)}
-    every = [p for p in model.parameters() if p.requires_grad]
-    slow, quick = [p for p in every if id(p) not in of_scale], [p for p in every if id(p) in of_scale]
-    groups = [
-        {"params": slow, "lr": lr, "weight_decay": weight_decay},
-        {"params": quick, "lr": faster * lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class TreeMatch(_OfBook):
@@ -307,9 +184,9 @@ class TreeMatch(_OfBook):
         [N, L] int32, or a table of codes with ids [N]; candidate_offsets [B + 1], or None for jagged codes or ids ->
         Match: v [N, L, V] and lse [N, L], log(1 + mass). x is held constant. Raises ValueError where the users' ranges
         leave candidates out (on the CPU)."""
-        h, asked = _single(histories), codes if ids is None else ids
+        h, asked = single(histories), codes if ids is None else ids
         if candidate_offsets is not None:
-            _check_all_asked("TreeMatch", torch.as_tensor(candidate_offsets, device=asked.device), asked)
+            check_all_asked("TreeMatch", torch.as_tensor(candidate_offsets, device=asked.device), asked)
         if not summed:
             h = leaf_sums(self.book, coded(VERBS, "TreeMatch", self.book, h), sparse_grad=self.sparse_grad)
         found, dtype = match(self.book, h, codes, candidate_offsets, ids=ids), _type_of(histories.v)

@@ -204,14 +204,17 @@ def _leaf_sums_backward(fingerprint: int, *inputs: Any) -> Iterator[tuple[Tensor
 
 # ------------------------------------------------------------------------------------------------------ attend
 
-_ATTEND_INPUTS = "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, float scale"
+_ATTEND_INPUTS = (
+    "Tensor q, Tensor keys, Tensor values, Tensor candidate_offsets, Tensor? bias, Tensor? token_offsets, "
+    "SymInt longest, float scale"
+)
 
 
 @operator(f"attend({_ATTEND_INPUTS}) -> (Tensor out, Tensor lse)")
 def _attend(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Iterator[tuple[Tensor, Tensor]]:
     results = q.new_empty((*q.shape[:2], *values.shape[-1:])), q.new_empty(q.shape[:2], dtype=torch.float32)
     yield results
-    core.attend(*dense(q, keys, values, *others[:-1]), others[-1], *results)
+    core.attend(*dense(q, keys, values, *others[:-2]), *others[-2:], *results)
 
 
 @operator(
@@ -219,11 +222,11 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Iterator[t
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _attend_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
-    *tensors, scale = inputs
+    *tensors, longest, scale = inputs
     bias = tensors[8]
     results = _float32(tensors[0], [None if t is None else t.shape for t in (*tensors[4:7], bias)])
     yield results
-    core.attend_backward(*dense(*tensors), scale, *results[:3], None if bias is None else results[3])
+    core.attend_backward(*dense(*tensors), longest, scale, *results[:3], None if bias is None else results[3])
 
 
 # ------------------------------------------------------------------------------------------------------ match
@@ -343,14 +346,14 @@ def _leaf_back(ctx: Any, *d_sums: Tensor | None) -> Any:
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:5])
-    ctx.scale = inputs[5]
+    ctx.save_for_backward(*output, *inputs[:6])
+    ctx.options = inputs[6:]
 
 
 def _attend_back(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    grads = torch.ops.hisac.attend_backward(d_out, d_lse, out, lse, *tensors, ctx.scale)
+    grads = torch.ops.hisac.attend_backward(d_out, d_lse, out, lse, *tensors, *ctx.options)
     return _gradients_by_input(ctx, (0, 1, 2, 4), grads)
 
 

@@ -99,7 +99,14 @@ def test_the_error_shown_is_the_error():
         hisac.route(hisac.Histories(x, v, np.array([0, 100, 300])), p, temperature=0.1)
 
 
-MODULES = ["codebook", "torch.functions", "torch.library", "torch.modules"]  # that have examples
+MODULES = [
+    "codebook",
+    "candidates",
+    "torch.candidates",
+    "torch.functions",
+    "torch.library",
+    "torch.modules",
+]  # that have examples
 
 
 @pytest.mark.parametrize("name", MODULES)

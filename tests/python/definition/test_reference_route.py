@@ -334,7 +334,10 @@ def test_leaf_sums_backward_equals_finite_differences(p):
         np.testing.assert_allclose(getattr(mine, name)[inside], expected[inside], rtol=1e-4, atol=1e-3, err_msg=name)
 
 
-@given(testing.attentions(max_users=2, max_candidates=3, dtypes=("float32",)))
+SMALL = {"max_users": 2, "max_candidates": 3, "dtypes": ("float32",)}
+
+
+@given(testing.attentions(**SMALL) | testing.attentions(**SMALL, ragged=True))
 def test_attend_backward_equals_finite_differences(p):
     args = p.attend_args()
     free = {name: args[name].astype(np.float64) for name in ("q", "keys", "values", "bias") if args[name] is not None}

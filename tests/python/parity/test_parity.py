@@ -208,7 +208,7 @@ def test_absence_is_decided_exactly():
 # ------------------------------------------------------------------------------------------------------------ attend
 
 
-@given(testing.attentions())
+@given(testing.attentions() | testing.attentions(ragged=True))
 def test_attend(p):
     check_attend(p)
 
@@ -248,7 +248,7 @@ def test_distances_do_not_lose_digits_to_a_shift(normalize, shift):
         assert np.linalg.norm(g - e) <= 1e-4 * np.linalg.norm(e)
 
 
-@given(testing.attentions(hostile=True))
+@given(testing.attentions(hostile=True) | testing.attentions(hostile=True, ragged=True))
 def test_attend_hostile(p):
     check_attend(p)
 
@@ -277,6 +277,36 @@ def test_attend_shapes(shape):
     testing.assert_gradients_close(mine, expected, back)
     for a, b in zip(mine, expected, strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
+
+
+@given(testing.attentions(ragged=True), st.integers(1, 3))
+def test_tokens_by_offsets_are_those_of_users_padded_with_absent_ones(p, more):
+    """[R, ..] with offsets has the bits of [B, M, ..] where a bias of -inf stands for no token; and so have gradients,
+    zero for tokens of nobody."""
+    args, most = p.attend_args(), int(np.diff(p.token_offsets).max(initial=0)) + more
+    padded = {name: a for name, a in args.items() if name not in ("token_offsets", "longest")}
+    users = len(p.token_offsets) - 1
+    bias = np.zeros(len(p.keys), np.float32) if p.bias is None else p.bias
+    padded["bias"] = np.full((users, most), -np.inf, np.float32)
+    for name, rows in (("keys", p.keys), ("values", p.values)):
+        padded[name] = np.zeros((users, most, *rows.shape[1:]), rows.dtype)
+    for b, rows in enumerate(reference.ranges(p.token_offsets)):
+        for name, a in (("keys", p.keys), ("values", p.values), ("bias", bias)):
+            padded[name][b, : rows.stop - rows.start] = a[rows]
+    convert = [convert for convert, _ in kinds(p)][-1]
+    mine, same = hisac.attend(**convert(args)), hisac.attend(**convert(padded))
+    assert flat(mine) == flat(same)
+    back = p.backward_args(mine)
+    fields = {name: back[name] for name in ("d_out", "d_lse", "forward")}
+    mine, same = hisac.attend_backward(**convert(back)), hisac.attend_backward(**convert(padded | fields))
+    assert flat(mine.q) == flat(same.q)
+    nobody = np.ones(len(p.keys), bool)
+    for b, rows in enumerate(reference.ranges(p.token_offsets)):
+        nobody[rows] = False
+        for name in ("keys", "values", "bias")[: 2 + (p.bias is not None)]:
+            assert flat(getattr(mine, name)[rows]) == flat(getattr(same, name)[b, : rows.stop - rows.start])
+    for name in ("keys", "values", "bias")[: 2 + (p.bias is not None)]:
+        assert (np.asarray(getattr(mine, name))[nobody] == 0).all()
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
@@ -324,7 +354,7 @@ def test_results_may_be_given(p):
     assert flat(result) == flat(own) and all(a is b for a, b in zip(result, tokens, strict=True))
 
 
-@given(testing.attentions())
+@given(testing.attentions() | testing.attentions(ragged=True))
 def test_attended_may_be_given(p):
     own = hisac.attend(**p.attend_args())
     given_out = filled(own)

@@ -123,7 +123,7 @@ def test_leaf_gradients_meet_the_reference(p):
         testing.assert_close(zero if grad is None else grad, getattr(expected, name), getattr(bound, name), name)
 
 
-@given(testing.attentions(dtypes=("float32",)))
+@given(testing.attentions(dtypes=("float32",)) | testing.attentions(dtypes=("float32",), ragged=True))
 def test_attend_gradients_meet_the_reference(p):
     args = testing.to_torch(p.attend_args())
     names = [name for name in ("q", "keys", "values", "bias") if args[name] is not None]

@@ -52,8 +52,10 @@ def operator_calls(book):
     tables, listed = {"x_ids": ids, "v_ids": ids.int()}, torch.tensor([3, 1, 19, 40])
     some, every = [False, True, True, False, False, True], [True] * 6
     q, keys, values = torch.randn(9, 2, 4), torch.randn(3, 5, 2, 4), torch.randn(3, 5, 2, 3)
-    attention, sharpness = (q, keys, values, CANDIDATES, torch.randn(3, 5)), 0.5
-    out, out_lse = ops.attend(*attention, sharpness)
+    attention, sharpness = (q, keys, values, CANDIDATES, torch.randn(3, 5)), (None, 0, 0.5)
+    out, out_lse = ops.attend(*attention, *sharpness)
+    joined = [t.flatten(0, 1) for t in (keys, values)], torch.randn(15), torch.tensor([1, 4, 4, 14]), 11, 0.5
+    joined_out = ops.attend(q, *joined[0], CANDIDATES, *joined[1:])
     halves, tokens_only = tuple(t.int() for t in spans), (True, False, [False] * 2)
     int8 = batch(x.to(torch.int8), wanted(v), bias=wanted(bias), x_scale=scale, **tables)
     moving = (
@@ -114,8 +116,10 @@ def operator_calls(book):
             name, *batch(**tables), *rounded, *returned, returned[0], returned[1], None, every, listed, listed[:0]
         ),
         "route_backward some": (name, *batch(), *rounded, *returned, returned[0], None, None, some, None, None),
-        "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), sharpness),
-        "attend_backward": (out, out_lse, out, out_lse, *attention, sharpness),
+        "attend": (*map(wanted, attention[:3]), CANDIDATES, wanted(attention[4]), *sharpness),
+        "attend_backward": (out, out_lse, out, out_lse, *attention, *sharpness),
+        "attend offsets": (wanted(q), *map(wanted, joined[0]), CANDIDATES, wanted(joined[1]), *joined[2:]),
+        "attend_backward offsets": (*joined_out, *joined_out, q, *joined[0], CANDIDATES, *joined[1:]),
         "match": (name, wanted(sums[1]), *own, wanted(sums[5]), asked, None, CANDIDATES),
         "match table": (name, wanted(sums[1]).bfloat16(), *own, None, codes, of_table, CANDIDATES.int()),
         "match_backward": (name, *matching, *d_match, [True, True]),
@@ -123,7 +127,7 @@ def operator_calls(book):
         "match_backward table": (
             name, *matching[:5], codes, of_table.int(), CANDIDATES, None, d_match[1], [True, False]
         ),
-        "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, sharpness),
+        "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, *sharpness),
     }  # fmt: skip
 
 

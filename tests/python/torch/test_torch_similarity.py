@@ -83,10 +83,13 @@ def test_parameter_groups():
     compress = hisac_torch.Compressor(book, budget=3, temperature=0.2)
     fixed = hisac_torch.Compressor(book, budget=3, temperature=0.2, learn_temperature=False)
     similar, linear = hisac_torch.Similarity(), torch.nn.Linear(3, 2)
-    model = torch.nn.ModuleList([compress, fixed, similar, linear, similar])  # one twice
+    attention = hisac_torch.TargetAttention(2, 3, heads=2, learn_factor=True, learn_scale=True)
+    model = torch.nn.ModuleList([compress, fixed, similar, linear, similar, attention])  # one twice
     slow, quick = hisac_torch.parameter_groups(model, 0.01, weight_decay=0.1)
-    assert slow == {"params": [linear.weight, linear.bias], "lr": 0.01, "weight_decay": 0.1}
-    assert quick == {"params": [compress.log_tau, similar.log_sharpness], "lr": 0.1, "weight_decay": 0.0}
+    weights = [p for layer in (attention.query, attention.key, attention.value) for p in layer.parameters()]
+    assert slow == {"params": [linear.weight, linear.bias, *weights], "lr": 0.01, "weight_decay": 0.1}
+    scales = [compress.log_tau, similar.log_sharpness, attention.factor, attention.log_scale]
+    assert quick == {"params": scales, "lr": 0.1, "weight_decay": 0.0}
     torch.optim.AdamW([slow, quick]).step()
     assert len(hisac_torch.parameter_groups(linear, 0.01)) == 1
 

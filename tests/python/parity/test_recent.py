@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`recent` parts histories as the definition says; attention to both parts is attention to the whole."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hisac
+from hisac import reference, testing
+from hisac.types import Histories
+
+
+def parts(mine, expected):
+    for name in ("rows", "offsets"):
+        got = np.asarray(getattr(mine, name))
+        assert got.dtype == np.int64 and got.tolist() == getattr(expected, name).tolist()
+    assert [list(map(int, a)) for a in mine.older.offsets] == [a.tolist() for a in expected.older.offsets]
+    for name in ("log_share", "older_share"):
+        got, want = np.asarray(getattr(mine, name)), getattr(expected, name)
+        assert got.dtype == np.float32 and np.array_equal(np.isneginf(got), np.isneginf(want))
+        near = np.isfinite(want)
+        np.testing.assert_allclose(got[near], want[near], rtol=1e-5, atol=1e-5)
+
+
+@given(testing.problems(max_history=20), st.integers(0, 25))
+def test_recent_is_its_definition(p, n):
+    h = p.histories
+    mine = hisac.recent(h, n)
+    parts(mine, reference.recent(h, n))
+    assert all(a is b for a, b in zip(mine.older[:2] + mine.older[3:], h[:2] + h[3:], strict=True))
+    shares = [np.exp(mine.log_share[s].astype(float)).sum() for s in reference.ranges(mine.offsets)]
+    total = np.array(shares) + np.exp(mine.older_share.astype(float))
+    assert (np.isclose(total, 1, atol=1e-5) | (total == 0)).all()
+
+
+@given(testing.problems(max_history=20), st.integers(0, 25))
+def test_recent_of_tensors_and_lists(p, n):
+    torch = pytest.importorskip("torch")
+    hisac_torch = pytest.importorskip("hisac.torch")
+    h = testing.to_torch(p.histories)
+    expected = reference.recent(p.histories, n)
+    parts(hisac.recent(h, n), expected)
+    parts(hisac_torch.recent(h, n), expected)
+    if isinstance(h.offsets, torch.Tensor):
+        parts(hisac_torch.recent(h._replace(offsets=h.offsets.tolist()), n), expected)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 9))
+def test_attention_to_both_parts_is_attention_to_the_whole(seed, n):
+    """Raw older behaviours, under their shares, merged with recent ones: the attention to all of the history."""
+    rng = np.random.default_rng(seed)
+    offsets, at = np.array([0, 7, 7, 12]), np.array([0, 2, 4, 6])
+    keys, values = (rng.normal(size=(12, 2, 3)).astype(np.float32) for _ in range(2))
+    q, bias = rng.normal(size=(6, 2, 3)).astype(np.float32), rng.normal(size=12).astype(np.float32)
+    bias[[3, 11]] = -np.inf, np.nan
+    found = hisac.recent(Histories(v=values[:, 0], offsets=offsets, bias=bias), n)
+    total = [reference.logsumexp(np.where(np.isfinite(bias), bias, -np.inf)[s], 0) for s in reference.ranges(offsets)]
+    share = bias - np.repeat(total, np.diff(offsets)).astype(np.float32)
+    whole = hisac.attend(q, keys, values, at, bias=share, token_offsets=offsets)
+    rows = found.rows
+    new = hisac.attend(q, keys[rows], values[rows], at, bias=found.log_share, token_offsets=found.offsets)
+    older = [np.arange(*s) for s in zip(*map(np.ndarray.tolist, found.older.offsets), strict=True)]
+    left, ends = np.concatenate(older), np.cumsum([0, *map(len, older)])
+    old = hisac.attend(q, keys[left], values[left], at, bias=share[left], token_offsets=ends)
+    merged = hisac.merge(old, new)
+    np.testing.assert_allclose(merged.lse, whole.lse, atol=1e-5)
+    np.testing.assert_allclose(merged.out, whole.out, atol=1e-5)
+
+
+def test_recent_errors():
+    h = Histories(v=np.zeros((4, 1)), offsets=np.array([0, 3, 4]))
+    with pytest.raises(ValueError, match=r"^recent: n expected 0 to inf, got -1"):
+        hisac.recent(h, -1)
+    with pytest.raises(TypeError, match=r"^recent: n expected a whole number, got 1.5"):
+        hisac.recent(h, 1.5)
+    with pytest.raises(ValueError, match=r"^recent: offsets expected 0 <= start <= end <= 4 for every user"):
+        hisac.recent(h._replace(offsets=np.array([0, 3, 2])), 1)
+    with pytest.raises(ValueError, match=r"^recent: offsets expected 0 <= start <= end <= 4 for every user"):
+        hisac.recent(h._replace(offsets=np.array([0, 3, 5])), 1)
+    with pytest.raises(TypeError, match=r"^recent: histories expected hisac.Histories, got ndarray"):
+        hisac.recent(h.v, 1)
