@@ -18,7 +18,7 @@ import warnings
 from . import _core
 from ._core import VERSION as __version__
 from ._core import CorruptFileError
-from .candidates import attend, attend_backward, match, match_backward, merge, recent
+from .candidates import attend, attend_backward, match, match_backward, merge, recent, repeat_count
 from .codebook import Codebook
 from .runtime import backends, get_num_threads, set_num_threads
 from .types import (
@@ -82,6 +82,7 @@ __all__ = [
     "merge",
     "missing",
     "recent",
+    "repeat_count",
     "route",
     "route_backward",
     "set_num_threads",

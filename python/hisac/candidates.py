@@ -205,6 +205,33 @@ def recent(histories: Histories, n: int) -> Recent:
     return compose.recent(numbers, attend, histories, starts, ends, h.bias, behaviours_of(h), n)
 
 
+def repeat_count(histories: Histories, ids: Array, candidate_offsets: Array) -> Array:
+    """How often each candidate's item is in its user's history. On its own it ranks what a user takes again; of new
+    items it says nothing.
+
+        count_n = number of behaviours of n's user whose id is ids_n
+
+    Args:
+        histories: read are v_ids [T], or without them x_ids, and offsets
+        ids: [N] int32 or int64: candidates' ids, those of the histories; a negative one is of no item
+        candidate_offsets: [B + 1] int32 or int64: user b has the candidates candidate_offsets[b] .. [b + 1]
+
+    Returns [N] int64; 0 for a candidate in no user's range. Raises ValueError, TypeError.
+
+    >>> h = Histories(v_ids=np.array([4, 4, 7, 4]), offsets=np.array([0, 3, 4]))
+    >>> repeat_count(h, np.array([4, 9, 4]), np.array([0, 2, 3]))
+    array([2, 0, 1])
+    """
+    h = take_histories("repeat_count", "-, -, offsets B+1, -, x_ids?, v_ids?, -, -, -, -", histories)
+    own = h.x_ids if h.v_ids is None else h.v_ids
+    if own is None:
+        raise TypeError("repeat_count: v_ids or x_ids expected in the histories, got neither")
+    ids, candidate_offsets = take("repeat_count", "ids N, candidate_offsets", ids, candidate_offsets)
+    starts, ends = pair_of("repeat_count", h.offsets) or (h.offsets[:-1], h.offsets[1:])
+    numbers = sys.modules["torch"] if is_torch(starts) else np
+    return compose.repeat_count(numbers, starts, ends, own, behaviours_of(h), ids, candidate_offsets)
+
+
 def merge(a: _Pair, b: _Pair) -> _Pair:
     """Two pairs (out, lse), of disjoint parts of one softmax or one sum -> that of both. With m = max(lse_a, lse_b),
 

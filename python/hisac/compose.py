@@ -166,18 +166,9 @@ def compress(
 def recent(np: Any, attend: Any, histories: Histories, starts: Any, ends: Any, bias: Any, most: int, n: int) -> Recent:
     """`hisac.recent`, by numpy or torch and their `attend`: a candidate of zeros has the log of its tokens' mass as its
     log-sum-exp. Users have the behaviours [starts, ends) of at most T = `most`, and bias [T] or None."""
-    starts, ends = np.asarray(starts, dtype=np.int64), np.asarray(ends, dtype=np.int64)
-    if bool(((starts < 0) | (ends < starts) | (ends > most)).any()):
-        raise ValueError(f"recent: offsets expected 0 <= start <= end <= {most} for every user, got others")
+    starts, ends = _checked_spans(np, "recent", "offsets", starts, ends, most)
     cut = np.maximum(starts, ends - n)
     count_of = np.asarray(ends - starts, dtype=np.float32)
-
-    def rows_of(first: Any, last: Any) -> tuple[Any, Any]:
-        count = last - first
-        zero = count.new_zeros(1) if hasattr(count, "new_zeros") else np.zeros(1, np.int64)
-        offsets = np.concatenate((zero, np.cumsum(count, 0)))
-        steps = _repeat(np, first - offsets[:-1], count)
-        return steps + np.cumsum(np.ones_like(steps), 0) - 1, offsets
 
     def log_mass(rows: Any, offsets: Any) -> Any:
         if bias is None:
@@ -187,13 +178,64 @@ def recent(np: Any, attend: Any, histories: Histories, starts: Any, ends: Any, b
         users = np.arange(len(starts) + 1)
         return attend(q, zeros, zeros, users, bias=bias[rows], token_offsets=offsets, scale=1.0).lse[:, 0]
 
-    rows, offsets = rows_of(cut, ends)
-    old, new = log_mass(*rows_of(starts, cut)), log_mass(rows, offsets)
+    rows, offsets = _rows_of(np, cut, ends)
+    old, new = log_mass(*_rows_of(np, starts, cut)), log_mass(rows, offsets)
     total = np.logaddexp(old, new)
     total = np.where(total > -np.inf, total, 0.0)
     own = np.zeros_like(count_of[:1]) if bias is None else np.where(np.isfinite(bias[rows]), bias[rows], -np.inf)
     share = own - _repeat(np, total, offsets[1:] - offsets[:-1])
     return Recent(histories._replace(offsets=(starts, cut)), rows, offsets, share, old - total)
+
+
+def repeat_count(
+    np: Any, starts: Any, ends: Any, own: Any, most: int, ids: Any, candidate_offsets: Any
+) -> Any:  # fmt: skip
+    """`hisac.repeat_count`, by numpy or torch. Users have the behaviours [starts, ends) of at most T = `most`, whose
+    ids are own [T]."""
+    for name, a in (("ids of the histories", own), ("ids", ids), ("candidate_offsets", candidate_offsets)):
+        if (got := str(a.dtype).removeprefix("torch.")) not in ("int32", "int64"):
+            raise TypeError(f"repeat_count: {name} expected int32 or int64, got {got}")
+    own, ids, offsets = (np.asarray(a, dtype=np.int64) for a in (own, ids, candidate_offsets))
+    starts, ends = _checked_spans(np, "repeat_count", "offsets", starts, ends, most)
+    if len(offsets) != len(starts) + 1:
+        raise ValueError(f"repeat_count: candidate_offsets expected [B + 1] = [{len(starts) + 1}], got [{len(offsets)}]")
+    _checked_spans(np, "repeat_count", "candidate_offsets", offsets[:-1], offsets[1:], len(ids))
+    if not len(ids):
+        return ids
+    candidate = np.cumsum(np.ones_like(ids), 0) - 1
+    asked = (candidate >= offsets[0]) & (candidate < offsets[-1]) & (ids >= 0)
+    user = np.searchsorted(offsets[1:], candidate, side="right")
+    items, item = np.unique(ids, return_inverse=True)
+    pairs, pair = np.unique(np.where(asked, user * len(items) + item, -1), return_inverse=True)  # of a user, an item
+
+    rows, bounds = _rows_of(np, starts, ends)
+    history = _repeat(np, np.cumsum(np.ones_like(starts), 0) - 1, bounds[1:] - bounds[:-1])
+    mine, mine_found = _find(np, items, own[rows])
+    of, found = _find(np, pairs, history * len(items) + mine)
+    counts = np.bincount(of[mine_found & found], minlength=len(pairs))
+    return np.where(asked, counts[pair], 0)
+
+
+def _find(np: Any, known: Any, wanted: Any) -> tuple[Any, Any]:
+    """known [K], ascending, and wanted [T] -> the index in `known`, and whether the value is there."""
+    at = np.searchsorted(known, wanted).clip(0, len(known) - 1)
+    return at, known[at] == wanted
+
+
+def _checked_spans(np: Any, verb: str, name: str, starts: Any, ends: Any, most: int) -> tuple[Any, Any]:
+    starts, ends = np.asarray(starts, dtype=np.int64), np.asarray(ends, dtype=np.int64)
+    if bool(((starts < 0) | (ends < starts) | (ends > most)).any()):
+        raise ValueError(f"{verb}: {name} expected 0 <= start <= end <= {most} for every user, got others")
+    return starts, ends
+
+
+def _rows_of(np: Any, first: Any, last: Any) -> tuple[Any, Any]:
+    """The rows first_b .. last_b of each user one after another [R], and where each user's begin [B + 1]."""
+    count = last - first
+    zero = count.new_zeros(1) if hasattr(count, "new_zeros") else np.zeros(1, np.int64)
+    offsets = np.concatenate((zero, np.cumsum(count, 0)))
+    steps = _repeat(np, first - offsets[:-1], count)
+    return steps + np.cumsum(np.ones_like(steps), 0) - 1, offsets
 
 
 def _repeat(np: Any, a: Any, counts: Any) -> Any:

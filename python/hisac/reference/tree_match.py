@@ -109,6 +109,17 @@ def recent(histories: Histories, n: int) -> Recent:
     )  # fmt: skip
 
 
+def repeat_count(histories: Histories, ids: Array, candidate_offsets: Array) -> Array:
+    """[N]: how many behaviours of its user have the candidate's id, by v_ids or, without these, x_ids. A negative id
+    counts none."""
+    own = histories.x_ids if histories.v_ids is None else histories.v_ids
+    counts = np.zeros(len(ids), np.int64)
+    for rows, asked in zip(ranges(histories.offsets), ranges(candidate_offsets), strict=True):
+        for n in range(asked.start, asked.stop):
+            counts[n] = (own[rows] == ids[n]).sum() if ids[n] >= 0 else 0
+    return counts
+
+
 def merge(a: Any, b: Any) -> Any:
     """Two pairs (out, lse) of disjoint parts of one softmax -> that of both: with m = max(lse_a, lse_b),
 

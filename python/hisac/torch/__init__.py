@@ -16,6 +16,7 @@
     leaf_sums        histories to a row for each leaf of each user
     match            leaf sums and candidates' codes to features
     recent           histories without their most recent behaviours, and these by themselves
+    repeat_count     how often a candidate's item is in its user's history
     merge            two results of attend, match or route, of disjoint parts, to that of both
     missing          which behaviours `route` takes for absent, though their v is there; without gradient
     prototypes       codes or agents to what `route` compares x with
@@ -42,6 +43,7 @@ from .functions import (
     missing,
     prototypes,
     recent,
+    repeat_count,
     route,
     vote,
 )
@@ -69,6 +71,7 @@ __all__ = [
     "prototypes",
     "recent",
     "register",
+    "repeat_count",
     "route",
     "vote",
 ]

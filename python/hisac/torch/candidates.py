@@ -41,6 +41,16 @@ for _type in (KeysValues, TokenSet):  # of a saved torch.export program
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
 
 
+def _sets(module: str, tokens: Any, bias: Tensor | None) -> list[TokenSet]:
+    """Tokens, or a list of them, as sets."""
+    several = isinstance(tokens, list)
+    if bias is not None and (several or isinstance(tokens, TokenSet)):
+        raise TypeError(f"{module}: bias expected in the TokenSet, got it beside")
+    if several and not tokens:
+        raise ValueError(f"{module}: tokens expected one set or more, got []")
+    return [one if isinstance(one, TokenSet) else TokenSet(one, bias) for one in (tokens if several else [tokens])]
+
+
 class TargetAttention(nn.Module):
     """Multi-head attention of candidates on their user's tokens, with the log-sum-exp of the logits as a feature.
 
@@ -100,17 +110,13 @@ class TargetAttention(nn.Module):
         candidate_offsets [B + 1]; bias [B, M] of tokens that are no TokenSet, as log_share of a Compressor, but not its
         lse (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]. Raises
         ValueError where the users' ranges leave candidates out (on the CPU)."""
-        sets = tokens if isinstance(tokens, list) else [tokens]
-        if bias is not None and (isinstance(tokens, list) or isinstance(tokens, TokenSet)):
-            raise TypeError("TargetAttention: bias expected in the TokenSet, got it beside")
-        if not sets:
-            raise ValueError("TargetAttention: tokens expected one set or more, got []")
+        sets = _sets("TargetAttention", tokens, bias)
         offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
         check_all_asked("TargetAttention", offsets, candidates)
         q = self.query(candidates.to(self.query.weight.dtype)).unflatten(-1, (self.heads, -1))
         if self.log_scale is not None:
             q = q * self.log_scale.exp()[:, None].to(q.dtype)
-        found = [self._attend(single(q), s if isinstance(s, TokenSet) else TokenSet(s, bias), offsets) for s in sets]
+        found = [self._attend(single(q), one, offsets) for one in sets]
         out, lse = functools.reduce(merge, found)
         lse = lse.masked_fill(lse == -torch.inf, 0.0).to(self.query.weight.dtype)
         return out.flatten(1).to(q.dtype), lse
@@ -131,7 +137,7 @@ class Similarity(nn.Module):
 
         out = log sum_m exp(bias_m + s (cos(candidate, token_m) - 1))       without tokens: -2 s, the least there can be
 
-    With log_share as the bias it is between -2 s and 0: near 0 where all of the history is like the candidate, about
+    Several sets of tokens are joined in one sum. With log_share as the bias it is between -2 s and 0: near 0 where all of the history is like the candidate, about
     log_share of the only token that is. Softmax attention does not tell this. Give it a scoring network in the space
     of the embeddings (candidates' x, tokens' mean_x) and in that of the values, by a module for each.
 
@@ -151,19 +157,30 @@ class Similarity(nn.Module):
         self.log_sharpness = nn.Parameter(torch.tensor(given).log())
 
     def forward(
-        self, candidates: Tensor, tokens: Tensor, candidate_offsets: Tensor, *, bias: Tensor | None = None
-    ) -> Tensor:
-        """candidates [N, W], tokens [B, M, W], candidate_offsets [B + 1], bias [B, M], as log_share of a Compressor
-        (-inf: no such token) -> [N, number of sharpnesses], in the module's type. A vector of zeros has a cosine of 0
-        with every other. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
+        self, candidates: Tensor, tokens: Tensor | TokenSet | list[Any], candidate_offsets: Tensor, *,
+        bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """candidates [N, W]; tokens [B, M, W], a TokenSet without KeysValues, or a list of such, which are joined;
+        candidate_offsets [B + 1]; bias [B, M] of tokens that are no TokenSet, as log_share of a Compressor (-inf: no
+        such token) -> [N, number of sharpnesses], in the module's type. A vector of zeros has a cosine of 0 with every
+        other. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
         offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
         check_all_asked("Similarity", offsets, candidates)
         s = self.log_sharpness.float().exp()
-        q, keys = (nn.functional.normalize(a.float(), dim=-1) for a in (candidates, tokens))
-        q, keys = q[:, None] * s[:, None], keys[:, :, None].expand(-1, -1, len(s), -1)
-        nothing = keys.new_zeros((*keys.shape[:-1], 1))
-        lse = attend(q, keys, nothing, offsets, bias=bias, scale=1.0).lse
+        q = nn.functional.normalize(candidates.float(), dim=-1)[:, None] * s[:, None]
+        sets = _sets("Similarity", tokens, bias)
+        lse = functools.reduce(merge, [self._attend(q, one, offsets) for one in sets]).lse
         return torch.where(lse > -torch.inf, lse - s, -2 * s).to(self.log_sharpness.dtype)
+
+    def _attend(self, q: Tensor, given: TokenSet, candidate_offsets: Tensor) -> Attended:
+        if not isinstance(given.tokens, Tensor):
+            raise TypeError(f"Similarity: tokens expected a tensor, got {type(given.tokens).__name__}")
+        keys = nn.functional.normalize(given.tokens.float(), dim=-1)[..., None, :]
+        keys = keys.expand(*keys.shape[:-2], q.shape[1], -1)
+        return attend(
+            q, keys, keys.new_zeros((*keys.shape[:-1], 1)), candidate_offsets, bias=given.bias, scale=1.0,
+            token_offsets=given.offsets, longest=given.longest,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{len(self.log_sharpness)} sharpnesses"

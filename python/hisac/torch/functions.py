@@ -438,6 +438,13 @@ def match(
     return Match(*torch.ops.hisac.match(register(book), *inputs))
 
 
+def _time_order(verb: str, histories: Histories) -> tuple[Histories, tuple[Tensor, Tensor]]:
+    """Histories, jagged ones as flat ones, and the starts and ends of their users."""
+    h, tensors = histories, [t for t in histories if isinstance(t, Tensor)]
+    h = flat(verb, h) if any(t.is_nested for t in tensors) else h
+    return h, h.offsets if isinstance(h.offsets, tuple) else _spans(verb, h.offsets, tensors)
+
+
 def recent(histories: Histories, n: int) -> Recent:
     """Each user's n most recent behaviours apart from the older ones, as `hisac.recent`; the shares have gradients for
     bias. Look the recent ones up by their `rows`; in a traced program their number is not known.
@@ -446,12 +453,24 @@ def recent(histories: Histories, n: int) -> Recent:
     >>> found.rows, found.offsets, found.older_share.exp()
     (tensor([1, 2, 3, 4, 5]), tensor([0, 3, 5]), tensor([0.2500, 0.0000]))
     """
-    h = histories
-    tensors = [t for t in h if isinstance(t, Tensor)]
-    h = flat("recent", h) if any(t.is_nested for t in tensors) else h
-    starts, ends = h.offsets if isinstance(h.offsets, tuple) else _spans("recent", h.offsets, tensors)
+    h, (starts, ends) = _time_order("recent", histories)
     bias = None if h.bias is None else rows_of("recent", h.bias).float()
     return compose.recent(torch, attend, h, starts, ends, bias, behaviours_of(h), whole("recent", "n", n, 0))
+
+
+def repeat_count(histories: Histories, ids: Tensor, candidate_offsets: Any) -> Tensor:
+    """How often each candidate's item is in its user's history, as `hisac.repeat_count`; no gradients.
+
+    >>> h = Histories(v_ids=torch.tensor([4, 4, 7, 4]), offsets=[0, 3, 4])
+    >>> repeat_count(h, torch.tensor([4, 9, 4]), [0, 2, 3])
+    tensor([2, 0, 1])
+    """
+    h, (starts, ends) = _time_order("repeat_count", histories)
+    own = h.x_ids if h.v_ids is None else h.v_ids
+    if own is None:
+        raise TypeError("repeat_count: v_ids or x_ids expected in the histories, got neither")
+    offsets = torch.as_tensor(candidate_offsets, device=ids.device)
+    return cast(Tensor, compose.repeat_count(torch, starts, ends, own, behaviours_of(h), ids, offsets))
 
 
 def merge(a: Any, b: Any) -> Any:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`recent` parts histories as the definition says; attention to both parts is attention to the whole."""
+"""`recent` parts histories as the definition says; attention to both parts is attention to the whole. `repeat_count`
+counts."""
 
 import numpy as np
 import pytest
@@ -80,3 +81,57 @@ def test_recent_errors():
         hisac.recent(h._replace(offsets=np.array([0, 3, 5])), 1)
     with pytest.raises(TypeError, match=r"^recent: histories expected hisac.Histories, got ndarray"):
         hisac.recent(h.v, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ repeat_count
+
+
+@st.composite
+def counted(draw):
+    """Histories of few ids, some negative, and candidates of these and of others."""
+    users = draw(st.integers(0, 4))
+    ids = np.array(draw(st.lists(st.integers(-2, 5), max_size=30)), draw(st.sampled_from([np.int32, np.int64])))
+    cuts = np.sort(draw(st.lists(st.integers(0, len(ids)), min_size=2 * users, max_size=2 * users)))
+    if draw(st.booleans()):
+        offsets = cuts[:users].astype(np.int64), cuts[users:].astype(np.int64)  # they may overlap
+    else:
+        offsets = np.array([0, *cuts[:users]], np.int64)
+    asked = np.array(draw(st.lists(st.integers(-2, 7), max_size=12)), draw(st.sampled_from([np.int32, np.int64])))
+    at = np.sort(draw(st.lists(st.integers(0, len(asked)), min_size=users + 1, max_size=users + 1))).astype(np.int64)
+    field = draw(st.sampled_from(["v_ids", "x_ids"]))
+    other = {"x_ids": np.zeros_like(ids)} if field == "v_ids" and draw(st.booleans()) else {}
+    return Histories(offsets=offsets, **{field: ids}, **other), asked, at
+
+
+@given(counted())
+def test_repeat_count_is_its_definition(p):
+    expected = reference.repeat_count(*p)
+    mine = hisac.repeat_count(*p)
+    assert mine.dtype == np.int64 and mine.tolist() == expected.tolist()
+
+
+@given(counted())
+def test_repeat_count_of_tensors_and_lists(p):
+    torch = pytest.importorskip("torch")
+    hisac_torch = pytest.importorskip("hisac.torch")
+    expected, (h, ids, at) = reference.repeat_count(*p).tolist(), testing.to_torch(p)
+    assert hisac.repeat_count(h, ids, at).tolist() == expected
+    mine = hisac_torch.repeat_count(h, ids, at)
+    assert mine.dtype == torch.int64 and mine.tolist() == expected
+    assert hisac_torch.repeat_count(h, ids, at.tolist()).tolist() == expected
+
+
+def test_repeat_count_errors():
+    h, ids, at = Histories(v_ids=np.zeros(4, int), offsets=np.array([0, 3, 4])), np.zeros(2, int), np.array([0, 1, 2])
+    with pytest.raises(TypeError, match=r"^repeat_count: v_ids or x_ids expected in the histories, got neither"):
+        hisac.repeat_count(h._replace(v_ids=None, v=np.zeros((4, 1))), ids, at)
+    with pytest.raises(TypeError, match=r"^repeat_count: ids expected int32 or int64, got float64"):
+        hisac.repeat_count(h, ids.astype(float), at)
+    with pytest.raises(TypeError, match=r"^repeat_count: ids of the histories expected int32 or int64, got float64"):
+        hisac.repeat_count(h._replace(v_ids=np.zeros(4)), ids, at)
+    with pytest.raises(ValueError, match=r"^repeat_count: candidate_offsets expected \[B \+ 1\] = \[3\], got \[2\]"):
+        hisac.repeat_count(h, ids, at[:2])
+    with pytest.raises(ValueError, match=r"^repeat_count: candidate_offsets expected 0 <= start <= end <= 2 for every"):
+        hisac.repeat_count(h, ids, np.array([0, 2, 1]))
+    with pytest.raises(ValueError, match=r"^repeat_count: offsets expected 0 <= start <= end <= 4 for every user"):
+        hisac.repeat_count(h._replace(offsets=np.array([0, 3, 5])), ids, at)

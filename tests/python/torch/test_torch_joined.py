@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joined tokens in `hisac.torch`: a TargetAttention over several sets of tokens is one over all of them."""
+"""Joined tokens in `hisac.torch`: a TargetAttention, or a Similarity, over several sets of tokens is one over all of them."""
 
 import importlib
 
@@ -132,6 +132,29 @@ def test_shares_of_recent_behaviours_learn_from_biases():
     assert found.older_share[1:].tolist() == [-INF, -INF]
 
 
+def test_similarity_to_sets_is_that_to_all_tokens():
+    _, agents, raw = sets()
+    candidates = torch.randn(9, 6)
+    module = hisac_torch.Similarity((2.0, 30.0))
+    tokens, share = side_by_side(agents, raw)
+    expected = module(candidates, tokens, AT, bias=share)
+    torch.testing.assert_close(module(candidates, [agents, raw], AT), expected)
+    assert torch.equal(module(candidates, TokenSet(tokens, share), AT), expected)
+    only = module(candidates, [raw], AT)
+    assert torch.equal(only[4:], (-2 * module.log_sharpness.exp()).expand(5, 2))  # none recent
+
+
+def test_similarity_to_sets_learns_and_stays_finite_without_tokens():
+    _, agents, raw = sets()
+    agents.bias[2] = -INF  # a new user
+    candidates, module = torch.randn(9, 6), hisac_torch.Similarity()
+    leaves = [t.requires_grad_() for t in (candidates, agents.tokens, agents.bias, raw.tokens, raw.bias)]
+    module(candidates, [agents, raw], AT).square().sum().backward()
+    for t in [*leaves, module.log_sharpness]:
+        assert torch.isfinite(t.grad).all() and t.grad.abs().sum() > 0
+    assert (candidates.grad[4:] == 0).all() and raw.bias.grad[1] == 0
+
+
 def test_errors():
     candidates, agents, raw = sets()
     attention = hisac_torch.TargetAttention(5, 6, heads=2, head_width=3)
@@ -147,3 +170,10 @@ def test_errors():
         attention(candidates, agents._replace(longest=3), AT)
     with pytest.raises(ValueError, match=r"^attend: keys expected q's type, \[R, H, d\], got float32 \[3, 4, 2, 3\]"):
         attention(candidates, agents._replace(offsets=RAGGED), AT)
+    similar = hisac_torch.Similarity()
+    with pytest.raises(TypeError, match=r"^Similarity: bias expected in the TokenSet, got it beside"):
+        similar(candidates, agents, AT, bias=agents.bias)
+    with pytest.raises(ValueError, match=r"^Similarity: tokens expected one set or more, got \[\]"):
+        similar(candidates, [], AT)
+    with pytest.raises(TypeError, match=r"^Similarity: tokens expected a tensor, got KeysValues"):
+        similar(candidates, [agents._replace(tokens=attention.keys_values(agents.tokens))], AT)
