@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe: a ranking model of every piece that hisac has for one, trained on the bundled sample.
 
-    python bench/recipe.py [--steps 600] [--agents 50] [--recent 50] [--sparse 32] [--seed 0]
+    python bench/recipe.py [--steps 450] [--agents 50] [--recent 50] [--sparse 32] [--seed 0]
 
 A candidate is scored by its household's history: attention to the tokens of the older purchases and, raw, to the recent
 ones; similarity to both, in the space of embeddings and in that of values; tree match; a repeat count. Requests,
@@ -159,7 +159,7 @@ def score(model: Ranker, data: Split) -> protocol.Floats:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 600), ("agents", 50), ("recent", 50), ("sparse", None), ("seed", 0)):
+    for name, default in (("steps", 450), ("agents", 50), ("recent", 50), ("sparse", None), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()

@@ -187,9 +187,7 @@ def recent(np: Any, attend: Any, histories: Histories, starts: Any, ends: Any, b
     return Recent(histories._replace(offsets=(starts, cut)), rows, offsets, share, old - total)
 
 
-def repeat_count(
-    np: Any, starts: Any, ends: Any, own: Any, most: int, ids: Any, candidate_offsets: Any
-) -> Any:  # fmt: skip
+def repeat_count(np: Any, starts: Any, ends: Any, own: Any, most: int, ids: Any, candidate_offsets: Any) -> Any:
     """`hisac.repeat_count`, by numpy or torch. Users have the behaviours [starts, ends) of at most T = `most`, whose
     ids are own [T]."""
     for name, a in (("ids of the histories", own), ("ids", ids), ("candidate_offsets", candidate_offsets)):
@@ -198,7 +196,8 @@ def repeat_count(
     own, ids, offsets = (np.asarray(a, dtype=np.int64) for a in (own, ids, candidate_offsets))
     starts, ends = _checked_spans(np, "repeat_count", "offsets", starts, ends, most)
     if len(offsets) != len(starts) + 1:
-        raise ValueError(f"repeat_count: candidate_offsets expected [B + 1] = [{len(starts) + 1}], got [{len(offsets)}]")
+        users = len(starts) + 1
+        raise ValueError(f"repeat_count: candidate_offsets expected [B + 1] = [{users}], got [{len(offsets)}]")
     _checked_spans(np, "repeat_count", "candidate_offsets", offsets[:-1], offsets[1:], len(ids))
     if not len(ids):
         return ids

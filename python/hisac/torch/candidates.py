@@ -137,9 +137,10 @@ class Similarity(nn.Module):
 
         out = log sum_m exp(bias_m + s (cos(candidate, token_m) - 1))       without tokens: -2 s, the least there can be
 
-    Several sets of tokens are joined in one sum. With log_share as the bias it is between -2 s and 0: near 0 where all of the history is like the candidate, about
-    log_share of the only token that is. Softmax attention does not tell this. Give it a scoring network in the space
-    of the embeddings (candidates' x, tokens' mean_x) and in that of the values, by a module for each.
+    Several sets of tokens are joined in one sum. With log_share as the bias it is between -2 s and 0: near 0 where all
+    of the history is like the candidate, about log_share of the only token that is. Softmax attention does not tell
+    this. Give it a scoring network in the space of the embeddings (candidates' x, tokens' mean_x) and in that of the
+    values, by a module for each.
 
     Args:
         sharpness: the first s, one a feature; they are learned. `parameter_groups` gives them a rate of their own

@@ -67,7 +67,7 @@ def test_python_blocks_run_in_order(planted, tmp_path, monkeypatch):
     assert hisac.Codebook.load("book.safetensors") == found["book"]
     assert found["score"].isfinite().all() and found["lse"][:7].all()
     assert not found["features"][7:].any() and not found["lse"][7:].any()  # of the new user
-    modules = [found[name] for name in ("compress", "attention", "network", "embedding")]
+    modules = [found[name] for name in ("compress", "attention", "similar", "network", "embedding")]
     gradients = [p.grad for module in modules for p in module.parameters()]
     assert all(g is not None and g.isfinite().all() and g.any() for g in gradients)
     alone["test_mine"]()
@@ -210,11 +210,12 @@ def test_quality_is_the_demos():
         ["-", "-", gauc["budget 200, agents, sparse 32"]],
     ]
     words = " ".join(README.split())
-    new = {name: values[3] for name, values in table.items()}
     assert f"item before gives {gauc['repeat count'].split(' ')[0]}, more than every method here" in words
-    assert f"`budget` ({new['budget 100, agents']}) nor the fan-out ({new['fan-out 20x5, history']})" in words
-    assert f"the most recent 100 ({new['most recent 100']})" in words
-    assert log.count("not told apart from the most recent 100") == 2
+    assert "where that is 0.5, none can be told from the most recent 100" in words
+    assert table["repeat count"][3] == "0.500" and log.count("not told apart from the most recent 100") == 2
+    trained = re.findall(r"^trained +(.*)", (BENCH / "results/2026-11-30-recipe.txt").read_text(), re.M)[0]
+    every, _, new = re.split(r"  +", trained)
+    assert f"has {every}, and {new.split(' ')[0]} on new items" in words
     assert "600 requests of 145 households" in words and re.search(r"^600 requests .*, 145 households", log, re.M)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joined tokens in `hisac.torch`: a TargetAttention, or a Similarity, over several sets of tokens is one over all of them."""
+"""Joined tokens in `hisac.torch`: TargetAttention and Similarity over several sets are those over all tokens."""
 
 import importlib
 
