@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import hisac
 import hisac.torch
 from hisac.app import protocol
-from hisac.torch import TokenSet
 
 SIZES = (64, 128)
 TRAINING_WEEKS = (20, protocol.FITTED_WEEKS)
@@ -69,20 +68,16 @@ class Ranker(nn.Module):
         histories = hisac.Histories(self.x, v, (starts, ends), self.codes, x_ids=rows, v_ids=self.history)
         parts = hisac.torch.recent(histories, self.recent)
         older = self.compress(parts.older)
-        share = older.log_share + parts.older_share[:, None]
-        raw = self.history[parts.rows]
-
-        def sets(tokens: Tensor, table: Tensor, ids: Tensor) -> list[TokenSet]:
-            return [TokenSet(tokens, share), TokenSet(table[ids], parts.log_share, parts.offsets, self.recent)]
-
-        values, embeddings = sets(older.tokens, v, raw), sets(older.mean_x, self.x, self.text[raw])
+        share = torch.cat([older.log_share + parts.older_share[:, None], parts.log_share], 1)
+        values = torch.cat([older.tokens, v[parts.v_ids]], 1)
+        embeddings = torch.cat([older.mean_x, self.x[parts.x_ids]], 1)
         q, of_text = v[item], self.text[item]
-        attended, lse = self.attention(q, values, offsets)
+        attended, lse = self.attention(q, values, offsets, bias=share)
         matched = self.match(histories, self.codes, offsets, ids=of_text)
         bought = hisac.torch.repeat_count(histories, item, offsets)
         features = [
             q, attended, q * attended, lse,
-            self.near(self.x[of_text], embeddings, offsets), self.alike(q, values, offsets),
+            self.near(self.x[of_text], embeddings, offsets, bias=share), self.alike(q, values, offsets, bias=share),
             (q[:, None] * matched.v).flatten(1), matched.lse, bought[:, None].float().log1p(),
         ]  # fmt: skip
         return self.network(torch.cat(features, 1)).squeeze(1)

@@ -314,6 +314,8 @@ struct AttendArguments {
     in.candidates = spans(offsets, call, "candidate_offsets");
     if (ragged) {
       in.tokens = spans(tokens, call, "token_offsets");
+      if (!bias.none && bias.tensor.shape[0] != k[0])
+        wrong_value(call, "bias", "[R] = [" + std::to_string(k[0]) + "]", describe(bias));
     } else if (in.candidates.users != k[0]) {
       wrong_value(call, "candidate_offsets", "[" + std::to_string(k[0] + 1) + "]", describe(offsets));
     }

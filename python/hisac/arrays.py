@@ -287,8 +287,11 @@ def take_histories(verb: str, names: str, histories: Histories) -> Histories:
 
 def behaviours_of(histories: Histories) -> Any:
     """T of histories that are taken."""
-    x, v, _, codes, x_ids, v_ids = histories[:6]
-    return next(a for a in (x_ids, v_ids, v, x, codes) if a is not None).shape[0]
+    h = histories
+    for a in (h.x_ids, h.v_ids, h.v, h.x, h.codes, h.bias, h.spread, h.weights):
+        if a is not None:
+            return a.shape[0]
+    raise TypeError("histories expected with x, v, codes or ids, got none of these")
 
 
 def rows_of(table: Array, listed: Array) -> int:

@@ -17,6 +17,7 @@ from .arrays import (
     behaviours_of,
     check,
     core,
+    dtype_name,
     empty,
     give,
     is_torch,
@@ -29,6 +30,7 @@ from .arrays import (
 )
 from .codebook import Codebook
 from .types import Array, Attended, AttendGradients, Histories, Match, MatchGradients, Recent
+from .verbs import VERBS
 
 _NO_ATTENDED, _NO_MATCH = Attended(None, None), Match(None, None)
 _SUMS = "-, sums.v S V, offsets B+1, sums.codes S L, -, -, -, sums.bias?, -, -"
@@ -56,7 +58,7 @@ def attend(
         scale: None: 1 / sqrt(d)
         token_offsets: [B + 1] int32 or int64: user b has the tokens token_offsets[b] .. [b + 1], such as recent
             behaviours. None: M each
-        longest: the most tokens of a user, where it is known; with token_offsets
+        longest: the most tokens of a user, where that is known, beside token_offsets; None, or 0, where it is not
         out: Attended to write into
 
     Returns Attended; its lse tells how well the best tokens match, which softmax attention alone hides. Raises
@@ -187,22 +189,35 @@ def recent(histories: Histories, n: int) -> Recent:
 
         share of behaviour i = exp(bias_i) / sum of exp(bias) over the user's behaviours
 
-    A behaviour counts whether or not it is absent, but for a bias that is NaN or infinite: give padding a bias of -inf.
+    Behaviours with an id of no row, such as -1, or a bias that is NaN or infinite are padding: they are not recent, and
+    have no share. One that `route` takes for absent for another reason, a NaN in x or an invalid code, has one.
 
     Args:
-        histories: in the order of time, the latest last. Read are offsets and bias
-        n: how many; of fewer all are recent
+        histories: in the order of time, the latest last. Read are offsets, x_ids, v_ids and bias
+        n: how many; of fewer all are recent. More than T are taken as T
 
     Returns Recent. Raises ValueError, TypeError.
 
-    >>> recent(Histories(v=np.zeros((6, 1)), offsets=np.array([0, 4, 6])), 3).rows
-    array([1, 2, 3, 4, 5])
+    >>> found = recent(Histories(v=np.zeros((6, 1)), offsets=np.array([0, 5, 6])), 2)
+    >>> found.rows.tolist(), [int(a) for a in found.older.offsets[1]]
+    ([[3, 4], [5, 0]], [3, 5])
+    >>> np.exp([*found.log_share[0], found.older_share[0]]).round(1).tolist()
+    [0.2, 0.2, 0.6]
     """
     n = whole("recent", "n", n, 0)
-    h = take_histories("recent", "-, -, offsets B+1, -, -, -, -, bias? T, -, -", histories)
-    starts, ends = pair_of("recent", h.offsets) or (h.offsets[:-1], h.offsets[1:])
-    numbers = sys.modules["torch"] if is_torch(starts) else np
-    return compose.recent(numbers, attend, histories, starts, ends, h.bias, behaviours_of(h), n)
+    h, numbers, spans = _time_order("recent", "bias? T", histories)
+    if h.bias is not None and dtype_name(h.bias) != "float32":
+        raise TypeError(f"recent: bias expected float32 [T], got {dtype_name(h.bias)} {list(h.bias.shape)}")
+    t = behaviours_of(h)
+    return compose.recent(VERBS._replace(numbers=numbers), h, spans, t, min(n, t))
+
+
+def _time_order(verb: str, bias: str, histories: Histories) -> tuple[Histories, Any, tuple[Any, Any]]:
+    """Histories that are taken, what has their functions, numpy or torch, and their (starts, ends)."""
+    h = take_histories(verb, f"-, -, offsets B+1, -, x_ids?, v_ids?, -, {bias}, -, -", histories)
+    numbers = sys.modules["torch"] if is_torch(h.offsets[0]) else np
+    spans = pair_of(verb, h.offsets) or (h.offsets[:-1], h.offsets[1:])
+    return h, numbers, compose.checked_spans(numbers, verb, "offsets", spans, behaviours_of(h))
 
 
 def repeat_count(histories: Histories, ids: Array, candidate_offsets: Array) -> Array:
@@ -222,14 +237,10 @@ def repeat_count(histories: Histories, ids: Array, candidate_offsets: Array) -> 
     >>> repeat_count(h, np.array([4, 9, 4]), np.array([0, 2, 3]))
     array([2, 0, 1])
     """
-    h = take_histories("repeat_count", "-, -, offsets B+1, -, x_ids?, v_ids?, -, -, -, -", histories)
+    h, numbers, spans = _time_order("repeat_count", "-", histories)
     own = h.x_ids if h.v_ids is None else h.v_ids
-    if own is None:
-        raise TypeError("repeat_count: v_ids or x_ids expected in the histories, got neither")
-    ids, candidate_offsets = take("repeat_count", "ids N, candidate_offsets", ids, candidate_offsets)
-    starts, ends = pair_of("repeat_count", h.offsets) or (h.offsets[:-1], h.offsets[1:])
-    numbers = sys.modules["torch"] if is_torch(starts) else np
-    return compose.repeat_count(numbers, starts, ends, own, behaviours_of(h), ids, candidate_offsets)
+    ids, offsets = take("repeat_count", "ids N, candidate_offsets", ids, candidate_offsets)
+    return compose.repeat_count(numbers, spans, *compose.counted(numbers, len(spans[0]), own, ids, offsets))
 
 
 def merge(a: _Pair, b: _Pair) -> _Pair:

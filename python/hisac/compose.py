@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is composed of verbs: the way from histories to tokens, once for NumPy, torch and the definition."""
 
+import functools
 import operator
 from typing import Any, NamedTuple
 
@@ -163,88 +164,119 @@ def compress(
     return Compressed(tokens, lse, share, agents._replace(prototypes=to.prototypes, lists=kept), mean)
 
 
-def recent(np: Any, attend: Any, histories: Histories, starts: Any, ends: Any, bias: Any, most: int, n: int) -> Recent:
-    """`hisac.recent`, by numpy or torch and their `attend`: a candidate of zeros has the log of its tokens' mass as its
-    log-sum-exp. Users have the behaviours [starts, ends) of at most T = `most`, and bias [T] or None."""
-    starts, ends = _checked_spans(np, "recent", "offsets", starts, ends, most)
-    cut = np.maximum(starts, ends - n)
-    count_of = np.asarray(ends - starts, dtype=np.float32)
-
-    def log_mass(rows: Any, offsets: Any) -> Any:
-        if bias is None:
-            count = np.asarray(offsets[1:] - offsets[:-1], dtype=np.float32)
-            return np.where(count > 0, np.log(np.where(count > 0, count, 1.0)), -np.inf)
-        zeros, q = np.zeros_like(bias[rows])[:, None, None], np.zeros_like(count_of)[:, None, None]
-        users = np.arange(len(starts) + 1)
-        return attend(q, zeros, zeros, users, bias=bias[rows], token_offsets=offsets, scale=1.0).lse[:, 0]
-
-    rows, offsets = _rows_of(np, cut, ends)
-    old, new = log_mass(*_rows_of(np, starts, cut)), log_mass(rows, offsets)
-    total = np.logaddexp(old, new)
-    total = np.where(total > -np.inf, total, 0.0)
-    own = np.zeros_like(count_of[:1]) if bias is None else np.where(np.isfinite(bias[rows]), bias[rows], -np.inf)
-    share = own - _repeat(np, total, offsets[1:] - offsets[:-1])
-    return Recent(histories._replace(offsets=(starts, cut)), rows, offsets, share, old - total)
+def _present(np: Any, h: Histories, behaviours: Any) -> Any:
+    """[T]: whether a behaviour's ids are rows of the tables, and its bias is finite."""
+    parts = [] if h.bias is None else [np.isfinite(h.bias)]
+    for table, ids in ((h.x, h.x_ids), (h.v, h.v_ids)):
+        if ids is not None:
+            parts += [ids >= 0] if table is None else [ids >= 0, ids < table.shape[0]]
+    for name in ("x_ids", "v_ids", "bias"):
+        if (a := getattr(h, name)) is not None and tuple(a.shape) != (behaviours,):
+            raise ValueError(f"recent: {name} expected [T] = [{behaviours}], got {list(a.shape)}")
+    if parts:
+        return functools.reduce(operator.and_, parts)
+    rows = next(a for a in (h.v, h.x, h.codes) if a is not None)[:, 0]
+    return (rows == rows) | True
 
 
-def repeat_count(np: Any, starts: Any, ends: Any, own: Any, most: int, ids: Any, candidate_offsets: Any) -> Any:
-    """`hisac.repeat_count`, by numpy or torch. Users have the behaviours [starts, ends) of at most T = `most`, whose
-    ids are own [T]."""
+def recent(verbs: Verbs, histories: Histories, spans: tuple[Any, Any], behaviours: Any, n: Any) -> Recent:
+    """`hisac.recent` of users with the behaviours [starts, ends) of T = `behaviours`, n <= T. No shape depends on
+    a value. The mass of the older ones is the lse in history mode of an agent at 0, with all behaviours at 0."""
+    np, h, (starts, ends) = verbs.numbers, histories, spans
+    present = _present(np, h, behaviours)
+    total = np.cumsum(present, 0)
+    until = total.new_zeros(1) if hasattr(total, "new_zeros") else np.zeros(1, np.int64)
+    until = np.concatenate((until, total))  # [T + 1] how many present ones lie before
+    first = until[ends] - until[starts] - n  # how many of the user's are older
+    cut = np.minimum(np.where(first > 0, np.searchsorted(total, until[ends] - n + 1), starts), ends)
+    place = np.cumsum(np.ones_like(np.broadcast_to(cut[:, None], (cut.shape[0], n))), 1)  # 1 .. n
+    inside = place <= (until[ends] - until[cut])[:, None]
+    rows = np.where(inside, np.searchsorted(total, until[cut][:, None] + place), 0)
+    if h.bias is None:
+        count = verbs.as_type(first.clip(0), np.zeros(0, dtype=np.float32))
+        old = np.where(count > 0, np.log(count.clip(1)), -np.inf)
+        own = np.where(inside, 0.0 * count[:, None], -np.inf)
+    else:
+        own = np.where(inside, h.bias[rows], -np.inf)
+        older = Histories(np.zeros_like(h.bias)[:, None], None, (starts, cut), bias=np.where(present, h.bias, -np.inf))
+        agent = verbs.as_type(np.zeros_like(starts)[:, None, None], own)
+        old = verbs.route(older, agent, temperature=1.0, normalize="history", tokens=False).lse[:, 0]
+    share = log_share(verbs, np.concatenate((own, old[:, None]), 1))
+    x_ids, v_ids = (a if a is None else np.where(inside, a[rows], 0) for a in (h.x_ids, h.v_ids))
+    return Recent(h._replace(offsets=(starts, cut)), rows, x_ids, v_ids, share[:, :-1], share[:, -1])
+
+
+def counted(np: Any, users: int, own: Any, ids: Any, candidate_offsets: Any) -> tuple[Any, Any, Any]:
+    """What `repeat_count` takes, checked, as int64. Values of candidate_offsets are on the CPU."""
+    if own is None:
+        raise TypeError("repeat_count: v_ids or x_ids expected in the histories, got neither")
     for name, a in (("ids of the histories", own), ("ids", ids), ("candidate_offsets", candidate_offsets)):
-        if (got := str(a.dtype).removeprefix("torch.")) not in ("int32", "int64"):
+        got = str(a.dtype).removeprefix("torch.")
+        if got not in ("int32", "int64"):
             raise TypeError(f"repeat_count: {name} expected int32 or int64, got {got}")
+        if a.ndim != 1:
+            raise ValueError(f"repeat_count: {name} expected one dimension, got {list(a.shape)}")
+    if len(candidate_offsets) != users + 1:
+        raise ValueError(
+            f"repeat_count: candidate_offsets expected [B + 1] = [{users + 1}], got [{len(candidate_offsets)}]"
+        )
+    checked_spans(np, "repeat_count", "candidate_offsets", (candidate_offsets[:-1], candidate_offsets[1:]), len(ids))
     own, ids, offsets = (np.asarray(a, dtype=np.int64) for a in (own, ids, candidate_offsets))
-    starts, ends = _checked_spans(np, "repeat_count", "offsets", starts, ends, most)
-    if len(offsets) != len(starts) + 1:
-        users = len(starts) + 1
-        raise ValueError(f"repeat_count: candidate_offsets expected [B + 1] = [{users}], got [{len(offsets)}]")
-    _checked_spans(np, "repeat_count", "candidate_offsets", offsets[:-1], offsets[1:], len(ids))
+    return own, ids, offsets
+
+
+def repeat_count(np: Any, spans: tuple[Any, Any], own: Any, ids: Any, offsets: Any) -> Any:
+    """`hisac.repeat_count` of users with the behaviours [starts, ends), whose ids are own [T]."""
     if not len(ids):
         return ids
     candidate = np.cumsum(np.ones_like(ids), 0) - 1
-    asked = (candidate >= offsets[0]) & (candidate < offsets[-1]) & (ids >= 0)
-    user = np.searchsorted(offsets[1:], candidate, side="right")
-    items, item = np.unique(ids, return_inverse=True)
-    pairs, pair = np.unique(np.where(asked, user * len(items) + item, -1), return_inverse=True)  # of a user, an item
+    asked = (candidate >= offsets[0]) & (candidate < offsets[-1])
+    limit = 2**62 // len(offsets)  # 2^40 and more, for 2^22 users
 
-    rows, bounds = _rows_of(np, starts, ends)
-    history = _repeat(np, np.cumsum(np.ones_like(starts), 0) - 1, bounds[1:] - bounds[:-1])
-    mine, mine_found = _find(np, items, own[rows])
-    of, found = _find(np, pairs, history * len(items) + mine)
-    counts = np.bincount(of[mine_found & found], minlength=len(pairs))
-    return np.where(asked, counts[pair], 0)
+    def pair_of(user: Any, item: Any, wanted: Any) -> Any:
+        return np.where(wanted & (item >= 0) & (item < limit), user * limit + item, -1)
 
-
-def _find(np: Any, known: Any, wanted: Any) -> tuple[Any, Any]:
-    """known [K], ascending, and wanted [T] -> the index in `known`, and whether the value is there."""
-    at = np.searchsorted(known, wanted).clip(0, len(known) - 1)
-    return at, known[at] == wanted
-
-
-def _checked_spans(np: Any, verb: str, name: str, starts: Any, ends: Any, most: int) -> tuple[Any, Any]:
-    starts, ends = np.asarray(starts, dtype=np.int64), np.asarray(ends, dtype=np.int64)
-    if bool(((starts < 0) | (ends < starts) | (ends > most)).any()):
-        raise ValueError(f"{verb}: {name} expected 0 <= start <= end <= {most} for every user, got others")
-    return starts, ends
+    pairs, at = np.unique(
+        pair_of(np.searchsorted(offsets[1:], candidate, side="right"), ids, asked), return_inverse=True
+    )
+    rows, user = _rows_of(np, *spans)
+    mine = pair_of(user, own[rows], user >= 0)
+    found = np.searchsorted(pairs, mine).clip(0, len(pairs) - 1)
+    counts = np.bincount(found[(pairs[found] == mine) & (mine >= 0)], minlength=len(pairs))
+    return counts[at]
 
 
 def _rows_of(np: Any, first: Any, last: Any) -> tuple[Any, Any]:
-    """The rows first_b .. last_b of each user one after another [R], and where each user's begin [B + 1]."""
+    """The rows first_b .. last_b of each user one after another [R], and the user of each [R]."""
+    repeat = np.repeat_interleave if hasattr(np, "repeat_interleave") else np.repeat
     count = last - first
-    zero = count.new_zeros(1) if hasattr(count, "new_zeros") else np.zeros(1, np.int64)
-    offsets = np.concatenate((zero, np.cumsum(count, 0)))
-    steps = _repeat(np, first - offsets[:-1], count)
-    return steps + np.cumsum(np.ones_like(steps), 0) - 1, offsets
+    user = repeat(np.cumsum(np.ones_like(count), 0) - 1, count)
+    step = np.cumsum(np.ones_like(user), 0) - 1 + (last - np.cumsum(count, 0))[user]
+    return step, user
 
 
-def _repeat(np: Any, a: Any, counts: Any) -> Any:
-    return (np.repeat_interleave if hasattr(np, "repeat_interleave") else np.repeat)(a, counts)
+def checked_spans(np: Any, verb: str, name: str, spans: tuple[Any, Any], most: int) -> tuple[Any, Any]:
+    """(starts, ends) as int64, of ranges in order of at most `most` rows. Their values are on the CPU."""
+    for a in spans:
+        if (got := str(a.dtype).removeprefix("torch.")) not in ("int32", "int64"):
+            raise TypeError(f"{verb}: {name} expected int32 or int64, got {got}")
+    if len(spans[0]) != len(spans[1]):
+        raise ValueError(f"{verb}: {name} expected as many starts as ends, got {len(spans[0])} and {len(spans[1])}")
+    starts, ends = (np.asarray(a, dtype=np.int64) for a in spans)
+    wrong = (starts < 0) | (ends < starts) | (ends > most)
+    if bool(wrong.any()):
+        b = wrong.tolist().index(True)
+        got = f"[{int(starts[b])}, {int(ends[b])}) for user {b}"
+        raise ValueError(f"{verb}: {name} expected 0 <= start <= end <= {most} for every user, got {got}")
+    return starts, ends
 
 
 def _check_pairs(a: Any, b: Any) -> None:
     """Two of the same fields, of out [.., V] and lse [..]."""
     if type(a) is not type(b):
         raise TypeError(f"merge: b expected {type(a).__name__}, as a, got {type(b).__name__}")
+    if hasattr(a[1], "new_zeros") != hasattr(b[1], "new_zeros"):
+        raise TypeError(f"merge: b expected arrays as those of a, got {type(b[1]).__name__}")
     if len(a) != len(b) or any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
         raise ValueError(f"merge: b expected the fields of a, {type(a).__name__} of {len(a)}, got {len(b)}")
     shape = list(a[1].shape)

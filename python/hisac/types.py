@@ -216,16 +216,20 @@ class Recent(NamedTuple):
 
     Fields:
         older        The histories, but for the most recent behaviours of each user: their offsets are (starts, ends).
-        rows         [R] int64: which of the T behaviours are recent, user by user, the latest last.
-        offsets      [B + 1] int64: user b has rows[offsets[b]] .. [b + 1], the token_offsets of `attend`.
-        log_share    [R] float32: the log of the share of its user's history that a recent behaviour is.
+        rows         [B, n] int64: which of the T behaviours are recent, the latest last; 0 after them where a user has
+                     fewer.
+        x_ids        [B, n]: those of these behaviours, or None; 0 after them. So every one may be looked up.
+        v_ids        [B, n]: likewise.
+        log_share    [B, n] float32: the log of the share of its user's history that a recent behaviour is; -inf after
+                     them.
         older_share  [B] float32: the log of the share that the older ones are; -inf where there are none. Add it to the
                      log_share of their tokens: then all biases of a user are logs of numbers that sum to 1.
     """
 
     older: Histories
     rows: Array
-    offsets: Array
+    x_ids: Array
+    v_ids: Array
     log_share: Array
     older_share: Array
 

@@ -150,7 +150,7 @@ def compress(
     check(book, Codebook, "compress: book")
     histories = take_histories("compress", _EVERY, histories)
     refine, v = whole("compress", "refine", refine, 0, 10**6), histories.v
-    verbs = _VERBS._replace(beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np)
+    verbs = VERBS._replace(beside=lambda a: beside(v, a), numbers=sys.modules["torch"] if is_torch(v) else np)
     return compose.compress(
         verbs, book, histories, agents=agents, budget=budget, fanout=fanout, beam=beam, temperature=temperature,
         normalize=normalize, method=method, refine=refine, missing=missing, sparse=sparse, precision=precision,
@@ -174,7 +174,7 @@ def agent_lists(book: Codebook, agents: Agents, k: int) -> Agents:
     TypeError.
     """
     verb, tree = "agent_lists", check(book, Codebook, "agent_lists: book")._core
-    to = compose.routed(_VERBS, verb, check(agents, Agents, f"{verb}: agents"), None, book)
+    to = compose.routed(VERBS, verb, check(agents, Agents, f"{verb}: agents"), None, book)
     prototypes, count = take(verb, "prototypes B M D, count?", *to[:2])
     users, m, _ = prototypes.shape
     lists = empty(prototypes, (users, book.sizes[0], min(whole(verb, "k", k, 1, 2**31 - 1), m)), INT32)
@@ -383,12 +383,12 @@ def _agents(
     """Prototypes, count, codes and lists of the agents, and the temperature, borrowed; k of sparse routing, or 0."""
     if sparse is None:
         if isinstance(agents, tuple):
-            agents, count, *_ = compose.routed(_VERBS, verb, agents, count, book)
+            agents, count, *_ = compose.routed(VERBS, verb, agents, count, book)
         k, codes, lists = 0, None, None
         prototypes, count = take(verb, "prototypes B M D, count?", agents, count)
     else:
         k = whole(verb, "sparse", sparse, 1, 2**31 - 1)
-        to = compose.routed(_VERBS, verb, agents, count, book, sparse)
+        to = compose.routed(VERBS, verb, agents, count, book, sparse)
         prototypes, count, codes, lists = take(verb, _AGENTS, *to)
     if temperature is None:
         temperature = compose.temperature_of(verb, None, book)
@@ -454,6 +454,6 @@ def _log_share(lse: Array, votes: Array) -> Array:
     return out
 
 
-_VERBS = compose.Verbs(
+VERBS = compose.Verbs(
     encode, vote, Codebook.prototypes, agent_lists, _sum_leaves, missing, route, np, _as_type, log_share=_log_share
 )

@@ -277,11 +277,11 @@ TEST_CASE("attend and attend_backward") {
     spoil(r);
     return r.attend_backward();
   };
-  const char* const gradients = "attend_backward: gradients expected the shapes of their arguments";
-  invalid(backward([](Right& r) { r.attend_gradients.q.shape[2] = 3; }), gradients);
-  invalid(backward([](Right& r) { r.attend_gradients.keys.shape[3] = 3; }), gradients);
-  invalid(backward([](Right& r) { r.attend_gradients.values.shape[0] = 3; }), gradients);
-  invalid(backward([](Right& r) { r.attend_gradients.bias = {r.db.data(), {2, 2}}; }), gradients);
+  invalid(backward([](Right& r) { r.attend_gradients.q.shape[2] = 3; }), "attend_backward: dq expected [X");
+  invalid(backward([](Right& r) { r.attend_gradients.keys.shape[3] = 3; }), "attend_backward: dkeys expected [X");
+  invalid(backward([](Right& r) { r.attend_gradients.values.shape[0] = 3; }), "attend_backward: dvalues expected [X");
+  invalid(backward([](Right& r) { r.attend_gradients.bias = {r.db.data(), {2, 2}}; }),
+          "attend_backward: dbias expected beside a bias, got it without");
 }
 
 TEST_CASE("instruction sets have names") {

@@ -13,24 +13,32 @@ namespace hisac {
 constexpr float kRootScale = std::numeric_limits<float>::quiet_NaN();  // stands for 1 / sqrt(d)
 
 /// z_m = scale q . k_m + bias_m,  out = softmax(z) values,  lse = log sum_m exp z_m
-/// User b's candidates are [candidates.start(b), candidates.end(b)); a range that begins before the last one has ended
-/// is an error. User b's tokens are the rows [b M, (b + 1) M) of keys and values, or, where tokens differ in number as
-/// recent behaviours do, [tokens.start(b), tokens.end(b)), in order too. On a device a user's tokens after the first M
-/// are left out, and ranges that overlap give wrong gradients. There is no count of agents: to leave out
-/// absent ones, pass the log_share of `compress` or the lse of `route` as the bias, where theirs is -inf. A token whose
-/// bias or key holds a NaN or an infinity is absent. If q holds one, all tokens are absent for that candidate. A
-/// candidate without tokens, or in no user's range, has a zero row and an lse of -inf. A NaN or an infinity in the
-/// values of a present token makes that column of `out` NaN or infinite for all candidates of its user and head that
-/// have tokens.
+///
+/// Candidates. User b's are [candidates.start(b), candidates.end(b)). A range that begins before the last one has ended
+/// is an error.
+///
+/// Tokens. User b's are the tokens b M .. (b + 1) M - 1; token t has the H rows of keys and values from t H on. Where
+/// users differ in number, as by recent behaviours, they are [tokens.start(b), tokens.end(b)), in order too, with gaps
+/// or without. On a device a user's tokens after the first M are left out, and ranges that overlap give wrong
+/// gradients. A token whose bias or key holds a NaN or an infinity is absent. If q holds one, all tokens are absent for
+/// that candidate. A candidate without tokens, or in no user's range, has a zero row and an lse of -inf. A NaN or an
+/// infinity in the values of a present token makes that column of `out` NaN or infinite for all candidates of its user
+/// and head that have tokens. There is no count of agents: to leave out absent ones, pass the log_share of `compress`
+/// or the lse of `route` as the bias, where theirs is -inf.
+///
+/// Joined tokens. To attend to a user's older behaviours by agents, and to the n most recent raw, in one softmax: let
+/// `compress` read the older ones (`ranges` of starts and cuts makes such Spans); copy the keys and values of the
+/// agents and then of the recent behaviours into one array, and give it as tokens. With N behaviours of which o are
+/// older, the biases are log_share + log(o / N), and -log N.
 struct AttendInputs {
   Rows q;                         // [N * H, d]
   Rows keys;                      // [B * M * H, d], q's type; with `tokens` [R * H, d]
   Rows values;                    // [B * M * H, V], q's type; with `tokens` [R * H, V]
-  int64_t agents = 0, heads = 0;  // M, H; with `tokens`, M is the most that a user has, 0: unknown
+  int64_t agents = 0, heads = 0;  // M, H; with `tokens`, M is the most that a user has; 0: not stated
   Spans candidates;               // B users, from offsets [B + 1]
   Array<const float, 2> bias;     // [B, M], with `tokens` [1, R]; null: 0, and absent agents take part
   float scale = kRootScale;       // of q . k
-  Spans tokens = {};              // B users; starts null: user b has the rows [b M, (b + 1) M)
+  Spans tokens = {};              // B users; starts null: M each
 };
 
 struct Attended {

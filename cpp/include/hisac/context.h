@@ -36,10 +36,10 @@ struct DeviceImage {
 /// initialised, keeps nothing between calls, and serves one call at a time, on CUDA until the stream has done the work.
 ///
 /// <verb>_workspace reads the device and the number of workers of the context, and no array's elements but the offsets
-/// of histories that do not state `longest` and `rows`. It cannot report an error: it returns 0 for parameters that the
-/// verb refuses and for a device that lacks the verb, and SIZE_MAX / 2 for sizes beyond the limits. The verb then
-/// returns the error. On the CPU, a workspace for the largest B, T, N, `longest` and `rows` serves all smaller calls
-/// (`fit` aside).
+/// of histories that do not state `longest` and `rows`, and of tokens whose most is not stated (attend.h). It cannot
+/// report an error: it returns 0 for parameters that the verb refuses and for a device that lacks the verb, and
+/// SIZE_MAX / 2 for sizes beyond the limits. The verb then returns the error. On the CPU, a workspace for the largest
+/// B, T, N, `longest` and `rows` serves all smaller calls (`fit` aside).
 ///
 /// The executor has to live as long as contexts that point to it are used. Null: serial.
 struct Context {

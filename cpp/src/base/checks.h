@@ -55,6 +55,11 @@ inline Status check_in_order(const char* verb, const char* name, const Spans& sp
   return {};
 }
 
+constexpr const char* name_of(DType type) noexcept {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "int8"};
+  return kNames[static_cast<int>(type)];
+}
+
 inline Status check_float(const char* verb, const char* name, DType type, const char* others = " or float16") noexcept {
   if (type == DType::float32 || type == DType::bfloat16 || type == DType::float16) return {};
   return Status::error(Code::wrong_type, "%s: %s expected float32, bfloat16%s", verb, name, others);

@@ -55,7 +55,8 @@ Status check_tokens(const char* verb, const AttendInputs& in, Device device) noe
 Status check(const char* verb, const AttendInputs& in, Device device) noexcept {
   HISAC_TRY(check_float(verb, "q", in.q.dtype));
   if (in.keys.dtype != in.q.dtype || in.values.dtype != in.q.dtype)
-    return Status::error(Code::wrong_type, "%s: keys and values expected q's type", verb);
+    return Status::error(Code::wrong_type, "%s: keys and values expected q's type, %s, got %s and %s", verb,
+                         name_of(in.q.dtype), name_of(in.keys.dtype), name_of(in.values.dtype));
   if (!within({in.heads, in.q.width, in.values.width}, 1, kMostWidth))
     return invalid("%s: expected H, d and V of 1 to 2^20, got %" PRId64 ", %" PRId64 " and %" PRId64, verb, in.heads,
                    in.q.width, in.values.width);
@@ -119,10 +120,11 @@ Status attend_backward(const Context& context, const AttendInputs& given, const 
                    ShapeText({n, inputs.heads, inputs.values.width}).text, ShapeText({n, inputs.heads}).text);
   const auto [users, m] = TokenShape(inputs);
   const int64_t h = inputs.heads;
-  if (!has_shape(out.q, {n, h, inputs.q.width}) || !has_shape(out.keys, {users, m, h, inputs.q.width}) ||
-      !has_shape(out.values, {users, m, h, inputs.values.width}) ||
-      (out.bias && !(inputs.bias && has_shape(out.bias, {users, m}))))
-    return invalid("attend_backward: gradients expected the shapes of their arguments");
+  HISAC_TRY(check_shape("attend_backward", "dq", {n, h, inputs.q.width}, out.q));
+  HISAC_TRY(check_shape("attend_backward", "dkeys", {users, m, h, inputs.q.width}, out.keys));
+  HISAC_TRY(check_shape("attend_backward", "dvalues", {users, m, h, inputs.values.width}, out.values));
+  if (out.bias && !inputs.bias) return invalid("attend_backward: dbias expected beside a bias, got it without");
+  if (out.bias) HISAC_TRY(check_shape("attend_backward", "dbias", {users, m}, out.bias));
   return call_backend("attend_backward", &Backend::attend_backward, context, inputs, forward, out);
 }
 

@@ -421,6 +421,7 @@ def attend_backward_bound(args: Mapping[str, Any], *, cuda: bool = False) -> Att
                 wrong * np.abs(slope)
                 + (w + wrong) * long * term
                 + ((steps(max(len(g), 1)) + len(keys[b]) + 16) * U + split) * dz
+                + LEAST * (g.shape[2] + 16) * (w + wrong > 0)  # of subnormal products, before large keys or queries
             )
             dq[rows] = abs(scale) * np.einsum("nhm,mhd->nhd", off, np.abs(verbs.finite(keys[b]))) + TINY
             dk[at[b]] = abs(scale) * np.einsum("nhm,nhd->mhd", off, np.abs(verbs.finite(q[rows]))) + TINY

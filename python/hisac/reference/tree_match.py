@@ -89,24 +89,31 @@ def match_backward(
 
 
 def recent(histories: Histories, n: int) -> Recent:
-    """Each user's last n behaviours apart from the older ones. With N = the sum of exp(bias) over a user's behaviours
-    whose bias is finite, log_share_i = bias_i - log N, and the older ones' share is the sum of theirs.
+    """Each user's last n behaviours apart from the older ones. One with an id of no row, or a bias that is not finite,
+    is padding and passed over. With N = the sum of exp(bias) over the others of a user, log_share_i = bias_i - log N,
+    and the older ones' share is the sum of theirs. n is at most T.
     """
-    spans = ranges(histories.offsets)
-    bias = np.zeros(max((s.stop for s in spans), default=0)) if histories.bias is None else float64(histories.bias)
+    h = histories
+    sizes = [len(a) for a in (h.x_ids, h.v_ids, h.v, h.x, h.codes, h.bias) if a is not None]
+    bias = np.zeros(sizes[0]) if h.bias is None else float64(h.bias)
     bias = np.where(np.isfinite(bias), bias, -np.inf)
-    cut = [max(s.start, s.stop - n) for s in spans]
-    rows = [np.arange(c, s.stop) for c, s in zip(cut, spans, strict=True)]
-    whole = [logsumexp(bias[s], 0) for s in spans]
-    share = [bias[r] - (w if w > -np.inf else 0.0) for r, w in zip(rows, whole, strict=True)]
-    older = [
-        logsumexp(bias[s.start : c], 0) - (w if w > -np.inf else 0.0) for s, c, w in zip(spans, cut, whole, strict=True)
-    ]
+    for table, ids in ((h.x, h.x_ids), (h.v, h.v_ids)):
+        if ids is not None:
+            bias = np.where((ids >= 0) & (ids < (np.inf if table is None else len(table))), bias, -np.inf)
+
+    spans, n = ranges(h.offsets), min(n, len(bias))
+    rows, share = np.zeros((len(spans), n), np.int64), np.full((len(spans), n), -np.inf)
+    cut, older = np.zeros(len(spans), np.int64), np.zeros(len(spans))
+    for b, span in enumerate(spans):
+        present = span.start + np.flatnonzero(bias[span] > -np.inf)
+        late = present[max(0, len(present) - n) :]
+        cut[b] = span.start if len(late) == len(present) else late[0] if n else span.stop
+        total = logsumexp(bias[present], 0)
+        rows[b, : len(late)], share[b, : len(late)] = late, bias[late] - total
+        older[b] = logsumexp(bias[present[: len(present) - len(late)]], 0) - (total if len(present) else 0.0)
+    x_ids, v_ids = (a if a is None else np.where(share > -np.inf, a[rows], 0) for a in (h.x_ids, h.v_ids))
     starts = np.array([s.start for s in spans], np.int64)
-    return Recent(
-        histories._replace(offsets=(starts, np.array(cut, np.int64))), np.concatenate([np.zeros(0, np.int64), *rows]),
-        np.cumsum([0, *map(len, rows)]), np.concatenate([np.zeros(0), *share]), np.array(older),
-    )  # fmt: skip
+    return Recent(h._replace(offsets=(starts, cut)), rows, x_ids, v_ids, share, older)
 
 
 def repeat_count(histories: Histories, ids: Array, candidate_offsets: Array) -> Array:

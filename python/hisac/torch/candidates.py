@@ -4,11 +4,12 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..arrays import NUMBERS, dtype_name
 from ..types import Attended, Compressed
 from .functions import attend, merge
 from .modules import Compressor, check_all_asked, single
@@ -25,7 +26,7 @@ class TokenSet(NamedTuple):
     """One of several sets of tokens that a TargetAttention joins.
 
     Fields:
-        tokens   [B, M, W], or KeysValues of it. With offsets [R, W]: such as recent behaviours.
+        tokens   [B, M, W], or KeysValues of it. With offsets [R, W]: users' tokens one after another.
         bias     [B, M], with offsets [R], or None: 0. A token whose bias is -inf is absent.
         offsets  [B + 1]: user b has the tokens offsets[b] .. [b + 1]. None: M each.
         longest  The most tokens of a user, with offsets; saves work on a GPU.
@@ -41,14 +42,43 @@ for _type in (KeysValues, TokenSet):  # of a saved torch.export program
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"hisac.{_type.__name__}")
 
 
-def _sets(module: str, tokens: Any, bias: Tensor | None) -> list[TokenSet]:
-    """Tokens, or a list of them, as sets."""
-    several = isinstance(tokens, list)
+def _sets(module: str, tokens: Any, bias: Tensor | None, kinds: tuple[type, ...], width: int) -> list[TokenSet]:
+    """Tokens, or a list of them, as sets, each of a kind that the module takes and of its width."""
+    several = isinstance(tokens, list) or type(tokens) is tuple
     if bias is not None and (several or isinstance(tokens, TokenSet)):
         raise TypeError(f"{module}: bias expected in the TokenSet, got it beside")
     if several and not tokens:
-        raise ValueError(f"{module}: tokens expected one set or more, got []")
-    return [one if isinstance(one, TokenSet) else TokenSet(one, bias) for one in (tokens if several else [tokens])]
+        raise ValueError(f"{module}: tokens expected one set or more, got {tokens}")
+    sets = [one if isinstance(one, TokenSet) else TokenSet(one, bias) for one in (tokens if several else [tokens])]
+    for one in sets:
+        if not isinstance(one.tokens, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            why = "; give its tokens" if isinstance(one.tokens, Compressed) else ""
+            raise TypeError(f"{module}: tokens expected {expected}, got {type(one.tokens).__name__}{why}")
+        if isinstance(one.tokens, Tensor):
+            shape, letters = list(one.tokens.shape), "[B, M, W]" if one.offsets is None else "[R, W] beside offsets"
+            if len(shape) != 3 - (one.offsets is not None) or shape[-1] != width or one.tokens.is_nested:
+                got = "a nested tensor" if one.tokens.is_nested else shape
+                raise ValueError(f"{module}: tokens expected {letters} with W = {width}, got {got}")
+        if isinstance(one.bias, Tensor) and not one.bias.is_floating_point():
+            raise TypeError(f"{module}: bias expected logarithms, got {dtype_name(one.bias)}")
+    return sets
+
+
+def _asked(module: str, candidate_offsets: Any, candidates: Tensor) -> Tensor:
+    if candidate_offsets is None or isinstance(candidate_offsets, tuple):
+        got = type(candidate_offsets).__name__
+        raise TypeError(f"{module}: candidate_offsets expected a tensor or a list [B + 1], got {got}")
+    offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
+    check_all_asked(module, offsets, candidates)
+    return offsets
+
+
+def _present(given: TokenSet) -> TokenSet:
+    """With zeros for tokens whose bias says that there is none: what lies there, a NaN even, reaches no gradient."""
+    if given.bias is None or not isinstance(given.tokens, Tensor) or given.bias.shape != given.tokens.shape[:-1]:
+        return given  # `attend` refuses the last
+    return given._replace(tokens=given.tokens.masked_fill(~torch.isfinite(given.bias)[..., None], 0.0))
 
 
 class TargetAttention(nn.Module):
@@ -63,9 +93,9 @@ class TargetAttention(nn.Module):
 
     That is as if the candidate's user had one token, of key and value 0, whose share is 1. `out` is 0 there, and so is
     every gradient. Both come in the module's type; `out` under autocast in autocast's. Candidates and tokens may have
-    another type. Sums of float64 are those of float32.
+    another type; float64 is computed in float32.
 
-    Several sets of tokens are joined in one softmax: tokens of older behaviours and, raw, the recent ones (`recent`).
+    Several sets of tokens are joined in one softmax: of users with as many tokens each, and of users who differ.
 
     Args:
         candidate_width, token_width: C and W
@@ -110,9 +140,8 @@ class TargetAttention(nn.Module):
         candidate_offsets [B + 1]; bias [B, M] of tokens that are no TokenSet, as log_share of a Compressor, but not its
         lse (-inf: no such token; without bias an absent token is one of zeros) -> out [N, H V], lse [N, H]. Raises
         ValueError where the users' ranges leave candidates out (on the CPU)."""
-        sets = _sets("TargetAttention", tokens, bias)
-        offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
-        check_all_asked("TargetAttention", offsets, candidates)
+        sets = _sets("TargetAttention", tokens, bias, (Tensor, KeysValues), self.key.in_features)
+        offsets = _asked("TargetAttention", candidate_offsets, candidates)
         q = self.query(candidates.to(self.query.weight.dtype)).unflatten(-1, (self.heads, -1))
         if self.log_scale is not None:
             q = q * self.log_scale.exp()[:, None].to(q.dtype)
@@ -122,9 +151,11 @@ class TargetAttention(nn.Module):
         return out.flatten(1).to(q.dtype), lse
 
     def _attend(self, q: Tensor, given: TokenSet, candidate_offsets: Tensor) -> Attended:
-        if isinstance(given.tokens, Compressed):
-            raise TypeError("TargetAttention: tokens expected [B, M, W] or KeysValues, got Compressed; give its tokens")
+        given = _present(given)
         keys, values = given.tokens if isinstance(given.tokens, KeysValues) else self.keys_values(given.tokens)
+        widths = [[self.heads, layer.out_features // self.heads] for layer in (self.key, self.value)]
+        if (got := [list(a.shape[-2:]) for a in (keys, values)]) != widths:
+            raise ValueError(f"TargetAttention: keys and values expected [H, d], [H, V] = {widths}, got {got}")
         bias = given.bias
         if bias is not None and self.factor is not None:  # 0 inf is NaN, and so would be the factor's gradient
             absent = ~torch.isfinite(bias)
@@ -150,9 +181,9 @@ class Similarity(nn.Module):
     (torch.Size([3, 2]), True)
     """
 
-    def __init__(self, sharpness: Sequence[float] = (5.0, 20.0)) -> None:
+    def __init__(self, sharpness: float | Sequence[float] = (5.0, 20.0)) -> None:
         super().__init__()
-        given = [float(s) for s in sharpness]
+        given = [float(s) for s in ([sharpness] if isinstance(sharpness, NUMBERS) else sharpness)]
         if not given or not all(0 < s < math.inf for s in given):
             raise ValueError(f"Similarity: sharpness expected finite numbers > 0, got {sharpness!r}")
         self.log_sharpness = nn.Parameter(torch.tensor(given).log())
@@ -165,18 +196,15 @@ class Similarity(nn.Module):
         candidate_offsets [B + 1]; bias [B, M] of tokens that are no TokenSet, as log_share of a Compressor (-inf: no
         such token) -> [N, number of sharpnesses], in the module's type. A vector of zeros has a cosine of 0 with every
         other. Raises ValueError where the users' ranges leave candidates out (on the CPU)."""
-        offsets = torch.as_tensor(candidate_offsets, device=candidates.device)
-        check_all_asked("Similarity", offsets, candidates)
+        offsets = _asked("Similarity", candidate_offsets, candidates)
         s = self.log_sharpness.float().exp()
         q = nn.functional.normalize(candidates.float(), dim=-1)[:, None] * s[:, None]
-        sets = _sets("Similarity", tokens, bias)
+        sets = _sets("Similarity", tokens, bias, (Tensor,), candidates.shape[-1])
         lse = functools.reduce(merge, [self._attend(q, one, offsets) for one in sets]).lse
         return torch.where(lse > -torch.inf, lse - s, -2 * s).to(self.log_sharpness.dtype)
 
     def _attend(self, q: Tensor, given: TokenSet, candidate_offsets: Tensor) -> Attended:
-        if not isinstance(given.tokens, Tensor):
-            raise TypeError(f"Similarity: tokens expected a tensor, got {type(given.tokens).__name__}")
-        keys = nn.functional.normalize(given.tokens.float(), dim=-1)[..., None, :]
+        keys = nn.functional.normalize(cast(Tensor, _present(given).tokens).float(), dim=-1)[..., None, :]
         keys = keys.expand(*keys.shape[:-2], q.shape[1], -1)
         return attend(
             q, keys, keys.new_zeros((*keys.shape[:-1], 1)), candidate_offsets, bias=given.bias, scale=1.0,
@@ -191,12 +219,14 @@ def parameter_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0, 
     """Groups for an optimiser of torch.optim. Scales learn `faster` times as fast, without decay: the log temperatures
     of Compressors, the log sharpnesses of Similarities, the factors and log scales of TargetAttentions. All other
     parameters learn at lr, with weight_decay. On the rate of the weights a temperature hardly moves from where it
-    begins.
+    begins. Raises TypeError for what is no module.
 
     >>> model = nn.ModuleList([nn.Linear(2, 2), Similarity()])
     >>> [(group["lr"], len(group["params"])) for group in parameter_groups(model, 0.01)]
     [(0.01, 2), (0.1, 1)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameter_groups: model expected nn.Module, got {type(model).__name__}")
     of_scale = {
         id(p)
         for m in model.modules()

@@ -438,24 +438,29 @@ def match(
     return Match(*torch.ops.hisac.match(register(book), *inputs))
 
 
-def _time_order(verb: str, histories: Histories) -> tuple[Histories, tuple[Tensor, Tensor]]:
-    """Histories, jagged ones as flat ones, and the starts and ends of their users."""
-    h, tensors = histories, [t for t in histories if isinstance(t, Tensor)]
-    h = flat(verb, h) if any(t.is_nested for t in tensors) else h
-    return h, h.offsets if isinstance(h.offsets, tuple) else _spans(verb, h.offsets, tensors)
+def _time_order(verb: str, histories: Histories) -> Histories:
+    """Flat histories, whose offsets are checked where their values are at hand."""
+    h = flat(verb, histories, ("codes", "weights", "spread"))
+    if not torch.compiler.is_compiling() and h.offsets[0].is_cpu:
+        compose.checked_spans(torch, verb, "offsets", h.offsets, behaviours_of(h))
+    return h
 
 
 def recent(histories: Histories, n: int) -> Recent:
     """Each user's n most recent behaviours apart from the older ones, as `hisac.recent`; the shares have gradients for
-    bias. Look the recent ones up by their `rows`; in a traced program their number is not known.
+    bias. An embedding's padding_idx is padding.
 
     >>> found = recent(Histories(v=torch.zeros(6, 1), offsets=torch.tensor([0, 4, 6])), 3)
-    >>> found.rows, found.offsets, found.older_share.exp()
-    (tensor([1, 2, 3, 4, 5]), tensor([0, 3, 5]), tensor([0.2500, 0.0000]))
+    >>> found.rows.tolist(), found.older_share.exp().tolist()
+    ([[1, 2, 3], [4, 5, 0]], [0.25, 0.0])
     """
-    h, (starts, ends) = _time_order("recent", histories)
-    bias = None if h.bias is None else rows_of("recent", h.bias).float()
-    return compose.recent(torch, attend, h, starts, ends, bias, behaviours_of(h), whole("recent", "n", n, 0))
+    h, n = _time_order("recent", histories), whole("recent", "n", n, 0)
+    starts, ends = (a.long() for a in h.offsets)
+    t = behaviours_of(h)
+    found = compose.recent(VERBS, h, (starts, ends), t, cast(Any, torch.sym_min)(n, t))
+    kept = flat("recent", histories)._replace(offsets=found.older.offsets)
+    tables = {name: getattr(histories, name) for name, _ in _embeddings("recent", histories)}
+    return found._replace(older=kept._replace(**tables))
 
 
 def repeat_count(histories: Histories, ids: Tensor, candidate_offsets: Any) -> Tensor:
@@ -465,12 +470,9 @@ def repeat_count(histories: Histories, ids: Tensor, candidate_offsets: Any) -> T
     >>> repeat_count(h, torch.tensor([4, 9, 4]), [0, 2, 3])
     tensor([2, 0, 1])
     """
-    h, (starts, ends) = _time_order("repeat_count", histories)
-    own = h.x_ids if h.v_ids is None else h.v_ids
-    if own is None:
-        raise TypeError("repeat_count: v_ids or x_ids expected in the histories, got neither")
-    offsets = torch.as_tensor(candidate_offsets, device=ids.device)
-    return cast(Tensor, compose.repeat_count(torch, starts, ends, own, behaviours_of(h), ids, offsets))
+    h = _time_order("repeat_count", histories)
+    own, offsets = h.x_ids if h.v_ids is None else h.v_ids, torch.as_tensor(candidate_offsets, device=ids.device)
+    return cast(Tensor, torch.ops.hisac.repeat_count(own, *h.offsets, ids, offsets))
 
 
 def merge(a: Any, b: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compose
 from ..reference import MAX_SEATS
 from ..types import Histories, LeafGradients, MatchGradients, RouteGradients
 from .library import book_of, core, dense, library, no_double_backward, operator, rows_used, sparse_gradient
@@ -263,6 +264,15 @@ def _match_backward(*inputs: Any) -> Iterator[tuple[Tensor, ...]]:
     yield results
     book, sums, candidates = _match_arguments(given)
     core.match_backward(book, sums, *dense(d_v, d_lse), *candidates, *_some(need, results))
+
+
+@operator("repeat_count(Tensor? own, Tensor starts, Tensor ends, Tensor ids, Tensor candidate_offsets) -> Tensor")
+def _repeat_count(own: Tensor | None, starts: Tensor, ends: Tensor, *candidates: Tensor) -> Iterator[Tensor]:
+    ids, _ = candidates
+    count = ids.new_empty(ids.shape, dtype=torch.int64)
+    yield count
+    spans = starts.long(), ends.long()
+    count.copy_(compose.repeat_count(torch, spans, *compose.counted(torch, len(starts), own, *candidates)))
 
 
 # ------------------------------------------------------------------------------------------------------ autograd

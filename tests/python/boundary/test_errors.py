@@ -414,7 +414,7 @@ ATTEND = [
     ({"q": Q[:, :, :2]}, ValueError, f"{SHAPES} [5, 2, 2], float32 [2, 4, 2, 3] and float32 [2, 4, 2, 5]"),
     ({"keys": KEYS[:1]}, ValueError, f"{SHAPES} [5, 2, 3], float32 [1, 4, 2, 3] and float32 [2, 4, 2, 5]"),
     ({"values": VALUES[:, :3]}, ValueError, f"{SHAPES} [5, 2, 3], float32 [2, 4, 2, 3] and float32 [2, 3, 2, 5]"),
-    ({"keys": HALF}, TypeError, "keys and values expected q's type"),
+    ({"keys": HALF}, TypeError, "keys and values expected q's type, float32, got float16 and float32"),
     ({"candidate_offsets": CANDIDATES[:2]}, ValueError, "candidate_offsets expected [3], got int64 [2]"),
     ({"candidate_offsets": np.array([0, 3, 2])}, ValueError, f"{FIVE} [3, 2) for user 1"),
     ({"candidate_offsets": np.array([0, 2, 6])}, ValueError, f"{FIVE} [2, 6) for user 1"),

@@ -339,6 +339,10 @@ def test_attend_subnormal_values():
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((20, 2, 8), (1, m, 2, 8), (1, m, 2, 3)))
     args = {"q": q, "keys": k, "values": v * np.float32(1e-43), "candidate_offsets": np.array([0, 20])}
     testing.assert_attended_close(hisac.attend(**args), reference.attend(**args), bounds.attend_bound(args))
+    large = args | {"q": q * np.float32(1e16), "keys": k * np.float32(1e-17)}  # times which the gradient of z is lost
+    back = large | {"d_out": rng.normal(size=(20, 2, 3)).astype(np.float32), "d_lse": None}
+    back["forward"] = hisac.attend(**large)
+    testing.assert_gradients_close(hisac.attend_backward(**back), reference.attend_backward(**back), back)
 
 
 # --------------------------------------------------------------------------------------------------------------- out

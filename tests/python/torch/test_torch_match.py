@@ -350,5 +350,7 @@ def test_an_lse_that_is_no_mass_spoils_a_merge(odd):
 
 def test_a_merge_is_of_one_type():
     match = hisac.Match(np.ones((1, 2), np.float32), np.zeros(1, np.float32))
+    with pytest.raises(TypeError, match=r"^merge: b expected arrays as those of a, got Tensor$"):
+        hisac.merge((np.zeros((2, 1)), np.zeros(2)), (torch.zeros(2, 1), torch.zeros(2)))
     with pytest.raises(TypeError, match=r"^merge: b expected Match, as a, got tuple$"):
         hisac.merge(match, tuple(match))

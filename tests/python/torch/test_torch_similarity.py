@@ -72,6 +72,12 @@ def test_similarity_compiles_and_exports():
     torch.testing.assert_close(program.module()(candidates, tokens, OFFSETS, bias=bias), expected)
 
 
+def test_one_sharpness_and_no_module():
+    assert len(hisac_torch.Similarity(5.0).log_sharpness) == 1
+    with pytest.raises(TypeError, match=r"^parameter_groups: model expected nn.Module, got generator"):
+        hisac_torch.parameter_groups(torch.nn.Linear(2, 2).parameters(), 0.1)
+
+
 @pytest.mark.parametrize("sharpness", [(), (0.0,), (1.0, -2.0), (np.inf,)])
 def test_a_sharpness_is_a_finite_number_above_0(sharpness):
     with pytest.raises(ValueError, match=r"^Similarity: sharpness expected finite numbers > 0, got \("):
