@@ -201,7 +201,7 @@ def recent(histories: Histories, n: int) -> Recent:
     >>> found = recent(Histories(v=np.zeros((6, 1)), offsets=np.array([0, 5, 6])), 2)
     >>> found.rows.tolist(), [int(a) for a in found.older.offsets[1]]
     ([[3, 4], [5, 0]], [3, 5])
-    >>> np.exp([*found.log_share[0], found.older_share[0]]).round(1).tolist()
+    >>> [round(float(np.exp(a)), 3) for a in (*found.log_share[0], found.older_share[0])]
     [0.2, 0.2, 0.6]
     """
     n = whole("recent", "n", n, 0)
