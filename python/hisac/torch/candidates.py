@@ -61,7 +61,7 @@ def _sets(module: str, tokens: Any, bias: Tensor | None, kinds: tuple[type, ...]
                 got = "a nested tensor" if one.tokens.is_nested else shape
                 raise ValueError(f"{module}: tokens expected {letters} with W = {width}, got {got}")
         if isinstance(one.bias, Tensor) and not one.bias.is_floating_point():
-            raise TypeError(f"{module}: bias expected logarithms, got {dtype_name(one.bias)}")
+            raise TypeError(f"{module}: bias expected floating-point numbers, as log_share, got {dtype_name(one.bias)}")
     return sets
 
 

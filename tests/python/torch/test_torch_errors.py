@@ -99,7 +99,7 @@ def test_attention_refuses_what_would_pass_silently():
             tree(book)(history, torch.zeros(5, 1, dtype=torch.int32), offsets)
     for offsets in ([0, 2, 5], np.array([0, 2, 5]), torch.tensor([0, 2, 5])):
         assert attention(candidates, tokens, offsets)[0].shape == (5, 2)
-    with pytest.raises(TypeError, match=r"^attend: bias expected floating-point numbers, as log_share, got int64$"):
+    with pytest.raises(TypeError, match=r"^TargetAttention: bias expected floating-point numbers, .*, got int64$"):
         attention(candidates, tokens, [0, 2, 5], bias=torch.zeros(2, 4, dtype=torch.int64))
     book = hisac.Codebook([np.eye(3, dtype=np.float32)], temperature=1.0)
     made = hisac_torch.Compressor(book, budget=2)(Histories(torch.eye(3), torch.eye(3), [0, 2, 3]))

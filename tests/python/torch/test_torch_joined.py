@@ -228,7 +228,8 @@ def test_errors():
     refused(ValueError, text + "[5, 6]", raw._replace(offsets=None))
     text = "TargetAttention: tokens expected [R, W] beside offsets with W = 6, got [3, 4, 6]"
     refused(ValueError, text, agents._replace(offsets=RAGGED))
-    refused(TypeError, "TargetAttention: bias expected logarithms, got bool", agents._replace(bias=agents.bias > 0))
+    text = "TargetAttention: bias expected floating-point numbers, as log_share, got bool"
+    refused(TypeError, text, agents._replace(bias=agents.bias > 0))
     text = "TargetAttention: candidate_offsets expected a tensor or a list [B + 1], got "
     refused(TypeError, text + "NoneType", agents, at=None)
     refused(TypeError, text + "tuple", agents, at=(AT[:-1], AT[1:]))

@@ -127,6 +127,7 @@ def operator_calls(book):
         "match_backward table": (
             name, *matching[:5], codes, of_table.int(), CANDIDATES, None, d_match[1], [True, False]
         ),
+        "repeat_count": (torch.arange(20) % 5, OFFSETS[:-1], OFFSETS[1:], of_table % 5, CANDIDATES.int()),
         "attend_backward plain": (out, None, out, out_lse, *attention[:4], None, *sharpness),
     }  # fmt: skip
 
