@@ -27,7 +27,7 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
   X(leaf_sums_backward) X(leaf_sums_backward_workspace)                        \
   X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
   X(missing) X(missing_workspace) X(log_share)                                 \
-  X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace) \
+  X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)\
   X(match) X(match_workspace) X(match_backward) X(match_backward_workspace)
 
 /// Those of the CPU alone.
@@ -66,7 +66,7 @@ inline const Backend* backend_of(const Context& context) noexcept {
 
 /// Calls `function` of the context's backend; an error where there is none.
 template <class Function, class... Arguments>
-Status call_backend(const char* verb, Function Backend::*function, const Context& context,
+Status call_backend(const char* verb, Function Backend::* function, const Context& context,
                     const Arguments&... arguments) noexcept {
   const Backend* const backend = backend_of(context);
   if (!backend) return Status::error(Code::not_implemented, "%s: expected enable_cuda() before a call on CUDA", verb);
@@ -77,7 +77,7 @@ Status call_backend(const char* verb, Function Backend::*function, const Context
 
 /// The bytes that `function` of the context's backend names; 0 where there is none.
 template <class Function, class... Arguments>
-size_t backend_workspace(Function Backend::*function, const Context& context, const Arguments&... arguments) noexcept {
+size_t backend_workspace(Function Backend::* function, const Context& context, const Arguments&... arguments) noexcept {
   const Backend* const backend = backend_of(context);
   return backend && backend->*function ? (backend->*function)(context, arguments...) : 0;
 }
