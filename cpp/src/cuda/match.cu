@@ -91,7 +91,7 @@ SIMT_DEVICE void sum_node(const MatchTask& t, const Match& out, int64_t cell) {
   out.lse.data[cell] = static_cast<float>(static_cast<double>(mean.largest) + log_total);
 }
 
-SIMT_KERNEL(kMatchThreads, 3) sum_nodes(SIMT_CONSTANT MatchTask t, SIMT_CONSTANT Match out) {
+SIMT_KERNEL(kMatchThreads, 4) sum_nodes(SIMT_CONSTANT MatchTask t, SIMT_CONSTANT Match out) {
   each_owner(t, [&](int64_t cell, auto in_block) { sum_node<decltype(in_block)::value>(t, out, cell); });
 }
 

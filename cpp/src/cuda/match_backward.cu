@@ -148,13 +148,11 @@ class SumGradients {
     SIMT_ROLLED for (int64_t c = simt::lane(); c < t.v.width; c += 32) {
       double sum[kTogether] = {};
       SIMT_ROLLED for (int l = 0; l < t.levels; ++l) {
-        float d[kTogether], share[kTogether];
         SIMT_EACH (k, kTogether) {
           const int64_t cell = j[k] < 0 ? -1 : h.cell[l][j[k]];
-          share[k] = cell < 0 ? 0 : h.share[l][j[k]];
-          d[k] = cell < 0 ? 0 : t.d_v[cell * t.v.width + c];
+          const float share = cell < 0 ? 0.f : h.share[l][j[k]], d = cell < 0 ? 0.f : t.d_v[cell * t.v.width + c];
+          sum[k] += static_cast<double>(share) * static_cast<double>(d);
         }
-        SIMT_EACH (k, kTogether) sum[k] += static_cast<double>(share[k]) * static_cast<double>(d[k]);
       }
       SIMT_EACH (k, kTogether) {
         if (j[k] < 0) continue;

@@ -55,13 +55,18 @@ struct MatchTask : Behaviours {     // the sums: v, bias, codes and their users
     }
     return low < users && candidates.start(low) <= candidate ? low : -1;
   }
+  /// The last of the sums [first, sum] whose codes are valid; else `first`.
+  SIMT_DEVICE int64_t last_valid(int64_t first, int64_t sum) const {
+    SIMT_ROLLED while (sum > first && !valid(codes + sum * levels))-- sum;
+    return sum;
+  }
   /// The first of the sums [first, last), of one node of the level above, whose code is not below `code`. A sum of
   /// invalid codes counts as the one before it.
   SIMT_DEVICE int64_t find(int64_t first, int64_t last, int level, int32_t code) const {
     SIMT_ROLLED while (first < last) {
       const int64_t middle = first + (last - first) / 2;
       int64_t sum = middle;
-      SIMT_UNLESS_PLANTED(78, while (sum > first && !valid(codes + sum * levels))-- sum);
+      SIMT_UNLESS_PLANTED(78, sum = last_valid(first, sum));
       if (!valid(codes + sum * levels) || codes[sum * levels + level] < code)
         first = middle + 1;
       else
