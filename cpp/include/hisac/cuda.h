@@ -72,8 +72,8 @@
 //   route_backward           does the same, with the gradients of tokens in the place of v.
 //   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
 //   leaf_sums                adds 64 rows in float32, and those sums in float64.
-//   match and its backward   add in float64, with exponentials of float32. Gradients of candidates that have a node
-//                            of more than 256 sums or candidates are added in eight parts.
+//   match and its backward   add in float64, in a fixed order that need not be that of the index, with exponentials of
+//                            float32.
 //   log_share of compress    adds exponentials of float32 in float64, where the CPU's are of float64.
 //   encode, vote, agent_lists, code_prototypes and prototypes have the CPU's bits.
 #pragma once
