@@ -186,7 +186,7 @@ class Leaf {
       for (int e = first + lane; t.bias && e < last; e += 32)
         if (entries[e] >= 0) max_bias = larger(max_bias, t.bias[entries[e]]);
     });
-    max_bias = t.bias ? over_parts<kBlock>(max_bias, Larger{}) : 0.f;
+    max_bias = t.bias ? over_warps<kParts>(max_bias, Larger{}) : 0.f;
     float scale = 1;  // a run's weights are at most 1 together, so that no sum of large v overflows
     while (scale * static_cast<float>(n < kRun ? n : kRun) > 1) scale /= 2;
     double mass = 0, squares = 0;
@@ -204,9 +204,9 @@ class Leaf {
       }
     });
     simt::sync_warp();
-    mass = over_parts<kBlock>(mass, Add{});
-    squares = over_parts<kBlock>(squares, Add{});
-    votes = over_parts<kBlock>(votes, Add{});
+    mass = over_warps<kParts>(mass, Add{});
+    squares = over_warps<kParts>(squares, Add{});
+    votes = over_warps<kParts>(votes, Add{});
     double inverse = mass > 0 ? 1 / mass : 0;
     means(
         static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int64_t v_row, int d) { return t.v_element(v_row, d); },
@@ -263,7 +263,7 @@ class Leaf {
         }
         SIMT_EACH (j, kColumns / 32) sum[j] += static_cast<double>(run[j]);
       });
-      if (kBlock) add_warps(sum);
+      add_warps<kParts>(sum);
       SIMT_EACH (j, kColumns / 32) {
         const int d = first + j * 32 + lane;
         const float y = static_cast<float>(sum[j] * inverse);

@@ -52,14 +52,14 @@ SIMT_DEVICE void add_cells(const MatchBackTask& t, int64_t cell) {
     if (t.forward.d_lse.data && shares(candidate))
       d_lse += static_cast<double>(t.forward.d_lse.data[candidate * t.levels + level]);
   });
-  d_lse = over_parts<kBlock>(d_lse, Add{});
+  d_lse = over_warps<Mean::kParts>(d_lse, Add{});
   double dot = 0;
   SIMT_ROLLED for (int64_t column = 0; t.forward.d_v.data && column < t.v.width; column += kNodeColumns) {
     double d_v[2] = {}, v[2] = {};
     Mean::each_part(range, [&](int64_t first, int64_t candidate) {
       add_rows(t.forward.d_v, first * t.levels + level, t.levels, shares(candidate) ? 1.f : -1.f, column, d_v);
     });
-    if (kBlock) add_warps(d_v);
+    add_warps<Mean::kParts>(d_v);
     if (t.out.bias.data) mean.at(column, v);
     SIMT_EACH (i, 2) {
       const int64_t c = column + 32 * i + simt::lane();
@@ -69,7 +69,7 @@ SIMT_DEVICE void add_cells(const MatchBackTask& t, int64_t cell) {
       dot += static_cast<double>(rounded) * v[i];
     }
   }
-  dot = over_parts<false>(dot, Add{});
+  dot = over_warps<1>(dot, Add{});
   if (simt::lane() == 0 && Mean::writes()) t.terms[cell] = {d_lse - dot, 1 / mean.total, mean.largest};
 }
 
@@ -165,7 +165,7 @@ class SumGradients {
     }
     SIMT_UNLESS_PLANTED(84, given_ |= taken);
     SIMT_EACH (k, kTogether) {
-      const double all = over_parts<false>(dot[k], Add{});
+      const double all = over_warps<1>(dot[k], Add{});
       if (simt::lane() == j[k]) d_bias_ += all;
     }
   }

@@ -147,19 +147,20 @@ SIMT_DEVICE void add_rows(const Rows& m, int64_t first, int64_t step, float weig
 template <bool kBlock>
 class NodeMean {
  public:
+  static constexpr int kParts = kBlock ? kMatchWarps : 1;
+
   SIMT_DEVICE NodeMean(const MatchTask& task, Node node) : t_(task), node_(node) {
     each_part(node, [&](int64_t, int64_t sum) {
       if (sum < node_.last) largest = larger(largest, t_.bias_of(sum));
     });
-    largest = over_parts<kBlock>(largest, Larger{});
+    largest = over_warps<kParts>(largest, Larger{});
     each_part(node, [&](int64_t, int64_t sum) { total += static_cast<double>(larger(weight(sum), 0)); });
-    total = over_parts<kBlock>(total, Add{});
+    total = over_warps<kParts>(total, Add{});
   }
 
   /// visit(first of 32, this lane's) of the part's share of a range.
   template <class Visit>
   SIMT_DEVICE static void each_part(Node range, Visit visit) {
-    constexpr int kParts = kBlock ? kMatchWarps : 1;
     SIMT_ROLLED for (int64_t first = range.first + (kBlock ? 32 * simt::warp() : 0); first < range.last;
                      first += 32 * kParts) visit(first, first + simt::lane());
   }
@@ -170,7 +171,7 @@ class NodeMean {
   SIMT_DEVICE void at(int64_t column, double (&mean)[2]) const {
     mean[0] = mean[1] = 0;
     each_part(node_, [&](int64_t first, int64_t sum) { add_rows(t_.v, first, 1, weight(sum), column, mean); });
-    if (kBlock) add_warps(mean);
+    add_warps<kParts>(mean);
     SIMT_EACH (i, 2) mean[i] /= total;
   }
 

@@ -83,30 +83,32 @@ SIMT_DEVICE T scan_threads(T x, T* total, Op op) {
   return lane ? op(before, left) : before;
 }
 
-/// `op` over the numbers of all lanes of a warp, or of all warps of the block.
-template <bool kBlock, class T, class Op>
-SIMT_DEVICE T over_parts(T value, Op op) {
+/// `op` over the numbers of all lanes of a warp, or of all kWarps of the block.
+template <int kWarps, class T, class Op>
+SIMT_DEVICE T over_warps(T value, Op op) {
   for (int m = 16; m; m /= 2) value = op(value, simt::shuffle_xor(value, m));
-  if (!kBlock) return value;
+  if (kWarps == 1) return value;
   T* const all = shared<T>(0);
   simt::sync();
   if (simt::lane() == 0) all[simt::warp()] = value;
   SIMT_UNLESS_PLANTED(14, simt::sync());
   value = all[0];
-  for (int w = 1; w < simt::threads() / 32; ++w) value = op(value, all[w]);
+  for (int w = 1; w < kWarps; ++w) value = op(value, all[w]);
   return value;
 }
 
-/// By all warps of a block: each lane's N numbers become the sums of those that this lane of every warp has.
-template <int N>
+/// By all kWarps of a block, if they are several: each lane's N numbers become the sums of those that this lane of
+/// every warp has.
+template <int kWarps, int N>
 SIMT_DEVICE void add_warps(double (&sum)[N]) {
-  double* const all = shared<double>(0);  // [warps, N, 32]
+  if (kWarps == 1) return;
+  double* const all = shared<double>(0);  // [kWarps, N, 32]
   simt::sync();
   SIMT_EACH (i, N) all[(simt::warp() * N + i) * 32 + simt::lane()] = sum[i];
   SIMT_UNLESS_PLANTED(77, simt::sync());
   SIMT_EACH (i, N) {
     sum[i] = all[i * 32 + simt::lane()];
-    for (int w = 1; w < simt::threads() / 32; ++w) sum[i] += all[(w * N + i) * 32 + simt::lane()];
+    for (int w = 1; w < kWarps; ++w) sum[i] += all[(w * N + i) * 32 + simt::lane()];
   }
 }
 
