@@ -35,7 +35,7 @@ part_test() {
 }
 
 # every tensor its own allocation, so that its end is an end
-small="test_codes or (test_route and not tables) or test_gradients or test_leaf_sums"
+small="test_codes or (test_route and not tables) or test_gradients or test_leaf_sums or test_match"
 part_memcheck() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
     "$python" -m pytest -q -x -p no:cacheprovider tests/cuda/test_cuda.py -k "($small) and not emulated"

@@ -396,6 +396,65 @@ def attend(work: str, users: int, candidates: int, device: str, *, agents: int =
         yield Case(work, name, size, NORMAL, users * candidates, flops, "float64", tuple(variants))
 
 
+def match(work: str, users: int, leaves: int, candidates: int, device: str, *, size: int = 512, value: int = 64) \
+        -> Iterator[Case]:  # fmt: skip
+    """Candidates, 7 in 10 of a leaf of their user, on kept leaf sums; then the backward."""
+    g = torch.Generator(device).manual_seed(3)
+    whole = functools.partial(torch.randint, generator=g, device=device)
+    make = functools.partial(torch.randn, generator=g, device=device)
+    own = whole(1, size * size // leaves, (users, leaves)).cumsum(1)  # in order, each once
+    asked = own.gather(1, whole(0, leaves, (users, candidates)))
+    asked = torch.where(whole(0, 10, asked.shape) < 3, whole(0, size * size, asked.shape), asked)
+    codes, at = (torch.stack([a // size, a % size], 2).view(-1, 2).int() for a in (own, asked))
+    offsets, row = (torch.arange(users + 1, device=device) * n for n in (leaves, candidates))
+    sums = hisac.Histories(None, make(users * leaves, value), offsets, codes, bias=make(users * leaves))
+    given = hisac.Match(make(users * candidates, 2, value), make(users * candidates, 2))
+    book = hisac.Codebook([np.zeros((size, 2), np.float32)] * 2)
+
+    def expected() -> tuple[Array, Array]:
+        """v, and its gradient, of the first users in float64."""
+        n, v = min(CHECKED, users), sums.v.view(users, leaves, value)[:CHECKED].double().requires_grad_()
+        bias, found = sums.bias.view(users, 1, leaves)[:n].double(), []
+        with torch.enable_grad():
+            for below in (size, 1):
+                same = (asked[:n] // below)[:, :, None] == (own[:n] // below)[:, None]
+                some = same.any(2, keepdim=True)
+                found.append(torch.softmax(bias.masked_fill(~same & some, -math.inf), 2) * some @ v)
+            mean = torch.stack(found, 2).view(-1, 2, value)
+            (mean * given.v[: len(mean)]).sum().backward()
+        return mean.detach(), v.grad.view(-1, value)
+
+    truth, slope = expected()
+    node = torch.arange(users, device=device)[:, None] * size
+    of_sums, of_candidates = ((node + a // size).view(-1) for a in (own, asked))
+    leaf, wanted = ((node * size + a).view(-1) for a in (own, asked))
+
+    def index_add() -> Array:
+        top = torch.full((users * size,), -math.inf, device=device).scatter_reduce(0, of_sums, sums.bias, "amax")
+        w = (sums.bias - top[of_sums]).exp()
+        total = torch.zeros_like(top).index_add(0, of_sums, w)
+        mean = torch.zeros(users * size, value, device=device).index_add(0, of_sums, w[:, None] * sums.v)
+        first = (mean / total.clamp(min=1e-30)[:, None])[of_candidates]
+        place = torch.searchsorted(leaf, wanted).clamp(max=len(leaf) - 1)
+        return torch.stack([first, torch.where((leaf[place] == wanted)[:, None], sums.v[place], 0.0)], 1)
+
+    def check(result: Any, i: int) -> float:
+        return relative(result[0] if isinstance(result, tuple) else result, truth)
+
+    def back(need: str) -> Callable[[], Any]:
+        return lambda: hisac.match_backward(book, sums, given, at, row, need=need.split(", "))
+
+    variants = [
+        *both("match", lambda: hisac.match(book, sums, at, row), check, GRADE["float32"], device),
+        peer("index_add", index_add, check, GRADE["float32"], device),
+    ]
+    for need in ("v", "v, bias"):
+        variants += both(f"backward {need}", back(need), lambda r, i: relative(r.v, slope), GRADE["float32"], device)
+    text = f"{users} users, {leaves} leaves, {candidates} candidates, {size} x {size} codes, V {value}"
+    flops = 2.0 * 2 * users * leaves * value
+    yield Case(work, "float32", text, NORMAL, users * candidates, flops, "float64", tuple(variants))
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """All works; quick: so small that the CPU does them in seconds."""
     rng = np.random.default_rng(0)
@@ -410,3 +469,4 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     yield from vote("vote/batch", some, rows, device)
     yield from encode("encode/items", 200 if quick else 1 << 20, device, width=shape["width"])
     yield from attend("attend/batch", some, 30 if quick else 500, device)
+    yield from match("match/batch", some, 40 if quick else 2000, 30 if quick else 500, device)

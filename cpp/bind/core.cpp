@@ -368,9 +368,7 @@ void match_candidates(const Codebook& book, const Fields& sums, Lent codes, Lent
   const MatchArguments a(call, sums, codes, rows_of_codes, candidate_offsets);
   const Match to{rows<MutableRows>(v, call, "out v", 3, "the type of the sums' v, [N, L, V]"),
                  array<float, 2>(lse, call, "out lse", "float32 [N, L]")};
-  run(
-      call, [&](const Context& context) { return match_workspace(context, book, a.in); },
-      [&](const Context& context) { return match(context, book, a.in, to); }, &book);
+  run(call, with(match_workspace, book, a.in), with(match, book, a.in, to));
 }
 
 void match_gradients(const Codebook& book, const Fields& sums, Lent d_v, Lent d_lse, Lent codes, Lent rows_of_codes,
@@ -382,9 +380,7 @@ void match_gradients(const Codebook& book, const Fields& sums, Lent d_v, Lent d_
   forward.d_lse = array<const float, 2>(d_lse, call, "d_lse", "float32 [N, L]", true);
   const MatchGradients to{array<float, 2>(dv, call, "dv", "float32 [S, V]", true),
                           array<float, 1>(dbias, call, "dbias", "float32 [S]", true)};
-  run(
-      call, [&](const Context& context) { return match_backward_workspace(context, book, a.in); },
-      [&](const Context& context) { return match_backward(context, book, a.in, forward, to); }, &book);
+  run(call, with(match_backward_workspace, book, a.in), with(match_backward, book, a.in, forward, to));
 }
 
 void fill(nb::module_& m) {

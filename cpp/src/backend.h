@@ -27,12 +27,11 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
   X(leaf_sums_backward) X(leaf_sums_backward_workspace)                        \
   X(route) X(route_workspace) X(route_backward) X(route_backward_workspace)    \
   X(missing) X(missing_workspace) X(log_share)                                 \
-  X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)
+  X(attend) X(attend_workspace) X(attend_backward) X(attend_backward_workspace)\
+  X(match) X(match_workspace) X(match_backward) X(match_backward_workspace)
 
 /// Those of the CPU alone.
-#define HISAC_EACH_CPU_VERB(X)                                                 \
-  X(match) X(match_workspace) X(match_backward) X(match_backward_workspace)    \
-  X(fit) X(fit_workspace)
+#define HISAC_EACH_CPU_VERB(X) X(fit) X(fit_workspace)
 // clang-format on
 
 /// Functions with the signatures of the public verbs; null where a backend does not have one.

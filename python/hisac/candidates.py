@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs of candidates: `attend` to their user's tokens, `match` with its leaf sums, and `merge` of what they give.
 
-Arrays, places and letters are those of `hisac.verbs`. `match` is the CPU's.
+Arrays, places and letters are those of `hisac.verbs`.
 """
 
 import math

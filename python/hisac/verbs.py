@@ -4,7 +4,7 @@
 Arguments, meaning and order are those of `hisac.reference`, which defines each verb; here they run compiled, in float32
 accumulation, without a T x M matrix, on `set_num_threads` threads and without the GIL, or on a GPU's current stream.
 All arrays of a call lie in one place, and so do the results: NumPy's beside NumPy's codes (vote) or v (the others),
-tensors beside tensors. `fit`, `Codebook.leaves` and `match` are the CPU's. candidates.py has the verbs of candidates.
+tensors beside tensors. `fit` and `Codebook.leaves` are the CPU's. candidates.py has the verbs of candidates.
 Letters: B users, T behaviours, D semantic width, V value width, L levels, M agents a user, N candidates, H heads.
 """
 

@@ -33,7 +33,7 @@ constexpr Section kSections[] = {
     {"log2", 1, Kind::ulp2},
     {"multiply_add", 4, Kind::product},
     {"its moduli", 4, Kind::ulp2},
-    {"atomic_add", 1, Kind::bits},
+    {"atomic_add, atomic_claim", 3, Kind::bits},
 };
 constexpr int words() {
   int n = 0;
@@ -53,6 +53,7 @@ SIMT_DEVICE uint32_t mix(uint32_t h) {
 struct Shared {
   uint32_t copied[kThreads][4];
   uint16_t matrix[2][16][24];  // 16-byte rows at an odd pitch
+  uint64_t claimed[kThreads];
 };
 
 struct Task {
@@ -136,6 +137,11 @@ SIMT_KERNEL(kThreads) exercise(SIMT_CONSTANT Task t) {
   simt::atomic_add(t.sums + simt::block(), seed);
   simt::sync();
   put(thread == 0 ? t.sums[simt::block()] : 0u);
+  s.claimed[thread] = seed & 1 ? uint64_t{seed} << 32 : 0;
+  simt::sync();
+  put(static_cast<uint32_t>(simt::atomic_claim(&s.claimed[other], uint64_t{seed} << 16) >> 32));
+  simt::sync();
+  put(static_cast<uint32_t>(s.claimed[thread] >> 16));
 }
 
 #ifdef __CUDACC__

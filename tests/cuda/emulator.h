@@ -118,6 +118,11 @@ inline int32_t atomic_max(int32_t* p, int32_t value) {
   }
   return old;
 }
+inline uint64_t atomic_claim(uint64_t* p, uint64_t value) {
+  uint64_t old = 0;
+  __atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return old;
+}
 
 void copy16(void* to, const void* from, bool valid);
 void copy4(void* to, const void* from, bool valid);

@@ -109,6 +109,30 @@ def test_leaf_sums(problem, on_cuda):
     assert_near(on_cuda(back, *arguments), back(*arguments), 1e-3)
 
 
+def test_match(problem, on_cuda):
+    """Features and gradients, of NumPy and through TreeMatch, whose histories are longer than one user's sums."""
+    book, rng = problem["book"], np.random.default_rng(4)
+    sums, offsets = hisac.leaf_sums(book, problem["histories"]), np.array([0, 20, 20, 50], np.int32)
+    table, ids = problem["histories"].codes, rng.integers(-1, T + 1, 50)
+    mine = on_cuda(hisac.match, book, sums, table, offsets, ids=ids)
+    expected = hisac.match(book, sums, table, offsets, ids=ids)
+    assert_near(mine, expected)
+    given = hisac.Match(np.cos(expected.v), np.sin(np.nan_to_num(expected.lse, neginf=0)))
+    arguments = book, sums, given, table, offsets
+    mine = on_cuda(hisac.match_backward, *arguments, ids=ids)
+    assert_near(mine, hisac.match_backward(*arguments, ids=ids))
+
+    def loss(v, bias, offsets, codes, ids, candidates):
+        v, bias = (a.detach().clone().requires_grad_() for a in (v, bias))
+        found = ht.TreeMatch(book)(Histories(None, v, offsets, codes, bias=bias), codes, candidates, ids=ids)
+        (found.v.sin().sum() + found.lse.sum()).backward()
+        return [*found, v.grad, bias.grad]
+
+    h = problem["histories"]
+    inputs = h.v, h.bias, h.offsets, h.codes, np.abs(ids) % T, np.array([0, 20, 20, 50])
+    assert_near(on_cuda(loss, *inputs), loss(*map(torch.from_numpy, inputs)), 1e-3)
+
+
 @pytest.mark.parametrize("kind", ["rows", "table"])
 def test_missing(problem, on_cuda, kind):
     h = problem["histories"]

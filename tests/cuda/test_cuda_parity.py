@@ -166,6 +166,22 @@ def test_attend_and_its_backward(a, on_cuda):
     testing.assert_gradients_close(mine, reference.attend_backward(**back), back, cuda=True)
 
 
+@PLACED
+@given(
+    p=HOSTILE.flatmap(lambda hostile: testing.matchings(hostile=hostile))
+    | testing.matchings(max_levels=8, max_sums=200, max_candidates=40)
+)
+def test_match_and_its_backward(p, on_cuda):
+    args = p.match_args()
+    mine, expected = on_cuda(hisac.match, **testing.to_torch(args, p.dtype)), p.reference()
+    testing.assert_match_close(mine, expected, p)
+    assert np.array_equal(bounds.as_numpy(mine.lse) == -np.inf, expected.lse == -np.inf)
+    back = p.backward_args(expected)
+    gradients = on_cuda(hisac.match_backward, **testing.to_torch(back, p.dtype))
+    exact = p.by_reference(back)
+    testing.assert_gradients_close(gradients, reference.match_backward(**exact), exact)
+
+
 def test_subnormal_values_at_a_tiny_temperature(on_cuda):
     """No bfloat16 holds v; divided by tau^2 what is lost of it is not small."""
     v, spread, bias = np.float32([[4e-44], [3e-44]]), np.float32([8.8e-44, 2e-44]), np.float32([-1.5, 0])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A context on CUDA: refused before enable_cuda and by `fit` and `match`, shapes checked first, then the limits that
+// A context on CUDA: refused before enable_cuda and by `fit`, shapes checked first, then the limits that
 // hisac/cuda.h names, then on the device's kernels: by `code_prototypes` and `compress`, whose own test this is; the
 // other verbs come this way in tests/cuda/test_cuda.py.
 #include "hisac/compress.h"
@@ -123,6 +123,27 @@ void expect_limits() {
                    "workspace expected at least"))
     test::fail("attend did not get as far as its workspace");
 
+  test::name("limits of match");
+  MatchInputs matching;
+  matching.sums.v = in.v;
+  matching.sums.codes = codes;
+  matching.sums.offsets = in.offsets;
+  matching.codes = {code, {3, 1}};
+  matching.candidates = hisac::offsets(elsewhere, 1);
+  const auto matched = [&](const MatchInputs& m) {
+    return match(on_device, book, m, {{nullptr, DType::float32, m.size(), 5}, {nullptr, {m.size(), 1}}});
+  };
+  if (!std::strstr(matched(matching).what(), "workspace expected at least"))
+    test::fail("match did not get as far as its workspace");
+  MatchInputs crowd = matching;
+  crowd.codes.shape[0] = kMany;
+  expect(matched(crowd), Code::not_implemented,
+         "match: expected B up to 2^30, S below 2^31 and N L up to 2^30 on CUDA, got 1, 3 and 1073741825");
+  crowd = matching;
+  crowd.sums.v.rows = crowd.sums.codes.shape[0] = kLong;
+  expect(match_backward(on_device, book, crowd, {}, {}), Code::not_implemented,
+         "match_backward: expected B up to 2^30, S below 2^31 and N L up to 2^30 on CUDA, got 1, 2147483648 and 3");
+
   test::name("limits of attend");
   simt::options.machine.shared = size_t{227} << 10;  // an H100's
   const auto refused = [&](int64_t rows, int64_t d, int64_t v, DType type, bool back) {
@@ -226,13 +247,6 @@ int main(int argc, char** argv) {
   if (const Status status = enable_cuda(); !status.ok()) test::fail("%s", status.what());
   expect(fit(on_device, {}, {}, nullptr, nullptr), Code::not_implemented,
          "fit: expected a context on the CPU, got one on CUDA");
-  MatchInputs none;
-  none.sums.v = rows(cpu.data(), 0, 4);
-  none.sums.codes = none.codes = array(codes, 0, 2);
-  expect(match(on_device, book, none, {{cuda.data(), DType::float32, 0, 4}, array(cuda.data(), 0, 2)}),
-         Code::not_implemented, "match: expected a context on the CPU, got one on CUDA");
-  expect(match_backward(on_device, book, none, {}, {}), Code::not_implemented,
-         "match_backward: expected a context on the CPU, got one on CUDA");
   expect(made(on_device, few), Code::invalid_argument, "prototypes: out expected [3, 4], got [2, 4]");
   expect_limits();
   for (const Method method : {Method::exact, Method::leaf})

@@ -18,7 +18,8 @@
 //   agent_lists                    yes                                       always
 //   missing                        yes                                       where x is not given
 //   attend, attend_backward        yes                                       never
-//   fit, match, match_backward     not on CUDA: Code::not_implemented
+//   match, match_backward          yes                                       never
+//   fit                            not on CUDA: Code::not_implemented
 //
 // Sparse routing (RouteParams::sparse) has the CPU's meaning, and its integers, but not its saving: all behaviours are
 // multiplied by all agents, and a mask then hides the agents to which a behaviour is not routed. The mask is in the
@@ -30,6 +31,7 @@
 //   leaf_sums, route, their backwards, missing    B 2^30, T 2^31 - 1
 //   route                                         D 4,096
 //   route_backward                                D 4,096, V 4,096
+//   match, match_backward                         B 2^30, S 2^31 - 1, N L 2^30
 //   attend, attend_backward                       N, B, M, H, d, V 2^30 each; d and V further as shared memory allows:
 //
 //     shared memory of a block                 227 KiB (H100, H200)   163 KiB (A100)   99 KiB (RTX)
@@ -45,8 +47,8 @@
 // The host does not see what lies on the device, so no value there is an error. Where the CPU would name one:
 //
 //   offsets (starts, ends)   A start is clamped to [0, T], an end to [start, T].
-//   candidates of attend     A user's range begins, at the earliest, where all earlier users' ranges have ended. A
-//                            candidate outside every range has a zero row and an lse of -inf.
+//   candidates               Of attend and match: a user's range begins, at the earliest, where all earlier users'
+//                            ranges have ended. A candidate outside every range has zero rows and an lse of -inf.
 //   NaN in attend            A NaN or an infinity in q, keys or values may spoil all results of its user's head. On the
 //                            CPU one in a key or in q makes tokens absent, and one in values stays in its column.
 //   longest of Histories     `vote` alone depends on it. Any accepted workspace serves histories of any length, if the
@@ -70,6 +72,8 @@
 //   route_backward           does the same, with the gradients of tokens in the place of v.
 //   attend and its backward  do as Precision::float32 does. Where all inputs are bfloat16, they are exact.
 //   leaf_sums                adds 64 rows in float32, and those sums in float64.
+//   match and its backward   add in float64, in a fixed order that need not be that of the index, with exponentials of
+//                            float32.
 //   log_share of compress    adds exponentials of float32 in float64, where the CPU's are of float64.
 //   encode, vote, agent_lists, code_prototypes and prototypes have the CPU's bits.
 #pragma once
@@ -77,7 +81,7 @@
 
 namespace hisac {
 
-/// Makes every verb but `fit` and `match` take a context on CUDA; not_implemented where there is no device or driver.
+/// Makes every verb but `fit` take a context on CUDA; not_implemented where there is no device or driver.
 Status enable_cuda() noexcept;
 
 }  // namespace hisac

@@ -21,13 +21,14 @@ struct Chunks {
     for (int c = simt::block() * simt::threads() + simt::thread(); c < count; c += simt::blocks() * simt::threads())
       first[c] = last[c] = 0;
   }
-  /// By a warp: calls each(user) for the users whose histories have a behaviour, in their order.
+  /// By a warp: calls each(user) for the users whose histories have some of the behaviours [begin, end) of a run, in
+  /// their order.
   template <class Each>
-  SIMT_DEVICE void each_user(const ClampedSpans& s, int64_t behaviour, Each each) const {
-    const int64_t c = behaviour / size;
+  SIMT_DEVICE void each_user(const ClampedSpans& s, int64_t begin, int64_t end, Each each) const {
+    const int64_t c = begin / size;
     SIMT_ROLLED for (int user = static_cast<int>(s.users) - first[c]; user < last[c]; user += 32) {
       const int probe = user + simt::lane();
-      uint32_t users = simt::ballot(probe < last[c] && s.start(probe) <= behaviour && behaviour < s.end(probe));
+      uint32_t users = simt::ballot(probe < last[c] && s.start(probe) < end && begin < s.end(probe));
       SIMT_ROLLED for (; users; users &= users - 1) each(user + lowest(users));
     }
   }

@@ -186,7 +186,7 @@ class Leaf {
       for (int e = first + lane; t.bias && e < last; e += 32)
         if (entries[e] >= 0) max_bias = larger(max_bias, t.bias[entries[e]]);
     });
-    max_bias = t.bias ? over_parts(max_bias, Larger{}) : 0.f;
+    max_bias = t.bias ? over_warps<kParts>(max_bias, Larger{}) : 0.f;
     float scale = 1;  // a run's weights are at most 1 together, so that no sum of large v overflows
     while (scale * static_cast<float>(n < kRun ? n : kRun) > 1) scale /= 2;
     double mass = 0, squares = 0;
@@ -204,9 +204,9 @@ class Leaf {
       }
     });
     simt::sync_warp();
-    mass = over_parts(mass, Add{});
-    squares = over_parts(squares, Add{});
-    votes = over_parts(votes, Add{});
+    mass = over_warps<kParts>(mass, Add{});
+    squares = over_warps<kParts>(squares, Add{});
+    votes = over_warps<kParts>(votes, Add{});
     double inverse = mass > 0 ? 1 / mass : 0;
     means(
         static_cast<int>(t.v.width), inverse, t.out.v.data, [&](int64_t v_row, int d) { return t.v_element(v_row, d); },
@@ -245,20 +245,6 @@ class Leaf {
       visit(first, first + kRun < n ? first + kRun : n);
   }
 
-  /// `op` over the numbers of all lanes of all the leaf's warps.
-  template <class T, class Op>
-  SIMT_DEVICE T over_parts(T value, Op op) const {
-    for (int m = 16; m; m /= 2) value = op(value, simt::shuffle_xor(value, m));
-    if (!kBlock) return value;
-    T* const all = shared<T>(0);
-    simt::sync();
-    if (simt::lane() == 0) all[simt::warp()] = value;
-    SIMT_UNLESS_PLANTED(14, simt::sync());
-    value = all[0];
-    for (int w = 1; w < kWarps; ++w) value = op(value, all[w]);
-    return value;
-  }
-
   /// to[out, :] = the weighted means; returns the sum of their squares. table_row(row): where a behaviour's row lies.
   template <class Element, class TableRow>
   SIMT_DEVICE double means(int width, double inverse, float* to, Element element, TableRow table_row) const {
@@ -277,16 +263,7 @@ class Leaf {
         }
         SIMT_EACH (j, kColumns / 32) sum[j] += static_cast<double>(run[j]);
       });
-      if (kBlock) {
-        double* const all = shared<double>(0);  // [kWarps, kColumns]
-        simt::sync();
-        SIMT_EACH (j, kColumns / 32) all[simt::warp() * kColumns + j * 32 + lane] = sum[j];
-        simt::sync();
-        SIMT_EACH (j, kColumns / 32) {
-          sum[j] = all[j * 32 + lane];
-          for (int w = 1; w < kWarps; ++w) sum[j] += all[w * kColumns + j * 32 + lane];
-        }
-      }
+      add_warps<kParts>(sum);
       SIMT_EACH (j, kColumns / 32) {
         const int d = first + j * 32 + lane;
         const float y = static_cast<float>(sum[j] * inverse);

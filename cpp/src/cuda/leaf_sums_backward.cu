@@ -28,7 +28,7 @@ class LeafBack {
 
   SIMT_DEVICE void run() {
     const int64_t chunk = b / t.chunks.size;
-    if (t.norm_of(b) >= 0) t.chunks.each_user(t, b, [&](int64_t user) { give(user); });
+    if (t.norm_of(b) >= 0) t.chunks.each_user(t, b, b + 1, [&](int64_t user) { give(user); });
     if (t.out.bias.data && simt::lane() == 0) t.out.bias.data[b] = static_cast<float>(d_bias);
     const bool has_row = t.out.v.data && !(t.of_v.gathers() && t.chunks.last[chunk] == 0);
     for (int64_t c = simt::lane(); has_row && !given && c < t.v.width; c += 32) d_v(c) = 0;

@@ -14,7 +14,7 @@ SIMT_KERNEL(kThreads) mark_missing(SIMT_CONSTANT Behaviours t, SIMT_CONSTANT Chu
   for (int64_t b = int64_t{simt::block()} * kWarps + simt::warp(); b < t.rows; b += int64_t{simt::blocks()} * kWarps) {
     const int64_t row = t.v_row(b);
     bool missing = false;  // unless some history has it
-    chunks.each_user(t, b, [&](int64_t) { missing = true; });
+    chunks.each_user(t, b, b + 1, [&](int64_t) { missing = true; });
     missing = missing && t.norm_of(b) < 0 && t.v.data && row >= 0;
     for (int64_t c = simt::lane(); missing && c < t.v.width; c += 32) missing = finite(t.v_element(row, c));
     if (const bool all = simt::ballot(!missing) == 0; simt::lane() == 0) out[b] = all ? 0.f : -kInfinity;

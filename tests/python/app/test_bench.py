@@ -424,5 +424,11 @@ def test_the_gpus_program_runs_on_a_cpu(tmp_path):
     assert result["failures"] == [] and result["quick"] is True
     assert {entry["reason"].split(":")[0] for entry in result["left_out"]} <= {"c", "cuda", "flash_attn_interface"}
     works = {"route/batch", "route/ragged", "route/short"}
-    works |= {f"{work} agents" for work in works} | {"backward/batch", "vote/batch", "encode/items", "attend/batch"}
+    works |= {f"{work} agents" for work in works} | {
+        "backward/batch",
+        "vote/batch",
+        "encode/items",
+        "attend/batch",
+        "match/batch",
+    }
     assert {row["work"] for row in result["rows"] if row["role"] == "hisac"} == works

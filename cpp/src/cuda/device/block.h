@@ -83,6 +83,35 @@ SIMT_DEVICE T scan_threads(T x, T* total, Op op) {
   return lane ? op(before, left) : before;
 }
 
+/// `op` over the numbers of all lanes of a warp, or of all kWarps of the block.
+template <int kWarps, class T, class Op>
+SIMT_DEVICE T over_warps(T value, Op op) {
+  for (int m = 16; m; m /= 2) value = op(value, simt::shuffle_xor(value, m));
+  if (kWarps == 1) return value;
+  T* const all = shared<T>(0);
+  simt::sync();
+  if (simt::lane() == 0) all[simt::warp()] = value;
+  SIMT_UNLESS_PLANTED(14, simt::sync());
+  value = all[0];
+  for (int w = 1; w < kWarps; ++w) value = op(value, all[w]);
+  return value;
+}
+
+/// By all kWarps of a block, if they are several: each lane's N numbers become the sums of those that this lane of
+/// every warp has.
+template <int kWarps, int N>
+SIMT_DEVICE void add_warps(double (&sum)[N]) {
+  if (kWarps == 1) return;
+  double* const all = shared<double>(0);  // [kWarps, N, 32]
+  simt::sync();
+  SIMT_EACH (i, N) all[(simt::warp() * N + i) * 32 + simt::lane()] = sum[i];
+  SIMT_UNLESS_PLANTED(77, simt::sync());
+  SIMT_EACH (i, N) {
+    sum[i] = all[i * 32 + simt::lane()];
+    for (int w = 1; w < kWarps; ++w) sum[i] += all[(w * N + i) * 32 + simt::lane()];
+  }
+}
+
 /// A warp's run of [0, n): whole groups of 32, the same number for each warp.
 template <class Index>
 struct Run {

@@ -67,6 +67,9 @@ SIMT_DEVICE T atomic_add(T* p, T value) {  // integers only: float sums would de
 }
 SIMT_DEVICE void atomic_or(uint32_t* p, uint32_t bits) { atomicOr(p, bits); }
 SIMT_DEVICE int32_t atomic_max(int32_t* p, int32_t value) { return atomicMax(p, value); }
+SIMT_DEVICE uint64_t atomic_claim(uint64_t* p, uint64_t value) {  // puts it in the place of 0; returns what was there
+  return atomicCAS(reinterpret_cast<unsigned long long*>(p), 0ull, static_cast<unsigned long long>(value));
+}
 
 /// 16 bytes from global to shared memory, or zeros; both aligned to 16. Seen by this thread after wait, by the block
 /// after a sync on top.
