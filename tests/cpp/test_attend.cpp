@@ -104,3 +104,24 @@ TEST_CASE("tokens that differ in number are those of M places, some of them empt
     }
   }
 }
+
+TEST_CASE("a batch without users may have offsets, tokens and gradients that are null") {
+  AttendInputs in;
+  in.q.width = in.keys.width = 2;
+  in.values.width = 3;
+  in.heads = 1;
+  for (const bool offsets : {false, true}) {
+    const int64_t none[] = {0};
+    in.tokens = offsets ? hisac::offsets(none, 0) : Spans{};
+    in.bias = {nullptr, {1, 0}};
+    const Attended out{{nullptr, DType::float32, 0, 3}, {nullptr, {0, 1}}};
+    const AttendGradients gradients{
+        {nullptr, {0, 1, 2}}, {nullptr, {1, 0, 1, 2}}, {nullptr, {1, 0, 1, 3}}, {nullptr, {1, 0}}};
+    const AttendForward forward{
+        {nullptr, DType::float32, 0, 3}, {}, {nullptr, DType::float32, 0, 3}, {nullptr, {0, 1}}};
+    const auto forwards = [&](const Context& context) { return attend(context, in, out); };
+    const auto back = [&](const Context& context) { return attend_backward(context, in, forward, gradients); };
+    CHECK(test::exactly(attend_workspace(test::sizing(1), in), nullptr, forwards));
+    CHECK(test::exactly(attend_backward_workspace(test::sizing(1), in), nullptr, back));
+  }
+}

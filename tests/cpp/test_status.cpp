@@ -277,9 +277,12 @@ TEST_CASE("attend and attend_backward") {
     spoil(r);
     return r.attend_backward();
   };
-  invalid(backward([](Right& r) { r.attend_gradients.q.shape[2] = 3; }), "attend_backward: dq expected [X");
-  invalid(backward([](Right& r) { r.attend_gradients.keys.shape[3] = 3; }), "attend_backward: dkeys expected [X");
-  invalid(backward([](Right& r) { r.attend_gradients.values.shape[0] = 3; }), "attend_backward: dvalues expected [X");
+  invalid(backward([](Right& r) { r.attend_gradients.q.shape[2] = 3; }),
+          "attend_backward: dq expected [6, 1, 2], got [6, 1, 3]");
+  invalid(backward([](Right& r) { r.attend_gradients.keys.shape[3] = 3; }),
+          "attend_backward: dkeys expected [2, 2, 1, 2], got [2, 2, 1, 3]");
+  invalid(backward([](Right& r) { r.attend_gradients.values.shape[0] = 3; }),
+          "attend_backward: dvalues expected [2, 2, 1, 3], got [3, 2, 1, 3]");
   invalid(backward([](Right& r) { r.attend_gradients.bias = {r.db.data(), {2, 2}}; }),
           "attend_backward: dbias expected beside a bias, got it without");
 }

@@ -184,7 +184,7 @@ void rows(Bytes& in) {
   }
 }
 
-/// Rows of weight 0 hold a NaN, and so does what may be read beyond the biases.
+/// Absent rows hold a NaN, and so does what may be read beyond the biases.
 void weighed(Bytes& in) {
   const int64_t n = in.between(1, 64), width = in.between(1, 90), ld = width + in.between(0, 3);
   const auto biases = with_absent(in, n), rows = in.values(n * width, false);

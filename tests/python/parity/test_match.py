@@ -126,6 +126,17 @@ def test_match_of_long_nodes(rows, biased):
     testing.assert_gradients_close(back, of_reference, exact | {"gradients": gradients})
 
 
+def test_a_nan_reaches_its_node_whatever_its_weight():
+    """A weight that float32 cannot hold is no absence. Only biases near each other had been tried."""
+    book = hisac.Codebook([np.eye(2, dtype=np.float32)] * 2)
+    v, codes = np.array([[1, 2], [np.nan, 3], [5, 6]], np.float32), np.array([[0, 0], [0, 1], [1, 0]], np.int32)
+    for gap in (50, 104, 200):
+        sums = Histories(None, v, np.array([0, 3]), codes, bias=np.array([gap, 0, -np.inf], np.float32))
+        found = hisac.match(book, sums, np.array([[0, 0], [1, 0]], np.int32), np.array([0, 2]))
+        np.testing.assert_array_equal(found.v[0], [[np.nan, 2], [1, 2]])
+        assert not found.v[1].any() and np.isneginf(found.lse[1]).all()
+
+
 def test_large_values_stay_finite():
     book, big = hisac.Codebook([np.zeros((1, 1), np.float32), np.zeros((3000, 1), np.float32)]), np.float32(3e38)
     codes = np.stack([np.zeros(3000), np.arange(3000)], 1).astype(np.int32)

@@ -155,7 +155,7 @@ struct Kernels {
   /// The largest of x [n], which has no NaN; -inf for none. x may be read up to kLanes elements further.
   float (*largest)(int64_t n, const float* x) = nullptr;
   /// sum [width] = sum_i w_i rows_i over n <= kBlock rows (stride ld), w_i = scale e^(bias_i - shift); returns sum_i
-  /// w_i. A row of weight 0 is left out, whatever it holds. bias may be read up to kLanes elements further.
+  /// w_i. A row whose bias is -inf is left out, whatever it holds. bias may be read up to kLanes elements further.
   float (*weigh_rows)(int n, int64_t width, const float* bias, float shift, float scale, const float* rows, int64_t ld,
                       float* sum) = nullptr;
 

@@ -52,7 +52,7 @@ HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& 
 template <bool products>
 HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf max_logit,
                         Bf16Weights e, int64_t lde, vf& block_max, vf& sum) {
-  const auto widen_pair = [](vu pair, vf& even, vf& odd) __attribute__((always_inline)) {
+  const auto widen_pair = [](vu pair, vf & even, vf & odd) __attribute__((always_inline)) {
     even = (vf)(pair << 16);
     odd = (vf)(pair & 0xffff0000u);
   };
@@ -231,10 +231,11 @@ static float largest(int64_t n, const float* x) {
 
 /// `across` vectors of the columns of weigh_rows; of the last one only the first `have` columns are there.
 template <int across>
-HISAC_INLINE void weigh_columns(int n, const float* w, const float* rows, int64_t ld, float* sum, size_t have = W) {
+HISAC_INLINE void weigh_columns(int n, const float* bias, const float* w, const float* rows, int64_t ld, float* sum,
+                                size_t have = W) {
   vf total[across] = {};
   for (int i = 0; i < n; ++i) {
-    if (w[i] == 0) continue;
+    if (bias[i] == -kInfinity) continue;
 #pragma GCC unroll 4
     for (int a = 0; a < across; ++a)
       total[a] += w[i] * (have == W ? load(rows + i * ld + a * W) : load_first(rows + i * ld + a * W, have));
@@ -253,8 +254,8 @@ static float weigh_rows(int n, int64_t width, const float* bias, float shift, fl
     total += x;
   }
   int64_t d = 0;
-  for (; d + 4 * W <= width; d += 4 * W) weigh_columns<4>(n, w, rows + d, ld, sum + d);
-  for (; d + W <= width; d += W) weigh_columns<1>(n, w, rows + d, ld, sum + d);
-  if (d < width) weigh_columns<1>(n, w, rows + d, ld, sum + d, lanes_of(width - d));
+  for (; d + 4 * W <= width; d += 4 * W) weigh_columns<4>(n, bias, w, rows + d, ld, sum + d);
+  for (; d + W <= width; d += W) weigh_columns<1>(n, bias, w, rows + d, ld, sum + d);
+  if (d < width) weigh_columns<1>(n, bias, w, rows + d, ld, sum + d, lanes_of(width - d));
   return sum_of(total);
 }
