@@ -52,7 +52,7 @@ HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& 
 template <bool products>
 HISAC_INLINE void weigh(int n, const float* z, int64_t ldz, const RouteWeights& p, vf norm, vf rate, vf max_logit,
                         Bf16Weights e, int64_t lde, vf& block_max, vf& sum) {
-  const auto widen_pair = [](vu pair, vf & even, vf & odd) __attribute__((always_inline)) {
+  const auto widen_pair = [](vu pair, vf& even, vf& odd) __attribute__((always_inline)) {
     even = (vf)(pair << 16);
     odd = (vf)(pair & 0xffff0000u);
   };
