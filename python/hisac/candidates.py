@@ -189,6 +189,13 @@ def recent(histories: Histories, n: int) -> Recent:
 
         share of behaviour i = exp(bias_i) / sum of exp(bias) over the user's behaviours
 
+    Attention to both in one softmax is that to
+
+        np.concatenate((made.tokens, v[found.v_ids]), 1)       under the bias
+        np.concatenate((made.log_share + found.older_share[:, None], found.log_share), 1)
+
+    where `made` is what `compress` made of found.older, and v the table of values.
+
     Behaviours with an id of no row, such as -1, or a bias that is NaN or infinite are padding: they are not recent, and
     have no share. One that `route` takes for absent for another reason, a NaN in x or an invalid code, has one.
 
