@@ -29,7 +29,9 @@ ROOMS = {
 PACKAGES = {
     "types": "",
     "arrays": "types _core _cuda",
-    "codebook": "types arrays _core",
+    "progress": "",
+    "fitting": "types arrays progress _core",
+    "codebook": "types arrays fitting _core",
     "compose": "types",
     "verbs": "types arrays codebook compose",
     "candidates": "types arrays codebook compose verbs",
@@ -45,7 +47,8 @@ WINGS = {
     "headers and CPU": "cpp/include cpp/src/base cpp/src/codebook cpp/src/backend cpp/src/verbs cpp/src/cpu",
     "CUDA": "cpp/src/cuda",
     "binding and Python verbs": "cpp/bind python/hisac/__init__ python/hisac/types python/hisac/arrays "
-    "python/hisac/codebook python/hisac/compose python/hisac/verbs python/hisac/candidates python/hisac/runtime",
+    "python/hisac/codebook python/hisac/compose python/hisac/verbs python/hisac/candidates python/hisac/runtime "
+    "python/hisac/fitting python/hisac/progress",
     "torch": "python/hisac/torch",
     "reference and testing": "python/hisac/reference python/hisac/testing",
     "command line and demo": "python/hisac/app python/hisac/__main__",

@@ -25,6 +25,7 @@ float lower_distance(double square) noexcept {
 
 void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
   row = arena.take<Row>(kPart);
+  residual = arena.take<float>(width);
   screened = arena.take<uint32_t>(kPart * screened_width(width));
   tile = arena.take<uint32_t>(kScreenRows * screened_width(width));
   scores = arena.take<float>(kScreenRows * simd::pad(largest_size));
@@ -32,13 +33,13 @@ void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_s
 }
 
 void KMeansBounds::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
-  arena.take_into(rows, assigned, upper_);
-  lower_ = arena.take<float>(rows * kGroups);
+  upper_ = arena.take<float>(rows);
+  lower_ = arena.take<float>(rows, kGroups);
   drift_ = arena.take<float>(largest_size);
 }
 
-void KMeansBounds::start(const Level& level, int64_t rows) noexcept {
-  std::fill(assigned, assigned + rows, -1);
+void KMeansBounds::start(const Level& level, int64_t rows, int32_t* codes) noexcept {
+  assigned = codes;
   std::fill(lower_, lower_ + rows * kGroups, 0.f);
   std::fill(group_drift_, group_drift_ + kGroups, 0.f);
   const int64_t panels = (level.size + simd::kPanel - 1) / simd::kPanel;
@@ -66,7 +67,8 @@ int64_t KMeansBounds::group_of(int64_t code) const noexcept {
   return std::upper_bound(first_, first_ + groups_, code) - first_ - 1;
 }
 
-void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
+void KMeansBounds::assign(const Level& level, const Residuals& residuals, int64_t begin, int64_t end,
+                          Scratch& s) noexcept {
   const simd::Kernels& k = simd::kernels();
   const int64_t width = level.width, row_width = screened_width(width);
   const double shrink = 1 - static_cast<double>(width + 8) * 0x1p-24, underflow = static_cast<double>(width) * 0x1p-120;
@@ -75,6 +77,7 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
     Row& row = s.row[i - begin];
     float* const lower = lower_ + i * kGroups;
     row.best = assigned[i];
+    if (row.best == kLeftOut) continue;
     row.groups = row.best < 0 ? (1u << groups_) - 1 : 0;
     if (row.best >= 0) upper_[i] = (upper_[i] + drift_[row.best]) * kRoundUp;
     for (int g = 0; g < groups_ && row.best >= 0; ++g) {
@@ -88,9 +91,9 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
     const int64_t i = begin + undecided[j];
     Row& row = s.row[undecided[j]];
     float* const lower = lower_ + i * kGroups;
-    const float* const x = r + i * width;
-    if (j + 4 < rows)
-      for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(r + (begin + undecided[j + 4]) * width + d);
+    float* const x = s.residual;
+    residuals.load(i, x);
+    if (j + 4 < rows) residuals.prefetch(begin + undecided[j + 4]);
     if (row.best >= 0) {
       row.distance = k.square_distance(width, x, level.centers + row.best * width);
       upper_[i] = upper_distance(row.distance);
@@ -116,7 +119,7 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
         tile_row[n++] = begin + undecided[j];
       }
       if (n == kScreenRows || (n > 0 && j + 1 == rows)) {
-        scan_group(level, r, g, tile_row, n, begin, s);
+        scan_group(level, residuals, g, tile_row, n, begin, s);
         n = 0;
       }
     }
@@ -126,8 +129,8 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
   for (int64_t i = begin; i < end; ++i) assigned[i] = s.row[i - begin].best;
 }
 
-void KMeansBounds::scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
-                              Scratch& s) noexcept {
+void KMeansBounds::scan_group(const Level& level, const Residuals& residuals, int g, const int64_t* tile_row, int n,
+                              int64_t begin, Scratch& s) noexcept {
   const int64_t first = first_[g], size = first_[g + 1] - first, ld = simd::pad(size);
   products(level, n, s.tile, first, size, s.scores, ld);
   for (int j = 0; j < n; ++j) {
@@ -155,7 +158,8 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
     if (found == 0) continue;
     int64_t candidates = found;
     if (row.best >= 0) s.survivors[candidates++] = row.best;
-    const float* const x = r + tile_row[j] * level.width;
+    const float* const x = s.residual;
+    residuals.load(tile_row[j], s.residual);
     std::copy_n(s.survivors, candidates, s.survivors + candidates);
     row.best = closest(level, x, s.survivors + candidates, candidates);
     for (int64_t c = 0; c < candidates; ++c) {

@@ -2,6 +2,7 @@
 // Nearest codes of rows over the rounds of k-means. The distances of one round bound those of the next, in which the
 // centers have moved, so that most products are skipped. The codes are the definition's, whatever is skipped.
 #pragma once
+#include "cpu/kmeans_rows.h"
 #include "cpu/nearest.h"
 
 namespace hisac::cpu {
@@ -22,6 +23,7 @@ class KMeansBounds {
 
   struct Scratch {
     Row* row = nullptr;            // [kPart]
+    float* residual = nullptr;     // [D] of the row at hand
     uint32_t* screened = nullptr;  // [kPart, screened_width]
     uint32_t* tile = nullptr;      // [rows, screened_width]
     float* scores = nullptr;       // [rows, pad(C)]
@@ -30,17 +32,17 @@ class KMeansBounds {
   };
 
   void carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept;
-  /// Begins a level: the codes of all rows are -1.
-  void start(const Level& level, int64_t rows) noexcept;
+  /// Begins a level. codes [rows], to be kept, hold -1, or kLeftOut where a row takes no part.
+  void start(const Level& level, int64_t rows, int32_t* codes) noexcept;
   /// Notes that the centers move from level.centers to new_centers; to be called before the next assign.
   void move(const Level& level, const float* new_centers) noexcept;
-  /// Sets `assigned` of rows [begin, end) of r [rows, D], at most kPart.
-  void assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept;
+  /// Sets `assigned` of rows [begin, end) of a chunk, at most kPart.
+  void assign(const Level& level, const Residuals& residuals, int64_t begin, int64_t end, Scratch& s) noexcept;
 
   int32_t* assigned = nullptr;  // [rows] the nearest code
 
  private:
-  void scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
+  void scan_group(const Level& level, const Residuals& residuals, int g, const int64_t* tile_row, int n, int64_t begin,
                   Scratch& s) noexcept;
   int64_t group_of(int64_t code) const noexcept;
 

@@ -11,7 +11,7 @@ import hisac
 
 from . import files
 from .files import Array, Column
-from .progress import fit_progress, progress
+from ..progress import fit_progress, progress
 
 ROWS = 2**16  # behaviours a step; a user with more is one step
 

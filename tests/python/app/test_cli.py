@@ -12,7 +12,7 @@ import hisac
 from cli_support import done, refused, run
 from hisac import reference
 from hisac.app import commands, files
-from hisac.app.progress import fit_progress, progress
+from hisac.progress import fit_progress, progress
 
 WIDTH = 4
 
@@ -420,7 +420,7 @@ def test_an_interrupted_command_leaves_nothing(book, capsys, monkeypatch):
 
 def test_progress_without_tqdm_is_plain_lines(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr("hisac.app.progress.SILENCE", 0.0)
+    monkeypatch.setattr("hisac.progress.SILENCE", 0.0)
     with progress("work", 3) as advance:
         advance(1)
         advance(2)
