@@ -20,7 +20,7 @@ namespace {
 constexpr float kFitLimit = 0x1p100f;
 constexpr int kFitRange = 46;
 constexpr int64_t kPiece = 4096;  // rows of one unit of work
-constexpr int64_t kPieces = 4;    // of each worker, in a block of rows
+constexpr int64_t kPieces = 32;   // of each worker, in a block of rows
 constexpr int64_t kColumns = 16;  // of the sums in one unit of work: a cache line of a row
 constexpr int kExponents = 640;   // of a weighted value: from 2^-320 to 2^320
 

@@ -10,7 +10,8 @@ namespace hisac::cpu {
 class KMeansBounds {
  public:
   static constexpr int kGroups = 16;  // most groups of codes; a group is whole panels with one lower bound
-  static constexpr int kPart = 512;   // most rows of a call
+  static constexpr int kPart = 1024;  // most rows of a call
+  static constexpr int kSlots = 256;  // most of these that are scanned at once
 
   /// The state of one row in a call.
   struct Row {
@@ -23,8 +24,9 @@ class KMeansBounds {
 
   struct Scratch {
     Row* row = nullptr;            // [kPart]
-    float* residual = nullptr;     // [D] of the row at hand
-    uint32_t* screened = nullptr;  // [kPart, screened_width]
+    int* slot = nullptr;           // [kSlots] the rows that are to be scanned, from `begin` on
+    float* residual = nullptr;     // [kSlots, D]
+    uint32_t* screened = nullptr;  // [kSlots, screened_width]
     uint32_t* tile = nullptr;      // [rows, screened_width]
     float* scores = nullptr;       // [rows, pad(C)]
     int32_t* survivors = nullptr;  // [2 (C + 1)]
@@ -42,8 +44,8 @@ class KMeansBounds {
   int32_t* assigned = nullptr;  // [rows] the nearest code
 
  private:
-  void scan_group(const Level& level, const Residuals& residuals, int g, const int64_t* tile_row, int n, int64_t begin,
-                  Scratch& s) noexcept;
+  void scan(const Level& level, int64_t begin, int slots, Scratch& s) noexcept;
+  void scan_group(const Level& level, int g, const int* tile_slot, int n, int64_t begin, Scratch& s) noexcept;
   int64_t group_of(int64_t code) const noexcept;
 
   int groups_ = 0;

@@ -35,6 +35,10 @@ struct Residuals {
     const int64_t bytes = x.width * bytes_of(x.dtype);
     const std::byte* const row = static_cast<const std::byte*>(x.data) + (i - first) * bytes;
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+    for (int l = 0; l < level; ++l) {
+      const float* const c = center[l] + codes[l * rows + i] * x.width;
+      for (int64_t d = 0; d < x.width; d += 16) __builtin_prefetch(c + d);
+    }
   }
 };
 

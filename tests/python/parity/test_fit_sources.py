@@ -138,7 +138,9 @@ def test_weights_of_whole_numbers_are_rows_that_occur_so_often():
         many = module.fit(x.repeat(times, 0), (20,), init=start, iterations=1)
         assert few.fingerprint == many.fingerprint
         np.testing.assert_allclose(few.report.error, many.report.error, rtol=1e-14)
-        assert module.fit(x, (9, 4), weights=np.ones(len(x), np.float32)).fingerprint == module.fit(x, (9, 4)).fingerprint
+        assert (
+            module.fit(x, (9, 4), weights=np.ones(len(x), np.float32)).fingerprint == module.fit(x, (9, 4)).fingerprint
+        )
 
 
 def test_the_error_is_the_exact_sum_rounded_once():
