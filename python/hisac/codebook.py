@@ -62,19 +62,19 @@ class Codebook:
         that of the median row, b the bits of the number of rows. The default `temperature` is 0.05 times the mean
         squared distance of a row to its leaf, so it follows the scale of x; there is none where that is 0.
 
-        Memory beside x: T (76 + 4 L) bytes, about C (36 D + 60) bytes with C the largest size, and the chunk at hand.
+        Memory beside x: T (76 + 4 L) bytes, about C (36 D + 200) bytes with C the largest size, and the chunk at hand.
         Every pass reads x anew: 2 for a level, 1 for a round, and 1 more for a round in which codes lose their rows or
         which `progress` sees.
 
         Args:
             x: [T, D] float32, bfloat16 or float16. Or the same rows in chunks [n, D] of any sizes, which do not have to
-                be in memory at once: a np.memmap, a function that returns an iterator of chunks, or an iterable that can
-                be iterated again. An iterator of its own right is a TypeError, since it can be read once only.
+                be in memory at once: a np.memmap, a function that returns an iterator of chunks, or an iterable that
+                can be iterated again. An iterator itself is a TypeError, since it can be read once only.
             sizes: the codes of each level, a number alone for one level; (512, 512), or those of `init`.
             iterations: most rounds of a level; 20, or 5 with `init`.
             init: a codebook of these sizes to begin with: codes keep their numbers, and centers move to new means.
-            weights: [T] float32, what a row counts in means and errors, of all chunks together. Rows of a weight that is
-                not above 0 and finite are left out. Which rows become first centers does not depend on it.
+            weights: [T] float32, what a row counts in means and errors, of all chunks together. Rows of a weight that
+                is not above 0 and finite are left out. Which rows become first centers does not depend on it.
             process_group: a torch.distributed.ProcessGroup each of whose processes makes this call with rows of its
                 own: the codebook, in each, is that of all rows, process after process. Or an object with rank(), size()
                 and add(numbers), which replaces int64 numbers by their sums over the processes.

@@ -70,9 +70,11 @@ def make_parser() -> Parser:
     p = verb("fit", commands.fit, "learn a codebook from item embeddings")
     p.add_argument("spec", metavar="X", help="embeddings [items, width]")
     p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
-    p.add_argument("--sizes", type=numbers, default=(512, 512), metavar="C,C", help="codes a level (default: 512,512)")
-    p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
+    p.add_argument("--sizes", type=numbers, metavar="C,C", help="codes a level (default: 512,512, or those of --init)")
+    p.add_argument("--iterations", type=whole, metavar="N", help="most rounds a level (default: 20, or 5 with --init)")
     p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
+    p.add_argument("--init", metavar="OLD", help="codebook to begin with, whose codes keep their numbers")
+    p.add_argument("--weights", metavar="W", help="what each row of X counts in means [items]")
 
     p = verb("encode", commands.encode, "give each embedding its codes, one a level")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")

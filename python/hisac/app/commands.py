@@ -9,9 +9,9 @@ import numpy as np
 
 import hisac
 
+from ..progress import progress
 from . import files
 from .files import Array, Column
-from ..progress import fit_progress, progress
 
 ROWS = 2**16  # behaviours a step; a user with more is one step
 
@@ -147,13 +147,18 @@ def steps(offsets: Array) -> Iterator[tuple[int, int]]:
 # -------------------------------------------------------------------------------------------------------------- verbs
 
 
-def fit(spec: str, out: str, *, scale: str | None, sizes: tuple[int, ...], iterations: int, seed: int) -> None:
+def fit(
+    spec: str, out: str, *, scale: str | None, sizes: tuple[int, ...] | None, iterations: int | None, seed: int,
+    init: str | None, weights: str | None,
+) -> None:  # fmt: skip
     """X is of items, each once: items.npy, items.parquet:embedding (a column of lists), items.parquet:e* (columns).
-    It is float16 or float32, or int8 with --scale. BOOK is a .safetensors file, and what it holds has a fingerprint."""
+    It is float16 or float32, or int8 with --scale. BOOK is a .safetensors file, and what it holds has a fingerprint.
+    With --init codes keep their numbers: fit so the codebook of a catalogue that has changed."""
     files.check_out(out, (".safetensors",))
-    x = matrix(spec, "x", scale)
-    with fit_progress(len(sizes), iterations) as tell:
-        book = hisac.fit(x, sizes, iterations=iterations, seed=seed, progress=tell)
+    old = None if init is None else load_book(init)
+    x = matrix(spec, "x", scale, old)
+    w = None if weights is None else checked(weights, "weights", "rows", ("f", "i", "u"), "numbers").astype(np.float32)
+    book = hisac.fit(x, sizes, iterations=iterations, seed=seed, init=old, weights=w, progress=True)
     with files.aside(out) as f:
         f.write(book.to_bytes())
     report = book.report

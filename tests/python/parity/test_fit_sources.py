@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fit` of rows that come in chunks, from several processes, with weights and from another codebook: all bits, the report
-too, are those of `hisac.reference` on the rows in one array."""
+"""`fit` of rows in chunks, from several processes, with weights and from another codebook: all bits, the report too,
+are those of `hisac.reference` on the rows in one array."""
 
 import threading
 
