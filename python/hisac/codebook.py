@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from . import _core
 from .arrays import FLOAT32, INT32, INT64, check, empty, give, is_torch, take, take_one, whole
-from .fitting import Progress, fit
-from .types import Agents, Array, FitReport
+from .fitting import Progress, fit, moved
+from .types import Agents, Array, FitReport, Moved
 
 
 class Codebook:
@@ -30,6 +30,8 @@ class Codebook:
     >>> book.encode(np.array([[0.9, 0.2]], np.float32)).tolist()
     [[0, 0]]
     """
+
+    _moved: Moved | None = None
 
     def __init__(self, centers: Iterable[Array], *, temperature: float | None = None):
         """centers: 1 to 8 arrays [C_l, D] float32, finite; temperature: the default of `route` and `compress`, > 0, or
@@ -72,7 +74,8 @@ class Codebook:
                 can be iterated again. An iterator itself is a TypeError, since it can be read once only.
             sizes: the codes of each level, a number alone for one level; (512, 512), or those of `init`.
             iterations: most rounds of a level; 20, or 5 with `init`.
-            init: a codebook of these sizes to begin with: codes keep their numbers, and centers move to new means.
+            init: a codebook of these sizes to begin with: codes keep their numbers, and centers move to new means. What
+                moved is counted at the end, in `moved`, which encodes x by both.
             weights: [T] float32, what a row counts in means and errors, of all chunks together. Rows of a weight that
                 is not above 0 and finite are left out. Which rows become first centers does not depend on it.
             process_group: a torch.distributed.ProcessGroup each of whose processes makes this call with rows of its
@@ -94,7 +97,10 @@ class Codebook:
         rounds = whole("fit", "iterations", (5 if init else 20) if iterations is None else iterations, 0, 10**6)
         w = None if weights is None else take_one("fit", "weights", weights, "T")
         start = init.centers if init else ()
-        return cls._of(fit(x, counts, rounds, whole("fit", "seed", seed) % 2**64, start, w, process_group, progress))
+        book = cls._of(fit(x, counts, rounds, whole("fit", "seed", seed) % 2**64, start, w, process_group, progress))
+        if init is not None:
+            book._moved = moved(init, book, x, process_group)
+        return book
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Codebook":
@@ -203,6 +209,11 @@ class Codebook:
         """How `fit` went; None for a codebook that came from elsewhere."""
         found = self._core.report
         return found and FitReport(*found)
+
+    @property
+    def moved(self) -> Moved | None:
+        """What `fit` moved of the codes and items of `init`; None for any other codebook. Files do not keep it."""
+        return self._moved
 
     @property
     def sizes(self) -> tuple[int, ...]:

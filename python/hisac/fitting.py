@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import is_torch, take_one
+from .arrays import is_torch, on_host, take_one
 from .progress import fit_progress
-from .types import Array
+from .types import Array, Moved
 
 Progress = Callable[[int, int, float], Any]
 Source = Callable[[], Iterable[Array]]
@@ -97,3 +97,17 @@ def fit(
             if round_ and callable(tell):
                 tell(*round_)
         return core.book()
+
+
+def moved(old: Any, new: Any, x: Any, group: Any) -> Moved:
+    """What a fit of x from the codebook `old` moved, over all processes of a group."""
+    counts = np.zeros(1 + new.levels, np.int64)
+    for chunk in source_of("fit", x)():
+        before, after = on_host(old.encode(chunk)), on_host(new.encode(chunk))
+        here = (before >= 0).all(1)
+        counts[0] += here.sum()
+        counts[1:] += np.logical_or.accumulate(before[here] != after[here], axis=1).sum(0)
+    if group is not None:
+        add_over(group, counts)
+    codes = (int((a != b).any(1).sum()) for a, b in zip(old.centers, new.centers, strict=True))
+    return Moved(tuple(codes), tuple(counts[1:].tolist()), int(counts[0]))

@@ -32,6 +32,7 @@ PACKAGES = {
     "progress": "",
     "fitting": "types arrays progress _core",
     "codebook": "types arrays fitting _core",
+    "life": "types arrays fitting codebook _core",
     "compose": "types",
     "verbs": "types arrays codebook compose",
     "candidates": "types arrays codebook compose verbs",
@@ -48,7 +49,7 @@ WINGS = {
     "CUDA": "cpp/src/cuda",
     "binding and Python verbs": "cpp/bind python/hisac/__init__ python/hisac/types python/hisac/arrays "
     "python/hisac/codebook python/hisac/compose python/hisac/verbs python/hisac/candidates python/hisac/runtime "
-    "python/hisac/fitting python/hisac/progress",
+    "python/hisac/fitting python/hisac/progress python/hisac/life",
     "torch": "python/hisac/torch",
     "reference and testing": "python/hisac/reference python/hisac/testing",
     "command line and demo": "python/hisac/app python/hisac/__main__",

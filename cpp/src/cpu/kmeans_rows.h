@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What k-means knows of the rows of a source that is read chunk by chunk: residuals, made anew whenever they are read,
-// and the first rows of distinct values in an order.
+// the first rows of distinct values in an order, and how large values are.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -11,7 +11,55 @@
 
 namespace hisac::cpu {
 
+constexpr int kExponents = 640;   // of a weighted value: from 2^-320 to 2^320
 constexpr int32_t kLeftOut = -2;  // the code of a row that takes no part
+
+inline uint64_t mix64(uint64_t z) noexcept {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+/// The largest |x|, or NaN if one is. Positive floats are ordered as their bits.
+inline float largest_of(const float* x, int64_t n) noexcept {
+  int32_t largest_bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    largest_bits = std::max(largest_bits, bits & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &largest_bits, 4);
+  return largest;
+}
+
+inline int exponent_of(double x) noexcept {
+  int exponent = 0;
+  std::frexp(x, &exponent);
+  return exponent;
+}
+
+/// How many values have each binary exponent; at the end, zeros.
+struct Exponents {
+  int64_t* count;  // [kExponents + 1]
+
+  void add(double value) const noexcept { ++count[value > 0 ? exponent_of(value) + kExponents / 2 : kExponents]; }
+  int64_t up_to(int limit) const noexcept {
+    int64_t found = limit >= 0 ? count[kExponents] : 0;  // that of zero is 0
+    for (int e = 0; e < std::min(kExponents, limit + kExponents / 2 + 1); ++e) found += count[e];
+    return found;
+  }
+  int64_t total() const noexcept { return up_to(kExponents); }
+  /// The exponent of the value of this rank, ascending, among those above 0; 0 where there is none.
+  int at(int64_t rank) const noexcept {
+    for (int e = 0; e < kExponents; ++e)
+      if ((rank -= count[e]) < 0) return e - kExponents / 2;
+    return 0;
+  }
+  int64_t above_zero() const noexcept { return total() - count[kExponents]; }
+  int median() const noexcept { return at(above_zero() / 2); }
+  int largest() const noexcept { return at(above_zero() - 1); }
+};
 
 /// The rows of a chunk less the centers of their codes in the levels above.
 struct Residuals {

@@ -102,10 +102,23 @@ def make_parser() -> Parser:
     p.add_argument("--sparse", type=whole, metavar="K", help="route a behaviour to K agents near its code, if faster")
     p.add_argument("-o", "--out", required=True, metavar="TOKENS", help="tokens to write, .npz or .safetensors")
 
+    p = verb("migrate", commands.migrate, "map the codes of a codebook to those of the one after it")
+    p.add_argument("path", metavar="OLD", help="codebook of `fit`")
+    p.add_argument("new", metavar="NEW", help="codebook of `fit --init OLD`")
+    p.add_argument("--x", dest="spec", required=True, metavar="X", help="embeddings [items, width]")
+    p.add_argument("--votes", metavar="V", help="what each item counts [items], such as its clicks (default: 1)")
+    p.add_argument("-o", "--out", required=True, metavar="MAP", help="map to write, .npz or .safetensors")
+
+    p = verb("bundle", commands.bundle, "keep a codebook with its items in one folder, and add new ones")
+    p.add_argument("path", metavar="BUNDLE", help="folder")
+    p.add_argument("--x", dest="spec", required=True, metavar="X", help="embeddings [items, width]")
+    p.add_argument("--item", required=True, metavar="IDS", help="item of each row of X")
+    p.add_argument("--book", metavar="BOOK", help="codebook of `fit`, for a new folder")
+
     p = verb("inspect", commands.inspect, "the health of a codebook: use of codes, dead codes, collisions, error")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
     p.add_argument("--x", dest="spec", metavar="X", help="embeddings [items, width] to try it on")
-    for name in ("fit", "encode", "compress", "inspect"):
+    for name in ("fit", "encode", "compress", "migrate", "bundle", "inspect"):
         verbs.choices[name].add_argument("--scale", metavar="S", help="of X of int8: a number, or an array [rows of X]")
     return parser
 
