@@ -4,6 +4,7 @@ together with its items."""
 
 import math
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,10 @@ def drift(book: Codebook, x: Any, *, limit: float = DUE) -> Drift:
     for _, _, error in _read("drift", book, x):
         n, total, square = n + len(error), total + error.sum(0), square + np.square(error).sum(0)
     grown = [(report.rows + c) / (report.rows - c) if report.rows > c else math.inf for c in book.sizes]
-    expected = np.cumprod(grown) * report.error
+    expected = np.cumprod(grown) * np.maximum(report.error, 1e-300)
     error = total / max(n, 1)
     spread = np.sqrt(np.maximum(square / max(n, 1) - error**2, 0) / max(n, 1))
-    known = np.flatnonzero(np.isfinite(expected) & (expected > 0))
+    known = np.flatnonzero(np.isfinite(expected) & (np.asarray(report.error) > 0))
     at = int(known[-1]) if len(known) and n else -1
     ratio = float(error[at] / expected[at]) if at >= 0 else 0.0
     low = ratio - 1.96 * float(spread[at] / expected[at]) if at >= 0 else 0.0
@@ -137,7 +138,7 @@ def _warnings(health: Health) -> Iterator[str]:
             )
         elif level.used < 0.9 * level.size:
             yield f"level {number} has {level.size - level.used} dead codes of {level.size}: fit {level.used} or fewer"
-    if health.levels[-1].error > 0.5 * health.variance:
+    if health.levels[-1].error > 0.8 * health.variance:
         part = health.levels[-1].error / health.variance
         yield f"the codes leave {part:.0%} of the variance of x: fit more codes or one more level, or look at x"
 
@@ -146,9 +147,9 @@ def migrate(old: Codebook, new: Codebook, x: Any, *, votes: Array = None, honest
     """What becomes of codes when a codebook is replaced, as the items x [T, D] tell: an array, or chunks as for `fit`.
 
     A leaf of the old book is mapped to the leaf of the new one that most votes of its items go to, if these are at
-    least the share `honest` of its votes; so is each code of each level. What is split more evenly, or has no item with votes,
-    is not mapped. Ties go to the lower leaf. It compares numbers of codes, so `moved` means something for a book that
-    `fit(init=old)` made; the maps do for any.
+    least the share `honest` of its votes; so is each code of each level. What is split more evenly, or has no item with
+    votes, is not mapped. Ties go to the lower leaf. It compares numbers of codes, so `moved` means something for a book
+    that `fit(init=old)` made; the maps do for any.
 
     Args:
         votes: [T] float32 or int64, how much each item counts, such as its purchases; 1 each without. Those not above 0
@@ -206,9 +207,9 @@ def _majority(a: Array, b: Array, weight: Array, honest: float) -> tuple[Array, 
 class Bundle:
     """A codebook, and the ids, codes and x of items, in one folder, where they are known by the book's fingerprint.
 
-    `append` encodes items that are new without a refit, and writes a part beside the others: no file changes. A part is
-    written aside and renamed, so readers see it whole or not at all. A refit makes a new bundle. Items keep the order in
-    which they came; one process at a time may append.
+    `append` encodes items that are new without a refit, and writes a part beside the others: no file changes. A part
+    is written aside and renamed, so readers see it whole or not at all. A refit makes a new bundle. Items keep the
+    order in which they came; one process at a time may append.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -221,7 +222,7 @@ class Bundle:
             try:
                 with np.load(name, allow_pickle=False) as file:
                     part = [file[key] for key in ("ids", "codes", "x", "fingerprint")]
-            except (ValueError, KeyError, EOFError, ImportError, SyntaxError) as error:
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise _core.CorruptFileError(f"{name}: {error}") from error
             if (mark := f"{int(part[3]):016x}") != f"{self.book.fingerprint:016x}":
                 raise _core.CorruptFileError(f"{name}: expected items of {self.book}, got of {mark}")
@@ -246,7 +247,7 @@ class Bundle:
             raise ValueError(f"Bundle: ids expected integers or strings [{len(x)}], got {ids.dtype} {list(ids.shape)}")
         names, times = np.unique(np.concatenate([*(part[0] for part in self._parts), ids]), return_counts=True)
         if (times > 1).any():
-            raise ValueError(f"Bundle: ids expected once each, got {names[times > 1][0]!r} again")
+            raise ValueError(f"Bundle: ids expected once each, got {names[times > 1][0].item()!r} again")
         codes = self.book.encode(x)
         part = self.path / f"items-{len(self._parts)}.npz"
         aside = part.with_suffix(f".{os.getpid()}.part")

@@ -345,8 +345,8 @@ class Moved(NamedTuple):
 
 
 class LevelHealth(NamedTuple):
-    """One level in `Health`: its codes, those that a row has, exp of the entropy of their use, the largest share of rows
-    that one has, and the mean squared distance after it."""
+    """One level in `Health`: its codes, those that a row has, exp of the entropy of their use, the largest share of
+    rows that one has, and the mean squared distance after it."""
 
     size: int
     used: int
@@ -428,4 +428,4 @@ class Migration(NamedTuple):
         _, at = np.unique(np.concatenate([self.leaves, flat]), axis=0, return_inverse=True)
         place = np.full((int(at.max(initial=-1)) + 1, self.to.shape[1]), -1, np.int32)
         place[at.reshape(-1)[: len(self.leaves)]] = self.to
-        return place[at.reshape(-1)[len(self.leaves) :]].reshape(*np.shape(codes)[:-1], -1)
+        return place[at.reshape(-1)[len(self.leaves) :]].reshape(*np.shape(codes)[:-1], self.to.shape[1])
