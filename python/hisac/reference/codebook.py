@@ -147,11 +147,12 @@ def mean_of(values: Array, total: float) -> float:
 
 
 def fit(
-    x: Array, sizes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, init: Any = None, weights: Any = None,
-    progress: Any = None,
+    x: Array, sizes: Any = None, *, iterations: int | None = None, seed: int = 0, init: Any = None,
+    weights: Any = None, process_group: None = None, progress: Any = None,
 ) -> Codebook:  # fmt: skip
     """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
-    sizes: the codes of each level, a number alone for one level.
+    sizes: the codes of each level, a number alone for one level; (512, 512), or those of `init`. iterations: 20, or 5
+    with `init`. process_group: none; chunks and processes are their rows one after another.
 
     Start: the first C_l distinct rows in the order of `priorities`, or the centers of `init`, a codebook of these
     sizes. A round: nearest codes as `encode` finds them, then centers = sum of rint(w r 2^k) in int64 over the sum of
@@ -161,6 +162,8 @@ def fit(
     large rows looks at no weight. Without weights w is 1 and j is 0. x [T, D], weights [T] -> Codebook with a FitReport
     (its error is the mean by weight) and the default temperature 0.05 error, of the last level.
     """
+    sizes = (init.sizes if init else (512, 512)) if sizes is None else sizes
+    iterations = (5 if init else 20) if iterations is None else iterations
     x, by_weight = np.asarray(x).astype(np.float32), weights_of(weights, len(x))
     rows = np.flatnonzero((by_weight > 0) & np.isfinite(by_weight))
     rows = rows[fit_rows(x[rows])]

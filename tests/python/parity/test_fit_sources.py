@@ -120,13 +120,18 @@ def test_sources(tmp_path, cuts):
         same(hisac.fit(source, (30, 8), iterations=6), expected)
 
 
+def test_defaults_are_those_of_the_definition():
+    start = reference.fit(X, (7, 5))
+    same(hisac.fit(X, init=hisac.Codebook(start.centers)), reference.fit(X, init=start))
+
+
 def test_blocks_of_many_rows():
     """More rows than one block of one worker, and of two; rounds in which codes lose their rows."""
-    x = np.exp(RNG.normal(size=(40_000, 2))).astype(np.float32)
-    expected = reference.fit(x, (40,), iterations=3)
-    assert with_threads(lambda: hisac.fit(x, (40,), iterations=3).centers)
-    same(hisac.fit(x, (40,), iterations=3), expected)
-    same(hisac.fit(chunks(x, [1, 20_000, 39_999]), (40,), iterations=3), expected)
+    x = np.exp(RNG.normal(size=(300_000, 2))).astype(np.float32)
+    expected = reference.fit(x, (40,), iterations=2)
+    assert with_threads(lambda: hisac.fit(x, (40,), iterations=2).centers)
+    same(hisac.fit(x, (40,), iterations=2), expected)
+    same(hisac.fit(chunks(x, [1, 150_000, 299_999]), (40,), iterations=2), expected)
 
 
 def test_weights_of_whole_numbers_are_rows_that_occur_so_often():
