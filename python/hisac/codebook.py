@@ -64,7 +64,9 @@ class Codebook:
         that of the median row, b the bits of the number of rows. The default `temperature` is 0.05 times the mean
         squared distance of a row to its leaf, so it follows the scale of x; there is none where that is 0.
 
-        Memory beside x: T (76 + 4 L) bytes, about C (36 D + 200) bytes with C the largest size, and the chunk at hand.
+        Memory beside x: T (68 + 4 L) bytes, C (24 D + 150) with C the largest size, 4 D for each code of all levels,
+        for each thread 72 C + 2,100 D + 1.6 million, and the chunk at hand; C (8 D + 8) more with a process group.
+        No residuals are kept.
         Every pass reads x anew: 2 for a level, 1 for a round, and 1 more for a round in which codes lose their rows or
         which `progress` sees.
 

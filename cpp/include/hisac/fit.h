@@ -39,7 +39,9 @@ struct FitParams {
 /// x [T, D] -> the centers of each level, [C_l, D], and a report, which may not be null. Give both to Codebook::build.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
-/// In bytes, about: T (76 + 4 levels), with C the largest C_l: C (28 D + 56), and (10 C + 50,000) for each worker.
+/// In bytes, at most 2^14 more than T (68 + 4 levels) + C (24 D + 150) + W (72 C + 2,100 D + 70,000)
+/// + 12 min(T, 131,072 W), with C the largest C_l and W workers; C (8 D + 8) more for several processes. No residuals are
+/// kept.
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept;
 
 /// The same fit over rows that come in chunks, where the rows of a process are read again in every pass:
