@@ -82,7 +82,8 @@ class Codebook:
                 is not above 0 and finite are left out. Which rows become first centers does not depend on it.
             process_group: a torch.distributed.ProcessGroup each of whose processes makes this call with rows of its
                 own: the codebook, in each, is that of all rows, process after process. Or an object with rank(), size()
-                and add(numbers), which replaces int64 numbers by their sums over the processes.
+                and add(numbers), which replaces int64 numbers by their sums over the processes. Where one process
+                raises, the others wait for it, as long as the group lets them.
             progress: a function of (level, round, mean squared distance), called after a round; True for a bar.
 
         Raises ValueError, TypeError.

@@ -216,7 +216,7 @@ class Bundle:
         """Opens a folder of `create`. Raises OSError; CorruptFileError where a part is of another book or damaged."""
         self.path = Path(path)
         self.book = Codebook.load(self.path / "book.safetensors")
-        parts = []
+        self._parts: list[Any] = []
         for i in range(len(list(self.path.glob("items-*.npz")))):
             name = self.path / f"items-{i}.npz"
             try:
@@ -226,8 +226,7 @@ class Bundle:
                 raise _core.CorruptFileError(f"{name}: {error}") from error
             if (mark := f"{int(part[3]):016x}") != f"{self.book.fingerprint:016x}":
                 raise _core.CorruptFileError(f"{name}: expected items of {self.book}, got of {mark}")
-            parts.append(part[:3])
-        self._parts = parts
+            self._parts.append(part[:3])
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], book: Codebook, ids: Array, x: Array) -> "Bundle":
@@ -259,20 +258,9 @@ class Bundle:
         self._parts.append([ids, codes, x])
         return codes
 
-    @property
-    def ids(self) -> Any:
-        """[T] of all items."""
-        return np.concatenate([part[0] for part in self._parts])
-
-    @property
-    def codes(self) -> Any:
-        """[T, L] int32 of all items."""
-        return np.concatenate([part[1] for part in self._parts])
-
-    @property
-    def x(self) -> Any:
-        """[T, D] of all items."""
-        return np.concatenate([part[2] for part in self._parts])
+    ids = property(lambda self: np.concatenate([part[0] for part in self._parts]), doc="[T] of all items.")
+    codes = property(lambda self: np.concatenate([part[1] for part in self._parts]), doc="[T, L] int32 of all items.")
+    x = property(lambda self: np.concatenate([part[2] for part in self._parts]), doc="[T, D] of all items.")
 
     def drift(self, *, limit: float = DUE) -> Drift:
         """`hisac.drift` of the items that were appended."""

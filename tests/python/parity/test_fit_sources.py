@@ -96,7 +96,8 @@ def test_chunks_processes_weights_and_init(x, cuts, processes, sizes, kind, warm
         centers = [rng.normal(size=(size, 3)).astype(np.float32) for size in sizes]
         mine, theirs = hisac.Codebook(centers), reference.Codebook(centers)
     expected = reference.fit(x, sizes, weights=weights, init=theirs, **options)
-    same(hisac.fit(x, sizes, weights=weights, init=mine, **options), expected)
+    alone = hisac.fit(x, sizes, weights=weights, init=mine, **options)
+    same(alone, expected)
     parts = np.array_split(np.arange(len(x)), processes)
 
     def one(number, group):
@@ -107,6 +108,7 @@ def test_chunks_processes_weights_and_init(x, cuts, processes, sizes, kind, warm
 
     for book in Together(processes).run(one):
         same(book, expected)
+        assert book.moved == alone.moved and (book.moved is not None) == warm
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [450, 451, 451, 800]])
