@@ -86,8 +86,8 @@ inline void add_fit(nb::module_& m) {
   nb::class_<Fit>(m, "Fit")
       .def(nb::init<const std::vector<int64_t>&, int, uint64_t, int64_t, int64_t, const std::vector<View>&, Lent, int,
                     int, bool>(),
-           "sizes"_a, "iterations"_a, "seed"_a, "rows"_a, "width"_a, "init"_a, "weights"_a.none(), "process"_a, "processes"_a,
-           "progress"_a)
+           "sizes"_a, "iterations"_a, "seed"_a, "rows"_a, "width"_a, "init"_a, "weights"_a.none(), "process"_a,
+           "processes"_a, "progress"_a)
       .def("add", &Fit::add, "x"_a)
       .def("next", &Fit::next, nb::sig("def next(self) -> tuple[int, int, float] | None"))
       .def_prop_ro("reads", &Fit::reads)

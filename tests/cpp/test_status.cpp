@@ -140,8 +140,7 @@ TEST_CASE("fit in steps: chunks of any size are one call, and every mistake is n
   executor.parallel_for = [](void*, int64_t, void (*)(void*, int64_t, int64_t, int), void*) {};
   Context more = r.context;
   more.executor = &executor;
-  invalid(fit_add(more, &step, {r.x.data(), DType::float32, 1, 3}),
-          "fit: a context expected at most 1 workers, got 3");
+  invalid(fit_add(more, &step, {r.x.data(), DType::float32, 1, 3}), "fit: a context expected at most 1 workers, got 3");
 
   params.process = 1;
   invalid(start(), "fit: process expected one of 1, got number 1");

@@ -40,8 +40,8 @@ struct FitParams {
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept;
 /// In bytes, at most 2^14 more than T (68 + 4 levels) + C (24 D + 150) + W (72 C + 2,100 D + 70,000)
-/// + 12 min(T, 131,072 W), with C the largest C_l and W workers; C (8 D + 8) more for several processes. No residuals are
-/// kept.
+/// + 12 min(T, 131,072 W), with C the largest C_l and W workers; C (8 D + 8) more for several processes. No residuals
+/// are kept.
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept;
 
 /// The same fit over rows that come in chunks, where the rows of a process are read again in every pass:
