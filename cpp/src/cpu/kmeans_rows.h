@@ -72,10 +72,10 @@ struct Residuals {
 
   /// out [count] = columns [begin, begin + count) of row i of this process.
   void load(int64_t i, int64_t begin, int64_t count, float* out) const noexcept {
+    const simd::Kernels& k = simd::kernels();
     const int64_t at = (i - first) * x.width + begin;
-    simd::kernels().load_row(static_cast<const std::byte*>(x.data) + at * bytes_of(x.dtype), x.dtype, count, out);
-    for (int l = 0; l < level; ++l)
-      simd::kernels().add_row(count, center[l] + codes[l * rows + i] * x.width + begin, -1.f, out);
+    k.load_row(static_cast<const std::byte*>(x.data) + at * bytes_of(x.dtype), x.dtype, count, out);
+    for (int l = 0; l < level; ++l) k.add_row(count, center[l] + codes[l * rows + i] * x.width + begin, -1.f, out);
   }
   void load(int64_t i, float* out) const noexcept { load(i, 0, x.width, out); }
 
