@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// hisac._core.Codebook: its files, its image, and `fit`, which makes one.
+// hisac._core.Codebook: its files and its image.
 #pragma once
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -13,8 +13,6 @@
 namespace hisac::bind {
 
 using nb::literals::operator""_a;
-
-constexpr const char* kEmbeddings = "float32, bfloat16 or float16 [T, D]";
 
 inline void make_codebook(Codebook* self, const std::vector<View>& centers, float temperature) {
   Call call("Codebook", kOnlyCpu);
@@ -109,42 +107,6 @@ inline nb::object report_of(const Codebook& book) {
                         each(report->unused));
 }
 
-inline Codebook fit_codebook(Lent x, const std::vector<int64_t>& sizes, int iterations, uint64_t seed,
-                             nb::object progress) {
-  Call call("fit", kOnlyCpu);
-  const Rows rows_x = rows(x, call, "x", 2, kEmbeddings);
-  FitParams params;
-  Array<float, 2> centers[kMaxLevels];
-  if (sizes.size() < 1 || sizes.size() > kMaxLevels)
-    throw nb::value_error(("fit: sizes expected 1 to 8 levels, got " + std::to_string(sizes.size())).c_str());
-  params.levels = static_cast<int>(sizes.size());
-  params.iterations = iterations;
-  params.seed = seed;
-  std::vector<float> memory[kMaxLevels];
-  for (int l = 0; l < params.levels; ++l) {
-    params.sizes[l] = sizes[static_cast<size_t>(l)];
-    memory[l].resize(static_cast<size_t>(params.sizes[l]) * static_cast<size_t>(rows_x.width));
-    centers[l] = {memory[l].data(), {params.sizes[l], rows_x.width}};
-  }
-  params.ctx = progress.ptr();
-  params.keep_going = [](void*) { return with_gil([] { return PyErr_CheckSignals() == 0; }); };
-  if (!progress.is_none())
-    params.progress = [](void* ctx, int level, int round, double error) {
-      return with_gil([=] {
-        PyObject* const result = PyObject_CallFunction(static_cast<PyObject*>(ctx), "iid", level, round, error);
-        Py_XDECREF(result);
-        return result != nullptr;
-      });
-    };
-  FitReport report;
-  run(call, with(fit_workspace, params, rows_x.rows, rows_x.width), with(fit, params, rows_x, centers, &report));
-  Array<const float, 2> made[kMaxLevels];
-  std::copy_n(centers, params.levels, made);
-  Codebook book;
-  raise(Codebook::build(made, params.levels, &book, &report));
-  return book;
-}
-
 inline void add_codebook(nb::module_& m) {
   nb::class_<Codebook>(m, "Codebook", nb::dynamic_attr())
       .def("__init__", make_codebook, "centers"_a, "temperature"_a = 0.f)
@@ -165,7 +127,6 @@ inline void add_codebook(nb::module_& m) {
       .def_prop_ro("centers", centers_of,
                    nb::sig("def centers(self) -> tuple[numpy.typing.NDArray[numpy.float32], ...]"))
       .def_prop_ro("image", image_of, nb::sig("def image(self) -> numpy.typing.NDArray[numpy.uint8]"));
-  m.def("fit", fit_codebook, "x"_a, "sizes"_a, "iterations"_a, "seed"_a, "progress"_a.none());
 }
 
 }  // namespace hisac::bind

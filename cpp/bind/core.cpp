@@ -8,6 +8,7 @@
 
 #include "arrays.h"
 #include "codebook.h"
+#include "fit.h"
 #include "histories.h"
 #include "module.h"
 #include "runtime.h"
@@ -390,6 +391,7 @@ void fill(nb::module_& m) {
       "The bytes are no hisac codebook, or a damaged one.";
 
   add_codebook(m);
+  add_fit(m);
   m.def("encode", encode_codes, "book"_a, "x"_a, "codes"_a);
   m.def("leaves", leaf_numbers, "book"_a, "codes"_a, "out"_a);
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);

@@ -31,7 +31,7 @@ Status log_share(const Context& context, Normalize normalize, Array<const float,
   X(match) X(match_workspace) X(match_backward) X(match_backward_workspace)
 
 /// Those of the CPU alone.
-#define HISAC_EACH_CPU_VERB(X) X(fit) X(fit_workspace)
+#define HISAC_EACH_CPU_VERB(X) X(fit_begin) X(fit_add) X(fit_next) X(fit_workspace)
 // clang-format on
 
 /// Functions with the signatures of the public verbs; null where a backend does not have one.

@@ -4,17 +4,16 @@
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .arrays import FLOAT32, INT32, INT64, empty, give, is_torch, take, take_one, whole
-from .types import Agents, Array, FitReport
-
-Progress = Callable[[int, int, float], Any]
+from .arrays import FLOAT32, INT32, INT64, check, empty, give, is_torch, take, take_one, whole
+from .fitting import Progress, fit, moved
+from .types import Agents, Array, FitReport, Moved
 
 
 class Codebook:
@@ -31,6 +30,8 @@ class Codebook:
     >>> book.encode(np.array([[0.9, 0.2]], np.float32)).tolist()
     [[0, 0]]
     """
+
+    _moved: Moved | None = None
 
     def __init__(self, centers: Iterable[Array], *, temperature: float | None = None):
         """centers: 1 to 8 arrays [C_l, D] float32, finite; temperature: the default of `route` and `compress`, > 0, or
@@ -51,27 +52,58 @@ class Codebook:
 
     @classmethod
     def fit(
-        cls, x: Array, sizes: int | Iterable[int] = (512, 512), *, iterations: int = 20, seed: int = 0,
-        progress: Progress | None = None,
+        cls, x: Any, sizes: int | Iterable[int] | None = None, *, iterations: int | None = None, seed: int = 0,
+        init: "Codebook | None" = None, weights: Array = None, process_group: Any = None,
+        progress: Progress | bool | None = None,
     ) -> "Codebook":  # fmt: skip
-        """Residual k-means, level by level; the same bits on any number of threads. sizes: the codes of each level, a
-        number alone for one level.
+        """Residual k-means, level by level; the same bits on any number of threads, chunks and processes.
 
-        A round assigns rows to their nearest codes exactly and sums rint(x 2^k) as integers; codes without rows take
-        the worst-quantised rows. x [T, D] float32, bfloat16 or float16; rows with a NaN or a value of 2^100 and more
-        are left out and counted in `report`, and so are rows so large that they would coarsen the grid of the sums: a
-        row's largest value is 2^(46 - b) times that of the median row, b the bits of the number of rows. The default
-        `temperature` is 0.05 times the mean squared distance of a row to its leaf, so it follows the scale of x;
-        there is none where that is 0.
-        progress(level, round, mean squared distance) is called after a round.
+        A round assigns rows to their nearest codes exactly and sums rint(w x 2^k) as integers; codes without rows take
+        the worst-quantised rows. Rows with a NaN or a value of 2^100 and more are left out and counted in `report`, and
+        so are rows so large that they would coarsen the grid of the sums: a row's largest value is 2^(46 - b) times
+        that of the median row, b the bits of the number of rows. The default `temperature` is 0.05 times the mean
+        squared distance of a row to its leaf, so it follows the scale of x; there is none where that is 0.
+
+        Memory beside x: T (68 + 4 L) bytes, C (24 D + 150) with C the largest size, 4 D for each code of all levels,
+        for each thread 72 C + 2,100 D + 1.6 million, and the chunk at hand; C (8 D + 8) more with a process group.
+        No residuals are kept.
+        Every pass reads x anew: 2 for a level, 1 for a round, and 1 more for a round in which codes lose their rows or
+        which `progress` sees.
+
+        Args:
+            x: [T, D] float32, bfloat16 or float16. Or the same rows in chunks [n, D] of any sizes, which do not have to
+                be in memory at once: a np.memmap, a function that returns an iterator of chunks, or an iterable that
+                can be iterated again. An iterator itself is a TypeError, since it can be read once only.
+            sizes: the codes of each level, a number alone for one level; (512, 512), or those of `init`.
+            iterations: most rounds of a level; 20, or 5 with `init`.
+            init: a codebook of these sizes to begin with: codes keep their numbers, and centers move to new means. What
+                moved is counted at the end, in `moved`, which encodes x by both.
+            weights: [T] float32, what a row counts in means and errors, of all chunks together. Rows of a weight that
+                is not above 0 and finite are left out. Which rows become first centers does not depend on it.
+            process_group: a torch.distributed.ProcessGroup each of whose processes makes this call with rows of its
+                own: the codebook, in each, is that of all rows, process after process. Or an object with rank(), size()
+                and add(numbers), which replaces int64 numbers by their sums over the processes. Where one process
+                raises, the others wait for it, as long as the group lets them.
+            progress: a function of (level, round, mean squared distance), called after a round; True for a bar.
+
+        Raises ValueError, TypeError.
         """
-        (x,) = take("fit", "x T D", x)
-        counts = [whole("fit", "sizes", n) for n in (sizes if isinstance(sizes, Iterable) else [sizes])]
+        if init is not None:
+            check(init, Codebook, "fit: init")
+        given = (init.sizes if init else (512, 512)) if sizes is None else sizes
+        counts = [whole("fit", "sizes", n) for n in (given if isinstance(given, Iterable) else [given])]
         for level, size in enumerate(counts):
             if not 1 <= size <= 2**20:
                 raise ValueError(f"fit: sizes expected 1 to 2^20 at level {level}, got {size}")
-        iterations = whole("fit", "iterations", iterations, 0, 10**6)
-        return cls._of(_core.fit(x, counts, iterations, whole("fit", "seed", seed) % 2**64, progress))
+        if init is not None and tuple(counts) != init.sizes:
+            raise ValueError(f"fit: sizes expected {init.sizes}, those of init, got {tuple(counts)}")
+        rounds = whole("fit", "iterations", (5 if init else 20) if iterations is None else iterations, 0, 10**6)
+        w = None if weights is None else take_one("fit", "weights", weights, "T")
+        start = init.centers if init else ()
+        book = cls._of(fit(x, counts, rounds, whole("fit", "seed", seed) % 2**64, start, w, process_group, progress))
+        if init is not None:
+            book._moved = moved(init, book, x, process_group)
+        return book
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Codebook":
@@ -180,6 +212,11 @@ class Codebook:
         """How `fit` went; None for a codebook that came from elsewhere."""
         found = self._core.report
         return found and FitReport(*found)
+
+    @property
+    def moved(self) -> Moved | None:
+        """What `fit` moved of the codes and items of `init`; None for any other codebook. Files do not keep it."""
+        return self._moved
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -329,3 +329,103 @@ class FitReport(NamedTuple):
     iterations: tuple[int, ...]
     error: tuple[float, ...]
     unused: tuple[int, ...]
+
+
+class Moved(NamedTuple):
+    """What `fit(init=book)` moved.
+
+    codes  Centers of each level that are not those of `init`.
+    items  Rows whose code, or one of a level above it, is another one, after each level.
+    rows   Rows with codes.
+    """
+
+    codes: tuple[int, ...]
+    items: tuple[int, ...]
+    rows: int
+
+
+class LevelHealth(NamedTuple):
+    """One level in `Health`: its codes, those that a row has, exp of the entropy of their use, the largest share of
+    rows that one has, and the mean squared distance after it."""
+
+    size: int
+    used: int
+    effective: float
+    most: float
+    error: float
+
+
+class Health(NamedTuple):
+    """What `hisac.health` sees.
+
+    rows, absent     Rows with codes, and without: those with a NaN or an infinity.
+    variance         Mean squared distance of the rows to their mean.
+    levels           Of each level.
+    leaves           Leaves that a row has.
+    rows_a_leaf      Mean, median and most rows of these.
+    shared           The share of the rows that are not alone in their leaf: collisions.
+    distinct         Rows of different values, told apart by 64 bits; and
+    shared_distinct  the share of these that are not alone in their leaf.
+    warnings         What is wrong, and what to do about it.
+    """
+
+    rows: int
+    absent: int
+    variance: float
+    levels: tuple[LevelHealth, ...]
+    leaves: int
+    rows_a_leaf: tuple[float, float, int]
+    shared: float
+    distinct: int
+    shared_distinct: float
+    warnings: tuple[str, ...]
+
+
+class Drift(NamedTuple):
+    """What `hisac.drift` sees.
+
+    items     New rows with codes.
+    error     Their mean squared distance after each level.
+    expected  What it would be for items of the kind of the fit's.
+    ratio     Of both, at the last level whose expectation is finite and above 0; 0 where there is none.
+    low       The lower end of its 95 % interval.
+    due       Whether a refit is.
+    """
+
+    items: int
+    error: tuple[float, ...]
+    expected: tuple[float, ...]
+    ratio: float
+    low: float
+    due: bool
+
+
+class Migration(NamedTuple):
+    """What `hisac.migrate` finds.
+
+    items        Rows with codes of both books.
+    codes        int32 [C_l] of each level: the new code of an old one; -1 where there is none to name.
+    leaves       int32 [U, L] the old leaves that have items, in order.
+    to           int32 [U, L'] the new leaf of each, -1 where there is none to name.
+    moved_items  The share of items whose code, or one of a level above it, has another number, after each level.
+    moved_votes  The same of votes.
+    lost_items   The share of items in leaves that are not mapped.
+    lost_votes   The same of votes.
+    """
+
+    items: int
+    codes: tuple[Array, ...]
+    leaves: Array
+    to: Array
+    moved_items: tuple[float, ...]
+    moved_votes: tuple[float, ...]
+    lost_items: float
+    lost_votes: float
+
+    def apply(self, codes: Array) -> Array:
+        """Old codes [..., L] -> new codes [..., L'] int32, all -1 for a leaf that is not mapped, or has no item."""
+        flat = np.asarray(codes, np.int32).reshape(-1, self.leaves.shape[1])
+        _, at = np.unique(np.concatenate([self.leaves, flat]), axis=0, return_inverse=True)
+        place = np.full((int(at.max(initial=-1)) + 1, self.to.shape[1]), -1, np.int32)
+        place[at.reshape(-1)[: len(self.leaves)]] = self.to
+        return place[at.reshape(-1)[len(self.leaves) :]].reshape(*np.shape(codes)[:-1], self.to.shape[1])

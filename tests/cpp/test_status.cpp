@@ -99,6 +99,67 @@ TEST_CASE("fit") {
   is(fit(x), Code::cancelled, "fit: cancelled at level 0, round 1");
 }
 
+TEST_CASE("fit in steps: chunks of any size are one call, and every mistake is named") {
+  Right r;
+  FitParams params;
+  params.levels = 2;
+  params.sizes[0] = 2;
+  params.sizes[1] = 3;
+  std::vector<float> whole(15), steps(15), begin(15, 1.f), weights(6, 2.f);
+  const auto centers_in = [](std::vector<float>& memory) {
+    return std::vector<Array<float, 2>>{{memory.data(), {2, 3}}, {memory.data() + 6, {3, 3}}};
+  };
+  FitReport report, expected;
+  CHECK(fit(r.context, params, test::rows(r.x, 3), centers_in(whole).data(), &expected).ok());
+  const std::vector<Array<float, 2>> centers = centers_in(steps);
+  FitStep step;
+  const auto start = [&] { return fit_begin(r.context, params, 6, 3, centers.data(), &report, &step); };
+  const auto add = [&](int64_t first, int64_t rows, int64_t width = 3) {
+    return fit_add(r.context, &step, {r.x.data() + first * 3, DType::float32, rows, width});
+  };
+  CHECK(start().ok());
+  while (!step.done) {
+    if (step.reads) {
+      CHECK(add(0, 1).ok());
+      CHECK(add(1, 0).ok());
+      CHECK(add(1, 5).ok());
+    }
+    CHECK(fit_next(r.context, &step).ok());
+  }
+  CHECK(steps == whole);
+  CHECK(report.rows == 6);
+  CHECK(report.error[1] == expected.error[1]);
+
+  CHECK(start().ok());
+  invalid(add(0, 7), "fit: a chunk expected [6, 3] at most, got [7, 3]");
+  invalid(add(0, 1, 2), "fit: a chunk expected [6, 3] at most, got [1, 2]");
+  CHECK(add(0, 4).ok());
+  invalid(fit_next(r.context, &step), "fit: a pass expected 6 rows, got 4");
+  Executor executor;
+  executor.workers = 3;
+  executor.parallel_for = [](void*, int64_t, void (*)(void*, int64_t, int64_t, int), void*) {};
+  Context more = r.context;
+  more.executor = &executor;
+  invalid(fit_add(more, &step, {r.x.data(), DType::float32, 1, 3}), "fit: a context expected at most 1 workers, got 3");
+
+  params.process = 1;
+  invalid(start(), "fit: process expected one of 1, got number 1");
+  params.processes = 2;
+  invalid(fit(r.context, params, test::rows(r.x, 3), centers.data(), &report),
+          "fit: processes expected 1 in one call, got 2");
+  params.processes = 1;
+  params.process = 0;
+  params.weights = {weights.data(), {5}};
+  invalid(start(), "fit: weights expected [6], got [5]");
+  params.weights = {};
+  Array<const float, 2> init[] = {{begin.data(), {2, 3}}, {begin.data(), {2, 3}}};
+  params.init = init;
+  invalid(start(), "fit: init of level 1 expected [3, 3], got [2, 3]");
+  init[1] = {begin.data() + 6, {3, 3}};
+  begin[7] = -0x1p110f;
+  invalid(start(), "fit: init of level 1 expected below 2^110, got -1.29807e+33");
+}
+
 TEST_CASE("fit_workspace of sizes out of range answers") {
   FitParams params;
   params.levels = 1;

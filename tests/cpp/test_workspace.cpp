@@ -225,6 +225,22 @@ TEST_CASE("exactly the bytes named are enough, and more workers need no less") {
   }
 }
 
+TEST_CASE("fit: scratch is what fit.h says") {
+  for (int processes : {1, 2})
+    for (int workers : {1, 2, 8})
+      for (int64_t rows : {100, 300'000})
+        for (int64_t width : {16, 100}) {
+          FitParams params;
+          params.levels = 3;
+          params.processes = processes;
+          for (int64_t* size : {&params.sizes[0], &params.sizes[1], &params.sizes[2]}) *size = 2048;
+          const int64_t c = 2048, w = workers;
+          int64_t said = rows * (68 + 12) + c * (24 * width + 150) + w * (72 * c + 2100 * width + 70'000);
+          said += 12 * std::min(rows, 131'072 * w) + (processes > 1 ? c * (8 * width + 8) : 0);
+          CHECK(fit_workspace(test::sizing(workers), params, rows, width) <= static_cast<size_t>(said + 16384));
+        }
+}
+
 TEST_CASE("fit: scratch does not grow with workers times codes times width") {
   FitParams params;
   params.levels = 1;

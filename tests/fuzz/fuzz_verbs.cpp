@@ -203,6 +203,20 @@ void attend_some(Bytes& in, bool hostile) {
   db.agree(!hostile, bound.d_bias());
 }
 
+Status fit_in_chunks(const Context& context, const FitParams& params, Rows x, int64_t most,
+                     const Array<float, 2>* centers, FitReport* report) {
+  FitStep step;
+  Status status = fit_begin(context, params, x.rows, x.width, centers, report, &step);
+  while (status.ok() && !step.done) {
+    for (int64_t first = 0; status.ok() && step.reads && first < x.rows; first += most) {
+      const auto* const data = static_cast<const std::byte*>(x.data) + first * x.width * bytes_of(x.dtype);
+      status = fit_add(context, &step, {data, x.dtype, std::min(most, x.rows - first), x.width});
+    }
+    if (status.ok()) status = fit_next(context, &step);
+  }
+  return status;
+}
+
 void fit_some(Bytes& in, bool hostile) {
   const int64_t width = in.between(1, 20), rows = in.between(1, 120);
   FitParams params;
@@ -215,6 +229,15 @@ void fit_some(Bytes& in, bool hostile) {
   for (int64_t d = 0; d < width; ++d)  // one usable row
     if (!(std::fabs(xs[test::size(d)]) < 1e6f)) xs[test::size(d)] = 1;
   Typed x(xs, kTypes[in.byte() % 3], width);
+  auto weights = in.values(rows, hostile);
+  weights[0] = 1;
+  if (in.flag()) params.weights = {weights.data(), {rows}};
+  std::vector<float> first(test::size(total * width), 0.25f);
+  std::vector<Array<const float, 2>> init;
+  const bool warm = in.flag();
+  for (int l = 0; l < params.levels; ++l) init.push_back({first.data(), {params.sizes[l], width}});
+  if (warm) params.init = init.data();
+  const int64_t chunk = in.between(1, 120);  // of every crew but the first
   Output<float> centers(total * width);
   Output<double> report(params.levels);
   Output<int64_t> counts(2 * params.levels + 2);
@@ -225,7 +248,8 @@ void fit_some(Bytes& in, bool hostile) {
               for (int l = 0; l < params.levels; at += params.sizes[l++] * width)
                 arrays.push_back({at, {params.sizes[l], width}});
               FitReport r;
-              const Status status = fit(context, params, x.rows(), arrays.data(), &r);
+              const Status status = crew ? fit_in_chunks(context, params, x.rows(), chunk, arrays.data(), &r)
+                                         : fit(context, params, x.rows(), arrays.data(), &r);
               for (int l = 0; l < params.levels; ++l) {
                 report[crew][l] = r.error[l];
                 counts[crew][l] = r.unused[l];

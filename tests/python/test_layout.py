@@ -29,7 +29,10 @@ ROOMS = {
 PACKAGES = {
     "types": "",
     "arrays": "types _core _cuda",
-    "codebook": "types arrays _core",
+    "progress": "",
+    "fitting": "types arrays progress _core",
+    "codebook": "types arrays fitting _core",
+    "life": "types arrays fitting codebook _core",
     "compose": "types",
     "verbs": "types arrays codebook compose",
     "candidates": "types arrays codebook compose verbs",
@@ -45,18 +48,19 @@ WINGS = {
     "headers and CPU": "cpp/include cpp/src/base cpp/src/codebook cpp/src/backend cpp/src/verbs cpp/src/cpu",
     "CUDA": "cpp/src/cuda",
     "binding and Python verbs": "cpp/bind python/hisac/__init__ python/hisac/types python/hisac/arrays "
-    "python/hisac/codebook python/hisac/compose python/hisac/verbs python/hisac/candidates python/hisac/runtime",
+    "python/hisac/codebook python/hisac/compose python/hisac/verbs python/hisac/candidates python/hisac/runtime "
+    "python/hisac/fitting python/hisac/progress python/hisac/life",
     "torch": "python/hisac/torch",
     "reference and testing": "python/hisac/reference python/hisac/testing",
     "command line and demo": "python/hisac/app python/hisac/__main__",
 }
 MOST_CODE = {
-    "headers and CPU": 7_541,
+    "headers and CPU": 7_904,
     "CUDA": 5_664,
-    "binding and Python verbs": 2_330,
+    "binding and Python verbs": 2_768,
     "torch": 885,
-    "reference and testing": 1_747,
-    "command line and demo": 1_161,
+    "reference and testing": 1_764,
+    "command line and demo": 1_162,
 }
 TOP = {"bench", "cpp", "python", "tests", "CMakeLists.txt", "pyproject.toml", "README.md"}
 TOP |= {"LICENSE", "CHANGELOG.md", "CITATION.cff"}

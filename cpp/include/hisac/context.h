@@ -33,7 +33,8 @@ struct DeviceImage {
 };
 
 /// `workspace` is scratch of at least the bytes that <verb>_workspace(context, ..) names, aligned to 64. It need not be
-/// initialised, keeps nothing between calls, and serves one call at a time, on CUDA until the stream has done the work.
+/// initialised, keeps nothing between calls (that of `fit_begin` aside: fit.h), and serves one call at a time, on CUDA
+/// until the stream has done the work.
 ///
 /// <verb>_workspace reads the device and the number of workers of the context, and no array's elements but the offsets
 /// of histories that do not state `longest` and `rows`, and of tokens whose most is not stated (attend.h). It cannot

@@ -17,8 +17,8 @@ enum class Code : int32_t {
 };
 
 /// The outcome of a call: a code and, unless ok, one line that says what was expected and what came. After an error the
-/// outputs of a verb are unchanged, with two exceptions: a cancelled `fit` may have written centers and its report, and
-/// on CUDA a launch that fails (io_error) may follow others that have written.
+/// outputs of a verb are unchanged, with two exceptions: a cancelled `fit` may have written centers and its report, as
+/// its steps do, and on CUDA a launch that fails (io_error) may follow others that have written.
 class [[nodiscard]] Status {
  public:
   Status() noexcept : code_(Code::ok) { what_[0] = 0; }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "cpu/simd/pack.h"
 
@@ -25,20 +26,22 @@ float lower_distance(double square) noexcept {
 
 void KMeansBounds::Scratch::carve(Arena& arena, int64_t width, int64_t largest_size) noexcept {
   row = arena.take<Row>(kPart);
-  screened = arena.take<uint32_t>(kPart * screened_width(width));
+  slot = arena.take<int>(kSlots);
+  residual = arena.take<float>(kSlots, width);
+  screened = arena.take<uint32_t>(kSlots * screened_width(width));
   tile = arena.take<uint32_t>(kScreenRows * screened_width(width));
   scores = arena.take<float>(kScreenRows * simd::pad(largest_size));
   survivors = arena.take<int32_t>(2 * (largest_size + 1));
 }
 
 void KMeansBounds::carve(Arena& arena, int64_t rows, int64_t largest_size) noexcept {
-  arena.take_into(rows, assigned, upper_);
-  lower_ = arena.take<float>(rows * kGroups);
+  upper_ = arena.take<float>(rows);
+  lower_ = arena.take<float>(rows, kGroups);
   drift_ = arena.take<float>(largest_size);
 }
 
-void KMeansBounds::start(const Level& level, int64_t rows) noexcept {
-  std::fill(assigned, assigned + rows, -1);
+void KMeansBounds::start(const Level& level, int64_t rows, int32_t* codes) noexcept {
+  assigned = codes;
   std::fill(lower_, lower_ + rows * kGroups, 0.f);
   std::fill(group_drift_, group_drift_ + kGroups, 0.f);
   const int64_t panels = (level.size + simd::kPanel - 1) / simd::kPanel;
@@ -66,7 +69,8 @@ int64_t KMeansBounds::group_of(int64_t code) const noexcept {
   return std::upper_bound(first_, first_ + groups_, code) - first_ - 1;
 }
 
-void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int64_t end, Scratch& s) noexcept {
+void KMeansBounds::assign(const Level& level, const Residuals& residuals, int64_t begin, int64_t end,
+                          Scratch& s) noexcept {
   const simd::Kernels& k = simd::kernels();
   const int64_t width = level.width, row_width = screened_width(width);
   const double shrink = 1 - static_cast<double>(width + 8) * 0x1p-24, underflow = static_cast<double>(width) * 0x1p-120;
@@ -75,6 +79,7 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
     Row& row = s.row[i - begin];
     float* const lower = lower_ + i * kGroups;
     row.best = assigned[i];
+    if (row.best == kLeftOut) continue;
     row.groups = row.best < 0 ? (1u << groups_) - 1 : 0;
     if (row.best >= 0) upper_[i] = (upper_[i] + drift_[row.best]) * kRoundUp;
     for (int g = 0; g < groups_ && row.best >= 0; ++g) {
@@ -84,13 +89,14 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
     undecided[rows] = static_cast<int>(i - begin);
     rows += row.groups != 0;
   }
+  int slots = 0;
   for (int j = 0; j < rows; ++j) {
     const int64_t i = begin + undecided[j];
     Row& row = s.row[undecided[j]];
     float* const lower = lower_ + i * kGroups;
-    const float* const x = r + i * width;
-    if (j + 4 < rows)
-      for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(r + (begin + undecided[j + 4]) * width + d);
+    float* const x = s.residual + slots * width;
+    residuals.load(i, x);
+    if (j + 4 < rows) residuals.prefetch(begin + undecided[j + 4]);
     if (row.best >= 0) {
       row.distance = k.square_distance(width, x, level.centers + row.best * width);
       upper_[i] = upper_distance(row.distance);
@@ -98,40 +104,43 @@ void KMeansBounds::assign(const Level& level, const float* r, int64_t begin, int
         if (lower[g] > upper_[i]) row.groups &= ~(1u << g);
       if (row.groups == 0) continue;
     }
-    const simd::Rounded sums = screened(level, x, s.screened + undecided[j] * row_width);
+    const simd::Rounded sums = screened(level, x, s.screened + slots * row_width);
     row.squares = double(sums.squares) * shrink - underflow;
-    if (screen_of(level, sums, &row.screen)) continue;
+    if (screen_of(level, sums, &row.screen)) {
+      s.slot[slots++] = undecided[j];
+      if (slots == kSlots) scan(level, begin, std::exchange(slots, 0), s);
+      continue;
+    }
     std::iota(s.survivors, s.survivors + level.size, 0);
     row.best = closest(level, x, s.survivors, level.size);
-    row.groups = 0;
     upper_[i] = INFINITY;
     std::fill_n(lower, groups_, 0.f);
   }
-  for (int g = 0; g < groups_; ++g) {
-    int64_t tile_row[kScreenRows];
-    int n = 0;
-    for (int j = 0; j < rows; ++j) {
-      if (s.row[undecided[j]].groups >> g & 1) {
-        std::copy_n(s.screened + undecided[j] * row_width, row_width, s.tile + n * row_width);
-        tile_row[n++] = begin + undecided[j];
-      }
-      if (n == kScreenRows || (n > 0 && j + 1 == rows)) {
-        scan_group(level, r, g, tile_row, n, begin, s);
-        n = 0;
-      }
-    }
-  }
-  for (int j = 0; j < rows; ++j)
-    if (s.row[undecided[j]].groups) upper_[begin + undecided[j]] = upper_distance(s.row[undecided[j]].distance);
+  scan(level, begin, slots, s);
   for (int64_t i = begin; i < end; ++i) assigned[i] = s.row[i - begin].best;
 }
 
-void KMeansBounds::scan_group(const Level& level, const float* r, int g, const int64_t* tile_row, int n, int64_t begin,
+void KMeansBounds::scan(const Level& level, int64_t begin, int slots, Scratch& s) noexcept {
+  const int64_t row_width = screened_width(level.width);
+  for (int g = 0; g < groups_; ++g) {
+    int tile_slot[kScreenRows], n = 0;
+    for (int j = 0; j < slots; ++j) {
+      if (s.row[s.slot[j]].groups >> g & 1) {
+        std::copy_n(s.screened + j * row_width, row_width, s.tile + n * row_width);
+        tile_slot[n++] = j;
+      }
+      if (n == kScreenRows || (n > 0 && j + 1 == slots)) scan_group(level, g, tile_slot, std::exchange(n, 0), begin, s);
+    }
+  }
+  for (int j = 0; j < slots; ++j) upper_[begin + s.slot[j]] = upper_distance(s.row[s.slot[j]].distance);
+}
+
+void KMeansBounds::scan_group(const Level& level, int g, const int* tile_slot, int n, int64_t begin,
                               Scratch& s) noexcept {
   const int64_t first = first_[g], size = first_[g + 1] - first, ld = simd::pad(size);
   products(level, n, s.tile, first, size, s.scores, ld);
   for (int j = 0; j < n; ++j) {
-    Row& row = s.row[tile_row[j] - begin];
+    Row& row = s.row[s.slot[tile_slot[j]]];
     float* const z = s.scores + j * ld;
     simd::Screen screen = row.screen;
     screen.half += first;
@@ -142,7 +151,7 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
       screen.threshold = static_cast<float>(limit + std::fabs(limit) * 0x1p-23);
     }
     const int64_t found = simd::kernels().screen(size, z, screen, s.survivors);
-    float* const lower = lower_ + tile_row[j] * kGroups;
+    float* const lower = lower_ + (begin + s.slot[tile_slot[j]]) * kGroups;
     for (int64_t c = 0; c < found; ++c) {
       z[s.survivors[c]] = -INFINITY;
       s.survivors[c] += static_cast<int32_t>(first);
@@ -155,7 +164,7 @@ void KMeansBounds::scan_group(const Level& level, const float* r, int g, const i
     if (found == 0) continue;
     int64_t candidates = found;
     if (row.best >= 0) s.survivors[candidates++] = row.best;
-    const float* const x = r + tile_row[j] * level.width;
+    const float* const x = s.residual + tile_slot[j] * level.width;
     std::copy_n(s.survivors, candidates, s.survivors + candidates);
     row.best = closest(level, x, s.survivors + candidates, candidates);
     for (int64_t c = 0; c < candidates; ++c) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hisac/fit.h"
 
+#include <cmath>
+
 #include "backend.h"
 #include "base/arena.h"
 
@@ -19,13 +21,25 @@ Status check_params(const FitParams& params, int64_t width) noexcept {
   return {};
 }
 
-Status check(const FitParams& params, const Rows& x, const Array<float, 2>* centers) noexcept {
-  HISAC_TRY(check_float("fit", "x", x.dtype));
-  HISAC_TRY(check_params(params, x.width));
-  for (int l = 0; l < params.levels; ++l)
-    if (!has_shape(centers[l], {params.sizes[l], x.width}))
-      return invalid("fit: centers of level %d expected %s, got %s", l, ShapeText({params.sizes[l], x.width}).text,
+Status check(const FitParams& params, int64_t rows, int64_t width, const Array<float, 2>* centers) noexcept {
+  HISAC_TRY(check_params(params, width));
+  if (params.processes < 1 || params.process < 0 || params.process >= params.processes)
+    return invalid("fit: process expected one of %d, got number %d", params.processes, params.process);
+  if (params.weights && params.weights.shape[0] != rows)
+    return invalid("fit: weights expected [%" PRId64 "], got [%" PRId64 "]", rows, params.weights.shape[0]);
+  for (int l = 0; l < params.levels; ++l) {
+    const ShapeText expected({params.sizes[l], width});
+    if (!has_shape(centers[l], {params.sizes[l], width}))
+      return invalid("fit: centers of level %d expected %s, got %s", l, expected.text,
                      ShapeText(centers[l].shape).text);
+    if (!params.init) continue;
+    const Array<const float, 2>& init = params.init[l];
+    if (!has_shape(init, {params.sizes[l], width}))
+      return invalid("fit: init of level %d expected %s, got %s", l, expected.text, ShapeText(init.shape).text);
+    for (int64_t i = 0; i < params.sizes[l] * width; ++i)
+      if (!(std::fabs(init.data[i]) < 0x1p110f))
+        return invalid("fit: init of level %d expected below 2^110, got %g", l, double(init.data[i]));
+  }
   return {};
 }
 
@@ -37,10 +51,32 @@ size_t fit_workspace(const Context& context, const FitParams& params, int64_t ro
   return backend_workspace(&Backend::fit_workspace, context, params, rows, width);
 }
 
+Status fit_begin(const Context& context, const FitParams& params, int64_t rows, int64_t width,
+                 const Array<float, 2>* centers, FitReport* report, FitStep* step) noexcept {
+  if (context.device == Device::cpu) HISAC_TRY(check(params, rows, width, centers));  // no other backend has fit
+  return call_backend("fit", &Backend::fit_begin, context, params, rows, width, centers, report, step);
+}
+
+Status fit_add(const Context& context, FitStep* step, Rows chunk) noexcept {
+  HISAC_TRY(check_float("fit", "x", chunk.dtype));
+  return call_backend("fit", &Backend::fit_add, context, step, chunk);
+}
+
+Status fit_next(const Context& context, FitStep* step) noexcept {
+  return call_backend("fit", &Backend::fit_next, context, step);
+}
+
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
            FitReport* report) noexcept {
-  if (context.device == Device::cpu) HISAC_TRY(check(params, x, centers));  // no other backend has fit
-  return call_backend("fit", &Backend::fit, context, params, x, centers, report);
+  if (context.device == Device::cpu) HISAC_TRY(check_float("fit", "x", x.dtype));
+  if (params.processes > 1) return invalid("fit: processes expected 1 in one call, got %d", params.processes);
+  FitStep step;
+  HISAC_TRY(fit_begin(context, params, x.rows, x.width, centers, report, &step));
+  while (!step.done) {
+    HISAC_TRY(fit_add(context, &step, x));
+    HISAC_TRY(fit_next(context, &step));
+  }
+  return {};
 }
 
 }  // namespace hisac

@@ -70,9 +70,11 @@ def make_parser() -> Parser:
     p = verb("fit", commands.fit, "learn a codebook from item embeddings")
     p.add_argument("spec", metavar="X", help="embeddings [items, width]")
     p.add_argument("-o", "--out", required=True, metavar="BOOK", help="codebook to write, .safetensors")
-    p.add_argument("--sizes", type=numbers, default=(512, 512), metavar="C,C", help="codes a level (default: 512,512)")
-    p.add_argument("--iterations", type=whole, default=20, metavar="N", help="rounds of k-means a level (default: 20)")
+    p.add_argument("--sizes", type=numbers, metavar="C,C", help="codes a level (default: 512,512, or those of --init)")
+    p.add_argument("--iterations", type=whole, metavar="N", help="most rounds a level (default: 20, or 5 with --init)")
     p.add_argument("--seed", type=int, default=0, help="of the first codes (default: 0)")
+    p.add_argument("--init", metavar="OLD", help="codebook to begin with, whose codes keep their numbers")
+    p.add_argument("--weights", metavar="W", help="what each row of X counts in means [items]")
 
     p = verb("encode", commands.encode, "give each embedding its codes, one a level")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
@@ -100,10 +102,23 @@ def make_parser() -> Parser:
     p.add_argument("--sparse", type=whole, metavar="K", help="route a behaviour to K agents near its code, if faster")
     p.add_argument("-o", "--out", required=True, metavar="TOKENS", help="tokens to write, .npz or .safetensors")
 
+    p = verb("migrate", commands.migrate, "map the codes of a codebook to those of the one after it")
+    p.add_argument("path", metavar="OLD", help="codebook of `fit`")
+    p.add_argument("new", metavar="NEW", help="codebook of `fit --init OLD`")
+    p.add_argument("--x", dest="spec", required=True, metavar="X", help="embeddings [items, width]")
+    p.add_argument("--votes", metavar="V", help="what each item counts [items], such as its clicks (default: 1)")
+    p.add_argument("-o", "--out", required=True, metavar="MAP", help="map to write, .npz or .safetensors")
+
+    p = verb("bundle", commands.bundle, "keep a codebook with its items in one folder, and add new ones")
+    p.add_argument("path", metavar="BUNDLE", help="folder")
+    p.add_argument("--x", dest="spec", required=True, metavar="X", help="embeddings [items, width]")
+    p.add_argument("--item", required=True, metavar="IDS", help="item of each row of X")
+    p.add_argument("--book", metavar="BOOK", help="codebook of `fit`, for a new folder")
+
     p = verb("inspect", commands.inspect, "the health of a codebook: use of codes, dead codes, collisions, error")
     p.add_argument("path", metavar="BOOK", help="codebook of `fit`")
     p.add_argument("--x", dest="spec", metavar="X", help="embeddings [items, width] to try it on")
-    for name in ("fit", "encode", "compress", "inspect"):
+    for name in ("fit", "encode", "compress", "migrate", "bundle", "inspect"):
         verbs.choices[name].add_argument("--scale", metavar="S", help="of X of int8: a number, or an array [rows of X]")
     return parser
 

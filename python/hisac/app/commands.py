@@ -9,9 +9,9 @@ import numpy as np
 
 import hisac
 
+from ..progress import progress
 from . import files
 from .files import Array, Column
-from .progress import fit_progress, progress
 
 ROWS = 2**16  # behaviours a step; a user with more is one step
 
@@ -147,13 +147,18 @@ def steps(offsets: Array) -> Iterator[tuple[int, int]]:
 # -------------------------------------------------------------------------------------------------------------- verbs
 
 
-def fit(spec: str, out: str, *, scale: str | None, sizes: tuple[int, ...], iterations: int, seed: int) -> None:
+def fit(
+    spec: str, out: str, *, scale: str | None, sizes: tuple[int, ...] | None, iterations: int | None, seed: int,
+    init: str | None, weights: str | None,
+) -> None:  # fmt: skip
     """X is of items, each once: items.npy, items.parquet:embedding (a column of lists), items.parquet:e* (columns).
-    It is float16 or float32, or int8 with --scale. BOOK is a .safetensors file, and what it holds has a fingerprint."""
+    It is float16 or float32, or int8 with --scale. BOOK is a .safetensors file, and what it holds has a fingerprint.
+    With --init codes keep their numbers: fit so the codebook of a catalogue that has changed."""
     files.check_out(out, (".safetensors",))
-    x = matrix(spec, "x", scale)
-    with fit_progress(len(sizes), iterations) as tell:
-        book = hisac.fit(x, sizes, iterations=iterations, seed=seed, progress=tell)
+    old = None if init is None else load_book(init)
+    x = matrix(spec, "x", scale, old)
+    w = None if weights is None else checked(weights, "weights", "rows", ("f", "i", "u"), "numbers").astype(np.float32)
+    book = hisac.fit(x, sizes, iterations=iterations, seed=seed, init=old, weights=w, progress=True)
     with files.aside(out) as f:
         f.write(book.to_bytes())
     report = book.report
@@ -161,17 +166,15 @@ def fit(spec: str, out: str, *, scale: str | None, sizes: tuple[int, ...], itera
     left_out = f" ({report.left_out:,} left out: NaN or too large)" if report.left_out else ""
     print(f"{out}: {' x '.join(map(str, book.sizes))} codes of width {book.width} from {report.rows:,} rows{left_out}")
     print(f"mean squared error after each level: {', '.join(f'{e:.4g}' for e in report.error)}")
+    if book.moved:
+        codes, items = (", ".join(f"{n:,}" for n in numbers) for numbers in book.moved[:2])
+        print(f"moved after each level: {codes} codes, {items} of {book.moved.rows:,} items")
     if any(report.unused):
         print(f"codes that no row has: {', '.join(map(str, report.unused))}; smaller --sizes would do")
 
 
 def encode_rows(book: Any, x: Array) -> Array:
-    codes = np.empty((len(x), book.levels), np.int32)
-    with progress("encode", len(x)) as advance:
-        for begin in range(0, len(x), ROWS):
-            codes[begin : begin + ROWS] = hisac.encode(book, x[begin : begin + ROWS])
-            advance(len(x[begin : begin + ROWS]))
-    return codes
+    return np.concatenate([np.empty((0, book.levels), np.int32), *map(book.encode, pieces("encode", x))])
 
 
 def encode(path: str, spec: str, out: str, *, scale: str | None) -> None:
@@ -266,7 +269,8 @@ def compress(
 
 
 def inspect(path: str, spec: str | None, *, scale: str | None) -> None:
-    """Without X: the codebook alone. With it: how many codes its rows use, how evenly, and how far away they are."""
+    """Without X: the codebook alone. With it: how many codes its rows use, how evenly, and how far away they are, with
+    warnings that say what to do (hisac.health)."""
     book = load_book(path)
     seen = None if spec is None else tried_on(book, spec, scale)
     leaves = int(np.prod([float(size) for size in book.sizes]))
@@ -282,38 +286,76 @@ def inspect(path: str, spec: str | None, *, scale: str | None) -> None:
         print(f"\n{seen}")
 
 
+def pieces(text: str, x: Array) -> Iterator[Array]:
+    """x in steps, with progress."""
+    with progress(text, len(x)) as advance:
+        for begin in range(0, len(x), ROWS):
+            yield x[begin : begin + ROWS]
+            advance(len(x[begin : begin + ROWS]))
+
+
 def tried_on(book: Any, spec: str, scale: str | None) -> str:
     """How the codebook does on the rows of a file, as text."""
     x = matrix(spec, "x", scale, book)
-    codes = encode_rows(book, x)
-    present = (codes >= 0).all(1)
-    if not present.any():
-        raise ValueError(f"{spec}: x is {list(x.shape)} without a row free of NaN and infinity, expected at least one")
-    absent = f", {(~present).sum():,} absent (NaN or infinity)" if not present.all() else ""
-    return f"{spec}: {len(x):,} rows{absent}\n{health(book, x[present].astype(np.float32), codes[present])}"
-
-
-def health(book: Any, x: Array, codes: Array) -> str:
-    """What the rows x [n, D] with codes [n, L] say of the codebook, as text."""
-    rest = x.astype(np.float64)
-    variance = float(np.square(rest - rest.mean(0)).sum(1).mean())
-    lines = ["level   used   dead  effective   error  of variance"]
-    for level, c in enumerate(book.centers):
-        rest = rest - c[codes[:, level]]
-        share = np.bincount(codes[:, level], minlength=len(c)) / len(codes)
-        used = share[share > 0]
-        effective = float(np.exp(-(used * np.log(used)).sum()))
-        error = float(np.square(rest).sum(1).mean())
-        part = f"{error / variance:11.1%}" if variance > 0 else f"{'-':>11}"
-        lines.append(f"{level + 1:5}  {len(used):5}  {len(c) - len(used):5}  {effective:9.1f}  {error:6.4g}  {part}")
-    _, first = np.unique(x, axis=0, return_index=True)
-    rows, distinct = (np.unique(book.leaves(c), return_counts=True)[1] for c in (codes, codes[first]))  # of each leaf
-    shared, shared_distinct = (n[n > 1].sum() / n.sum() for n in (rows, distinct))
-    spread = f"mean {rows.mean():.1f}, median {np.median(rows):g}, most {rows.max():,}"
+    try:
+        seen = hisac.health(book, lambda: pieces("encode", x))
+    except ValueError:
+        text = "without a row free of NaN and infinity, expected at least one"
+        raise ValueError(f"{spec}: x is {list(x.shape)} {text}") from None
+    absent = f", {seen.absent:,} absent (NaN or infinity)" if seen.absent else ""
+    lines = [f"{spec}: {len(x):,} rows{absent}", "level   used   dead  effective   error  of variance"]
+    for number, level in enumerate(seen.levels, 1):
+        part = f"{level.error / seen.variance:11.1%}" if seen.variance > 0 else f"{'-':>11}"
+        dead = level.size - level.used
+        lines.append(f"{number:5}  {level.used:5}  {dead:5}  {level.effective:9.1f}  {level.error:6.4g}  {part}")
+    mean, median, most = seen.rows_a_leaf
     lines += [
         "used: codes that a row has; dead: the others; effective: exp of the entropy of their use",
-        f"leaves in use: {len(rows):,}; rows a leaf: {spread}",
-        f"collisions: {shared:.1%} of the rows share their leaf;"
-        f" of the {len(first):,} distinct rows {shared_distinct:.1%}",
+        f"leaves in use: {seen.leaves:,}; rows a leaf: mean {mean:.1f}, median {median:g}, most {most:,}",
+        f"collisions: {seen.shared:.1%} of the rows share their leaf;"
+        f" of the {seen.distinct:,} distinct rows {seen.shared_distinct:.1%}",
+        *(f"warning: {warning}" for warning in seen.warnings),
     ]
     return "\n".join(lines)
+
+
+def migrate(path: str, new: str, spec: str, out: str, *, scale: str | None, votes: str | None) -> None:
+    """MAP has leaves [n, levels] and to [n, levels], an old leaf and the new one of its items, -1 where they have no
+    common one; codes_0, codes_1, .., the same of the codes of each level; and both fingerprints, old and new."""
+    files.check_out(out, (".npz", ".safetensors"))
+    old, book = load_book(path), load_book(new)
+    x = matrix(spec, "x", scale, old)
+    v = None if votes is None else checked(votes, "votes", "rows", ("f", "i", "u"), "numbers").astype(np.float32)
+    found = hisac.migrate(old, book, x, votes=v)
+    codes = {f"codes_{level}": c for level, c in enumerate(found.codes)}
+    marks = np.array([old.fingerprint, book.fingerprint], np.uint64)
+    files.write(out, {"leaves": found.leaves, "to": found.to, **codes, "fingerprints": marks})
+    for what, moved, lost in (
+        ("items", found.moved_items, found.lost_items),
+        ("votes", found.moved_votes, found.lost_votes),
+    ):
+        levels = ", ".join(f"{part:.2%}" for part in moved)
+        print(
+            f"{out}: of the {what}, moved after each level: {levels}; in leaves that no new one stands for: {lost:.2%}"
+        )
+
+
+def bundle(path: str, spec: str, item: str, *, scale: str | None, book: str | None) -> None:
+    """With --book a new BUNDLE, a folder of the codebook and the items that it was fitted on. Without, items that are
+    new are encoded and added, and it says whether they have drifted so far that a refit is due. IDS are integers or
+    strings."""
+    names = ids(item, "item")[0]
+    names = names.astype(str) if names.dtype == object else names
+    if book is None:
+        kept = hisac.Bundle(path)
+        x = matrix(spec, "x", scale, kept.book)
+        kept.append(names, x)
+    else:
+        made = load_book(book)
+        x = matrix(spec, "x", scale, made)
+        kept = hisac.Bundle.create(path, made, names, x)
+    print(f"{path}: {len(kept.ids):,} items, {len(x):,} of them new, of codebook {kept.book.fingerprint:016x}")
+    if book is None and kept.book.report:
+        seen = kept.drift()
+        due = "a refit is due (fit --init)" if seen.due else "no refit is due"
+        print(f"error of {seen.items:,} items since the fit: {seen.ratio:.2f} times what is to be expected; {due}")

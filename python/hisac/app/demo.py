@@ -7,8 +7,8 @@ import numpy as np
 
 import hisac
 
+from ..progress import fit_progress, progress
 from . import explain, files, protocol, trial
-from .progress import fit_progress, progress
 from .protocol import FITTED_WEEKS, TEST_WEEKS, VALIDATION_WEEKS, Auc, Events, Floats, Ints, Requests, gauc, user_aucs
 from .trial import SETTINGS, SIZES, Costs, World, budget, fan_out, few
 

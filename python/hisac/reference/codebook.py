@@ -136,40 +136,66 @@ def fit_rows(x: Array) -> Array:
     return rows
 
 
-def fit(x: Array, sizes: Any = (512, 512), *, iterations: int = 20, seed: int = 0, progress: Any = None) -> Codebook:
-    """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
-    sizes: the codes of each level, a number alone for one level.
+def weights_of(weights: Any, rows: int) -> Array:
+    """float64 [T] of float32 [T]; ones for None."""
+    return np.ones(rows) if weights is None else np.asarray(weights, np.float32).astype(np.float64)
 
-    Start: the first C_l distinct rows in the order of `priorities`. A round: nearest codes as `encode` finds them, then
-    centers = sum of rint(r 2^k) in int64 / count. A code without rows takes the worst-quantised row not yet taken
-    (distance down, row up); if every row is met exactly, it copies the lowest used code and so is never chosen.
-    Stops early when no center changes. `fit_rows` says which rows take part. x [T, D] -> Codebook with a FitReport and
-    the default temperature 0.05 error, of the last level.
+
+def mean_of(values: Array, total: float) -> float:
+    """The sum of float64 values, rounded once from the exact one, over the total: the same in any order."""
+    return math.fsum(values.tolist()) / total
+
+
+def fit(
+    x: Array, sizes: Any = None, *, iterations: int | None = None, seed: int = 0, init: Any = None,
+    weights: Any = None, process_group: None = None, progress: Any = None,
+) -> Codebook:  # fmt: skip
+    """Residual k-means, level by level (Lloyd's rounds), giving the same bits on any number of threads or machines.
+    sizes: the codes of each level, a number alone for one level; (512, 512), or those of `init`. iterations: 20, or 5
+    with `init`. process_group: none; chunks and processes are their rows one after another.
+
+    Start: the first C_l distinct rows in the order of `priorities`, or the centers of `init`, a codebook of these
+    sizes. A round: nearest codes as `encode` finds them, then centers = sum of rint(w r 2^k) in int64 over the sum of
+    rint(w 2^j) 2^-j. A code without rows takes the worst-quantised row not yet taken (distance down, row up); if every
+    row is met exactly, it copies the lowest used code and so is never chosen. Stops early when no center changes.
+    `fit_rows` says which rows take part, and of these, only rows with a weight w above 0 and finite do; its rule of
+    large rows looks at no weight. Without weights w is 1 and j is 0. x [T, D], weights [T] -> Codebook with a FitReport
+    (its error is the mean by weight) and the default temperature 0.05 error, of the last level.
     """
-    x = np.asarray(x).astype(np.float32)
-    rows = fit_rows(x)
-    r, centers = x[rows], []
+    sizes = (init.sizes if init else (512, 512)) if sizes is None else sizes
+    iterations = (5 if init else 20) if iterations is None else iterations
+    x, by_weight = np.asarray(x).astype(np.float32), weights_of(weights, len(x))
+    rows = np.flatnonzero((by_weight > 0) & np.isfinite(by_weight))
+    rows = rows[fit_rows(x[rows])]
+    r, w, centers = x[rows], by_weight[rows], []
     rounds: list[int] = []
     error: list[float] = []
     unused: list[int] = []
     if len(rows) == 0:
         raise ValueError(f"fit: x is {list(x.shape)} without a usable row, expected at least one")
+    j = 0 if weights is None else fixed_point_bits(float(w.max()), len(r))
+    share = np.rint(np.ldexp(w, j)).astype(np.int64)
+    whole = math.ldexp(float(share.sum()), -j)
     for level, size in enumerate(np.atleast_1d(sizes).tolist()):
-        order = np.lexsort((rows, priorities(seed, level, rows)))
-        start = r[first_distinct(r, order, size)]
-        c = np.concatenate([start, np.repeat(start[:1], size - len(start), 0)])
-        k = fixed_point_bits(float(np.abs(r).max()), len(r))
-        fixed = np.rint(np.ldexp(r.astype(np.float64), k)).astype(np.int64)
+        if init is None:
+            order = np.lexsort((rows, priorities(seed, level, rows)))
+            start = r[first_distinct(r, order, size)]
+            c = np.concatenate([start, np.repeat(start[:1], size - len(start), 0)])
+        else:
+            c = init.centers[level]
+        k = fixed_point_bits(float((np.abs(r).max(1) * w).max()), len(r))
+        fixed = np.rint(np.ldexp(r.astype(np.float64) * w[:, None], k)).astype(np.int64)
         rounds.append(0)
         for _ in range(iterations):
             d = distances(r, c)
             near = d.argmin(1)
-            count = np.bincount(near, minlength=size)
+            count = np.zeros(size, np.int64)
+            np.add.at(count, near, share)
             total = np.zeros((size, r.shape[1]), np.int64)
             np.add.at(total, near, fixed)
             used = count > 0
             new = c.copy()
-            new[used] = np.ldexp(total[used].astype(np.float64), -k) / count[used, None]
+            new[used] = np.ldexp(total[used].astype(np.float64), -k) / np.ldexp(count[used, None].astype(float), -j)
             dead = np.flatnonzero(~used)
             worst = d[np.arange(len(r)), near]
             far = np.flatnonzero(worst > 0)
@@ -178,14 +204,14 @@ def fit(x: Array, sizes: Any = (512, 512), *, iterations: int = 20, seed: int = 
             new[dead[: len(seeds)]] = r[seeds]
             rounds[-1] += 1
             if progress:
-                progress(level, rounds[-1], float(worst.mean()))
+                progress(level, rounds[-1], mean_of(worst * w, whole))
             if (new == c).all():
                 break
             c = new
         d = distances(r, c)
         near = d.argmin(1)
-        error.append(float(d.min(1).mean()))
-        unused.append(int(size - len(np.unique(near))))
+        error.append(mean_of(d.min(1) * w, whole))
+        unused.append(int(size - len(np.unique(near[share > 0]))))
         r = r - c[near]
         centers.append(c)
     book = Codebook(centers, temperature=float(np.float32(TEMPERATURE_OF_ERROR * error[-1])) or None)

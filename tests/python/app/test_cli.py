@@ -12,7 +12,7 @@ import hisac
 from cli_support import done, refused, run
 from hisac import reference
 from hisac.app import commands, files
-from hisac.app.progress import fit_progress, progress
+from hisac.progress import fit_progress, progress
 
 WIDTH = 4
 
@@ -157,6 +157,46 @@ def test_inspect_without_x_shows_the_codebook_alone(book, capsys):
     out = done(capsys, "inspect", "book.safetensors")
     assert len(out.splitlines()) == 4
     assert f"fingerprint {book.fingerprint:016x}" in out
+
+
+def test_a_codebooks_life(book, capsys):
+    """A refit from the old codebook, the map between both, and a bundle that new items come into."""
+    items = np.load("items.npy")
+    np.save("day.npy", np.concatenate([items, items[:6] + 0.01]))
+    np.save("votes.npy", np.arange(66))
+    out = done(
+        capsys, "fit", "day.npy", "--init", "book.safetensors", "-o", "new.safetensors", "--weights", "votes.npy"
+    )
+    new = hisac.Codebook.load("new.safetensors")
+    wanted = hisac.fit(np.load("day.npy"), init=book, weights=np.arange(66, dtype=np.float32))
+    assert new == wanted and new.report == wanted.report
+    assert f"moved after each level: {', '.join(map(str, wanted.moved.codes))} codes, " in out
+    out = done(capsys, "migrate", "book.safetensors", "new.safetensors", "--x", "day.npy", "--votes", "votes.npy",
+               "-o", "map.npz")  # fmt: skip
+    found = hisac.migrate(book, new, np.load("day.npy"), votes=np.arange(66))
+    with np.load("map.npz") as file:
+        for name, array in {"leaves": found.leaves, "to": found.to, "codes_1": found.codes[1]}.items():
+            np.testing.assert_array_equal(file[name], array)
+        assert file["fingerprints"].tolist() == [book.fingerprint, new.fingerprint]
+    assert f"of the votes, moved after each level: {found.moved_votes[0]:.2%}, {found.moved_votes[1]:.2%};" in out
+
+    np.save("ids.npy", np.arange(60))
+    np.save("more.npy", np.arange(60, 66))
+    np.save("later.npy", items[:6] + 9)
+    out = done(capsys, "bundle", "kept", "--x", "items.npy", "--item", "ids.npy", "--book", "book.safetensors")
+    assert out == f"kept: 60 items, 60 of them new, of codebook {book.fingerprint:016x}\n"
+    out = done(capsys, "bundle", "kept", "--x", "later.npy", "--item", "more.npy")
+    assert out.startswith("kept: 66 items, 6 of them new,") and out.endswith("; a refit is due (fit --init)\n")
+    assert hisac.Bundle("kept").codes[60:].tolist() == book.encode(items[:6] + 9).tolist()
+    text = "Bundle: ids expected once each, got 60 again"
+    assert refused(capsys, "bundle", "kept", "--x", "later.npy", "--item", "more.npy") == f"hisac bundle: {text}"
+
+
+def test_inspect_warns(here, capsys):
+    np.save("apart.npy", np.random.default_rng(0).normal(size=(90, WIDTH)).astype(np.float32))
+    done(capsys, "fit", "apart.npy", "--sizes", "32,32", "-o", "book.safetensors")
+    out = done(capsys, "inspect", "book.safetensors", "--x", "apart.npy")
+    assert "\nwarning: " in out and "fit smaller sizes, such as 8 x 8 (hisac.sizes_for)" in out
 
 
 @pytest.mark.parametrize("verb", ["demo", "fit", "encode", "compress", "inspect"])
@@ -420,7 +460,7 @@ def test_an_interrupted_command_leaves_nothing(book, capsys, monkeypatch):
 
 def test_progress_without_tqdm_is_plain_lines(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr("hisac.app.progress.SILENCE", 0.0)
+    monkeypatch.setattr("hisac.progress.SILENCE", 0.0)
     with progress("work", 3) as advance:
         advance(1)
         advance(2)

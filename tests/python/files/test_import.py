@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+import hisac
 from hisac import Codebook
 
 
@@ -152,3 +153,60 @@ def test_from_state_dict_refuses_what_codewords_do_not_express(prefix, odd):
         Codebook.from_state_dict({**state, f"{prefix}{odd}": np.ones(3)})
     wanted = f"expected codewords alone, got '{prefix}{odd}' too, which they do not express"
     assert str(error.value) == f"from_state_dict: {wanted}"
+
+
+def test_to_faiss_and_back():
+    """A fitted codebook as a ResidualQuantizer: the same codewords, and at beam 1 the same codes but for near ties."""
+    faiss = pytest.importorskip("faiss")
+    x = np.random.default_rng(3).normal(size=(900, 8)).astype(np.float32)
+    book = hisac.fit(x, (16, 16))
+    quantizer = faiss.ResidualQuantizer(8, 2, 4)
+    faiss.copy_array_to_vector(np.concatenate(book.centers).ravel(), quantizer.codebooks)
+    quantizer.is_trained, quantizer.max_beam_size = True, 1
+    assert Codebook.from_faiss(quantizer) == book
+    packed = quantizer.compute_codes(x)
+    theirs = np.stack([packed[:, 0] & 15, packed[:, 0] >> 4], axis=1)
+    assert (theirs == book.encode(x)).all(1).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"kmeans_init": True},
+        {"use_cosine_sim": True},
+        {"shared_codebook": True},
+        {"shared_codebook": True, "kmeans_init": True},
+        {"learnable_codebook": True, "ema_update": False},
+        {"rotation_trick": True},
+    ],
+    ids=str,
+)
+def test_round_trip_with_vector_quantize_pytorch(kind):
+    """A trained ResidualVQ gives the codes that its codebook here gives, and takes the codewords of a fit."""
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    x = torch.randn(1000, 8)
+    theirs = library.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, **kind)
+
+    def codes():
+        with torch.no_grad():
+            quantised, found, *_ = theirs.eval()(x[None])
+        return quantised[0], found[0].to(torch.int32)
+
+    for _ in range(20):
+        theirs.train()(x[None])
+    book = Codebook.from_state_dict(theirs.state_dict())
+    quantised, found = codes()
+    ours = book.encode(x)
+    assert (ours == found).all(1).float().mean() > 0.99  # but for near ties in its float32
+    np.testing.assert_allclose(book.prototypes(found), quantised, atol=1e-6)
+    if "use_cosine_sim" in kind or "shared_codebook" in kind:
+        return  # whose codewords have length 1, or are one level's
+    fitted = hisac.fit(x, (16, 16), iterations=5)
+    state = theirs.state_dict()
+    for level, center in enumerate(fitted.centers):
+        state[f"layers.{level}._codebook.embed"] = torch.from_numpy(center)[None]
+    theirs.load_state_dict(state)
+    assert Codebook.from_state_dict(theirs.state_dict()) == fitted
+    assert (fitted.encode(x) == codes()[1]).all(1).float().mean() > 0.99
