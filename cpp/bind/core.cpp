@@ -13,6 +13,9 @@
 #include "runtime.h"
 
 namespace hisac::bind {
+
+void add_state(nb::module_& m);  // state.cpp
+
 namespace {
 
 constexpr const char* kTokens = "float32, bfloat16 or float16 [B, M, V]";
@@ -390,6 +393,7 @@ void fill(nb::module_& m) {
       "The bytes are no hisac codebook, or a damaged one.";
 
   add_codebook(m);
+  add_state(m);
   m.def("encode", encode_codes, "book"_a, "x"_a, "codes"_a);
   m.def("leaves", leaf_numbers, "book"_a, "codes"_a, "out"_a);
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);

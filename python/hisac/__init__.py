@@ -21,6 +21,7 @@ from ._core import CorruptFileError
 from .candidates import attend, attend_backward, match, match_backward, merge, recent, repeat_count
 from .codebook import Codebook
 from .runtime import backends, get_num_threads, set_num_threads
+from .state import UserState
 from .types import (
     Agents,
     Attended,
@@ -34,6 +35,8 @@ from .types import (
     Recent,
     RouteAgents,
     RouteGradients,
+    StateRecent,
+    StateStats,
     Tokens,
 )
 from .verbs import (
@@ -65,7 +68,10 @@ __all__ = [
     "Recent",
     "RouteAgents",
     "RouteGradients",
+    "StateRecent",
+    "StateStats",
     "Tokens",
+    "UserState",
     "__version__",
     "agent_lists",
     "attend",

@@ -31,6 +31,7 @@
 #include "match.h"
 #include "pool.h"
 #include "route.h"
+#include "state.h"
 #include "status.h"
 #include "vote.h"
 
