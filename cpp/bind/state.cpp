@@ -150,17 +150,17 @@ nb::object copied(const T* data, std::initializer_list<int64_t> shape) {
 nb::tuple sums(const Owned& self, const Codebook& book, int64_t now) {
   Scratch scratch;
   Histories h;
-  raise(self.state.sums(book, now, false, scratch.take(self.state.sums_bytes(book, false)), &h));
+  raise(self.state.sums(book, now, false, scratch.take(self.state.sums_bytes(book, false) + 64), &h));
   const int64_t n = h.codes.shape[0];
   nb::object x = nb::none();
   if (h.x.dtype == DType::float32) x = copied(static_cast<const float*>(h.x.data), {n, h.x.width});
   if (h.x.dtype == DType::bfloat16) x = copied(static_cast<const uint16_t*>(h.x.data), {n, h.x.width});
   if (h.x.dtype == DType::int8) x = copied(static_cast<const int8_t*>(h.x.data), {n, h.x.width});
-  return nb::make_tuple(x, copied(static_cast<const float*>(h.v.data), {n, h.v.width}),
-                        copied(h.codes.data, {n, book.levels()}), copied(static_cast<const int32_t*>(h.x_ids.data), {n}),
-                        copied(static_cast<const int32_t*>(h.v_ids.data), {n}), copied(h.x_scale.data, {n}),
-                        copied(h.bias.data, {n}), copied(h.spread.data, {n}),
-                        copied(static_cast<const int64_t*>(h.weights.data), {n}));
+  return nb::make_tuple(
+      x, copied(static_cast<const float*>(h.v.data), {n, h.v.width}), copied(h.codes.data, {n, book.levels()}),
+      copied(static_cast<const int32_t*>(h.x_ids.data), {n}), copied(static_cast<const int32_t*>(h.v_ids.data), {n}),
+      copied(h.x_scale.data, {n}), copied(h.bias.data, {n}), copied(h.spread.data, {n}),
+      copied(static_cast<const int64_t*>(h.weights.data), {n}));
 }
 
 nb::tuple recent(const Owned& self, int64_t now) {

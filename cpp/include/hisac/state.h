@@ -88,8 +88,8 @@ struct StateLoss {
 /// a second. A row of weight 0.3 has no vote without a half-life: let weights be whole numbers there.
 ///
 /// The epoch is the multiple of h at or before the first row's time. It moves on by whole half-lives when a row comes
-/// that is 20 of them or more later, and when votes together would pass 2^40 - 1: votes are then shifted right. Masses
-/// are float32, so they are 0 from 126 half-lives before the epoch on, where votes have long been 0.
+/// that is 20 of them or more later, and when votes together would pass 2^40 - 1: votes are then shifted right, and a
+/// leaf whose mass is below 2^-100 has none any more, nor has a row that is so faint when it comes.
 ///
 /// For one state, calls that change it come one at a time, and after them, in the order that the caller sees to, those
 /// that read it; several threads may read it at once. `merge` and `migrate` read their other state. All row operations

@@ -59,7 +59,6 @@ class Sums {
   /// With room for all leaves, to size workspaces; the arrays may not be there.
   Histories largest(bool by_id) const noexcept {
     Histories h = histories(head_.room, by_id, by_id);
-    if (!h.codes) h.codes.data = reinterpret_cast<const int32_t*>(table_.head);
     h.offsets = offsets(1);
     h.longest = h.rows = std::max<int64_t>(head_.room, 1);
     return h;
@@ -74,7 +73,7 @@ class Sums {
     }
     if (head_.type == DType::int8 && h.x.data) h.x_scale = {x_scale_, {n}};
     h.v = rows(v_ ? v_ : table_.v_row(0), n, head_.value_width);
-    h.codes = {codes_, {n, book_.levels()}};
+    h.codes = {codes_ ? codes_ : reinterpret_cast<const int32_t*>(table_.head), {n, book_.levels()}};  // never null
     if (x_by_id) h.x_ids = ids(table_.slots, n);
     if (v_by_id) h.v_ids = ids(table_.slots, n);
     h.bias = {bias_, {n}};

@@ -42,8 +42,11 @@ int32_t near_epoch(int64_t since) noexcept {
 
 int64_t shifted(int64_t votes, int64_t halvings) noexcept { return votes >> std::min<int64_t>(halvings, 63); }
 
+/// 0 below the least mass.
+float mass_of(double mass) noexcept { return mass < 0x1p-100 ? 0.f : static_cast<float>(mass); }
+
 float halved(float mass, int64_t halvings) noexcept {
-  return std::ldexp(mass, -static_cast<int>(std::min<int64_t>(halvings, 400)));
+  return mass_of(std::ldexp(double(mass), -static_cast<int>(std::min<int64_t>(halvings, 400))));
 }
 
 /// What a row adds to its leaf; x and v may be scratch.
@@ -96,7 +99,9 @@ class Writer {
     head_.votes = 0;
     for (int64_t i = 0; i < head_.leaves; ++i) {
       head_.votes += table_.votes[i] = shifted(table_.votes[i], halvings);
-      table_.masses[i] = halved(table_.masses[i], halvings);
+      const float left = halved(table_.masses[i], halvings);
+      if (table_.masses[i] > 0 && !(left > 0)) clear(i);
+      table_.masses[i] = left;
     }
     for (int64_t i = 0; i < head_.ring; ++i) {
       RingRow& row = table_.ring_row(i);
@@ -134,10 +139,16 @@ class Writer {
     table_.keys[at] = key;
     table_.votes[at] = 0;
     table_.masses[at] = 0;
-    if (table_.spreads) table_.spreads[at] = 0;
     table_.slots[at] = static_cast<int32_t>(n);
-    std::fill_n(table_.v_row(n), head_.value_width, 0.f);
-    if (table_.x) std::fill_n(table_.x_row(n), head_.width, 0.f);
+    clear(at);
+  }
+
+  /// Zeros for the means of a leaf.
+  void clear(int64_t at) noexcept {
+    std::fill_n(table_.v_row(table_.slots[at]), head_.value_width, 0.f);
+    if (!table_.x) return;
+    std::fill_n(table_.x_row(table_.slots[at]), head_.width, 0.f);
+    table_.spreads[at] = 0;
   }
 
   /// Takes a leaf out; the last row goes to its row.
@@ -245,11 +256,9 @@ class Writer {
     } else {
       leaf.votes = std::min(rounded(weight), kMostTableVotes - head_.votes);
     }
-    if (!leaf.votes && !routed) return true;
-    if (routed) {
-      leaf.mass = static_cast<float>(mass);
-      loader_.v_source.load(row.id, v_);
-    }
+    leaf.mass = routed ? mass_of(mass) : 0.f;
+    if (!leaf.votes && !(leaf.mass > 0)) return true;
+    if (leaf.mass > 0) loader_.v_source.load(row.id, v_);
     add_leaf(leaf);
     return true;
   }

@@ -54,22 +54,22 @@ struct StateTable {
   /// memory null: only counts bytes, which are in `bytes`.
   StateTable(const StateHead& sizes, std::byte* memory) noexcept : head(reinterpret_cast<StateHead*>(memory)) {
     int64_t at = sizeof(StateHead);
-    const auto take = [&](auto*& array, int64_t n) {
-      array = memory && n ? reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory + at) : nullptr;
-      at += n * static_cast<int64_t>(sizeof *array);
+    const auto take = [&](auto*& array, bool present, int64_t n) {
+      array = memory && present ? reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory + at) : nullptr;
+      if (present) at += n * static_cast<int64_t>(sizeof *array);
     };
-    const int64_t room = sizes.room, x_room = sizes.mean_x ? room : 0, element = bytes_of(sizes.type);
-    const bool int8 = sizes.type == DType::int8;
-    take(keys, room);
-    take(votes, room);
-    take(ring, sizes.ring_room);
-    take(masses, room);
-    take(spreads, x_room);
-    take(slots, sizes.type == DType::float32 ? room : 0);
-    take(v_scales, int8 ? room : 0);
-    take(x_scales, int8 ? x_room : 0);
-    take(v, room * sizes.value_width * element);
-    take(x, x_room * sizes.width * element);
+    const int64_t room = sizes.room, element = bytes_of(sizes.type);
+    const bool mean_x = sizes.mean_x, int8 = sizes.type == DType::int8;
+    take(keys, true, room);
+    take(votes, true, room);
+    take(ring, true, sizes.ring_room);
+    take(masses, true, room);
+    take(spreads, mean_x, room);
+    take(slots, sizes.type == DType::float32, room);
+    take(v_scales, int8, room);
+    take(x_scales, int8 && mean_x, room);
+    take(v, true, room * sizes.value_width * element);
+    take(x, mean_x, room * sizes.width * element);
     bytes = (at + 63) / 64 * 64;
   }
   explicit StateTable(const UserState& state) noexcept

@@ -18,6 +18,7 @@ UNIT_BITS = 12  # with a half-life a vote is 2^-12 of a behaviour of weight 1 at
 MOST_VOTES = 2**40 - 1  # of a table
 MOST_WEIGHT = 2.0**40
 MOST_TIME = 2**53
+LEAST_MASS = 2.0**-100
 FAR = 20  # half-lives after the epoch at which it moves
 NEAR = 2**31  # a time is within [epoch - 2^31, epoch + 2^31)
 # of 2^f on [0, 1], by f^13 down to 1: float64, evaluated by Horner's rule without contraction
@@ -56,7 +57,8 @@ class UserState:
     w at most 2^40; a w that is not finite or not above 0 makes the row absent. The epoch is the multiple of h at or
     before the first row's time, and without h that time. When a row comes that is 20 half-lives or more after it, the
     epoch moves on to the last whole half-life; when votes together would pass 2^40 - 1, it moves by one. The votes of
-    each leaf are then shifted right by as many bits. Without h a row has no more votes than are left below 2^40.
+    each leaf are then shifted right by as many bits, and a leaf whose mass is below 2^-100 has none any more; nor has a
+    row that is so faint when it comes. Without h a row has no more votes than are left below 2^40.
 
     A row enters the table when it leaves the ring, so that a ring of 0 makes the table everything. Where a row has a
     leaf of its own and the table has all its leaves, the one with fewest votes is dropped first; ties: the higher one.
@@ -81,6 +83,7 @@ class UserState:
         assert self.epoch is not None
         self.epoch += halvings * self.half_life
         self.votes = {leaf: n >> halvings for leaf, n in self.votes.items()}
+        self.rows = {leaf: self._routed(rows) for leaf, rows in self.rows.items()}
         self.ring = [row._replace(time=self._near(row.time)) for row in self.ring]
 
     def _near(self, time: int) -> int:
@@ -96,12 +99,22 @@ class UserState:
             self._move((time - self.epoch) // h)
         return self._near(time)
 
-    def _votes_of(self, row: Row) -> int:
+    def _mass(self, row: Row) -> float:
         assert self.epoch is not None
         if not self.half_life:
-            return min(round(row.weight), MOST_VOTES - sum(self.votes.values()))
+            return row.weight
         whole, part = divmod(row.time - self.epoch, self.half_life)
-        return min(round(math.ldexp(row.weight * power(part / self.half_life), whole + UNIT_BITS)), MOST_VOTES)
+        return math.ldexp(row.weight * power(part / self.half_life), whole)
+
+    def _votes_of(self, row: Row) -> int:
+        if not self.half_life:
+            return min(round(row.weight), MOST_VOTES - sum(self.votes.values()))
+        return min(round(self._mass(row) * 2**UNIT_BITS), MOST_VOTES)
+
+    def _routed(self, rows: list[Row]) -> list[Row]:
+        """The rows of one leaf; none is routed any more where their mass has fallen below the least."""
+        mass = sum(self._mass(row) for row in rows if row.routed)
+        return rows if mass >= LEAST_MASS else [row._replace(routed=False) for row in rows]
 
     # ---- rows
 
@@ -121,7 +134,8 @@ class UserState:
         while self.half_life and sum(self.votes.values()) + votes > MOST_VOTES:
             self._move(1)
             votes = self._votes_of(row)
-        if votes or routed:
+        (row,) = self._routed([row])
+        if votes or row.routed:
             if leaf not in self.votes:
                 self._drop_to(self.most - 1)
             self.votes[leaf] = self.votes.get(leaf, 0) + votes
@@ -235,7 +249,7 @@ class UserState:
         for leaf in sorted(votes, key=lambda leaf: (leaf not in mine, leaf)):
             left = MOST_VOTES - sum(self.votes.values())
             self.votes[leaf] = self.votes.get(leaf, 0) + min(votes[leaf], left)
-            self.rows.setdefault(leaf, []).extend(other.rows[leaf])
+            self.rows.setdefault(leaf, []).extend(self._routed(other.rows[leaf]))
             self._drop_to(self.most)
         a, b = self.ring, [row._replace(time=self._near(row.time)) for row in other.ring]
         self.ring = []
@@ -334,3 +348,22 @@ class UserState:
             1 - inside / total if total and agents is not None else 0.0,
             len(set(mine) - set(old)) / len(mine) if mine and before is not None else 0.0,
         )  # fmt: skip
+
+    def bound(self) -> Histories:
+        """The largest |difference| of `sums` at the epoch, kept in float32 row by row, in x, v, bias and spread. A row
+        moves a mean by its share of what is left, and shares are wrong by what the masses have been rounded by so far:
+        n steps that lose a few units each, and n (1 + log n) by way of the shares. A merge is a step too."""
+        sums, unit = self.sums(), 2.0**-24
+        x, v, bias, spread = (np.zeros(a.shape) if a is not None else None for a in (sums.x, sums.v, sums.bias, sums.spread))
+        for i, leaf in enumerate(sorted(self.votes)):
+            rows = [row for row in self.rows[leaf] if row.routed]
+            n = len(rows) + 1
+            lost = 8 * n * (2 + math.log(n)) * unit
+            bias[i] = 4 * n * unit + 2 * unit * abs(sums.bias[i]) if rows else 0.0
+            v[i] = lost * np.abs([row.v for row in rows]).max(0, initial=0.0)
+            if x is not None and rows:
+                table = np.array([row.x for row in rows], float)
+                x[i] = lost * np.abs(table).max(0)
+                far = 2 * np.sqrt(np.square(table).sum(1).max())
+                spread[i] = (lost + len(x[i]) * unit * n) * far**2 + 4 * n * far * np.sqrt(np.square(x[i]).sum())
+        return Histories(x, v, bias=bias, spread=spread)
