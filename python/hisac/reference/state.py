@@ -245,12 +245,14 @@ class UserState:
         if h and sum(self.votes.values()) + sum(votes.values()) > MOST_VOTES:
             self._move(1)
             votes = move(1)
-        mine = set(self.votes)
+        mine, total = set(self.votes), sum(self.votes.values()) + sum(votes.values())
+        dropped = self.dropped_leaves + len(mine | set(votes)), self.dropped_votes + total
         for leaf in sorted(votes, key=lambda leaf: (leaf not in mine, leaf)):
             left = MOST_VOTES - sum(self.votes.values())
             self.votes[leaf] = self.votes.get(leaf, 0) + min(votes[leaf], left)
             self.rows.setdefault(leaf, []).extend(self._routed(other.rows[leaf]))
             self._drop_to(self.most)
+        self.dropped_leaves, self.dropped_votes = dropped[0] - len(self.votes), dropped[1] - sum(self.votes.values())
         a, b = self.ring, [row._replace(time=self._near(row.time)) for row in other.ring]
         self.ring = []
         while a or b:

@@ -176,7 +176,7 @@ def check(state, known, book):
     testing_agents = known.compress(budget=3, temperature=1.0).agents
     hisac.testing.assert_agents_equal(agents, testing_agents)
     a, b = state.stats(book, agents, agents), known.stats(testing_agents, testing_agents)
-    assert a[:4] == b[:4] and a[5:7] == b[5:7]
+    assert (a[:4], a[5:7]) == (b[:4], b[5:7])
     np.testing.assert_allclose(a[4::3], b[4::3], atol=1e-12)
     a, b = state.recent(), known.recent()
     np.testing.assert_array_equal(a.ids, b.ids)
