@@ -11,6 +11,7 @@ namespace hisac::bind {
 namespace {
 
 using nb::literals::operator""_a;
+using Fields = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
 
 /// Memory of whole lines, and the state in it.
 struct Owned {
@@ -43,7 +44,7 @@ struct Given {
   StateItems items;
   StateEvents events;
 
-  Given(const char* verb, nb::tuple tables, uint64_t model_tag) : call(verb, kOnlyCpu) {
+  Given(const char* verb, Fields tables, uint64_t model_tag) : call(verb, kOnlyCpu) {
     x = nb::cast<View>(tables[0]);
     v = nb::cast<View>(tables[1]);
     codes = nb::cast<View>(tables[2]);
@@ -54,7 +55,7 @@ struct Given {
     items.x_scale = array<const float, 1>(x_scale, call, "x_scale", "float32 [1] or [items]", true);
     items.model_tag = model_tag;
   }
-  void read(nb::tuple given) {
+  void read(Fields given) {
     ids = nb::cast<View>(given[0]);
     weights = nb::cast<View>(given[1]);
     times = nb::cast<View>(given[2]);
@@ -98,32 +99,32 @@ nb::bytes serialise(const Owned& self, const std::string& dtype) {
   return nb::bytes(out.data, size);
 }
 
-void append(Owned& self, const Codebook& book, nb::tuple items, nb::tuple events, uint64_t model_tag) {
+void append(Owned& self, const Codebook& book, Fields items, Fields events, uint64_t model_tag) {
   Given in("append", items, model_tag);
   in.read(events);
   serially(self.state.workspace(), [&](const Context& c) { return self.state.append(c, book, in.items, in.events); });
 }
 
-void expire(Owned& self, const Codebook& book, nb::tuple items, int64_t now, int64_t age, int64_t least,
+void expire(Owned& self, const Codebook& book, Fields items, int64_t now, int64_t age, int64_t least,
             uint64_t model_tag) {
   const Given in("expire", items, model_tag);
   serially(self.state.workspace(),
            [&](const Context& c) { return self.state.expire(c, book, in.items, now, age, least); });
 }
 
-void forget(Owned& self, const Codebook& book, nb::tuple items, Lent gone, nb::object kept, uint64_t model_tag) {
+void forget(Owned& self, const Codebook& book, Fields items, Lent gone, nb::object kept, uint64_t model_tag) {
   Given in("forget", items, model_tag);
   const Ids which = ids(gone, in.call, "ids", "int32 or int64 [n]");
   StateKept source;
   if (!kept.is_none()) {
-    in.read(nb::cast<nb::tuple>(kept));
+    in.read(nb::cast<Fields>(kept));
     source.rows = &in.events;
   }
   serially(self.state.workspace(),
            [&](const Context& c) { return self.state.forget(c, book, in.items, which, source); });
 }
 
-void merge(Owned& self, const Codebook& book, const Owned& other, nb::tuple items, uint64_t model_tag) {
+void merge(Owned& self, const Codebook& book, const Owned& other, Fields items, uint64_t model_tag) {
   const Given in("merge", items, model_tag);
   serially(self.state.workspace(), [&](const Context& c) { return self.state.merge(c, book, in.items, other.state); });
 }
@@ -147,7 +148,7 @@ nb::object copied(const T* data, std::initializer_list<int64_t> shape) {
 }
 
 /// (x, v, codes, slots of x, slots of v, x_scale, bias, spread, votes); x of bfloat16 as its bits.
-nb::tuple sums(const Owned& self, const Codebook& book, int64_t now) {
+Fields sums(const Owned& self, const Codebook& book, int64_t now) {
   Scratch scratch;
   Histories h;
   raise(self.state.sums(book, now, false, scratch.take(self.state.sums_bytes(book, false) + 64), &h));
@@ -163,7 +164,7 @@ nb::tuple sums(const Owned& self, const Codebook& book, int64_t now) {
       copied(static_cast<const int64_t*>(h.weights.data), {n}));
 }
 
-nb::tuple recent(const Owned& self, int64_t now) {
+Fields recent(const Owned& self, int64_t now) {
   const int64_t n = self.state.ring();
   std::vector<int64_t> rows(static_cast<size_t>(n) + 1), times(rows.size());
   std::vector<float> share(rows.size());
@@ -172,7 +173,7 @@ nb::tuple recent(const Owned& self, int64_t now) {
   return nb::make_tuple(copied(rows.data(), {n}), copied(times.data(), {n}), copied(share.data(), {n}), table);
 }
 
-nb::tuple stats(const Owned& self, const Codebook& book, nb::object agents, nb::object before) {
+Fields stats(const Owned& self, const Codebook& book, nb::object agents, nb::object before) {
   View codes[2], count[2];
   Agents given[2];
   const nb::object* const both[] = {&agents, &before};
@@ -217,7 +218,7 @@ void add_state(nb::module_& m) {
       .def("recent", recent, "now"_a, lock)
       .def("stats", stats, "book"_a, "agents"_a.none(), "before"_a.none(), lock)
       .def("params",
-           [](const Owned& self) {
+           [](const Owned& self) -> Fields {
              const StateParams p = self.state.params();
              return nb::make_tuple(p.width, p.leaves, p.ring, p.half_life, p.mean_x, p.model_tag, p.weighting);
            })

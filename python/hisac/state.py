@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import _core, candidates, verbs
-from .arrays import INT64, check, take, take_histories, whole
+from .arrays import FLOAT32, INT64, check, take, take_histories, whole
 from .codebook import Codebook
 from .types import Agents, Array, Compressed, Histories, Match, StateRecent, StateStats
 
@@ -53,10 +53,11 @@ class UserState:
         model_tag: int = 0, weighting: int = 0,
     ) -> None:  # fmt: skip
         given = (("width", width), ("leaves", leaves), ("ring", ring), ("half_life", half_life))
-        sizes = (whole("UserState", name, n, 0, 2**40) for name, n in given)
+        sizes = [whole("UserState", name, n, 0, 2**40) for name, n in given]
         tags = (("model_tag", model_tag), ("weighting", weighting))
-        numbers = (whole("UserState", name, n, 0, 2**64 - 1) for name, n in tags)
-        self._core = _core.UserState(check(book, Codebook, "UserState: book")._core, *sizes, bool(mean_x), *numbers)
+        numbers = [whole("UserState", name, n, 0, 2**64 - 1) for name, n in tags]
+        core: Any = _core.UserState  # starred arguments do not go with its signature
+        self._core: _core.UserState = core(_tree("UserState", book), *sizes, bool(mean_x), *numbers)
 
     @classmethod
     def _of(cls, core: _core.UserState) -> "UserState":
@@ -141,8 +142,11 @@ class UserState:
             inside = (rows >= 0) & (rows < len(codes))
             here = inside & (book.leaves(codes[np.where(inside, rows, 0)]) == leaf)
             parts.append((rows[here], weights[here], times[here]))
-        types: Any = (INT64, np.float32, INT64)
-        return tuple(np.concatenate([np.zeros(0, t), *p]).astype(t) for t, p in zip(types, _turned(parts), strict=True))
+        types = (INT64, FLOAT32, INT64)
+        ids, weights, times = (
+            np.concatenate([np.zeros(0, t), *(part[i] for part in parts)]).astype(t) for i, t in enumerate(types)
+        )
+        return ids, weights, times
 
     def merge(self, book: Codebook, other: "UserState", items: Histories, *, model_tag: int = 0) -> None:
         """Add another part of the same user's history: votes to the bit, the later epoch, rings by time. Of a full
@@ -162,7 +166,8 @@ class UserState:
     def sums(self, book: Codebook, now: int | None = None) -> Histories:
         """The table as histories of one user, what `leaf_sums` makes of its rows, for `vote`, `route` and `match`. bias
         is the log of the mass at `now`, or at the epoch."""
-        x, v, codes, slots, v_slots, x_scale, bias, spread, votes = self._core.sums(_tree("sums", book), _time(now))
+        found: Any = self._core.sums(_tree("sums", book), _time(now))
+        x, v, codes, slots, v_slots, x_scale, bias, spread, votes = found
         if slots is not None:
             x, codes = x[slots], codes[slots]
         if v_slots is not None:
@@ -184,7 +189,8 @@ class UserState:
     def recent(self, now: int | None = None) -> StateRecent:
         """The ring, the oldest row first, and the shares of its rows and of the table in the mass of both. Rows of the
         ring are no part of the tokens: candidates attend to them beside these."""
-        return StateRecent(*self._core.recent(_time(now)))
+        found: Any = self._core.recent(_time(now))
+        return StateRecent(*found)
 
     def stats(self, book: Codebook, agents: Agents | None = None, before: Agents | None = None) -> StateStats:
         """What the state has come to. agents: those of `compress`, for `outside`; before: earlier ones, for `churn`."""
@@ -192,7 +198,8 @@ class UserState:
         def fields(given: Agents | None) -> tuple[Any, ...] | None:
             return None if given is None else (*take("stats", "codes, count", given.codes, given.count), given[3])
 
-        return StateStats(*self._core.stats(_tree("stats", book), fields(agents), fields(before)))
+        found: Any = self._core.stats(_tree("stats", book), fields(agents), fields(before))
+        return StateStats(*found)
 
     # ---- what it is
 
@@ -253,7 +260,3 @@ def _tables(verb: str, items: Histories) -> tuple[Any, ...]:
 
 def _events(verb: str, *arrays: Any) -> tuple[Any, ...]:
     return take(verb, "ids? n, weights? n, times? n, positions? n", *arrays)
-
-
-def _turned(parts: list[tuple[Any, Any, Any]]) -> list[list[Any]]:
-    return [[part[i] for part in parts] for i in range(3)]

@@ -29,7 +29,12 @@ def rows_of(events: dict[str, Any], first: int, last: int) -> dict[str, Any]:
 
 
 def play(
-    states: list[UserState], step: list[int], events: dict[str, Any], items: list[Histories], of: list[int], books: list[Any]
+    states: list[UserState],
+    step: list[int],
+    events: dict[str, Any],
+    items: list[Histories],
+    of: list[int],
+    books: list[Any],
 ) -> None:
     """One operation. items: of each of two codebooks; of: which of them a state has."""
     kind, which, first, last, a, b, c, _ = step

@@ -192,8 +192,8 @@ Status UserState::merge(const Context& context, const Codebook& book, const Stat
     }
     // those of theirs that are not here; one that has been here, and made place, comes again and finds none
     int64_t others = 0;
-    const int64_t dropped_votes = head.dropped_votes + head.votes + votes_of_them(),
-                  dropped = head.dropped_leaves + head.leaves;
+    const int64_t dropped = head.dropped_leaves, dropped_votes = head.dropped_votes, before = head.leaves,
+                  votes = head.votes + votes_of_them();
     for (const bool there : {true, false})
       for (int64_t i = 0; i < from.head->leaves; ++i) {
         const int64_t at = writer.find(from.keys[i]), slot = from.slot(i);
@@ -212,8 +212,10 @@ Status UserState::merge(const Context& context, const Codebook& book, const Stat
         else if (head.leaves < head.most || !writer.behind(leaf, writer.fewest()))
           writer.add_leaf(leaf);
       }
-    head.dropped_leaves = dropped + others - head.leaves;
-    head.dropped_votes = dropped_votes - head.votes;
+    head.dropped_leaves = dropped;
+    head.dropped_votes = dropped_votes;
+    count(head.dropped_leaves, before + others - head.leaves);
+    count(head.dropped_votes, votes - head.votes);
     int64_t left = head.ring, taken = 0;
     const auto theirs_at = [&](int64_t i) {
       RingRow row = from.ring_row(i);
@@ -231,15 +233,15 @@ Status UserState::merge(const Context& context, const Codebook& book, const Stat
         --left;
       }
       if (n < more)
-        head.absent += !writer.enter(row);
+        count(head.absent, !writer.enter(row));
       else
         table.push(row);
     }
     head.position = std::max(head.position, from.head->position);
-    head.seen += from.head->seen;
-    head.absent += from.head->absent;
-    head.dropped_leaves += from.head->dropped_leaves;
-    head.dropped_votes += from.head->dropped_votes;
+    count(head.seen, from.head->seen);
+    count(head.absent, from.head->absent);
+    count(head.dropped_leaves, from.head->dropped_leaves);
+    count(head.dropped_votes, from.head->dropped_votes);
     ++head.revision;
     return Status();
   });

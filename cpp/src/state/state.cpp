@@ -11,8 +11,6 @@
 namespace hisac {
 namespace {
 
-constexpr int64_t kMostTime = int64_t{1} << 54;  // and of what is counted
-
 StateHead head_of(const Codebook& book, const StateParams& params) noexcept {
   StateHead head{};
   std::memcpy(head.magic, StateHead::kMagic, sizeof head.magic);
@@ -59,8 +57,8 @@ Status corrupt(const char* what) noexcept { return Status::error(Code::corrupt_f
 bool counts_fit(const StateHead& h) noexcept {
   return within({h.room}, 0, h.most) && within({h.leaves}, 0, h.room) && within({h.ring}, 0, h.ring_room) &&
          within({h.first}, 0, std::max<int64_t>(h.ring_room - 1, 0)) && within({h.votes}, 0, kMostTableVotes) &&
-         within({h.epoch}, -kMostTime, kMostTime) && within({h.mean_x, h.begun}, 0, 1) && h.zero == 0 &&
-         within({h.seen, h.absent, h.dropped_leaves, h.dropped_votes}, 0, kMostTime);
+         within({h.epoch}, -kMostEpoch, kMostEpoch) && within({h.mean_x, h.begun}, 0, 1) && h.zero == 0 &&
+         within({h.seen, h.absent, h.dropped_leaves, h.dropped_votes}, 0, kMostCount);
 }
 
 /// Keys ascend, votes add up, slots are different. A slot is marked by its sign while this looks.

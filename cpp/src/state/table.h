@@ -11,6 +11,11 @@
 namespace hisac {
 
 constexpr int64_t kMostTableVotes = (int64_t{1} << 40) - 1;
+constexpr int64_t kMostEpoch = int64_t{1} << 54;  // beyond any time that counts
+constexpr int64_t kMostCount = int64_t{1} << 60;  // of what is counted over a state's life
+
+/// n += more, up to the most.
+inline void count(int64_t& n, int64_t more) noexcept { n = std::min(n + more, kMostCount); }
 
 struct StateHead {
   static constexpr char kMagic[8] = {'h', 'i', 's', 'a', 'c', 's', 't', 0};

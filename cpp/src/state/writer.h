@@ -92,7 +92,7 @@ class StateWriter {
 
   void move_epoch(int64_t halvings) noexcept {
     const int64_t by = halvings * head_.half_life;
-    head_.epoch += by;
+    head_.epoch = std::min(head_.epoch + by, kMostEpoch);
     head_.votes = 0;
     for (int64_t i = 0; i < head_.leaves; ++i) {
       head_.votes += table_.votes[i] = shifted(table_.votes[i], halvings);
@@ -161,8 +161,8 @@ class StateWriter {
   }
 
   void drop(int64_t at) noexcept {
-    ++head_.dropped_leaves;
-    head_.dropped_votes += table_.votes[at];
+    count(head_.dropped_leaves, 1);
+    count(head_.dropped_votes, table_.votes[at]);
     remove(at);
   }
 
@@ -267,17 +267,17 @@ class StateWriter {
 
   /// Rows leave the ring for the table until so many are left.
   void leave(int64_t most) noexcept {
-    while (head_.ring > most) head_.absent += !enter(table_.pop());
+    while (head_.ring > most) count(head_.absent, !enter(table_.pop()));
   }
 
   void append(int64_t id, float weight, int64_t time) noexcept {
     advance(time);
-    ++head_.seen;
+    count(head_.seen, 1);
     if (head_.ring_room) {
       leave(head_.ring_room - 1);  // which may move the epoch
       table_.push({id, weight, near_epoch(limited(time) - head_.epoch)});
     } else {
-      head_.absent += !enter({id, weight, near_epoch(limited(time) - head_.epoch)});
+      count(head_.absent, !enter({id, weight, near_epoch(limited(time) - head_.epoch)}));
     }
   }
 

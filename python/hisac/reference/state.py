@@ -100,6 +100,7 @@ class UserState:
         return self._near(time)
 
     def _mass(self, row: Row) -> float:
+        """Against the epoch."""
         assert self.epoch is not None
         if not self.half_life:
             return row.weight
@@ -109,7 +110,7 @@ class UserState:
     def _votes_of(self, row: Row) -> int:
         if not self.half_life:
             return min(round(row.weight), MOST_VOTES - sum(self.votes.values()))
-        return min(round(self._mass(row) * 2**UNIT_BITS), MOST_VOTES)
+        return min(round(math.ldexp(self._mass(row), UNIT_BITS)), MOST_VOTES)
 
     def _routed(self, rows: list[Row]) -> list[Row]:
         """The rows of one leaf; none is routed any more where their mass has fallen below the least."""
@@ -192,9 +193,9 @@ class UserState:
         self, items: Histories, ids: Array, *, kept: tuple[Any, ...] | Callable[[Array], tuple[Any, ...]] | None = None,
         model_tag: int = 0,
     ) -> None:  # fmt: skip
-        """Behaviours with these ids leave the ring, and the leaves of their codes, id by id, are made again of what is kept:
-        (ids, weights, times) of rows that have left the ring, of which those of the leaf are read, or a function of the
-        leaf's code [L] that gives them. kept may be None where the table has none of these leaves."""
+        """Behaviours with these ids leave the ring. The leaves of their codes, id by id, are made again of what is
+        kept: (ids, weights, times) of rows that have left the ring, of which those of the leaf are read, or a function
+        of the leaf's code [L] that gives them. kept may be None where the table has none of these leaves."""
         self._check("forget", ("model_tag", self.model_tag, model_tag))
         ids = np.asarray(ids)
         found = self._leaves(items, ids)
@@ -265,7 +266,13 @@ class UserState:
     def migrate(self, book: Any) -> tuple["UserState", int, int]:
         """The state under another codebook of the same width: each leaf goes where its mean x is encoded, the prototype
         where there is no mean x -> the state, and how many leaves and votes have no x, as those that only vote."""
-        options: dict[str, Any] = {"width": self.width, "leaves": self.most, "ring": self.ring_size, "half_life": self.half_life, "mean_x": self.mean_x}
+        options: dict[str, Any] = {
+            "width": self.width,
+            "leaves": self.most,
+            "ring": self.ring_size,
+            "half_life": self.half_life,
+            "mean_x": self.mean_x,
+        }
         made = UserState(book, **options, model_tag=self.model_tag, weighting=self.weighting)
         for name in ("epoch", "position", "revision", "seen", "absent", "dropped_leaves", "dropped_votes"):
             setattr(made, name, getattr(self, name))
@@ -356,16 +363,20 @@ class UserState:
         moves a mean by its share of what is left, and shares are wrong by what the masses have been rounded by so far:
         n steps that lose a few units each, and n (1 + log n) by way of the shares. A merge is a step too."""
         sums, unit = self.sums(), 2.0**-24
-        x, v, bias, spread = (np.zeros(a.shape) if a is not None else None for a in (sums.x, sums.v, sums.bias, sums.spread))
-        for i, leaf in enumerate(sorted(self.votes)):
+        x, v, bias, spread = [], [], [], []
+        for leaf, log_mass in zip(sorted(self.votes), sums.bias, strict=True):
             rows = [row for row in self.rows[leaf] if row.routed]
             n = len(rows) + 1
             lost = 8 * n * (2 + math.log(n)) * unit
-            bias[i] = 4 * n * unit + 2 * unit * abs(sums.bias[i]) if rows else 0.0
-            v[i] = lost * np.abs([row.v for row in rows]).max(0, initial=0.0)
-            if x is not None and rows:
-                table = np.array([row.x for row in rows], float)
-                x[i] = lost * np.abs(table).max(0)
-                far = 2 * np.sqrt(np.square(table).sum(1).max())
-                spread[i] = (lost + len(x[i]) * unit * n) * far**2 + 4 * n * far * np.sqrt(np.square(x[i]).sum())
-        return Histories(x, v, bias=bias, spread=spread)
+            bias.append(4 * n * unit + 2 * unit * abs(log_mass) if rows else 0.0)
+            v.append(lost * np.abs([row.v for row in rows]).max(0, initial=0.0) if rows else np.zeros(self.width))
+            if self.mean_x:
+                d = self.book.centers[0].shape[1]
+                table = np.array([row.x for row in rows], float).reshape(-1, d)
+                x.append(lost * np.abs(table).max(0, initial=0.0))
+                far = 2 * np.sqrt(np.square(table).sum(1).max(initial=0.0))
+                spread.append((lost + d * unit * n) * far**2 + 4 * n * far * np.sqrt(np.square(x[-1]).sum()))
+        fields: list[Any] = [np.array(a).reshape(b.shape) for a, b in ((v, sums.v), (bias, sums.bias))]
+        if not self.mean_x:
+            return Histories(None, fields[0], bias=fields[1])
+        return Histories(np.array(x).reshape(sums.x.shape), fields[0], bias=fields[1], spread=np.array(spread))

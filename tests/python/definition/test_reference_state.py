@@ -23,7 +23,9 @@ def streams(draw, half_life=0):
     h = reference.tables.gather(p.histories)
     items = Histories(h.x, h.v, codes=h.codes.astype(np.int32))
     n = len(items.v)
-    weights = np.array(draw(st.lists(st.sampled_from([1.0, 1.0, 3.0, 0.0, np.nan]), min_size=n, max_size=n)), np.float32)
+    weights = np.array(
+        draw(st.lists(st.sampled_from([1.0, 1.0, 3.0, 0.0, np.nan]), min_size=n, max_size=n)), np.float32
+    )
     step = max(half_life // 3, 1)
     times = np.cumsum(draw(st.lists(st.integers(0, 3 * step), min_size=n, max_size=n)), dtype=np.int64)
     return book, items, weights, times, {**rule(p), "normalize": p.normalize, "temperature": 0.5}

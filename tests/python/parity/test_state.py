@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's state against its definition, under any interleaving of operations: what counts is equal to the bit, sums are
-within their bound, and a state that comes back from its bytes goes on as if it had never left."""
+"""A user's state against its definition, under any interleaving of operations: what counts is equal to the bit, sums
+are within their bound, and a state that comes back from its bytes goes on as if it had never left."""
 
 import pickle
 
