@@ -112,7 +112,7 @@ void change(const World& world, fuzz::Bytes& in, UserState& state, UserState& be
     case 4:
       return run(state.workspace(), [&](const Context& c) { return state.merge(c, book, items, beside); });
     default: {
-      if (state.size() > 1 << 20) return;
+      if (UserState::bytes(world.other, state.params()) > 1 << 20) return;
       Memory memory(UserState::bytes(world.other, state.params()));
       UserState made;
       run(state.migrate_workspace({}, world.other),

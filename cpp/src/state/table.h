@@ -129,9 +129,12 @@ inline Status check_state(const char* verb, const Context* context, const Codebo
   if (!state) return invalid("%s: expected a state, got none", verb);
   if (context && context->device != Device::cpu)
     return Status::error(Code::not_implemented, "%s: expected a context on the CPU, got one on CUDA", verb);
-  if (state.fingerprint() == book.fingerprint()) return {};
-  return invalid("%s: codebook expected %016" PRIx64 ", got %016" PRIx64, verb, state.fingerprint(),
-                 book.fingerprint());
+  if (state.fingerprint() != book.fingerprint())
+    return invalid("%s: codebook expected %016" PRIx64 ", got %016" PRIx64, verb, state.fingerprint(),
+                   book.fingerprint());
+  const int64_t width = reinterpret_cast<const StateHead*>(state.data())->width;
+  if (width == book.width()) return {};  // of hostile bytes it need not be
+  return invalid("%s: codebook expected of D = %" PRId64 ", got %" PRId64, verb, width, book.width());
 }
 
 /// One that can be written to.
