@@ -33,9 +33,7 @@ void require(const Status& status) {
 
 struct Memory {
   explicit Memory(size_t bytes) : size(bytes), data(std::aligned_alloc(64, (bytes + 127) / 64 * 64), &std::free) {}
-  Array<std::byte, 1> array() const {
-    return {static_cast<std::byte*>(data.get()), {static_cast<int64_t>(size)}};
-  }
+  Array<std::byte, 1> array() const { return {static_cast<std::byte*>(data.get()), {static_cast<int64_t>(size)}}; }
   size_t size;
   std::unique_ptr<void, decltype(&std::free)> data;
 };
@@ -62,7 +60,8 @@ struct World {
   std::vector<int64_t> ids, times;
   StateItems items;
 
-  World(int64_t d_, int64_t v_) : d(d_), v_width(v_), book(random_book(512, d_)) {
+  /// One item in `stray` is off the interests, and has a code of level 1 of its own.
+  World(int64_t d_, int64_t v_, int64_t stray) : d(d_), v_width(v_), book(random_book(512, d_)) {
     std::mt19937 random{1};
     std::normal_distribution<float> normal(0.f, 0.02f);
     std::exponential_distribution<float> tail(1.f);
@@ -71,8 +70,9 @@ struct World {
     for (int& i : interests) i = any(random);
     for (int64_t i = 0; i < kItems; ++i) {
       const size_t rank = static_cast<size_t>(tail(random) * 6) % interests.size();
-      const int32_t first = i % 10 ? interests[rank] : any(random);
-      const int32_t code[] = {first, i % 10 ? (first * 31 + static_cast<int>(tail(random) * 7)) % 512 : any(random)};
+      const int32_t first = i % stray ? interests[rank] : any(random);
+      const int32_t code[] = {first,
+                              i % stray ? (first * 31 + static_cast<int>(tail(random) * 20)) % 512 : any(random)};
       codes.insert(codes.end(), code, code + 2);
       std::vector<float> row(static_cast<size_t>(d));
       book.prototype(code, row.data());
@@ -117,14 +117,13 @@ void print_sizes(int64_t leaves, int64_t d, int64_t v, int64_t ring) {
     UserState state;
     require(UserState::create(book, params, memory.array(), &state));
     std::printf("%d leaves, D %d, V %d, ring %d, %s mean x: float32 %zu bytes, bfloat16 %zu, int8 %zu\n", int(leaves),
-                int(d), int(v), int(ring), mean_x ? "with" : "without",
-                state.serialised_bytes(DType::float32, leaves), state.serialised_bytes(DType::bfloat16, leaves),
-                state.serialised_bytes(DType::int8, leaves));
+                int(d), int(v), int(ring), mean_x ? "with" : "without", state.serialised_bytes(DType::float32, leaves),
+                state.serialised_bytes(DType::bfloat16, leaves), state.serialised_bytes(DType::int8, leaves));
   }
 }
 
-void time_states(int calls, int64_t d, int64_t v, int64_t half_life) {
-  const World world(d, v);
+void time_states(int calls, int64_t d, int64_t v, int64_t half_life, int64_t stray) {
+  const World world(d, v, stray);
   const StateParams params{1024, 0, v, half_life};
   const size_t bytes = UserState::bytes(world.book, params);
   const Memory memory(bytes), kept(bytes);
@@ -146,8 +145,8 @@ void time_states(int calls, int64_t d, int64_t v, int64_t half_life) {
     require(state.append(context, world.book, world.items, world.events(seen + at, 10)));
     made += state.leaves() - before;
   };
-  std::printf("D %d, V %d, half-life %d: %d leaves after %d events\n", int(d), int(v), int(half_life), int(before),
-              int(seen));
+  std::printf("D %d, V %d, half-life %d, 1 item in %d stray: %d leaves after %d events\n", int(d), int(v),
+              int(half_life), int(stray), int(before), int(seen));
   const double in_memory = median(calls, restore, append);
   std::printf("  append of 10 events (%.1f new leaves): %.2f us\n", double(made) / calls, in_memory);
   const double in_place = median(calls, restore, [&] {
@@ -162,8 +161,7 @@ void time_states(int calls, int64_t d, int64_t v, int64_t half_life) {
   const Memory small(UserState::bytes(world.book, tight)), small_kept(small.size);
   UserState other;
   require(UserState::create(world.book, tight, small.array(), &other));
-  for (int64_t i = 0; i < seen; ++i)
-    require(other.append(context, world.book, world.items, world.events(i, 1)));
+  for (int64_t i = 0; i < seen; ++i) require(other.append(context, world.book, world.items, world.events(i, 1)));
   require(other.serialise(DType::float32, tight.leaves, small_kept.array()));
   const double tight_time = median(
       calls,
@@ -212,7 +210,8 @@ int main(int argc, char** argv) {
     return 0;
   }
   const int calls = static_cast<int>(number(1, 400));
-  time_states(calls, 64, 64, 0);
-  time_states(calls, 128, 64, 0);
-  time_states(calls, 128, 64, 86400);
+  time_states(calls, 64, 64, 0, 10);
+  time_states(calls, 128, 64, 0, 10);
+  time_states(calls, 128, 64, 86400, 10);
+  time_states(calls, 128, 64, 0, 1000);  // few codes of level 1, where sparse routing saves
 }

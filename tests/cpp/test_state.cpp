@@ -257,3 +257,28 @@ TEST_CASE("what is delivered again changes nothing") {
   append(90, 20);
   CHECK(served.held.state.position() == 327);
 }
+
+TEST_CASE("odd heads with a right checksum") {  // a fuzzer found them
+  Served served({20, 0, 3, 0, false});
+  served.fill(40);
+  UserState& state = served.held.state;
+  int64_t* const head = reinterpret_cast<int64_t*>(state.data());
+  constexpr size_t kWidth = 7, kSeen = 22;
+  CHECK(head[kWidth] == 6);
+  CHECK(head[kSeen] == 40);
+  head[kSeen] = int64_t{1} << 60;  // the most that is counted
+  served.fill(10);
+  state.seal();
+  UserState back;
+  CHECK(UserState::parse({state.data(), {state.size()}}, &back).ok());
+  head[kSeen] = (int64_t{1} << 60) + 1;
+  state.seal();
+  CHECK(UserState::parse({state.data(), {state.size()}}, &back).code() == Code::corrupt_file);
+  head[kSeen] = 50;
+  head[kWidth] = 5;
+  state.seal();
+  REQUIRE(UserState::parse({state.data(), {state.size()}}, &back).ok());
+  Workspace workspace(size_t{1} << 12);
+  const Status status = served.append({workspace.array(), nullptr}, 0, 4);
+  CHECK(std::string(status.what()) == "append: codebook expected of D = 5, got 6");
+}

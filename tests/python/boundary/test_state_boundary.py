@@ -194,3 +194,21 @@ def test_the_ring_is_joined_raw():
     np.testing.assert_array_equal(recent.ids, IDS[-6:])
     bias = np.concatenate([tokens.log_share[0] + recent.table_share, recent.log_share])
     assert np.exp(bias).sum() == pytest.approx(1, rel=1e-5)
+
+
+def test_two_versions_of_a_model_live_side_by_side():
+    """Each state follows the log under its own tag and from its own position; a rollback goes on with the older one."""
+    values = {1: V, 2: np.flip(V, 1).copy()}
+    states = {tag: state(model_tag=tag) for tag in values}
+
+    def follow(tag, first, last):
+        at = np.arange(first, last)
+        states[tag].append(BOOK, ITEMS._replace(v=values[tag]), IDS[at], positions=at, model_tag=tag)
+
+    follow(1, 0, 20)
+    follow(2, 0, 40)
+    follow(1, 0, 50)  # rolled back: the log again, from its start
+    whole = filled(model_tag=0)
+    np.testing.assert_array_equal(states[1].sums(BOOK).v, whole.sums(BOOK).v)
+    assert [states[tag].position for tag in (1, 2)] == [49, 39]
+    said(lambda: states[1].merge(BOOK, states[2], ITEMS, model_tag=1), ValueError, "merge: model_tag expected 1, got 2")

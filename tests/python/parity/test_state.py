@@ -186,3 +186,21 @@ def check(state, known, book):
 
 
 TestState = Machine.TestCase
+
+
+def test_migration_by_means():
+    """Items near the codewords of both books, so that rounding moves no mean over to another one."""
+    rng = np.random.default_rng(4)
+    books = [hisac.Codebook([8 * rng.standard_normal((c, 5)).astype(np.float32)]) for c in (9, 6)]
+    own = rng.integers(0, 9, 60)
+    x = books[0].centers[0][own] + rng.standard_normal((60, 5)).astype(np.float32) / 50
+    items = hisac.Histories(x, rng.standard_normal((60, 2)).astype(np.float32), codes=books[0].encode(x))
+    exact = [reference.Codebook(book.centers) for book in books]
+    options = {"width": 2, "leaves": 9, "ring": 3, "half_life": 50}
+    state, known = hisac.UserState(books[0], **options), Definition(exact[0], **options)
+    for each in (lambda *a, **k: state.append(books[0], *a, **k), known.append):
+        each(items, np.arange(60), times=np.arange(60))
+    moved, *lost = state.migrate(books[0], books[1])
+    expected, *known_lost = known.migrate(exact[1])
+    assert lost == known_lost == [0, 0]
+    check(moved, expected, books[1])
