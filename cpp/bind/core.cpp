@@ -390,7 +390,7 @@ void fill(nb::module_& m) {
   nb::set_leak_warnings(false);  // torch's registry may keep codebooks to the end
   m.attr("VERSION") = HISAC_VERSION;
   nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
-      "The bytes are no hisac codebook, or a damaged one.";
+      "The bytes are no hisac codebook or state, or a damaged one.";
 
   add_codebook(m);
   add_state(m);

@@ -128,8 +128,9 @@ class UserState {
   uint64_t fingerprint() const noexcept;  // of the codebook
   uint64_t options() const noexcept;      // a hash of what shapes the sums: half-life, mean x, weighting
   int64_t epoch() const noexcept;
-  int64_t position() const noexcept;   // of the last event; -2^63 before the first
-  uint64_t revision() const noexcept;  // grows by 1 with each call that changes something
+  int64_t position() const noexcept;  // of the last event; -2^63 before the first
+  /// Grows by 1 with each append that takes an event, each expire and forget, and each merge of what has a row.
+  uint64_t revision() const noexcept;
 
   // ---- rows
 

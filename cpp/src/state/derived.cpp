@@ -91,8 +91,10 @@ class Sums {
 
 /// Scratch for sums, and then `bytes` more at least.
 size_t beside_sums(const UserState& state, const Codebook& book, bool packed, size_t bytes) noexcept {
-  const size_t own = workspace_of(Sums(state, book, packed));
-  return bytes > Arena::kLimit - own ? Arena::kLimit : own + bytes;
+  Arena arena;
+  Sums(state, book, packed).carve(arena);
+  arena.take<std::byte>(static_cast<int64_t>(std::min(bytes, Arena::kLimit)));
+  return arena.used();
 }
 
 /// Calls verb(context, sums at `now`) with what is left of the workspace.

@@ -30,7 +30,10 @@ class Migration {
 size_t UserState::migrate_workspace(const Context& context, const Codebook& to) const noexcept {
   if (to.empty()) return 0;
   Migration migration(*StateTable(*this).head, to);
-  return workspace_of(migration) + encode_workspace(context, to);
+  Arena arena;
+  migration.carve(arena);
+  arena.take<std::byte>(static_cast<int64_t>(encode_workspace(context, to)));
+  return arena.used();
 }
 
 Status UserState::migrate(const Context& context, const Codebook& from, const Codebook& to, Array<std::byte, 1> memory,
