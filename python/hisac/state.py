@@ -231,8 +231,8 @@ class UserState:
 
     @property
     def revision(self) -> int:
-        """Grows by 1 with each append that takes an event, each expire and forget, and each merge of what has a row. Write
-        a state only where the revision of the stored one is still that which was read."""
+        """Grows by 1 with each append that takes an event, each expire and forget, and each merge of what has a row.
+        Write a state only where the revision of the stored one is still that which was read."""
         return self._core.revision
 
     @property
