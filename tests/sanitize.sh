@@ -98,7 +98,8 @@ fuzz() {
   target verbs $((seconds / 2)) 1000 &
   local verbs=$!
   if [ "$jobs" = 1 ]; then wait "$verbs"; fi
-  target kernels $((seconds * 2 / 5)) 2000
+  target kernels $((seconds / 5)) 2000
+  target state $((seconds / 5)) 600
   target codebook $((seconds / 10)) 600
   if [ "$jobs" != 1 ]; then wait "$verbs"; fi
 }

@@ -14,6 +14,9 @@
 #include "runtime.h"
 
 namespace hisac::bind {
+
+void add_state(nb::module_& m);  // state.cpp
+
 namespace {
 
 constexpr const char* kTokens = "float32, bfloat16 or float16 [B, M, V]";
@@ -388,10 +391,11 @@ void fill(nb::module_& m) {
   nb::set_leak_warnings(false);  // torch's registry may keep codebooks to the end
   m.attr("VERSION") = HISAC_VERSION;
   nb::exception<CorruptFile>(m, "CorruptFileError", PyExc_ValueError).doc() =
-      "The bytes are no hisac codebook, or a damaged one.";
+      "The bytes are no hisac codebook or state, or a damaged one.";
 
   add_codebook(m);
   add_fit(m);
+  add_state(m);
   m.def("encode", encode_codes, "book"_a, "x"_a, "codes"_a);
   m.def("leaves", leaf_numbers, "book"_a, "codes"_a, "out"_a);
   m.def("prototypes", prototype_rows, "book"_a, "codes"_a, "out"_a);

@@ -22,6 +22,7 @@ from .candidates import attend, attend_backward, match, match_backward, merge, r
 from .codebook import Codebook
 from .life import Bundle, drift, health, migrate, sizes_for
 from .runtime import backends, get_num_threads, set_num_threads
+from .state import UserState
 from .types import (
     Agents,
     Attended,
@@ -40,6 +41,8 @@ from .types import (
     Recent,
     RouteAgents,
     RouteGradients,
+    StateRecent,
+    StateStats,
     Tokens,
 )
 from .verbs import (
@@ -77,7 +80,10 @@ __all__ = [
     "Recent",
     "RouteAgents",
     "RouteGradients",
+    "StateRecent",
+    "StateStats",
     "Tokens",
+    "UserState",
     "__version__",
     "agent_lists",
     "attend",

@@ -234,6 +234,49 @@ class Recent(NamedTuple):
     older_share: Array
 
 
+class StateRecent(NamedTuple):
+    """The recent rows of a user's state, the oldest first, and what they are of the whole.
+
+    Fields:
+        ids          [R] int64: of the rows, in the tables of items.
+        times        [R] int64: when they were.
+        log_share    [R] float32: the log of a row's share in the mass of the ring and the table together.
+        table_share  The log of the table's share; -inf where it is empty. Add it to the log_share of its tokens: then
+                     all biases of `attend` are logs of numbers that sum to 1.
+    """
+
+    ids: Array
+    times: Array
+    log_share: Array
+    table_share: float
+
+
+class StateStats(NamedTuple):
+    """What a user's state has come to.
+
+    Fields:
+        leaves          Different leaves in the table.
+        ring            Rows in the ring.
+        seen            Rows that were appended, ever.
+        votes           Of the table.
+        absent_share    The share of rows that had no valid code, item or weight when they left the ring.
+        dropped_leaves  Leaves that a full table, or `expire`, has dropped.
+        dropped_votes   The votes of these, as they were then.
+        outside         The share of votes at leaves that are no agent's; 0 without agents.
+        churn           The share of agents that are none of the agents before; 0 without these.
+    """
+
+    leaves: int
+    ring: int
+    seen: int
+    votes: int
+    absent_share: float
+    dropped_leaves: int
+    dropped_votes: int
+    outside: float
+    churn: float
+
+
 class Attended(NamedTuple):
     """Target attention over the tokens.
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 from vector_candidates import attend_cases, match_cases
+from vector_states import state_cases
 from vectors import Case, Codes, Floats, Integers, Stored, Uniform, Whole, bits, number, offsets_of, to_bfloat16
 
 from hisac import reference
@@ -455,3 +456,4 @@ def cases() -> Iterator[Case]:
     yield from backward_cases()
     yield from attend_cases()
     yield from match_cases()
+    yield from state_cases()

@@ -5,7 +5,8 @@
 //   x --encode--> codes --vote--> agents --route--> tokens --attend--> candidates' features
 //                 codes, v --leaf_sums--> leaf sums --match--> candidates' features
 //
-// `compress` is the way from x, or codes, to tokens in one call.
+// `compress` is the way from x, or codes, to tokens in one call. A UserState (state.h) keeps a user's leaf sums between
+// requests, as bytes, and follows every event.
 //
 // Every verb takes a Context (your workspace, your threads) and borrowed arrays, returns a Status, never throws, never
 // allocates. The calls that do allocate are Codebook::build, parse, load and save, ThreadPool::resize and executor,
@@ -31,6 +32,7 @@
 #include "match.h"
 #include "pool.h"
 #include "route.h"
+#include "state.h"
 #include "status.h"
 #include "vote.h"
 

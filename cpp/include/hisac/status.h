@@ -10,7 +10,7 @@ enum class Code : int32_t {
   invalid_argument,  // a shape, an order or a parameter out of range
   wrong_type,        // a dtype
   not_implemented,
-  corrupt_file,  // the bytes are no codebook, or a damaged one
+  corrupt_file,  // the bytes are no codebook or state, or a damaged one
   io_error,      // the operating system, or CUDA at a launch, reported an error
   out_of_memory,
   cancelled,  // a progress callback said stop

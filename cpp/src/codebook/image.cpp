@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/checksum.h"
 #include "codebook/body.h"
 #include "cpu/simd/kernels.h"
 
@@ -19,17 +20,10 @@ constexpr int64_t kPart = 64;  // columns at a time
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "images and files are little-endian");
 
-/// FNV-1a, byte by byte.
-uint64_t fnv(uint64_t hash, const void* data, size_t size) noexcept {
-  const unsigned char* const bytes = static_cast<const unsigned char*>(data);
-  for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3u;
-  return hash;
-}
-
 /// FNV-1a of D, then of each level C_l and its centers.
 uint64_t fingerprint_of(const CodebookImage& layout, const std::byte* image) noexcept {
   const int64_t width = layout.width;
-  uint64_t hash = fnv(0xcbf29ce484222325u, &width, sizeof width);
+  uint64_t hash = fnv(kFnv, &width, sizeof width);
   for (int l = 0; l < layout.levels; ++l) {
     const int64_t size = layout.level[l].size;
     hash = fnv(hash, &size, sizeof size);
@@ -38,24 +32,13 @@ uint64_t fingerprint_of(const CodebookImage& layout, const std::byte* image) noe
   return hash;
 }
 
-/// Of an image with `head` in the place of its own; its size is a multiple of 64. Four sums of words side by side, at
-/// the speed of memory.
+/// Of an image with `head` in the place of its own; its size is a multiple of 64.
 uint64_t checksum_of(ImageHead head, const std::byte* image) noexcept {
-  uint64_t sums[4] = {1, 2, 3, 4};
-  const auto add = [&](const void* data, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += sizeof sums) {
-      uint64_t words[4];
-      std::memcpy(words, static_cast<const std::byte*>(data) + at, sizeof words);
-      for (int i = 0; i < 4; ++i) {
-        const uint64_t mixed = (sums[i] ^ words[i]) * 0x9e3779b97f4a7c15u;
-        sums[i] = mixed << 29 | mixed >> 35;
-      }
-    }
-  };
+  Checksum<4> checksum;
   head.checksum = 0;
-  add(&head, sizeof head);
-  add(image + sizeof head, static_cast<size_t>(head.bytes) - sizeof head);
-  return fnv(0xcbf29ce484222325u, sums, sizeof sums);
+  checksum.add(&head, sizeof head);
+  checksum.add(image + sizeof head, static_cast<size_t>(head.bytes) - sizeof head);
+  return checksum.value();
 }
 
 /// Fills what CUDA reads of one level, in an image with its centers and zeros. `flush` is sqrt(D) 2^-14: the largest

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hisac import reference, testing
-from hisac.reference import state as reference_state
-from hisac.types import Agents
+from hisac.reference.state import MOST_VOTES, UserState, power
+from hisac.types import Histories
 
 
 def rule(p):
@@ -16,113 +16,274 @@ def rule(p):
 
 
 @st.composite
-def streams(draw):
-    """A book, rows of one user, the state's options."""
-    p = draw(
-        testing.problems(max_users=1, max_history=20).filter(
-            lambda p: p.histories.x is not None and p.histories.bias is None
-        )
+def streams(draw, half_life=0):
+    """A book, the rows of one user as tables, whole weights, times, and options of `compress`."""
+    p = draw(testing.problems(max_users=1, max_history=20).filter(lambda p: p.histories.x is not None))
+    book = p.by_reference(p.vote_args())["book"]
+    h = reference.tables.gather(p.histories)
+    items = Histories(h.x, h.v, codes=h.codes.astype(np.int32))
+    n = len(items.v)
+    weights = np.array(
+        draw(st.lists(st.sampled_from([1.0, 1.0, 3.0, 0.0, np.nan]), min_size=n, max_size=n)), np.float32
     )
-    options = {**rule(p), "normalize": p.normalize, "temperature": 0.5}
-    return p, p.by_reference(p.vote_args())["book"], options
+    step = max(half_life // 3, 1)
+    times = np.cumsum(draw(st.lists(st.integers(0, 3 * step), min_size=n, max_size=n)), dtype=np.int64)
+    return book, items, weights, times, {**rule(p), "normalize": p.normalize, "temperature": 0.5}
 
 
-def feed(state, p, rows):
-    state.append(
-        p.histories.x[rows],
-        p.histories.v[rows],
-        p.histories.codes[rows],
-        weights=None if p.histories.weights is None else p.histories.weights[rows],
-    )
+def state_of(book, items, **options):
+    return UserState(book, width=items.v.shape[1], **{"leaves": 64, **options})
+
+
+def feed(state, stream, rows):
+    _, items, weights, times, _ = stream
+    rows = np.asarray(rows, int)
+    state.append(items, rows, weights=weights[rows], times=times[rows], positions=rows)
     return state
 
 
-def check_states(a, b):
-    testing.assert_agents_equal(a.agents, b.agents)
-    for x, y in zip(a.tokens()[:2], b.tokens()[:2], strict=True):
+def check_sums(a, b):
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.weights, b.weights)
+    for name in ("x", "v", "bias", "spread"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def batch_of(stream):
+    """The rows of a stream as histories: those whose weight is above 0, with it as bias and as votes."""
+    _, items, weights, _, _ = stream
+    ok = weights > 0
+    codes = np.where(ok[:, None], items.codes, -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bias = np.where(ok, np.log(weights.astype(np.float64)), np.nan)
+    whole = np.where(ok, weights, 0).astype(np.int64)
+    return Histories(items.x, items.v, np.array([0, len(ok)]), codes, bias=bias, weights=whole)
+
+
+@given(streams(), st.integers(0, 20))
+def test_a_state_is_the_leaf_sums_of_its_rows(stream, i):
+    """To the bit in votes and agents, whatever the parts; without a ring, of all rows."""
+    book, items, _, _, options = stream
+    n = len(items.v)
+    state = state_of(book, items)
+    for rows in np.split(np.arange(n), [min(i, n)]):
+        feed(state, stream, rows)
+    batch = batch_of(stream)
+    check_sums(state.sums(), reference.leaf_sums(book, batch))
+    got, whole = state.compress(**options), reference.compress(book, batch, method="leaf", **options)
+    testing.assert_agents_equal(got.agents, whole.agents)
+    for x, y in zip(got[:3], whole[:3], strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
-@given(streams(), st.integers(0, 20), st.integers(0, 20))
-def test_state_appends_in_parts(stream, i, j):
-    p, book, options = stream
-    n, (i, j) = len(p.histories.v), sorted((i, j))
-    whole = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(n))
-    parts = reference_state.UserState(book, revote="always", **options)
-    for rows in np.split(np.arange(n), [min(i, n), min(j, n)]):
-        feed(parts, p, rows)
-    check_states(whole, parts)
-    pinned = feed(reference_state.UserState(book, **options), p, np.arange(min(i, n)))
-    before = pinned.agents
-    feed(pinned, p, np.arange(min(i, n), n))
-    assert pinned.agents is before
-    pinned.refresh()
-    check_states(whole, pinned)
+@given(streams(), st.integers(0, 6))
+def test_the_ring_keeps_the_last_rows(stream, ring):
+    book, items, weights, times, _ = stream
+    n = len(items.v)
+    state = feed(state_of(book, items, ring=ring), stream, np.arange(n))
+    check_sums(state.sums(), feed(state_of(book, items), stream, np.arange(max(n - ring, 0))).sums())
+    recent = state.recent()
+    np.testing.assert_array_equal(recent.ids, np.arange(n)[max(n - ring, 0) :])
+    np.testing.assert_array_equal(recent.times, times[recent.ids])
+    total = np.exp([*recent.log_share, recent.table_share]).sum()
+    assert total == pytest.approx(1) or (total == 0 and not (weights > 0)[recent.ids].any())
+
+
+@given(streams(), st.integers(0, 20), st.integers(0, 3))
+def test_events_come_at_least_once(stream, i, ring):
+    book, items = stream[:2]
+    n = len(items.v)
+    once = feed(state_of(book, items, ring=ring), stream, np.arange(n))
+    again = feed(feed(state_of(book, items, ring=ring), stream, np.arange(n)), stream, np.arange(min(i, n)))
+    assert (again.revision, again.seen, str(again.ring)) == (once.revision, once.seen, str(once.ring))
+    check_sums(once.sums(), again.sums())
+
+
+@given(streams(half_life=30), st.integers(0, 20))
+def test_votes_decay(stream, i):
+    book, items, weights, times, _ = stream
+    n = len(items.v)
+    state = state_of(book, items, half_life=30)
+    for rows in np.split(np.arange(n), [min(i, n)]):
+        feed(state, stream, rows)
+    batch = batch_of(stream)
+    if not state.votes:
+        return
+    decay = (times - state.epoch) / 30
+    ideal = reference.leaf_sums(book, batch._replace(bias=batch.bias + np.log(2) * decay))
+    np.testing.assert_allclose(state.sums().bias, ideal.bias, rtol=1e-9, atol=1e-9)
+    later = state.sums(now=state.epoch + 60)
+    np.testing.assert_allclose(later.bias, ideal.bias - 2 * np.log(2), rtol=1e-9, atol=1e-9)
+    votes = {}
+    for leaf, w, d in zip(book.leaves(batch.codes).tolist(), weights, decay, strict=True):
+        votes[leaf] = votes.get(leaf, 0) + (4096 * float(w) * 2.0**d if w > 0 else 0)
+    for leaf, found in state.votes.items():
+        assert abs(found - votes[leaf]) <= n
+
+
+def one_level(leaves=4):
+    book = reference.Codebook([np.arange(leaves, dtype=np.float32)[:, None]])
+    table = np.arange(leaves, dtype=np.float32)[:, None]
+    return book, Histories(table, table, codes=np.arange(leaves, dtype=np.int32)[:, None])
+
+
+def test_the_epoch_moves():
+    book, items = one_level()
+    state = state_of(book, items, half_life=10)
+    state.append(items, [0, 0], times=[17, 20])
+    assert (state.epoch, state.votes) == (10, {0: round(4096 * power(0.7)) + 8192})
+    state.append(items, [1], times=[10 + 199])
+    assert state.epoch == 10
+    state.append(items, [1], times=[10 + 200])
+    assert state.epoch == 210
+    assert state.votes == {0: 0, 1: (round(4096 * 2**19 * power(0.9)) >> 20) + 4096}
+    state.append(items, [2], weights=[2.0**27], times=[220])  # its 2^40 votes are too many in this unit
+    assert (state.epoch, state.votes[2]) == (220, 2**39)
+    assert power(0.5) == pytest.approx(2**0.5, rel=1e-12)
+
+
+def test_votes_end_below_two_to_the_forty():
+    book, items = one_level()
+    state = state_of(book, items)
+    state.append(items, [0, 1, 2], weights=[2.0**39, 1e30, 5])
+    assert state.votes == {0: 2**39, 1: MOST_VOTES - 2**39, 2: 0}
+
+
+def test_a_full_table_drops_the_fewest_votes():
+    book, items = one_level()
+    state = state_of(book, items, leaves=2)
+    state.append(items, [0, 3, 3, 1])
+    assert state.votes == {3: 2, 1: 1}
+    state.append(items, [2])
+    assert state.votes == {3: 2, 2: 1}
+    state.append(items, [2, 0])  # of equal votes the higher code
+    assert state.votes == {2: 2, 0: 1}
+    assert (state.dropped_leaves, state.dropped_votes) == (3, 4)
+    other = state_of(book, items, leaves=3)
+    other.append(items, [1, 3, 3, 3, 0])
+    state.merge(other, items)
+    assert state.votes == {0: 2, 3: 3}
+
+
+@given(streams(), st.integers(0, 20), st.integers(0, 20), st.integers(0, 4))
+def test_parts_merge(stream, i, j, ring):
+    book, items = stream[:2]
+    n = len(items.v)
+    cuts = [0, *sorted((min(i, n), min(j, n))), n]
+    whole = feed(state_of(book, items, ring=ring), stream, np.arange(n))
+
+    def part(k):
+        return feed(state_of(book, items, ring=ring), stream, np.arange(cuts[k], cuts[k + 1]))
+
+    left, inner = part(0), part(1)
+    left.merge(part(1), items)
+    left.merge(part(2), items)
+    inner.merge(part(2), items)
+    right = part(0)
+    right.merge(inner, items)
+    left.merge(state_of(book, items, ring=ring), items)
+    for merged in (left, right):
+        check_sums(merged.sums(), whole.sums())
+        assert (str(merged.ring), merged.seen, merged.absent) == (str(whole.ring), whole.seen, whole.absent)
+    empty = state_of(book, items, ring=ring)
+    empty.merge(whole, items)
+    check_sums(empty.sums(), whole.sums())
+
+
+def test_parts_merge_at_the_later_epoch():
+    book, items = one_level()
+    early, late = (state_of(book, items, half_life=10) for _ in range(2))
+    early.append(items, [0, 1], times=[0, 0])
+    late.append(items, [1], times=[30])
+    both = state_of(book, items, half_life=10)
+    both.merge(early, items)
+    both.merge(late, items)
+    late.merge(early, items)
+    assert both.votes == late.votes == {0: 512, 1: 512 + 4096}
+    assert both.epoch == late.epoch == 30
+
+
+@given(streams(), st.sets(st.integers(0, 19)), st.integers(0, 4), st.booleans())
+def test_what_is_forgotten_never_was(stream, gone, ring, by_function):
+    book, items, weights, times, _ = stream
+    n = len(items.v)
+    gone = sorted(row for row in gone if row < n)
+    state = feed(state_of(book, items, ring=ring), stream, np.arange(n))
+    kept = np.setdiff1d(np.arange(max(n - ring, 0)), gone)
+    rows = kept, weights[kept], times[kept]
+    state.forget(items, np.array(gone, int), kept=(lambda code: rows) if by_function else rows)
+    without = state_of(book, items)
+    feed(without, stream, kept)
+    check_sums(state.sums(), without.sums())
+    assert [row.id for row in state.ring] == [row for row in range(max(n - ring, 0), n) if row not in gone]
+
+
+def test_forgetting_needs_what_is_kept():
+    book, items = one_level()
+    state = state_of(book, items, ring=1)
+    state.append(items, [0, 1])
+    state.forget(items, np.array([1]))
+    assert not state.ring
+    with pytest.raises(ValueError, match="forget: kept expected"):
+        state.forget(items, np.array([0]))
+    assert state.votes == {0: 1}
+
+
+def test_a_state_expires():
+    book, items = one_level()
+    state = state_of(book, items, ring=3, half_life=10)
+    state.append(items, [0, 1, 2], times=[0, 25, 30])
+    state.expire(items, 31, age=5)
+    assert [row.id for row in state.ring] == [2]
+    assert state.votes == {0: 4096, 1: round(4 * 4096 * power(0.5))}
+    state.expire(items, 50, least=4096 >> 4)
+    assert sorted(state.votes) == [1]
+
+
+def test_states_that_do_not_mix():
+    book, items = one_level()
+    other, _ = one_level(5)
+    state = state_of(book, items)
+    with pytest.raises(ValueError, match=f"fingerprint expected {book.fingerprint}, got {other.fingerprint}"):
+        state.merge(state_of(other, items), items)
+    with pytest.raises(ValueError, match="model_tag expected 0, got 7"):
+        state.merge(state_of(book, items, model_tag=7), items)
+    with pytest.raises(ValueError, match="append: model_tag expected 0, got 7"):
+        state.append(items, [0], model_tag=7)
+    with pytest.raises(ValueError, match="options expected"):
+        state.merge(state_of(book, items, half_life=7), items)
 
 
 @given(streams())
-def test_a_state_votes_as_its_rows(stream):
-    """Without weights, too: each row that voted had the votes of an equal float weight."""
-    p, book, options = stream
-    rows = len(p.histories.v)
-    state = feed(reference_state.UserState(book, **options), p, np.arange(rows))
-    whole = p.histories._replace(offsets=np.array([0, rows]))
-    testing.assert_agents_equal(state.agents, reference.vote(book, whole, **rule(p)))
+def test_migration_to_the_same_book_changes_nothing(stream):
+    book, items = stream[:2]
+    state = feed(state_of(book, items, mean_x=False), stream, np.arange(len(items.v)))
+    exact = reference.Codebook(book.centers)
+    made, leaves, votes = state.migrate(exact)
+    assert made.position == state.position
+    kept = sum(made.votes.values())
+    assert kept + votes == sum(state.votes.values())
+    assert leaves == np.isneginf(state.sums().bias).sum()
 
 
-@given(streams(), st.sets(st.integers(0, 19)))
-def test_state_forgets(stream, gone):
-    p, book, options = stream
-    gone = sorted(row for row in gone if row < len(p.histories.v))
-    state = feed(reference_state.UserState(book, revote="always", **options), p, np.arange(len(p.histories.v)))
-    state.forget(gone)
-    check_states(
-        state,
-        feed(
-            reference_state.UserState(book, revote="always", **options),
-            p,
-            np.delete(np.arange(len(p.histories.v)), gone),
-        ),
-    )
+def test_migration_maps_by_the_mean_x():
+    book, items = one_level()
+    state = state_of(book, items)
+    state.append(items, [0, 1, 2, 3, 3])
+    coarse = reference.Codebook([np.array([[0.4], [2.6]], np.float32)])
+    made, leaves, votes = state.migrate(coarse)
+    assert (made.votes, leaves, votes) == ({0: 2, 1: 3}, 0, 0)
+    np.testing.assert_allclose(made.sums().v[:, 0], [0.5, 8 / 3])
 
 
-@given(streams(), st.integers(0, 20), st.integers(0, 20))
-def test_state_merges(stream, i, j):
-    p, book, options = stream
-    n = len(p.histories.v)
-    cuts = [0, *sorted((min(i, n), min(j, n))), n]
-    whole = feed(reference_state.UserState(book, **options), p, np.arange(n))
-
-    def part(k):
-        state = feed(reference_state.UserState(book, **options), p, np.arange(cuts[k], cuts[k + 1]))
-        state.agents = whole.agents
-        return state
-
-    left, right, inner = part(0), part(0), part(1)
-    left.merge(part(1))
-    left.merge(part(2))
-    inner.merge(part(2))
-    right.merge(inner)
-    empty = reference_state.UserState(book, **options)
-    left.merge(empty)
-    if n:
-        empty.merge(left)
-        check_states(whole, empty)
-    check_states(whole, left)
-    check_states(whole, right)
-
-
-def test_state_refuses_other_versions():
-    book, other = reference.Codebook([[[0.0]]]), reference.Codebook([[[1.0]]])
-    state = reference_state.UserState(book, budget=1)
-    with pytest.raises(ValueError, match=f"codebook differs: expected {book.fingerprint}, got {other.fingerprint}"):
-        state.merge(reference_state.UserState(other, budget=1))
-    with pytest.raises(ValueError, match="model_tag differs: expected 0, got 7"):
-        state.merge(reference_state.UserState(book, budget=1, model_tag=7))
-    rows = np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1), np.int32)
-    theirs = reference_state.UserState(book, budget=1)
-    state.append(*rows)
-    theirs.append(*rows)
-    theirs.agents = Agents(theirs.agents.codes - 1, *theirs.agents[1:])
-    with pytest.raises(ValueError, match="agents differ"):
-        state.merge(theirs)
+def test_stats():
+    book, items = one_level()
+    state = state_of(book, items, ring=1)
+    state.append(items, [0, 0, 1, 9, 2])
+    agents = state.compress(budget=1, temperature=1.0).agents
+    stats = state.stats(agents, agents)
+    assert stats[:4] == (2, 1, 5, 3)
+    assert stats.absent_share == 0.25
+    assert (stats.outside, stats.churn) == (pytest.approx(1 / 3), 0)
+    state.append(items, [1, 1, 1])
+    assert state.stats(state.compress(budget=1, temperature=1.0).agents, agents).churn == 1

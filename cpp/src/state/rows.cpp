@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// What changes the rows of a state: append, expire, forget, merge.
+#include "base/arena.h"
+#include "state/writer.h"
+#include "verbs/histories.h"
+
+namespace hisac {
+namespace {
+
+Status check_items(const char* verb, const Context& context, const Codebook& book, const StateItems& items,
+                   const Ids& ids, const UserState& state) noexcept {
+  HISAC_TRY(check_state(verb, &context, book, state));
+  HISAC_TRY(check_writable(verb, state));
+  const StateHead& head = *StateTable(state).head;
+  if (items.model_tag != head.model_tag)
+    return invalid("%s: model_tag expected %" PRIu64 ", got %" PRIu64, verb, head.model_tag, items.model_tag);
+  if (head.mean_x && !items.x.data) return invalid("%s: x expected, since the state has mean x, got none", verb);
+  static constexpr int64_t kNone = 0;
+  Histories in = histories_of(items, head);
+  in.x_ids = in.v_ids = ids ? ids : Ids{&kNone, DType::int64, 0};
+  const int64_t bounds[] = {0, in.x_ids.size};
+  in.offsets = offsets(bounds, 1);
+  HISAC_TRY(check_histories(verb, &book, in, book.width(), Device::cpu));
+  if (in.x.data && in.x.width != head.width)
+    return invalid("%s: x is %s, the codebook has D = %" PRId64 ": D differs", verb,
+                   ShapeText({in.x.rows, in.x.width}).text, head.width);
+  if (in.v.data && in.v.width == head.value_width) return {};
+  return invalid("%s: v expected [items, %" PRId64 "], got %s", verb, head.value_width,
+                 ShapeText({in.v.rows, in.v.width}).text);
+}
+
+Status check_events(const char* verb, const StateItems& items, const StateEvents& events) noexcept {
+  const int64_t n = events.size(items);
+  if (events.weights) HISAC_TRY(check_shape(verb, "weights", {n}, events.weights));
+  if (events.times) HISAC_TRY(check_shape(verb, "times", {n}, events.times));
+  return events.positions ? check_shape(verb, "positions", {n}, events.positions) : Status();
+}
+
+/// Whether the memory has room for so many leaves more.
+Status check_room(const char* verb, const StateTable& t, int64_t more) noexcept {
+  if (t.head->room == t.head->most || more <= t.head->room - t.head->leaves) return {};
+  return Status::error(Code::out_of_memory,
+                       "%s: room for %" PRId64 " leaves expected, got %" PRId64 "; serialise with more room", verb,
+                       std::min(t.head->most, t.head->leaves + more), t.head->room);
+}
+
+/// Runs change(writer) in the workspace of the context.
+template <class Change>
+Status write(const char* verb, const Context& context, const Codebook& book, const StateItems& items,
+             const UserState& state, Change change) noexcept {
+  Arena arena(context.workspace);
+  StateWriter writer(book, items, state);
+  writer.carve(arena);
+  HISAC_TRY(arena.check(verb));
+  return change(writer);
+}
+
+float weight_of(const StateEvents& events, int64_t i) noexcept { return events.weights ? events.weights.data[i] : 1.f; }
+int64_t time_of(const StateEvents& events, int64_t i) noexcept { return events.times ? events.times.data[i] : 0; }
+int64_t id_of(const StateEvents& events, int64_t i) noexcept { return events.ids ? events.ids[i] : i; }
+
+}  // namespace
+
+size_t UserState::workspace() const noexcept {
+  const StateHead& head = *StateTable(*this).head;
+  Arena arena;
+  arena.take<float>(head.width);
+  arena.take<float>(head.value_width);
+  return arena.used();
+}
+
+Status UserState::append(const Context& context, const Codebook& book, const StateItems& items,
+                         const StateEvents& events) noexcept {
+  HISAC_TRY(check_items("append", context, book, items, events.ids, *this));
+  HISAC_TRY(check_events("append", items, events));
+  const int64_t n = events.size(items);
+  const StateTable table(*this);
+  if (!events.ids && table.head->ring_room) return invalid("append: ids expected for a state with a ring, got none");
+  HISAC_TRY(check_room("append", table, n));
+  return write("append", context, book, items, *this, [&](StateWriter& writer) {
+    StateHead& head = writer.head();
+    const int64_t before = head.seen;
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + kAhead < n && !head.ring_room) writer.prefetch(id_of(events, i + kAhead));
+      if (events.positions) {
+        if (events.positions.data[i] <= head.position) continue;
+        head.position = events.positions.data[i];
+      }
+      writer.append(id_of(events, i), weight_of(events, i), time_of(events, i));
+    }
+    head.revision += head.seen > before;
+    return Status();
+  });
+}
+
+Status UserState::expire(const Context& context, const Codebook& book, const StateItems& items, int64_t now,
+                         int64_t age, int64_t least) noexcept {
+  HISAC_TRY(check_items("expire", context, book, items, {}, *this));
+  HISAC_TRY(check_room("expire", StateTable(*this), age < 0 ? 0 : ring()));
+  return write("expire", context, book, items, *this, [&](StateWriter& writer) {
+    StateHead& head = writer.head();
+    if (!head.begun) return Status();
+    const int64_t at = head.epoch + near_epoch(limited(now) - head.epoch);
+    while (age >= 0 && head.ring && head.epoch + writer.table().ring_row(0).time < at - std::min(age, kMostTime))
+      writer.leave(head.ring - 1);
+    const int64_t halvings = head.half_life ? std::max<int64_t>(floor_div(at - head.epoch, head.half_life), 0) : 0;
+    for (int64_t i = head.leaves; i-- > 0;)
+      if (shifted(writer.table().votes[i], halvings) < least) writer.drop(i);
+    ++head.revision;
+    return Status();
+  });
+}
+
+Status UserState::forget(const Context& context, const Codebook& book, const StateItems& items, const Ids& ids,
+                         const StateKept& kept) noexcept {
+  HISAC_TRY(check_items("forget", context, book, items, ids, *this));
+  if (kept.rows) HISAC_TRY(check_items("forget", context, book, items, kept.rows->ids, *this));
+  if (kept.rows) HISAC_TRY(check_events("forget", items, *kept.rows));
+  return write("forget", context, book, items, *this, [&](StateWriter& writer) {
+    StateHead& head = writer.head();
+    const auto find = [&](int64_t i, uint64_t* key, int64_t* at) {
+      if (!writer.leaf_of(ids[i], key)) return false;
+      *at = writer.find(*key);
+      return writer.has(*at, *key);
+    };
+    uint64_t key;
+    int64_t at;
+    for (int64_t i = 0; i < ids.size && !kept.rows && !kept.of_leaf; ++i)
+      if (find(i, &key, &at))
+        return invalid("forget: kept expected, rows or a function, since the table has their leaves, got none");
+    for (int64_t left = head.ring; left > 0; --left) {
+      const RingRow row = writer.table().pop();
+      bool gone = false;
+      for (int64_t i = 0; i < ids.size; ++i) gone = gone || ids[i] == row.id;
+      if (!gone) writer.table().push(row);
+    }
+    for (int64_t i = 0; i < ids.size; ++i) {
+      if (!find(i, &key, &at)) continue;
+      StateEvents rows;
+      if (kept.rows) {
+        rows = *kept.rows;
+      } else {
+        HISAC_TRY(kept.of_leaf(kept.ctx, writer.loader().codes_of(ids[i]), &rows));
+        HISAC_TRY(check_items("forget", context, book, items, rows.ids, *this));
+        HISAC_TRY(check_events("forget", items, rows));
+      }
+      writer.remove(at);
+      for (int64_t r = 0; r < rows.size(items); ++r) {
+        uint64_t own;
+        if (!writer.leaf_of(id_of(rows, r), &own) || own != key) continue;
+        const int32_t time = writer.advance(time_of(rows, r));
+        writer.enter({id_of(rows, r), weight_of(rows, r), time});
+      }
+    }
+    ++head.revision;
+    return Status();
+  });
+}
+
+Status UserState::merge(const Context& context, const Codebook& book, const StateItems& items,
+                        const UserState& other) noexcept {
+  HISAC_TRY(check_state("merge", nullptr, book, other));
+  HISAC_TRY(check_items("merge", context, book, items, {}, *this));
+  HISAC_TRY(check_writable("merge", other));
+  if (other.data() == data()) return invalid("merge: another state expected, got the same");
+  const StateTable from(other);
+  const StateParams mine = params(), theirs = other.params();
+  if (mine.model_tag != theirs.model_tag)
+    return invalid("merge: model_tag expected %" PRIu64 ", got %" PRIu64, mine.model_tag, theirs.model_tag);
+  if (options() != other.options())
+    return invalid("merge: options expected %016" PRIx64 ", got %016" PRIx64, options(), other.options());
+  if (mine.width != theirs.width)
+    return invalid("merge: width expected %" PRId64 ", got %" PRId64, mine.width, theirs.width);
+  if (!from.head->begun) return {};
+  HISAC_TRY(check_room("merge", StateTable(*this), from.head->leaves + ring() + other.ring()));
+  return write("merge", context, book, items, *this, [&](StateWriter& writer) {
+    StateHead& head = writer.head();
+    const StateTable& table = writer.table();
+    if (!head.begun) head.epoch = from.head->epoch;
+    head.begun = 1;
+    const int64_t epoch = from.head->epoch, h = head.half_life;
+    if (h && epoch > head.epoch) writer.move_epoch((epoch - head.epoch) / h);
+    int64_t halvings = h ? (head.epoch - epoch) / h : 0;
+    const auto votes_of_them = [&] {
+      int64_t votes = 0;
+      for (int64_t i = 0; i < from.head->leaves; ++i) votes += shifted(from.votes[i], halvings);
+      return votes;
+    };
+    if (h && head.votes + votes_of_them() > kMostTableVotes) {
+      writer.move_epoch(1);
+      ++halvings;
+    }
+    // those of theirs that are not here; one that has been here, and made place, comes again and finds none
+    int64_t others = 0;
+    const int64_t dropped = head.dropped_leaves, dropped_votes = head.dropped_votes, before = head.leaves,
+                  votes = head.votes + votes_of_them();
+    for (const bool there : {true, false})
+      for (int64_t i = 0; i < from.head->leaves; ++i) {
+        const int64_t at = writer.find(from.keys[i]), slot = from.slot(i);
+        const bool found = writer.has(at, from.keys[i]);
+        others += there && !found;
+        if (there != found) continue;
+        const StateLeaf leaf{from.keys[i],
+                             std::min(shifted(from.votes[i], halvings), kMostTableVotes - head.votes),
+                             halved(from.masses[i], halvings),
+                             from.spreads ? from.spreads[i] : 0.f,
+                             writer.x(),
+                             from.v_row(slot)};
+        if (from.x) std::copy_n(from.x_row(slot), head.width, leaf.x);
+        if (found)
+          writer.add(at, leaf);
+        else if (head.leaves < head.most || !writer.behind(leaf, writer.fewest()))
+          writer.add_leaf(leaf);
+      }
+    head.dropped_leaves = dropped;
+    head.dropped_votes = dropped_votes;
+    count(head.dropped_leaves, before + others - head.leaves);
+    count(head.dropped_votes, votes - head.votes);
+    int64_t left = head.ring, taken = 0;
+    const auto theirs_at = [&](int64_t i) {
+      RingRow row = from.ring_row(i);
+      row.time = near_epoch(row.time + epoch - head.epoch);
+      return row;
+    };
+    const int64_t more = head.ring + from.head->ring - head.ring_room;  // too many, which are the first to leave
+    for (int64_t n = 0; left > 0 || taken < from.head->ring; ++n) {
+      RingRow row;
+      const bool from_them = taken < from.head->ring && (left == 0 || theirs_at(taken).time < table.ring_row(0).time);
+      if (from_them) {
+        row = theirs_at(taken++);
+      } else {
+        row = table.pop();
+        --left;
+      }
+      if (n < more)
+        count(head.absent, !writer.enter(row));
+      else
+        table.push(row);
+    }
+    head.position = std::max(head.position, from.head->position);
+    count(head.seen, from.head->seen);
+    count(head.absent, from.head->absent);
+    count(head.dropped_leaves, from.head->dropped_leaves);
+    count(head.dropped_votes, from.head->dropped_votes);
+    ++head.revision;
+    return Status();
+  });
+}
+
+}  // namespace hisac
