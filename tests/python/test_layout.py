@@ -60,7 +60,7 @@ WINGS = {
 MOST_CODE = {
     "headers and CPU": 9_077,
     "CUDA": 5_664,
-    "binding and Python verbs": 3_118,
+    "binding and Python verbs": 3_122,
     "torch": 885,
     "reference and testing": 2_006,
     "command line and demo": 1_162,
