@@ -52,7 +52,16 @@ def test_a_score_depends_on_its_own_household_alone(events):
             torch.testing.assert_close(alone, every[rows])
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.deep
+@pytest.mark.usefixtures("one_thread")  # two that wait for each other beside other work took five minutes
 @pytest.mark.parametrize("sparse", [None, 16])
 def test_the_recipe_beats_the_repeat_count(events, test, sparse):
     """Half a minute of training. The repeat count ranks no new item: 0.5."""
