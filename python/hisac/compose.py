@@ -175,8 +175,8 @@ def _present(np: Any, h: Histories, behaviours: Any) -> Any:
             raise ValueError(f"recent: {name} expected [T] = [{behaviours}], got {list(a.shape)}")
     if parts:
         return functools.reduce(operator.and_, parts)
-    rows = next(a for a in (h.v, h.x, h.codes) if a is not None)[:, 0]
-    return (rows == rows) | True
+    rows = next(a for a in (h.v, h.x, h.codes, h.spread, h.weights) if a is not None)
+    return np.ones_like(rows if rows.ndim == 1 else rows[:, 0], dtype=bool)
 
 
 def recent(verbs: Verbs, histories: Histories, spans: tuple[Any, Any], behaviours: Any, n: Any) -> Recent:
@@ -239,14 +239,14 @@ def repeat_count(np: Any, spans: tuple[Any, Any], own: Any, ids: Any, offsets: A
     pairs, at = np.unique(
         pair_of(np.searchsorted(offsets[1:], candidate, side="right"), ids, asked), return_inverse=True
     )
-    rows, user = _rows_of(np, *spans)
+    rows, user = rows_of(np, *spans)
     mine = pair_of(user, own[rows], user >= 0)
     found = np.searchsorted(pairs, mine).clip(0, len(pairs) - 1)
     counts = np.bincount(found[(pairs[found] == mine) & (mine >= 0)], minlength=len(pairs))
     return counts[at]
 
 
-def _rows_of(np: Any, first: Any, last: Any) -> tuple[Any, Any]:
+def rows_of(np: Any, first: Any, last: Any) -> tuple[Any, Any]:
     """The rows first_b .. last_b of each user one after another [R], and the user of each [R]."""
     repeat = np.repeat_interleave if hasattr(np, "repeat_interleave") else np.repeat
     count = last - first

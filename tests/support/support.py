@@ -52,13 +52,22 @@ def with_threads(call):
     return results[0]
 
 
-def check_backward(p):
-    """The gradients of `route` meet the definition, whatever the threads."""
+def checked_gradients(p, verb, args, backward_args):
+    """The gradients of a verb meet the definition, whatever the threads -> (convert, arguments, gradients) of each kind
+    of arrays. backward_args(result of the verb) are the arguments of its backward."""
+    backward, found = getattr(hisac, f"{verb}_backward"), []
     for convert, _ in kinds(p):
-        args = p.backward_args(hisac.route(**convert(p.route_args())))
-        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
-        exact = p.by_reference(args)
-        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+        given = backward_args(getattr(hisac, verb)(**convert(args)))
+        mine = with_threads(lambda: backward(**convert(given)))  # noqa: B023
+        exact = p.by_reference(given)
+        testing.assert_gradients_close(mine, getattr(reference, f"{verb}_backward")(**exact), exact)
+        found.append((convert, given, mine))
+    return found
+
+
+def check_backward(p):
+    """The gradients of `route`."""
+    checked_gradients(p, "route", p.route_args(), p.backward_args)
 
 
 def check_one_by_one(p):

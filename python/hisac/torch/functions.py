@@ -440,7 +440,7 @@ def match(
 
 def _time_order(verb: str, histories: Histories) -> Histories:
     """Flat histories, whose offsets are checked where their values are at hand."""
-    h = flat(verb, histories, ("codes", "weights", "spread"))
+    h = flat(verb, histories)
     if not torch.compiler.is_compiling() and h.offsets[0].is_cpu:
         compose.checked_spans(torch, verb, "offsets", h.offsets, behaviours_of(h))
     return h
@@ -458,9 +458,8 @@ def recent(histories: Histories, n: int) -> Recent:
     starts, ends = (a.long() for a in h.offsets)
     t = behaviours_of(h)
     found = compose.recent(VERBS, h, (starts, ends), t, cast(Any, torch.sym_min)(n, t))
-    kept = flat("recent", histories)._replace(offsets=found.older.offsets)
-    tables = {name: getattr(histories, name) for name, _ in _embeddings("recent", histories)}
-    return found._replace(older=kept._replace(**tables))
+    tables: dict[str, Any] = {name: getattr(histories, name) for name, _ in _embeddings("recent", histories)}
+    return found._replace(older=found.older._replace(**tables))
 
 
 def repeat_count(histories: Histories, ids: Tensor, candidate_offsets: Any) -> Tensor:

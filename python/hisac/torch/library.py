@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import Codebook
+from .. import Codebook, compose
 from ..arrays import core as core
 from ..arrays import cuda_missing
 
@@ -89,10 +89,8 @@ def no_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 def rows_used(ids: Tensor, starts: Tensor, ends: Tensor, size: int) -> Tensor:
     """The rows of a table that the behaviours of all histories have, ascending, each once: [U] int64."""
-    lengths = ends.long() - starts.long()
-    behind = lengths.cumsum(0)  # a history's last behaviour, among those of all
-    used = torch.repeat_interleave(ends.long() - behind, lengths)
-    found = ids[used + torch.arange(len(used), device=ids.device)]
+    rows, _ = compose.rows_of(torch, starts.long(), ends.long())
+    found = ids[rows]
     return cast(Tensor, cast(Any, found[(found >= 0) & (found < size)].long()).unique())
 
 

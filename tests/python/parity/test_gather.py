@@ -12,7 +12,7 @@ from hisac.reference import bounds
 from hisac.reference.tables import of_table
 from hisac.testing.problems import sprinkle
 from hisac.types import RouteGradients, Tokens
-from support import by_field, grouped, kinds, with_threads
+from support import by_field, checked_gradients, grouped, kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 route, leaf_sums, missing = map(by_field, (hisac.route, hisac.leaf_sums, hisac.missing))
@@ -60,28 +60,24 @@ def test_route(p):
 @settings(max_examples=MANY)
 @given(PROBLEMS)
 def test_route_backward(p):
-    for convert, _ in kinds(p):
-        args = p.backward_args(hisac.route(**convert(p.route_args())))
-        mine = with_threads(lambda: hisac.route_backward(**convert(args)))  # noqa: B023
-        exact = p.by_reference(args)
-        testing.assert_gradients_close(mine, reference.route_backward(**exact), exact)
+    found = checked_gradients(p, "route", p.route_args(), p.backward_args)
+    for _, _, mine in found:
         for name, like in (("x", p.histories.x), ("v", p.histories.v), ("bias", None), ("spread", None)):
             g = getattr(mine, name)
             assert g is None or tuple(g.shape) == ((behaviours(p),) if like is None else like.shape), name
     if p.dtype == "float32":
+        _, args, mine = found[-1]
         assert bits(mine) == bits(in_tables(hisac.route_backward(**copied(args)), p.histories))
 
 
 @settings(max_examples=MANY)
 @given(PROBLEMS)
 def test_leaf_sums_backward(p):
-    for convert, _ in kinds(p):
-        args = p.leaf_backward_args(hisac.leaf_sums(**convert(p.leaf_args())))
-        mine = with_threads(lambda: hisac.leaf_sums_backward(**convert(args)))  # noqa: B023
-        exact = p.by_reference(args)
-        testing.assert_gradients_close(mine, reference.leaf_sums_backward(**exact), exact)
+    found = checked_gradients(p, "leaf_sums", p.leaf_args(), p.leaf_backward_args)
+    for _, _, mine in found:
         assert tuple(mine.v.shape) == p.histories.v.shape and tuple(mine.bias.shape) == (behaviours(p),)
     if p.dtype == "float32":
+        _, args, mine = found[-1]
         assert bits(mine) == bits(in_tables(hisac.leaf_sums_backward(**copied(args)), p.histories))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import hisac
 from hisac import Histories, reference, testing
 from hisac.reference import bounds
-from support import flat, kinds, with_threads
+from support import checked_gradients, flat, kinds, with_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference, on hostile values
 
@@ -45,11 +45,7 @@ def test_leaf_sums_backward_hostile(p):
 
 
 def check_backward(p):
-    for convert, _ in kinds(p):
-        args = p.leaf_backward_args(hisac.leaf_sums(**convert(p.leaf_args())))
-        mine = with_threads(lambda: hisac.leaf_sums_backward(**convert(args)))  # noqa: B023
-        exact = p.by_reference(args)
-        testing.assert_gradients_close(mine, reference.leaf_sums_backward(**exact), exact)
+    for convert, args, mine in checked_gradients(p, "leaf_sums", p.leaf_args(), p.leaf_backward_args):
         for name in ("v", "bias"):
             alone = hisac.leaf_sums_backward(**convert(args | {"need": name}))
             assert flat(getattr(alone, name)) == flat(getattr(mine, name)) and sum(g is None for g in alone) == 1

@@ -108,8 +108,9 @@ def test_recent_errors():
         hisac.recent(Histories(x_ids=np.zeros(4, int), v_ids=np.zeros(3, int), offsets=h.offsets), 1)
     with pytest.raises(TypeError, match=r"^histories expected with x, v, codes or ids, got none of these"):
         hisac.recent(Histories(offsets=h.offsets), 1)
-    only = hisac.recent(Histories(offsets=h.offsets, bias=np.zeros(4, np.float32)), 1)
-    assert only.rows.tolist() == [[2], [3]]
+    for name in ("bias", "spread", "weights"):  # each tells T
+        only = hisac.recent(Histories(offsets=h.offsets, **{name: np.zeros(4, np.float32)}), 1)
+        assert only.rows.tolist() == [[2], [3]]
 
 
 # ------------------------------------------------------------------------------------------------------ repeat_count
