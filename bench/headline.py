@@ -40,6 +40,12 @@ LINES = (
         ROWS + rf", M {AGENTS}, D (?P<width>\d+), V \d+(, (?P<mode>\w+) mode)?$",
         "`route`, {mode} mode: {rows} behaviours of width {width} to {agents} tokens",
     ),
+    Line(
+        ("sparse/10k",),
+        "sparse 32",
+        ROWS + rf" of \d+ codes, M {AGENTS}, .*$",
+        "the same with `sparse=32`: {rows} behaviours, {agents} agents",
+    ),
     Line(("vote/10k",), "budget", ROWS + rf", .* budget {AGENTS}$", "`vote`: {rows} behaviours, {agents} agents"),
     Line(
         ("encode/2x512",),

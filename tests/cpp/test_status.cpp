@@ -117,6 +117,8 @@ TEST_CASE("fit in steps: chunks of any size are one call, and every mistake is n
   const auto add = [&](int64_t first, int64_t rows, int64_t width = 3) {
     return fit_add(r.context, &step, {r.x.data() + first * 3, DType::float32, rows, width});
   };
+  invalid(fit_next(r.context, &step),
+          "fit: a step expected of a fit that has begun and is not done, got one that has not begun");
   CHECK(start().ok());
   while (!step.done) {
     if (step.reads) {
@@ -127,6 +129,7 @@ TEST_CASE("fit in steps: chunks of any size are one call, and every mistake is n
     CHECK(fit_next(r.context, &step).ok());
   }
   CHECK(steps == whole);
+  invalid(add(0, 0), "fit: a step expected of a fit that has begun and is not done, got one that is done");
   CHECK(report.rows == 6);
   CHECK(report.error[1] == expected.error[1]);
 

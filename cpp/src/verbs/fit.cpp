@@ -43,6 +43,12 @@ Status check(const FitParams& params, int64_t rows, int64_t width, const Array<f
   return {};
 }
 
+Status check_step(const FitStep& step) noexcept {
+  if (step.state && !step.done) return {};
+  return invalid("fit: a step expected of a fit that has begun and is not done, got one that %s",
+                 step.done ? "is done" : "has not begun");
+}
+
 }  // namespace
 
 size_t fit_workspace(const Context& context, const FitParams& params, int64_t rows, int64_t width) noexcept {
@@ -58,11 +64,13 @@ Status fit_begin(const Context& context, const FitParams& params, int64_t rows, 
 }
 
 Status fit_add(const Context& context, FitStep* step, Rows chunk) noexcept {
+  HISAC_TRY(check_step(*step));
   HISAC_TRY(check_float("fit", "x", chunk.dtype));
   return call_backend("fit", &Backend::fit_add, context, step, chunk);
 }
 
 Status fit_next(const Context& context, FitStep* step) noexcept {
+  HISAC_TRY(check_step(*step));
   return call_backend("fit", &Backend::fit_next, context, step);
 }
 
