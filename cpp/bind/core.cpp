@@ -52,7 +52,7 @@ bool all_plain(const char* names, Fields arrays) {
         (rank > 1 && t.shape[rank - 1] > kMostWidth))
       return false;
   }
-  return true;
+  return !*names;
 }
 
 /// The bits, uint16, of a bfloat16 array on the CPU that only DLPack lends; None for any other.

@@ -60,7 +60,7 @@ struct Given {
     weights = nb::cast<View>(given[1]);
     times = nb::cast<View>(given[2]);
     positions = nb::cast<View>(given[3]);
-    events.ids = bind::ids(ids, call, "ids", "int32 or int64 [n]", true);
+    events.ids = bind::ids(ids, call, "ids", "int32 or int64 [n]");
     events.weights = array<const float, 1>(weights, call, "weights", "float32 [n]", true);
     events.times = array<const int64_t, 1>(times, call, "times", "int64 [n]", true);
     events.positions = array<const int64_t, 1>(positions, call, "positions", "int64 [n]", true);
@@ -99,9 +99,10 @@ nb::bytes serialise(const Owned& self, const std::string& dtype) {
   return nb::bytes(out.data, size);
 }
 
-void append(Owned& self, const Codebook& book, Fields items, Fields events, uint64_t model_tag) {
+void append(Owned& self, const Codebook& book, Fields items, Fields events, int64_t latest, uint64_t model_tag) {
   Given in("append", items, model_tag);
   in.read(events);
+  in.events.latest = latest;
   serially(self.state.workspace(), [&](const Context& c) { return self.state.append(c, book, in.items, in.events); });
 }
 
@@ -112,10 +113,12 @@ void expire(Owned& self, const Codebook& book, Fields items, int64_t now, int64_
            [&](const Context& c) { return self.state.expire(c, book, in.items, now, age, least); });
 }
 
-void forget(Owned& self, const Codebook& book, Fields items, Lent gone, nb::object kept, uint64_t model_tag) {
+void forget(Owned& self, const Codebook& book, Fields items, Lent gone, nb::object kept, bool whole,
+            uint64_t model_tag) {
   Given in("forget", items, model_tag);
   const Ids which = ids(gone, in.call, "ids", "int32 or int64 [n]");
   StateKept source;
+  source.whole = whole;
   if (!kept.is_none()) {
     in.read(nb::cast<Fields>(kept));
     source.rows = &in.events;
@@ -209,9 +212,9 @@ void add_state(nb::module_& m) {
            "weighting"_a)
       .def_static("parse", parse, "data"_a)
       .def("serialise", serialise, "dtype"_a, lock)
-      .def("append", append, "book"_a, "items"_a, "events"_a, "model_tag"_a, lock)
+      .def("append", append, "book"_a, "items"_a, "events"_a, "latest"_a, "model_tag"_a, lock)
       .def("expire", expire, "book"_a, "items"_a, "now"_a, "age"_a, "least"_a, "model_tag"_a, lock)
-      .def("forget", forget, "book"_a, "items"_a, "ids"_a, "kept"_a.none(), "model_tag"_a, lock)
+      .def("forget", forget, "book"_a, "items"_a, "ids"_a, "kept"_a.none(), "whole"_a, "model_tag"_a, lock)
       .def("merge", merge, "book"_a, "other"_a, "items"_a, "model_tag"_a, lock)
       .def("migrate", migrate, "book"_a, "to"_a, lock)
       .def("sums", sums, "book"_a, "now"_a, lock)
@@ -228,6 +231,7 @@ void add_state(nb::module_& m) {
       .def_prop_ro("epoch", number(&UserState::epoch))
       .def_prop_ro("position", number(&UserState::position))
       .def_prop_ro("revision", number(&UserState::revision))
+      .def_prop_ro("migrated", number(&UserState::migrated))
       .def_prop_ro("dtype", [](const Owned& self) {
         const DType type = self.state.type();
         return type == DType::float32 ? "float32" : type == DType::int8 ? "int8" : "bfloat16";

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's state between requests: a leaf table and a ring of recent rows, on the CPU."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from . import _core, candidates, verbs
-from .arrays import FLOAT32, INT64, check, take, take_histories, whole
+from .arrays import FLOAT32, INT64, check, on_host, take, take_histories, whole
 from .codebook import Codebook
 from .types import Agents, Array, Compressed, Histories, Match, StateRecent, StateStats
 
 _ITEMS = "x? items D, v items V, -, codes items L, -, -, x_scale?, -, -, -"
-_EPOCH = -(2**63)
-Kept = tuple[Array, Array, Array] | Callable[[Array], tuple[Array, Array, Array]]
+_EPOCH, _LAST = -(2**63), 2**63 - 1
+Rows = tuple[Array, Array, Array]  # ids, weights and times; weights and times may be None
+Kept = Rows | Callable[[Array], Rows | None]
 
 
 class UserState:
@@ -26,9 +28,10 @@ class UserState:
 
     It first lies in the ring, and enters the table of leaves when `ring` later ones have come. Agents and tokens are
     those of the table: votes of its rows, to the bit, and `compress` with method="leaf". Rows of the ring are for
-    `attend`, beside the tokens; see `recent`. Times are whole numbers in units of your own, within 2^31 units of the
-    epoch, such as seconds. A row is absent where its code is invalid, its id outside the tables, or its weight not
-    finite or not above 0.
+    `attend`, beside the tokens; see `recent`. Times are whole numbers in units of your own. Let a unit be a second:
+    times 2^31 units and more from the epoch count as the farthest. A row is absent at once where its weight is not
+    finite or not above 0, or its id is negative; and when it leaves the ring, where its code is invalid or its id
+    outside the tables. One with a NaN in x, or a v that is not finite, votes, and is in no token.
 
     Every method that reads codes takes the codebook, and a method that moves rows takes `items`: Histories of which x,
     v, codes and x_scale are read, tables of items with v of the state's model_tag. In C++, hisac/state.h, a state is a
@@ -40,7 +43,7 @@ class UserState:
         leaves: S, the most leaves of the table. When it is full, a new leaf takes the place of the one with fewest
             votes, of equals the higher one
         ring: R, the most recent rows; 0: every row enters the table at once
-        half_life: in units of time, 0: nothing decays
+        half_life: in units of time, up to 2^31 / 20 (3.4 years of seconds); 0: nothing decays
         mean_x: False: x of a leaf is its prototype; a leaf takes 4 (D + 1) bytes less
         model_tag: the version of v, 64 bits
         weighting: a number that you give to your rule of weights, 64 bits; states of another one do not merge
@@ -84,80 +87,98 @@ class UserState:
     # ---- rows
 
     def append(
-        self, book: Codebook, items: Histories, ids: Array = None, *, weights: Array = None, times: Array = None,
-        positions: Array = None, model_tag: int = 0,
+        self, book: Codebook, items: Histories, ids: Array, *, weights: Array = None, times: Array = None,
+        positions: Array = None, latest: int | None = None, model_tag: int = 0,
     ) -> None:  # fmt: skip
-        """Events, the oldest first. One whose position is not above that of the last event changes nothing, so a log
+        """Events, the oldest first. One whose position is not above that of every earlier one changes nothing, so a log
         may deliver events again.
 
         Args:
             book: the codebook
             items: the tables
-            ids: [n] int32 or int64, rows of the tables; None, where there is no ring: one event for each item
+            ids: [n] int32 or int64, rows of the tables
             weights: [n] float32; None: 1
             times: [n] int64; None: 0
-            positions: [n] int64, ascending; None: not checked
+            positions: [n] int64; None: not checked
+            latest: a later time counts as this one. Give the clock's time, so that no wrong time ages all that is there
             model_tag: that of v
 
         Raises ValueError, for another codebook or model_tag too, TypeError, NotImplementedError for a state that is for
         reading alone.
         """
         events = _events("append", ids, weights, times, positions)
-        self._core.append(_tree("append", book), _tables("append", items), events, model_tag)
+        last = _LAST if latest is None else whole("append", "latest", latest, -(2**62), 2**62)
+        self._core.append(_tree("append", book), _tables("append", items), events, last, model_tag)
 
     def expire(
         self, book: Codebook, items: Histories, now: int, *, age: int | None = None, least: int = 0, model_tag: int = 0
     ) -> None:
-        """Rows at the front of the ring that are more than `age` older than `now` leave it. Then leaves are dropped
-        whose votes, shifted by the whole half-lives from the epoch to `now`, are below `least`."""
+        """Rows at the front of the ring that are more than `age` older than `now` leave it; without an age the ring
+        stays. Then leaves are dropped whose votes, shifted by the whole half-lives from the epoch to `now`, are below
+        `least`."""
         age = -1 if age is None else whole("expire", "age", age, 0, 2**62)
         self._core.expire(_tree("expire", book), _tables("expire", items), _time(now), age, least, model_tag)
 
     def forget(
-        self, book: Codebook, items: Histories, ids: Array, *, kept: Kept | None = None, model_tag: int = 0
-    ) -> None:
-        """Behaviours with these ids leave the ring, and the leaves of their codes are made again, exactly.
+        self, book: Codebook, items: Histories, ids: Array, *, kept: Kept | None = None, whole: bool = False,
+        model_tag: int = 0,
+    ) -> None:  # fmt: skip
+        """Behaviours with these ids leave the ring, and the leaves of their codes are made again of exactly the kept
+        rows, as if these came now.
+
+        An item's rows are looked for in the leaf of its present code. Where its code has changed since, ask for
+        `whole`. After `migrate`, which maps leaves by their means, any row may lie in another leaf: there it is a
+        ValueError not to ask for it.
 
         Args:
             book, items, model_tag: those of `append`
             ids: [n] int32 or int64
-            kept: (ids, weights, times) of rows that are to stay and have left the ring, of which those of the leaf are
-                read; or a function of a leaf's codes [L] that gives them. None is an error where the table has a leaf
-                of these codes
+            kept: (ids, weights, times), as of `append`, of rows that have left the ring (`recent` says which have not),
+                of which those of the leaf are read; or a function of a leaf's codes [L] that gives them, or None. Rows
+                with `ids` are passed over. Without kept it is a ValueError that the table has a leaf of these codes
+            whole: all leaves are made again, of kept, rows
         """
         tree, tables = _tree("forget", book), _tables("forget", items)
         (ids,) = take("forget", "ids n", ids)
         if callable(kept):
-            kept = self._kept(book, tables[2], ids, kept)
-        self._core.forget(tree, tables, ids, None if kept is None else _events("forget", *kept, None), model_tag)
+            kept = None if whole else self._kept(book, on_host(tables[2]), on_host(ids), kept)
+        events = None if kept is None else _kept_rows(kept)
+        self._core.forget(tree, tables, ids, events, bool(whole), model_tag)
 
-    def _kept(self, book: Codebook, codes: Any, ids: Any, kept: Callable[[Array], Any]) -> tuple[Array, Array, Array]:
+    def _kept(self, book: Codebook, codes: Any, ids: Any, kept: Callable[[Array], Rows | None]) -> Rows:
         """What the function gives for the leaves that `forget` makes again, of each leaf its own rows alone."""
         ids = ids[(ids >= 0) & (ids < len(codes))]
-        own = np.intersect1d(book.leaves(codes[ids]), book.leaves(self.sums(book).codes))
-        parts = []
-        for leaf in own:
-            code = codes[ids][book.leaves(codes[ids]) == leaf][0]
-            rows, weights, times = (np.asarray(a) for a in kept(code))
+        found, parts = book.leaves(codes[ids]), []
+        for leaf in np.intersect1d(found, book.leaves(self.sums(book).codes)):
+            given = kept(codes[ids[found == leaf][0]])
+            if given is None:
+                continue
+            taken: Any = [None if a is None else on_host(a) for a in _kept_rows(given)[:3]]
+            rows, weights, times = taken
             inside = (rows >= 0) & (rows < len(codes))
             here = inside & (book.leaves(codes[np.where(inside, rows, 0)]) == leaf)
+            weights = np.ones(len(rows), FLOAT32) if weights is None else weights
+            times = np.zeros(len(rows), INT64) if times is None else times
+            for name, a in (("weights", weights), ("times", times)):
+                if len(a) != len(rows):
+                    raise ValueError(f"forget: {name} expected [{len(rows)}], got [{len(a)}]")
             parts.append((rows[here], weights[here], times[here]))
-        types = (INT64, FLOAT32, INT64)
-        ids, weights, times = (
-            np.concatenate([np.zeros(0, t), *(part[i] for part in parts)]).astype(t) for i, t in enumerate(types)
-        )
-        return ids, weights, times
+        none = np.zeros(0, INT64), np.zeros(0, FLOAT32), np.zeros(0, INT64)
+        rows, weights, times = (np.concatenate([a, *(part[i] for part in parts)]) for i, a in enumerate(none))
+        return rows, weights, times
 
     def merge(self, book: Codebook, other: "UserState", items: Histories, *, model_tag: int = 0) -> None:
-        """Add another part of the same user's history: votes to the bit, the later epoch, rings by time. Of a full
-        table those leaves stay that have more votes. A state without a row changes nothing."""
+        """Add another part of the same user's history, of the same log: votes to the bit, the later epoch and position,
+        rings by time. A part that is merged twice counts twice. Of a full table those leaves stay that have more votes.
+        A state that has had no row changes nothing."""
         other = check(other, UserState, "merge: other")
         self._core.merge(_tree("merge", book), other._core, _tables("merge", items), model_tag)
 
     def migrate(self, book: Codebook, to: Codebook) -> tuple["UserState", int, int]:
         """The same state under another codebook of the same width: each leaf goes where its mean x is encoded, or its
         prototype where there is no mean x -> the state, and how many leaves, with how many votes, have no x, because
-        none of their rows is routed. v stays: another model_tag is another state."""
+        none of their rows is routed. v stays: another model_tag is another state. `hisac.migrate`, which looks at a
+        catalogue, is not needed for it."""
         made, leaves, votes = self._core.migrate(_tree("migrate", book), _tree("migrate", to))
         return self._of(made), leaves, votes
 
@@ -165,7 +186,7 @@ class UserState:
 
     def sums(self, book: Codebook, now: int | None = None) -> Histories:
         """The table as histories of one user, what `leaf_sums` makes of its rows, for `vote`, `route` and `match`. bias
-        is the log of the mass at `now`, or at the epoch."""
+        is the log of the mass at `now`, a time, or at the epoch."""
         found: Any = self._core.sums(_tree("sums", book), _time(now))
         x, v, codes, slots, v_slots, x_scale, bias, spread, votes = found
         if slots is not None:
@@ -178,13 +199,23 @@ class UserState:
         return Histories(x, v, offsets, codes, x_scale=x_scale, bias=bias, spread=spread, weights=votes)
 
     def compress(self, book: Codebook, *, now: int | None = None, **options: Any) -> Compressed:
-        """`hisac.compress` of the table, with its options: agents of its votes, tokens over its sums."""
-        return verbs.compress(book, self.sums(book, now), **options)
+        """`hisac.compress` of the table, with its options: agents of its votes, tokens over its sums. lse is of masses
+        at `now`, or at the epoch."""
+        made = verbs.compress(book, self.sums(book), **options)
+        return made._replace(lse=self._decayed(made.lse, now))
 
     def match(self, book: Codebook, codes: Array, *, ids: Array = None, now: int | None = None) -> Match:
         """`hisac.match` of the table, for candidates of this user: codes [N, L], or a table with ids [N]."""
         offsets = np.array([0, len(codes if ids is None else ids)])
-        return candidates.match(book, self.sums(book, now), codes, offsets, ids=ids)
+        found = candidates.match(book, self.sums(book), codes, offsets, ids=ids)
+        return found._replace(lse=self._decayed(found.lse, now))
+
+    def _decayed(self, lse: Array, now: int | None) -> Array:
+        """lse at the epoch -> lse at `now`: all masses shrink by one factor."""
+        half_life = self.params["half_life"]
+        if now is None or not half_life:
+            return lse
+        return (lse - math.log(2) * (_time(now) - self.epoch) / half_life).astype(np.float32)
 
     def recent(self, now: int | None = None) -> StateRecent:
         """The ring, the oldest row first, and the shares of its rows and of the table in the mass of both. Rows of the
@@ -231,9 +262,15 @@ class UserState:
 
     @property
     def revision(self) -> int:
-        """Grows by 1 with each append that takes an event, each expire and forget, and each merge of what has a row.
-        Write a state only where the revision of the stored one is still that which was read."""
+        """Grows by 1 with each append that takes an event, each expire of a state that has had a row, each forget, also
+        one that fails midway, each merge of what has had a row, and each migrate. Write a state only where the revision
+        of the stored one is still that which was read."""
         return self._core.revision
+
+    @property
+    def migrated(self) -> bool:
+        """Whether a leaf may have rows of items whose code is another one, since it was mapped by its mean."""
+        return self._core.migrated
 
     @property
     def dtype(self) -> str:
@@ -260,4 +297,11 @@ def _tables(verb: str, items: Histories) -> tuple[Any, ...]:
 
 
 def _events(verb: str, *arrays: Any) -> tuple[Any, ...]:
-    return take(verb, "ids? n, weights? n, times? n, positions? n", *arrays)
+    return take(verb, "ids n, weights? n, times? n, positions? n", *arrays)
+
+
+def _kept_rows(kept: Any) -> tuple[Any, ...]:
+    if not isinstance(kept, tuple | list) or len(kept) != 3:
+        got = len(kept) if isinstance(kept, tuple | list) else type(kept).__name__
+        raise ValueError(f"forget: kept expected (ids, weights, times), got {got}")
+    return _events("forget", *kept, None)

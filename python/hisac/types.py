@@ -259,7 +259,8 @@ class StateStats(NamedTuple):
         ring            Rows in the ring.
         seen            Rows that were appended, ever.
         votes           Of the table.
-        absent_share    The share of rows that had no valid code, item or weight when they left the ring.
+        absent_share    Of the rows that are not in the ring, the share that had no valid weight, or, when they left it,
+                        no valid item or code.
         dropped_leaves  Leaves that a full table, or `expire`, has dropped.
         dropped_votes   The votes of these, as they were then.
         outside         The share of votes at leaves that are no agent's; 0 without agents.

@@ -68,6 +68,7 @@ class Run {
                            },
                            const_cast<StateEvents*>(&kept)};
           if (s[2] % 2) source = {&kept};
+          if (state.migrated()) source = {&kept, nullptr, nullptr, true};
           return state.forget(c, book, items, given.ids, source);
         });
       case kMerge:
@@ -141,7 +142,7 @@ class Run {
 
 TEST_CASE("recorded runs") {
   const auto cases = vectors::cases("state");
-  CHECK(cases.size() == 4);
+  CHECK(cases.size() == 5);
   for (const Case& c : cases) {
     CAPTURE(c.name());
     Run(c).play();

@@ -3,6 +3,7 @@
 // another and read at once.
 #include <doctest/doctest.h>
 #include <linux/seccomp.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -41,8 +42,10 @@ TEST_CASE("errors say what was expected, and change nothing") {
   items.v.rows = 300;
   invalid(append(), "append: v expected [items, 3], got [300, 2]");
   items = served.tables;
-  invalid(state.append(context, served.book, items, {}), "append: ids expected for a state with a ring, got none");
   StateEvents odd = some;
+  odd.ids.data = nullptr;
+  invalid(state.append(context, served.book, items, odd), "append: ids expected [4], got none");
+  odd = some;
   odd.times.shape[0] = 3;
   invalid(state.append(context, served.book, items, odd), "append: times expected [4], got [3]");
   const Codebook other = test::codebook(served.random, {2, 2}, 6);
@@ -62,7 +65,18 @@ TEST_CASE("errors say what was expected, and change nothing") {
           "append: workspace expected at least " + std::to_string(state.workspace()) + " bytes, got 0");
   invalid(state.forget(context, served.book, items, some.ids, {}),
           "forget: kept expected, rows or a function, since the table has their leaves, got none");
+  StateKept kept;
+  kept.whole = true;
+  invalid(state.forget(context, served.book, items, some.ids, kept),
+          "forget: kept expected, rows, of which the whole table is made again, got none");
   invalid(state.merge(context, served.book, items, state), "merge: another state expected, got the same");
+  const Array<std::byte, 1> own{state.data() + 64, {state.size()}};
+  invalid(state.serialise(DType::float32, 8, own),
+          "serialise: memory expected beside the state's, got memory that overlaps with it");
+  Workspace moving(state.migrate_workspace({}, served.book));
+  UserState moved;
+  invalid(state.migrate({moving.array()}, served.book, served.book, own, &moved, nullptr),
+          "migrate: memory expected beside the state's, got memory that overlaps with it");
   Held tagged, weighed, slim;
   tagged.make(served.book, {8, 2, 3, 0, true, 6});
   weighed.make(served.book, {8, 2, 3, 0, true, 7, 1});
@@ -85,7 +99,7 @@ TEST_CASE("errors say what was expected, and change nothing") {
   UserState none;
   invalid(UserState::create(served.book, {0, 0, 3}, {}, &none),
           "state: expected leaves of 1 to 2^24, a ring of 0 to 2^24, a width of 1 to 2^20 and a half-life of 0 to "
-          "2^40, got 0, 0, 3 and 0");
+          "107374182 units of time, got 0, 0, 3 and 0");
   CHECK(UserState::bytes(served.book, {1, 0, (1 << 20) + 1}) == 0);
   const StateParams params{8, 2, 3};
   const size_t bytes = UserState::bytes(served.book, params);
@@ -98,6 +112,95 @@ TEST_CASE("errors say what was expected, and change nothing") {
   const Codebook wide = test::codebook(served.random, {2, 2}, 5);
   invalid(state.migrate(context, served.book, wide, small.array(), &none, nullptr),
           "migrate: codebook expected of D = 6, got 5");
+}
+
+TEST_CASE("no state is empty") {
+  Served served({8, 2, 3});
+  const UserState none;
+  CHECK(!none);
+  CHECK(none.size() + none.leaves() + none.room() + none.ring() + none.epoch() + none.position() == 0);
+  CHECK(none.fingerprint() + none.revision() + none.serialised_bytes(DType::float32, 0) == 0);
+  CHECK(none.params().leaves == 0);
+  none.seal();
+  Workspace workspace(1 << 12);
+  const Context context{workspace.array()};
+  StateStats stats;
+  UserState made;
+  invalid(UserState().append(context, served.book, served.tables, served.events(0, 1)),
+          "append: expected a state, got none");
+  invalid(none.stats(served.book, nullptr, nullptr, &stats), "stats: expected a state, got none");
+  invalid(none.recent({}, nullptr), "recent: expected a state, got none");
+  invalid(none.serialise(DType::float32, 0, workspace.array()), "serialise: expected a state, got none");
+  invalid(none.migrate(context, served.book, served.book, workspace.array(), &made, nullptr),
+          "migrate: expected a state, got none");
+  CHECK(UserState::parse({}, &made).code() == Code::corrupt_file);
+}
+
+TEST_CASE("no events and no rows are none") {  // data of an empty vector is null, which once meant all items
+  Served served({60, 0, 3});
+  served.fill(40);
+  UserState& state = served.held.state;
+  const std::vector<int64_t> empty;
+  const uint64_t revision = state.revision();
+  StateStats before, after;
+  CHECK(state.stats(served.book, nullptr, nullptr, &before).ok());
+  const StateEvents none{ids(empty.data(), 0)};
+  change(state.workspace(), [&](const Context& c) { return state.append(c, served.book, served.tables, none); });
+  CHECK(state.revision() == revision);
+  const StateKept nothing{nullptr, [](void*, const int32_t*, StateEvents*) { return Status(); }};
+  const Ids gone = served.events(0, 1).ids;
+  for (const StateKept& kept : {nothing, StateKept{&none}}) {
+    served.fill(40);
+    change(state.workspace(),
+           [&](const Context& c) { return state.forget(c, served.book, served.tables, gone, kept); });
+    CHECK(state.stats(served.book, nullptr, nullptr, &after).ok());
+    CHECK(after.leaves == before.leaves - 1);
+  }
+}
+
+TEST_CASE("a forget that fails midway is seen by the revision") {
+  Served served({60, 2, 3});
+  served.fill(40);
+  UserState& state = served.held.state;
+  const uint64_t revision = state.revision();
+  StateKept failing;
+  failing.of_leaf = [](void*, const int32_t*, StateEvents*) {
+    return Status::error(Code::io_error, "the store is away");
+  };
+  Workspace workspace(state.workspace());
+  is(state.forget({workspace.array()}, served.book, served.tables, served.events(0, 1).ids, failing), Code::io_error,
+     "the store is away");
+  CHECK(state.revision() == revision + 1);
+}
+
+TEST_CASE("bytes that may only be read are parsed and served, by several threads at once") {
+  Served served({60, 4, 3, 500});
+  served.fill(200);
+  const UserState& state = served.held.state;
+  const int64_t room = state.params().leaves;
+  const size_t size = state.serialised_bytes(DType::float32, room), pages = (size + 4095) / 4096 * 4096;
+  void* const memory = mmap(nullptr, pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  REQUIRE(memory != MAP_FAILED);
+  const Array<std::byte, 1> bytes{static_cast<std::byte*>(memory), {static_cast<int64_t>(size)}};
+  REQUIRE(state.serialise(DType::float32, room, bytes).ok());
+  REQUIRE(mprotect(memory, pages, PROT_READ) == 0);
+  Made expected(served.book, 10, 3);
+  change(state.compress_workspace({}, served.book, expected.params, expected.out),
+         [&](const Context& c) { return state.compress(c, served.book, expected.params, expected.out); });
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t)
+    threads.emplace_back([&] {
+      for (int turn = 0; turn < 50; ++turn) {
+        UserState read;
+        if (!UserState::parse(bytes, &read).ok()) std::abort();
+        Made mine(served.book, 10, 3);
+        Workspace workspace(read.compress_workspace({}, served.book, mine.params, mine.out));
+        if (!read.compress({workspace.array()}, served.book, mine.params, mine.out).ok()) std::abort();
+        if (mine.votes != expected.votes) std::abort();
+      }
+    });
+  for (std::thread& t : threads) t.join();
+  munmap(memory, pages);
 }
 
 TEST_CASE("no call allocates, or enters the system") {

@@ -46,7 +46,8 @@ def play(
         state.expire(tables, a, age=None if b < 0 else b, least=c, model_tag=9)
     elif kind == FORGET:
         kept = rows_of(events, a, b)
-        state.forget(tables, some["ids"], kept=(kept["ids"], kept["weights"], kept["times"]), model_tag=9)
+        rows = kept["ids"], kept["weights"], kept["times"]
+        state.forget(tables, some["ids"], kept=rows, whole=state.migrated, model_tag=9)
     elif kind == MERGE and of[0] == of[1]:
         state.merge(states[1 - which], tables, model_tag=9)
     elif kind == MIGRATE:
@@ -59,7 +60,7 @@ def state_case(name: str, leaves: int, ring: int, half_life: int, mean_x: bool, 
     records: dict[str, Any] = {
         "book": number(600, width, *sizes), "other": number(610, width, 5, 4),
         "options": number(leaves, ring, half_life, mean_x),
-        "x": Uniform(620, (40, width), {3 * width: np.nan}), "v": Uniform(621, (40, wide)),
+        "x": Uniform(620, (40, width), {3 * width: np.nan}), "v": Uniform(621, (40, wide), {5 * wide + 1: np.inf}),
         "codes": Codes(622, (40, 2), {8: -1, 15: 9}, sizes, ("skewed", "even")),
         "other_codes": Codes(623, (40, 2), {8: -1}, (5, 4), ("even", "even")),
     }  # fmt: skip
@@ -78,7 +79,7 @@ def state_case(name: str, leaves: int, ring: int, half_life: int, mean_x: bool, 
     for _ in range(n):
         kind = int(rng.choice(6, p=[0.7, 0.08, 0.08, 0.08, 0.02 + 0.04 * mean_x, 0.04 * (not mean_x)]))
         first, count = len(events["ids"]), int(rng.integers(0, 12)) if kind in (APPEND, FORGET) else 0
-        gap = int(rng.choice([0, 1, 7, 90]))
+        gap = int(rng.choice([0, 1, 7, 90])) * max(half_life // 60, 1)
         events["ids"] += rng.integers(-1, 41, count).tolist()
         events["weights"] += rng.choice(WEIGHTS, count).tolist()
         events["times"] += [time + gap * k for k in range(count)]
@@ -110,3 +111,4 @@ def state_cases() -> Iterator[Case]:
     yield state_case("decay", 30, 5, 60, True, 17, 19, 50)
     yield state_case("few leaves", 4, 0, 40, True, 3, 2, 60)
     yield state_case("prototypes", 12, 3, 25, False, 5, 3, 60)
+    yield state_case("far times", 12, 3, 2**31 // 20, True, 5, 3, 60)

@@ -17,7 +17,7 @@ namespace hisac {
 template <class T, int N>
 struct Array {
   T* data = nullptr;
-  int64_t shape[N] = {};
+  int64_t shape[static_cast<std::size_t>(N)] = {};
   explicit operator bool() const noexcept { return data != nullptr; }
   template <class U = T, class = std::enable_if_t<!std::is_const_v<U>>>
   operator Array<const U, N>() const noexcept {

@@ -11,11 +11,18 @@
 namespace hisac {
 namespace {
 
-/// What an integer count of half-lives leaves of a log weight.
+/// What time leaves of the log of a weight, from a time that is given against the epoch to `now`.
 double log_decay(const StateHead& head, int64_t since_epoch, int64_t now) noexcept {
   if (!head.half_life) return 0;
   const double at = now == kEpoch ? 0 : static_cast<double>(now) - static_cast<double>(head.epoch);
   return 0.69314718055994531 * (static_cast<double>(since_epoch) - at) / static_cast<double>(head.half_life);
+}
+
+/// lse at the epoch -> lse at `now`: all masses of a table shrink by one factor. So no digit of a share is lost.
+void decay(const StateHead& head, int64_t now, const Array<float, 2>& lse) noexcept {
+  const double shift = log_decay(head, 0, now);
+  for (int64_t i = 0; shift != 0 && i < lse.shape[0] * lse.shape[1]; ++i)
+    lse.data[i] = static_cast<float>(double(lse.data[i]) + shift);
 }
 
 /// The table as histories of one user.
@@ -150,11 +157,13 @@ size_t UserState::compress_workspace(const Context& context, const Codebook& boo
 
 Status UserState::compress(const Context& context, const Codebook& book, const CompressParams& params,
                            const Compressed& out, int64_t now) const noexcept {
-  return with_sums("compress", context, book, *this, false, now, [&](const Context& rest, const Histories& h) {
+  HISAC_TRY(with_sums("compress", context, book, *this, false, kEpoch, [&](const Context& rest, const Histories& h) {
     CompressParams exact = params;
     exact.method = Method::exact;  // the rows are leaf sums
     return hisac::compress(rest, book, exact, h, out);
-  });
+  }));
+  decay(head_of(*this), now, out.tokens.lse);
+  return {};
 }
 
 size_t UserState::match_workspace(const Context& context, const Codebook& book, Array<const int32_t, 2> codes,
@@ -167,10 +176,12 @@ size_t UserState::match_workspace(const Context& context, const Codebook& book, 
 
 Status UserState::match(const Context& context, const Codebook& book, Array<const int32_t, 2> codes, const Ids& ids,
                         Match out, int64_t now) const noexcept {
-  return with_sums("match", context, book, *this, true, now, [&](const Context& rest, const Histories& h) {
+  HISAC_TRY(with_sums("match", context, book, *this, true, kEpoch, [&](const Context& rest, const Histories& h) {
     const int64_t bounds[] = {0, ids ? ids.size : codes.shape[0]};
     return hisac::match(rest, book, match_inputs(h, codes, ids, bounds), out);
-  });
+  }));
+  decay(head_of(*this), now, out.lse);
+  return {};
 }
 
 Status UserState::recent(StateRecent out, float* table_share, int64_t now) const noexcept {
@@ -182,8 +193,8 @@ Status UserState::recent(StateRecent out, float* table_share, int64_t now) const
   HISAC_TRY(check_shape("recent", "log_share", {head.ring}, out.log_share));
   double largest = -INFINITY, mass = 0, total = 0;
   const auto log_weight = [&](const RingRow& row) {
-    const bool some = row.weight > 0 && row.weight <= std::numeric_limits<float>::max();
-    return some ? std::log(double(std::min(row.weight, 0x1p40f))) + log_decay(head, row.time, now) : -INFINITY;
+    if (!usable(row.weight)) return -double(INFINITY);
+    return std::log(double(std::min(row.weight, kMostWeight))) + log_decay(head, row.time, now);
   };
   for (int64_t i = 0; i < head.leaves; ++i) mass += double(table.masses[i]);
   const double of_table = std::log(mass) + log_decay(head, 0, now);
@@ -199,7 +210,7 @@ Status UserState::recent(StateRecent out, float* table_share, int64_t now) const
     out.times.data[i] = head.epoch + row.time;
     out.log_share.data[i] = static_cast<float>(log_weight(row) - whole);
   }
-  *table_share = static_cast<float>(of_table - whole);
+  if (table_share) *table_share = static_cast<float>(of_table - whole);
   return {};
 }
 

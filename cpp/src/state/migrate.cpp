@@ -29,7 +29,7 @@ class Migration {
 
 size_t UserState::migrate_workspace(const Context& context, const Codebook& to) const noexcept {
   if (to.empty()) return 0;
-  Migration migration(*StateTable(*this).head, to);
+  Migration migration(head_of(*this), to);
   Arena arena;
   migration.carve(arena);
   arena.take<std::byte>(static_cast<int64_t>(encode_workspace(context, to)));
@@ -45,6 +45,8 @@ Status UserState::migrate(const Context& context, const Codebook& from, const Co
     return invalid("migrate: codebook expected of D = %" PRId64 ", got %" PRId64, from.width(), to.width());
   const StateTable table(*this);
   const StateHead& head = *table.head;
+  const StateParams same = params();
+  HISAC_TRY(check_memory("migrate", memory, static_cast<int64_t>(bytes(to, same)), *this));
   Arena arena(context.workspace);
   Migration scratch(head, to);
   scratch.carve(arena);
@@ -54,7 +56,7 @@ Status UserState::migrate(const Context& context, const Codebook& from, const Co
   encoding.workspace = {left, {rest}};
   HISAC_TRY(arena.check("migrate"));
   UserState made;
-  HISAC_TRY(create(to, params(), memory, &made));
+  HISAC_TRY(create(to, same, memory, &made));
   Rows x = rows(static_cast<const std::byte*>(table.x), DType::float32, head.leaves, head.width);
   if (!head.mean_x) {
     for (int64_t i = 0; i < head.leaves; ++i) {
@@ -71,6 +73,7 @@ Status UserState::migrate(const Context& context, const Codebook& from, const Co
   target.epoch = head.epoch;
   target.position = head.position;
   target.revision = head.revision + 1;
+  target.migrated = head.migrated || head.leaves > 0;
   target.seen = head.seen;
   target.absent = head.absent;
   target.dropped_leaves = head.dropped_leaves;

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What changes the rows of a state: append, expire, forget, merge.
+#include <utility>
+
 #include "base/arena.h"
 #include "state/writer.h"
 #include "verbs/histories.h"
@@ -14,6 +16,7 @@ Status check_items(const char* verb, const Context& context, const Codebook& boo
   const StateHead& head = *StateTable(state).head;
   if (items.model_tag != head.model_tag)
     return invalid("%s: model_tag expected %" PRIu64 ", got %" PRIu64, verb, head.model_tag, items.model_tag);
+  if (!ids && ids.size) return invalid("%s: ids expected [%" PRId64 "], got none", verb, ids.size);
   if (head.mean_x && !items.x.data) return invalid("%s: x expected, since the state has mean x, got none", verb);
   static constexpr int64_t kNone = 0;
   Histories in = histories_of(items, head);
@@ -29,8 +32,8 @@ Status check_items(const char* verb, const Context& context, const Codebook& boo
                  ShapeText({in.v.rows, in.v.width}).text);
 }
 
-Status check_events(const char* verb, const StateItems& items, const StateEvents& events) noexcept {
-  const int64_t n = events.size(items);
+Status check_events(const char* verb, const StateEvents& events) noexcept {
+  const int64_t n = events.ids.size;
   if (events.weights) HISAC_TRY(check_shape(verb, "weights", {n}, events.weights));
   if (events.times) HISAC_TRY(check_shape(verb, "times", {n}, events.times));
   return events.positions ? check_shape(verb, "positions", {n}, events.positions) : Status();
@@ -56,13 +59,93 @@ Status write(const char* verb, const Context& context, const Codebook& book, con
 }
 
 float weight_of(const StateEvents& events, int64_t i) noexcept { return events.weights ? events.weights.data[i] : 1.f; }
-int64_t time_of(const StateEvents& events, int64_t i) noexcept { return events.times ? events.times.data[i] : 0; }
-int64_t id_of(const StateEvents& events, int64_t i) noexcept { return events.ids ? events.ids[i] : i; }
+int64_t time_of(const StateEvents& events, int64_t i) noexcept {
+  return std::min(events.times ? events.times.data[i] : 0, events.latest);
+}
+
+bool among(const Ids& ids, int64_t id) noexcept {
+  for (int64_t i = 0; i < ids.size; ++i)
+    if (ids[i] == id) return true;
+  return false;
+}
+
+/// Rows of which a leaf is made again, or all leaves where `leaf` is null; without those that are gone.
+void enter_again(StateWriter& writer, const StateEvents& rows, const Ids& gone, const uint64_t* leaf) noexcept {
+  for (int64_t i = 0; i < rows.ids.size; ++i) {
+    const int64_t id = rows.ids[i];
+    const float weight = weight_of(rows, i);
+    uint64_t own;
+    if (!usable(weight) || !writer.leaf_of(id, &own) || (leaf && own != *leaf) || among(gone, id)) continue;
+    const int32_t time = writer.advance(time_of(rows, i));
+    writer.enter({id, weight, time});
+  }
+}
+
+/// Adds the leaves of another state, whose votes are halved so often.
+void merge_leaves(StateWriter& writer, const StateTable& from, int64_t halvings) noexcept {
+  StateHead& head = writer.head();
+  const int64_t dropped = head.dropped_leaves, dropped_votes = head.dropped_votes, before = head.leaves;
+  int64_t others = 0, votes = head.votes;
+  // First the leaves that both have. One of these that makes place for a new one is met again in the second turn. There
+  // it stays out: the table is full of leaves that have as many votes as it had, or more.
+  for (const bool both : {true, false})
+    for (int64_t i = 0; i < from.head->leaves; ++i) {
+      const int64_t at = writer.find(from.keys[i]), theirs = shifted(from.votes[i], halvings);
+      const bool found = writer.has(at, from.keys[i]);
+      if (both) votes += theirs;
+      if (both) others += !found;
+      if (both != found) continue;
+      const StateLeaf leaf{from.keys[i],
+                           std::min(theirs, kMostTableVotes - head.votes),
+                           halved(from.masses[i], halvings),
+                           from.spreads ? from.spreads[i] : 0.f,
+                           writer.x(),
+                           from.v_row(from.slot(i))};
+      if (from.x) std::copy_n(from.x_row(from.slot(i)), head.width, leaf.x);
+      if (found)
+        writer.add(at, leaf);
+      else if (head.leaves < head.most || !writer.behind(leaf, writer.fewest()))
+        writer.add_leaf(leaf);
+    }
+  head.dropped_leaves = dropped;
+  head.dropped_votes = dropped_votes;
+  if (before + others == head.leaves) return;  // votes that a full count did not take are not dropped
+  count(head.dropped_leaves, before + others - head.leaves);
+  count(head.dropped_votes, votes - head.votes);
+}
+
+/// Merges the rings by time, of equal times mine first. The rows that are too many leave first. Times count against the
+/// epoch at which this begins, whatever epoch rows that leave move to.
+void merge_rings(StateWriter& writer, const StateTable& from) noexcept {
+  StateHead& head = writer.head();
+  const StateTable& table = writer.table();
+  const int64_t start = head.epoch;
+  const auto moved = [&](RingRow row, int64_t by) {
+    row.time = near_epoch(row.time + by);
+    return row;
+  };
+  int64_t left = head.ring, taken = 0;
+  const int64_t more = head.ring + from.head->ring - head.ring_room;  // too many
+  for (int64_t n = 0; left > 0 || taken < from.head->ring; ++n) {
+    const RingRow theirs = taken < from.head->ring ? moved(from.ring_row(taken), from.head->epoch - start) : RingRow{};
+    const bool from_them = taken < from.head->ring && (left == 0 || theirs.time < table.ring_row(0).time);
+    const RingRow row = from_them ? theirs : table.pop();
+    (from_them ? taken : left) += from_them ? 1 : -1;
+    if (n >= more) {
+      table.push(row);
+      continue;
+    }
+    const int64_t ring = std::exchange(head.ring, 0);  // a move of the epoch passes its rows over
+    count(head.absent, !writer.enter(moved(row, start - head.epoch)));
+    head.ring = ring;
+  }
+  for (int64_t i = 0; i < head.ring; ++i) table.ring_row(i) = moved(table.ring_row(i), start - head.epoch);
+}
 
 }  // namespace
 
 size_t UserState::workspace() const noexcept {
-  const StateHead& head = *StateTable(*this).head;
+  const StateHead& head = head_of(*this);
   Arena arena;
   arena.take<float>(head.width);
   arena.take<float>(head.value_width);
@@ -72,21 +155,19 @@ size_t UserState::workspace() const noexcept {
 Status UserState::append(const Context& context, const Codebook& book, const StateItems& items,
                          const StateEvents& events) noexcept {
   HISAC_TRY(check_items("append", context, book, items, events.ids, *this));
-  HISAC_TRY(check_events("append", items, events));
-  const int64_t n = events.size(items);
-  const StateTable table(*this);
-  if (!events.ids && table.head->ring_room) return invalid("append: ids expected for a state with a ring, got none");
-  HISAC_TRY(check_room("append", table, n));
+  HISAC_TRY(check_events("append", events));
+  const int64_t n = events.ids.size;
+  HISAC_TRY(check_room("append", StateTable(*this), n));
   return write("append", context, book, items, *this, [&](StateWriter& writer) {
     StateHead& head = writer.head();
     const int64_t before = head.seen;
     for (int64_t i = 0; i < n; ++i) {
-      if (i + kAhead < n && !head.ring_room) writer.prefetch(id_of(events, i + kAhead));
+      if (i + kAhead < n && !head.ring_room) writer.prefetch(events.ids[i + kAhead]);
       if (events.positions) {
         if (events.positions.data[i] <= head.position) continue;
         head.position = events.positions.data[i];
       }
-      writer.append(id_of(events, i), weight_of(events, i), time_of(events, i));
+      writer.append(events.ids[i], weight_of(events, i), time_of(events, i));
     }
     head.revision += head.seen > before;
     return Status();
@@ -100,7 +181,7 @@ Status UserState::expire(const Context& context, const Codebook& book, const Sta
   return write("expire", context, book, items, *this, [&](StateWriter& writer) {
     StateHead& head = writer.head();
     if (!head.begun) return Status();
-    const int64_t at = head.epoch + near_epoch(limited(now) - head.epoch);
+    const int64_t at = now == kEpoch ? head.epoch : head.epoch + near_epoch(limited(now) - head.epoch);
     while (age >= 0 && head.ring && head.epoch + writer.table().ring_row(0).time < at - std::min(age, kMostTime))
       writer.leave(head.ring - 1);
     const int64_t halvings = head.half_life ? std::max<int64_t>(floor_div(at - head.epoch, head.half_life), 0) : 0;
@@ -114,8 +195,11 @@ Status UserState::expire(const Context& context, const Codebook& book, const Sta
 Status UserState::forget(const Context& context, const Codebook& book, const StateItems& items, const Ids& ids,
                          const StateKept& kept) noexcept {
   HISAC_TRY(check_items("forget", context, book, items, ids, *this));
+  if (migrated() && !kept.whole) return invalid("forget: whole expected, since the state has been migrated, got false");
+  if (kept.whole && !kept.rows)
+    return invalid("forget: kept expected, rows, of which the whole table is made again, got none");
   if (kept.rows) HISAC_TRY(check_items("forget", context, book, items, kept.rows->ids, *this));
-  if (kept.rows) HISAC_TRY(check_events("forget", items, *kept.rows));
+  if (kept.rows) HISAC_TRY(check_events("forget", *kept.rows));
   return write("forget", context, book, items, *this, [&](StateWriter& writer) {
     StateHead& head = writer.head();
     const auto find = [&](int64_t i, uint64_t* key, int64_t* at) {
@@ -128,11 +212,15 @@ Status UserState::forget(const Context& context, const Codebook& book, const Sta
     for (int64_t i = 0; i < ids.size && !kept.rows && !kept.of_leaf; ++i)
       if (find(i, &key, &at))
         return invalid("forget: kept expected, rows or a function, since the table has their leaves, got none");
+    ++head.revision;
     for (int64_t left = head.ring; left > 0; --left) {
       const RingRow row = writer.table().pop();
-      bool gone = false;
-      for (int64_t i = 0; i < ids.size; ++i) gone = gone || ids[i] == row.id;
-      if (!gone) writer.table().push(row);
+      if (!among(ids, row.id)) writer.table().push(row);
+    }
+    if (kept.whole) {
+      head.votes = head.leaves = head.migrated = 0;
+      enter_again(writer, *kept.rows, ids, nullptr);
+      return Status();
     }
     for (int64_t i = 0; i < ids.size; ++i) {
       if (!find(i, &key, &at)) continue;
@@ -142,17 +230,11 @@ Status UserState::forget(const Context& context, const Codebook& book, const Sta
       } else {
         HISAC_TRY(kept.of_leaf(kept.ctx, writer.loader().codes_of(ids[i]), &rows));
         HISAC_TRY(check_items("forget", context, book, items, rows.ids, *this));
-        HISAC_TRY(check_events("forget", items, rows));
+        HISAC_TRY(check_events("forget", rows));
       }
       writer.remove(at);
-      for (int64_t r = 0; r < rows.size(items); ++r) {
-        uint64_t own;
-        if (!writer.leaf_of(id_of(rows, r), &own) || own != key) continue;
-        const int32_t time = writer.advance(time_of(rows, r));
-        writer.enter({id_of(rows, r), weight_of(rows, r), time});
-      }
+      enter_again(writer, rows, ids, &key);
     }
-    ++head.revision;
     return Status();
   });
 }
@@ -175,68 +257,19 @@ Status UserState::merge(const Context& context, const Codebook& book, const Stat
   HISAC_TRY(check_room("merge", StateTable(*this), from.head->leaves + ring() + other.ring()));
   return write("merge", context, book, items, *this, [&](StateWriter& writer) {
     StateHead& head = writer.head();
-    const StateTable& table = writer.table();
     if (!head.begun) head.epoch = from.head->epoch;
     head.begun = 1;
     const int64_t epoch = from.head->epoch, h = head.half_life;
-    if (h && epoch > head.epoch) writer.move_epoch((epoch - head.epoch) / h);
-    int64_t halvings = h ? (head.epoch - epoch) / h : 0;
-    const auto votes_of_them = [&] {
-      int64_t votes = 0;
-      for (int64_t i = 0; i < from.head->leaves; ++i) votes += shifted(from.votes[i], halvings);
-      return votes;
-    };
-    if (h && head.votes + votes_of_them() > kMostTableVotes) {
-      writer.move_epoch(1);
+    if (epoch > head.epoch) writer.move_epoch(epoch - head.epoch);
+    int64_t halvings = h ? (head.epoch - epoch) / h : 0, votes = head.votes;
+    for (int64_t i = 0; i < from.head->leaves; ++i) votes += shifted(from.votes[i], halvings);
+    if (h && votes > kMostTableVotes) {
+      writer.move_epoch(h);
       ++halvings;
     }
-    // those of theirs that are not here; one that has been here, and made place, comes again and finds none
-    int64_t others = 0;
-    const int64_t dropped = head.dropped_leaves, dropped_votes = head.dropped_votes, before = head.leaves,
-                  votes = head.votes + votes_of_them();
-    for (const bool there : {true, false})
-      for (int64_t i = 0; i < from.head->leaves; ++i) {
-        const int64_t at = writer.find(from.keys[i]), slot = from.slot(i);
-        const bool found = writer.has(at, from.keys[i]);
-        others += there && !found;
-        if (there != found) continue;
-        const StateLeaf leaf{from.keys[i],
-                             std::min(shifted(from.votes[i], halvings), kMostTableVotes - head.votes),
-                             halved(from.masses[i], halvings),
-                             from.spreads ? from.spreads[i] : 0.f,
-                             writer.x(),
-                             from.v_row(slot)};
-        if (from.x) std::copy_n(from.x_row(slot), head.width, leaf.x);
-        if (found)
-          writer.add(at, leaf);
-        else if (head.leaves < head.most || !writer.behind(leaf, writer.fewest()))
-          writer.add_leaf(leaf);
-      }
-    head.dropped_leaves = dropped;
-    head.dropped_votes = dropped_votes;
-    count(head.dropped_leaves, before + others - head.leaves);
-    count(head.dropped_votes, votes - head.votes);
-    int64_t left = head.ring, taken = 0;
-    const auto theirs_at = [&](int64_t i) {
-      RingRow row = from.ring_row(i);
-      row.time = near_epoch(row.time + epoch - head.epoch);
-      return row;
-    };
-    const int64_t more = head.ring + from.head->ring - head.ring_room;  // too many, which are the first to leave
-    for (int64_t n = 0; left > 0 || taken < from.head->ring; ++n) {
-      RingRow row;
-      const bool from_them = taken < from.head->ring && (left == 0 || theirs_at(taken).time < table.ring_row(0).time);
-      if (from_them) {
-        row = theirs_at(taken++);
-      } else {
-        row = table.pop();
-        --left;
-      }
-      if (n < more)
-        count(head.absent, !writer.enter(row));
-      else
-        table.push(row);
-    }
+    merge_leaves(writer, from, halvings);
+    merge_rings(writer, from);
+    head.migrated |= from.head->migrated;
     head.position = std::max(head.position, from.head->position);
     count(head.seen, from.head->seen);
     count(head.absent, from.head->absent);

@@ -11,7 +11,7 @@
 namespace hisac {
 namespace {
 
-StateHead head_of(const Codebook& book, const StateParams& params) noexcept {
+StateHead new_head(const Codebook& book, const StateParams& params) noexcept {
   StateHead head{};
   std::memcpy(head.magic, StateHead::kMagic, sizeof head.magic);
   head.version = StateHead::kVersion;
@@ -31,25 +31,19 @@ StateHead head_of(const Codebook& book, const StateParams& params) noexcept {
 
 bool sizes_fit(const StateHead& h) noexcept {
   return within({h.width, h.value_width}, 1, kMostWidth) && within({h.most}, 1, kMostLeaves) &&
-         within({h.ring_room}, 0, kMostLeaves) && within({h.half_life}, 0, int64_t{1} << 40);
+         within({h.ring_room}, 0, kMostLeaves) && within({h.half_life}, 0, kMostHalfLife);
 }
 
 Status check_params(const Codebook& book, const StateParams& params) noexcept {
   HISAC_TRY(check_book("state", &book));
-  if (sizes_fit(head_of(book, params))) return {};
+  if (sizes_fit(new_head(book, params))) return {};
   return invalid(
       "state: expected leaves of 1 to 2^24, a ring of 0 to 2^24, a width of 1 to 2^20 and a half-life of 0 "
-      "to 2^40, got %" PRId64 ", %" PRId64 ", %" PRId64 " and %" PRId64,
-      params.leaves, params.ring, params.width, params.half_life);
+      "to %" PRId64 " units of time, got %" PRId64 ", %" PRId64 ", %" PRId64 " and %" PRId64,
+      kMostHalfLife, params.leaves, params.ring, params.width, params.half_life);
 }
 
-Status check_memory(const char* verb, const Array<std::byte, 1>& memory, int64_t bytes) noexcept {
-  if (reinterpret_cast<uintptr_t>(memory.data) % 64)
-    return invalid("%s: memory expected aligned to 64 bytes, got address %p", verb, static_cast<void*>(memory.data));
-  if (memory.data && memory.shape[0] >= bytes) return {};
-  return invalid("%s: memory expected of at least %" PRId64 " bytes, got %" PRId64, verb, bytes,
-                 memory.data ? memory.shape[0] : 0);
-}
+bool is_form(DType type) noexcept { return type == DType::float32 || type == DType::bfloat16 || type == DType::int8; }
 
 Status corrupt(const char* what) noexcept { return Status::error(Code::corrupt_file, "state: %s", what); }
 
@@ -57,11 +51,12 @@ Status corrupt(const char* what) noexcept { return Status::error(Code::corrupt_f
 bool counts_fit(const StateHead& h) noexcept {
   return within({h.room}, 0, h.most) && within({h.leaves}, 0, h.room) && within({h.ring}, 0, h.ring_room) &&
          within({h.first}, 0, std::max<int64_t>(h.ring_room - 1, 0)) && within({h.votes}, 0, kMostTableVotes) &&
-         within({h.epoch}, -kMostEpoch, kMostEpoch) && within({h.mean_x, h.begun}, 0, 1) && h.zero == 0 &&
+         within({h.epoch}, -kMostEpoch, kMostEpoch) && within({h.mean_x, h.begun, h.migrated}, 0, 1) && h.zero == 0 &&
          within({h.seen, h.absent, h.dropped_leaves, h.dropped_votes}, 0, kMostCount);
 }
 
-/// Keys ascend, votes add up, slots are different. A slot is marked by its sign while this looks.
+/// Keys ascend, votes add up, slots are rows. Two leaves of one row, which only hostile bytes have, are wrong numbers
+/// and no fault.
 bool table_fits(const StateTable& t) noexcept {
   const int64_t n = t.head->leaves;
   int64_t total = 0;
@@ -71,18 +66,8 @@ bool table_fits(const StateTable& t) noexcept {
     total += ok ? t.votes[i] : 0;
     ok = ok && (!t.slots || within({t.slots[i]}, 0, n - 1));
   }
-  if (!ok || total != t.head->votes) return false;
-  constexpr int32_t kMark = std::numeric_limits<int32_t>::min();
-  for (int64_t i = 0; t.slots && i < n; ++i) {
-    int32_t& slot = t.slots[t.slots[i] & ~kMark];
-    ok = ok && !(slot & kMark);
-    slot |= kMark;
-  }
-  for (int64_t i = 0; t.slots && i < n; ++i) t.slots[i] &= ~kMark;
-  return ok;
+  return ok && total == t.head->votes;
 }
-
-const StateHead& head_in(const std::byte* data) noexcept { return *reinterpret_cast<const StateHead*>(data); }
 
 /// The smallest bfloat16 that is not below x >= 0.
 uint16_t bfloat16_above(float x) noexcept {
@@ -107,15 +92,15 @@ void store_int8(const float* row, int64_t width, std::byte* to, uint16_t* scale_
 }  // namespace
 
 size_t UserState::bytes(const Codebook& book, const StateParams& params) noexcept {
-  return check_params(book, params).ok() ? static_cast<size_t>(StateTable(head_of(book, params), nullptr).bytes) : 0;
+  return check_params(book, params).ok() ? static_cast<size_t>(StateTable(new_head(book, params), nullptr).bytes) : 0;
 }
 
 Status UserState::create(const Codebook& book, const StateParams& params, Array<std::byte, 1> memory,
                          UserState* out) noexcept {
   HISAC_TRY(check_params(book, params));
-  StateHead head = head_of(book, params);
+  StateHead head = new_head(book, params);
   head.bytes = StateTable(head, nullptr).bytes;
-  HISAC_TRY(check_memory("state", memory, head.bytes));
+  HISAC_TRY(check_memory("state", memory, head.bytes, {}));
   std::memset(memory.data, 0, static_cast<size_t>(head.bytes));
   std::memcpy(memory.data, &head, sizeof head);
   out->data_ = memory.data;
@@ -123,14 +108,16 @@ Status UserState::create(const Codebook& book, const StateParams& params, Array<
 }
 
 Status UserState::parse(Array<std::byte, 1> bytes, UserState* out) noexcept {
-  HISAC_TRY(check_memory("state", bytes, 0));
-  if (bytes.shape[0] < static_cast<int64_t>(sizeof(StateHead))) return corrupt("expected at least 256 bytes, got less");
-  const StateHead& head = head_in(bytes.data);
+  constexpr int64_t kLeast = sizeof(StateHead);
+  const int64_t size = bytes.data ? bytes.shape[0] : 0;
+  if (size < kLeast)
+    return Status::error(Code::corrupt_file, "state: expected at least %" PRId64 " bytes, got %" PRId64, kLeast, size);
+  HISAC_TRY(check_memory("state", bytes, kLeast, {}));
+  const StateHead& head = *reinterpret_cast<const StateHead*>(bytes.data);
   if (std::memcmp(head.magic, StateHead::kMagic, sizeof head.magic) != 0) return corrupt("the bytes are no state");
   if (head.version != StateHead::kVersion)
     return Status::error(Code::corrupt_file, "state: version expected %u, got %u", StateHead::kVersion, head.version);
-  if (head.type != DType::float32 && head.type != DType::bfloat16 && head.type != DType::int8)
-    return corrupt("expected a type of float32, bfloat16 or int8");
+  if (!is_form(head.type)) return corrupt("expected a type of float32, bfloat16 or int8");
   if (!sizes_fit(head) || !counts_fit(head)) return corrupt("sizes are out of range");
   const StateTable table(head, bytes.data);
   if (head.bytes != table.bytes || bytes.shape[0] < table.bytes)
@@ -143,23 +130,22 @@ Status UserState::parse(Array<std::byte, 1> bytes, UserState* out) noexcept {
 }
 
 void UserState::seal() const noexcept {
-  StateHead& head = *reinterpret_cast<StateHead*>(data_);
-  head.checksum = checksum_of(head, data_);
+  if (data_) reinterpret_cast<StateHead*>(data_)->checksum = checksum_of(head_of(*this), data_);
 }
 
 size_t UserState::serialised_bytes(DType type, int64_t room) const noexcept {
-  StateHead head = head_in(data_);
+  StateHead head = head_of(*this);
   head.type = type;
   head.room = room;
-  const bool fits = within({room}, head.leaves, head.most) && type != DType::int32 && type != DType::int64;
+  const bool fits = data_ && within({room}, head.leaves, head.most) && is_form(type);
   return fits ? static_cast<size_t>(StateTable(head, nullptr).bytes) : 0;
 }
 
 Status UserState::serialise(DType form, int64_t room, Array<std::byte, 1> out) const noexcept {
+  if (!data_) return invalid("serialise: expected a state, got none");
   const StateTable from(*this);
   const int64_t n = from.head->leaves, width = from.head->width, value_width = from.head->value_width;
-  if (form != DType::float32 && form != DType::bfloat16 && form != DType::int8)
-    return Status::error(Code::wrong_type, "serialise: type expected float32, bfloat16 or int8");
+  if (!is_form(form)) return Status::error(Code::wrong_type, "serialise: type expected float32, bfloat16 or int8");
   if (form != type()) HISAC_TRY(check_writable("serialise", *this));
   if (!within({room}, n, from.head->most))
     return invalid("serialise: room expected %" PRId64 " to %" PRId64 ", got %" PRId64, n, from.head->most, room);
@@ -168,7 +154,7 @@ Status UserState::serialise(DType form, int64_t room, Array<std::byte, 1> out) c
   head.room = room;
   head.first = 0;
   head.bytes = StateTable(head, nullptr).bytes;
-  HISAC_TRY(check_memory("serialise", out, head.bytes));
+  HISAC_TRY(check_memory("serialise", out, head.bytes, *this));
   std::memset(out.data, 0, static_cast<size_t>(head.bytes));
   std::memcpy(out.data, &head, sizeof head);
   const StateTable to(head, out.data);
@@ -201,23 +187,24 @@ Status UserState::serialise(DType form, int64_t room, Array<std::byte, 1> out) c
   return {};
 }
 
-int64_t UserState::size() const noexcept { return head_in(data_).bytes; }
+int64_t UserState::size() const noexcept { return head_of(*this).bytes; }
 StateParams UserState::params() const noexcept {
-  const StateHead& h = head_in(data_);
+  const StateHead& h = head_of(*this);
   return {h.most, h.ring_room, h.value_width, h.half_life, h.mean_x != 0, h.model_tag, h.weighting};
 }
-DType UserState::type() const noexcept { return head_in(data_).type; }
-int64_t UserState::leaves() const noexcept { return head_in(data_).leaves; }
-int64_t UserState::room() const noexcept { return head_in(data_).room; }
-int64_t UserState::ring() const noexcept { return head_in(data_).ring; }
-uint64_t UserState::fingerprint() const noexcept { return head_in(data_).fingerprint; }
+DType UserState::type() const noexcept { return head_of(*this).type; }
+int64_t UserState::leaves() const noexcept { return head_of(*this).leaves; }
+int64_t UserState::room() const noexcept { return head_of(*this).room; }
+int64_t UserState::ring() const noexcept { return head_of(*this).ring; }
+uint64_t UserState::fingerprint() const noexcept { return head_of(*this).fingerprint; }
 uint64_t UserState::options() const noexcept {
-  const StateHead& h = head_in(data_);
+  const StateHead& h = head_of(*this);
   const uint64_t shaping[] = {static_cast<uint64_t>(h.half_life), static_cast<uint64_t>(h.mean_x), h.weighting};
   return fnv(kFnv, shaping, sizeof shaping);
 }
-int64_t UserState::epoch() const noexcept { return head_in(data_).epoch; }
-int64_t UserState::position() const noexcept { return head_in(data_).position; }
-uint64_t UserState::revision() const noexcept { return head_in(data_).revision; }
+int64_t UserState::epoch() const noexcept { return head_of(*this).epoch; }
+int64_t UserState::position() const noexcept { return head_of(*this).position; }
+bool UserState::migrated() const noexcept { return head_of(*this).migrated != 0; }
+uint64_t UserState::revision() const noexcept { return head_of(*this).revision; }
 
 }  // namespace hisac

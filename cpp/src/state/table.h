@@ -11,8 +11,14 @@
 namespace hisac {
 
 constexpr int64_t kMostTableVotes = (int64_t{1} << 40) - 1;
-constexpr int64_t kMostEpoch = int64_t{1} << 54;  // beyond any time that counts
+constexpr int64_t kMostEpoch = int64_t{1} << 54;              // beyond any time that counts
+constexpr int64_t kFar = 20;                                  // half-lives after the epoch at which it moves
+constexpr int64_t kMostHalfLife = (int64_t{1} << 31) / kFar;  // so that it moves before times, int32, end
+constexpr float kMostWeight = 0x1p40f;
 constexpr int64_t kMostCount = int64_t{1} << 60;  // of what is counted over a state's life
+
+/// Whether a row of this weight is there.
+inline bool usable(float weight) noexcept { return weight > 0 && weight <= std::numeric_limits<float>::max(); }
 
 /// n += more, up to the most.
 inline void count(int64_t& n, int64_t more) noexcept { n = std::min(n + more, kMostCount); }
@@ -34,7 +40,8 @@ struct StateHead {
   int64_t zero, leaves;  // the offsets [2] of the table's histories
   int64_t first, ring;   // the oldest row of the ring, and how many there are
   int64_t votes, seen, absent, dropped_leaves, dropped_votes;
-  int64_t reserved[6];
+  int64_t migrated;  // a leaf may have rows of items whose code is another one
+  int64_t reserved[5];
 };
 static_assert(sizeof(StateHead) == 256, "no padding");
 
@@ -43,6 +50,12 @@ struct RingRow {
   float weight;
   int32_t time;  // since the epoch
 };
+
+/// That of no state is empty.
+inline const StateHead& head_of(const UserState& state) noexcept {
+  static constexpr StateHead kNone{};
+  return state ? *reinterpret_cast<const StateHead*>(state.data()) : kNone;
+}
 
 /// Where the arrays of a state are, by the sizes in its head. Elements only shrink, so all are aligned.
 struct StateTable {
@@ -77,8 +90,7 @@ struct StateTable {
     take(x, mean_x, room * sizes.width * element);
     bytes = (at + 63) / 64 * 64;
   }
-  explicit StateTable(const UserState& state) noexcept
-      : StateTable(*reinterpret_cast<const StateHead*>(state.data()), state.data()) {}
+  explicit StateTable(const UserState& state) noexcept : StateTable(head_of(state), state.data()) {}
 
   int64_t slot(int64_t leaf) const noexcept { return slots ? slots[leaf] : leaf; }
   /// Whether leaf i has row i.
@@ -132,9 +144,23 @@ inline Status check_state(const char* verb, const Context* context, const Codebo
   if (state.fingerprint() != book.fingerprint())
     return invalid("%s: codebook expected %016" PRIx64 ", got %016" PRIx64, verb, state.fingerprint(),
                    book.fingerprint());
-  const int64_t width = reinterpret_cast<const StateHead*>(state.data())->width;
+  const int64_t width = head_of(state).width;
   if (width == book.width()) return {};  // of hostile bytes it need not be
   return invalid("%s: codebook expected of D = %" PRId64 ", got %" PRId64, verb, width, book.width());
+}
+
+/// Memory of at least so many bytes, aligned to 64, that is not the state's.
+inline Status check_memory(const char* verb, const Array<std::byte, 1>& memory, int64_t bytes,
+                           const UserState& state) noexcept {
+  const auto at = reinterpret_cast<uintptr_t>(memory.data), own = reinterpret_cast<uintptr_t>(state.data());
+  if (at % 64)
+    return invalid("%s: memory expected aligned to 64 bytes, got address %p", verb, static_cast<void*>(memory.data));
+  if (!memory.data || memory.shape[0] < bytes)
+    return invalid("%s: memory expected of at least %" PRId64 " bytes, got %" PRId64, verb, bytes,
+                   memory.data ? memory.shape[0] : 0);
+  const auto end = [](uintptr_t begin, int64_t size) { return begin + static_cast<uintptr_t>(size); };
+  if (!state || at >= end(own, head_of(state).bytes) || own >= end(at, bytes)) return {};
+  return invalid("%s: memory expected beside the state's, got memory that overlaps with it", verb);
 }
 
 /// One that can be written to.

@@ -11,9 +11,9 @@
 namespace hisac {
 
 constexpr int kUnitBits = 12;  // with a half-life a vote is 2^-12 of a behaviour of weight 1 at the epoch
-constexpr int64_t kMostTime = int64_t{1} << 53, kFar = 20;
-constexpr float kMostWeight = 0x1p40f;
-constexpr int64_t kAhead = 4;  // how many rows before its use an item is prefetched
+constexpr int64_t kMostTime = int64_t{1} << 53;
+constexpr int64_t kNear = int64_t{1} << 30;  // without a half-life: the time after the epoch at which it moves
+constexpr int64_t kAhead = 4;                // how many rows before its use an item is prefetched
 
 /// 2^f on [0, 1), by Horner's rule in float64: as the definition has it, to the bit.
 inline double power(double f) noexcept {
@@ -86,12 +86,15 @@ class StateWriter {
       head_.epoch = h ? floor_div(time, h) * h : time;
       head_.begun = 1;
     }
-    if (h && floor_div(time - head_.epoch, h) >= kFar) move_epoch(floor_div(time - head_.epoch, h));
+    const int64_t since = time - head_.epoch;
+    if (h && floor_div(since, h) >= kFar) move_epoch(floor_div(since, h) * h);
+    if (!h && since >= kNear) move_epoch(since);
     return near_epoch(time - head_.epoch);
   }
 
-  void move_epoch(int64_t halvings) noexcept {
-    const int64_t by = halvings * head_.half_life;
+  /// by: whole half-lives, where the state has one.
+  void move_epoch(int64_t by) noexcept {
+    const int64_t halvings = head_.half_life ? by / head_.half_life : 0;
     head_.epoch = std::min(head_.epoch + by, kMostEpoch);
     head_.votes = 0;
     for (int64_t i = 0; i < head_.leaves; ++i) {
@@ -235,9 +238,13 @@ class StateWriter {
   /// A row into the table; false where it is absent.
   bool enter(const RingRow& row) noexcept {
     StateLeaf leaf{0, 0, 0, 0, x_, v_};
-    if (!(row.weight > 0 && row.weight <= FLT_MAX) || !leaf_of(row.id, &leaf.key)) return false;
+    if (!usable(row.weight) || !leaf_of(row.id, &leaf.key)) return false;
     float norm;
-    const bool routed = loader_.v_source.has(row.id) && loader_.load_x_unchecked(row.id, x_, &norm);
+    bool routed = loader_.v_source.has(row.id) && loader_.load_x_unchecked(row.id, x_, &norm);
+    if (routed) {
+      loader_.v_source.load(row.id, v_);
+      routed = cpu::finite(v_, head_.value_width, INFINITY);
+    }
     const double weight = double(std::min(row.weight, kMostWeight));
     double mass = weight;
     if (head_.half_life) {
@@ -251,7 +258,7 @@ class StateWriter {
       };
       leaf.votes = votes();
       while (head_.votes + leaf.votes > kMostTableVotes) {
-        move_epoch(1);
+        move_epoch(head_.half_life);
         time -= head_.half_life;
         leaf.votes = votes();
       }
@@ -260,7 +267,6 @@ class StateWriter {
     }
     leaf.mass = routed ? mass_of(mass) : 0.f;
     if (!leaf.votes && !(leaf.mass > 0)) return true;
-    if (leaf.mass > 0) loader_.v_source.load(row.id, v_);
     add_leaf(leaf);
     return true;
   }
@@ -271,8 +277,9 @@ class StateWriter {
   }
 
   void append(int64_t id, float weight, int64_t time) noexcept {
-    advance(time);
     count(head_.seen, 1);
+    if (!usable(weight) || id < 0) return count(head_.absent, 1);
+    advance(time);
     if (head_.ring_room) {
       leave(head_.ring_room - 1);  // which may move the epoch
       table_.push({id, weight, near_epoch(limited(time) - head_.epoch)});

@@ -16,6 +16,7 @@ target attention; `match`, the leaf sums below a candidate's codes, and `merge` 
 
 from .codebook import FIT_LIMIT, Codebook, encode, first_distinct, fit, priorities, valid_codes
 from .lists import agent_lists
+from .state import UserState
 from .tree_match import match, match_backward, merge, recent, repeat_count
 from .verbs import (
     MAX_SEATS,
@@ -37,6 +38,7 @@ __all__ = [
     "FIT_LIMIT",
     "MAX_SEATS",
     "Codebook",
+    "UserState",
     "agent_lists",
     "attend",
     "attend_backward",

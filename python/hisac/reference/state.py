@@ -20,7 +20,7 @@ MOST_WEIGHT = 2.0**40
 MOST_TIME = 2**53
 LEAST_MASS = 2.0**-100
 FAR = 20  # half-lives after the epoch at which it moves
-NEAR = 2**31  # a time is within [epoch - 2^31, epoch + 2^31)
+NEAR = 2**31  # a time is within [epoch - 2^31, epoch + 2^31); so a half-life is at most NEAR / FAR
 # of 2^f on [0, 1], by f^13 down to 1: float64, evaluated by Horner's rule without contraction
 POWER = (
     1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.054911620801123e-09, 1.01780860092397e-07,
@@ -54,14 +54,18 @@ class UserState:
         mass   w 2^((t - E) / h)
         votes  rint(2^12 w 2^((t - E) / h)); without a half-life rint(w), at least 0 and at most 2^40 - 1
 
-    w at most 2^40; a w that is not finite or not above 0 makes the row absent. The epoch is the multiple of h at or
-    before the first row's time, and without h that time. When a row comes that is 20 half-lives or more after it, the
-    epoch moves on to the last whole half-life; when votes together would pass 2^40 - 1, it moves by one. The votes of
-    each leaf are then shifted right by as many bits, and a leaf whose mass is below 2^-100 has none any more; nor has a
-    row that is so faint when it comes. Without h a row has no more votes than are left below 2^40.
+    w at most 2^40: a larger one counts as that. A row whose w is not finite or not above 0, or whose id is negative, is
+    absent at once: it enters neither the ring nor the table, and its time says nothing. The epoch is the multiple of h
+    at or before the first row's time, and without h that time. When a row comes that is 20 half-lives or more after it,
+    the epoch moves on to the last whole half-life; without h, to a time that is 2^30 or more after it; when votes
+    together would pass 2^40 - 1, by one half-life. The votes of each leaf are then shifted right by as many bits, and a
+    leaf whose mass is below 2^-100 has none any more; nor has a row that is so faint when it comes. Without h a row has
+    no more votes than are left below 2^40.
 
-    A row enters the table when it leaves the ring, so that a ring of 0 makes the table everything. Where a row has a
-    leaf of its own and the table has all its leaves, the one with fewest votes is dropped first; ties: the higher one.
+    A row enters the table when it leaves the ring, so that a ring of 0 makes the table everything. There it is absent
+    where its item has no valid code. One with a NaN in x or an |x|^2 of 2^100 and more, or whose v is not finite or not
+    there, votes and is not routed. Where a row has a leaf of its own and the table has all its leaves, the one with
+    fewest votes is dropped first; ties: the higher one.
     """
 
     def __init__(
@@ -76,12 +80,18 @@ class UserState:
         self.ring: list[Row] = []
         self.position, self.revision = -(2**63), 0
         self.seen = self.absent = self.dropped_leaves = self.dropped_votes = 0
+        self.migrated = False  # whether a leaf may have rows of items whose code is another one
 
     # ---- time
 
     def _move(self, halvings: int) -> None:
         assert self.epoch is not None
-        self.epoch += halvings * self.half_life
+        self._move_to(self.epoch + halvings * self.half_life)
+
+    def _move_to(self, epoch: int) -> None:
+        assert self.epoch is not None
+        halvings = (epoch - self.epoch) // self.half_life if self.half_life else 0
+        self.epoch = epoch
         self.votes = {leaf: n >> halvings for leaf, n in self.votes.items()}
         self.rows = {leaf: self._routed(rows) for leaf, rows in self.rows.items()}
         self.ring = [row._replace(time=self._near(row.time)) for row in self.ring]
@@ -97,6 +107,8 @@ class UserState:
             self.epoch = time // h * h if h else time
         if h and (time - self.epoch) // h >= FAR:
             self._move((time - self.epoch) // h)
+        elif not h and time - self.epoch >= NEAR // 2:
+            self._move_to(time)
         return self._near(time)
 
     def _mass(self, row: Row) -> float:
@@ -126,11 +138,13 @@ class UserState:
         if not self.mean_x:
             tables = tables._replace(x=None, x_scale=None)
         alone = leaf_sums(self.book, tables)
-        if not 0 < row.weight < np.inf or not len(alone.codes):
+        if not len(alone.codes):
             return False
         one, leaf = gather(tables), int(self.book.leaves(alone.codes)[0])
-        x, routed = (None if one.x is None else one.x[0]), bool(np.isfinite(alone.bias[0]))
-        row = row._replace(weight=min(row.weight, MOST_WEIGHT), x=x, v=one.v[0], routed=routed)
+        x, v = (None if one.x is None else one.x[0]), one.v[0]
+        routed = bool(np.isfinite(alone.bias[0]) and np.isfinite(v).all())
+        v = v if routed else np.zeros(self.width)
+        row = row._replace(weight=min(row.weight, MOST_WEIGHT), x=x, v=v, routed=routed)
         votes = self._votes_of(row)
         while self.half_life and sum(self.votes.values()) + votes > MOST_VOTES:
             self._move(1)
@@ -153,23 +167,37 @@ class UserState:
         del self.rows[leaf]
 
     def append(
-        self, items: Histories, ids: Array = None, *, weights: Array = None, times: Array = None,
-        positions: Array = None, model_tag: int = 0,
+        self, items: Histories, ids: Array, *, weights: Array = None, times: Array = None, positions: Array = None,
+        latest: int | None = None, model_tag: int = 0,
     ) -> None:  # fmt: skip
         """Behaviours with the rows `ids` of the tables x, v and codes of `items`, the oldest first. One whose position
-        is not above the last one changes nothing."""
+        is not above that of every earlier one changes nothing. A time after `latest` counts as `latest`."""
         self._check("append", ("model_tag", self.model_tag, model_tag))
         before = self.seen
-        for i, id in enumerate(range(len(items.codes)) if ids is None else np.asarray(ids).tolist()):
+        for i, row in enumerate(self._events(ids, weights, times)):
             if positions is not None:
                 if positions[i] <= self.position:
                     continue
                 self.position = int(positions[i])
-            time = self._advance(0 if times is None else int(times[i]))
             self.seen += 1
-            self.ring.append(Row(id, 1.0 if weights is None else float(np.float32(weights[i])), time))
+            if not self._counts(row):
+                self.absent += 1
+                continue
+            time = self._advance(row.time if latest is None else min(row.time, latest))
+            self.ring.append(row._replace(time=time))
             self._leave(items, self.ring_size)
         self.revision += self.seen > before
+
+    @staticmethod
+    def _events(ids: Array, weights: Array, times: Array) -> list[Row]:
+        return [
+            Row(id, 1.0 if weights is None else float(np.float32(weights[i])), 0 if times is None else int(times[i]))
+            for i, id in enumerate(np.asarray(ids, int).tolist())
+        ]
+
+    @staticmethod
+    def _counts(row: Row) -> bool:
+        return 0 < row.weight < np.inf and row.id >= 0
 
     def _leave(self, items: Histories, most: int) -> None:
         while len(self.ring) > most:
@@ -190,28 +218,41 @@ class UserState:
         self.revision += 1
 
     def forget(
-        self, items: Histories, ids: Array, *, kept: tuple[Any, ...] | Callable[[Array], tuple[Any, ...]] | None = None,
-        model_tag: int = 0,
+        self, items: Histories, ids: Array, *, kept: tuple[Any, ...] | Callable[[Array], Any] | None = None,
+        whole: bool = False, model_tag: int = 0,
     ) -> None:  # fmt: skip
         """Behaviours with these ids leave the ring. The leaves of their codes, id by id, are made again of what is
         kept: (ids, weights, times) of rows that have left the ring, of which those of the leaf are read, or a function
-        of the leaf's code [L] that gives them. kept may be None where the table has none of these leaves."""
+        of the leaf's code [L] that gives them, or None. Rows with these ids are passed over. kept may be None where the
+        table has none of these leaves.
+
+        whole: all leaves are made again of kept, rows. After `migrate` an item's rows may lie in another leaf than its
+        own, so nothing less is exact; then it is an error not to ask for it."""
         self._check("forget", ("model_tag", self.model_tag, model_tag))
         ids = np.asarray(ids)
         found = self._leaves(items, ids)
+        if self.migrated and not whole:
+            raise ValueError("forget: whole expected, since the state has been migrated, got False")
+        if whole and (kept is None or callable(kept)):
+            raise ValueError("forget: kept expected, rows, of which the whole table is made again, got none")
         if kept is None and any(leaf in self.votes for leaf in found):
-            raise ValueError("forget: kept expected, rows or a function, since the table has their leaves, got None")
+            raise ValueError("forget: kept expected, rows or a function, since the table has their leaves, got none")
         self.ring = [row for row in self.ring if row.id not in ids]
-        for leaf in found:
-            if leaf not in self.votes:
-                continue
-            del self.votes[leaf], self.rows[leaf]
-            rows, weights, times = kept(self._code(leaf)) if callable(kept) else kept or ((), None, None)
-            for i, at in enumerate(self._leaves(items, rows)):
-                if at == leaf:
-                    time = self._advance(0 if times is None else int(times[i]))
-                    self._enter(items, Row(int(rows[i]), 1.0 if weights is None else float(weights[i]), time))
+        if whole:
+            self.votes, self.rows, self.migrated = {}, {}, False
+            self._enter_again(items, kept, ids, None)
+        for leaf in [] if whole else found:
+            if leaf in self.votes:
+                del self.votes[leaf], self.rows[leaf]
+                self._enter_again(items, kept(self._code(leaf)) if callable(kept) else kept, ids, leaf)
         self.revision += 1
+
+    def _enter_again(self, items: Histories, kept: Any, gone: Array, leaf: int | None) -> None:
+        rows = [] if kept is None else self._events(*kept)
+        own = self._leaves(items, np.array([row.id for row in rows], int))
+        for row, at in zip(rows, own, strict=True):
+            if self._counts(row) and row.id not in gone and at >= 0 and leaf in (None, at):
+                self._enter(items, row._replace(time=self._advance(row.time)))
 
     def _leaves(self, items: Histories, ids: Array) -> list[int]:
         codes = np.full((len(ids), len(self.book.sizes)), -1)
@@ -223,10 +264,11 @@ class UserState:
         return np.array(np.unravel_index(leaf, self.book.sizes), np.int32)
 
     def merge(self, other: "UserState", items: Histories, *, model_tag: int = 0) -> None:
-        """Add another part of the same user's history. The later epoch is that of both; if their votes together pass
-        2^40 - 1, both move by one half-life more. Leaves that both have are added, then the others, as long as there is
-        place, but not at the cost of one with more votes. Rings are merged from the front, the earlier time first, of
-        equal ones mine; what is too much leaves. A state without a row changes nothing."""
+        """Add another part of the same user's history, by one log: the later position is that of both. So is the later
+        epoch; if their votes together pass 2^40 - 1, both move by one half-life more. Leaves that both have are added,
+        then the others, as long as there is place, but not at the cost of one with more votes. Rings are merged from
+        the front, the earlier time first, of equal ones mine; what is too much leaves. A state without a row changes
+        nothing."""
         for name in ("fingerprint", "model_tag", "options"):
             self._check("merge", (name, getattr(self, name), getattr(other, name)))
         self._check("merge", ("model_tag", self.model_tag, model_tag))
@@ -239,8 +281,8 @@ class UserState:
         def move(halvings: int) -> dict[int, int]:
             return {leaf: n >> halvings for leaf, n in votes.items()}
 
-        if h and theirs > self.epoch:
-            self._move((theirs - self.epoch) // h)
+        if theirs > self.epoch:
+            self._move_to(theirs)
         elif h:
             votes = move((self.epoch - theirs) // h)
         if h and sum(self.votes.values()) + sum(votes.values()) > MOST_VOTES:
@@ -253,13 +295,16 @@ class UserState:
             self.votes[leaf] = self.votes.get(leaf, 0) + min(votes[leaf], left)
             self.rows.setdefault(leaf, []).extend(self._routed(other.rows[leaf]))
             self._drop_to(self.most)
-        self.dropped_leaves, self.dropped_votes = dropped[0] - len(self.votes), dropped[1] - sum(self.votes.values())
+        self.dropped_leaves = dropped[0] - len(self.votes)
+        if self.dropped_leaves > dropped[0] - len(mine | set(votes)):  # else a full count took less than there was
+            self.dropped_votes = dropped[1] - sum(self.votes.values())
         a, b = self.ring, [row._replace(time=self._near(row.time)) for row in other.ring]
         self.ring = []
         while a or b:
             self.ring.append((b if not a or (b and b[0].time < a[0].time) else a).pop(0))
         self._leave(items, self.ring_size)
         self.position, self.revision = max(self.position, other.position), self.revision + 1
+        self.migrated |= other.migrated
         for name in ("seen", "absent", "dropped_leaves", "dropped_votes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -286,7 +331,7 @@ class UserState:
             at = int(book.leaves(new[None])[0])
             made.votes[at] = made.votes.get(at, 0) + self.votes[leaf]
             made.rows.setdefault(at, []).extend(self.rows[leaf])
-        made.revision += 1
+        made.revision, made.migrated = made.revision + 1, self.migrated or bool(self.votes)
         return made, lost[0], lost[1]
 
     # ---- what is derived
@@ -307,9 +352,8 @@ class UserState:
 
     def _decay(self, time: Any, now: int | None) -> Any:
         """The log of what time leaves of a weight, at `now` or else at the epoch."""
-        if not self.half_life or self.epoch is None:
-            return 0.0 * np.asarray(time, float)
-        return math.log(2) * (np.asarray(time, float) - (self.epoch if now is None else now)) / self.half_life
+        since = np.asarray(time, np.int64) - ((self.epoch or 0) if now is None else now)
+        return math.log(2) * since / self.half_life if self.half_life else 0.0 * since
 
     def sums(self, now: int | None = None) -> Histories:
         """The table: `leaf_sums` of its rows, with their votes."""

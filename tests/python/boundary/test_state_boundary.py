@@ -17,6 +17,7 @@ OTHER = Codebook([RNG.normal(size=(4, 6)).astype(np.float32)])
 X = RNG.normal(size=(30, 6)).astype(np.float32)
 V = RNG.normal(size=(30, 3)).astype(np.float32)
 ITEMS = Histories(X, V, codes=BOOK.encode(X))
+OTHER_ITEMS = ITEMS._replace(codes=OTHER.encode(X))
 IDS = RNG.integers(0, 30, 50)
 OPTIONS = {"width": 3, "leaves": 12}
 
@@ -49,7 +50,13 @@ def said(function, kind, text):
             lambda: state(leaves=0),
             ValueError,
             "state: expected leaves of 1 to 2^24, a ring of 0 to 2^24, a width of 1 to 2^20 and a half-life of 0 to "
-            "2^40, got 0, 0, 3 and 0",
+            "107374182 units of time, got 0, 0, 3 and 0",
+        ),
+        (
+            lambda: state(half_life=30 * 86_400_000),  # in milliseconds
+            ValueError,
+            "state: expected leaves of 1 to 2^24, a ring of 0 to 2^24, a width of 1 to 2^20 and a half-life of 0 to "
+            "107374182 units of time, got 12, 0, 3 and 2592000000",
         ),
         (lambda: state().append(BOOK, X, IDS), TypeError, "append: histories expected hisac.Histories, got ndarray"),
         (
@@ -113,7 +120,42 @@ def said(function, kind, text):
             NotImplementedError,
             "append: a state of float32 expected, got int8, which is for reading",
         ),
-        (lambda: UserState.from_bytes(b""), hisac.CorruptFileError, "state: expected at least 256 bytes, got less"),
+        (
+            lambda: filled().forget(BOOK, ITEMS, IDS[:1], kept=(IDS, None)),
+            ValueError,
+            "forget: kept expected (ids, weights, times), got 2",
+        ),
+        (
+            lambda: filled().forget(BOOK, ITEMS, IDS[:1], kept=()),
+            ValueError,
+            "forget: kept expected (ids, weights, times), got 0",
+        ),
+        (
+            lambda: filled().forget(BOOK, ITEMS, IDS[:1], kept=lambda code: IDS),
+            ValueError,
+            "forget: kept expected (ids, weights, times), got ndarray",
+        ),
+        (
+            lambda: filled().forget(BOOK, ITEMS, IDS[:1], kept=lambda code: (IDS, np.ones(2, np.float32), None)),
+            ValueError,
+            "forget: weights expected [50], got [2]",
+        ),
+        (
+            lambda: filled().forget(BOOK, ITEMS, IDS[:1], kept=(None, None, None)),
+            TypeError,
+            "forget: ids expected a NumPy array, a torch tensor or anything with DLPack, got NoneType",
+        ),
+        (
+            lambda: filled().forget(BOOK, ITEMS, IDS[:1], whole=True),
+            ValueError,
+            "forget: kept expected, rows, of which the whole table is made again, got none",
+        ),
+        (
+            lambda: filled().migrate(BOOK, OTHER)[0].forget(OTHER, OTHER_ITEMS, IDS[:1], kept=(IDS, None, None)),
+            ValueError,
+            "forget: whole expected, since the state has been migrated, got false",
+        ),
+        (lambda: UserState.from_bytes(b""), hisac.CorruptFileError, "state: expected at least 256 bytes, got 0"),
         (lambda: UserState.from_bytes(bytes(256)), hisac.CorruptFileError, "state: the bytes are no state"),
         (
             lambda: UserState.from_bytes(filled().to_bytes()[:-64]),
@@ -148,9 +190,10 @@ def test_other_kinds_of_arrays():
     np.testing.assert_array_equal(small.sums(BOOK).weights, whole.sums(BOOK).weights)
 
 
-def test_rows_by_value_and_what_a_state_says():
+def test_what_a_state_says():
     made = state(half_life=60, model_tag=2**64 - 1, weighting=4)
-    made.append(BOOK, ITEMS, weights=np.full(30, 2, np.float32), times=np.full(30, 130), model_tag=2**64 - 1)
+    rows = {"weights": np.full(30, 2, np.float32), "times": np.full(30, 130)}
+    made.append(BOOK, ITEMS, np.arange(30), **rows, model_tag=2**64 - 1)
     assert (made.epoch, made.position, made.revision, made.dtype) == (120, -(2**63), 1, "float32")
     assert made.params == {
         "width": 3, "leaves": 12, "ring": 0, "half_life": 60, "mean_x": True, "model_tag": 2**64 - 1, "weighting": 4,
@@ -194,6 +237,39 @@ def test_the_ring_is_joined_raw():
     np.testing.assert_array_equal(recent.ids, IDS[-6:])
     bias = np.concatenate([tokens.log_share[0] + recent.table_share, recent.log_share])
     assert np.exp(bias).sum() == pytest.approx(1, rel=1e-5)
+
+
+def test_what_is_forgotten_by_a_function():
+    """It may give None for nothing, and leave out weights and times; tensors are taken too."""
+    torch = pytest.importorskip("torch")
+    gone, leaf = IDS[:1], BOOK.leaves(ITEMS.codes)
+    left = np.setdiff1d(IDS, gone)
+    own = IDS[leaf[IDS] == leaf[gone[0]]]
+    by_rows, by_function, by_tensors, to_nothing = (filled() for _ in range(4))
+    by_rows.forget(BOOK, ITEMS, gone, kept=(IDS, np.ones(50, np.float32), np.zeros(50, np.int64)))
+    by_function.forget(BOOK, ITEMS, gone, kept=lambda code: (own, None, None))
+    given = Histories(torch.from_numpy(X), torch.from_numpy(V), codes=torch.from_numpy(ITEMS.codes))
+    by_tensors.forget(BOOK, given, torch.from_numpy(gone), kept=lambda code: (torch.from_numpy(own), None, None))
+    assert by_rows.to_bytes() == by_function.to_bytes() == by_tensors.to_bytes()
+    to_nothing.forget(BOOK, ITEMS, gone, kept=lambda code: None)
+    sums = to_nothing.sums(BOOK)
+    assert leaf[gone[0]] not in BOOK.leaves(sums.codes)
+    assert sums.weights.sum() == (leaf[IDS] != leaf[gone[0]]).sum()
+    assert set(leaf[left]) >= set(BOOK.leaves(sums.codes).tolist())
+
+
+def test_a_later_time_shrinks_masses_alone():
+    """So far ahead that a bias in float32 would lose the shares of tokens."""
+    made = filled(half_life=10)
+    now = made.epoch + 20_000_000
+    early, late = (made.compress(BOOK, budget=5, temperature=1.0, now=at) for at in (None, now))
+    np.testing.assert_array_equal(early.log_share, late.log_share)
+    np.testing.assert_array_equal(early.tokens, late.tokens)
+    np.testing.assert_allclose(late.lse, early.lse - np.log(2) * 2e6, rtol=1e-7)
+    codes = ITEMS.codes
+    early, late = (made.match(BOOK, codes, now=at) for at in (None, now))
+    np.testing.assert_array_equal(early.v, late.v)
+    np.testing.assert_allclose(late.lse, early.lse - np.log(2) * 2e6, rtol=1e-7)
 
 
 def test_two_versions_of_a_model_live_side_by_side():

@@ -81,12 +81,15 @@ def test_the_ring_keeps_the_last_rows(stream, ring):
     book, items, weights, times, _ = stream
     n = len(items.v)
     state = feed(state_of(book, items, ring=ring), stream, np.arange(n))
-    check_sums(state.sums(), feed(state_of(book, items), stream, np.arange(max(n - ring, 0))).sums())
+    there = np.flatnonzero(weights > 0)
+    left = there[: max(len(there) - ring, 0)]
+    check_sums(state.sums(), feed(state_of(book, items), stream, left).sums())
     recent = state.recent()
-    np.testing.assert_array_equal(recent.ids, np.arange(n)[max(n - ring, 0) :])
+    np.testing.assert_array_equal(recent.ids, there[len(left) :])
     np.testing.assert_array_equal(recent.times, times[recent.ids])
     total = np.exp([*recent.log_share, recent.table_share]).sum()
-    assert total == pytest.approx(1) or (total == 0 and not (weights > 0)[recent.ids].any())
+    assert total == pytest.approx(1) or (total == 0 and not len(recent.ids))
+    assert (state.seen, state.absent) == (n, n - len(there) + (book.leaves(items.codes[left]) < 0).sum())
 
 
 @given(streams(), st.integers(0, 20), st.integers(0, 3))
@@ -203,19 +206,21 @@ def test_parts_merge_at_the_later_epoch():
     assert both.epoch == late.epoch == 30
 
 
-@given(streams(), st.sets(st.integers(0, 19)), st.integers(0, 4), st.booleans())
-def test_what_is_forgotten_never_was(stream, gone, ring, by_function):
+@given(streams(), st.sets(st.integers(0, 19)), st.integers(0, 4), st.sampled_from(["rows", "function", "whole"]))
+def test_what_is_forgotten_never_was(stream, gone, ring, way):
     book, items, weights, times, _ = stream
     n = len(items.v)
     gone = sorted(row for row in gone if row < n)
     state = feed(state_of(book, items, ring=ring), stream, np.arange(n))
-    kept = np.setdiff1d(np.arange(max(n - ring, 0)), gone)
-    rows = kept, weights[kept], times[kept]
-    state.forget(items, np.array(gone, int), kept=(lambda code: rows) if by_function else rows)
+    there = np.flatnonzero(weights > 0)
+    left = there[: max(len(there) - ring, 0)]
+    rows = left, weights[left], times[left]
+    kept = (lambda code: rows) if way == "function" else rows
+    state.forget(items, np.array(gone, int), kept=kept, whole=way == "whole")
     without = state_of(book, items)
-    feed(without, stream, kept)
+    feed(without, stream, np.setdiff1d(left, gone))
     check_sums(state.sums(), without.sums())
-    assert [row.id for row in state.ring] == [row for row in range(max(n - ring, 0), n) if row not in gone]
+    assert [row.id for row in state.ring] == [row for row in there[len(left) :] if row not in gone]
 
 
 def test_forgetting_needs_what_is_kept():
@@ -227,6 +232,65 @@ def test_forgetting_needs_what_is_kept():
     with pytest.raises(ValueError, match="forget: kept expected"):
         state.forget(items, np.array([0]))
     assert state.votes == {0: 1}
+
+
+def test_forgetting_after_a_migration():
+    """Items 0, 1 and 2 lie together in the old book, and in the new one's leaf of their mean; item 2 has a leaf of its
+    own there. Only the whole table made again is without it."""
+    table = np.array([[0.0], [1.0], [2.0], [9.0]], np.float32)
+    old, new = (reference.Codebook([np.array(c, np.float32)[:, None]]) for c in ([1, 9], [0.9, 2.1, 9]))
+    before, after = (Histories(table, table, codes=reference.encode(book, table)) for book in (old, new))
+    state = state_of(old, before, leaves=5)
+    state.append(before, [0, 1, 2, 3])
+    made, *_ = state.migrate(new)
+    assert made.votes == {0: 3, 2: 1}
+    rows = np.array([0, 1, 2, 3]), None, None
+    with pytest.raises(ValueError, match="forget: whole expected, since the state has been migrated, got False"):
+        made.forget(after, np.array([2]), kept=rows)
+    with pytest.raises(ValueError, match="forget: kept expected, rows, of which the whole table"):
+        made.forget(after, np.array([2]), kept=lambda code: rows, whole=True)
+    made.forget(after, np.array([2]), kept=rows, whole=True)
+    assert (made.votes, made.migrated) == ({0: 2, 2: 1}, False)
+    np.testing.assert_allclose(made.sums().v[:, 0], [0.5, 9])
+
+
+def test_a_row_that_is_not_there_says_nothing_of_time():
+    """A NaN, a weight of 0 and an id below 0 neither set the epoch nor move it; nor does a time after `latest`."""
+    book, items = one_level()
+    state = state_of(book, items, half_life=10, ring=2)
+    state.append(items, [0, 1, -1], weights=[0, np.nan, 1], times=[-(2**50), 2**50, 2**50])
+    assert (state.epoch, state.ring, state.seen, state.absent) == (None, [], 3, 3)
+    state.append(items, [0, 1, -1, 2], times=[100, 105, 2**50, 2**50], latest=110)
+    assert (state.epoch, state.votes) == (100, {0: 4096})
+    assert state.recent().times.tolist() == [105, 110]
+
+
+def test_times_without_a_half_life():
+    """The epoch follows, so that the ring's times are exact, and a row that is too far back is as far as can be."""
+    book, items = one_level()
+    state = state_of(book, items, ring=3)
+    state.append(items, [0, 1, 2], times=[0, 2**40, 2**40 + 5])
+    assert state.recent().times.tolist() == [2**40 - 2**31, 2**40, 2**40 + 5]
+    state.expire(items, 2**40 + 6, age=3)
+    assert (state.recent().ids.tolist(), state.votes) == ([2], {0: 1, 1: 1})
+    late = state_of(book, items, ring=3)
+    late.append(items, [3], times=[2**41])
+    state.merge(late, items)
+    assert state.epoch == 2**41
+    assert state.recent().times.tolist() == [2**41 - 2**31, 2**41]
+
+
+def test_rings_merge_by_the_times_that_they_had():
+    """The first row that leaves moves the epoch, by its votes. Rows that were apart are then equally far."""
+    book, items = one_level()
+    h, far = 2**31 // 20, -(2**31)
+    mine, theirs = (state_of(book, items, half_life=h, ring=2) for _ in range(2))
+    mine.append(items, [0, 3, 1], weights=[2.0**28 - 16, 2.0**40, 1], times=[0, far, far + 2])
+    theirs.append(items, [2, 2, 0], times=[0, far + 1, 5])
+    assert (mine.epoch, theirs.epoch) == (0, 0)
+    mine.merge(theirs, items)
+    assert mine.epoch == h
+    assert [row.id for row in mine.ring] == [1, 0]
 
 
 def test_a_state_expires():
