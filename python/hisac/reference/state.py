@@ -49,7 +49,9 @@ def power(fraction: float) -> float:
 
 
 class UserState:
-    """One user's history between requests. A row of weight w and time t counts, against the epoch E,
+    """One user's history between requests. It keeps its book, which an implementation is given with each call.
+
+    A row of weight w and time t counts, against the epoch E,
 
         mass   w 2^((t - E) / h)
         votes  rint(2^12 w 2^((t - E) / h)); without a half-life rint(w), at least 0 and at most 2^40 - 1

@@ -10,6 +10,9 @@
 examples are quick to make and shrink to small sizes. Codes, votes and agents are integers and are compared exactly;
 floats within `hisac.reference.bounds`. Needs hypothesis.
 
+A user's state is compared with `hisac.reference.UserState`, operation by operation: votes, ring and revision are equal,
+sums within its `bound()`. tests/python/parity/test_state.py does so by a RuleBasedStateMachine.
+
 The bounds are those of kernels that take distances from differences, or from an origin among the prototypes, and divide
 by the sum of their own weights. One that computes |x|^2 - 2 x . p + |p|^2 from zero loses more digits. Its bound is
 that of CUDA's kernels: `assert_tokens_close(mine, expected, bounds.route_bound(p.route_args(), p.dtype, cuda=True))`.
