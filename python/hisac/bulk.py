@@ -239,7 +239,11 @@ def _array(table: Any) -> Any:
 
 
 def _sum(table: Any) -> Any:
-    return zlib.crc32(table.reshape(-1).view(np.uint8)) if isinstance(table, np.ndarray) else repr(table)
+    return (
+        repr(table)
+        if isinstance(table, NUMBERS)
+        else zlib.crc32(np.ascontiguousarray(table).reshape(-1).view(np.uint8).data)
+    )
 
 
 def _open(book: Any, items: Any, codes: Any, v: Any, ids: Any, x_scale: Any) -> _Tables:
@@ -401,6 +405,9 @@ def run(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return ends
+
+
+_mine: Compress  # of a worker of `run`
 
 
 def _begin(compress: Compress) -> None:

@@ -16,9 +16,15 @@ import numpy as np
 from .types import Array
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
-_SCHEMA = {"format": ctypes.c_char_p, "name": ctypes.c_char_p, "metadata": _P, "flags": _N, "n_children": _N}
+_SCHEMA: dict[str, Any] = {
+    "format": ctypes.c_char_p,
+    "name": ctypes.c_char_p,
+    "metadata": _P,
+    "flags": _N,
+    "n_children": _N,
+}
 _SCHEMA |= {"children": ctypes.POINTER(_P), "dictionary": _P, "release": _P, "private_data": _P}
-_ARRAY = dict.fromkeys(("length", "null_count", "offset", "n_buffers", "n_children"), _N)
+_ARRAY: dict[str, Any] = dict.fromkeys(("length", "null_count", "offset", "n_buffers", "n_children"), _N)
 _ARRAY |= {"buffers": ctypes.POINTER(_P), "children": ctypes.POINTER(_P)}
 _ARRAY |= {"dictionary": _P, "release": _P, "private_data": _P}
 
@@ -63,7 +69,8 @@ def lists_of(batch: Any, wanted: Sequence[tuple[str, Kind]]) -> Iterator[tuple[A
         else:
             schema, chunks = stack.enter_context(_chunks(batch))
             there = [(field.name or b"").decode() for field in _children(schema)]
-        every, lengths = [], np.empty(0, np.int64)
+        every: list[Array] = []
+        lengths: Array = np.empty(0, np.int64)
         for name, kind in wanted:
             if name not in there:
                 raise ValueError(f"Compress: a batch expected with a column {name}, got {', '.join(there)}")

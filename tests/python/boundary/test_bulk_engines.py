@@ -67,12 +67,14 @@ def parts(files):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [histories(seed, users) for seed, users in ((20, 9), (21, 0), (22, 31))]
+    folder = files / "in"
+    folder.mkdir()
     for i, some in enumerate(rows):
         user = [f"u{i}-{j}" for j in range(len(some))]
         items = pa.array(named(some, KEYS), pa.list_(pa.int64()))
-        parquet.write_table(pa.table({"user": pa.array(user, pa.string()), "items": items, "more": items}),
-                            files / f"part-{i}.parquet")  # fmt: skip
-    return [files / f"part-{i}.parquet" for i in range(3)], rows
+        table = pa.table({"user": pa.array(user, pa.string()), "items": items, "more": items})
+        parquet.write_table(table, folder / f"part-{i}.parquet")
+    return [folder / f"part-{i}.parquet" for i in range(3)], rows
 
 
 def of_files(files, **more):
@@ -141,7 +143,7 @@ sys.path[:0] = {here!r}
 import test_bulk_engines as t
 from pathlib import Path
 if __name__ == "__main__":
-    files, paths = Path({files!r}), [Path({files!r}) / f"part-{{i}}.parquet" for i in range(3)]
+    files, paths = Path({files!r}), sorted(Path({files!r}).glob("in/*.parquet"))
     c = t.of_files(files)
     c.__class__ = t.Killed
     for end in (BrokenProcessPool, None):
@@ -181,17 +183,18 @@ def test_a_folder_takes_one_run(parts, files, change):
 # ------------------------------------------------------------------------------------------------------------- Ray Data
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own
 @pytest.mark.parametrize("way", ["pyarrow", "numpy", "actors"])
 def test_ray(parts, files, way, ray):
-    paths, rows = parts
-    source = ray.data.read_parquet([str(path) for path in paths], columns=["user", "items"])
+    _, rows = parts
+    source = ray.data.read_parquet(str(files / "in")).select_columns(["user", "items"])
     if way == "actors":
-        tables = (files / "book.safetensors", files / "x.npy", files / "codes.npy")
+        tables = [str(files / name) for name in ("book.safetensors", "x.npy", "codes.npy")]
         named_args = {"v": files / "v.npy", "ids": files / "ids.npy", "x_ids": "items", "budget": 9}
         more = {"fn_constructor_args": tables, "fn_constructor_kwargs": named_args, "concurrency": 1}
         made = source.map_batches(bulk.Compress, batch_format="pyarrow", batch_size=5, **more)
     else:
-        made = source.map_batches(of_files(files), batch_format=way, batch_size=5)
+        made = source.map_batches(of_files(files), batch_format=way, batch_size=5, concurrency=1)
     found = {row["user"]: row for row in made.take_all()}
     for i, some in enumerate(rows):
         wanted = whole(some)
@@ -206,7 +209,7 @@ def test_ray(parts, files, way, ray):
 def ray():
     found = pytest.importorskip("ray")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    found.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    found.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     found.data.DataContext.get_current().enable_progress_bars = False
     yield found
     found.shutdown()
