@@ -87,7 +87,7 @@ def cost(folder):
                 finds.append(time.perf_counter() - middle)
             taken = statistics.median(times) / USERS
             part = statistics.median(finds) / USERS / taken
-            print(f"{length:7,}  {text:35}{1e3 * taken:13.3f}{taken * 1e6 / 3600:22.2f}{part:21.1%}", flush=True)
+            print(f"{length:7,}  {text:35}{1e3 * taken:13.3f}{taken * 1e6 / 3600:22.3g}{part:21.1%}", flush=True)
 
 
 def spark(folder):
@@ -155,9 +155,8 @@ def spark(folder):
         own = hisac.UserState(book, width=V, leaves=64, ring=20)
         own.append(book, hisac.Histories(x, v, codes=codes), np.array([] if row is None else [*row, -1], np.int64))
         assert own.to_bytes() == state
-    print(
-        f"\nall of {len(full):,} users ({sum(row is None for row in lists)} null lists): the bits of one call, and of states event by event"
-    )
+    nulls = sum(row is None for row in lists)
+    print(f"\nall {len(full):,} users, {nulls} of null lists: the bits of one call, and of states event by event")
 
 
 def main():

@@ -98,10 +98,9 @@ class Compress:
         self.states = self.output == ("state",)
         if not self.states and (not self.output or not set(self.output) <= set(FIELDS)):
             raise ValueError(f"Compress: output expected some of {', '.join(FIELDS)}, or state alone, got {output}")
-        known = set(inspect.signature(UserState if self.states else verbs.compress).parameters)
-        known = (
-            known - {"book", "width"} | {"dtype"} if self.states else known - {"book", "histories", "agents", "mean_x"}
-        )
+        takes: Any = UserState if self.states else verbs.compress
+        known = {*inspect.signature(takes).parameters} - {"book", "width", "histories", "agents"}
+        known = known | {"dtype"} if self.states else known - {"mean_x"}
         for name in options:
             if name not in known:
                 raise TypeError(f"Compress: expected options {', '.join(sorted(known))}, got {name}")
@@ -179,9 +178,7 @@ def _arrow(pa: Any, a: Array) -> Any:
     if a.dtype == object:
         return pa.array(a.tolist(), pa.binary())
     if a.size >= 2**31:
-        raise ValueError(
-            f"Compress: numbers of a column expected to be below 2^31, got {a.size}: take fewer rows a batch"
-        )
+        raise ValueError(f"Compress: a column expected below 2^31 numbers, got {a.size}: take fewer rows a batch")
     out = pa.array((a if a.dtype.kind == "i" else a.astype(np.float32, copy=False)).reshape(-1))
     for axis in range(a.ndim - 1, 0, -1):
         ends = np.arange(np.prod(a.shape[:axis]) + 1, dtype=np.int32) * np.int32(a.shape[axis])
@@ -212,15 +209,10 @@ class _Tables(NamedTuple):
 
 def _by_path(table: Any) -> Any:
     """A table as it is pickled: what is of a file, by its path."""
-    if (
-        isinstance(table, np.memmap)
-        and isinstance(table.base, mmap.mmap)
-        and table.filename
-        and table.flags.c_contiguous
-    ):
-        return _Mapped(os.path.abspath(table.filename), table.dtype.str, table.offset, table.shape)
+    if isinstance(table, np.memmap) and isinstance(table.base, mmap.mmap) and table.flags.c_contiguous:
+        return _Mapped(os.path.abspath(str(table.filename)), table.dtype.str, table.offset, table.shape)
     table = table.path if isinstance(table, Bundle) else table
-    return os.fspath(table) if isinstance(table, os.PathLike) else table
+    return os.path.abspath(table) if isinstance(table, str | os.PathLike) else table
 
 
 def _stamp(table: Any) -> Any:
@@ -239,11 +231,9 @@ def _array(table: Any) -> Any:
 
 
 def _sum(table: Any) -> Any:
-    return (
-        repr(table)
-        if isinstance(table, NUMBERS)
-        else zlib.crc32(np.ascontiguousarray(table).reshape(-1).view(np.uint8).data)
-    )
+    if isinstance(table, NUMBERS):
+        return repr(table)
+    return zlib.crc32(np.ascontiguousarray(table).reshape(-1).view(np.uint8).data)
 
 
 def _open(book: Any, items: Any, codes: Any, v: Any, ids: Any, x_scale: Any) -> _Tables:
