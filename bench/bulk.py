@@ -57,7 +57,7 @@ def tables(folder):
 
 
 def cost(folder):
-    """Medians of one worker, a thread: milliseconds a history, and so hours of a core a million of them."""
+    """One worker of one thread: medians of processor time a history, and so the hours of a core for a million."""
     import pyarrow as pa
 
     order, places, keys = catalogue(folder)
@@ -68,6 +68,7 @@ def cost(folder):
         "tokens, budget=100, method='leaf'": {"budget": 100, "method": "leaf"},
         "states, leaves=512, ring=100": {"output": "state", "leaves": 512, "ring": 100},
     }
+    print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
     print(f"{ITEMS:,} items, D {D}, V {V}, int64 keys, {hisac.sizes_for(ITEMS)} codes; batches of {USERS} histories")
     print(f"{'length':>7}  {'what':35}{'ms a history':>13}{'core hours a million':>22}{'of it, finding rows':>21}")
     for length in (100, 1_000, 10_000):
@@ -78,13 +79,13 @@ def cost(folder):
             compress(batch)
             find, flat = compress.opened().rows, keys[rows].reshape(-1)
             times, finds = [], []
-            for _ in range(7 if length < 10_000 else 5):
-                begin = time.perf_counter()
+            for _ in range(9):
+                begin = time.process_time()
                 compress(batch)
-                middle = time.perf_counter()
+                middle = time.process_time()
                 find("items", flat)
                 times.append(middle - begin)
-                finds.append(time.perf_counter() - middle)
+                finds.append(time.process_time() - middle)
             taken = statistics.median(times) / USERS
             part = statistics.median(finds) / USERS / taken
             print(f"{length:7,}  {text:35}{1e3 * taken:13.3f}{taken * 1e6 / 3600:22.3g}{part:21.1%}", flush=True)

@@ -212,6 +212,8 @@ def _values(name: str, field: Any, array: Any, first: int, n: int, kind: Kind) -
     found: Any
     if code in ("u", "U"):
         found = _strings(array, np.int32 if code == "u" else np.int64, begin, n)
+    elif code == "vu":
+        found = _views(array, begin, n, valid)
     elif (dtype := _TYPES.get(code.partition(":")[0])) is not None:
         found = _view(array, 1, dtype, begin, n)
     elif code == "tdD":
@@ -230,3 +232,17 @@ def _strings(array: Any, dtype: Any, begin: int, n: int) -> list[str]:
         every = text.decode()
         return [every[a:b] for a, b in spans]
     return [text[a:b].decode(errors="replace") for a, b in spans]
+
+
+def _views(array: Any, begin: int, n: int, valid: Array) -> list[str]:
+    """16 bytes a string: its length, and 12 bytes of text; or 4 of them, the buffer of the text and its begin there."""
+    raw = _view(array, 1, np.uint8, 16 * begin, 16 * n).tobytes()
+    out = []
+    for i, (size, _, buffer, at) in enumerate(np.frombuffer(raw, np.int32).reshape(n, 4).tolist()):
+        if valid is not None and not valid[i]:
+            out.append("")
+            continue
+        short = raw[16 * i + 4 : 16 * i + 4 + size]
+        text = short if size <= 12 else ctypes.string_at(array.buffers[2 + buffer] + at, size)
+        out.append(text.decode(errors="replace"))
+    return out

@@ -154,6 +154,21 @@ def strings(texts, code="u"):
     return code, len(texts), [None, ends, np.frombuffer(b"".join(data) or b"\0", np.uint8)], {}, None
 
 
+def viewed(texts, lost):
+    """Views of strings, the text of long ones in two buffers; the one that is null points nowhere."""
+    data, views = [b"junk", b""], np.zeros((len(texts), 4), np.int32)
+    for i, text in enumerate(t.encode() for t in texts):
+        views[i, 0] = len(text)
+        if len(text) <= 12:
+            views[i, 1:].view(np.uint8)[: len(text)] = list(text)
+        else:
+            views[i, 2:] = i % 2, len(data[i % 2])
+            data[i % 2] += text
+    views[lost] = 2**31 - 1
+    buffers = [np.frombuffer(d or b"\0", np.uint8) for d in data]
+    return "vu", len(texts), [bits(np.arange(len(texts)) != lost), views, *buffers, np.zeros(2, np.int64)], {}, None
+
+
 def listed(rows, code, valid=None, values=None, junk=0):
     """Lists of int64, or of what `values` is, after `junk` values that are no list's."""
     flat = np.concatenate([np.full(junk, 7), *rows]).astype(np.int64)

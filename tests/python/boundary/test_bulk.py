@@ -31,6 +31,7 @@ from bulk_support import (
     same,
     saved,
     strings,
+    viewed,
     whole,
 )
 from hisac import UserState, bulk, columns
@@ -56,12 +57,17 @@ def test_capsules(seed, code, offset, junk, data):
     assert same(made["tokens"], wanted.tokens) and same(made["log_share"], wanted.log_share)
 
 
-@pytest.mark.parametrize("kind", ["u", "U", "dictionary", "dictionary with nulls"])
+@pytest.mark.parametrize("kind", ["u", "U", "vu", "dictionary", "dictionary with nulls"])
 def test_capsules_of_strings(kind):
     rows = histories(1)
     texts = [str(t) for row in named(rows, NAMES) for t in row]
     if kind in ("u", "U"):
         inner, wanted = strings(texts, kind), rows
+    elif kind == "vu":
+        inner = viewed(texts, lost=3)
+        flat = np.concatenate(rows)
+        flat[3] = -1
+        wanted = np.split(flat, np.cumsum([len(row) for row in rows])[:-1])
     else:
         words = sorted(set(texts))
         index = np.array([words.index(t) for t in texts], np.uint8 if len(words) < 256 else np.int16)
