@@ -53,7 +53,8 @@ def same(a, b):
 
 
 class Capsules:
-    """An Arrow record batch without pyarrow, of columns {name: (format, length, [buffers], [children], dictionary)}."""
+    """An Arrow record batch without pyarrow, of columns {name: (format, length, [buffers], [children], dictionary)},
+    with an offset of the column at the end where it has one."""
 
     FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     NEW = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
@@ -83,13 +84,14 @@ class Capsules:
         return node
 
     def schema(self, name, column):
-        code, _, _, children, dictionary = column
+        code, _, _, children, dictionary, *_ = column
         below = [self.schema(n, c) for n, c in children.items()]
         words = None if dictionary is None else self.schema("", dictionary)
         return self.node(columns._Schema, below, words, format=code.encode(), name=name.encode())
 
     def array(self, column, offset=0):
-        _, length, buffers, children, dictionary = column
+        _, length, buffers, children, dictionary, *own = column
+        offset += sum(own)
         addresses = [None if b is None else np.asarray(b).ctypes.data for b in buffers]
         below = [self.array(c) for c in children.values()]
         words = None if dictionary is None else self.array(dictionary)
