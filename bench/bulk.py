@@ -73,7 +73,7 @@ def cost(folder):
     print(f"{'length':>7}  {'what':35}{'ms a history':>13}{'core hours a million':>22}{'of it, finding rows':>21}")
     for length in (100, 1_000, 10_000):
         rows = histories(USERS, length, order, places, np.random.default_rng(1))
-        batch = pa.record_batch({"user": np.arange(USERS), "items": pa.array(list(keys[rows]))})
+        batch = pa.RecordBatch.from_pydict({"user": np.arange(USERS), "items": pa.array(list(keys[rows]))})
         for text, options in kinds.items():
             compress = bulk.Compress(*files, **more, **options)
             compress(batch)

@@ -34,7 +34,9 @@ def test_pyarrow(kind, large):
     items = pa.array(lists, (pa.large_list if large else pa.list_)(value))
     if kind == "names" and large:
         items = pa.LargeListArray.from_arrays(items.offsets, items.values.dictionary_encode(), mask=items.is_null())
-    batch = pa.record_batch({"user": pa.array([f"u{i}" for i in range(23)]).dictionary_encode(), "items": items})
+    batch = pa.RecordBatch.from_pydict(
+        {"user": pa.array([f"u{i}" for i in range(23)]).dictionary_encode(), "items": items}
+    )
     names = ("tokens", "log_share", "codes", "votes", "count")
     compress = bulk.Compress(BOOK, X, CODES, v=V, ids=IDS[kind], x_ids="items", output=names, budget=9)
     known = [row[:0] if i == 4 else np.append(row, -1) for i, row in enumerate(rows)]
