@@ -8,7 +8,8 @@
 `compress` is the way from histories to tokens in one call.
 
 `hisac.torch` has the same verbs with gradients, and modules; `hisac.reference` defines each verb in NumPy;
-`hisac.testing` has Hypothesis strategies for tests of your own. `python -m hisac demo` shows it all on a sample.
+`hisac.testing` has Hypothesis strategies for tests of your own; `hisac.bulk` compresses histories by the million, on
+Ray Data, Spark or by itself. `python -m hisac demo` shows it all on a sample.
 """
 
 import math

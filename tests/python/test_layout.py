@@ -39,6 +39,8 @@ PACKAGES = {
     "candidates": "types arrays codebook compose verbs",
     "state": "types arrays codebook verbs candidates _core",
     "runtime": "arrays",
+    "columns": "types",
+    "bulk": "types arrays progress columns codebook life verbs state runtime",
     "reference": "types compose reference",
     "reference/bounds": "types compose reference _core",
     "testing": "types reference testing codebook",
@@ -52,7 +54,8 @@ WINGS = {
     "CUDA": "cpp/src/cuda",
     "binding and Python verbs": "cpp/bind python/hisac/__init__ python/hisac/types python/hisac/arrays "
     "python/hisac/codebook python/hisac/compose python/hisac/verbs python/hisac/candidates python/hisac/state "
-    "python/hisac/runtime python/hisac/fitting python/hisac/progress python/hisac/life",
+    "python/hisac/runtime python/hisac/fitting python/hisac/progress python/hisac/life "
+    "python/hisac/columns python/hisac/bulk",
     "torch": "python/hisac/torch",
     "reference and testing": "python/hisac/reference python/hisac/testing",
     "command line and demo": "python/hisac/app python/hisac/__main__",
@@ -60,7 +63,7 @@ WINGS = {
 MOST_CODE = {
     "headers and CPU": 9_133,
     "CUDA": 5_664,
-    "binding and Python verbs": 3_151,
+    "binding and Python verbs": 3_608,
     "torch": 882,
     "reference and testing": 2_039,
     "command line and demo": 1_162,
