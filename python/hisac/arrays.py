@@ -212,7 +212,8 @@ def whole(verb: str, name: str, n: Any, least: float = -math.inf, most: float = 
     try:
         number = operator.index(n)
     except TypeError:
-        raise TypeError(f"{verb}: {name} expected a whole number, got {n!r}") from None
+        got = type(n).__name__ if getattr(n, "shape", ()) else repr(n)
+        raise TypeError(f"{verb}: {name} expected a whole number, got {got}") from None
     if not least <= number <= most:
         raise ValueError(f"{verb}: {name} expected {least} to {most}, got {number}")
     return number

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from . import _core
 from .arrays import FLOAT32, INT32, INT64, check, empty, give, is_torch, take, take_one, whole
-from .fitting import Progress, fit, moved
+from .fitting import Progress, check_group, fit, moved, of_all_chunks
 from .types import Agents, Array, FitReport, Moved
 
 
@@ -61,8 +61,9 @@ class Codebook:
         A round assigns rows to their nearest codes exactly and sums rint(w x 2^k) as integers; codes without rows take
         the worst-quantised rows. Rows with a NaN or a value of 2^100 and more are left out and counted in `report`, and
         so are rows so large that they would coarsen the grid of the sums: a row's largest value is 2^(46 - b) times
-        that of the median row, b the bits of the number of rows. The default `temperature` is 0.05 times the mean
-        squared distance of a row to its leaf, so it follows the scale of x; there is none where that is 0.
+        that of the median row, b the bits of the number of rows. Rows of zeros take part. Also left out and counted are
+        rows whose weight is nothing beside the largest, below 2^(b - 56) of it. The default `temperature` is 0.05 times
+        the mean squared distance of a row to its leaf, so it follows the scale of x; there is none where that is 0.
 
         Memory beside x: T (68 + 4 L) bytes, C (24 D + 150) with C the largest size, 4 D for each code of all levels,
         for each thread 72 C + 2,100 D + 1.6 million, and the chunk at hand; C (8 D + 8) more with a process group.
@@ -73,13 +74,16 @@ class Codebook:
         Args:
             x: [T, D] float32, bfloat16 or float16. Or the same rows in chunks [n, D] of any sizes, which do not have to
                 be in memory at once: a np.memmap, a function that returns an iterator of chunks, or an iterable that
-                can be iterated again. An iterator itself is a TypeError, since it can be read once only.
+                can be iterated again. An iterator itself is a TypeError, since it can be read once only. Rows have to
+                be the same in every pass: the second one raises ValueError where the largest value of a row is not
+                what it was in the first, later ones look at the number of rows alone.
             sizes: the codes of each level, a number alone for one level; (512, 512), or those of `init`.
             iterations: most rounds of a level; 20, or 5 with `init`.
             init: a codebook of these sizes to begin with: codes keep their numbers, and centers move to new means. What
                 moved is counted at the end, in `moved`, which encodes x by both.
-            weights: [T] float32, what a row counts in means and errors, of all chunks together. Rows of a weight that
-                is not above 0 and finite are left out. Which rows become first centers does not depend on it.
+            weights: [T] float32, what a row counts in means and errors, one array of all chunks together. Rows of a
+                weight that is not above 0 and finite are left out. Of the others, which become first centers does not
+                depend on it.
             process_group: a torch.distributed.ProcessGroup each of whose processes makes this call with rows of its
                 own: the codebook, in each, is that of all rows, process after process. Or an object with rank(), size()
                 and add(numbers), which replaces int64 numbers by their sums over the processes. Where one process
@@ -97,8 +101,9 @@ class Codebook:
                 raise ValueError(f"fit: sizes expected 1 to 2^20 at level {level}, got {size}")
         if init is not None and tuple(counts) != init.sizes:
             raise ValueError(f"fit: sizes expected {init.sizes}, those of init, got {tuple(counts)}")
+        check_group(process_group)
         rounds = whole("fit", "iterations", (5 if init else 20) if iterations is None else iterations, 0, 10**6)
-        w = None if weights is None else take_one("fit", "weights", weights, "T")
+        w = None if weights is None else of_all_chunks("fit", "weights", weights)
         start = init.centers if init else ()
         book = cls._of(fit(x, counts, rounds, whole("fit", "seed", seed) % 2**64, start, w, process_group, progress))
         if init is not None:

@@ -29,9 +29,24 @@ def source_of(verb: str, x: Any) -> Source:
     if callable(x) or (isinstance(x, Iterable) and not hasattr(x, "__dlpack__") and not is_torch(x)):
         if isinstance(x, str | bytes):
             take_one(verb, "x", x)
-        return lambda: (take_one(verb, "x", chunk, "T D") for chunk in (x() if callable(x) else x))
+        return lambda: (take_one(verb, "x", chunk, "T D") for chunk in (_made(verb, x) if callable(x) else x))
     taken = take_one(verb, "x", x, "T D")
     return lambda: (taken,)
+
+
+def _made(verb: str, x: Callable[[], Any]) -> Iterable[Array]:
+    """The chunks that a function returns."""
+    chunks = x()
+    if not isinstance(chunks, Iterable) or hasattr(chunks, "__dlpack__") or is_torch(chunks):
+        raise TypeError(f"{verb}: x() expected an iterator of chunks [n, D], got {type(chunks).__name__}")
+    return chunks
+
+
+def of_all_chunks(verb: str, name: str, x: Any) -> Array:
+    """Numbers [T] of rows, which are one array even where the rows are chunks."""
+    if isinstance(x, list | tuple | Iterator) or callable(x):
+        raise TypeError(f"{verb}: {name} expected one array [T] of all chunks together, got {type(x).__name__}")
+    return take_one(verb, name, x, "T")
 
 
 def measured(verb: str, x: Any, read: Source) -> tuple[int, int]:
@@ -58,17 +73,33 @@ def add_over(group: Any, numbers: Any) -> None:
         tensor.copy_(sent)
 
 
-def agreed(group: Any, width: int, terms: Any) -> int:
-    """D of all processes. Raises ValueError where they differ in D, or in what else they ask for."""
-    said = np.zeros((group.size(), 2), np.int64)
-    said[group.rank()] = width, zlib.crc32(repr(terms).encode())
+def check_group(group: Any) -> None:
+    """Raises TypeError for what is neither None, nor a group of torch.distributed, nor like one."""
+    torch_group = getattr(getattr(sys.modules.get("torch"), "distributed", None), "ProcessGroup", ())
+    like_one = all(callable(getattr(group, name, None)) for name in ("rank", "size", "add"))
+    if group is not None and not like_one and not isinstance(group, torch_group):
+        raise TypeError(
+            "fit: process_group expected a torch.distributed.ProcessGroup, or an object with rank(), size() and"
+            f" add(numbers), got {type(group).__name__}"
+        )
+
+
+def agreed(group: Any, width: int, weighted: bool, terms: dict[str, Any]) -> int:
+    """D of all processes. Raises ValueError where they differ in D, in whether they have weights, or in other terms."""
+    said = np.zeros((group.size(), 2 + len(terms)), np.int64)
+    said[group.rank()] = width, weighted, *(zlib.crc32(repr(term).encode()) for term in terms.values())
     add_over(group, said.reshape(-1))
     widest: int = said[:, 0].max()
-    for process, (theirs, mark) in enumerate(said.tolist()):
-        if theirs not in (0, widest):
-            raise ValueError(f"fit: x of process {process} expected D = {widest}, got {theirs}")
-        if mark != said[0, 1]:
-            raise ValueError(f"fit: process {process} expected sizes, iterations, seed, init of process 0, got others")
+    first = said[0].tolist()
+    for process, theirs in enumerate(said.tolist()):
+        if theirs[0] not in (0, widest):
+            raise ValueError(f"fit: x of process {process} expected D = {widest}, got {theirs[0]}")
+        if theirs[1] != first[1]:
+            wanted, got = (("none", "some")[of] for of in (first[1], theirs[1]))
+            raise ValueError(f"fit: weights of process {process} expected {wanted}, as of process 0, got {got}")
+        for name, term, expected in zip(terms, theirs[2:], first[2:], strict=True):
+            if term != expected:
+                raise ValueError(f"fit: {name} of process {process} expected as of process 0, got another value")
     return int(widest)
 
 
@@ -82,8 +113,8 @@ def fit(
     process, processes = 0, 1
     if group is not None:
         process, processes = group.rank(), group.size()
-        terms = (sizes, iterations, seed, weights is None, [zlib.crc32(c) for c in init])
-        width = agreed(group, width, terms)
+        terms = {"sizes": sizes, "iterations": iterations, "seed": seed, "init": [zlib.crc32(c) for c in init]}
+        width = agreed(group, width, weights is not None, terms)
     with ExitStack() as stack:
         tell = stack.enter_context(fit_progress(len(sizes), iterations)) if progress is True else progress
         core = _core.Fit(sizes, iterations, seed, rows, width, init, weights, process, processes, bool(tell))

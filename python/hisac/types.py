@@ -361,8 +361,8 @@ class FitReport(NamedTuple):
     """What `fit` saw.
 
     rows        Rows that took part.
-    left_out    Rows with a NaN, or with values too large to be summed beside the others (see `Codebook.fit`), which
-                did not.
+    left_out    Rows with a NaN, with values too large to be summed beside the others, or with a weight too small (see
+                `Codebook.fit`), which did not.
     iterations  Rounds a level until nothing moved, or the most allowed.
     error       Mean squared distance of a row to its quantisation after each level.
     unused      Codes of each level that no row has.
@@ -432,7 +432,7 @@ class Drift(NamedTuple):
     error     Their mean squared distance after each level.
     expected  What it would be for items of the kind of the fit's.
     ratio     Of both, at the last level whose expectation is finite and above 0; 0 where there is none.
-    low       The lower end of its 95 % interval.
+    low       The lower end of its 95 % interval; -infinity where no two items differ in their error.
     due       Whether a refit is.
     """
 

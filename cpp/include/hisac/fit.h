@@ -14,7 +14,8 @@ struct FitParams {
   /// The centers to begin with, [C_l, D] of each level, below 2^110; null: distinct rows. So a codebook is refitted,
   /// and keeps the order of its codes.
   const Array<const float, 2>* init = nullptr;
-  /// [T] of the rows of this process; none: 1 each. A row whose weight is not above 0 and finite takes no part.
+  /// [T] of the rows of this process; none: 1 each. A row whose weight is not above 0 and finite takes no part, nor
+  /// does one whose weight is nothing beside the largest; see `fit`.
   Array<const float, 1> weights{};
   /// Of a fit by several processes: how many they are, and the number of this one. Each has its own rows, and the fit
   /// is that of one process over these rows one after another.
@@ -34,7 +35,9 @@ struct FitParams {
 /// Left out are rows with a NaN or with a magnitude of 2^100 or more. Of the other rows, those with e > m + 46 - b are
 /// left out, since they would make the grid of the sums coarser than 2^-16 of the median row. Here e is the binary
 /// exponent of a row's largest magnitude, m the upper median of e over the other rows that are not zero, and b the
-/// number of bits in the count of the other rows.
+/// number of bits in the count of the other rows. Zero rows stay. Of the rows that are left then, those with
+/// f < F + c - 56 are left out, since the grid of the weights would have fewer than 2^4 units for them. Here f is the
+/// binary exponent of a row's weight, F the largest f, and c the number of bits in the count of these rows.
 ///
 /// x [T, D] -> the centers of each level, [C_l, D], and a report, which may not be null. Give both to Codebook::build.
 Status fit(const Context& context, const FitParams& params, Rows x, const Array<float, 2>* centers,
@@ -54,7 +57,9 @@ size_t fit_workspace(const Context& context, const FitParams& params, int64_t ro
 ///       fit_next(context, &step);
 ///     }
 ///
-/// A pass reads all rows once, in order; chunks may be of any size, and differ from pass to pass. A level takes a pass
+/// A pass reads all rows once, in order; chunks may be of any size, and differ from pass to pass. Rows must not: the
+/// second pass compares each row's largest magnitude with that of the first, and fit_next fails in all processes where
+/// one has others; later passes compare nothing. A level takes a pass
 /// to begin, one a round, one more for a round in which codes lose their rows or which `progress` sees, and one to end.
 struct FitStep {
   bool reads = false;          // whether the pass reads rows
@@ -70,8 +75,8 @@ Status fit_begin(const Context& context, const FitParams& params, int64_t rows, 
 /// chunk [n, D], the next rows of the pass. The context lends threads, no more than the one of fit_begin; an error
 /// where rows are too many or D differs.
 Status fit_add(const Context& context, FitStep* step, Rows chunk) noexcept;
-/// Ends a pass; an error where rows are missing, or where no row of any process can be used. Calls keep_going and
-/// progress where a round ends.
+/// Ends a pass; an error where rows are missing or not those of the pass before, or where no row of any process can be
+/// used. Calls keep_going and progress where a round ends.
 Status fit_next(const Context& context, FitStep* step) noexcept;
 
 }  // namespace hisac

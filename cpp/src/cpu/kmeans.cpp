@@ -2,6 +2,19 @@
 // Residual k-means, as passes over a source. Its result does not depend on how the work is divided, over threads,
 // chunks or processes: codes are exact, sums are integers or exact, each row's random number follows from its index,
 // and every choice is made in a fixed order.
+//
+// After a pass the processes sum `shared`, number by number; one process alone leaves it as it is. Then it holds
+//
+//   scan     rows by the exponent of their largest value, processes that want each round measured, rows of each process
+//   weigh    rows by the exponent of their weight
+//   first    rows by the exponent of their largest w |r|, processes whose rows are not those of `scan`
+//   assign   of several processes: kDigits zeros, then what the round changes in `sums`
+//   measure  the digits of the sum of w |r - c|^2
+//   finish   these digits, and of several processes what the pass changes in `sums`
+//   a turn   follows `first` and `measure`, for each of several processes: its seeds, as FirstDistinct tells them
+//
+// `sums` are those of all processes. One process alone adds to them where it reads rows; several add to `shared`, at
+// changes(), and once the pass has ended, all of them add the total to their `sums`.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,15 +30,14 @@
 namespace hisac::cpu {
 namespace {
 
-constexpr float kFitLimit = 0x1p100f;
-constexpr int kFitRange = 46;
 constexpr int64_t kPiece = 4096;  // rows of one unit of work
 constexpr int64_t kPieces = 32;   // of each worker, in a block of rows
 constexpr int64_t kColumns = 16;  // of the sums in one unit of work: a cache line of a row
 
 /// What a pass over the rows is for.
 enum class Pass {
-  scan,     // which rows take part
+  scan,     // which rows are usable, and how large they are
+  weigh,    // no rows are read: weights of the rows that are not too large
   first,    // the first centers, and the grid of the sums
   assign,   // a round: codes and sums
   measure,  // a round: distances, and the rows farthest from their codes
@@ -42,22 +54,24 @@ struct Fit {
   FitReport* report = nullptr;
 
   Pass pass = Pass::scan;
-  int level_number = 0, round = 0, turn = -1;  // turn: of the process whose first distinct rows are shared
+  int level_number = 0, round = 0, turn = -1;  // turn: of the process whose seeds are shared
   int64_t cursor = 0;                          // rows of the pass that have been read
+  uint64_t mark = 0;                           // of the rows of `scan`, less that of the rows of the first `first`
   bool settled = false, measured = false;      // measured: each round is
-  int64_t n = 0, all_rows = 0, before = 0;     // rows that take part; rows; those of the processes before this one
-  int limit = 0, bits = 0, weight_bits = 0;
+  int64_t n = 0, all_rows = 0, first_row = 0;  // rows that take part; all; the number of this process's first among all
+  int bits = 0, weight_bits = 0;
   double total_weight = 0;
 
   const float* center[kMaxLevels] = {};
   Level level;
   KMeansBounds bounds;
-  FirstDistinct distinct;
-  int32_t* codes = nullptr;     // [levels, rows]
-  int32_t* previous = nullptr;  // [block] codes before the round
-  double* value = nullptr;      // [block] a row's largest |r|, or its distance; -1: none
-  int64_t* shared = nullptr;    // what this process knows; see `clear`
-  int64_t* sums = nullptr;      // [C, D] of rint(w r 2^bits), then [C] of rint(w 2^weight_bits)
+  FirstDistinct seeds;              // rows that become centers: the first by priority, or (key ~distance) the farthest
+  int32_t* codes = nullptr;         // [levels, rows]
+  int32_t* previous = nullptr;      // [block] codes before the round
+  double* largest_value = nullptr;  // [block] |r|, in `scan` and `first`; -1: not usable
+  double* distance = nullptr;       // [block] to the code, in `measure` and `finish`, in the same memory; -1: no code
+  int64_t* shared = nullptr;        // see above
+  int64_t* sums = nullptr;          // [C, D] of rint(w r 2^bits), then [C] of rint(w 2^weight_bits)
   float* level_memory = nullptr;
   float* new_centers = nullptr;  // [C, D]
   KMeansBounds::Scratch* worker = nullptr;
@@ -70,7 +84,6 @@ struct Fit {
   }
 
   bool several() const noexcept { return params.processes > 1; }
-  int64_t entry_words() const noexcept { return 2 + (width + 1) / 2; }
   int64_t size() const noexcept { return params.sizes[level_number]; }
   int64_t tallies() const noexcept { return size() * (width + 1); }
 
@@ -78,10 +91,12 @@ struct Fit {
     const int64_t wanted = several() ? largest : std::min(largest, rows);
     codes = arena.take<int32_t>(rows, params.levels);
     bounds.carve(arena, rows, largest);
-    distinct.carve(arena, wanted, width);
-    arena.take_into(block_rows, previous, value);
-    int64_t most = 2 * (kExponents + 1) + params.processes;
-    if (several()) most = std::max({most, ExactSum::kDigits + largest * (width + 1), 1 + wanted * entry_words()});
+    seeds.carve(arena, wanted, width);
+    arena.take_into(block_rows, previous, largest_value);
+    distance = largest_value;
+    int64_t most = kExponents + 2 + params.processes;
+    if (several())
+      most = std::max({most, ExactSum::kDigits + largest * (width + 1), FirstDistinct::told_words(wanted, width)});
     shared = arena.take<int64_t>(most);
     sums = arena.take<int64_t>(largest, width + 1);
     new_centers = arena.take<float>(largest, width);
@@ -93,17 +108,17 @@ struct Fit {
 
   // ------------------------------------------------------------------------------------------- shared with processes
 
-  Exponents exponents(int which) const noexcept { return {shared + which * (kExponents + 1)}; }
-  /// The rows of each process, and how many of these ask for the distance of each round, by 2^41.
-  int64_t* process_rows() const noexcept { return shared + kExponents + 1; }
-  /// Where a pass adds what changes in the sums: to a part of `shared` if others add to it.
-  int64_t* tally() const noexcept { return several() ? shared + ExactSum::kDigits : sums; }
+  Exponents exponents() const noexcept { return {shared}; }
+  /// How many processes want each round measured, or have other rows than before; in `scan`, then the rows of each.
+  int64_t& processes_flagged() const noexcept { return shared[kExponents + 1]; }
+  int64_t* process_rows() const noexcept { return shared + kExponents + 2; }
+  int64_t* changes() const noexcept { return several() ? shared + ExactSum::kDigits : sums; }
 
   /// How many numbers of `shared` the pass at hand adds to.
   int64_t shared_size() const noexcept {
-    if (turn >= 0) return 1 + std::min(largest, size()) * entry_words();
-    if (pass == Pass::scan) return kExponents + 1 + params.processes;
-    if (pass == Pass::first) return 2 * (kExponents + 1);
+    if (turn >= 0) return FirstDistinct::told_words(std::min(largest, size()), width);
+    if (pass == Pass::scan) return kExponents + 2 + params.processes;
+    if (pass == Pass::weigh || pass == Pass::first) return kExponents + 2;
     return ExactSum::kDigits + (several() && pass != Pass::measure ? tallies() : 0);
   }
 
@@ -111,30 +126,12 @@ struct Fit {
     pass = next;
     cursor = 0;
     std::fill_n(shared, shared_size(), 0);
-    if (pass == Pass::scan) process_rows()[params.process] = rows + (params.progress ? int64_t{1} << 41 : 0);
-  }
-
-  /// Puts the first distinct rows of process `turn` where all processes find them, if it is this one.
-  void show_distinct() noexcept {
-    std::fill_n(shared, shared_size(), 0);
-    if (turn != params.process) return;
-    shared[0] = distinct.settle();
-    for (int64_t i = 0; i < shared[0]; ++i) {
-      int64_t* const words = shared + 1 + i * entry_words();
-      std::memcpy(words, &distinct.entry(i).key, 8);
-      words[1] = distinct.entry(i).row;
-      std::memcpy(words + 2, distinct.values(i), static_cast<size_t>(width) * sizeof(float));
-    }
-  }
-
-  void see_distinct() noexcept {
-    for (int64_t i = 0; i < shared[0] && turn != params.process; ++i) {
-      const int64_t* const words = shared + 1 + i * entry_words();
-      uint64_t key;
-      std::memcpy(&key, words, 8);
-      if (distinct.wants(key, words[1]))
-        std::memcpy(distinct.add(key, words[1]), words + 2, static_cast<size_t>(width) * sizeof(float));
-    }
+    if (pass == Pass::weigh)
+      for (int64_t i = 0; i < rows; ++i)
+        if (codes[i] != kLeftOut) exponents().add(weight(i));
+    if (pass != Pass::scan) return;
+    processes_flagged() = params.progress ? 1 : 0;
+    process_rows()[params.process] = rows;
   }
 
   // ------------------------------------------------------------------------------------------------- rows of a chunk
@@ -159,32 +156,30 @@ struct Fit {
   void look(const Residuals& r, int64_t begin, int64_t end) noexcept {
     parallel_pieces(context, end - begin, kPiece, [&](int64_t piece, int64_t piece_end, int w) {
       for (int64_t i = begin + piece; i < begin + piece_end; ++i) {
-        double& found = value[i - begin];
+        double& found = largest_value[i - begin];
         found = -1;
-        if (pass == Pass::first && codes[i] == kLeftOut) continue;
+        if (level_number > 0 && codes[i] == kLeftOut) continue;
         float* const row = four + 4 * w * width;
         r.load(i, row);
-        const float largest_value = largest_of(row, width);
+        const float value = largest_of(row, width);
         const double one = weight(i);
-        if (pass == Pass::first)
-          found = double(largest_value) * one;
-        else if (largest_value < kFitLimit && one > 0 && one <= double(FLT_MAX))
-          found = double(largest_value);
+        if (level_number > 0 || (value < kFitLimit && one > 0 && one <= double(FLT_MAX))) found = double(value);
       }
     });
-    constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
     const uint64_t seed = mix64(params.seed + static_cast<uint64_t>(level_number + 1) * kGolden);
     for (int64_t i = begin; i < end; ++i) {
-      const double found = value[i - begin];
-      if (pass == Pass::scan) codes[i] = found < 0 ? kLeftOut : exponent_of(found) + kExponents;
-      if (found < 0) continue;
-      exponents(0).add(found);
-      if (pass == Pass::scan) continue;
-      exponents(1).add(weight(i));
-      const int64_t row = before + i;
+      const double found = largest_value[i - begin];
+      if (level_number == 0 && found >= 0) mark += pass == Pass::scan ? mark_of(i, found) : 0 - mark_of(i, found);
+      // zero is as small as a value can be
+      if (pass == Pass::scan) codes[i] = found < 0 ? kLeftOut : found > 0 ? exponent_of(found) + kExponents : 0;
+      if (found < 0 || codes[i] == kLeftOut) continue;
+      exponents().add(pass == Pass::scan ? found : found * weight(i));
+      if (pass == Pass::scan || params.init) continue;
+      const int64_t row = first_row + i;
       const uint64_t key = mix64(seed + (static_cast<uint64_t>(row) + 1) * kGolden);
-      if (!params.init && distinct.wants(key, row)) r.load(i, distinct.add(key, row));
+      if (seeds.wants(key, row)) r.load(i, seeds.add(key, row));
     }
+    if (end == rows && pass == Pass::first && level_number == 0) processes_flagged() = mark != 0;
   }
 
   /// Assigns nearest codes. Rows whose code changes update the sums and the weights of both codes.
@@ -208,7 +203,7 @@ struct Fit {
                    int64_t each, float* row) noexcept {
     const int64_t count = std::min(columns, width - column);
     const auto inside = [&](int32_t code) { return code >= first_code && code < first_code + each; };
-    int64_t *const totals = tally(), *const weights = totals + level.size * width;
+    int64_t *const totals = changes(), *const weights = totals + level.size * width;
     const double scale = std::ldexp(1.0, bits);
     for (int64_t i = first; i < end; ++i) {
       const int32_t old_code = previous[i - first], new_code = bounds.assigned[i];
@@ -235,19 +230,19 @@ struct Fit {
       int64_t row[4];
       int found = 0;
       for (int64_t i = first + piece; i < first + piece_end; ++i) {
-        value[i - first] = -1;
+        distance[i - first] = -1;
         if (bounds.assigned[i] != kLeftOut) row[found++] = i;
         if (found == 4) measure_four(r, row, std::exchange(found, 0), first, four + 4 * w * width);
       }
       if (found > 0) measure_four(r, row, found, first, four + 4 * w * width);
     });
     for (int64_t i = first; i < end; ++i) {
-      const double distance = value[i - first];
-      if (distance < 0) continue;
-      ExactSum::add(shared, distance * weight(i));
-      uint64_t key;
-      std::memcpy(&key, &distance, 8);
-      if (distance > 0 && distinct.wants(~key, before + i)) r.load(i, distinct.add(~key, before + i));
+      const double found = distance[i - first];
+      if (found < 0) continue;
+      ExactSum::add(shared, found * weight(i));
+      uint64_t key;  // distances are ordered as their bits
+      std::memcpy(&key, &found, 8);
+      if (found > 0 && seeds.wants(~key, first_row + i)) r.load(i, seeds.add(~key, first_row + i));
     }
   }
 
@@ -261,33 +256,41 @@ struct Fit {
       if (j < found) r.load(row[j], residual + j * width);
     }
     square_distances(x, c, width, square);
-    for (int j = 0; j < found; ++j) value[row[j] - first] = square[j];
+    for (int j = 0; j < found; ++j) distance[row[j] - first] = square[j];
   }
 
   // ---------------------------------------------------------------------------------------------- between the passes
 
   /// Ends a pass whose shared numbers are the sums of all processes, and begins the next; *ended: whether a round did.
   Status next(bool* ended, bool* done) noexcept {
-    if (turn >= 0) see_distinct();
+    if (turn >= 0 && turn != params.process) seeds.hear(shared);
     const bool choice = (pass == Pass::first && !params.init) || pass == Pass::measure;
-    if (pass == Pass::first && turn < 0) see_grid();
+    if (pass == Pass::first && turn < 0) HISAC_TRY(see_grid());
     if (pass == Pass::measure && turn < 0) report->error[level_number] = error();
     if (several() && choice && turn + 1 < params.processes) {
       ++turn;
-      show_distinct();
+      std::fill_n(shared, shared_size(), 0);
+      if (turn == params.process) seeds.tell(shared);
       return {};
     }
     turn = -1;
     switch (pass) {
       case Pass::scan:
-        return begin_fit();
+        HISAC_TRY(leave_out_large());
+        begin(Pass::weigh);
+        if (several()) return {};
+        [[fallthrough]];
+      case Pass::weigh:
+        leave_out_light();
+        begin_level();
+        return {};
       case Pass::first:
         begin_rounds();
         return {};
       case Pass::assign:
         find_means();
         if (measured || empty_codes() > 0) {
-          distinct.start(empty_codes());
+          seeds.start(empty_codes());
           begin(Pass::measure);
         } else {
           end_round();
@@ -306,41 +309,49 @@ struct Fit {
     return {};
   }
 
-  /// Decides which rows take part: those whose values are below kFitLimit, and not so much larger than the median row's
-  /// that the unit of the sums would be coarser than 2^-16 of that row.
-  Status begin_fit() noexcept {
+  /// Leaves out rows that would make the unit of the sums coarser than 2^-16 of the median row. Zero rows stay.
+  Status leave_out_large() noexcept {
+    measured = processes_flagged() > 0;
     for (int p = 0; p < params.processes; ++p) {
-      const int64_t found = process_rows()[p] & ((int64_t{1} << 41) - 1);
-      measured |= process_rows()[p] != found;
-      if (p < params.process) before += found;
-      all_rows += found;
+      if (p < params.process) first_row += process_rows()[p];
+      all_rows += process_rows()[p];
     }
-    const Exponents found = exponents(0);
+    const Exponents found = exponents();
     if (found.total() == 0)
       return invalid("fit: x is [%" PRId64 ", %" PRId64 "] without a usable row, expected at least one", all_rows,
                      width);
-    limit = found.above_zero() ? found.median() + kFitRange - bits_of(static_cast<uint64_t>(found.total())) : 0;
-    n = found.up_to(limit);
-    for (int64_t i = 0; i < rows; ++i) codes[i] = codes[i] == kLeftOut || codes[i] > limit + kExponents ? kLeftOut : -1;
+    const int limit = found.median() + kFitRange - bits_of(static_cast<uint64_t>(found.total()));
+    for (int64_t i = 0; i < rows; ++i)
+      if (codes[i] > limit + kExponents) codes[i] = kLeftOut;
+    return {};
+  }
+
+  /// Leaves out, of the others, rows whose weight has less than 2^4 units of the sums of weights.
+  void leave_out_light() noexcept {
+    const Exponents found = exponents();
+    const int heaviest = found.largest(), counted = bits_of(static_cast<uint64_t>(found.total()));
+    const int limit = heaviest + counted - kWeightRange;
+    for (int64_t i = 0; i < rows; ++i)
+      codes[i] = codes[i] == kLeftOut || exponent_of(weight(i)) < limit ? kLeftOut : -1;
+    n = found.total() - found.up_to(limit - 1);
+    weight_bits = params.weights ? 61 - heaviest - bits_of(static_cast<uint64_t>(n)) : 0;
     *report = {};
     report->rows = n;
     report->left_out = all_rows - n;
-    begin_level();
-    return {};
   }
 
   void begin_level() noexcept {
     for (int64_t i = 0; i < rows && level_number > 0; ++i)
       codes[level_number * rows + i] = codes[i] == kLeftOut ? kLeftOut : -1;
-    distinct.start(params.init ? 0 : size());
+    seeds.start(params.init ? 0 : size());
     begin(Pass::first);
   }
 
   /// The bits for which units of 2^-bits keep every sum below 2^62.
-  void see_grid() noexcept {
-    const int counted = bits_of(static_cast<uint64_t>(n));
-    bits = 61 - exponents(0).largest() - counted;
-    weight_bits = params.weights ? 61 - exponents(1).largest() - counted : 0;
+  Status see_grid() noexcept {
+    if (processes_flagged() > 0) return invalid("fit: x expected to have the same rows in every pass, got others");
+    bits = 61 - exponents().largest() - bits_of(static_cast<uint64_t>(n));
+    return {};
   }
 
   void begin_rounds() noexcept {
@@ -348,8 +359,8 @@ struct Fit {
     if (params.init) {
       std::copy_n(params.init[level_number].data, size() * width, out);
     } else {
-      const int64_t found = distinct.settle();
-      for (int64_t c = 0; c < size(); ++c) std::copy_n(distinct.values(c < found ? c : 0), width, out + c * width);
+      const int64_t found = seeds.settle();
+      for (int64_t c = 0; c < size(); ++c) std::copy_n(seeds.values(c < found ? c : 0), width, out + c * width);
     }
     center[level_number] = out;
     level = Level::make(size(), width, out, level_memory);
@@ -362,7 +373,7 @@ struct Fit {
 
   void begin_pass() noexcept {
     const bool last = settled || round == params.iterations;
-    distinct.start(0);
+    seeds.start(0);
     begin(last ? Pass::finish : Pass::assign);
   }
 
@@ -370,7 +381,7 @@ struct Fit {
   int64_t empty_codes() const noexcept { return std::count(weights(), weights() + size(), int64_t{0}); }
 
   void add_tallies() noexcept {
-    for (int64_t i = 0; i < tallies() && several(); ++i) sums[i] += tally()[i];
+    for (int64_t i = 0; i < tallies() && several(); ++i) sums[i] += changes()[i];
     int64_t total = 0;
     for (int64_t c = 0; c < size(); ++c) total += weights()[c];
     total_weight = std::ldexp(static_cast<double>(total), -weight_bits);
@@ -395,10 +406,10 @@ struct Fit {
   void seed_empty_codes() noexcept {
     int64_t used = 0;
     while (weights()[used] == 0) ++used;
-    const int64_t seeds = distinct.settle();
+    const int64_t found = seeds.settle();
     for (int64_t c = 0, j = 0; c < size(); ++c) {
       if (weights()[c] != 0) continue;
-      std::copy_n(j < seeds ? distinct.values(j) : new_centers + used * width, width, new_centers + c * width);
+      std::copy_n(j < found ? seeds.values(j) : new_centers + used * width, width, new_centers + c * width);
       ++j;
     }
   }
@@ -428,7 +439,7 @@ struct Fit {
 Fit& fit_of(const FitStep& step) noexcept { return *static_cast<Fit*>(step.state); }
 
 void describe(const Fit& fit, FitStep* step) noexcept {
-  step->reads = fit.turn < 0 && !step->done;
+  step->reads = fit.turn < 0 && fit.pass != Pass::weigh && !step->done;
   step->shared = {fit.shared, {step->done ? 0 : fit.shared_size()}};
 }
 

@@ -11,8 +11,16 @@
 
 namespace hisac::cpu {
 
+constexpr float kFitLimit = 0x1p100f;
+// A pass keeps sums below 2^62 in units of 2^(E + b - 61), E the exponent of the largest of n < 2^b values. Rows take
+// part up to E = m + 46 - b, m that of the median row: its unit is 2^(m - 15) at most, what it rounds off 2^(m - 16).
+constexpr int kFitRange = 46;
+// Weights are summed in units of 2^(E + b - 61) too. From exponent E + b - 56 on, a weight has 2^(60 - 56) units or
+// more, so the weight of a code is not off by more than 2^-5 of it.
+constexpr int kWeightRange = 56;
 constexpr int kExponents = 640;   // of a weighted value: from 2^-320 to 2^320
 constexpr int32_t kLeftOut = -2;  // the code of a row that takes no part
+constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
 
 inline uint64_t mix64(uint64_t z) noexcept {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -39,13 +47,20 @@ inline int exponent_of(double x) noexcept {
   return exponent;
 }
 
+/// What tells apart sources of other rows: a part of a sum, of row i and its largest |x|.
+inline uint64_t mark_of(int64_t i, double largest) noexcept {
+  uint64_t bits;
+  std::memcpy(&bits, &largest, 8);
+  return mix64(bits + static_cast<uint64_t>(i + 1) * kGolden);
+}
+
 /// How many values have each binary exponent; at the end, zeros.
 struct Exponents {
   int64_t* count;  // [kExponents + 1]
 
   void add(double value) const noexcept { ++count[value > 0 ? exponent_of(value) + kExponents / 2 : kExponents]; }
   int64_t up_to(int limit) const noexcept {
-    int64_t found = limit >= 0 ? count[kExponents] : 0;  // that of zero is 0
+    int64_t found = count[kExponents];  // zero is below every limit
     for (int e = 0; e < std::min(kExponents, limit + kExponents / 2 + 1); ++e) found += count[e];
     return found;
   }
@@ -147,7 +162,30 @@ class FirstDistinct {
     return found;
   }
 
-  const Entry& entry(int64_t i) const noexcept { return entry_[i]; }
+  /// What `tell` writes, of so many rows at most.
+  static int64_t told_words(int64_t rows, int64_t width) noexcept { return 1 + rows * (2 + (width + 1) / 2); }
+
+  /// Writes how many rows there are, then key, row and values of each.
+  void tell(int64_t* words) noexcept {
+    *words = settle();
+    ++words;
+    for (int64_t i = 0; i < count_; ++i, words += told_words(1, width_) - 1) {
+      std::memcpy(words, &entry_[i].key, 8);
+      words[1] = entry_[i].row;
+      std::memcpy(words + 2, values(i), static_cast<size_t>(width_) * sizeof(float));
+    }
+  }
+
+  /// Adds what another one told.
+  void hear(const int64_t* words) noexcept {
+    const int64_t* at = words + 1;
+    for (int64_t i = 0; i < words[0]; ++i, at += told_words(1, width_) - 1) {
+      uint64_t key;
+      std::memcpy(&key, at, 8);
+      if (wants(key, at[1])) std::memcpy(add(key, at[1]), at + 2, static_cast<size_t>(width_) * sizeof(float));
+    }
+  }
+
   const float* values(int64_t i) const noexcept { return values_ + entry_[i].place * width_; }
 
  private:
@@ -157,7 +195,7 @@ class FirstDistinct {
       const float x = row[d] + 0.f;  // -0 equals 0
       uint32_t bits;
       std::memcpy(&bits, &x, 4);
-      found = (found ^ bits) * 0x9e3779b97f4a7c15u;
+      found = (found ^ bits) * kGolden;
       found ^= found >> 29;
     }
     return found;

@@ -15,6 +15,7 @@ from ..types import Agents, Array, FitReport
 FIT_LIMIT = 2.0**100  # `fit` leaves out rows with a NaN or a value not below this
 TEMPERATURE_OF_ERROR = 0.05  # the default temperature, as a part of the mean squared distance of a row to its leaf
 FIT_RANGE = 46  # and rows that would make the grid of its sums coarser than 2^-16 of the median row, see fit_rows
+FIT_WEIGHT_RANGE = 56  # and rows whose weight is less than 2^4 units of the grid of its weights
 
 
 class Codebook:
@@ -122,18 +123,27 @@ def fixed_point_bits(biggest: float, rows: int) -> int:
     return 61 - math.frexp(biggest)[1] - int(rows).bit_length()
 
 
-def fit_rows(x: Array) -> Array:
-    """The rows of x [T, D] float32 that take part in `fit`: those without a NaN or a value of 2^100 and more, less
-    those that are too large for the grid of the sums. With e the binary exponent of a row's largest value
-    (2^(e - 1) <= |x| < 2^e), E the upper median of e over the rows that are not zero, and b the bits of the number of
-    rows: e <= E + 46 - b."""
-    rows: Array = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1))
+def fit_rows(x: Array, w: Array) -> Array:
+    """The rows of x [T, D] float32, of weights w [T] float64, that take part in `fit`. Each rule sees the rows that the
+    rules before it leave, and b is the bits of how many these are.
+
+    1. Rows without a NaN or a value of 2^100 and more, of a weight above 0 and finite.
+    2. Rows that are not too large for the grid of the sums. With e the binary exponent of a row's largest value
+       (2^(e - 1) <= |x| < 2^e), E the upper median of e over the rows that are not zero: e <= E + 46 - b. Rows of zeros
+       are never too large.
+    3. Rows that are not too light for the grid of the weights. With f the binary exponent of a row's weight, F the
+       largest: f >= F + b - 56.
+    """
+    rows: Array = np.flatnonzero((np.abs(x) < FIT_LIMIT).all(1) & (w > 0) & np.isfinite(w))
     largest = np.abs(x[rows]).max(1, initial=0)
     exponent: Array = np.frexp(largest)[1]
     of_nonzero = np.sort(exponent[largest > 0])
     if len(of_nonzero):
-        rows = rows[exponent <= of_nonzero[len(of_nonzero) // 2] + FIT_RANGE - len(rows).bit_length()]
-    return rows
+        limit = of_nonzero[len(of_nonzero) // 2] + FIT_RANGE - len(rows).bit_length()
+        rows = rows[(largest == 0) | (exponent <= limit)]
+    of_weight: Array = np.frexp(w[rows])[1]
+    heaviest = of_weight.max(initial=-(2**20))
+    return rows[of_weight >= heaviest + len(rows).bit_length() - FIT_WEIGHT_RANGE]
 
 
 def weights_of(weights: Any, rows: int) -> Array:
@@ -158,15 +168,13 @@ def fit(
     sizes. A round: nearest codes as `encode` finds them, then centers = sum of rint(w r 2^k) in int64 over the sum of
     rint(w 2^j) 2^-j. A code without rows takes the worst-quantised row not yet taken (distance down, row up); if every
     row is met exactly, it copies the lowest used code and so is never chosen. Stops early when no center changes.
-    `fit_rows` says which rows take part, and of these, only rows with a weight w above 0 and finite do; its rule of
-    large rows looks at no weight. Without weights w is 1 and j is 0. x [T, D], weights [T] -> Codebook with a FitReport
-    (its error is the mean by weight) and the default temperature 0.05 error, of the last level.
+    `fit_rows` says which rows take part. Without weights w is 1 and j is 0. x [T, D], weights [T] -> Codebook with a
+    FitReport (its error is the mean by weight) and the default temperature 0.05 error, of the last level.
     """
     sizes = (init.sizes if init else (512, 512)) if sizes is None else sizes
     iterations = (5 if init else 20) if iterations is None else iterations
     x, by_weight = np.asarray(x).astype(np.float32), weights_of(weights, len(x))
-    rows = np.flatnonzero((by_weight > 0) & np.isfinite(by_weight))
-    rows = rows[fit_rows(x[rows])]
+    rows = fit_rows(x, by_weight)
     r, w, centers = x[rows], by_weight[rows], []
     rounds: list[int] = []
     error: list[float] = []
@@ -211,7 +219,7 @@ def fit(
         d = distances(r, c)
         near = d.argmin(1)
         error.append(mean_of(d.min(1) * w, whole))
-        unused.append(int(size - len(np.unique(near[share > 0]))))
+        unused.append(int(size - len(np.unique(near))))
         r = r - c[near]
         centers.append(c)
     book = Codebook(centers, temperature=float(np.float32(TEMPERATURE_OF_ERROR * error[-1])) or None)

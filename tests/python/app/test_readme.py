@@ -103,6 +103,7 @@ def test_the_error_shown_is_the_error():
 MODULES = [
     "codebook",
     "candidates",
+    "life",
     "torch.candidates",
     "torch.functions",
     "torch.library",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A codebook's life: warm starts, migrations, drift, health and bundles, each against a count by hand."""
 
+import threading
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -114,10 +115,31 @@ def test_drift_tells_other_items_from_more_of_the_same():
     np.testing.assert_allclose(same.error[-1], error.mean(), rtol=1e-6)
     growth = (2000 + 16) / (2000 - 16) * (2000 + 8) / (2000 - 8)
     np.testing.assert_allclose(same.expected[-1], OLD.report.error[-1] * growth)
-    np.testing.assert_allclose(same.ratio - same.low, 1.96 * error.std() / 1500**0.5 / same.expected[-1], rtol=1e-6)
+    assert same.ratio - same.low == pytest.approx(1.96155 * error.std(ddof=1) / 1500**0.5 / same.expected[-1], rel=1e-5)
     assert hisac.drift(OLD, np.r_[x, x[:3] * NAN]) == same
     halves = hisac.drift(OLD, lambda: iter(np.split(x, [7, 7, 900])))
     np.testing.assert_allclose(halves.error, same.error)
+
+
+def test_drift_of_a_few_items():
+    """One, or copies of one, say nothing of how items differ."""
+    x = items(40, 5, shift=2.0)
+    for few in (x[:1], x[[0] * 7], [x[:1], x[:1]]):
+        found = hisac.drift(OLD, few)
+        assert found.ratio > 1 and found.low == -np.inf and not found.due
+    for n, quantile in (
+        (2, 12.70620),
+        (3, 4.30265),
+        (5, 2.77645),
+        (6, 2.57058),
+        (7, 2.44691),
+        (11, 2.22814),
+        (31, 2.04227),
+    ):
+        found = hisac.drift(OLD, x[:n])
+        error = np.square(x[:n].astype(np.float64) - OLD.prototypes(OLD.encode(x[:n]))).sum(1)
+        width = quantile * error.std(ddof=1) / n**0.5 / found.expected[-1]
+        assert found.ratio - found.low == pytest.approx(width, rel=2**-13)
 
 
 def test_drift_without_anything_to_expect():
@@ -182,9 +204,22 @@ def test_health_warns(x, sizes, text):
 
 def test_the_rule_of_sizes_makes_leaves_that_group():
     assert [hisac.sizes_for(n) for n in (0, 3, 300_000, 2**60)] == [(2, 2), (2, 2), (512, 512), (2**20, 2**20)]
+    for levels in (1, 2, 3, 8):
+        for items_ in {2**bits + more for bits in range(levels, 58) for more in (-1, 0, 1)}:
+            size, *others = hisac.sizes_for(items_, levels)
+            assert others == [size] * (levels - 1)
+            assert size == 2 or size**levels <= items_
+            assert size == 2**20 or (2 * size) ** levels > items_
     x = items(6000, 3)
     found = hisac.health(hisac.fit(x, hisac.sizes_for(6000)), x)
     assert found.shared_distinct > 0.7 and not found.warnings
+
+
+def test_health_of_one_row():
+    for x in (X[:1] + 1, np.repeat(X[:1] + 1, 9, 0)):
+        found = hisac.health(OLD, x)
+        assert found.variance == 0 and found.levels[-1].error > 0 and found.distinct == found.leaves == 1
+        assert all("is collapsed" in warning for warning in found.warnings)
 
 
 def test_health_of_no_row():
@@ -220,6 +255,119 @@ def test_a_bundle_grows(tmp_path, kind):
         hisac.Bundle.create(tmp_path / "b", OLD, ids, X)
 
 
+def test_two_handles_of_a_bundle_append_after_one_another(tmp_path, monkeypatch):
+    first = hisac.Bundle.create(tmp_path / "b", OLD, [1], X[:1])
+    second = hisac.Bundle(tmp_path / "b")
+    second.append([2], X[1:2])
+    with pytest.raises(ValueError, match="Bundle: ids expected once each, got 2 again"):
+        first.append([2], X[2:3])
+    first.append([3], X[2:3])
+    assert first.ids.tolist() == hisac.Bundle(tmp_path / "b").ids.tolist() == [1, 2, 3]
+    assert second.ids.tolist() == [1, 2]
+    # even where nothing makes them take turns, no part takes another's place
+    monkeypatch.setattr(second, "_see", lambda: None)
+    with pytest.raises(FileExistsError):
+        second.append([4], X[3:4])
+    assert hisac.Bundle(tmp_path / "b").ids.tolist() == [1, 2, 3] and not list((tmp_path / "b").glob("*.part"))
+
+
+def test_many_append_at_once(tmp_path):
+    hisac.Bundle.create(tmp_path / "b", OLD, [-1], X[:1])
+
+    def work(number):
+        bundle = hisac.Bundle(tmp_path / "b")
+        for i in range(number, 40, 4):
+            bundle.append([i], X[i : i + 1])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bundle = hisac.Bundle(tmp_path / "b")
+    assert sorted(bundle.ids.tolist()) == list(range(-1, 40))
+    np.testing.assert_array_equal(bundle.x[1:], X[bundle.ids[1:]])
+
+
+def test_what_killed_processes_leave(tmp_path):
+    for name in ("items-0.npz", "items-0.77.part", ".hisac-0123456789abcdef.part", "lock"):  # of `create`
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / name).write_bytes(b"torn")
+    with pytest.raises(OSError, match=r"book\.safetensors"):
+        hisac.Bundle(tmp_path / "b")
+    bundle = hisac.Bundle.create(tmp_path / "b", OLD, [1], X[:1])
+    (tmp_path / "b/items-1.77.part").write_bytes(b"torn")  # of `append`
+    bundle.append([2], X[1:2])
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {"book.safetensors", "items-0.npz", "items-1.npz", "lock"}
+    assert hisac.Bundle(tmp_path / "b").ids.tolist() == [1, 2]
+    (tmp_path / "b/items-0.npz").unlink()
+    (tmp_path / "b/items-1.npz").unlink()
+    with pytest.raises(CorruptFileError, match=r"expected items-0\.npz, got no items"):
+        hisac.Bundle(tmp_path / "b")
+
+
+def test_a_create_that_fails_leaves_nothing(tmp_path):
+    for book, ids, x in ((OLD, [1, 1], X[:2]), ("no", [1, 2], X[:2]), (OLD, [1, 2], X[:2, :3]), (OLD, [1], X[:2])):
+        with pytest.raises((ValueError, TypeError)):
+            hisac.Bundle.create(tmp_path / "b", book, ids, x)
+        assert not (tmp_path / "b").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        hisac.Bundle.create(tmp_path / "b", OLD, [1], X[:1])
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine"]
+
+
+U64, TEXT = np.array([2**63 + 1], np.uint64), np.array(["a"], object)
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "text"),
+    [
+        (U64, [1], "ids expected uint64, as of its first items, got int64"),
+        ([1], U64, "ids expected int64, as of its first items, got uint64"),
+        ([1], np.array([2], np.int32), "ids expected int64, as of its first items, got int32"),
+        ([1], ["zz"], "ids expected int64, as of its first items, got strings"),
+        (["1"], [2], "ids expected strings, as of its first items, got int64"),
+        (U64, U64 + np.uint64(2), None),
+        (["a"], ["longer"], None),
+        (TEXT, np.array(["longer"], object), None),
+    ],
+)
+def test_ids_keep_their_type(tmp_path, first, more, text):
+    for name, begin in (("a", lambda path: hisac.Bundle.create(path, OLD, first, X[:1])), ("b", None)):
+        if begin is None:  # the first items may come later
+            bundle = hisac.Bundle.create(tmp_path / name, OLD, [], X[:0])
+            bundle.append(first, X[:1])
+        else:
+            bundle = begin(tmp_path / name)
+        bundle.append([], X[:0])
+        if text:
+            with pytest.raises(TypeError) as error:
+                bundle.append(more, X[1:2])
+            assert str(error.value) == f"Bundle: {text}"
+        else:
+            bundle.append(more, X[1:2])
+        for seen in (bundle, hisac.Bundle(tmp_path / name)):
+            assert seen.ids.tolist() == [*np.asarray(first).tolist(), *([] if text else np.asarray(more).tolist())]
+            assert seen.ids.dtype.kind == np.array(np.asarray(first).tolist()).dtype.kind
+
+
+def test_x_keeps_its_type(tmp_path):
+    bundle = hisac.Bundle.create(tmp_path / "b", OLD, [1], X[:1].astype(np.float16))
+    bundle.append([2], X[1:2].astype(np.float16))
+    for dtype, text in (
+        (np.float32, "x expected float16, as of its first items, got float32"),
+        (np.float64, r"x expected float32 or float16 \[T, D\], got float64"),
+    ):
+        with pytest.raises(TypeError, match=f"Bundle: {text}"):
+            bundle.append([3], X[2:3].astype(dtype))
+    assert bundle.x.dtype == np.float16 and len(bundle.ids) == 2
+    with pytest.raises(ValueError, match=r"Bundle: ids expected integers or strings \[1\], got object \[1\]"):
+        bundle.append(np.array([3], object), X[2:3].astype(np.float16))
+
+
 def test_a_bundle_refuses_what_is_not_its_books(tmp_path):
     other = hisac.fit(X, (8, 8))
     for name, book in (("a", OLD), ("b", other)):
@@ -242,6 +390,19 @@ def test_a_bundle_refuses_what_is_not_its_books(tmp_path):
             "migrate: new expected D = 6, as old, got 3",
         ),
         (lambda: hisac.migrate(OLD, OLD, X, votes=np.ones(3)), ValueError, "migrate: votes expected [2000], got [3]"),
+        (
+            lambda: hisac.migrate(OLD, OLD, [X], votes=[np.ones(2000)]),
+            TypeError,
+            "migrate: votes expected one array [T] of all chunks together, got list",
+        ),
+        (lambda: hisac.sizes_for(X), TypeError, "sizes_for: items expected a whole number, got ndarray"),
+        (lambda: hisac.sizes_for(9, 0), ValueError, "sizes_for: levels expected 1 to 8, got 0"),
+        (lambda: hisac.sizes_for(-1), ValueError, "sizes_for: items expected 0 to inf, got -1"),
+        (
+            lambda: hisac.drift(OLD, lambda: X),
+            TypeError,
+            "drift: x() expected an iterator of chunks [n, D], got ndarray",
+        ),
         (lambda: hisac.migrate(OLD, OLD, X[0]), ValueError, "migrate: x expected [T, D], got float32 [6]"),
         (lambda: hisac.drift(None, X), TypeError, "drift: book expected hisac.Codebook, got NoneType"),
         (lambda: hisac.health(1, X), TypeError, "health: book expected hisac.Codebook, got int"),

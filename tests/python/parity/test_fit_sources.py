@@ -70,7 +70,7 @@ def chunks(x, cuts):
     st.lists(st.integers(0, 40), max_size=4),
     st.integers(1, 3),
     st.lists(st.integers(1, 7), min_size=1, max_size=3),
-    st.sampled_from(["none", "ones", "counts", "any"]),
+    st.sampled_from(["none", "ones", "counts", "any", "light"]),
     st.booleans(),
     st.booleans(),
 )
@@ -83,9 +83,12 @@ def test_chunks_processes_weights_and_init(x, cuts, processes, sizes, kind, warm
         "ones": np.ones(len(x), np.float32),
         "counts": rng.integers(0, 50, len(x)).astype(np.float32),
         "any": np.exp(30 * rng.normal(size=len(x))).astype(np.float32),
+        "light": np.ldexp(1, -rng.integers(44, 54, len(x))).astype(np.float32),
     }[kind]
     if kind == "any" and len(x) > 1:
         weights[:2] = [np.nan, -1]
+    if kind == "light" and len(x) > 1:
+        weights[-1] = 1
     options = {"iterations": 4, "seed": 3}
     usable = (np.abs(x) < reference.FIT_LIMIT).all(1)
     if weights is not None:
@@ -186,15 +189,79 @@ def test_an_empty_process_and_processes_that_differ():
     for found in Together(2).run(lambda n, group: hisac.fit(lambda: iter([X] * n), (8,), process_group=group)):
         same(found, reference.fit(X, (8,)))
     for sizes, width, text in (
-        ((8, 9), 5, "process 1 expected sizes, iterations, seed, init of process 0, got others"),
         ((8, 8), 4, "x of process 1 expected D = 5, got 4"),
+        ((8, 9), 5, "sizes of process 1 expected as of process 0, got another value"),
     ):
         found = Together(2).run(
             lambda n, group, s=sizes, w=width: hisac.fit(X[:, : w if n else 5], (s[n],), process_group=group)
         )
         assert [str(error) for error in found] == [f"fit: {text}"] * 2
+    ones, book = np.ones(900, np.float32), hisac.Codebook([X[:8]])
+    for terms, text in (
+        (({}, {"weights": ones}), "weights of process 1 expected none, as of process 0, got some"),
+        (({"weights": ones}, {}), "weights of process 1 expected some, as of process 0, got none"),
+        (({}, {"seed": 1}), "seed of process 1 expected as of process 0, got another value"),
+        (({}, {"iterations": 1}), "iterations of process 1 expected as of process 0, got another value"),
+        (({"iterations": 5}, {"init": book}), "init of process 1 expected as of process 0, got another value"),
+    ):
+        found = Together(2).run(lambda n, group, of=terms: hisac.fit(X, (8,), process_group=group, **of[n]))
+        assert [str(error) for error in found] == [f"fit: {text}"] * 2
     found = Together(2).run(lambda n, group: hisac.fit(X * np.float32("nan"), (8,), process_group=group))
     assert [str(e) for e in found] == ["fit: x is [1800, 5] without a usable row, expected at least one"] * 2
+
+
+@pytest.mark.parametrize("module", [hisac, reference])
+def test_weights_that_are_nothing_beside_the_largest(module):
+    """Their rows would have codes whose weight is 0, or means that are anything."""
+    weights = np.full(900, 1e-18, np.float32)
+    weights[:100] = 1
+    found, expected = (module.fit(x, (40,), weights=w) for x, w in ((X, weights), (X[:100], weights[:100])))
+    assert (found.report.rows, found.report.left_out, found.report.unused) == (100, 800, (0,))
+    assert found.fingerprint == expected.fingerprint and found.report.error == expected.report.error
+    for exponent, rows in ((-46, 900), (-47, 1)):  # 900 has 10 bits: from 2^(10 - 56) of the largest on
+        weights[:] = 2.0**exponent
+        weights[7] = 1
+        assert module.fit(X, (40,), weights=weights, iterations=1).report.rows == rows
+
+
+@pytest.mark.parametrize("module", [hisac, reference])
+def test_a_heavy_row_that_is_left_out_leaves_the_light_ones(module):
+    x, weights = X.copy(), np.full(900, 1e-25, np.float32)
+    x[3], weights[3] = 1e25, 1
+    assert module.fit(x, (8,), weights=weights, iterations=1).report[:2] == (899, 1)
+
+
+@pytest.mark.parametrize("module", [hisac, reference])
+@pytest.mark.parametrize("scale", [1, 1e-6, 1e-12, 1e-30])
+def test_rows_of_zeros_take_part_at_any_scale(module, scale):
+    x = X * np.float32(scale)
+    x[::10] = 0
+    book = module.fit(x, (8,), iterations=2)
+    assert book.report[:2] == (900, 0)
+    np.testing.assert_array_equal(
+        book.fingerprint, (hisac, reference)[module is hisac].fit(x, (8,), iterations=2).fingerprint
+    )
+
+
+def changing(x):
+    """A source of the same number of rows, others each time."""
+    times = [0]
+
+    def read():
+        times[0] += 1
+        yield np.roll(x, times[0], 0)
+
+    return read
+
+
+def test_rows_that_change_from_pass_to_pass():
+    text = "fit: x expected to have the same rows in every pass, got others"
+    with pytest.raises(ValueError, match=text):
+        hisac.fit(changing(X), (8,))
+    found = Together(3).run(lambda n, group: hisac.fit(changing(X) if n == 1 else X, (8,), process_group=group))
+    assert [str(error) for error in found] == [text] * 3
+    odd = np.r_[X, X[:1] * np.float32("nan"), 0 * X[:1], X[:1] * np.float32(1e30)]  # those that are left out, too
+    same(hisac.fit(lambda: iter([odd]), (8,)), reference.fit(odd, (8,)))
 
 
 def growing():
@@ -216,10 +283,23 @@ def growing():
         ({"x": "x.npy"}, TypeError, "x expected a NumPy array, a torch tensor or anything with DLPack, got str"),
         ({"x": [X, X[:, :3]]}, ValueError, "x expected chunks of D = 5, got [900, 3]"),
         ({"x": [X, X[0]]}, ValueError, "x expected [T, D], got float32 [5]"),
+        ({"x": lambda: X}, TypeError, "x() expected an iterator of chunks [n, D], got ndarray"),
+        ({"x": lambda: None}, TypeError, "x() expected an iterator of chunks [n, D], got NoneType"),
         ({"x": growing()}, ValueError, "a chunk expected [100, 5] at most, got [101, 5]"),
         ({"weights": X[:, 0].copy()[:9]}, ValueError, "weights expected [900], got [9]"),
         ({"weights": X}, ValueError, "weights expected [T], got float32 [900, 5]"),
         ({"weights": np.arange(900)}, TypeError, "weights expected float32 [T], got int64 [900]"),
+        (
+            {"x": [X, X], "weights": [X[:, 0], X[:, 0]]},
+            TypeError,
+            "weights expected one array [T] of all chunks together, got list",
+        ),
+        (
+            {"process_group": True},
+            TypeError,
+            "process_group expected a torch.distributed.ProcessGroup, or an object with rank(), size() and"
+            " add(numbers), got bool",
+        ),
         ({"init": X}, TypeError, "init expected hisac.Codebook, got ndarray"),
         ({"init": hisac.fit(X, (4,))}, ValueError, "sizes expected (4,), those of init, got (8, 4)"),
         (
