@@ -170,7 +170,7 @@ class UserState:
     def merge(self, book: Codebook, other: "UserState", items: Histories, *, model_tag: int = 0) -> None:
         """Add another part of the same user's history, of the same log: votes to the bit, the later epoch and position,
         rings by time. A part that is merged twice counts twice. Of a full table those leaves stay that have more votes.
-        A state that has had no row changes nothing."""
+        A state that has seen no event changes nothing."""
         other = check(other, UserState, "merge: other")
         self._core.merge(_tree("merge", book), other._core, _tables("merge", items), model_tag)
 
@@ -263,8 +263,8 @@ class UserState:
     @property
     def revision(self) -> int:
         """Grows by 1 with each append that takes an event, each expire of a state that has had a row, each forget, also
-        one that fails midway, each merge of what has had a row, and each migrate. Write a state only where the revision
-        of the stored one is still that which was read."""
+        one that fails midway, each merge of what has seen an event, and each migrate. Write a state only where the
+        revision of the stored one is still that which was read."""
         return self._core.revision
 
     @property

@@ -189,7 +189,7 @@ TEST_CASE("tokens and matches are those of the verbs over the sums, whatever the
       if (type == DType::float32) CHECK(served_form.state.type() == DType::float32);
       double off = 0;
       for (size_t i = 0; i < near.tokens.size(); ++i)
-        off = std::fmax(off, std::fabs(double(near.tokens[i]) - double(expected.tokens[i])));
+        off = std::max(off, std::fabs(double(near.tokens[i]) - double(expected.tokens[i])));
       CHECK(off < (type == DType::float32 ? 1e-5 : 0.05));
     }
   }

@@ -142,7 +142,7 @@ class UserState {
   int64_t epoch() const noexcept;
   int64_t position() const noexcept;  // of the last event; -2^63 before the first
   /// Grows by 1 with each append that takes an event, each expire of a state that has had a row, each forget, also one
-  /// that fails midway, each merge of what has had a row, and each migrate.
+  /// that fails midway, each merge of what has seen an event, and each migrate.
   uint64_t revision() const noexcept;
   /// Whether a leaf may have rows of items whose code is another one, since it was mapped by its mean.
   bool migrated() const noexcept;
@@ -173,7 +173,7 @@ class UserState {
                 const StateKept& kept) noexcept;
   /// Adds another part of the same user's history, of the same log: votes to the bit, the later epoch and position,
   /// rings by time. A part that is merged twice counts twice. Of a full table those leaves stay that have more votes. A
-  /// state that has had no row changes nothing.
+  /// state that has seen no event changes nothing.
   Status merge(const Context& context, const Codebook& book, const StateItems& items, const UserState& other) noexcept;
   /// The same state under another codebook of the same width, in `memory` of bytes(to, params()): each leaf goes where
   /// its mean x is encoded, or its prototype where there is no mean x. v stays: another model_tag is another state.

@@ -142,6 +142,23 @@ void merge_rings(StateWriter& writer, const StateTable& from) noexcept {
   for (int64_t i = 0; i < head.ring; ++i) table.ring_row(i) = moved(table.ring_row(i), start - head.epoch);
 }
 
+/// Adds the table and the ring of another state, at the later epoch.
+void merge_rows(StateWriter& writer, const StateTable& from) noexcept {
+  StateHead& head = writer.head();
+  const int64_t epoch = from.head->epoch, h = head.half_life;
+  if (!head.begun) head.epoch = epoch;
+  head.begun = 1;
+  if (epoch > head.epoch) writer.move_epoch(epoch - head.epoch);
+  int64_t halvings = h ? (head.epoch - epoch) / h : 0, votes = head.votes;
+  for (int64_t i = 0; i < from.head->leaves; ++i) votes += shifted(from.votes[i], halvings);
+  if (h && votes > kMostTableVotes) {
+    writer.move_epoch(h);
+    ++halvings;
+  }
+  merge_leaves(writer, from, halvings);
+  merge_rings(writer, from);
+}
+
 }  // namespace
 
 size_t UserState::workspace() const noexcept {
@@ -253,22 +270,11 @@ Status UserState::merge(const Context& context, const Codebook& book, const Stat
     return invalid("merge: options expected %016" PRIx64 ", got %016" PRIx64, options(), other.options());
   if (mine.width != theirs.width)
     return invalid("merge: width expected %" PRId64 ", got %" PRId64, mine.width, theirs.width);
-  if (!from.head->begun) return {};
+  if (!from.head->begun && !from.head->seen) return {};
   HISAC_TRY(check_room("merge", StateTable(*this), from.head->leaves + ring() + other.ring()));
   return write("merge", context, book, items, *this, [&](StateWriter& writer) {
     StateHead& head = writer.head();
-    if (!head.begun) head.epoch = from.head->epoch;
-    head.begun = 1;
-    const int64_t epoch = from.head->epoch, h = head.half_life;
-    if (epoch > head.epoch) writer.move_epoch(epoch - head.epoch);
-    int64_t halvings = h ? (head.epoch - epoch) / h : 0, votes = head.votes;
-    for (int64_t i = 0; i < from.head->leaves; ++i) votes += shifted(from.votes[i], halvings);
-    if (h && votes > kMostTableVotes) {
-      writer.move_epoch(h);
-      ++halvings;
-    }
-    merge_leaves(writer, from, halvings);
-    merge_rings(writer, from);
+    if (from.head->begun) merge_rows(writer, from);
     head.migrated |= from.head->migrated;
     head.position = std::max(head.position, from.head->position);
     count(head.seen, from.head->seen);

@@ -269,16 +269,24 @@ class UserState:
         """Add another part of the same user's history, by one log: the later position is that of both. So is the later
         epoch; if their votes together pass 2^40 - 1, both move by one half-life more. Leaves that both have are added,
         then the others, as long as there is place, but not at the cost of one with more votes. Rings are merged from
-        the front, the earlier time first, of equal ones mine; what is too much leaves. A state without a row changes
-        nothing."""
+        the front, the earlier time first, of equal ones mine; what is too much leaves. A state that has seen no event
+        changes nothing."""
         for name in ("fingerprint", "model_tag", "options"):
             self._check("merge", (name, getattr(self, name), getattr(other, name)))
         self._check("merge", ("model_tag", self.model_tag, model_tag))
-        if other.epoch is None:
+        if not other.seen:
             return
+        self.position, self.revision = max(self.position, other.position), self.revision + 1
+        self.migrated |= other.migrated
+        if other.epoch is not None:
+            self._merge_rows(other, items, other.epoch)
+        for name in ("seen", "absent", "dropped_leaves", "dropped_votes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def _merge_rows(self, other: "UserState", items: Histories, theirs: int) -> None:
         if self.epoch is None:
-            self.epoch = other.epoch
-        h, theirs, votes = self.half_life, other.epoch, dict(other.votes)
+            self.epoch = theirs
+        h, votes = self.half_life, dict(other.votes)
 
         def move(halvings: int) -> dict[int, int]:
             return {leaf: n >> halvings for leaf, n in votes.items()}
@@ -305,10 +313,6 @@ class UserState:
         while a or b:
             self.ring.append((b if not a or (b and b[0].time < a[0].time) else a).pop(0))
         self._leave(items, self.ring_size)
-        self.position, self.revision = max(self.position, other.position), self.revision + 1
-        self.migrated |= other.migrated
-        for name in ("seen", "absent", "dropped_leaves", "dropped_votes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def migrate(self, book: Any) -> tuple["UserState", int, int]:
         """The state under another codebook of the same width: each leaf goes where its mean x is encoded, the prototype

@@ -241,6 +241,20 @@ def test_rows_that_are_not_there_and_times_out_of_range(half_life):
         check(state, known, book)
 
 
+def test_events_that_are_no_rows_merge_too():
+    """Their position and their number; the machine merges them too seldom."""
+    book, items, *mine = pair(60, 2)
+    theirs = pair(60, 2)[2:]
+    options = {"weights": np.float32([0, np.nan]), "positions": np.array([4, 9])}
+    theirs[0].append(book, items, np.array([1, 2]), **options)
+    theirs[1].append(items, [1, 2], **options)
+    for turn in range(2):
+        mine[0].merge(book, theirs[0], items)
+        mine[1].merge(theirs[1], items)
+        check(*mine, book)
+        assert (mine[0].position, mine[0].stats(book).seen, mine[0].revision) == (9, 2 * turn + 2, turn + 1)
+
+
 def test_a_leaf_survives_rows_of_v_that_are_not_finite():
     book, items, state, known = pair(10, 0)
     items = items._replace(v=np.array([[1], [np.nan], [np.inf], [3e38]], np.float32))
