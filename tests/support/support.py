@@ -2,6 +2,7 @@
 """What tests of compiled operations share: the ways into the core, and the same bits whatever the threads."""
 
 import numpy as np
+import pytest
 
 import hisac
 from hisac import reference, testing
@@ -11,6 +12,14 @@ try:
     import torch
 except ImportError:
     torch = None
+
+
+def said(function, kind, text):
+    """The error that a call raises is of this kind itself, and says exactly this."""
+    with pytest.raises(kind) as error:
+        function()
+    assert type(error.value) is kind
+    assert str(error.value) == text
 
 
 def grouped(args):

@@ -7,7 +7,7 @@ import pytest
 
 import hisac
 from hisac import Attended, Codebook, Histories, Tokens
-from support import by_field
+from support import by_field, said
 
 RNG = np.random.default_rng(7)
 
@@ -27,13 +27,6 @@ PROTOTYPES = BOOK.prototypes(AGENTS)
 ONE = np.ones((10, 1), np.float32)
 NAN, INF = float("nan"), float("inf")
 KIND = "expected a NumPy array, a torch tensor or anything with DLPack, got"
-
-
-def said(function, kind, text):
-    with pytest.raises(kind) as error:
-        function()
-    assert type(error.value) is kind
-    assert str(error.value) == text
 
 
 # ---------------------------------------------------------------------------------------------------- codebook, encode

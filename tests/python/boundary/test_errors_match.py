@@ -6,6 +6,7 @@ import pytest
 
 import hisac
 from hisac import Histories, Match
+from support import said
 
 BOOK = hisac.Codebook([np.zeros((4, 6), np.float32), np.zeros((3, 6), np.float32)])
 CODES = np.int32([[0, 0], [0, 2], [1, 1], [3, 0], [3, 2]])
@@ -64,13 +65,6 @@ MATCH = [
         "candidate_offsets expected int32 or int64 [B + 1], got float64 [3]",
     ),
 ]
-
-
-def said(function, kind, text):
-    with pytest.raises(kind) as error:
-        function()
-    assert type(error.value) is kind
-    assert str(error.value) == text
 
 
 @pytest.mark.parametrize(

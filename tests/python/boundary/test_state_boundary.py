@@ -10,6 +10,7 @@ import pytest
 
 import hisac
 from hisac import Codebook, Histories, UserState
+from support import said
 
 RNG = np.random.default_rng(11)
 BOOK = Codebook([RNG.normal(size=(4, 6)).astype(np.float32), RNG.normal(size=(3, 6)).astype(np.float32)])
@@ -30,13 +31,6 @@ def filled(**options):
     made = state(**options)
     made.append(BOOK, ITEMS, IDS)
     return made
-
-
-def said(function, kind, text):
-    with pytest.raises(kind) as error:
-        function()
-    assert type(error.value) is kind
-    assert str(error.value) == text
 
 
 @pytest.mark.parametrize(

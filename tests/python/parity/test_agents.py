@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hisac
 from hisac import Agents, Codebook, Histories, Tokens, reference, testing
-from support import flat, kinds, with_threads
+from support import flat, kinds, said, with_threads
 
 try:
     import torch
@@ -155,12 +155,6 @@ def faces():
     yield reference, lambda args: {k: reference.Codebook(a.centers) if k == "book" else a for k, a in args.items()}
     if torch is not None:
         yield importlib.import_module("hisac.torch"), testing.to_torch
-
-
-def said(function, kind, text):
-    with pytest.raises(kind) as error:
-        function()
-    assert (type(error.value), str(error.value)) == (kind, text)
 
 
 @pytest.mark.parametrize(("given_", "kind", "text"), REFUSED)
